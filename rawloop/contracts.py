@@ -1,0 +1,169 @@
+"""The few types that parts hand to each other, so that parts need not import each other.
+
+data -> `Sample` -> family -> `Example` -> family -> `Batch` -> family -> `StreamLoss` -> loop and evaluator.
+`Stateful` and `FolderState` are all that the checkpoint manager knows of anything.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100  # torch's ignore_index: this position is no target
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text inside a turn."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A clip inside a turn, by its resolved path. Its codes come from the cache that `rawloop prepare` wrote."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    `role` is system, scene, user or assistant. Only a turn with `trained` set has targets: reference turns and
+    prompts are context.
+    """
+
+    role: str
+    parts: tuple[Text | Audio, ...]
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation of a data set, independent of the file format it came from and of any model.
+
+    `source` says where it stands (`metadata.json samples[3]`), for messages. `extra` holds every key of the record
+    that rawloop does not read itself.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    task: str | None = None
+    source: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def audio_paths(self) -> list[Path]:
+        """All clips of the conversation, in order of appearance, references included."""
+        return [part.path for turn in self.turns for part in turn.parts if isinstance(part, Audio)]
+
+
+class Labels(NamedTuple):
+    """The targets of one stream in a batch.
+
+    `positions` (targets,) int64 indexes the hidden states flattened to (batch * sequence, hidden): the positions
+    whose *prediction* is scored, already shifted. `targets` is (targets,) or (targets, codebooks) int64, with -100
+    where a codebook has no target.
+    """
+
+    positions: Tensor
+    targets: Tensor
+
+
+@dataclass
+class Batch:
+    """One micro-batch: what the model takes, what it must predict, and whose samples these are.
+
+    `inputs` are keyword arguments of the model's forward, by explicit name. `targets` counts targets per stream as
+    Python ints (counted by the collator, on the CPU), so that no step needs a device sync to count.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: dict[str, Labels]
+    targets: dict[str, int]
+    ids: list[str]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with every tensor on `device`; copies from pinned memory do not block the host."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        labels = {
+            stream: Labels(*(tensor.to(device, non_blocking=True) for tensor in pair))
+            for stream, pair in self.labels.items()
+        }
+        return Batch(inputs, labels, self.targets, self.ids)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory (called by torch's DataLoader when pinning is on)."""
+        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        labels = {stream: Labels(*(tensor.pin_memory() for tensor in pair)) for stream, pair in self.labels.items()}
+        return Batch(inputs, labels, self.targets, self.ids)
+
+
+class StreamLoss(NamedTuple):
+    """Loss of one stream in one micro-batch: a sum in nats and the number of targets it runs over.
+
+    `total` is a differentiable float32 scalar. `parts` (parts,) float32 is the same sum split up (per codebook),
+    detached, with `part_targets` targets each; None where a stream has no parts.
+    """
+
+    total: Tensor
+    targets: int
+    parts: Tensor | None = None
+    part_targets: tuple[int, ...] = ()
+
+
+Losses = Callable[[nn.Module, Batch], dict[str, StreamLoss]]
+
+
+class Family(Protocol):
+    """All that rawloop knows of one kind of model. `families/<name>.py` implements it."""
+
+    streams: Sequence[str]
+    stream_weights: Mapping[str, float]
+
+    def load_model(self) -> nn.Module:
+        """Load the model from its folder or hub id, in the dtype it is stored in, on the CPU."""
+        ...
+
+    def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Any:
+        """Encode one sample; `codes(path)` gives a clip's (frames, codebooks) int64 codes."""
+        ...
+
+    def collate(self, examples: list[Any]) -> Batch:
+        """Pad examples to one micro-batch and count its targets."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+        """Run the model and return the loss sum and target count of every stream."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something whose state goes into `state/` of a checkpoint: nested dicts and lists of tensors and JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state, or raise: what cannot be restored is an error."""
+        ...
+
+
+@runtime_checkable
+class FolderState(Protocol):
+    """Something that writes files of its own into a folder of the checkpoint (a PEFT adapter, a whole model)."""
+
+    folder: str
+
+    def save(self, folder: Path) -> None:
+        """Write the files into `folder`, which exists and is empty."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore from the files in `folder`, or raise."""
+        ...

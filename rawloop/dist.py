@@ -1,0 +1,182 @@
+"""Ranks and collectives: the only reader of RANK, WORLD_SIZE and LOCAL_RANK, the only user of torch.distributed.
+
+A `World` is passed to whoever needs it. `World()` is a single process on the CPU and needs no process group, so every
+part works alone.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rawloop.errors import RawloopError, UserError
+
+T = TypeVar("T")
+
+
+@dataclass
+class DDPConfig:
+    """DistributedDataParallel, with every switch explicit.
+
+    Args:
+        find_unused_parameters: search each step's graph for parameters without a gradient. Needed when a batch may
+            leave a trainable parameter unused on some rank; costs 5 to 10% of a step.
+        broadcast_buffers: copy rank 0's buffers to all ranks at every forward pass.
+        gradient_as_bucket_view: let gradients live inside the all-reduce buckets (saves one copy of the gradients).
+        static_graph: promise that the graph never changes. Not together with gradient accumulation.
+        timeout: seconds until a collective that some rank never joined ends the run.
+    """
+
+    find_unused_parameters: bool = False
+    broadcast_buffers: bool = False
+    gradient_as_bucket_view: bool = True
+    static_graph: bool = False
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`: its rank, its rank on this machine, and its device."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum each value over all ranks, in float64 (float32 on MPS, which has no float64). One all_reduce."""
+        if self.size == 1:
+            return values
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(tensor)
+        result: list[float] = tensor.tolist()
+        return result
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place and return it; it stays on its device, so nothing is synced."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in order of rank, on every rank. For small objects."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        return self.gather(value)[0]
+
+    def together(self, work: Callable[[], T], only_main: bool = False) -> T | None:
+        """Run `work` on every rank (or on rank 0), then agree: an error on any rank is raised on all of them.
+
+        No rank is left waiting in a collective for one that has failed.
+
+        Raises:
+            RawloopError: the first failing rank's own error; other ranks' copies name that rank.
+        """
+        result: T | None = None
+        error: RawloopError | None = None
+        if self.is_main or not only_main:
+            try:
+                result = work()
+            except RawloopError as caught:
+                error = caught
+            except OSError as caught:  # a failing disk on one rank must not leave the others waiting
+                error = RawloopError(f"{type(caught).__name__}: {caught}")
+        kinds = self.gather(None if error is None else (type(error), str(error)))
+        failed = [(rank, kind) for rank, kind in enumerate(kinds) if kind is not None]
+        if not failed:
+            return result
+        rank, (kind, message) = failed[0]
+        if error is not None and self.rank == rank:
+            raise error
+        raise kind(message if rank == 0 else f"rank {rank}: {message}")
+
+    def wrap(self, module: nn.Module, config: DDPConfig) -> nn.Module:
+        """Wrap `module` in DDP, or return it as it is in a single process."""
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(
+            module,
+            find_unused_parameters=config.find_unused_parameters,
+            broadcast_buffers=config.broadcast_buffers,
+            gradient_as_bucket_view=config.gradient_as_bucket_view,
+            static_graph=config.static_graph,
+        )
+
+
+def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+    """Context in which a DDP module keeps its gradients local, if `wanted` and if it is DDP at all."""
+    if wanted and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Return the device for this process: `wanted`, or for `auto` its own GPU, else MPS, else the CPU.
+
+    Raises:
+        UserError: the device does not exist on this machine.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if wanted == "cuda":
+        found = torch.cuda.device_count()
+        if local_rank >= found:
+            raise UserError(
+                f"device is 'cuda' and this process is number {local_rank} on its machine, which has {found} GPU(s): "
+                f"start at most {found} process(es) per machine, or set device to 'cpu'"
+            )
+        return torch.device("cuda", local_rank)
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device is 'mps', which this machine or this build of torch does not have: use 'auto' or 'cpu'")
+    return torch.device(wanted)
+
+
+def read_ranks() -> tuple[int, int, int]:
+    """Return (rank, world size, local rank) as torchrun sets them; (0, 1, 0) without torchrun."""
+    try:
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return rank, size, int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
+
+
+@contextmanager
+def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
+    """Join the process group that torchrun describes and leave it at the end. A single process joins none.
+
+    Args:
+        device: `auto`, `cuda`, `mps` or `cpu`.
+        timeout: seconds that a collective may wait.
+    """
+    rank, size, local_rank = read_ranks()
+    world = World(rank, size, local_rank, choose_device(device, local_rank))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if size == 1:
+        yield world
+        return
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,35 @@
+"""What can go wrong, sorted by who can mend it.
+
+A `UserError` is a mistake in a config, a data file or a command line: one message, exit code 2, no traceback.
+Any other `RawloopError` is a failure of the run or of the world (disk full, corrupt file, diverged loss): exit code 1.
+Everything else is a bug in rawloop and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RawloopError(Exception):
+    """A failure that rawloop can name: disk full, corrupt checkpoint, lost rank, diverged run."""
+
+    exit_code = 1
+
+
+class UserError(RawloopError, ValueError):
+    """A mistake that the user can mend. The message says the value, its origin, what is allowed and the fix."""
+
+    exit_code = 2
+
+
+class TrainingError(RawloopError):
+    """Training cannot go on correctly, for example after too many non-finite steps in a row."""
+
+
+class CheckpointError(RawloopError):
+    """A checkpoint cannot be written, or what is on disk is not what was written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a clause naming the nearest of `known`, such as ` (did you mean 'lr'?)`, or an empty string."""
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
