@@ -1,0 +1,4 @@
+"""The demo: bundled speech and a small checkpoint built on the user's machine, so that everything runs offline.
+
+`speech/` is data made by `make_speech.py`; `checkpoint.py` builds a model and a codec of the real classes from it.
+"""
