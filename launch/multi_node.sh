@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Trains on several machines. Start the same command on each of them, in any order; nodes find each other at
+# RDZV_ENDPOINT, and torchrun hands out the ranks. The repository, the data and the run folder are on a shared file
+# system, or at the same paths everywhere.
+#
+#   NNODES=2 RDZV_ENDPOINT=node0:29500 RDZV_ID=run7 bash launch/multi_node.sh CONFIG [OVERRIDES...]
+#
+#   NNODES=2               number of machines; 2:4 starts with 2 and takes up to 4
+#   RDZV_ENDPOINT=h:p      host and port of one of the machines, reachable from all of them
+#   RDZV_ID=run7           any name that all machines share and no other run uses
+#   NPROC=8                processes on this machine (default: its GPUs, or 1)
+#   MAX_RESTARTS=0         how often torchrun starts all processes again after one has failed
+#   PYTHON, OMP_NUM_THREADS as in single_node.sh
+#
+# Under SLURM, one task per node; the batch script sets all three and srun starts the rest:
+#
+#   #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
+#   export NNODES=$SLURM_NNODES RDZV_ID=$SLURM_JOB_ID
+#   export RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500
+#   srun bash launch/multi_node.sh configs/higgs_lora.yaml --output runs/higgs
+set -euo pipefail
+fail() {
+    echo "multi_node: $*" >&2
+    exit 2
+}
+[ $# -gt 0 ] || fail "usage: NNODES=.. RDZV_ENDPOINT=host:port RDZV_ID=.. bash launch/multi_node.sh CONFIG [OVERRIDES...]"
+for name in NNODES RDZV_ENDPOINT RDZV_ID; do
+    [ -n "${!name:-}" ] || fail "$name is not set (the head of launch/multi_node.sh says what belongs into it)"
+done
+[[ $RDZV_ENDPOINT =~ :[0-9]+$ ]] || fail "RDZV_ENDPOINT is '$RDZV_ENDPOINT', which lacks a port: say host:port"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+command -v "$python" >/dev/null || fail "no $python: run 'bash launch/setup.sh', or name the right one in PYTHON"
+
+nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+
+exec "$python" -m torch.distributed.run \
+    --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
+    -m rawloop train --config "$@"

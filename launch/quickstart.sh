@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From nothing to a fine-tuned model: installs, builds the demo checkpoint, encodes the bundled speech, and fine-tunes
+# on it with LoRA, on all GPUs or in 2 processes on the CPU. Run again, it reuses .venv and .demo and trains once more,
+# in a run folder of its own.
+#
+#   bash launch/quickstart.sh [OVERRIDES...]     for example --optim.lr 1e-3
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh tensorboard
+.venv/bin/python -m rawloop demo --folder .demo
+
+gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || export NPROC=2 # two processes on the CPU show that the work is shared out
+run=runs/demo-$(date +%Y%m%d-%H%M%S)
+bash launch/single_node.sh configs/demo.yaml --output "$run" "$@"

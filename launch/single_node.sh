@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains on this machine: one process per GPU, or a single process where there is none.
+#
+#   bash launch/single_node.sh CONFIG [OVERRIDES...]     for example configs/higgs_lora.yaml --optim.lr 1e-5
+#
+#   NPROC=2                number of processes (default: the number of GPUs that CUDA_VISIBLE_DEVICES leaves)
+#   PYTHON=python3         the interpreter that has rawloop (default: .venv/bin/python, which setup.sh makes)
+#   OMP_NUM_THREADS=8      CPU threads per process (default: the cores, shared out evenly)
+set -euo pipefail
+if [ $# -eq 0 ]; then
+    echo "usage: bash launch/single_node.sh CONFIG [OVERRIDES...]" >&2
+    exit 2
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+if ! command -v "$python" >/dev/null; then
+    echo "single_node: no $python: run 'bash launch/setup.sh', or name the interpreter that has rawloop in PYTHON" >&2
+    exit 2
+fi
+
+nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+# Without a number torchrun gives each process one thread, and torch alone takes all cores for each.
+cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+
+# --standalone: a rendezvous of its own on a free port, so that several runs fit on one machine.
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$nproc" -m rawloop train --config "$@"
