@@ -115,6 +115,21 @@ class StreamLoss(NamedTuple):
     part_targets: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class CodecInfo:
+    """What identifies the codec that a family's `encode` runs, and what its codes look like.
+
+    `hash` is the content hash of the codec's folder (`rawloop.hashing.hash_folder`), `sample_rate` in Hz of the
+    waveforms it takes, `frame_rate` in frames per second. Codes are integers from 0 to `codebook_size` - 1.
+    """
+
+    hash: str
+    sample_rate: int
+    codebooks: int
+    codebook_size: int
+    frame_rate: float
+
+
 Losses = Callable[[nn.Module, Batch], dict[str, StreamLoss]]
 
 

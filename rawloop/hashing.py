@@ -1,0 +1,46 @@
+"""Content hashes of files and folders: what a checkpoint, a codec or a clip *is*, whatever it is called.
+
+Everything is read in blocks, so that a file of many gigabytes costs no memory.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from rawloop.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(paths: Iterable[Path]) -> str:
+    """Return one SHA-256 over the names and contents of several files, independent of their order and folder.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    total = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        total.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """Return the content hash of a model folder: its `config.json` and all its `*.safetensors` files.
+
+    Raises:
+        UserError: the folder has no `config.json` or no safetensors weights, so it is no model.
+        OSError: a file cannot be read.
+    """
+    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    if not config.is_file() or not weights:
+        missing = "config.json" if not config.is_file() else "*.safetensors file"
+        raise UserError(f"{folder} has no {missing}: point it at a folder that save_pretrained wrote")
+    return sha256_files([config, *weights])
