@@ -1,0 +1,22 @@
+"""Checkpoints that are whole or not there: `CheckpointManager` and what belongs to it."""
+
+from rawloop.checkpoint.best import BestTracker
+from rawloop.checkpoint.manager import CheckpointConfig, CheckpointManager, Restored
+from rawloop.checkpoint.manifest import Manifest, read_manifest, verify
+from rawloop.checkpoint.run_folder import claim_run_folder
+from rawloop.checkpoint.slots import Latest, find_best, find_latest, find_slots
+
+__all__ = [
+    "BestTracker",
+    "CheckpointConfig",
+    "CheckpointManager",
+    "Latest",
+    "Manifest",
+    "Restored",
+    "claim_run_folder",
+    "find_best",
+    "find_latest",
+    "find_slots",
+    "read_manifest",
+    "verify",
+]

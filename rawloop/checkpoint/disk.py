@@ -1,0 +1,175 @@
+"""Writing so that it is really on the disk, knowing the digest of what was meant to be written, and saying what failed.
+
+A digest is taken from the bytes in memory while they are written. Reading a file back would bless whatever arrived.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rawloop.checkpoint.pack import Packed, safetensors_header
+from rawloop.errors import CheckpointError
+
+WORDS = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this process may write (see `ulimit -f`)",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "there is no permission to write there",
+    errno.EPERM: "there is no permission to write there",
+    errno.EIO: "the disk reports an input/output error",
+    errno.ESTALE: "the network file system has lost the folder",
+    errno.ENOENT: "the folder has disappeared",
+}
+
+
+class FileRecord(NamedTuple):
+    """What the manifest knows of a file: its size in bytes and the SHA-256 of its contents, in hex."""
+
+    size: int
+    sha256: str
+
+
+class Hashing:
+    """A file being written, and the digest of all bytes that went into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of `data` (a flat view of bytes)."""
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def record(self) -> FileRecord:
+        """Return size and digest of what has been written."""
+        return FileRecord(self.size, self.digest.hexdigest())
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Hashing]:
+    """Open a new file for writing; on leaving, its bytes are on the disk."""
+    with path.open("xb") as file:
+        hashing = Hashing(file)
+        yield hashing
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_packed(packed: Packed, folder: Path, name: str) -> dict[str, FileRecord]:
+    """Write a state as NAME.json, and NAME.safetensors if it has tensors. Returns what was written, by file name."""
+    records = {}
+    with written(folder / f"{name}.json") as file:
+        file.write(json.dumps(packed.tree, indent=1, allow_nan=False).encode())
+    records[f"{name}.json"] = file.record()
+    if packed.tensors:
+        header, order = safetensors_header(packed.tensors)
+        with written(folder / f"{name}.safetensors") as file:
+            file.write(header)
+            for tensor_name in order:
+                file.write(_bytes(packed.tensors[tensor_name]))
+        records[f"{name}.safetensors"] = file.record()
+    return records
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """View a contiguous CPU tensor as bytes, without copying it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_packed(folder: Path, name: str) -> Packed:
+    """Read what `write_packed` wrote.
+
+    The tensors are copied out of the file: one that stayed mapped would change, or crash the process, with the file.
+    """
+    tree = json.loads((folder / f"{name}.json").read_bytes())
+    path = folder / f"{name}.safetensors"
+    tensors = load_file(path) if path.exists() else {}
+    return Packed(tree, {key: tensor.clone() for key, tensor in tensors.items()})
+
+
+def record_tree(folder: Path) -> dict[str, FileRecord]:
+    """Hash every file below `folder` by reading it, and force files and folders to the disk. Keys are posix paths."""
+    records = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+            continue
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            records[path.relative_to(folder).as_posix()] = FileRecord(os.fstat(file.fileno()).st_size, digest)
+            os.fsync(file.fileno())
+    sync_folder(folder)
+    return records
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the entries of a folder (new names, renames) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old contents or the new ones, never a part."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.unlink(missing_ok=True)
+    with written(temporary) as file:
+        file.write(text.encode())
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder under another name first, so that a half-deleted one is never taken for a whole one."""
+    trash = folder.with_name(f".trash-{folder.name.removeprefix('.trash-')}")
+    if trash != folder:
+        if trash.exists():
+            shutil.rmtree(trash)
+        folder.rename(trash)
+    shutil.rmtree(trash)
+
+
+def in_words(error: OSError | SafetensorError) -> str:
+    """Say what a failed write means. safetensors hides the error number in its message."""
+    match = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    text = WORDS.get(number) if number is not None else None
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    return f"{text}{where}" if text else str(error)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Check before a save that 1.2 times `needed` bytes are free below `folder`.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.2:
+        raise CheckpointError(
+            f"too little space on the disk of {folder}: the last checkpoint took {readable(needed)}, "
+            f"{readable(free)} are free, and 1.2 times the last size must be"
+        )
+
+
+def readable(size: int) -> str:
+    """Return a number of bytes as people read it."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

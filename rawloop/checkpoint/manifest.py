@@ -1,0 +1,117 @@
+"""The manifest is written last: a slot with a manifest whose digests agree is a whole checkpoint, any other is not.
+
+No format that torch reads notices a flipped bit by itself; the digests here do, for the manifest too.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rawloop.checkpoint.disk import FileRecord, written
+from rawloop.errors import CheckpointError
+
+NAME = "MANIFEST.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a slot holds.
+
+    `states` lists the parts under `state/`, `per_rank` those of them that are stored once per rank, `folders` the
+    parts with a folder of their own. `meta` is what the caller wanted to keep with the step.
+    """
+
+    step: int
+    world_size: int
+    states: list[str]
+    per_rank: list[str]
+    folders: dict[str, str]
+    files: dict[str, FileRecord]
+    meta: Any = None
+    versions: dict[str, str | None] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(record.size for record in self.files.values())
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions of what wrote a checkpoint; None for what is not installed as a package."""
+    found: dict[str, str | None] = {}
+    for name in ("rawloop", "torch", "transformers", "peft", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _render(body: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
+
+
+def write_manifest(slot: Path, manifest: Manifest) -> None:
+    """Write the manifest into a slot that is otherwise complete."""
+    body = {**asdict(manifest), "files": {name: record._asdict() for name, record in manifest.files.items()}}
+    with written(slot / NAME) as file:
+        file.write(_render(body).encode())
+
+
+def read_manifest(slot: Path) -> Manifest:
+    """Read a slot's manifest, without looking at the other files.
+
+    Raises:
+        CheckpointError: there is none, or it is not as it was written.
+    """
+    path = slot / NAME
+    try:
+        raw = path.read_bytes()
+        body = json.loads(raw)
+    except FileNotFoundError:
+        raise CheckpointError(f"{slot}: there is no {NAME}: the checkpoint was never completed") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: it cannot be read: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        found = body.get("format") if isinstance(body, dict) else body
+        raise CheckpointError(f"{path}: its format is {found!r}, this version of rawloop reads {FORMAT}")
+    body.pop("sha256", None)
+    # rendering again and comparing bytes notices every change, even one that JSON does not care about
+    if _render(body).encode() != raw:
+        raise CheckpointError(f"{path}: its own digest does not agree: the file has changed since it was written")
+    files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
+    return Manifest(files=files, **body)
+
+
+def verify(slot: Path) -> Manifest:
+    """Check every file of a slot against the manifest, by size and digest, and return the manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or differs, and how.
+    """
+    manifest = read_manifest(slot)
+    for name, record in manifest.files.items():
+        try:
+            problem = _difference(slot / name, record)
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        if problem:
+            raise CheckpointError(f"{slot}: {name} {problem}")
+    return manifest
+
+
+def _difference(path: Path, record: FileRecord) -> str | None:
+    if not path.exists():
+        return "is missing"
+    size = path.stat().st_size
+    if size != record.size:
+        return f"has {size} bytes, {record.size} were written"
+    with path.open("rb") as file:
+        same = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+    return None if same else "has changed since it was written (its SHA-256 differs)"

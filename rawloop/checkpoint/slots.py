@@ -1,0 +1,161 @@
+"""Where checkpoints lie in a run folder, which one is the newest whole one, and what dead saves have left behind.
+
+Everything that looks is free of side effects, so it may look into the folder of a run that is being trained.
+Names that begin with a dot are never checkpoints: `.tmp-` is being written, `.trash-` is being deleted, `.old-` is a
+slot moved aside for the moment in which another takes its place.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from rawloop.checkpoint.disk import remove_tree, replace_text, sync_folder
+from rawloop.checkpoint.manifest import read_manifest, verify
+from rawloop.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+DISCARDED = "discarded"
+
+
+class Latest(NamedTuple):
+    """The newest whole checkpoint of a run, and the newer ones that are not whole, each with the reason."""
+
+    slot: Path | None
+    damaged: dict[Path, str]
+
+
+def slot_name(step: int) -> str:
+    """Return the folder name of a step's slot."""
+    return f"step-{step:08d}"
+
+
+def step_of(slot: Path) -> int:
+    """Return the step of a slot from its name; -1 for a name that is not a step's."""
+    match = re.fullmatch(r"(?:\.old-)?step-(\d+)", slot.name)
+    return int(match[1]) if match else -1
+
+
+def find_slots(run: Path) -> list[Path]:
+    """Return the slots of a run by step, newest first, whole or not.
+
+    A slot that a kill caught while it was being replaced is found under its `.old-` name.
+    """
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    slots = {path.name: path for path in folder.iterdir() if step_of(path) >= 0 and path.is_dir()}
+    found = [path for name, path in slots.items() if not name.startswith(".old-") or name[5:] not in slots]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def find_best(run: Path) -> Path | None:
+    """Return the best slot of a run, if there is one."""
+    for path in (run / BEST, run / f".old-{BEST}"):
+        if path.is_dir():
+            return path
+    return None
+
+
+def note_best(run: Path) -> None:
+    """Write `best.json` from the manifest of the best slot, if there is one and the file does not say the same.
+
+    Raises:
+        CheckpointError: the best slot has no readable manifest.
+    """
+    slot = find_best(run)
+    if slot is None:
+        return
+    text = json.dumps({**read_manifest(slot).meta["best"], "folder": BEST}, indent=1) + "\n"
+    path = run / "best.json"
+    if not path.exists() or path.read_text() != text:
+        replace_text(path, text)
+
+
+def find_latest(run: Path) -> Latest:
+    """Look for the newest checkpoint whose every file is as it was written."""
+    damaged: dict[Path, str] = {}
+    for slot in find_slots(run):
+        try:
+            verify(slot)
+        except CheckpointError as error:
+            damaged[slot] = str(error)
+            continue
+        return Latest(slot, damaged)
+    return Latest(None, damaged)
+
+
+def put_in_place(temporary: Path, slot: Path) -> None:
+    """Give a finished folder its final name; a slot of that name is removed only after that.
+
+    Killed at any point, the one or the other is there, whole.
+    """
+    old = slot.with_name(f".old-{slot.name}")
+    if slot.exists():
+        if old.exists():
+            remove_tree(old)
+        slot.rename(old)
+    temporary.rename(slot)
+    sync_folder(slot.parent)
+    if old.exists():
+        remove_tree(old)
+
+
+def clean_up(run: Path) -> list[str]:
+    """Remove what dead saves have left and finish interrupted replacements. Returns a sentence for each.
+
+    Only for the process that trains: in any other, the leftovers might be a save in progress.
+    """
+    done = []
+    for folder in (run, run / CHECKPOINTS):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.name.startswith((".tmp-", ".trash-", ".old-")):
+                done.append(_settle(path))
+    return done
+
+
+def _settle(path: Path) -> str:
+    target = path.with_name(path.name.removeprefix(".old-"))
+    if path.name.startswith(".old-") and not target.exists():
+        path.rename(target)
+        return f"put {target.name} back: it was being replaced when the run ended"
+    if path.is_dir():
+        remove_tree(path)
+    else:
+        path.unlink()
+    return f"removed {path.name}, left by a run that ended while saving"
+
+
+def set_aside(run: Path, after: int) -> list[Path]:
+    """Move slots of later steps to `checkpoints/discarded/`: they belong to a continuation that was given up.
+
+    Left in place, the next `--resume latest` would take one of them for the newest.
+    """
+    moved = []
+    for slot in find_slots(run):
+        if step_of(slot) > after:
+            moved.append(_free_name(run / CHECKPOINTS / DISCARDED / slot.name))
+            moved[-1].parent.mkdir(exist_ok=True)
+            slot.rename(moved[-1])
+    return moved
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def rotate(run: Path, step: int, keep_last: int) -> list[Path]:
+    """Delete the oldest slots so that `keep_last` remain, the one of `step` among them. Returns the deleted ones."""
+    if keep_last == 0:
+        return []
+    older = [slot for slot in find_slots(run) if step_of(slot) < step]
+    surplus = older[keep_last - 1 :]
+    for slot in surplus:
+        remove_tree(slot)
+    return surplus

@@ -1,0 +1,97 @@
+"""Turns collected state into a slot on the disk: all of it or nothing.
+
+Order is everything: files, their bytes forced to the disk, the manifest that vouches for them, the rename, and the
+rename forced to the disk. A kill at any point leaves the slots as they were, or the finished one in its place.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rawloop.checkpoint.disk import FileRecord, record_tree, remove_tree, sync_folder, write_packed
+from rawloop.checkpoint.manifest import Manifest, installed_versions, write_manifest
+from rawloop.checkpoint.pack import Packed
+from rawloop.checkpoint.slots import put_in_place
+from rawloop.contracts import FolderState
+
+STATE = "state"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint in memory: the states of rank 0, the states that every rank has one of, and the caller's meta."""
+
+    step: int
+    meta: dict[str, Any]
+    states: dict[str, Packed]
+    per_rank: list[dict[str, Packed]]
+
+    def files(self) -> dict[str, Packed]:
+        """Return every state by the name of its file, without suffix."""
+        by_rank = {
+            rank_file(name, rank): packed
+            for rank, states in enumerate(self.per_rank)
+            for name, packed in states.items()
+        }
+        return {**self.states, **by_rank}
+
+
+def rank_file(name: str, rank: int) -> str:
+    """Return the file name, without suffix, of a state that is stored once per rank."""
+    return f"{name}-{rank:05d}"
+
+
+def write_slot(slot: Path, contents: Contents, folders: Mapping[str, FolderState]) -> Manifest:
+    """Write a whole slot and put it in place of whatever has its name. Returns its manifest.
+
+    Raises:
+        OSError, SafetensorError, RawloopError: it could not be written. `slot` is untouched, and what there is of the
+            new one lies in the folder that `temporary_of` names.
+    """
+    temporary = temporary_of(slot)
+    discard(temporary)
+    temporary.mkdir(parents=True)
+    files = _write_states(temporary / STATE, contents)
+    for part in folders.values():
+        files |= _write_folder(temporary / part.folder, part)
+    manifest = Manifest(
+        step=contents.step,
+        world_size=len(contents.per_rank),
+        states=sorted(contents.states),
+        per_rank=sorted(contents.per_rank[0]),
+        folders={name: part.folder for name, part in folders.items()},
+        files=files,
+        meta=contents.meta,
+        versions=installed_versions(),
+    )
+    write_manifest(temporary, manifest)
+    sync_folder(temporary)
+    put_in_place(temporary, slot)
+    return manifest
+
+
+def temporary_of(slot: Path) -> Path:
+    """Return the folder in which a slot is built."""
+    return slot.with_name(f".tmp-{slot.name}")
+
+
+def discard(temporary: Path) -> None:
+    """Delete an unfinished slot, if there is one."""
+    if temporary.exists():
+        remove_tree(temporary)
+
+
+def _write_states(folder: Path, contents: Contents) -> dict[str, FileRecord]:
+    folder.mkdir()
+    files: dict[str, FileRecord] = {}
+    for name, packed in contents.files().items():
+        files |= write_packed(packed, folder, name)
+    sync_folder(folder)
+    return {f"{STATE}/{name}": record for name, record in files.items()}
+
+
+def _write_folder(folder: Path, part: FolderState) -> dict[str, FileRecord]:
+    folder.mkdir()
+    part.save(folder)
+    return {f"{folder.name}/{name}": record for name, record in record_tree(folder).items()}

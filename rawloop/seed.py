@@ -1,0 +1,142 @@
+"""Every random stream of a process in one place: seeding it, saving it into a checkpoint, putting it back.
+
+Three libraries draw random numbers in a training process (torch, python, numpy), torch with one stream per device.
+A run continues bit for bit only if all of them are restored, on every rank.
+"""
+
+import hashlib
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that depends on every part and on their order, the same on every machine.
+
+    Neighbouring inputs give unrelated seeds, which `seed + rank` does not: (seed 0, rank 1) would equal (1, 0).
+    """
+    text = "/".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def seed_all(seed: int, rank: int) -> None:
+    """Seed torch (CPU and all devices), python and numpy with the stream of this rank."""
+    _seed_everything(derive_seed("rank", seed, rank))
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+def _numpy() -> Any:
+    """Return numpy, or None where it is not installed.
+
+    It is imported even if nobody has done so yet: seeded later, it would start from the operating system's entropy.
+    """
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
+
+
+def capture_rng() -> dict[str, Any]:
+    """Return the state of every random stream of this process as nested dicts of tensors and JSON values.
+
+    CUDA is left alone until something has initialised it: asking it for its state would do so, and DataLoader
+    workers could no longer be forked.
+    """
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    numpy = _numpy()
+    if numpy is not None:
+        state["numpy"] = _capture_numpy(numpy)
+    return state
+
+
+def _capture_numpy(numpy: Any) -> dict[str, Any]:
+    name, words, position, has_gauss, gauss = numpy.random.get_state()
+    keys = torch.tensor(words.astype("int64"))
+    return {"name": name, "words": keys, "position": position, "has_gauss": has_gauss, "gauss": gauss}
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put back what `capture_rng` returned. A stream that exists on one side only is named in a warning.
+
+    Raises:
+        KeyError: the torch or python stream is missing.
+    """
+    torch.set_rng_state(state["torch"])
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    _restore_devices(state)
+    numpy = _numpy()
+    if numpy is not None and "numpy" in state:
+        saved = state["numpy"]
+        words = saved["words"].numpy().astype("uint32")
+        numpy.random.set_state((saved["name"], words, saved["position"], saved["has_gauss"], saved["gauss"]))
+    elif "numpy" in state:
+        warnings.warn("the saved numpy random state is not restored: numpy is not installed here", stacklevel=2)
+
+
+def _restore_devices(state: dict[str, Any]) -> None:
+    saved = state.get("cuda", [])
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index, device_state in enumerate(saved[:found]):
+        torch.cuda.set_rng_state(device_state, index)
+    if len(saved) > found:
+        warnings.warn(f"random states of {len(saved)} GPU(s) were saved, {found} are here", stacklevel=3)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+    elif "mps" in state:
+        warnings.warn("the saved MPS random state is not restored: this machine has no MPS device", stacklevel=3)
+
+
+class RngState:
+    """All random streams of this process, as a part of a checkpoint.
+
+    `per_rank` tells the checkpoint manager to store one for every rank.
+    """
+
+    per_rank = True
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self.seed = seed
+        self.rank = rank
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the streams as they stand now."""
+        return capture_rng()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the streams back. Call it last: building models and data loaders draws from them."""
+        restore_rng(state)
+
+    def start_afresh(self, step: int) -> None:
+        """Derive the streams from (seed, step, rank), for a rank that the checkpoint has no state of."""
+        _seed_everything(derive_seed("resumed", self.seed, step, self.rank))
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave every random stream as it was found, whatever is drawn inside (evaluation must not move training)."""
+    state = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(state)
