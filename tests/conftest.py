@@ -1,0 +1,223 @@
+"""What all tests share: one thread, no network, a fixed seed, a watch for leaks, and fixtures that start processes.
+
+A test file is no package and cannot import this one: take the fixtures by name, with the types
+`Callable[..., list[Any]]` for `run_ranks` and `Callable[..., subprocess.CompletedProcess[str]]` for `run_cli`.
+"""
+
+import os
+import pickle
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",  # read by torch when it is imported; bitwise comparisons need a fixed number
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # else tokenizers warn in every forked data worker
+}
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GRACE = 5.0  # seconds in which what a test has ended may disappear
+
+
+def pytest_configure() -> None:
+    """Settle the environment before any test file imports torch; child processes inherit it."""
+    os.environ.update(SETTINGS)
+    for name in RANK_NAMES:  # tests started by a launcher are no ranks of it
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed every generator that is loaded, and return the seed."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:  # never imported here: tests of the light modules stay light
+        sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].set_num_threads(1)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(seed: int) -> Iterator[None]:
+    """Fail a test that leaves behind a process group, an environment variable, a thread or a child process."""
+    environment, threads, children = dict(os.environ), set(threading.enumerate()), set(child_processes())
+    yield
+    leaks = [*end_process_group(), *restore_environment(environment)]
+    leaks += [f"thread {thread.name}" for thread in threading.enumerate() if outlives(thread, threads)]
+    leaks += end_children(children)
+    if leaks:
+        pytest.fail("the test leaves behind: " + "; ".join(leaks), pytrace=False)
+
+
+def end_process_group() -> list[str]:
+    """End the default process group, if there is one, and say so."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return []
+    distributed.destroy_process_group()
+    return ["a process group"]
+
+
+def restore_environment(before: dict[str, str]) -> list[str]:
+    """Put the environment back to what it was, and name each variable that had changed."""
+    after = dict(os.environ)
+    changed = [name for name in {*before, *after} if before.get(name) != after.get(name)]
+    changed = sorted(name for name in changed if not name.startswith("PYTEST_"))
+    for name in changed:
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
+    return [f"environment variable {name}={after.get(name)!r}" for name in changed]
+
+
+def outlives(thread: threading.Thread, before: set[threading.Thread]) -> bool:
+    """Whether a test started this thread and it goes on. Daemon threads die with the process."""
+    if thread in before or thread.daemon:
+        return False
+    thread.join(GRACE)
+    return thread.is_alive()
+
+
+def child_processes() -> list[psutil.Process]:
+    """All descendants, without the multiprocessing helper that lives as long as this process on purpose."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if not any("multiprocessing.resource_tracker" in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def end_children(before: set[psutil.Process]) -> list[str]:
+    """Kill the descendants that a test has left running, and name them."""
+    _, alive = psutil.wait_procs([process for process in child_processes() if process not in before], timeout=GRACE)
+    names = []
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            names.append(f"process {' '.join(process.cmdline())[:200]!r}")
+            process.kill()
+    return names
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the demo checkpoint, built once for all pytest-xdist workers. Read it, never write into it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a folder of its own inside the session's
+    folder, complete = base / "demo_checkpoint", base / "demo_checkpoint.complete"
+    with FileLock(base / "demo_checkpoint.lock"):
+        if not complete.exists():
+            from rawloop.demo.checkpoint import build_demo_checkpoint
+
+            build_demo_checkpoint(folder, ROOT / "rawloop" / "demo" / "speech")
+            complete.touch()
+    return folder
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Give `run_cli(*arguments, cwd=None, env=None, timeout=110)`, which runs `python -m rawloop` in a process."""
+
+    def run(
+        *arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 110.0
+    ) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "rawloop", *map(str, arguments)]
+        environment = {**os.environ, **(env or {})}
+        return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.fixture
+def run_ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Callable[..., list[Any]]:
+    """Give `run_ranks(function, *arguments, world_size=2, timeout=120)`: real processes in a gloo group.
+
+    Each process calls `function(world, *arguments)` with its open `rawloop.dist.World`. The function stands at the top
+    level of a test file; arguments and results travel by pickle. Returns the results in order of rank, or raises what
+    the first failing rank raised, with that rank's traceback as a note. No process outlives the call.
+    """
+
+    def run(function: Callable[..., Any], *arguments: Any, world_size: int = 2, timeout: float = 120.0) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        job = {
+            "module": function.__module__,
+            "path": str(Path(function.__code__.co_filename).resolve()),
+            "function": function.__name__,
+            "arguments": pickle.dumps(arguments),
+            "timeout": timeout,
+            "filters": pytestconfig.getini("filterwarnings"),
+        }
+        (folder / "job.pickle").write_bytes(pickle.dumps(job))
+        processes = start_ranks(folder, world_size)
+        try:
+            wait_for_ranks(folder, processes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return collect_ranks(folder, processes)
+
+    return run
+
+
+def start_ranks(folder: Path, world_size: int) -> list["subprocess.Popen[bytes]"]:
+    """Start one process per rank; what rank N prints goes to `rankN.log`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        values = (rank, world_size, rank, world_size, "127.0.0.1", port)
+        environment = {**os.environ, **dict(zip(RANK_NAMES, map(str, values), strict=True))}
+        command = [sys.executable, str(ROOT / "tests" / "rank_main.py"), str(folder), str(rank)]
+        with (folder / f"rank{rank}.log").open("wb") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    return processes
+
+
+def wait_for_ranks(folder: Path, processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:
+    """Wait until all have ended. After a first failure the others, who may wait for it, get a short grace."""
+    deadline = time.monotonic() + timeout
+    failed = False
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if not failed and any(process.poll() not in (None, 0) for process in processes):
+            failed = True
+            deadline = min(deadline, time.monotonic() + 2 * GRACE)
+        time.sleep(0.02)
+
+
+def collect_ranks(folder: Path, processes: list["subprocess.Popen[bytes]"]) -> list[Any]:
+    """Return the ranks' results, or raise the earliest failure."""
+    for rank in range(len(processes)):
+        sys.stdout.write((folder / f"rank{rank}.log").read_text(errors="replace"))
+    outcomes = {
+        int(file.stem.removeprefix("rank")): pickle.loads(file.read_bytes()) for file in folder.glob("rank*.pickle")
+    }
+    errors = {rank: outcome for rank, outcome in outcomes.items() if outcome["kind"] == "error"}
+    if errors:
+        rank, first = min(errors.items(), key=lambda item: item[1]["moment"])
+        first["value"].add_note(f"rank {rank}:\n{first['text']}")
+        raise first["value"]
+    missing = [
+        f"rank {rank} (exit code {process.returncode})"
+        for rank, process in enumerate(processes)
+        if rank not in outcomes
+    ]
+    if missing:
+        raise TimeoutError(f"ended without a result, or killed after the time limit: {', '.join(missing)}")
+    return [outcomes[rank]["value"] for rank in range(len(processes))]
