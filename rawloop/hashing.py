@@ -26,10 +26,8 @@ def sha256_files(paths: Iterable[Path]) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    total = hashlib.sha256()
-    for path in sorted(paths, key=lambda path: path.name):
-        total.update(f"{path.name}\0{sha256_file(path)}\n".encode())
-    return total.hexdigest()
+    lines = sorted(f"{path.name}\0{sha256_file(path)}\n" for path in paths)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hash_folder(folder: Path) -> str:

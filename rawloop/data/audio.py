@@ -1,0 +1,121 @@
+"""From an audio file to a mono waveform at the codec's sample rate, or to the reason why it cannot be used.
+
+libsndfile decodes (wav, flac, ogg, mp3), torchaudio resamples. `torchaudio.load` is not used: it needs FFmpeg.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rawloop.errors import RawloopError, UserError
+
+SILENCE_PEAK = 1e-3  # -60 dBFS: a clip that never exceeds it holds no speech that a codec could keep
+LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-1, 1]
+MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd sample rates would need gigabytes
+
+
+class BadAudio(RawloopError):
+    """A clip that cannot be used. `reason` says why, without the file's name."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def load_audio(
+    path: Path, sample_rate: int, *, min_seconds: float = 0.0, max_seconds: float = math.inf, frame_rate: float = 0.0
+) -> Tensor:
+    """Decode a clip, mix it to mono and resample it.
+
+    Args:
+        path: wav, flac, ogg or mp3 file, of any sample rate and number of channels.
+        sample_rate: of the result, in Hz.
+        min_seconds: shorter clips are bad.
+        max_seconds: longer clips are bad; the file's header is asked before anything is decoded.
+        frame_rate: of the codec, in frames per second; a clip shorter than one frame is bad.
+
+    Returns:
+        Waveform (samples,) float32.
+
+    Raises:
+        BadAudio: cannot be opened or decoded; is empty, silent (peak below -60 dBFS), not finite, far beyond full
+            scale, too short, too long, or of a sample rate that cannot be converted.
+        UserError: torchaudio is broken or missing.
+    """
+    waveform, rate = _decode(path, max_seconds)
+    shortest = max(min_seconds, 1 / frame_rate if frame_rate else 0.0)
+    if len(waveform) < shortest * rate:
+        what = "data.min_seconds" if shortest == min_seconds else "one frame of the codec"
+        raise BadAudio(f"lasts {len(waveform) / rate:.3f} s, shorter than {what} ({shortest:g} s)")
+    peak = float(waveform.abs().max())
+    if not math.isfinite(peak):
+        raise BadAudio("has samples that are not finite (NaN or infinity)")
+    if peak > LOUDEST_PEAK:
+        raise BadAudio(f"peaks at {peak:g}: a float file must be scaled to lie between -1 and 1")
+    if peak < SILENCE_PEAK:
+        level = f"{20 * math.log10(peak):.0f} dBFS" if peak else "digital silence"
+        raise BadAudio(f"is silent (peak {level}, limit -60 dBFS)")
+    return _resample(waveform, rate, sample_rate)
+
+
+def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = int(file.samplerate)
+            _check_length(file.frames, rate, max_seconds)
+            samples = file.read(dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise BadAudio(f"cannot be decoded: {error.error_string.strip().rstrip('.')}") from error
+    except OSError as error:
+        raise BadAudio(f"cannot be opened: {error.strerror}") from error
+    _check_length(len(samples), rate, max_seconds)  # the headers of some mp3 files only estimate
+    return torch.from_numpy(samples).mean(dim=1), rate
+
+
+def _check_length(frames: int, rate: int, max_seconds: float) -> None:
+    if frames == 0:
+        raise BadAudio("is empty: it has no samples")
+    if frames > max_seconds * rate:
+        raise BadAudio(f"lasts {frames / rate:.2f} s, longer than data.max_seconds ({max_seconds:g} s)")
+
+
+def _resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
+    if rate == wanted:
+        return waveform
+    divisor = math.gcd(rate, wanted)
+    if (rate // divisor) * (wanted // divisor) > MOST_TAPS:
+        raise BadAudio(f"has a sample rate of {rate} Hz, which has no simple ratio to {wanted} Hz: resample it first")
+    resampled: Tensor = import_torchaudio().functional.resample(waveform, rate, wanted)
+    return resampled
+
+
+def import_torchaudio() -> ModuleType:
+    """Import torchaudio, or say in one line why it cannot be imported and which command mends it.
+
+    PyPI's torchaudio is a CUDA build. Beside a CPU build of torch it fails to load its own libraries, and takes every
+    model of transformers with it. rawloop uses only the part of it that is plain PyTorch, which needs none of them.
+
+    Raises:
+        UserError: torchaudio is missing or cannot load.
+    """
+    try:
+        import torchaudio
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: mend it with `pip install torchaudio`") from error
+    except (OSError, RuntimeError, ImportError) as error:
+        found = importlib.util.find_spec("torchaudio")
+        folder = Path(found.origin).parent / "lib" if found and found.origin else Path("torchaudio/lib")
+        version = importlib.metadata.version("torchaudio")
+        raise UserError(
+            f"torchaudio {version} does not fit torch {torch.__version__} ({str(error).splitlines()[0]}): "
+            f"mend it with `bash launch/setup.sh` or `rm {folder}/*.so`; rawloop needs none of these libraries"
+        ) from error
+    module: ModuleType = torchaudio
+    return module

@@ -1,0 +1,72 @@
+"""What a user decides about the data: where it lies, how it is read, and what happens to clips that cannot be used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rawloop.errors import UserError
+
+CACHE_NAME = ".rawloop-codes"
+
+
+@dataclass
+class DataConfig:
+    """The data to train and evaluate on.
+
+    Args:
+        train: folder with metadata.json, or a metadata.json, JSONL or JSON file.
+        eval: the same for evaluation.
+        codes: folder of the codec's cached codes, written by `rawloop prepare`. Default: `.rawloop-codes` in the folder
+            of the training data.
+        task: take every sample of a metadata.json as this task: single_speaker_smart_voice, zero_shot_voice_cloning,
+            multi_speaker_smart_voice or multi_speaker_voice_cloning. Default: what the sample says, else what its keys
+            imply.
+        refs_in_scene: in multi_speaker_voice_cloning, put the reference clips into the scene instead of into turns of
+            their own.
+        default_scene: scene of the samples of a metadata.json that name none; null for no scene.
+        allow_outside: let the data name audio files outside its own folder.
+        on_bad_sample: what `rawloop prepare` does about clips that cannot be used: stop (exit code 1, after encoding
+            all others) or skip (training leaves out exactly the samples that need them).
+        max_seconds: clips longer than this are bad.
+        min_seconds: clips shorter than this are bad.
+        num_workers: processes that build batches beside each training process; 0 builds them in the training process.
+        shuffle: visit the training samples in another order in every epoch.
+    """
+
+    train: str | None = None
+    eval: str | None = None
+    codes: str | None = None
+    task: str | None = None
+    refs_in_scene: bool = False
+    default_scene: str | None = "Audio is recorded from a quiet room."
+    allow_outside: bool = False
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    max_seconds: float = 30.0
+    min_seconds: float = 0.0
+    num_workers: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse limits that no clip can meet."""
+        if not 0 <= self.min_seconds < self.max_seconds:
+            raise UserError(
+                f"data.min_seconds is {self.min_seconds} and data.max_seconds is {self.max_seconds}: "
+                "they need 0 <= min_seconds < max_seconds"
+            )
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers is {self.num_workers}: it must be 0 or more")
+
+
+def codes_folder(config: DataConfig) -> Path:
+    """Return the folder of the cached codes: `config.codes`, or `.rawloop-codes` in the folder of the data.
+
+    Raises:
+        UserError: neither `codes` nor `train` nor `eval` is set.
+    """
+    if config.codes is not None:
+        return Path(config.codes).expanduser()
+    data = config.train or config.eval
+    if data is None:
+        raise UserError("no data: set --data.train to a folder with metadata.json or to a JSONL file")
+    path = Path(data).expanduser()
+    return (path if path.is_dir() else path.parent) / CACHE_NAME

@@ -1,0 +1,276 @@
+"""Encodes every clip of a data set once, so that training never runs the codec.
+
+A clip that is in the cache already is not encoded again, whichever data set or path it comes from. Clips are encoded
+one at a time, since padding a batch of them would change their codes; threads decode ahead meanwhile. Stopped at any
+moment, a second run goes on where the first one was.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rawloop.contracts import CodecInfo, Sample
+from rawloop.data.audio import BadAudio, load_audio
+from rawloop.data.config import DataConfig
+from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
+from rawloop.errors import RawloopError
+from rawloop.hashing import sha256_file
+
+Encode = Callable[[Tensor], Tensor]
+REPORT = "report.json"
+DECODERS = 4  # threads that hash and decode ahead of the codec
+AHEAD = 16  # clips decoded ahead: at most 50 MB of waveforms
+
+
+@dataclass(frozen=True)
+class BadClip:
+    """A clip that cannot be used, why, and one of the samples that need it."""
+
+    path: str
+    reason: str
+    sample: str
+
+
+@dataclass
+class PrepareReport:
+    """What `prepare` found and did. It is written to `report.json` in the cache folder.
+
+    `encoded` clips went through the codec now, `reused` had codes before (or the content of another clip). `left_out`
+    are the ids of the samples that need a bad clip. `audio_seconds` of the encoded clips, `seconds` of wall time.
+    """
+
+    folder: str
+    codec: CodecInfo
+    on_bad_sample: str
+    samples: int = 0
+    clips: int = 0
+    encoded: int = 0
+    reused: int = 0
+    audio_seconds: float = 0.0
+    seconds: float = 0.0
+    bad: list[BadClip] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Return one line that says what happened, and one for each of the bad clips."""
+        lines = [
+            f"{self.clips} clips of {self.samples} samples: {self.encoded} encoded ({self.audio_seconds:.1f} s of "
+            f"audio in {self.seconds:.1f} s), {self.reused} there before, {len(self.bad)} bad"
+        ]
+        lines += [f"bad: {clip.path} (sample {clip.sample}): {clip.reason}" for clip in self.bad]
+        return "\n".join(lines)
+
+
+class BadClips(RawloopError):
+    """Some clips cannot be used, and `prepare` was not asked to skip them. All others are encoded."""
+
+    def __init__(self, report: PrepareReport) -> None:
+        super().__init__(
+            f"{len(report.bad)} of {report.clips} clips cannot be used, so {len(report.left_out)} of {report.samples} "
+            "samples cannot be trained on: mend or remove them, or leave them out with --data.on_bad_sample skip "
+            f"(all are named in {Path(report.folder) / REPORT})"
+        )
+        self.report = report
+
+
+class Clip(NamedTuple):
+    """An audio file, hashed and perhaps decoded: `waveform` (samples,) float32 if it must be encoded."""
+
+    row: Row
+    waveform: Tensor | None = None
+    known: bool = False
+
+
+def prepare(
+    samples: Iterable[Sample],
+    encode: Encode,
+    codec: CodecInfo,
+    folder: Path | str,
+    config: DataConfig | None = None,
+    *,
+    progress: bool = True,
+) -> PrepareReport:
+    """Encode every distinct clip of `samples` and cache its codes in `folder`.
+
+    Args:
+        samples: from `read_samples`; clips that several of them share are encoded once.
+        encode: the codec: waveform (samples,) float32 on the CPU -> codes (frames, codebooks) int64.
+        codec: what identifies the codec and its codes.
+        folder: of the cache.
+        config: `on_bad_sample`, `max_seconds` and `min_seconds` are read from it.
+        progress: show a progress bar.
+
+    Returns:
+        What was done; also written to `folder/report.json`.
+
+    Raises:
+        BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others have been encoded.
+        RawloopError: the disk is full, the cache is damaged, or the codec gave something that is no codes.
+        UserError: the folder cannot be written, or another `rawloop prepare` writes to it.
+    """
+    config = config or DataConfig()
+    folder = Path(folder).expanduser()
+    samples = list(samples)
+    clips: dict[str, str] = {}  # path -> the first sample that needs it
+    for sample in samples:
+        for path in sample.audio_paths():
+            clips.setdefault(str(path.absolute()), sample.id)
+    report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
+    started = time.monotonic()
+    with _signals_held() as asked, open_writer(folder, codec) as writer:
+        clips_ahead = _ahead(_Loader(writer, codec, config), list(clips))
+        with closing(clips_ahead), tqdm(total=len(clips), desc="encoding", unit="clip", disable=not progress) as bar:
+            for clip in clips_ahead:
+                _take(clip, encode, writer, report)
+                bar.update()
+                if asked:
+                    break
+    report.seconds = time.monotonic() - started
+    _close(report, samples, [(writer.rows[path], sample) for path, sample in clips.items()])
+    write_file(folder / REPORT, json.dumps(asdict(report), indent=1).encode())
+    if report.bad and config.on_bad_sample == "stop":
+        raise BadClips(report)
+    return report
+
+
+def _close(report: PrepareReport, samples: list[Sample], clips: list[tuple[Row, str]]) -> None:
+    """Enter the bad clips and the samples that need them."""
+    report.bad = [BadClip(row.path, row.bad, sample) for row, sample in clips if row.bad]
+    bad = {clip.path for clip in report.bad}
+    report.left_out = [sample.id for sample in samples if not bad.isdisjoint(map(str, sample.audio_paths()))]
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Looks a clip up in the index, hashes it and decodes it. Called from several threads; only reads the index."""
+
+    writer: ShardWriter
+    codec: CodecInfo
+    config: DataConfig
+
+    def __call__(self, path: str) -> Clip:
+        old = self.writer.rows.get(path)
+        try:
+            now = os.stat(path)
+            same = old is not None and (old.size, old.mtime_ns) == (now.st_size, now.st_mtime_ns)
+            if old is not None and same and self.writer.find(old.sha256):
+                return Clip(old, known=True)
+            row = Row(path, now.st_size, now.st_mtime_ns, sha256_file(Path(path)))
+        except OSError as error:
+            return Clip(self._bad(Row(path, -1, -1), f"cannot be opened: {error.strerror}"))
+        if self.writer.find(row.sha256):
+            return Clip(row)
+        try:
+            return Clip(row, self._decode(path))
+        except BadAudio as error:
+            return Clip(self._bad(row, error.reason))
+
+    def _decode(self, path: str) -> Tensor:
+        return load_audio(
+            Path(path),
+            self.codec.sample_rate,
+            min_seconds=self.config.min_seconds,
+            max_seconds=self.config.max_seconds,
+            frame_rate=self.codec.frame_rate,
+        )
+
+    def _bad(self, row: Row, reason: str) -> Row:
+        return row._replace(bad=reason, skip=self.config.on_bad_sample == "skip")
+
+
+def _take(clip: Clip, encode: Encode, writer: ShardWriter, report: PrepareReport) -> None:
+    """Encode a clip if nobody has, and put its row into the index."""
+    row = clip.row
+    if row.bad:
+        if writer.rows.get(row.path) != row:
+            writer.add(row)
+        return
+    twin = writer.find(row.sha256)
+    if twin is None:
+        assert clip.waveform is not None, "a clip is either cached or decoded"
+        writer.add(row, _codes(clip.waveform, encode, writer.codec, row.path))
+        report.encoded += 1
+        report.audio_seconds += len(clip.waveform) / writer.codec.sample_rate
+        return
+    report.reused += 1
+    if not clip.known:
+        writer.add(row._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc))
+
+
+def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Tensor:
+    """Run the codec and make sure that what it gives are codes that fit uint16 and the codec's own description."""
+    try:
+        with torch.inference_mode():
+            codes = encode(waveform).cpu()
+    except torch.OutOfMemoryError as error:
+        seconds = len(waveform) / codec.sample_rate
+        raise RawloopError(f"out of memory while encoding {path} ({seconds:.1f} s): lower data.max_seconds") from error
+    limit = min(codec.codebook_size, 2**16)
+    if codes.ndim != 2 or codes.shape[1] != codec.codebooks or len(codes) == 0 or codes.is_floating_point():
+        raise RawloopError(
+            f"the codec gave {codes.dtype} of shape {tuple(codes.shape)} for {path}: "
+            f"codes must be integers of shape (frames, {codec.codebooks})"
+        )
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= limit:
+        raise RawloopError(f"the codec gave codes from {low} to {high} for {path}: they must lie in 0 to {limit - 1}")
+    return codes
+
+
+def _ahead(load: Callable[[str], Clip], paths: list[str]) -> Generator[Clip]:
+    """Yield `load(path)` for each path in order, with threads working a few clips ahead."""
+    waiting: deque[Future[Clip]] = deque()
+    with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
+        try:
+            for path in paths:
+                waiting.append(pool.submit(load, path))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM in the list instead of obeying them; obey at the end of the block.
+
+    Whoever looks at the list between two clips can stop there. At the second signal of a kind the process does at once
+    what it would have done without us.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may set signal handlers, and only there do signals arrive
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        signal.raise_signal(asked[0])
+        name = signal.Signals(asked[0]).name
+        raise RawloopError(f"stopped by {name}; what was encoded is kept: run `rawloop prepare` again to go on")

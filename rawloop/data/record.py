@@ -1,0 +1,151 @@
+"""One record of a data file, with its place, so that every complaint about a value can say where it stands."""
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import unquote, urlsplit
+
+from rawloop.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON object of a data file. `file` is the data file, `place` says where in it: `samples[3]` or `line 7`."""
+
+    values: Mapping[str, Any]
+    file: Path
+    place: str
+
+    def __str__(self) -> str:
+        name = next((self.values[key] for key in ("id", "audio_id") if self.values.get(key) not in (None, "")), None)
+        return f"{self.file} {self.place}" + ("" if name is None else f" (id {name!r})")
+
+    def fail(self, message: str) -> NoReturn:
+        """Raise a UserError that says where this record stands."""
+        raise UserError(f"{self}: {message}")
+
+    def text(self, *keys: str) -> str | None:
+        """Return the first of `keys` that holds a string with something in it, stripped; None if none is given.
+
+        Null and empty strings count as not given: converters write them for absent references.
+
+        Raises:
+            UserError: a value is no string.
+        """
+        for key in keys:
+            value = self.values.get(key)
+            if value is not None and not isinstance(value, str):
+                self.fail(f"'{key}' is {show(value)}: it must be a string")
+            if value and value.strip():
+                return value.strip()
+        return None
+
+    def without(self, known: frozenset[str]) -> dict[str, Any]:
+        """Return all values except those of the `known` keys."""
+        return {key: value for key, value in self.values.items() if key not in known}
+
+
+def show(value: object) -> str:
+    """Return a value's type and a short form of it, for messages."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+@dataclass
+class Files:
+    """Turns the paths of a data file into resolved paths, without leaving the data folder, and notes missing ones.
+
+    Folders are resolved once each, and each file costs a single lstat, so that 600,000 clips take seconds.
+
+    Args:
+        root: folder of the data file; relative paths start here.
+        allow_outside: let paths leave `root`.
+        check: look whether each file exists. Without it, a link inside `root` that leads outside is not noticed.
+    """
+
+    root: Path
+    allow_outside: bool = False
+    check: bool = True
+    missing: list[str] = field(default_factory=list)
+    _folders: dict[str, tuple[str, bool]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._base = os.path.realpath(self.root)
+
+    def resolve(self, value: str, record: Record) -> Path:
+        """Return the resolved path of `value`, a path or file:// url that stands in `record`.
+
+        Raises:
+            UserError: the path leaves the data folder, names a folder, or is a remote url.
+        """
+        path = os.path.join(self._base, local_path(value, record))
+        if "\0" in path:
+            record.fail(f"{value!r} is no path: it holds a NUL character")
+        folder, name = os.path.split(path)
+        if name in ("", ".", ".."):
+            record.fail(f"'{value}' is a folder: name a file")
+        if folder not in self._folders:
+            real = os.path.realpath(folder)
+            self._folders[folder] = real, self._inside(real)
+        folder, inside = self._folders[folder]
+        path = os.path.join(folder, name)
+        if self.check and self._is_link(path, value, record):
+            path = os.path.realpath(path)
+            inside = self._inside(path)
+            if self._is_link(path, value, record):
+                record.fail(f"'{value}' is a link that leads to itself")
+        if not inside and not self.allow_outside:
+            record.fail(
+                f"'{value}' leaves the data folder {self._base} (it is {path}): "
+                "move the file there, or allow it with --data.allow_outside true"
+            )
+        return Path(path)
+
+    def raise_missing(self) -> None:
+        """Raise a UserError that names the missing files, if there are any."""
+        if not self.missing:
+            return
+        named = "; ".join(self.missing[:5])
+        count = len(self.missing)
+        more = f" and {count - 5} more" if count > 5 else ""
+        noun = "file is" if count == 1 else "files are"
+        raise UserError(f"{count} audio {noun} missing: {named}{more}. Restore them or remove these samples")
+
+    def _inside(self, path: str) -> bool:
+        return os.path.commonpath((self._base, path)) == self._base
+
+    def _is_link(self, path: str, value: str, record: Record) -> bool:
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            self.missing.append(f"'{value}' of {record}")
+            return False
+        except OSError as error:
+            record.fail(f"'{value}' cannot be looked up: {error.strerror}")
+        if stat.S_ISDIR(mode):
+            record.fail(f"'{value}' is a folder: name a file")
+        return stat.S_ISLNK(mode)
+
+
+def local_path(value: str, record: Record) -> str:
+    """Return the path that a path or file:// url stands for.
+
+    Raises:
+        UserError: a url of another kind.
+    """
+    scheme, found, _ = value.partition(":")
+    if not found or not scheme.isalnum():
+        return value
+    if scheme == "file":
+        url = urlsplit(value)
+        if url.netloc not in ("", "localhost"):
+            record.fail(f"'{value}' lies on another machine: copy the file and name it by its path")
+        return unquote(url.path)
+    if scheme == "data":
+        record.fail("audio inside the data file (data: url) is not read: write it to a file and name it by its path")
+    if value[len(scheme) :].startswith("://"):
+        record.fail(f"'{value}' is a remote file: download it first and name it by its path")
+    return value
