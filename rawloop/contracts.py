@@ -139,8 +139,16 @@ class Family(Protocol):
     streams: Sequence[str]
     stream_weights: Mapping[str, float]
 
-    def load_model(self) -> nn.Module:
-        """Load the model from its folder or hub id, in the dtype it is stored in, on the CPU."""
+    def load_model(self, path: str | None = None) -> nn.Module:
+        """Load the model from its configured place, or from `path`, in the dtype it is stored in, on the CPU."""
+        ...
+
+    def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
+        """Load the audio codec: what it is, and its encoder, (samples,) float32 -> (frames, codebooks) int64."""
+        ...
+
+    def codec_hash(self) -> str:
+        """Content hash of the codec: codes of another one would be noise to the model."""
         ...
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Any:
@@ -153,6 +161,14 @@ class Family(Protocol):
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
         """Run the model and return the loss sum and target count of every stream."""
+        ...
+
+    def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Run the model and return the float32 logits of every target, by stream."""
+        ...
+
+    def probe(self) -> Batch:
+        """A fixed little batch, for comparing two versions of a model by their logits."""
         ...
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rawloop.contracts import Batch, Losses, StreamLoss
 from rawloop.errors import RawloopError, UserError
 
 T = TypeVar("T")
@@ -79,6 +80,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank. One all_reduce."""
+        return self.sum([float(value)])[0] > 0
+
     def from_main(self, value: T) -> T:
         """Return rank 0's value on every rank."""
         return self.gather(value)[0]
@@ -109,7 +114,7 @@ class World:
             raise error
         raise kind(message if rank == 0 else f"rank {rank}: {message}")
 
-    def wrap(self, module: nn.Module, config: DDPConfig) -> nn.Module:
+    def wrap(self, module: "LossModule", config: DDPConfig) -> nn.Module:
         """Wrap `module` in DDP, or return it as it is in a single process."""
         if self.size == 1:
             return module
@@ -120,6 +125,23 @@ class World:
             gradient_as_bucket_view=config.gradient_as_bucket_view,
             static_graph=config.static_graph,
         )
+
+
+class LossModule(nn.Module):
+    """A model together with its loss: calling it with a batch gives every stream's `StreamLoss`.
+
+    This is what DDP wraps. DDP learns which parameters a step uses from what forward returns, so heads that are
+    applied while scoring must be inside.
+    """
+
+    def __init__(self, model: nn.Module, losses: Losses) -> None:
+        super().__init__()
+        self.model = model
+        self.losses = losses
+
+    def forward(self, batch: Batch) -> dict[str, StreamLoss]:
+        """Score one micro-batch that is on the model's device."""
+        return self.losses(self.model, batch)
 
 
 def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:

@@ -1,0 +1,243 @@
+"""LoRA through PEFT, full fine-tuning, freezing by pattern, and the files that a checkpoint keeps of the model.
+
+The only module that knows PEFT.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rawloop.errors import CheckpointError, UserError
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained: a LoRA adapter beside frozen weights, or the weights themselves.
+
+    Args:
+        mode: lora or full.
+        rank: rank of the LoRA matrices.
+        alpha: LoRA scale; updates are multiplied by alpha / rank (alpha / sqrt(rank) with rslora).
+        dropout: dropout on the input of the LoRA branch.
+        target_modules: names of the linear layers that get LoRA. A name matches every layer whose path ends with it,
+            so `mlp.up_proj` is narrower than `up_proj`. Or the single entry all-linear.
+        modules_to_save: modules trained in full beside LoRA and stored with the adapter, such as audio_lm_head.
+        dora: weight-decomposed LoRA (DoRA).
+        rslora: rank-stabilised scale, alpha / sqrt(rank).
+        freeze: patterns (`*` matches anything) of parameter names that are not trained, such as model.embed_tokens.*
+    """
+
+    mode: Literal["lora", "full"] = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    modules_to_save: list[str] = field(default_factory=list)
+    dora: bool = False
+    rslora: bool = False
+    freeze: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"adapter.rank is {self.rank}: it must be 1 or more")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
+
+
+def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str]) -> nn.Module:
+    """Make the model trainable as the config asks, and return it (wrapped by PEFT for LoRA).
+
+    Args:
+        model: the loaded base model.
+        config: LoRA or full, and what is frozen.
+        notices: gets a line for everything the user should know, such as a target that matches two kinds of layer.
+
+    Raises:
+        UserError: a target, module or pattern matches nothing; near matches are named.
+    """
+    if config.mode == "full":
+        model.requires_grad_(True)
+        result = model
+    else:
+        _check_targets(model, config, notices)
+        targets: Any = config.target_modules
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=config.modules_to_save or None,
+            use_dora=config.dora,
+            use_rslora=config.rslora,
+        )
+        result = get_peft_model(model, lora)
+    _freeze(result, config.freeze)
+    trainable, total = count_parameters(result)
+    notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
+    return result
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of trainable and of all parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if config.target_modules != ["all-linear"]:
+        for target in config.target_modules:
+            matched = _matching(target, linear)
+            if not matched:
+                raise _no_match("adapter.target_modules", target, linear)
+            parents = sorted({name.split(".")[-2] for name in matched if "." in name})
+            if len(parents) > 1 and "." not in target:
+                choices = " or ".join(f"{parent}.{target}" for parent in parents)
+                where = f"{len(matched)} layers, in {' and in '.join(parents)}"
+                notices.append(f"target '{target}' matches {where}: name {choices} to have only one kind")
+    for module in config.modules_to_save:
+        if not _matching(module, names):
+            raise _no_match("adapter.modules_to_save", module, names)
+
+
+def _matching(target: str, names: Iterable[str]) -> list[str]:
+    """PEFT's rule for lists: the whole path, or its end after a dot."""
+    return [name for name in names if name == target or name.endswith("." + target)]
+
+
+def _no_match(key: str, target: str, names: list[str]) -> UserError:
+    ends = {".".join(name.split(".")[-depth:]) for name in names for depth in (1, 2)}
+    near = get_close_matches(target, sorted(ends), n=3, cutoff=0.4) or sorted(end for end in ends if "." not in end)[:8]
+    return UserError(f"{key} has '{target}', which matches no layer of the model; near: {', '.join(near)}")
+
+
+def _freeze(model: nn.Module, patterns: list[str]) -> None:
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        # PEFT puts base_model.model. before every name; patterns are written against the model's own names.
+        matched = [
+            n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.removeprefix("base_model.model."), pattern)
+        ]
+        if not matched:
+            near = get_close_matches(pattern.strip("*."), list(names), n=3, cutoff=0.3)
+            raise UserError(f"adapter.freeze has '{pattern}', which matches no parameter; near: {', '.join(near)}")
+        for name in matched:
+            names[name].requires_grad_(False)
+
+
+class ModelFiles:
+    """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/` from `save_pretrained`.
+
+    What was written is opened again and compared with the weights in memory, by name, shape and value.
+    """
+
+    def __init__(self, model: nn.Module, load_model: Callable[[str], nn.Module]) -> None:
+        self.model: Any = model
+        self.load_model = load_model
+        self.is_adapter = isinstance(model, PeftModel)
+        self.folder = "adapter" if self.is_adapter else "model"
+
+    def save(self, folder: Path) -> None:
+        """Write the files into `folder`.
+
+        Raises:
+            CheckpointError: what can be read back is not what is in memory.
+        """
+        if self.is_adapter:
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+            _compare(_tensors(folder), get_peft_model_state_dict(self.model, save_embedding_layers=False), folder)
+        else:
+            self.model.save_pretrained(folder)
+            _tensors(folder)
+
+    def load(self, folder: Path) -> None:
+        """Put the stored weights into the model.
+
+        Raises:
+            CheckpointError: names or shapes do not fit.
+        """
+        if not self.is_adapter:
+            self._load_full(folder)
+            return
+        stored = _tensors(folder)
+        wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        _same_names(stored, wanted, folder)
+        set_peft_model_state_dict(self.model, stored)
+        _compare(stored, get_peft_model_state_dict(self.model, save_embedding_layers=False), folder)
+
+    def _load_full(self, folder: Path) -> None:
+        """Load as a user would, because stored names may differ from a module's own, then copy by name."""
+        stored = self.load_model(str(folder)).state_dict()
+        own = self.model.state_dict()
+        _same_names(stored, own, folder)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+
+
+def merge_adapter(base: nn.Module, adapter: Path, probe: Callable[[nn.Module], Tensor]) -> tuple[nn.Module, float]:
+    """Merge an adapter into its base model, which must be in float32: 16 bits would round small updates away.
+
+    Args:
+        base: the base model.
+        adapter: folder in PEFT's format.
+        probe: runs a model on fixed inputs and returns its logits, any shape.
+
+    Returns:
+        the merged model, and the largest difference of its logits from those of base plus adapter, relative to the
+        largest logit.
+
+    Raises:
+        UserError: the folder holds no adapter, or one of another model.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
+        )
+    try:
+        adapted: Any = PeftModel.from_pretrained(base, adapter)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{adapter} does not fit the base model: {str(error).splitlines()[0]}") from error
+    with torch.no_grad():
+        before = probe(adapted)
+        merged = adapted.merge_and_unload(safe_merge=True)
+        after = probe(merged)
+    return merged, float((after - before).abs().max() / before.abs().max())
+
+
+def base_of(adapter: Path) -> str:
+    """Return the folder or hub id of the model that an adapter was trained on."""
+    return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors file")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _same_names(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
+    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    shapes = [name for name in set(stored) & set(wanted) if stored[name].shape != wanted[name].shape]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f"{folder} does not fit the model: {len(missing)} weights missing {missing[:3]}, {len(extra)} unknown "
+            f"{extra[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}; were rank or targets changed?"
+        )
+
+
+def _compare(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
+    _same_names(stored, wanted, folder)
+    for name, tensor in wanted.items():
+        if not torch.equal(stored[name], tensor.detach().cpu()):
+            raise CheckpointError(f"{folder}: {name} read back differs from the weight in memory")

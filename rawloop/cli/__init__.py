@@ -1,0 +1,48 @@
+"""The door: `rawloop COMMAND`. One small module per command, imported when it is called.
+
+A mistake of the user's ends in one line and exit code 2, any other failure that rawloop can name in one line and exit
+code 1. Only a bug shows a traceback.
+"""
+
+import importlib
+import sys
+
+from rawloop.errors import RawloopError, nearest
+
+COMMANDS = {
+    "demo": "build the demo checkpoint and encode the bundled speech",
+    "prepare": "encode the audio of a data set once, into a cache of codes",
+    "train": "fine-tune a model; start it with torchrun for several processes",
+    "evaluate": "evaluate a model or a checkpoint of a run",
+    "merge": "merge a LoRA adapter into its base model",
+}
+
+
+def help_text() -> str:
+    """Return what `rawloop --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    promise = "it trains correctly, or it says exactly why not"
+    head = f"usage: rawloop COMMAND [options]\n\nFine-tunes Hugging Face audio and text models: {promise}.\n"
+    return "\n".join([head, "commands:", *lines, "", "`rawloop COMMAND --help` lists the options of a command."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(
+            f"rawloop: no command '{command}'{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        importlib.import_module(f"rawloop.cli.{command}").run(rest)
+    except RawloopError as error:
+        print(f"rawloop {command}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0

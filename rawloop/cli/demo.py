@@ -1,0 +1,37 @@
+"""`rawloop demo`: everything that a first run needs, without a download: a small checkpoint, speech, its codes.
+
+The weights are random, only the codec's codebooks are fitted: the demo shows that training works, not how well a model
+speaks.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+import rawloop.demo
+from rawloop.build import prepare_codes
+from rawloop.config import Parser
+from rawloop.data import DataConfig
+from rawloop.data.audio import import_torchaudio
+from rawloop.demo.checkpoint import build_demo_checkpoint, demo_is_built
+from rawloop.families import ModelConfig, load_family
+
+SPEECH = Path(rawloop.demo.__file__).parent / "speech"
+
+
+def run(argv: list[str]) -> None:
+    """Build what is missing in the folder and say where it is."""
+    parser = Parser(prog="rawloop demo", description="Build the demo checkpoint and encode the bundled speech.")
+    parser.add_argument("--folder", type=str, default=".demo", help="where to put it")
+    folder = Path(parser.parse_args(argv).folder).expanduser()
+    import_torchaudio()
+    speech = folder / "speech"
+    shutil.copytree(SPEECH, speech, dirs_exist_ok=True)
+    if not demo_is_built(folder):
+        print("building the demo checkpoint (random weights, codebooks fitted on the bundled speech)", flush=True)
+        build_demo_checkpoint(folder, speech)
+    data = DataConfig(train=str(speech / "train"), eval=str(speech / "eval"), codes=str(folder / "codes"))
+    family = load_family(ModelConfig(path=str(folder / "model")))
+    print(prepare_codes(data, family, torch.device("cpu")), flush=True)
+    print(f"model:  {folder / 'model'}\ncodec:  {folder / 'codec'}\nspeech: {speech}\ncodes:  {folder / 'codes'}")

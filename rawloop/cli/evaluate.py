@@ -1,0 +1,77 @@
+"""`rawloop evaluate`: the true eval_loss of the base model or of a checkpoint, on any number of processes."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+from rawloop.adapters import ModelFiles
+from rawloop.build import build_evaluator, build_model, load_samples
+from rawloop.checkpoint import find_best, find_latest, verify
+from rawloop.config import RunConfig, parse
+from rawloop.data import codes_folder
+from rawloop.data.audio import import_torchaudio
+from rawloop.data.codes import CodeCache
+from rawloop.dist import World, open_world
+from rawloop.errors import RawloopError, UserError
+from rawloop.evaluate import Evaluation, Evaluator
+from rawloop.families import load_family
+
+HELP = "best, latest, or the folder of a checkpoint of this config's run; without it the base model is evaluated"
+
+
+def run(argv: list[str]) -> None:
+    """Evaluate and print the metrics as one JSON object.
+
+    Raises:
+        RawloopError: a batch gave no finite loss; its samples are named.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config, options = parse(argv, "rawloop evaluate", {"checkpoint": HELP})
+    with open_world(config.device, config.ddp.timeout) as world:
+        evaluation = _evaluate(config, options["checkpoint"], world)
+        if world.is_main:
+            print(json.dumps(evaluation.metrics, indent=1), flush=True)
+        if not evaluation.valid:
+            raise RawloopError(f"the loss is not finite in batches of {', '.join(evaluation.bad_ids)}")
+
+
+def _evaluate(config: RunConfig, checkpoint: str | None, world: World) -> Evaluation:
+    evaluator = world.together(partial(_build, config, checkpoint, world))
+    assert evaluator is not None
+    return evaluator.run()
+
+
+def _build(config: RunConfig, checkpoint: str | None, world: World) -> Evaluator:
+    import_torchaudio()
+    family = load_family(config.model)
+    cache = CodeCache(codes_folder(config.data), family.codec_hash())
+    samples = load_samples(config, cache, "eval", _quiet)
+    ready = build_model(config, world, family, _quiet)
+    if checkpoint is not None:
+        files = ModelFiles(ready.model, family.load_model)
+        files.load(slot_of(Path(config.output).expanduser(), checkpoint) / files.folder)
+    return build_evaluator(config, ready, cache, samples, world)
+
+
+def slot_of(run_folder: Path, checkpoint: str) -> Path:
+    """Return the folder of `best`, `latest` or a named checkpoint, every file of it verified.
+
+    Raises:
+        UserError: there is none.
+        CheckpointError: it is damaged.
+    """
+    if checkpoint == "latest":
+        slot = find_latest(run_folder).slot
+    else:
+        slot = find_best(run_folder) if checkpoint == "best" else Path(checkpoint).expanduser()
+    if slot is None or not slot.is_dir():
+        raise UserError(
+            f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"
+        )
+    verify(slot)
+    return slot
+
+
+def _quiet(line: str) -> None:
+    """Only the metrics go to standard output."""

@@ -1,0 +1,23 @@
+"""`rawloop prepare`: encode the audio of a data set once. Training then never touches the codec."""
+
+import os
+
+from rawloop.build import prepare_codes
+from rawloop.config import parse
+from rawloop.dist import choose_device, read_ranks
+from rawloop.errors import UserError
+from rawloop.families import load_family
+
+
+def run(argv: list[str]) -> None:
+    """Encode data.train and data.eval of a run's config into its cache.
+
+    Raises:
+        RawloopError: some clips cannot be used and `data.on_bad_sample` is stop (exit code 1, after all others).
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config, _ = parse(argv, "rawloop prepare")
+    if read_ranks()[1] > 1:
+        raise UserError("rawloop prepare is one process: start it without torchrun")
+    device = choose_device(config.device, 0)
+    print(prepare_codes(config.data, load_family(config.model), device), flush=True)

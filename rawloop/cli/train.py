@@ -1,0 +1,44 @@
+"""`rawloop train`: fine-tune a model. `torchrun --nproc_per_node=N -m rawloop train --config FILE` for N processes."""
+
+import os
+from pathlib import Path
+
+from rawloop.build import build_run, start
+from rawloop.config import parse
+from rawloop.dist import World, open_world
+from rawloop.loop import Run, train
+from rawloop.records import read_metrics
+
+
+def run(argv: list[str]) -> None:
+    """Read the config, build the run, train, and say what came of it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
+    config, _ = parse(argv, "rawloop train")
+    with open_world(config.device, config.ddp.timeout) as world:
+        built = build_run(config, world, lambda line: _say(world, line))
+        try:
+            start(built, config, lambda line: _say(world, line))
+            train(built)
+            if world.is_main:
+                print(summary(built, Path(config.output)), flush=True)
+        finally:
+            built.records.close()
+
+
+def _say(world: World, line: str) -> None:
+    if world.is_main:
+        print(line, flush=True)
+
+
+def summary(run: Run, folder: Path) -> str:
+    """Return where everything lies and how the evaluation loss moved."""
+    assert run.checkpoints is not None
+    lines = [f"trained {run.state.step} steps, {run.state.samples:,} samples, {run.state.skipped} updates skipped"]
+    losses = [(line["step"], line["eval_loss"]) for line in read_metrics(folder) if "eval_loss" in line]
+    if losses and run.best and run.best.value is not None:
+        (step, first), value = losses[0], run.best.value
+        moved = f", {100 * (value - first) / first:+.1f}%" if isinstance(first, float) else ""
+        lines.append(f"eval_loss {first:.4f} at step {step} -> {value:.4f} at step {run.best.step} (best{moved})")
+        lines.append(f"best:        {folder / 'best'}")
+    lines += [f"checkpoints: {folder / 'checkpoints'}", f"metrics:     {folder / 'metrics.jsonl'}"]
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""Which samples stand in which micro-batch: a pure function of (seed, window), and the loaders that follow it.
+
+A *window* is the accumulation group of one optimizer step. Because its contents depend on nothing else, resuming is
+O(1) and does not depend on the number of workers, and a changed world size keeps the same global windows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from rawloop.contracts import Batch, Sample
+from rawloop.errors import RawloopError, UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Tells rank and window -> sample indices.
+
+    The samples run on from epoch to epoch, each epoch a permutation of all of them, and window k takes the k-th slice
+    of `world_size * batch_size * accumulation`. So no tail is dropped, and every window is full on every rank.
+    """
+
+    num_samples: int
+    batch_size: int
+    accumulation: int = 1
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.accumulation < 1:
+            raise UserError(
+                f"train.batch_size ({self.batch_size}) and train.accumulation ({self.accumulation}) must be 1 or more"
+            )
+        if self.num_samples < self.window_size:
+            raise UserError(
+                f"one step takes {self.window_size} samples ({self.world_size} processes x train.batch_size "
+                f"{self.batch_size} x train.accumulation {self.accumulation}), the training set has "
+                f"{self.num_samples}: lower one of them, or add data"
+            )
+
+    @property
+    def window_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.world_size * self.batch_size * self.accumulation
+
+    def windows(self, epochs: float) -> int:
+        """Number of windows in which every sample is seen `epochs` times; the last one is filled up."""
+        return max(1, -int(-(epochs * self.num_samples) // self.window_size))
+
+    def micro_batches(self, window: int) -> list[list[int]]:
+        """Return this rank's sample indices of one window, a list per micro-batch."""
+        start = window * self.window_size
+        stride = self.world_size * self.batch_size
+        firsts = [start + micro * stride + self.rank * self.batch_size for micro in range(self.accumulation)]
+        return [[self._sample(first + i) for i in range(self.batch_size)] for first in firsts]
+
+    def _sample(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_samples)
+        if not self.shuffle:
+            return offset
+        return int(_permutation(self.num_samples, self.seed, epoch)[offset])
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(length, generator=generator)
+
+
+class MicroBatches(Dataset[Batch | RawloopError]):
+    """Makes a whole micro-batch from a list of sample indices, in the main process or in a worker."""
+
+    def __init__(
+        self, samples: Sequence[Sample], example: Callable[[Sample], Any], collate: Callable[[list[Any]], Batch]
+    ) -> None:
+        self.samples, self.example, self.collate = samples, example, collate
+
+    def __getitem__(self, indices: list[int]) -> Batch | RawloopError:
+        """Return the micro-batch, or the error: raised in a worker it would arrive wrapped in a traceback."""
+        try:
+            return self.collate([self.example(self.samples[index]) for index in indices])
+        except RawloopError as error:
+            return error
+
+
+class Loader:
+    """Iterates micro-batches of given indices, re-iterable for evaluation, in windows for training."""
+
+    def __init__(self, batches: MicroBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
+        self.batches, self.num_workers, self.pin_memory = batches, num_workers, pin_memory
+
+    def iterate(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
+        """Yield a micro-batch for each list of indices.
+
+        Raises:
+            RawloopError: a sample cannot be made into an example; the message names it.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=indices,  # any iterable will do
+            num_workers=self.num_workers,
+            collate_fn=_same,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # its own: iter() would draw from the training's random stream
+        )
+        for item in loader:
+            if isinstance(item, RawloopError):
+                raise item
+            yield item
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+class TrainWindows:
+    """The training stream: `start(window)` yields windows (lists of micro-batches) from that one on, without end."""
+
+    def __init__(self, loader: Loader, plan: BatchPlan) -> None:
+        self.loader, self.plan, self.num_samples = loader, plan, plan.num_samples
+
+    def start(self, window: int) -> Iterator[list[Batch]]:
+        """Yield this rank's windows, beginning with number `window`."""
+        stream = self.loader.iterate(self._indices(window))
+        while True:
+            yield [next(stream) for _ in range(self.plan.accumulation)]
+
+    def _indices(self, window: int) -> Iterator[list[int]]:
+        while True:
+            yield from self.plan.micro_batches(window)
+            window += 1
+
+
+class EvalBatches:
+    """One rank's share of the evaluation set, in a fixed order: over all ranks every sample stands exactly once."""
+
+    def __init__(self, loader: Loader, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if num_samples < 1:
+            raise UserError("the evaluation set is empty: give data.eval samples, or set evaluation.enabled to false")
+        own = list(range(rank, num_samples, world_size))
+        self.loader = loader
+        self.indices = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate the share from its beginning."""
+        return self.loader.iterate(iter(self.indices))

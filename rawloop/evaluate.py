@@ -1,0 +1,159 @@
+"""The evaluator: always a true eval_loss.
+
+Sums are kept in float64 over every sample exactly once, on any number of ranks, and divided once. A number that cannot
+be measured is an error before training starts; a batch that gives no finite loss is named and makes the evaluation
+invalid, never best.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rawloop.contracts import Batch, StreamLoss
+from rawloop.dist import LossModule, World
+from rawloop.errors import TrainingError, UserError
+from rawloop.seed import preserved_rng
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation during training. Its cadence is independent of saving.
+
+    Args:
+        enabled: whether to evaluate at all. Off, there is no best model, and nothing else changes.
+        every: evaluate after this many steps, besides at step 0 and at the end.
+        batch_size: samples per batch and process. The result does not depend on it beyond rounding.
+    """
+
+    enabled: bool = True
+    every: int = 500
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1:
+            raise UserError(
+                f"evaluation.every ({self.every}) and evaluation.batch_size ({self.batch_size}) must be 1 or more"
+            )
+
+
+class Evaluation(NamedTuple):
+    """One evaluation: `metrics` as they go into metrics.jsonl, and whether every batch was finite."""
+
+    metrics: dict[str, float]
+    valid: bool
+    bad_ids: list[str]
+
+
+class Policy(Protocol):
+    """What evaluation needs of a precision policy."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which training runs its forward passes."""
+        ...
+
+
+class Evaluator:
+    """Scores this rank's share of the evaluation set and reduces over ranks once, at the end.
+
+    Args:
+        config: when to evaluate.
+        module: the raw model with its loss, not wrapped in DDP: shards may be uneven.
+        batches: this rank's batches, re-iterable; over all ranks each sample stands in exactly one.
+        policy: gives the autocast context of training.
+        world: the ranks.
+        weights: weight of each stream's mean in eval_loss, as in the training loss.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        module: LossModule,
+        batches: Iterable[Batch],
+        policy: Policy,
+        world: World,
+        weights: Mapping[str, float],
+    ) -> None:
+        self.config, self.module, self.batches = config, module, batches
+        self.policy, self.world, self.weights = policy, world, weights
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to evaluate at this step: at the start, every `every` steps, and at the end."""
+        return last or step % self.config.every == 0
+
+    def run(self) -> Evaluation:
+        """Evaluate now, on all ranks together. The training mode and all random streams are left as they were.
+
+        Returns:
+            metrics: `eval_loss` (the weighted sum of the streams' means, nats), `eval_loss/<stream>`,
+            `eval_loss/<stream>/<part>`, `eval_targets/<stream>`, `eval_seconds`.
+
+        Raises:
+            TrainingError: a stream has no target in the whole evaluation set.
+        """
+        start = time.perf_counter()
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad(), preserved_rng():
+                sums, counts, bad_ids = self._own_share()
+        finally:
+            self.module.train(training)
+        shares = self.world.gather((sums, counts, bad_ids))
+        metrics = self._means([(sums, counts) for sums, counts, _ in shares])
+        bad = sorted(name for _, _, ids in shares for name in ids)
+        metrics["eval_seconds"] = time.perf_counter() - start
+        return Evaluation(metrics, valid=not bad, bad_ids=bad)
+
+    def _own_share(self) -> tuple[dict[str, float], dict[str, int], list[str]]:
+        """Sums and target counts by name (`audio`, `audio/0`, ...), and the ids of batches that are not finite."""
+        rows: list[Tensor] = []
+        ids: list[list[str]] = []
+        names: list[str] = []
+        counts: dict[str, int] = {}
+        for batch in self.batches:
+            with self.policy.autocast():
+                losses = self.module(batch.to(self.world.device))
+            named = dict(_named(losses))
+            names = list(named)
+            # A few numbers per batch stay on the device; logits are never kept and nothing is synced until the end.
+            rows.append(torch.stack([total for total, _ in named.values()]))
+            ids.append(batch.ids)
+            for name, (_, count) in named.items():
+                counts[name] = counts.get(name, 0) + count
+        if not rows:
+            return {}, {}, []
+        table = torch.stack(rows).cpu().double()
+        finite = torch.isfinite(table).all(1).tolist()
+        bad = [name for batch_ids, good in zip(ids, finite, strict=True) if not good for name in batch_ids]
+        return dict(zip(names, table.sum(0).tolist(), strict=True)), counts, bad
+
+    def _means(self, shares: Sequence[tuple[dict[str, float], dict[str, int]]]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for share_sums, share_counts in shares:
+            for name, value in share_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0) + share_counts[name]
+        for stream in self.weights:
+            if not counts.get(stream):
+                raise TrainingError(
+                    f"the evaluation set has no target in the stream '{stream}': its loss does not exist"
+                )
+        means = {name: sums[name] / counts[name] for name in sums if counts[name]}
+        metrics = {"eval_loss": sum(weight * means[stream] for stream, weight in self.weights.items())}
+        metrics |= {f"eval_loss/{name}": mean for name, mean in means.items()}
+        metrics |= {f"eval_targets/{stream}": float(counts[stream]) for stream in self.weights}
+        return metrics
+
+
+def _named(losses: dict[str, StreamLoss]) -> Iterable[tuple[str, tuple[Tensor, int]]]:
+    for stream, loss in losses.items():
+        yield stream, (loss.total.float(), loss.targets)
+        if loss.parts is not None:
+            for part, (total, count) in enumerate(zip(loss.parts, loss.part_targets, strict=True)):
+                yield f"{stream}/{part}", (total, count)

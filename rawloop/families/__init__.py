@@ -1,0 +1,111 @@
+"""Families: all that rawloop knows of particular models, one file each. `load_family` picks by the checkpoint."""
+
+import importlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from rawloop.contracts import Family
+from rawloop.errors import UserError, nearest
+
+FAMILIES = {"higgs_audio_v2": "rawloop.families.higgs_audio_v2:HiggsAudioV2"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass
+class ModelConfig:
+    """The model to fine-tune.
+
+    Args:
+        path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base.
+        family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2); or your own as
+            `package.module:Class`.
+        codec: folder or hub id of the audio codec. Default: the one that the checkpoint's processor names.
+        revision: commit or tag of the hub repository; pin it, hub files change.
+        stream_weights: weight of each stream's mean loss, such as {audio: 1.0, text: 1.0}. A weight of 0 leaves the
+            stream out, head included.
+        attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
+        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        trust_remote_code: run Python code that comes with the checkpoint. Only for checkpoints that you trust.
+    """
+
+    path: str = ""
+    family: str = "auto"
+    codec: str | None = None
+    revision: str | None = None
+    stream_weights: dict[str, float] = field(default_factory=dict)
+    attention: str = "sdpa"
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+def load_family(config: ModelConfig) -> Family:
+    """Return the family object for a model: by name, by import path, or by the checkpoint's `model_type`.
+
+    Raises:
+        UserError: no such folder, no config.json in it, or no family for this kind of model.
+    """
+    check_path(config.path, "model.path")
+    name = config.family
+    if name == "auto":
+        name = _model_type(config)
+    target = FAMILIES.get(name, name)
+    module_name, _, class_name = target.partition(":")
+    if not class_name:
+        raise UserError(
+            f"no family for models of type '{name}'{nearest(name, FAMILIES)}: rawloop has {', '.join(FAMILIES)}; "
+            "your own goes into model.family as package.module:Class"
+        )
+    try:
+        family_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model.family is '{target}', which cannot be imported: {error}") from error
+    return cast(Family, family_class(config))
+
+
+def check_path(path: str, key: str) -> None:
+    """Refuse a model path that is neither a folder with config.json nor shaped like a hub id."""
+    if not path:
+        raise UserError(f"{key} is empty: give the folder or the hub id of the model")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{key} is '{path}', a folder without config.json: point it at a folder that save_pretrained wrote"
+            )
+    elif folder.exists():
+        raise UserError(f"{key} is '{path}', a file: give the folder that holds the model")
+    elif not HUB_ID.fullmatch(path):
+        raise UserError(f"{key} is '{path}': no such folder, and not a hub id (owner/name) either")
+
+
+def _model_type(config: ModelConfig) -> str:
+    from transformers import AutoConfig
+
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        return str(read_json(folder / "config.json").get("model_type", "unknown"))
+    try:
+        loaded = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except OSError as error:
+        raise UserError(
+            f"model.path is '{config.path}': no such folder, and the hub gave no such model "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return str(loaded.model_type)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a checkpoint's folder.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
+    try:
+        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}): the checkpoint is damaged, fetch it again") from error

@@ -1,0 +1,79 @@
+"""The codec of Higgs Audio v2, as `rawloop prepare` runs it: the same steps as the processor's, once per clip."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DacFeatureExtractor, HiggsAudioV2TokenizerModel
+
+from rawloop.contracts import CodecInfo
+from rawloop.errors import UserError
+from rawloop.families import ModelConfig, check_path, read_json
+from rawloop.hashing import hash_folder
+
+
+def codec_path(config: ModelConfig) -> str:
+    """Return the codec's folder or hub id: `model.codec`, or what the checkpoint's processor_config.json names.
+
+    Raises:
+        UserError: neither says where the codec is.
+    """
+    if config.codec:
+        check_path(config.codec, "model.codec")
+        return config.codec
+    file = Path(config.path).expanduser() / "processor_config.json"
+    named = read_json(file).get("audio_tokenizer", {}) if file.is_file() else {}
+    path = named.get("audio_tokenizer_name_or_path")
+    if not path:
+        raise UserError(f"{config.path} does not say which codec it goes with: set model.codec to its folder or hub id")
+    check_path(str(path), f"the codec in {file}")
+    return str(path)
+
+
+def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
+    """Load the codec in float32.
+
+    Returns:
+        what it is, and its encoder: (samples,) float32 at `sample_rate` -> (frames, codebooks) int64 on the CPU.
+
+    Raises:
+        UserError: it cannot be loaded, or it is not a codec of Higgs Audio v2.
+    """
+    path = codec_path(config)
+    try:
+        codec: Any = HiggsAudioV2TokenizerModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
+        extractor: Any = DacFeatureExtractor.from_pretrained(config.path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the codec '{path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    settings = codec.config
+    info = CodecInfo(
+        hash=hash_folder(_folder(path)),
+        sample_rate=settings.sample_rate,
+        codebooks=settings.num_quantizers,
+        codebook_size=settings.codebook_size,
+        frame_rate=settings.sample_rate / settings.hop_length,
+    )
+
+    @torch.no_grad()
+    def encode(waveform: Tensor) -> Tensor:
+        inputs = extractor(waveform.numpy(), sampling_rate=info.sample_rate, return_tensors="pt")
+        codes: Tensor = codec.encode(inputs["input_values"].to(device)).audio_codes
+        return codes[0].T.cpu()
+
+    return info, encode
+
+
+def codec_hash(config: ModelConfig) -> str:
+    """Return the content hash of the codec without loading it."""
+    return hash_folder(_folder(codec_path(config)))
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))

@@ -1,0 +1,263 @@
+"""The training loop. It receives finished objects and constructs nothing.
+
+One step: take the window's micro-batches, agree with the other ranks on their target counts, forward and backward,
+clip and update, advance, log; then evaluate, save, stop. The loop visits step N once more after the last update, so
+evaluating and saving have one call site each.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rawloop.checkpoint import BestTracker, CheckpointManager
+from rawloop.contracts import Batch, StreamLoss
+from rawloop.dist import World, no_sync
+from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.evaluate import Evaluation, Evaluator
+from rawloop.optim import set_lr
+from rawloop.precision import PrecisionPolicy, StepResult
+from rawloop.records import Records
+
+
+@dataclass
+class TrainConfig:
+    """How long to train and on how much at a time.
+
+    Args:
+        batch_size: samples per micro-batch and process.
+        accumulation: micro-batches per optimizer step and process.
+        epochs: passes over the training set. Exactly one of epochs and max_steps is used: max_steps if it is not 0.
+        max_steps: number of optimizer steps.
+        log_every: steps between lines in metrics.jsonl; between them nothing is read from the device.
+    """
+
+    batch_size: int = 1
+    accumulation: int = 1
+    epochs: float = 1.0
+    max_steps: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 0 or self.log_every < 1 or (self.max_steps == 0 and self.epochs <= 0):
+            raise UserError(
+                f"train.max_steps ({self.max_steps}) must not be below 0, train.log_every ({self.log_every}) must be "
+                f"1 or more, and train.epochs ({self.epochs}) above 0 where max_steps is 0"
+            )
+
+
+@dataclass
+class TrainState:
+    """Where the run stands. `step` counts applied updates, `window` the windows of data taken, `skipped` the rest."""
+
+    step: int = 0
+    window: int = 0
+    skipped: int = 0
+    samples: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counters."""
+        self.step, self.window = state["step"], state["window"]
+        self.skipped, self.samples = state["skipped"], state["samples"]
+
+
+class Windows(Protocol):
+    """The training data: an endless stream of windows, from any window on, over `num_samples` samples."""
+
+    num_samples: int
+
+    def start(self, window: int) -> Iterator[list[Batch]]:
+        """Yield this rank's windows (lists of micro-batches on the CPU), beginning with number `window`."""
+        ...
+
+
+@dataclass
+class Run:
+    """Everything that a run is made of, finished and ready. `evaluator`, `checkpoints` and `best` may be absent.
+
+    `module` is what is called: a `LossModule`, in DDP or not. `lr(step)` is the learning rate of the update that leads
+    from `step` to `step + 1`. `weights` has each stream's weight in the loss.
+    """
+
+    module: nn.Module
+    windows: Windows
+    policy: PrecisionPolicy
+    optimizer: Optimizer
+    lr: Callable[[int], float]
+    total_steps: int
+    weights: Mapping[str, float]
+    records: Records
+    world: World = field(default_factory=World)
+    state: TrainState = field(default_factory=TrainState)
+    evaluator: Evaluator | None = None
+    checkpoints: CheckpointManager | None = None
+    best: BestTracker | None = None
+    max_norm: float = 1.0
+    log_every: int = 10
+
+
+def train(run: Run) -> TrainState:
+    """Train until `total_steps` updates are applied; resume from wherever `run.state` stands.
+
+    Raises:
+        TrainingError: training cannot go on correctly.
+        RawloopError: any rank's error, on all ranks.
+    """
+    state, world, policy = run.state, run.world, run.policy
+    windows = run.windows.start(state.window)
+    meter = Meter(run)
+    visited = state.step if state.step else -1  # a resumed run has already evaluated and saved where it stands
+    run.module.train()
+    with run.records.progress(run.total_steps, state.step) as progress:
+        while True:
+            last = state.step >= run.total_steps
+            if state.step != visited:
+                evaluate_and_save(run, last)
+                visited = state.step
+            if last:
+                return state
+
+            window, targets = take_window(windows, run)
+            set_lr(run.optimizer, run.lr(state.step))
+            for micro_step, batch in enumerate(window, start=1):
+                with no_sync(run.module, micro_step < len(window)):
+                    with policy.autocast():
+                        losses = run.module(batch.to(world.device))
+                    # DDP averages over ranks; the counts are over all ranks, so their number is multiplied back.
+                    policy.backward(weighted_mean(losses, run.weights, targets) * world.size)
+                meter.add(losses)
+            result = policy.step(run.optimizer, run.max_norm)
+
+            state.window += 1
+            if result.applied:
+                state.step += 1
+                state.samples += sum(len(batch.ids) for batch in window) * world.size
+                progress.update(1)
+                if state.step % run.log_every == 0 or state.step >= run.total_steps:
+                    meter.log(result, progress)
+            else:
+                skip(run, result, window)
+
+
+def weighted_mean(losses: Mapping[str, StreamLoss], weights: Mapping[str, float], targets: Mapping[str, int]) -> Tensor:
+    """The training loss of a micro-batch: sum over streams of weight x (sum of nats / targets of the whole window).
+
+    `targets` counts over all micro-batches and ranks, so batch size, accumulation and world size do not change the
+    gradient beyond rounding.
+    """
+    terms = [loss.total * (weights[stream] / targets[stream]) for stream, loss in losses.items() if targets[stream]]
+    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+
+def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], dict[str, int]]:
+    """Take the next window and agree, in one reduction, on its target counts over all ranks.
+
+    Raises:
+        RawloopError: a sample is unusable on some rank; raised on every rank, naming rank and sample.
+    """
+    error: RawloopError | None = None
+    window: list[Batch] = []
+    try:
+        window = next(windows)
+    except RawloopError as caught:
+        error = caught
+    own = [float(sum(batch.targets[stream] for batch in window)) for stream in run.weights]
+    failed, *counts = run.world.sum([float(error is not None), *own])
+    if failed:
+        run.world.together(lambda: _raise(error))
+    targets = {stream: int(count) for stream, count in zip(run.weights, counts, strict=True)}
+    if not any(targets.values()):
+        names = ", ".join(name for batch in window for name in batch.ids)
+        raise TrainingError(
+            f"window {run.state.window} has no target in any stream on any rank (samples here: {names})"
+        )
+    return window, targets
+
+
+def _raise(error: RawloopError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def evaluate_and_save(run: Run, last: bool) -> None:
+    """Evaluate if due, keep a new best in its own slot, then save if due. The two cadences never meet."""
+    state = run.state
+    if run.evaluator and run.evaluator.due(state.step, last):
+        evaluation = run.evaluator.run()
+        run.records.metrics(state.step, evaluation.metrics)
+        if not evaluation.valid:
+            reason = f"evaluation is not finite in the batches of {', '.join(evaluation.bad_ids)}: it is never the best"
+            run.records.event("warning", step=state.step, reason=reason)
+        if run.best:
+            keep_if_best(run, evaluation)
+    if run.checkpoints and run.checkpoints.due(state.step, last):
+        run.checkpoints.save(state.step)
+
+
+def keep_if_best(run: Run, evaluation: Evaluation) -> None:
+    """Write the best slot if this evaluation beats all before it."""
+    assert run.best is not None
+    value = evaluation.metrics[run.best.metric]
+    if run.best.consider(run.state.step, value, evaluation.valid) and run.checkpoints:
+        run.checkpoints.save_best(run.state.step, run.best.metric, value)
+
+
+def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
+    """Record a window whose update was not applied. Nothing advances but the data."""
+    run.state.skipped += 1
+    ids = [name for batch in window for name in batch.ids]
+    run.records.event("skip", step=run.state.step, reason=result.skipped_because or "", samples=ids)
+
+
+class Meter:
+    """Sums the losses between log lines on the device and reads them there only when a line is written."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.sums: dict[str, Tensor] = {}
+        self.targets: dict[str, int] = {}
+        self.since = time.perf_counter()
+        self.samples = run.state.samples
+
+    def add(self, losses: Mapping[str, StreamLoss]) -> None:
+        """Add one micro-batch."""
+        for stream, loss in losses.items():
+            total = loss.total.detach() if loss.parts is None else loss.parts
+            self.sums[stream] = self.sums[stream] + total if stream in self.sums else total
+            self.targets[stream] = self.targets.get(stream, 0) + loss.targets
+
+    def log(self, result: StepResult, progress: Any) -> None:
+        """Write the mean losses since the last line, over all ranks, and start over."""
+        run, state = self.run, self.run.state
+        streams = list(self.sums)
+        rows = [self.sums[stream].flatten().tolist() for stream in streams]
+        flat = run.world.sum([value for row in rows for value in row] + [float(self.targets[s]) for s in streams])
+        values: dict[str, float] = {}
+        for stream, row, count in zip(streams, rows, flat[len(flat) - len(streams) :], strict=True):
+            parts, flat = flat[: len(row)], flat[len(row) :]
+            values[f"loss/{stream}"] = sum(parts) / count
+            if len(row) > 1:
+                values |= {f"loss/{stream}/{k}": part * len(row) / count for k, part in enumerate(parts)}
+        loss = sum(run.weights[stream] * values[f"loss/{stream}"] for stream in streams)
+        seconds = time.perf_counter() - self.since
+        values = {
+            "loss": loss,
+            **values,
+            "grad_norm": float(result.grad_norm),
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "epoch": state.samples / run.windows.num_samples,
+            "skipped": float(state.skipped),
+            "samples_per_second": (state.samples - self.samples) / seconds,
+        }
+        run.records.metrics(state.step, values)
+        progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.sums, self.targets = {}, {}
+        self.since, self.samples = time.perf_counter(), state.samples

@@ -1,0 +1,124 @@
+"""AdamW, the learning-rate schedule as a pure function of the step, and optimizer state keyed by parameter name."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from rawloop.errors import CheckpointError, UserError
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay of matrices; vectors (norms, biases) get none.
+        beta1: decay of the gradient's running mean.
+        beta2: decay of the squared gradient's running mean.
+        eps: added to the root of the running mean square.
+        schedule: after warm-up: constant, linear to 0, or cosine to 0.
+        warmup_steps: steps over which the learning rate rises linearly from 0 to lr.
+        max_norm: clip the global gradient norm to this; 0 clips nothing.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"optim.lr is {self.lr}: it must be above 0")
+        if self.warmup_steps < 0 or self.max_norm < 0 or self.weight_decay < 0:
+            raise UserError(
+                f"optim.warmup_steps ({self.warmup_steps}), optim.max_norm ({self.max_norm}) and optim.weight_decay "
+                f"({self.weight_decay}) must not be below 0"
+            )
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """Return fused AdamW over the trainable parameters. Build it last: it must hold the parameters that train."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in trainable)
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+
+
+def lr_at(step: int, total: int, config: OptimConfig) -> float:
+    """Learning rate of the update that leads from `step` to `step + 1`, of `total` updates.
+
+    Warm-up is linear and reaches `lr` at its last step. The decay runs over the remaining steps and would reach 0 one
+    step after the last.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    progress = min(1.0, progress)
+    if config.schedule == "linear":
+        return config.lr * (1.0 - progress)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class NamedOptimizerState:
+    """An optimizer's state for checkpoints, keyed by parameter name instead of by position.
+
+    Positions shift when a parameter is frozen or added; names say what is missing.
+    """
+
+    def __init__(self, optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.optimizer = optimizer
+        self.names = {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `{name: state of that parameter}`; empty before the first step."""
+        state = self.optimizer.state
+        return {name: dict(state[parameter]) for name, parameter in self.names.items() if parameter in state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state in its stored dtypes (torch's own loader casts them to the parameter's dtype).
+
+        Raises:
+            CheckpointError: the names or shapes differ from the model's.
+        """
+        extra, missing = sorted(set(state) - set(self.names)), sorted(set(self.names) - set(state))
+        if extra or (missing and state):
+            raise CheckpointError(
+                f"optimizer state does not fit the model: {len(missing)} weights have none {missing[:3]}, "
+                f"{len(extra)} are not in the model or not trained {extra[:3]}"
+            )
+        for name, values in state.items():
+            parameter = self.names[name]
+            self.optimizer.state[parameter] = {key: _placed(value, parameter, name) for key, value in values.items()}
+
+
+def _placed(value: Any, parameter: nn.Parameter, name: str) -> Any:
+    """A copy of a state value on the parameter's device. Step counters stay where fused AdamW keeps them."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.ndim and value.shape != parameter.shape:
+        raise CheckpointError(
+            f"optimizer state of {name} has shape {tuple(value.shape)}, the weight has {tuple(parameter.shape)}"
+        )
+    return value.to(parameter.device, copy=True)

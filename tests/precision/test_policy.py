@@ -1,0 +1,159 @@
+"""The precision policy on a real tiny model: dtypes, skipping, clipping, refusals."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rawloop.errors import TrainingError, UserError
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.policy import global_norm
+
+CPU = torch.device("cpu")
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model: nn.Module = LlamaForCausalLM(config).to(dtype)
+    return model
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(24).view(2, 12) % 64
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_trainables_are_fp32_whatever_was_stored(mode: str, stored: torch.dtype) -> None:
+    model = tiny_llama(stored)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)  # type: ignore[arg-type]
+    policy.prepare(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == ({torch.float32} if mode == "fp32" else {stored})
+
+
+def test_prepare_keeps_parameter_identity() -> None:
+    model = tiny_llama(torch.bfloat16)
+    before = [id(p) for p in model.parameters()]
+    PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU).prepare(model)
+    assert before == [id(p) for p in model.parameters()]
+
+
+def test_auto_says_why_and_takes_fp32_on_the_cpu() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="auto"), CPU)
+    assert policy.name == "fp32"
+    assert "cpu" in policy.reason
+
+
+def test_bf16_computes_in_bf16_and_trains_as_fp32_does() -> None:
+    losses = {}
+    for mode in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)  # type: ignore[arg-type]
+        model = policy.prepare(tiny_llama())
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        for _ in range(30):
+            with policy.autocast():
+                loss = loss_of(model)
+            policy.backward(loss)
+            assert policy.step(optimizer, 1.0).applied
+        losses[mode] = loss.item()
+        with policy.autocast():
+            assert model.lm_head(torch.zeros(1, 32)).dtype == (torch.bfloat16 if mode == "bf16" else torch.float32)  # type: ignore[operator]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
+    assert losses["fp32"] < 4.0
+
+
+def test_clipping_equals_torch() -> None:
+    torch.manual_seed(0)
+    ours, theirs = tiny_llama(), tiny_llama()
+    theirs.load_state_dict(ours.state_dict())
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    policy.backward(loss_of(ours) * 100)
+    loss_of(theirs).mul(100).backward()  # type: ignore[no-untyped-call]
+    first, second = SGD(ours.parameters(), lr=0.1), SGD(theirs.parameters(), lr=0.1)
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    second.step()
+    result = policy.step(first, 0.5)
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-6)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert all(p.grad is None for p in ours.parameters())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told(poison: float) -> None:
+    model = tiny_llama()
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    policy.backward(loss_of(model) * poison)
+    result = policy.step(optimizer, 1.0)
+    assert not result.applied
+    assert result.skipped_because is not None
+    assert "norm" in result.skipped_because
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not optimizer.state
+    policy.backward(loss_of(model))
+    assert policy.step(optimizer, 1.0).applied
+
+
+def test_another_rank_can_stop_a_step_here() -> None:
+    model = tiny_llama()
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda bad: True)
+    policy.backward(loss_of(model))
+    assert not policy.step(AdamW(model.parameters()), 1.0).applied
+
+
+def test_too_many_skips_in_a_row_end_the_run() -> None:
+    model = tiny_llama()
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32", max_skips=3), CPU)
+    optimizer = AdamW(model.parameters())
+    for _ in range(2):
+        policy.backward(loss_of(model) * float("nan"))
+        policy.step(optimizer)
+    other = PrecisionPolicy(PrecisionConfig(mode="fp32", max_skips=3), CPU)
+    other.load_state_dict(policy.state_dict())
+    other.backward(loss_of(model) * float("nan"))
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        other.step(optimizer)
+
+
+def test_a_disconnected_loss_is_refused() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    with pytest.raises(TrainingError, match="not connected to any trainable weight"):
+        policy.backward(torch.tensor(0.0, requires_grad=True))
+    with pytest.raises(TrainingError, match="no weight of the optimizer got a gradient"):
+        policy.step(AdamW(tiny_llama().parameters()))
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    with pytest.raises(UserError, match="no weight of the model is trainable"):
+        policy.prepare(tiny_llama().requires_grad_(False))
+    with pytest.raises(UserError, match=r"weight is torch.float64"):
+        policy.prepare(nn.Linear(2, 2).double())
+
+
+def test_state_of_another_mode_is_refused() -> None:
+    fp32, bf16 = (PrecisionPolicy(PrecisionConfig(mode=mode), CPU) for mode in ("fp32", "bf16"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"trained with precision.mode 'bf16'.*--precision.mode bf16"):
+        fp32.load_state_dict(bf16.state_dict())
+
+
+def test_norm_of_fp16_gradients_does_not_overflow() -> None:
+    big = [torch.full((4096,), 1000.0, dtype=torch.float16)]
+    assert float(global_norm(big)) == pytest.approx(64000.0)
