@@ -20,11 +20,7 @@ MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd samp
 
 
 class BadAudio(RawloopError):
-    """A clip that cannot be used. `reason` says why, without the file's name."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A clip that cannot be used. The message is the reason alone, without the file's name."""
 
 
 def load_audio(

@@ -176,7 +176,10 @@ def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
     if not fitting:
         raise UserError(f"{folder} has no codes of codec {codec} (it has {known}): {PREPARE} with this model")
     if len(fitting) > 1:
-        raise UserError(f"{folder} holds codes of several codecs ({known}): say which by the codec's hash")
+        raise UserError(
+            f"{folder} holds codes of several codecs ({known}): name one by its hash, or set "
+            "--data.codes to a folder for this codec alone"
+        )
     return next(iter(fitting.items()))
 
 

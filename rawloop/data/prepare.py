@@ -8,13 +8,15 @@ moment, a second run goes on where the first one was.
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,26 +66,11 @@ class PrepareReport:
     bad: list[BadClip] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def summary(self) -> str:
-        """Return one line that says what happened, and one for each of the bad clips."""
-        lines = [
-            f"{self.clips} clips of {self.samples} samples: {self.encoded} encoded ({self.audio_seconds:.1f} s of "
-            f"audio in {self.seconds:.1f} s), {self.reused} there before, {len(self.bad)} bad"
-        ]
-        lines += [f"bad: {clip.path} (sample {clip.sample}): {clip.reason}" for clip in self.bad]
-        return "\n".join(lines)
-
 
 class BadClips(RawloopError):
-    """Some clips cannot be used, and `prepare` was not asked to skip them. All others are encoded."""
+    """Some clips cannot be used, and `prepare` was not asked to skip them. All others are encoded; see `report`."""
 
-    def __init__(self, report: PrepareReport) -> None:
-        super().__init__(
-            f"{len(report.bad)} of {report.clips} clips cannot be used, so {len(report.left_out)} of {report.samples} "
-            "samples cannot be trained on: mend or remove them, or leave them out with --data.on_bad_sample skip "
-            f"(all are named in {Path(report.folder) / REPORT})"
-        )
-        self.report = report
+    report: PrepareReport
 
 
 class Clip(NamedTuple):
@@ -102,16 +89,20 @@ def prepare(
     config: DataConfig | None = None,
     *,
     progress: bool = True,
+    shard_clips: int = 4096,
+    shard_seconds: float = 120.0,
 ) -> PrepareReport:
     """Encode every distinct clip of `samples` and cache its codes in `folder`.
 
     Args:
         samples: from `read_samples`; clips that several of them share are encoded once.
-        encode: the codec: waveform (samples,) float32 on the CPU -> codes (frames, codebooks) int64.
+        encode: the codec: waveform (samples,) float32 on the CPU -> codes (frames, codebooks) of any integer type.
         codec: what identifies the codec and its codes.
         folder: of the cache.
         config: `on_bad_sample`, `max_seconds` and `min_seconds` are read from it.
-        progress: show a progress bar.
+        progress: show a progress bar, and name bad clips as they are found, on stderr.
+        shard_clips: a shard is written at the latest after so many clips
+        shard_seconds: or after so many seconds, so that a kill costs no more than these.
 
     Returns:
         What was done; also written to `folder/report.json`.
@@ -124,26 +115,26 @@ def prepare(
     config = config or DataConfig()
     folder = Path(folder).expanduser()
     samples = list(samples)
-    clips: dict[str, str] = {}  # path -> the first sample that needs it
-    for sample in samples:
-        for path in sample.audio_paths():
-            clips.setdefault(str(path.absolute()), sample.id)
+    clips = _clips(samples)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
     started = time.monotonic()
-    with _signals_held() as asked, open_writer(folder, codec) as writer:
-        clips_ahead = _ahead(_Loader(writer, codec, config), list(clips))
-        with closing(clips_ahead), tqdm(total=len(clips), desc="encoding", unit="clip", disable=not progress) as bar:
-            for clip in clips_ahead:
-                _take(clip, encode, writer, report)
-                bar.update()
-                if asked:
-                    break
+    with _signals_held() as asked, open_writer(folder, codec, shard_clips, shard_seconds) as writer:
+        _encode_all(_Loader(writer, codec, config), list(clips), encode, report, asked, progress)
     report.seconds = time.monotonic() - started
     _close(report, samples, [(writer.rows[path], sample) for path, sample in clips.items()])
     write_file(folder / REPORT, json.dumps(asdict(report), indent=1).encode())
     if report.bad and config.on_bad_sample == "stop":
-        raise BadClips(report)
+        raise _bad_clips(report)
     return report
+
+
+def _clips(samples: list[Sample]) -> dict[str, str]:
+    """Return every distinct clip, by absolute path, with the first sample that needs it."""
+    clips: dict[str, str] = {}
+    for sample in samples:
+        for path in sample.audio_paths():
+            clips.setdefault(str(path.absolute()), sample.id)
+    return clips
 
 
 def _close(report: PrepareReport, samples: list[Sample], clips: list[tuple[Row, str]]) -> None:
@@ -151,6 +142,17 @@ def _close(report: PrepareReport, samples: list[Sample], clips: list[tuple[Row, 
     report.bad = [BadClip(row.path, row.bad, sample) for row, sample in clips if row.bad]
     bad = {clip.path for clip in report.bad}
     report.left_out = [sample.id for sample in samples if not bad.isdisjoint(map(str, sample.audio_paths()))]
+
+
+def _bad_clips(report: PrepareReport) -> BadClips:
+    first = report.bad[0]
+    error = BadClips(
+        f"{len(report.bad)} of {report.clips} clips cannot be used, and {len(report.left_out)} of {report.samples} "
+        f"samples need them. {Path(report.folder) / REPORT} names them all; the first is {first.path} ({first.reason}). "
+        "Mend them, or leave their samples out with --data.on_bad_sample skip"
+    )
+    error.report = report
+    return error
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class _Loader:
         try:
             return Clip(row, self._decode(path))
         except BadAudio as error:
-            return Clip(self._bad(row, error.reason))
+            return Clip(self._bad(row, str(error)))
 
     def _decode(self, path: str) -> Tensor:
         return load_audio(
@@ -189,6 +191,22 @@ class _Loader:
 
     def _bad(self, row: Row, reason: str) -> Row:
         return row._replace(bad=reason, skip=self.config.on_bad_sample == "skip")
+
+
+def _encode_all(
+    load: _Loader, paths: list[str], encode: Encode, report: PrepareReport, asked: list[int], progress: bool
+) -> None:
+    """Encode the clips that have no codes, until all are done or a signal has come in."""
+    pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+    try:
+        with tqdm(total=len(paths), desc="encoding", unit="clip", disable=not progress) as bar:
+            for clip in takewhile(lambda clip: not asked, _ahead(pool, load, paths)):
+                _take(clip, encode, load.writer, report)
+                if clip.row.bad and progress:
+                    bar.write(f"{clip.row.path}: {clip.row.bad}", file=sys.stderr)
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _take(clip: Clip, encode: Encode, writer: ShardWriter, report: PrepareReport) -> None:
@@ -230,20 +248,15 @@ def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Ten
     return codes
 
 
-def _ahead(load: Callable[[str], Clip], paths: list[str]) -> Generator[Clip]:
-    """Yield `load(path)` for each path in order, with threads working a few clips ahead."""
+def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[str]) -> Iterator[Clip]:
+    """Yield `load(path)` for each path in order, while the pool works a few clips ahead."""
     waiting: deque[Future[Clip]] = deque()
-    with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
-        try:
-            for path in paths:
-                waiting.append(pool.submit(load, path))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    for path in paths:
+        waiting.append(pool.submit(load, path))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @contextmanager

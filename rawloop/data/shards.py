@@ -132,8 +132,8 @@ class ShardWriter:
     folder: Path
     codec: CodecInfo
     rows: dict[str, Row]
-    shard_clips: int = 4096
-    shard_seconds: float = 120.0
+    shard_clips: int
+    shard_seconds: float
     _codes: dict[str, Tensor] = field(default_factory=dict)
     _fresh: list[Row] = field(default_factory=list)
     _opened: float = field(default_factory=time.monotonic)
@@ -175,7 +175,7 @@ class ShardWriter:
 
 
 @contextmanager
-def open_writer(cache: Path, codec: CodecInfo) -> Iterator[ShardWriter]:
+def open_writer(cache: Path, codec: CodecInfo, shard_clips: int, shard_seconds: float) -> Iterator[ShardWriter]:
     """Open the codes of one codec for writing; at the end, however it comes, what was taken up is written.
 
     Raises:
@@ -190,7 +190,7 @@ def open_writer(cache: Path, codec: CodecInfo) -> Iterator[ShardWriter]:
             write_file(folder / CODEC_FILE, json.dumps({"format": FORMAT, **asdict(codec)}, indent=1).encode())
         elif read_codec(folder) != codec:
             raise RawloopError(f"{folder} holds codes of {read_codec(folder)}, not of {codec}: delete it")
-        writer = ShardWriter(folder, codec, read_rows(folder))
+        writer = ShardWriter(folder, codec, read_rows(folder), shard_clips, shard_seconds)
         try:
             yield writer
         finally:
