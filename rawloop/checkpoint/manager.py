@@ -7,7 +7,7 @@ happens in between, what was saved before stays, and nothing half-written is eve
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol, cast
 from safetensors import SafetensorError
 
 from rawloop.checkpoint import slots
-from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable
-from rawloop.checkpoint.manifest import Manifest, read_manifest
+from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
+from rawloop.checkpoint.manifest import Manifest, installed_versions, read_manifest
 from rawloop.checkpoint.pack import Packed, pack, unpack
 from rawloop.checkpoint.reader import agree_on_latest, changes, check_parts, check_slot
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
@@ -66,6 +66,15 @@ class Restored(NamedTuple):
     world_size: int
 
 
+def _check_names(state: Mapping[str, Stateful | FolderState], homes: list[str]) -> None:
+    for name in [*state, *homes]:
+        assert re.fullmatch(r"\w[\w.-]*", name), f"{name!r} cannot be the name of a file"
+    assert len({*homes, STATE}) == len(homes) + 1, f"folders of parts must differ: {homes}"
+    for name, part in state.items():
+        kinds = isinstance(part, Stateful) + isinstance(part, FolderState)
+        assert kinds == 1, f"{name!r} must be Stateful or a FolderState, and not both: {type(part)}"
+
+
 class CheckpointManager:
     """Writes the parts in `state` to slots in a run folder and reads them back.
 
@@ -93,17 +102,9 @@ class CheckpointManager:
             name: cast(PerRank, part) for name, part in self.states.items() if getattr(part, "per_rank", False)
         }
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
-        self._last_size: int | None = None
-        self._check_names(state)
-
-    def _check_names(self, state: Mapping[str, Any]) -> None:
-        homes = [part.folder for part in self.folders.values()]
-        for name in [*state, *homes]:
-            assert re.fullmatch(r"\w[\w.-]*", name), f"{name!r} cannot be the name of a file"
-        assert len({*homes, STATE}) == len(homes) + 1, f"folders of parts must differ: {homes}"
-        for name, part in state.items():
-            kinds = (name in self.folders) + (name in self.states)
-            assert kinds == 1, f"{name!r} must be Stateful or a FolderState, not both: {type(part)}"
+        self._versions = installed_versions()
+        self._last_size = 0  # bytes; not known before the first save
+        _check_names(state, [part.folder for part in self.folders.values()])
 
     def start(self, step: int) -> None:
         """Make the run folder ready for training on from `step` (0 in a new run); after `load`, if there is one.
@@ -114,11 +115,19 @@ class CheckpointManager:
 
     def _start(self, step: int) -> None:
         (self.folder / slots.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        sync(self.folder)
         for sentence in slots.clean_up(self.folder):
             self.records.event("warning", step=step, reason=sentence)
         for moved in slots.set_aside(self.folder, step):
             self.records.event("warning", step=step, reason=f"going on from step {step}: moved a later one to {moved}")
-        slots.note_best(self.folder)
+        try:
+            best = slots.note_best(self.folder)
+        except CheckpointError as error:
+            self.records.event("warning", step=step, reason=f"the best checkpoint is damaged: {error}")
+            return
+        if best is not None and best.step > step:
+            reason = f"going on from step {step}: the best checkpoint so far is of step {best.step}"
+            self.records.event("warning", step=step, reason=reason)
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether to save at `step`; `last` says that the run ends here."""
@@ -137,9 +146,8 @@ class CheckpointManager:
             CheckpointError: it could not be written; what was saved before is untouched.
         """
         slot = self.folder / slots.CHECKPOINTS / slots.slot_name(step)
-        self._store(slot, step, dict(meta or {}))
+        self._store(slot, step, dict(meta or {}), finish=lambda: self._rotate(step))
         self._settled_step = step
-        self.world.together(lambda: self._rotate(step), only_main=True)
         return slot
 
     def save_best(self, step: int, metric_name: str, value: float, *, meta: Mapping[str, Any] | None = None) -> Path:
@@ -153,22 +161,20 @@ class CheckpointManager:
         assert math.isfinite(value), f"{metric_name} is {value} at step {step}: that is never the best"
         best = {"metric": metric_name, "value": value, "step": step}
         slot = self.folder / slots.BEST
-        self._store(slot, step, {**(meta or {}), "best": best})
-        self.world.together(lambda: slots.note_best(self.folder), only_main=True)
+        self._store(slot, step, {**(meta or {}), "best": best}, finish=lambda: slots.note_best(self.folder))
         return slot
 
-    def _store(self, slot: Path, step: int, meta: dict[str, Any]) -> None:
+    def _store(self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], object]) -> None:
+        assert not pack(meta).tensors, f"meta takes JSON values, not tensors: {list(meta)}"
         states = self.world.together(self._collect)
         assert states is not None
         every_rank = self.world.gather((step, {name: states[name] for name in self.per_rank}))
         steps = [rank_step for rank_step, _ in every_rank]
         assert steps == [step] * self.world.size, f"ranks save different steps: {steps}"
         shared = {name: packed for name, packed in states.items() if name not in self.per_rank}
-        packed_meta = pack(meta)
-        assert not packed_meta.tensors, f"meta takes JSON values, not tensors: {list(packed_meta.tensors)}"
-        contents = Contents(step, packed_meta.tree, shared, [own for _, own in every_rank])
+        contents = Contents(step, meta, self._versions, shared, [own for _, own in every_rank])
         # only rank 0 writes; once other ranks write files, they must agree before the manifest is written
-        self.world.together(lambda: self._write(slot, contents), only_main=True)
+        self.world.together(lambda: self._write(slot, contents, finish), only_main=True)
 
     def _collect(self) -> dict[str, Packed]:
         """Take the state of every part; packing it copies from the device, so other ranks pack only their own."""
@@ -176,19 +182,16 @@ class CheckpointManager:
         wanted = states if self.world.is_main else self.per_rank
         return {name: pack(states[name]) for name in wanted}
 
-    def _write(self, slot: Path, contents: Contents) -> None:
+    def _write(self, slot: Path, contents: Contents, finish: Callable[[], object]) -> None:
         begun = time.perf_counter()
         try:
-            self._check_space()
+            check_space(self.folder, self._last_size)
             manifest = write_slot(slot, contents, self.folders)
+            finish()
         except (OSError, SafetensorError, RawloopError) as error:
             raise self._failure(slot, contents.step, error) from error
         self._last_size = manifest.size
         self._report(slot, manifest, time.perf_counter() - begun)
-
-    def _check_space(self) -> None:
-        if self._last_size is not None:
-            check_space(self.folder, self._last_size)
 
     def _report(self, slot: Path, manifest: Manifest, seconds: float) -> None:
         kind: EventKind = "save"
@@ -204,8 +207,10 @@ class CheckpointManager:
         what = in_words(error) if isinstance(error, (OSError, SafetensorError)) else str(error)
         left = _remove_quietly(temporary_of(slot))
         whole = [path.name for path in slots.find_slots(self.folder)]
-        kept = f"kept: {', '.join(whole)}; resume from there with --resume latest" if whole else "no checkpoint is kept"
-        message = f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {kept.capitalize()}{left}"
+        kept = (
+            f"Still there: {', '.join(whole)}; go on from it with --resume latest" if whole else "Nothing was saved yet"
+        )
+        message = f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {kept}{left}"
         try:
             self.records.event("warning", step=step, reason=message)
         except RawloopError as second:  # the disk that refuses the checkpoint may refuse the event too
@@ -238,8 +243,9 @@ class CheckpointManager:
         self._settled_step = manifest.step
         self._last_size = manifest.size
         if self.world.is_main:
-            self.records.event("restore", step=manifest.step, reason=f"restored {slot}{changes(manifest)}")
-        return Restored(slot, manifest.step, unpack(Packed(manifest.meta, {})), manifest.world_size)
+            reason = f"restored {slot}{changes(manifest.versions, self._versions)}"
+            self.records.event("restore", step=manifest.step, reason=reason)
+        return Restored(slot, manifest.step, manifest.meta, manifest.world_size)
 
     def _restore(self, slot: Path) -> Manifest:
         """Restore weights first and random streams last, because building the former may draw from the latter."""

@@ -5,12 +5,13 @@ No format that torch reads notices a flipped bit by itself; the digests here do,
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rawloop.checkpoint.disk import FileRecord, written
+from rawloop.checkpoint.pack import Packed, pack, unpack
 from rawloop.errors import CheckpointError
 
 NAME = "MANIFEST.json"
@@ -31,8 +32,8 @@ class Manifest:
     per_rank: list[str]
     folders: dict[str, str]
     files: dict[str, FileRecord]
-    meta: Any = None
-    versions: dict[str, str | None] = field(default_factory=dict)
+    meta: dict[str, Any]
+    versions: dict[str, str | None]
     format: int = FORMAT
 
     @property
@@ -59,7 +60,8 @@ def _render(body: dict[str, Any]) -> str:
 
 def write_manifest(slot: Path, manifest: Manifest) -> None:
     """Write the manifest into a slot that is otherwise complete."""
-    body = {**asdict(manifest), "files": {name: record._asdict() for name, record in manifest.files.items()}}
+    files = {name: record._asdict() for name, record in manifest.files.items()}
+    body = {**asdict(manifest), "files": files, "meta": pack(manifest.meta).tree}
     with written(slot / NAME) as file:
         file.write(_render(body).encode())
 
@@ -71,6 +73,8 @@ def read_manifest(slot: Path) -> Manifest:
         CheckpointError: there is none, or it is not as it was written.
     """
     path = slot / NAME
+    if not slot.is_dir():
+        raise CheckpointError(f"{slot}: no such folder here; ranks on several machines need it on a shared disk")
     try:
         raw = path.read_bytes()
         body = json.loads(raw)
@@ -86,7 +90,8 @@ def read_manifest(slot: Path) -> Manifest:
     if _render(body).encode() != raw:
         raise CheckpointError(f"{path}: its own digest does not agree: the file has changed since it was written")
     files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
-    return Manifest(files=files, **body)
+    meta = unpack(Packed(body.pop("meta"), {}))
+    return Manifest(files=files, meta=meta, **body)
 
 
 def verify(slot: Path) -> Manifest:

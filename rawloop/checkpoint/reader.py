@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rawloop.checkpoint import slots
-from rawloop.checkpoint.manifest import Manifest, installed_versions, verify
+from rawloop.checkpoint.manifest import Manifest, verify
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.records import Records
@@ -68,11 +68,7 @@ def check_parts(slot: Path, manifest: Manifest, expected: set[str]) -> None:
         raise CheckpointError(f"{slot} cannot be restored: {'; '.join(wrong)}")
 
 
-def changes(manifest: Manifest) -> str:
+def changes(then: dict[str, str | None], now: dict[str, str | None]) -> str:
     """Return a clause naming the packages whose version differs from when the checkpoint was written."""
-    changed = [
-        f"{name} {manifest.versions.get(name)} then, {here} now"
-        for name, here in installed_versions().items()
-        if manifest.versions.get(name) != here
-    ]
+    changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
     return f" ({'; '.join(changed)})" if changed else ""

@@ -10,13 +10,14 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from rawloop.checkpoint.disk import remove_tree, replace_text, sync_folder
-from rawloop.checkpoint.manifest import read_manifest, verify
+from rawloop.checkpoint.disk import remove_tree, replace_text, sync
+from rawloop.checkpoint.manifest import Manifest, read_manifest, verify
 from rawloop.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 DISCARDED = "discarded"
+LEFTOVER = re.compile(r"\.(tmp|trash|old)-(step-\d+|best|best\.json|metrics\.jsonl)")
 
 
 class Latest(NamedTuple):
@@ -58,19 +59,21 @@ def find_best(run: Path) -> Path | None:
     return None
 
 
-def note_best(run: Path) -> None:
-    """Write `best.json` from the manifest of the best slot, if there is one and the file does not say the same.
+def note_best(run: Path) -> Manifest | None:
+    """Make `best.json` say what the manifest of the best slot says. Returns that manifest, None without a best slot.
 
     Raises:
         CheckpointError: the best slot has no readable manifest.
     """
     slot = find_best(run)
     if slot is None:
-        return
-    text = json.dumps({**read_manifest(slot).meta["best"], "folder": BEST}, indent=1) + "\n"
+        return None
+    manifest = read_manifest(slot)
+    text = json.dumps({**manifest.meta["best"], "folder": BEST}, indent=1) + "\n"
     path = run / "best.json"
     if not path.exists() or path.read_text() != text:
         replace_text(path, text)
+    return manifest
 
 
 def find_latest(run: Path) -> Latest:
@@ -97,9 +100,33 @@ def put_in_place(temporary: Path, slot: Path) -> None:
             remove_tree(old)
         slot.rename(old)
     temporary.rename(slot)
-    sync_folder(slot.parent)
+    sync(slot.parent)
     if old.exists():
-        remove_tree(old)
+        _retire(old, slot)
+
+
+def _retire(old: Path, successor: Path) -> None:
+    """Delete a slot that has been replaced, but not one of a later step: that one was not surpassed, it was given up.
+
+    This happens when a run goes on from an earlier checkpoint than its last and finds another best.
+    """
+    if _manifest_step(old) > _manifest_step(successor):
+        discarded = _run_of(successor) / CHECKPOINTS / DISCARDED
+        discarded.mkdir(parents=True, exist_ok=True)
+        old.rename(_free_name(discarded / f"{successor.name}-{slot_name(_manifest_step(old))}"))
+        return
+    remove_tree(old)
+
+
+def _manifest_step(slot: Path) -> int:
+    try:
+        return read_manifest(slot).step
+    except CheckpointError:  # a damaged slot has nothing to lose
+        return -1
+
+
+def _run_of(slot: Path) -> Path:
+    return slot.parent.parent if slot.parent.name == CHECKPOINTS else slot.parent
 
 
 def clean_up(run: Path) -> list[str]:
@@ -110,7 +137,7 @@ def clean_up(run: Path) -> list[str]:
     done = []
     for folder in (run, run / CHECKPOINTS):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.name.startswith((".tmp-", ".trash-", ".old-")):
+            if LEFTOVER.fullmatch(path.name):
                 done.append(_settle(path))
     return done
 
@@ -120,7 +147,9 @@ def _settle(path: Path) -> str:
     if path.name.startswith(".old-") and not target.exists():
         path.rename(target)
         return f"put {target.name} back: it was being replaced when the run ended"
-    if path.is_dir():
+    if path.name.startswith(".old-"):
+        _retire(path, target)
+    elif path.is_dir():
         remove_tree(path)
     else:
         path.unlink()

@@ -1,7 +1,7 @@
 """Turns collected state into a slot on the disk: all of it or nothing.
 
-Order is everything: files, their bytes forced to the disk, the manifest that vouches for them, the rename, and the
-rename forced to the disk. A kill at any point leaves the slots as they were, or the finished one in its place.
+Order is everything: files, the manifest that vouches for them, all of it forced to the disk, the rename, and the rename
+forced to the disk. A kill at any point leaves the slots as they were, or the finished one in its place.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rawloop.checkpoint.disk import FileRecord, record_tree, remove_tree, sync_folder, write_packed
-from rawloop.checkpoint.manifest import Manifest, installed_versions, write_manifest
+from rawloop.checkpoint.disk import FileRecord, record_tree, remove_tree, sync_tree, write_packed
+from rawloop.checkpoint.manifest import Manifest, write_manifest
 from rawloop.checkpoint.pack import Packed
 from rawloop.checkpoint.slots import put_in_place
 from rawloop.contracts import FolderState
@@ -24,6 +24,7 @@ class Contents:
 
     step: int
     meta: dict[str, Any]
+    versions: dict[str, str | None]
     states: dict[str, Packed]
     per_rank: list[dict[str, Packed]]
 
@@ -63,10 +64,10 @@ def write_slot(slot: Path, contents: Contents, folders: Mapping[str, FolderState
         folders={name: part.folder for name, part in folders.items()},
         files=files,
         meta=contents.meta,
-        versions=installed_versions(),
+        versions=contents.versions,
     )
     write_manifest(temporary, manifest)
-    sync_folder(temporary)
+    sync_tree(temporary)
     put_in_place(temporary, slot)
     return manifest
 
@@ -87,7 +88,6 @@ def _write_states(folder: Path, contents: Contents) -> dict[str, FileRecord]:
     files: dict[str, FileRecord] = {}
     for name, packed in contents.files().items():
         files |= write_packed(packed, folder, name)
-    sync_folder(folder)
     return {f"{STATE}/{name}": record for name, record in files.items()}
 
 
