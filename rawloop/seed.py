@@ -5,6 +5,7 @@ A run continues bit for bit only if all of them are restored, on every rank.
 """
 
 import hashlib
+import json
 import random
 import warnings
 from collections.abc import Iterator
@@ -19,8 +20,7 @@ def derive_seed(*parts: int | str) -> int:
 
     Neighbouring inputs give unrelated seeds, which `seed + rank` does not: (seed 0, rank 1) would equal (1, 0).
     """
-    text = "/".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
 
 
 def seed_all(seed: int, rank: int) -> None:
