@@ -2,3 +2,7 @@
 
 `speech/` is data made by `make_speech.py`; `checkpoint.py` builds a model and a codec of the real classes from it.
 """
+
+from pathlib import Path
+
+SPEECH = Path(__file__).parent / "speech"

@@ -1,0 +1,202 @@
+"""The demo checkpoint: a small Higgs Audio v2 with random weights, laid out as the real one is.
+
+Users without a download, the quickstart and the tests load it by path, through the same code as
+`bosonai/higgs-audio-v2-generation-3B-base`: model, tokenizer, processor with chat template, and codec.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    DacFeatureExtractor,
+    GenerationConfig,
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+    HiggsAudioV2Processor,
+    PreTrainedTokenizerFast,
+)
+
+from rawloop.demo.codec import CODEBOOKS, CODES, SAMPLE_RATE, build_codec, codes_in_use
+from rawloop.errors import UserError
+from rawloop.hashing import sha256_files
+
+STAMP = "demo.json"
+PARTS = ("codec", "model")
+MERGES = 512
+BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+AUDIO_BOS, AUDIO, DELAY = "<|audio_out_bos|>", "<|AUDIO_OUT|>", "<|reserved_special_token_6|>"
+SPECIAL_TOKENS = (
+    *(BOS, EOS, "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", EOT),
+    *("<|audio_bos|>", "<|audio_eos|>", AUDIO_BOS, DELAY, "<|AUDIO|>", AUDIO),
+    *("<|scene_desc_start|>", "<|scene_desc_end|>"),
+)
+
+
+def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int]:
+    """Write `folder/model` and `folder/codec`, fitted on `speech/train`. What else is in `folder` stays as it is.
+
+    Both are complete before they get their names. The same seed gives the same safetensors on one machine, byte for
+    byte. The processor finds the codec by its absolute path: build again after moving the folder.
+
+    Returns:
+        how many different codes of each codebook occur in `speech/eval`.
+
+    Raises:
+        UserError: `speech` is not laid out as the bundled speech is, or a model or codec stands there that is not
+            the demo's.
+    """
+    folder = folder.resolve()
+    for part in PARTS:
+        if (folder / part).exists() and not (folder / part / STAMP).is_file():
+            raise UserError(f"{folder / part} is no demo checkpoint and is not overwritten: name another folder")
+    train, held_out = read_split(speech / "train"), read_split(speech / "eval")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
+        workplace = Path(building)
+        codec = build_codec([clip for _, clip in train], seed)
+        codec.save_pretrained(workplace / "codec")
+        codec.name_or_path = str(folder / "codec")
+        tokenizer = build_tokenizer([text for text, _ in train])
+        build_processor(tokenizer, codec).save_pretrained(workplace / "model")
+        build_model(tokenizer, seed).save_pretrained(workplace / "model")
+        for part in PARTS:
+            _stamp(workplace / part, folder, seed)
+            shutil.rmtree(folder / part, ignore_errors=True)
+            (workplace / part).rename(folder / part)
+    return codes_in_use(codec, [clip for _, clip in held_out])
+
+
+def demo_is_built(folder: Path) -> bool:
+    """Say whether `folder` holds a complete demo checkpoint, made there and by this version of the recipe."""
+    folder = folder.resolve()
+    stamps = []
+    for part in PARTS:
+        path = folder / part / STAMP
+        if not path.is_file():
+            return False
+        try:
+            stamp = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            return False
+        if stamp.pop("files") != _sizes(path.parent):
+            return False
+        stamps.append(stamp)
+    return all(stamp["recipe"] == _recipe() and stamp["folder"] == str(folder) for stamp in stamps)
+
+
+def read_split(folder: Path) -> list[tuple[str, Tensor]]:
+    """Return transcript and wave (samples,) float32 of every clip that a split's `metadata.json` names.
+
+    Raises UserError if the file is missing or a clip is not 24 kHz mono.
+    """
+    path = folder / "metadata.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the demo is built from a folder with train/ and eval/, each with its own")
+    return list(_read_samples(folder, json.loads(path.read_text(encoding="utf-8"))["samples"]))
+
+
+def _read_samples(folder: Path, samples: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    for sample in samples:
+        clip, rate = soundfile.read(folder / sample["audio_file"], dtype="float32")
+        if rate != SAMPLE_RATE or clip.ndim != 1:
+            path = folder / sample["audio_file"]
+            raise UserError(f"{path} is not mono at {SAMPLE_RATE} Hz, as the demo's codec needs")
+        if "transcript_file" in sample:
+            text = (folder / sample["transcript_file"]).read_text(encoding="utf-8")
+        else:
+            text = sample["transcript"]
+        yield text.strip(), torch.from_numpy(clip)
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer trained on `texts`; like the real one it begins every text with BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A {BOS} $B", [(BOS, bos_id)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (BOS, EOS)],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, codec: Any) -> HiggsAudioV2Processor:
+    """Return the processor with our chat template; it saves the codec as the path in `codec.name_or_path`."""
+    extractor = DacFeatureExtractor(
+        feature_size=1,
+        sampling_rate=SAMPLE_RATE,
+        hop_length=1,  # clips are not padded to whole frames: the codec does that itself
+        padding_value=0.0,
+        padding_side="right",
+    )
+    template = resources.files("rawloop.demo").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    return HiggsAudioV2Processor(extractor, tokenizer, codec, chat_template=template)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> HiggsAudioV2ForConditionalGeneration:
+    """Return the model with text head, float32, random weights drawn from `seed`."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = HiggsAudioV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=40,
+        num_codebooks=CODEBOOKS,
+        codebook_size=CODES + 2,  # and the stream's begin and end, which the config's default of 1024 forgets
+        audio_stream_bos_id=CODES,
+        audio_stream_eos_id=CODES + 1,
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOT],
+        pad_token_id=ids[EOS],
+        audio_token_id=ids[AUDIO],
+        audio_bos_token_id=ids[AUDIO_BOS],
+        audio_delay_token_id=ids[DELAY],
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOT],
+        pad_token_id=ids[EOS],
+        ras_win_len=7,
+        ras_win_max_num_repeat=2,
+        use_text_head=True,
+    )
+    return model
+
+
+def _stamp(part: Path, folder: Path, seed: int) -> None:
+    stamp = {"recipe": _recipe(), "seed": seed, "folder": str(folder), "files": _sizes(part)}
+    (part / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+
+
+def _sizes(part: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(part.iterdir()) if path.name != STAMP}
+
+
+def _recipe() -> str:
+    here = Path(__file__).parent
+    return sha256_files([here / "checkpoint.py", here / "codec.py", here / "chat_template.jinja"])
