@@ -3,6 +3,7 @@
 The only module that knows PEFT.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -78,7 +79,11 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str]) -> 
             use_dora=config.dora,
             use_rslora=config.rslora,
         )
-        result = get_peft_model(model, lora)
+        with warnings.catch_warnings():  # PEFT asks transformers by a name that transformers is giving up
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            result = get_peft_model(model, lora)
     _freeze(result, config.freeze)
     trainable, total = count_parameters(result)
     notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from rawloop.adapters import ModelFiles, add_adapter
@@ -148,6 +149,8 @@ def load_samples(config: RunConfig, cache: CodeCache, split: str, say: Say) -> l
 
 def build_model(config: RunConfig, world: World, family: Family, say: Say) -> Prepared:
     """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights."""
+    if not world.is_main:
+        transformers.utils.logging.disable_progress_bar()
     policy = PrecisionPolicy(config.precision, world.device, agree=world.any)
     seed_all(config.seed, 0)
     model = family.load_model()
@@ -195,7 +198,6 @@ def start(run: Run, config: RunConfig, say: Say) -> None:
 
 def _environment(run: Run) -> dict[str, Any]:
     import peft
-    import transformers
 
     device = run.world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -5,8 +5,11 @@ name; the resolved config is written into the run folder.
 """
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -65,12 +68,31 @@ class RunConfig:
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, with every complaint turned into one `UserError` line."""
+    """jsonargparse's parser, with every complaint turned into one `UserError` line that says where a value stands."""
+
+    origins: Mapping[str, str] = MappingProxyType({})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-        raise UserError("; ".join(lines))
+        raise UserError(explain(str(message), self.origins))
+
+
+WRONG_TYPE = re.compile(
+    r'Parser key "(?P<key>[^"]+)":?;? (?:.*; )?Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)'
+)
+
+
+def explain(message: str, origins: Mapping[str, str]) -> str:
+    """Put jsonargparse's words about a wrong type into one line of ours; other messages are only joined to a line."""
+    line = "; ".join(part.strip(" -") for part in message.splitlines() if part.strip())
+    found = WRONG_TYPE.search(line)
+    if not found:
+        return line
+    wanted = re.sub(r"<class '(\w+)'>", r"\1", found["type"]).replace("typing.", "")
+    choices = re.fullmatch(r"Literal\[(.*)\]", wanted)
+    wanted = f"one of {choices[1]}" if choices else f"a value of type {wanted}"
+    where = f" (from {origins[found['key']]})" if found["key"] in origins else ""
+    return f"{found['key']} is '{found['value']}'{where}: it must be {wanted}"
 
 
 def known_keys() -> set[str]:
@@ -98,7 +120,7 @@ def parse(argv: list[str], prog: str, extra: dict[str, str] | None = None) -> tu
         parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
     parser.add_class_arguments(RunConfig)
     arguments = _config_first([ALIASES.get(argument, argument) for argument in argv])
-    _check_keys(arguments, known_keys() | set(extra or {}))
+    parser.origins = _check_keys(arguments, known_keys() | set(extra or {}))
     values = parser.parse_args(arguments)
     values.pop("config", None)
     options = {name: values.pop(name) for name in (extra or {})}
@@ -117,21 +139,25 @@ def _config_first(arguments: list[str]) -> list[str]:
     return front + rest
 
 
-def _check_keys(arguments: list[str], known: set[str]) -> None:
-    """Refuse keys that no component has, naming the nearest, before types are looked at."""
+def _check_keys(arguments: list[str], known: set[str]) -> dict[str, str]:
+    """Refuse keys that no component has, naming the nearest, before types are looked at. Returns where each stands."""
     groups = {key.rpartition(".")[0] for key in known} - {""}
+    origins: dict[str, str] = {}
     for i, argument in enumerate(arguments):
         if not argument.startswith("--") or argument in ("--help", "--print_config"):
             continue
         key, _, value = argument[2:].partition("=")
         if key == "config":
             path = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-            _check_file(Path(path), known, groups)
-        elif key.split("+")[0] not in known | groups and not _below(key, known):
+            origins |= dict.fromkeys(_file_keys(Path(path), known, groups), path)
+        elif key.removesuffix("+") in known or key in groups or _below(key, known):
+            origins[key.removesuffix("+")] = "the command line"
+        else:
             raise UserError(f"unknown option --{key}{nearest(key, known)}: `rawloop train --help` lists them all")
+    return origins
 
 
-def _check_file(path: Path, known: set[str], groups: set[str]) -> None:
+def _file_keys(path: Path, known: set[str], groups: set[str]) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -140,11 +166,13 @@ def _check_file(path: Path, known: set[str], groups: set[str]) -> None:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values such as `output: runs/x`, not a {type(content).__name__}")
-    for key in _flatten(content):
+    keys = _flatten(content)
+    for key in keys:
         if key in groups:
             raise UserError(f"{path}: '{key}' is a group of keys, such as {_members(key, known)}")
         if key not in known and not _below(key, known):
             raise UserError(f"{path}: unknown key '{key}'{nearest(key, known)}")
+    return keys
 
 
 def _members(group: str, known: set[str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -118,12 +119,15 @@ class World:
         """Wrap `module` in DDP, or return it as it is in a single process."""
         if self.size == 1:
             return module
+        # torch 2.13 renames broadcast_buffers and warns about the old name
+        renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": config.broadcast_buffers}
         return DistributedDataParallel(
             module,
             find_unused_parameters=config.find_unused_parameters,
-            broadcast_buffers=config.broadcast_buffers,
             gradient_as_bucket_view=config.gradient_as_bucket_view,
             static_graph=config.static_graph,
+            **buffers,
         )
 
 

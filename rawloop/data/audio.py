@@ -63,7 +63,8 @@ def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(path) as file:
+        # Opened by Python, whose words are better than libsndfile's "System error".
+        with open(path, "rb") as stream, soundfile.SoundFile(stream.fileno(), closefd=False) as file:
             rate = int(file.samplerate)
             _check_length(file.frames, rate, max_seconds)
             samples = file.read(dtype="float32", always_2d=True)

@@ -148,7 +148,7 @@ def _bad_clips(report: PrepareReport) -> BadClips:
     first = report.bad[0]
     error = BadClips(
         f"{len(report.bad)} of {report.clips} clips cannot be used, and {len(report.left_out)} of {report.samples} "
-        f"samples need them. {Path(report.folder) / REPORT} names them all; the first is {first.path} ({first.reason}). "
+        f"samples need them. {Path(report.folder) / REPORT} names all; the first is {first.path} ({first.reason}). "
         "Mend them, or leave their samples out with --data.on_bad_sample skip"
     )
     error.report = report
@@ -197,16 +197,13 @@ def _encode_all(
     load: _Loader, paths: list[str], encode: Encode, report: PrepareReport, asked: list[int], progress: bool
 ) -> None:
     """Encode the clips that have no codes, until all are done or a signal has come in."""
-    pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-    try:
-        with tqdm(total=len(paths), desc="encoding", unit="clip", disable=not progress) as bar:
-            for clip in takewhile(lambda clip: not asked, _ahead(pool, load, paths)):
-                _take(clip, encode, load.writer, report)
-                if clip.row.bad and progress:
-                    bar.write(f"{clip.row.path}: {clip.row.bad}", file=sys.stderr)
-                bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    bar = tqdm(total=len(paths), desc="encoding", unit="clip", disable=not progress)
+    with bar, _decoders() as pool:
+        for clip in takewhile(lambda clip: not asked, _ahead(pool, load, paths)):
+            _take(clip, encode, load.writer, report)
+            if clip.row.bad and progress:
+                bar.write(f"{clip.row.path}: {clip.row.bad}", file=sys.stderr)
+            bar.update()
 
 
 def _take(clip: Clip, encode: Encode, writer: ShardWriter, report: PrepareReport) -> None:
@@ -246,6 +243,15 @@ def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Ten
     if low < 0 or high >= limit:
         raise RawloopError(f"the codec gave codes from {low} to {high} for {path}: they must lie in 0 to {limit - 1}")
     return codes
+
+
+@contextmanager
+def _decoders() -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[str]) -> Iterator[Clip]:

@@ -18,6 +18,7 @@ from rawloop.data.record import Files, Record, show
 from rawloop.errors import UserError
 
 METADATA = "metadata.json"
+SAMPLE_KEYS = ("messages", "audio_file")  # each record of a data set has one of them
 
 
 def read_samples(path: Path | str, config: DataConfig | None = None, *, check_files: bool = True) -> list[Sample]:
@@ -85,7 +86,7 @@ def read_records(file: Path) -> Iterator[Record]:
         raise UserError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
     if text[end:].strip():
         yield from _lines(text, file)
-    elif isinstance(value, dict) and "messages" in value:
+    elif isinstance(value, dict) and not value.keys().isdisjoint(SAMPLE_KEYS):
         yield Record(value, file, "line 1")
     elif isinstance(value, list):
         yield from _listed(value, file, "record")
@@ -134,7 +135,7 @@ def _record(value: Any, file: Path, place: str) -> Record:
     if not isinstance(value, dict):
         raise UserError(f"{file} {place} is {show(value)}: it must be an object")
     record = Record(value, file, place)
-    if "messages" not in value and "audio_file" not in value:
+    if value.keys().isdisjoint(SAMPLE_KEYS):
         record.fail(
             f"neither 'messages' nor 'audio_file' (it has the keys {', '.join(value) or 'none'}): this is no sample"
         )

@@ -11,7 +11,7 @@ from rawloop.contracts import Family
 from rawloop.errors import UserError, nearest
 
 FAMILIES = {"higgs_audio_v2": "rawloop.families.higgs_audio_v2:HiggsAudioV2"}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass
