@@ -37,14 +37,16 @@ find_python() { # prints the first interpreter that is recent enough
 }
 
 make_venv() {
+    local base
     if [ ! -e "$unfinished" ] && "$python" -m pip --version >/dev/null 2>&1; then
         recent "$python" || fail ".venv has Python $(version $python), rawloop needs 3.11 or later: delete .venv"
-        [ -z "${PYTHON:-}" ] || [ "$(version "$PYTHON")" = "$(version $python)" ] ||
-            fail ".venv has Python $(version $python), but PYTHON is $PYTHON: delete .venv first"
-        return
+        [ -n "${PYTHON:-}" ] || return 0
+        base=$(find_python)
+        [ "$(version "$base")" = "$(version $python)" ] ||
+            fail ".venv has Python $(version $python), PYTHON names $(version "$base"): delete .venv first"
+        return 0
     fi
     # Missing or cut short. pip believes a half-copied package whole, so begin afresh; pip's cache keeps the downloads.
-    local base
     base=$(find_python)
     echo "setup: making .venv with $base ($(version "$base"))"
     "$base" -m venv --clear .venv || fail "'$base -m venv' failed (Debian and Ubuntu: apt install python3-venv)"
@@ -69,29 +71,26 @@ install() {
 }
 
 mend_torchaudio() {
-    # PyPI's torchaudio holds CUDA libraries: beside a CPU build of torch its import fails, and with it every model of
-    # transformers. Without them torchaudio reports "no extension"; all that rawloop uses is plain PyTorch.
-    "$python" -c 'import torchaudio' 2>/dev/null && return
-    if [ "$("$python" -c 'import torch; print(torch.version.cuda)')" = None ]; then
-        rm -f .venv/lib/python3*/site-packages/torchaudio/lib/*.so
-    fi
+    # PyPI's torchaudio holds libraries for one version of CUDA. Beside a torch without CUDA, or with another version,
+    # its import fails, and with it every model of transformers. Without the libraries torchaudio works: it reports
+    # "no extension", and all that rawloop uses of it is plain PyTorch.
+    "$python" -c 'import torchaudio' 2>/dev/null || rm -f .venv/lib/python3*/site-packages/torchaudio/lib/*.so
     "$python" -c 'import torchaudio' 2>/dev/null ||
         fail "'import torchaudio' fails in .venv: $("$python" -c 'import torchaudio' 2>&1 | tail -n 1)"
 }
 
 if command -v flock >/dev/null; then # two scripts started at once take turns
     exec 9<launch/setup.sh
-    flock 9
+    flock -n 9 || { echo "setup: waiting for another setup.sh" && flock 9; }
 fi
 make_venv
 [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || exit 0
 trap 'exit 130' INT TERM # after Ctrl-C pip ends in its own way: stop here, and leave the mark
 touch "$unfinished"
 echo "setup: installing rawloop${extras:+ with $extras} into .venv; the first time takes minutes"
-install || {
-    rm "$unfinished" # pip has rolled back
-    fail "pip could not install rawloop (its message stands above)"
-}
+status=0
+install || status=$?
+rm "$unfinished" # whole, or rolled back by pip itself
+[ $status -eq 0 ] || fail "pip could not install rawloop (its message stands above)"
 mend_torchaudio
 fingerprint >"$stamp"
-rm "$unfinished"
