@@ -1,0 +1,37 @@
+"""Best tracking: only a valid, finite, better value wins."""
+
+import math
+
+import pytest
+
+from rawloop.checkpoint import BestTracker
+from rawloop.errors import CheckpointError
+
+
+def test_only_a_better_valid_finite_value_wins() -> None:
+    best = BestTracker()
+    seen = [(1, 3.0, True), (2, math.nan, True), (3, 0.0, False), (4, 3.0, True), (5, -math.inf, True), (6, 2.9, True)]
+    assert [best.consider(*each) for each in seen] == [True, False, False, False, False, True]
+    assert (best.value, best.step) == (2.9, 6)
+
+
+def test_nothing_is_best_before_the_first_valid_value() -> None:
+    best = BestTracker("score", "max")
+    assert not best.consider(1, math.inf, True)
+    assert (best.value, best.step) == (None, None)
+    assert best.consider(2, -5.0, True)
+    assert not best.consider(3, -6.0, True)
+    assert best.consider(4, -4.0, True)
+
+
+def test_state_comes_back() -> None:
+    best, other = BestTracker(), BestTracker()
+    best.consider(7, 0.5, True)
+    other.load_state_dict(best.state_dict())
+    assert (other.value, other.step) == (0.5, 7)
+    assert not other.consider(8, 0.6, True)
+
+
+def test_the_best_of_another_metric_means_nothing_here() -> None:
+    with pytest.raises(CheckpointError, match=r"tracks the best eval_loss \(min\), this run is configured for wer"):
+        BestTracker("wer").load_state_dict(BestTracker().state_dict())
