@@ -6,6 +6,7 @@ libsndfile decodes (wav, flac, ogg, mp3), torchaudio resamples. `torchaudio.load
 import importlib.metadata
 import importlib.util
 import math
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -109,10 +110,11 @@ def import_torchaudio() -> ModuleType:
     except (OSError, RuntimeError, ImportError) as error:
         found = importlib.util.find_spec("torchaudio")
         folder = Path(found.origin).parent / "lib" if found and found.origin else Path("torchaudio/lib")
+        command = f"rm {shlex.quote(str(folder))}/*.so"
         version = importlib.metadata.version("torchaudio")
         raise UserError(
             f"torchaudio {version} does not fit torch {torch.__version__} ({str(error).splitlines()[0]}): "
-            f"mend it with `bash launch/setup.sh` or `rm {folder}/*.so`; rawloop needs none of these libraries"
+            f"mend it with `bash launch/setup.sh` or `{command}`; rawloop needs none of these libraries"
         ) from error
     module: ModuleType = torchaudio
     return module

@@ -1,0 +1,410 @@
+"""Encoding once: reuse, continuation after every kind of interruption, bad clips, and what a codec may return."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rawloop.contracts import Audio, CodecInfo, Sample, Turn
+from rawloop.data import DataConfig
+from rawloop.data.audio import load_audio
+from rawloop.data.codes import CodeCache
+from rawloop.data.prepare import BadClips, PrepareReport, prepare
+from rawloop.data.shards import codec_folder, open_writer
+from rawloop.errors import RawloopError, UserError
+
+Tone = Callable[..., Path]
+Encode = Callable[[Tensor], Tensor]
+Run = Callable[..., PrepareReport]
+ROOT = Path(__file__).parents[2]
+
+
+def sample(identity: str, *paths: Path) -> Sample:
+    return Sample(identity, tuple(Turn("assistant", (Audio(path),), trained=True) for path in paths))
+
+
+def samples_of(paths: list[Path]) -> list[Sample]:
+    return [sample(f"s{index}", path) for index, path in enumerate(paths)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "codes"
+
+
+@pytest.fixture
+def run(encode: Encode, info: CodecInfo, cache: Path) -> Run:
+    def go(samples: list[Sample], encode: Encode = encode, info: CodecInfo = info, **options: Any) -> PrepareReport:
+        limits = {key: options.pop(key) for key in ("shard_clips", "shard_seconds") if key in options}
+        return prepare(samples, encode, info, cache, DataConfig(**options), progress=False, **limits)
+
+    return go
+
+
+@pytest.fixture
+def clips(tone: Tone) -> list[Path]:
+    return [tone(f"{index}.wav", hertz=200 + 10 * index, level=0.1 * (index + 1)).resolve() for index in range(5)]
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/shard-*.safetensors"))
+
+
+def test_codes_are_those_of_the_codec(run: Run, clips: list[Path], encode: Encode, cache: Path) -> None:
+    report = run(samples_of(clips), shard_clips=2)
+    assert (report.samples, report.clips, report.encoded, report.reused) == (5, 5, 5, 0)
+    assert report.audio_seconds == pytest.approx(2.0)
+    assert len(shards(cache)) == 3
+    codes = CodeCache(cache)
+    for path in clips:
+        expected = encode(load_audio(path, 24000))
+        assert torch.equal(codes(path), expected)
+        assert codes(path).dtype == torch.int64
+        assert codes.frames(path) == len(expected) == 10
+
+
+def test_nothing_is_encoded_twice(run: Run, clips: list[Path]) -> None:
+    run(samples_of(clips))
+    report = run(samples_of(clips), encode=forbidden)
+    assert (report.encoded, report.reused) == (0, 5)
+
+
+def forbidden(waveform: Tensor) -> Tensor:
+    raise AssertionError("the codec ran although all codes are cached")
+
+
+def test_shared_and_copied_clips_are_encoded_once(run: Run, clips: list[Path], cache: Path) -> None:
+    copy = clips[0].with_name("copy.wav")
+    copy.write_bytes(clips[0].read_bytes())
+    report = run([sample("a", clips[0], clips[1]), sample("b", clips[1], clips[0]), sample("c", copy)])
+    assert (report.clips, report.encoded, report.reused) == (3, 2, 1)
+    codes = CodeCache(cache)
+    assert torch.equal(codes(copy), codes(clips[0]))
+
+
+def test_only_what_was_added_is_encoded(run: Run, clips: list[Path], cache: Path) -> None:
+    run(samples_of(clips[:3]))
+    assert run(samples_of(clips)).encoded == 2
+    CodeCache(cache).check(samples_of(clips))
+
+
+def test_a_changed_file_is_encoded_again(run: Run, clips: list[Path], tone: Tone, cache: Path, encode: Encode) -> None:
+    run(samples_of(clips))
+    tone("0.wav", hertz=700, seconds=0.8)
+    assert run(samples_of(clips)).encoded == 1
+    assert torch.equal(CodeCache(cache)(clips[0]), encode(load_audio(clips[0], 24000)))
+
+
+def test_a_touched_or_moved_file_is_not(run: Run, clips: list[Path], cache: Path) -> None:
+    run(samples_of(clips))
+    os.utime(clips[0], ns=(1, 1))
+    moved = clips[1].rename(clips[1].with_name("moved.wav"))
+    report = run([sample("a", clips[0]), sample("b", moved)], encode=forbidden)
+    assert report.reused == 2
+
+
+def test_another_codec_has_codes_of_its_own(run: Run, clips: list[Path], info: CodecInfo, cache: Path) -> None:
+    other = CodecInfo("0ther" + "0" * 59, 24000, 8, 1024, 25.0)
+    run(samples_of(clips))
+    assert run(samples_of(clips), encode=lambda wave: torch.ones(3, 8, dtype=torch.int32), info=other).encoded == 5
+    assert CodeCache(cache, other.hash)(clips[0]).tolist() == [[1] * 8] * 3
+    assert CodeCache(cache, info.hash).frames(clips[0]) == 10
+
+
+def test_sample_rate_of_the_codec(run: Run, clips: list[Path], cache: Path) -> None:
+    lengths = []
+
+    def encode(waveform: Tensor) -> Tensor:
+        lengths.append(len(waveform))
+        return torch.zeros(1, 8, dtype=torch.int64)
+
+    run(samples_of(clips[:1]), encode=encode, info=CodecInfo("x" * 64, 16000, 8, 1024, 25.0))
+    assert lengths == [6400]
+
+
+@pytest.fixture
+def spoiled(clips: list[Path], tone: Tone, tmp_path: Path) -> list[Sample]:
+    """Eight samples, of which four need a bad clip; one of them only as its reference."""
+    (tmp_path / "text.wav").write_text("no audio\n")
+    tone("silent.wav", level=0)
+    tone("long.wav", seconds=2)
+    broken = [tmp_path / name for name in ("text.wav", "silent.wav", "long.wav")]
+    bad = [sample(f"bad-{path.stem}", path) for path in broken]
+    return [*bad, *samples_of(clips[:4]), sample("bad-reference", broken[1], clips[4])]
+
+
+def test_stop_encodes_the_rest_and_names_all(run: Run, spoiled: list[Sample], cache: Path) -> None:
+    with pytest.raises(BadClips, match=r"3 of 8 clips cannot be used, and 4 of 8 samples need them") as caught:
+        run(spoiled, max_seconds=1.0)
+    assert caught.value.exit_code == 1
+    report = caught.value.report
+    assert report.encoded == 5
+    assert [(Path(clip.path).name, clip.sample) for clip in report.bad] == [
+        ("text.wav", "bad-text"),
+        ("silent.wav", "bad-silent"),
+        ("long.wav", "bad-long"),
+    ]
+    assert [clip.reason.partition(":")[0] for clip in report.bad] == [
+        "cannot be decoded",
+        "is silent (peak digital silence, limit -60 dBFS)",
+        "lasts 2.00 s, longer than data.max_seconds (1 s)",
+    ]
+    assert report.left_out == ["bad-text", "bad-silent", "bad-long", "bad-reference"]
+    written = json.loads((cache / "report.json").read_text())
+    assert [clip["path"] for clip in written["bad"]] == [clip.path for clip in report.bad]
+    assert written["left_out"] == report.left_out
+
+
+def test_training_on_bad_clips_is_an_error_unless_skipped(run: Run, spoiled: list[Sample], cache: Path) -> None:
+    with pytest.raises(BadClips):
+        run(spoiled, max_seconds=1.0)
+    codes = CodeCache(cache)
+    assert codes.usable(spoiled) == (spoiled, {})
+    with pytest.raises(UserError, match=r"3 clip\(s\) that cannot be used: .*text.wav \(cannot be decoded: .*skip"):
+        codes.check(spoiled)
+
+
+def test_skip_leaves_out_exactly_those_samples(run: Run, spoiled: list[Sample], cache: Path) -> None:
+    report = run(spoiled, max_seconds=1.0, on_bad_sample="skip")
+    assert len(report.bad) == 3
+    kept, left_out = CodeCache(cache).usable(spoiled)
+    assert [sample.id for sample in kept] == ["s0", "s1", "s2", "s3"]
+    assert list(left_out) == report.left_out
+    assert left_out["bad-reference"].endswith("silent.wav: is silent (peak digital silence, limit -60 dBFS)")
+    CodeCache(cache).check(kept)
+
+
+def test_bad_clips_get_another_chance(run: Run, spoiled: list[Sample], cache: Path) -> None:
+    run(spoiled, max_seconds=1.0, on_bad_sample="skip")
+    with pytest.raises(BadClips) as caught:
+        run(spoiled, max_seconds=5.0)  # the long one is good now, and nobody asks to skip the others
+    assert len(caught.value.report.bad) == 2
+    assert CodeCache(cache).usable(spoiled)[1] == {}
+
+
+def test_a_mended_clip_is_used(run: Run, spoiled: list[Sample], tone: Tone, cache: Path) -> None:
+    run(spoiled, on_bad_sample="skip")
+    tone("silent.wav", hertz=500)
+    kept, _ = CodeCache(cache).usable(spoiled)
+    with pytest.raises(UserError, match=r"silent.wav: run `rawloop prepare` again"):
+        CodeCache(cache).check(kept)
+    run(spoiled, on_bad_sample="skip")
+    assert list(CodeCache(cache).usable(spoiled)[1]) == ["bad-text"]
+
+
+def test_a_clip_that_is_gone(run: Run, clips: list[Path]) -> None:
+    clips[2].unlink()
+    with pytest.raises(BadClips, match=r"2.wav \(cannot be opened: No such file or directory\)"):
+        run(samples_of(clips))
+
+
+def test_bad_clips_are_named_as_they_are_found(
+    spoiled: list[Sample], encode: Encode, info: CodecInfo, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(spoiled, encode, info, cache, DataConfig(on_bad_sample="skip"))
+    error = capsys.readouterr().err
+    assert "text.wav: cannot be decoded" in error
+    assert "encoding: 100%" in error
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(8, 10, dtype=torch.int64), r"shape \(8, 10\) .* integers of shape \(frames, 8\)"),
+        (torch.zeros(80, dtype=torch.int64), r"shape \(80,\)"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"shape \(0, 8\)"),
+        (torch.zeros(10, 8), "gave torch.float32"),
+        (torch.full((10, 8), 1024), "codes from 1024 to 1024 .* lie in 0 to 1023"),
+        (torch.full((10, 8), -1), "codes from -1 to -1"),
+    ],
+)
+def test_what_is_no_code(codes: Tensor, message: str, run: Run, clips: list[Path], cache: Path) -> None:
+    with pytest.raises(RawloopError, match=message):
+        run(samples_of(clips), encode=lambda waveform: codes)
+    assert shards(cache) == []
+
+
+def test_codes_must_fit_uint16(run: Run, clips: list[Path]) -> None:
+    wide = CodecInfo("w" * 64, 24000, 1, 100_000, 25.0)
+    with pytest.raises(RawloopError, match=r"0 to 65535"):
+        run(samples_of(clips), encode=lambda waveform: torch.full((10, 1), 65536), info=wide)
+    run(samples_of(clips), encode=lambda waveform: torch.full((10, 1), 65535), info=wide)
+
+
+def test_an_error_of_the_codec_loses_nothing(run: Run, clips: list[Path], encode: Encode) -> None:
+    def failing(waveform: Tensor) -> Tensor:
+        if float(waveform.max()) > 0.35:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(waveform)
+
+    with pytest.raises(RawloopError, match=r"out of memory while encoding .*3.wav \(0.4 s\)"):
+        run(samples_of(clips), encode=failing)
+    assert run(samples_of(clips)).encoded == 2
+
+
+def test_shards_are_closed_by_time(run: Run, clips: list[Path], cache: Path) -> None:
+    run(samples_of(clips), shard_seconds=0.0)
+    assert len(shards(cache)) == 5
+    CodeCache(cache).check(samples_of(clips))
+
+
+def test_a_lost_shard_is_encoded_again(run: Run, clips: list[Path], cache: Path) -> None:
+    run(samples_of(clips), shard_clips=2)
+    shards(cache)[0].unlink()
+    with pytest.raises(RawloopError, match=r"shard-00000.safetensors is damaged \(the file is gone\)"):
+        CodeCache(cache).check(samples_of(clips))
+    assert run(samples_of(clips)).encoded == 2
+    CodeCache(cache).check(samples_of(clips))
+
+
+def test_two_writers_at_once(run: Run, clips: list[Path], info: CodecInfo, cache: Path) -> None:
+    with open_writer(cache, info, 10, 10.0), pytest.raises(UserError, match=r"another `rawloop prepare` writes to"):
+        run(samples_of(clips))
+    run(samples_of(clips))
+
+
+def test_a_folder_that_cannot_be_made(run: Run, clips: list[Path], cache: Path) -> None:
+    cache.write_text("a file in the way")
+    with pytest.raises(UserError, match=r"cannot be written .* set --data.codes to another folder"):
+        run(samples_of(clips))
+
+
+def test_folder_of_another_codec_with_the_same_beginning(
+    run: Run, clips: list[Path], info: CodecInfo, cache: Path
+) -> None:
+    run(samples_of(clips))
+    twin = replace(info, hash=info.hash[:16] + "1" * 48)
+    with pytest.raises(RawloopError, match=r"holds codes of"):
+        run(samples_of(clips), info=twin)
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from rawloop.contracts import Audio, CodecInfo, Sample, Turn
+from rawloop.data.prepare import prepare
+
+def encode(waveform):
+    time.sleep(0.03)
+    frames = waveform[: len(waveform) // 960 * 960].reshape(-1, 8, 120)
+    print("encoded", flush=True)
+    return (frames.abs().mean(dim=-1) * 1023).long()
+
+paths = sorted(Path(sys.argv[1]).glob("*.wav"))
+samples = [Sample(path.name, (Turn("assistant", (Audio(path),), True),)) for path in paths]
+info = CodecInfo("c0dec" + "0" * 59, 24000, 8, 1024, 25.0)
+report = prepare(samples, encode, info, sys.argv[2], progress=False, shard_clips=int(sys.argv[3]))
+print("report", report.encoded, report.reused, flush=True)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, cache: Path) -> Iterator[Callable[[int], "subprocess.Popen[str]"]]:
+    """Give `worker(shard_clips)`: a process that prepares all clips slowly and prints a line per encoded clip."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(shard_clips: int) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", WORKER, str(tmp_path), str(cache), str(shard_clips)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: "subprocess.Popen[str]", clips: int) -> None:
+    assert process.stdout is not None
+    for _ in range(clips):
+        assert process.stdout.readline() == "encoded\n"
+
+
+def rest_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
+
+
+def test_killed_in_the_middle(
+    tone: Tone, worker: Callable[[int], "subprocess.Popen[str]"], run: Run, encode: Encode, cache: Path
+) -> None:
+    clips = [tone(f"{index:02}.wav", hertz=200 + index).resolve() for index in range(24)]
+    first = worker(4)
+    wait_for(first, 10)
+    first.send_signal(signal.SIGKILL)
+    code, out, _ = rest_of(first)
+    assert code == -signal.SIGKILL
+    encoded = 10 + out.count("encoded")
+    whole = encoded // 4 * 4
+    (codec_folder(cache, CodeCache(cache).codec) / "shard-00099.safetensors.part").write_text("half written")
+    report = run(samples_of(clips))
+    assert report.clips == 24
+    assert report.reused in (whole, whole - 4)  # the last shard may have been killed between its codes and its rows
+    assert report.encoded == 24 - report.reused
+    assert not list(cache.glob("*/*.part"))
+    codes = CodeCache(cache)
+    codes.check(samples_of(clips))
+    assert all(torch.equal(codes(path), encode(load_audio(path, 24000))) for path in clips)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_the_middle(
+    number: signal.Signals, tone: Tone, worker: Callable[[int], "subprocess.Popen[str]"], run: Run, cache: Path
+) -> None:
+    clips = [tone(f"{index:02}.wav", hertz=200 + index).resolve() for index in range(24)]
+    first = worker(1000)
+    wait_for(first, 6)
+    first.send_signal(number)
+    code, out, error = rest_of(first)
+    assert code == -number
+    assert ("KeyboardInterrupt" in error) == (number == signal.SIGINT)
+    assert "report" not in out
+    encoded = 6 + out.count("encoded")
+    assert encoded < 24
+    report = run(samples_of(clips))
+    assert (report.reused, report.encoded) == (encoded, 24 - encoded)  # not one clip is lost
+
+
+def test_a_handler_that_goes_on_does_not_make_it_a_success(run: Run, clips: list[Path], encode: Encode) -> None:
+    def encode_and_signal(waveform: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return encode(waveform)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with pytest.raises(RawloopError, match=r"stopped by SIGTERM; what was encoded is kept"):
+            run(samples_of(clips), encode=encode_and_signal)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert run(samples_of(clips)).encoded == 4
+
+
+def test_signal_handlers_are_put_back(run: Run, clips: list[Path]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(samples_of(clips))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_decoding_goes_on_while_the_codec_works(run: Run, clips: list[Path], encode: Encode) -> None:
+    """Results come in order whatever the threads do."""
+    seen = []
+
+    def slow(waveform: Tensor) -> Tensor:
+        time.sleep(0.01)
+        seen.append(round(float(waveform.max()), 1))
+        return encode(waveform)
+
+    run(samples_of(clips), encode=slow)
+    assert seen == [0.1, 0.2, 0.3, 0.4, 0.5]
