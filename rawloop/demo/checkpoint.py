@@ -69,8 +69,9 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
         build_processor(tokenizer, codec).save_pretrained(workplace / "model")
         build_model(tokenizer, seed).save_pretrained(workplace / "model")
         for part in PARTS:
-            _stamp(workplace / part, folder, seed)
-            shutil.rmtree(folder / part, ignore_errors=True)
+            (workplace / part / STAMP).write_text(_stamp(workplace / part, folder))
+            if (folder / part).exists():
+                shutil.rmtree(folder / part)
             (workplace / part).rename(folder / part)
     return codes_in_use(codec, [clip for _, clip in held_out])
 
@@ -78,19 +79,8 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
 def demo_is_built(folder: Path) -> bool:
     """Say whether `folder` holds a complete demo checkpoint, made there and by this version of the recipe."""
     folder = folder.resolve()
-    stamps = []
-    for part in PARTS:
-        path = folder / part / STAMP
-        if not path.is_file():
-            return False
-        try:
-            stamp = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            return False
-        if stamp.pop("files") != _sizes(path.parent):
-            return False
-        stamps.append(stamp)
-    return all(stamp["recipe"] == _recipe() and stamp["folder"] == str(folder) for stamp in stamps)
+    stamps = {part: folder / part / STAMP for part in PARTS}
+    return all(path.is_file() and path.read_text() == _stamp(folder / part, folder) for part, path in stamps.items())
 
 
 def read_split(folder: Path) -> list[tuple[str, Tensor]]:
@@ -188,15 +178,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> HiggsAudioV2Fo
     return model
 
 
-def _stamp(part: Path, folder: Path, seed: int) -> None:
-    stamp = {"recipe": _recipe(), "seed": seed, "folder": str(folder), "files": _sizes(part)}
-    (part / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
-
-
-def _sizes(part: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(part.iterdir()) if path.name != STAMP}
-
-
-def _recipe() -> str:
+def _stamp(part: Path, folder: Path) -> str:
     here = Path(__file__).parent
-    return sha256_files([here / "checkpoint.py", here / "codec.py", here / "chat_template.jinja"])
+    recipe = sha256_files([here / "checkpoint.py", here / "codec.py", here / "chat_template.jinja"])
+    sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir()) if path.name != STAMP}
+    return json.dumps({"recipe": recipe, "folder": str(folder), "bytes": sizes}, indent=1) + "\n"

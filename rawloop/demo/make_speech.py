@@ -75,19 +75,19 @@ def dialogue_sample(dialogue: Dialogue, wave_path: Path, references: dict[str, d
     lines = (dialogue.first, dialogue.second)
     pause = np.zeros(round(TURN_SECONDS * SAMPLE_RATE), dtype=np.float32)
     duration = write_flac(wave_path, np.concatenate([speak(lines[0]), pause, speak(lines[1])]))
-    manner = {"female": "feminine", "male": "masculine"}
-    tags = [f"SPEAKER{i}: {manner[VOICES[line.voice].gender]}" for i, line in enumerate(lines)]
     sample: dict[str, Any] = {
         "transcript": "\n".join(f"[SPEAKER{i}] {line.text}" for i, line in enumerate(lines)),
         "duration": duration,
         "speaker_id": "+".join(line.voice for line in lines),
         "speaker_name": " and ".join(VOICES[line.voice].name for line in lines),
-        "scene": "\n".join([ROOM, "", *tags]),
+        "scene": ROOM,
     }
     if dialogue.clone:
         sample["ref_speakers"] = [
             {"speaker_tag": f"[SPEAKER{i}]", **references[line.voice]} for i, line in enumerate(lines)
         ]
+    else:
+        sample["speakers"] = {f"SPEAKER{i}": VOICES[line.voice].manner for i, line in enumerate(lines)}
     return sample
 
 

@@ -10,7 +10,7 @@ class Voice(NamedTuple):
     """An espeak-ng voice with a name: `speed` in words per minute, `pitch` from 0 to 99."""
 
     name: str
-    gender: str
+    manner: str
     language: str
     espeak: str
     speed: int
@@ -35,18 +35,18 @@ class Dialogue(NamedTuple):
 
 # Mandarin takes the pinyin voice: it reads Han characters too, where `cmn` spells their pinyin in English letters.
 VOICES = {
-    "en_ada": Voice("Ada", "female", "en", "en-us+f2", 185, 55),
-    "en_ben": Voice("Ben", "male", "en", "en-gb+m3", 180, 40),
-    "en_cleo": Voice("Cleo", "female", "en", "en-gb-x-rp+f4", 190, 65),
-    "vi_lan": Voice("Lan", "female", "vi", "vi+f2", 200, 60),
-    "vi_minh": Voice("Minh", "male", "vi", "vi+m3", 190, 45),
-    "vi_hoa": Voice("Hoa", "female", "vi", "vi-vn-x-south+f3", 195, 55),
-    "ar_salma": Voice("Salma", "female", "ar", "ar+f2", 180, 55),
-    "ar_karim": Voice("Karim", "male", "ar", "ar+m1", 175, 40),
-    "ar_nour": Voice("Nour", "female", "ar", "ar+f5", 185, 60),
-    "cmn_mei": Voice("Mei", "female", "cmn", "cmn-latn-pinyin+f3", 210, 60),
-    "cmn_bo": Voice("Bo", "male", "cmn", "cmn-latn-pinyin+m2", 205, 45),
-    "cmn_lin": Voice("Lin", "female", "cmn", "cmn-latn-pinyin+f5", 215, 65),
+    "en_ada": Voice("Ada", "feminine", "en", "en-us+f2", 185, 55),
+    "en_ben": Voice("Ben", "masculine", "en", "en-gb+m3", 180, 40),
+    "en_cleo": Voice("Cleo", "feminine", "en", "en-gb-x-rp+f4", 190, 65),
+    "vi_lan": Voice("Lan", "feminine", "vi", "vi+f2", 200, 60),
+    "vi_minh": Voice("Minh", "masculine", "vi", "vi+m3", 190, 45),
+    "vi_hoa": Voice("Hoa", "feminine", "vi", "vi-vn-x-south+f3", 195, 55),
+    "ar_salma": Voice("Salma", "feminine", "ar", "ar+f2", 180, 55),
+    "ar_karim": Voice("Karim", "masculine", "ar", "ar+m1", 175, 40),
+    "ar_nour": Voice("Nour", "feminine", "ar", "ar+f5", 185, 60),
+    "cmn_mei": Voice("Mei", "feminine", "cmn", "cmn-latn-pinyin+f3", 210, 60),
+    "cmn_bo": Voice("Bo", "masculine", "cmn", "cmn-latn-pinyin+m2", 205, 45),
+    "cmn_lin": Voice("Lin", "feminine", "cmn", "cmn-latn-pinyin+f5", 215, 65),
 }
 
 TRAIN: tuple[Line | Dialogue, ...] = (
