@@ -99,7 +99,12 @@ def put_in_place(temporary: Path, slot: Path) -> None:
         if old.exists():
             remove_tree(old)
         slot.rename(old)
-    temporary.rename(slot)
+    try:
+        temporary.rename(slot)
+    except OSError:
+        if old.exists():
+            old.rename(slot)
+        raise
     sync(slot.parent)
     if old.exists():
         _retire(old, slot)

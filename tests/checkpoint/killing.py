@@ -1,0 +1,245 @@
+"""Kills a process that saves, again and again, and looks at what is left. Run by `test_kill.py` in a process of its own.
+
+usage: python killing.py FOLDER everywhere | full | random ROUNDS SEED
+
+It forks the processes to be killed, so that each starts in a millisecond instead of importing torch. Prints what it
+counted as JSON; a broken promise is an AssertionError.
+"""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rawloop.checkpoint import (
+    BestTracker,
+    CheckpointConfig,
+    CheckpointManager,
+    find_best,
+    find_latest,
+    find_slots,
+    read_manifest,
+    verify,
+)
+from rawloop.contracts import FolderState, Stateful
+from rawloop.dist import World
+from rawloop.errors import RawloopError
+from rawloop.records import Records, RecordsConfig
+from rawloop.seed import RngState
+
+KEEP = 2
+FIRST = 3  # the step at which a prepared run stands
+FAILED = 7  # exit code of a child whose save was refused
+
+
+class Part:
+    """A state from which its step can be recomputed, big enough to be caught half-written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "x": [torch.full((5000,), float(self.step + i)) for i in range(4)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        for i, tensor in enumerate(state["x"]):
+            assert torch.equal(tensor, torch.full((5000,), float(self.step + i)))
+
+
+class Folder:
+    """Files of its own."""
+
+    folder = "adapter"
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights.txt").write_text(str(self.part.step) * 20_000)
+
+    def load(self, folder: Path) -> None:
+        text = (folder / "weights.txt").read_text()
+        assert text == str(self.part.step) * 20_000 or self.part.step == 0
+
+
+@contextmanager
+def opened(run: Path, part: Part) -> Iterator[CheckpointManager]:
+    parts: dict[str, Stateful | FolderState] = {
+        "part": part,
+        "adapter": Folder(part),
+        "best": BestTracker(),
+        "rng": RngState(0, 0),
+    }
+    with Records(run, World(), RecordsConfig()) as records:
+        yield CheckpointManager(run, CheckpointConfig(keep_last=KEEP), World(), records, parts)
+
+
+def save_both(manager: CheckpointManager, part: Part, step: int) -> None:
+    part.step = step
+    manager.save_best(step, "eval_loss", 1 / step)
+    manager.save(step)
+
+
+def child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process and return its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except RawloopError:  # of the checkpoint, or of the records that no longer can be written
+        code = FAILED
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        os._exit(code)
+
+
+def look(run: Path, at_least: int, at_most: int) -> int:
+    """Check a run after a kill, as the next process would find it; return the step of its newest checkpoint."""
+    newest, damaged = find_latest(run)
+    assert newest is not None, f"no checkpoint left: {damaged}"
+    assert not damaged, f"a half-written checkpoint has a checkpoint's name: {damaged}"
+    best = find_best(run)
+    assert best is not None, "the best checkpoint is gone"
+    assert at_least <= verify(best).step <= at_most
+    part = Part(0)
+    with opened(run, part) as manager:
+        step = manager.load().step
+        assert part.step == step
+        assert at_least <= step <= at_most, f"step {step} is the newest, not one of {at_least} to {at_most}"
+        manager.start(step)
+        noted = json.loads((run / "best.json").read_text())
+        assert noted["step"] == read_manifest(run / "best").step
+        left = [path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if path.name[0] == "."]
+        assert not left, f"start has left {left}"
+        save_both(manager, part, at_most + 1)
+    assert [verify(slot).step for slot in find_slots(run)][0] == at_most + 1
+    return step
+
+
+def prepare(run: Path) -> None:
+    """Make a run with checkpoints and a best one, standing at step FIRST."""
+    part = Part(0)
+    with opened(run, part) as manager:
+        manager.start(0)
+        for step in range(1, FIRST + 1):
+            save_both(manager, part, step)
+
+
+def at_file_operation(run: Path, number: int, strike: Callable[[], None], onwards: bool) -> None:
+    """Call `strike` before the file operation of that number below `run` (and before all later ones)."""
+    seen = 0
+    operations = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in operations or not (event != "open" or isinstance(arguments[0], str)):
+            return
+        path = os.fspath(arguments[0])
+        inside = str(path).startswith(str(run)) or not os.path.isabs(str(path))  # rmtree works with relative names
+        if inside and (event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR) or not onwards):
+            seen += 1
+            if seen == number or (onwards and seen > number):
+                strike()
+
+    sys.addaudithook(hook)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def everywhere(folder: Path, strike: Callable[[], None], onwards: bool) -> dict[str, Any]:
+    """Strike before each file operation of a save in turn."""
+    prepare(folder / "prepared")
+    outcomes: Counter[str] = Counter()
+    number = 0
+    while True:
+        number += 1
+        run = folder / f"run{number}"
+        shutil.copytree(folder / "prepared", run)
+
+        def work(run: Path = run, number: int = number) -> None:
+            part = Part(FIRST)
+            with opened(run, part) as manager:
+                manager.start(FIRST)
+                at_file_operation(run, number, strike, onwards)
+                save_both(manager, part, FIRST + 1)
+
+        _, status = os.waitpid(child(work), 0)
+        code = os.waitstatus_to_exitcode(status)
+        assert code in (0, -signal.SIGKILL, FAILED), f"operation {number}: exit code {code}"
+        step = look(run, FIRST, FIRST + 1)
+        shutil.rmtree(run)
+        if code == 0:
+            assert step == FIRST + 1
+            return {"operations": number - 1, **outcomes}
+        outcomes[f"step {step}"] += 1
+
+
+def at_random(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
+    """Kill a process that saves without a pause at random moments; each goes on where the last one was killed."""
+    rng = random.Random(seed)
+    run = folder / "run"
+    prepare(run)
+    reached = FIRST
+    leftovers: Counter[str] = Counter()
+    for _ in range(rounds):
+        reader, writer = os.pipe()
+
+        def work(start: int = reached, writer: int = writer) -> None:
+            part = Part(start)
+            with opened(run, part) as manager:
+                manager.start(start)
+                for step in range(start + 1, start + 100_000):
+                    save_both(manager, part, step)
+                    os.write(writer, step.to_bytes(8, "big"))
+
+        pid = child(work)
+        os.close(writer)
+        time.sleep(rng.uniform(0.01, 0.12))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with os.fdopen(reader, "rb") as pipe:
+            data = pipe.read()
+        committed = int.from_bytes(data[-8:], "big") if data else reached
+        for path in (*run.iterdir(), *(run / "checkpoints").iterdir()):
+            if path.name.startswith("."):
+                leftovers[path.name.split("-")[0]] += 1
+        look(run, committed, committed + 1)
+        reached = committed + 2
+    return {"kills": rounds, "steps": reached, "leftovers": dict(leftovers)}
+
+
+def main() -> None:
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "random":
+        result = at_random(folder, int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        result = everywhere(folder, refuse if mode == "full" else die, onwards=mode == "full")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Killed or refused by the disk at any moment of a save: every finished checkpoint is there, and the newest one loads."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KILLING = Path(__file__).parent / "killing.py"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: a kill leaves the same behind there, and no round waits for a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as name:
+        yield Path(name)
+
+
+def kill(folder: Path, *arguments: str, timeout: float = 110.0) -> dict[str, Any]:
+    command = [sys.executable, str(KILLING), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(arguments, done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_killed_before_every_file_operation_of_a_save(folder: Path) -> None:
+    counted = kill(folder, "everywhere")
+    assert counted["operations"] > 50
+    assert counted["step 3"] + counted["step 4"] == counted["operations"]
+    assert counted["step 4"] > 5  # the rotation and the event come after the commit
+
+
+def test_a_full_disk_from_every_file_operation_on(folder: Path) -> None:
+    assert kill(folder, "full")["operations"] > 25
+
+
+def test_killed_at_random_moments(folder: Path) -> None:
+    assert kill(folder, "random", "10", "0")["kills"] == 10
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments_on_a_real_disk(tmp_path: Path) -> None:
+    assert kill(tmp_path, "random", "60", "1")["kills"] == 60

@@ -1,0 +1,350 @@
+"""The manager in one process: what is saved is what is loaded, damage is passed over aloud, failures lose nothing."""
+
+import json
+import math
+import random
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager, disk, find_slots
+from rawloop.contracts import FolderState, Stateful
+from rawloop.dist import World
+from rawloop.errors import CheckpointError, UserError
+from rawloop.records import Records, RecordsConfig, read_events
+from rawloop.seed import RngState, seed_all
+
+
+class Holder:
+    """A part with whatever state."""
+
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class Adapter:
+    """Writes a model's weights into a folder of its own, as an adapter does."""
+
+    folder = "adapter"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def save(self, folder: Path) -> None:
+        save_file(self.model.state_dict(), folder / "adapter_model.safetensors")
+        (folder / "extra").mkdir()
+        (folder / "extra" / "adapter_config.json").write_text('{"r": 8}')
+
+    def load(self, folder: Path) -> None:
+        assert json.loads((folder / "extra" / "adapter_config.json").read_text()) == {"r": 8}
+        self.model.load_state_dict(load_file(folder / "adapter_model.safetensors"))
+
+
+Parts = dict[str, Stateful | FolderState]
+
+
+def parts() -> Parts:
+    return {"counter": Holder(step=0, scale=math.inf), "adapter": Adapter(nn.Linear(4, 4)), "rng": RngState(0, 0)}
+
+
+@contextmanager
+def opened(run: Path, state: Parts | None = None, **config: Any) -> Iterator[CheckpointManager]:
+    with Records(run, World(), RecordsConfig()) as records:
+        yield CheckpointManager(run, CheckpointConfig(**config), World(), records, parts() if state is None else state)
+
+
+def names(run: Path) -> list[str]:
+    return [slot.name for slot in find_slots(run)]
+
+
+def reasons(run: Path, kind: str) -> list[str]:
+    return [event["reason"] for event in read_events(run) if event["kind"] == kind]
+
+
+def test_everything_comes_back_and_random_streams_continue(tmp_path: Path) -> None:
+    seed_all(1, 0)
+    model, best = nn.Linear(4, 4), BestTracker()
+    best.consider(5, 0.5, True)
+    state: Parts = {"adapter": Adapter(model), "n": Holder(a=[1, math.nan]), "best": best, "rng": RngState(1, 0)}
+    with opened(tmp_path, state) as manager:
+        slot = manager.save(5, meta={"epoch": 0.5, "policy": ("bf16",)})
+    weight, drawn = model.weight.detach().clone(), (torch.rand(2).tolist(), random.random())
+    other = nn.Linear(4, 4)
+    fresh: Parts = {"adapter": Adapter(other), "n": Holder(), "best": BestTracker(), "rng": RngState(1, 0)}
+    with opened(tmp_path, fresh) as manager:
+        restored = manager.load()
+    assert (torch.rand(2).tolist(), random.random()) == drawn
+    assert restored == (slot, 5, {"epoch": 0.5, "policy": ("bf16",)}, 1)
+    assert torch.equal(other.weight, weight)
+    assert isinstance(fresh["best"], BestTracker)
+    assert fresh["best"].state_dict() == best.state_dict()
+    assert isinstance(fresh["n"], Holder)
+    assert str(fresh["n"].state) == "{'a': [1, nan]}"
+
+
+def test_the_layout_is_the_documented_one_and_holds_no_pickle(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        slot = manager.save(500)
+    assert slot == tmp_path / "checkpoints" / "step-00000500"
+    assert sorted(path.relative_to(slot).as_posix() for path in slot.rglob("*") if path.is_file()) == [
+        "MANIFEST.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/extra/adapter_config.json",
+        "state/counter.json",
+        "state/rng-00000.json",
+        "state/rng-00000.safetensors",
+    ]
+    manifest = json.loads((slot / "MANIFEST.json").read_text())
+    assert manifest["step"] == 500
+    assert manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert "adapter/extra/adapter_config.json" in manifest["files"]
+
+
+@pytest.mark.parametrize(
+    ("config", "due"),
+    [
+        ({"save_every": 3}, [3, 6, 7]),
+        ({"save_every": 3, "save_at_end": False}, [3, 6]),
+        ({"save_every": 0}, [7]),
+        ({"save_every": 0, "save_at_end": False}, []),
+        ({"save_every": 7}, [7]),
+    ],
+)
+def test_a_save_is_due_on_its_cadence_and_at_the_end_once(
+    tmp_path: Path, config: dict[str, Any], due: list[int]
+) -> None:
+    with opened(tmp_path, **config, keep_last=0) as manager:
+        for step in range(8):
+            if manager.due(step, last=step == 7):
+                manager.save(step)
+                assert not manager.due(step, last=True)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in reversed(due)]
+
+
+def test_what_has_just_been_restored_is_not_saved_again(tmp_path: Path) -> None:
+    with opened(tmp_path, save_every=3) as manager:
+        manager.save(3)
+    with opened(tmp_path, save_every=3) as manager:
+        manager.load()
+        assert not manager.due(3, last=False)
+        assert manager.due(6, last=False)
+
+
+def test_a_negative_cadence_is_refused() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.save_every is -1"):
+        CheckpointConfig(save_every=-1)
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
+    with opened(tmp_path, keep_last=2) as manager:
+        manager.save_best(1, "eval_loss", 2.0)
+        for step in range(1, 6):
+            manager.save(step)
+        manager.save_best(5, "eval_loss", 1.5)
+        manager.save(6)
+    assert names(tmp_path) == ["step-00000006", "step-00000005"]
+    best = {"metric": "eval_loss", "value": 1.5, "step": 5, "folder": "best"}
+    assert json.loads((tmp_path / "best.json").read_text()) == best
+    with opened(tmp_path) as manager:
+        assert manager.load(tmp_path / "best").step == 5
+    event = [event for event in read_events(tmp_path) if event["kind"] == "best"][-1]
+    assert (event["step"], event["value"], event["metric"]) == (5, 1.5, "eval_loss")
+
+
+def test_a_value_that_is_not_finite_is_never_written_as_the_best(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager, pytest.raises(AssertionError, match="never the best"):
+        manager.save_best(1, "eval_loss", math.nan)
+
+
+def test_damaged_checkpoints_are_passed_over_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with opened(tmp_path, keep_last=0) as manager:
+        for step in (1, 2, 3):
+            manager.save(step)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000003" / "state" / "counter.json").unlink()
+    data = bytearray((folder / "step-00000002" / "adapter" / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "step-00000002" / "adapter" / "adapter_model.safetensors").write_bytes(data)
+    with opened(tmp_path) as manager:
+        assert manager.load().step == 1
+        manager.start(1)
+    said = reasons(tmp_path, "warning")
+    assert "state/counter.json is missing" in said[0]
+    assert "adapter_model.safetensors has changed since it was written" in said[1]
+    shown = capsys.readouterr().err
+    assert all(reason in shown for reason in said)
+    # later ones are out of the way of the next `latest`, and not lost
+    assert names(tmp_path) == ["step-00000001"]
+    assert len(list((folder / "discarded").iterdir())) == 2
+
+
+def test_if_all_are_damaged_each_reason_and_the_way_out_are_named(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        manager.save_best(1, "eval_loss", 2.0)
+        manager.save(2)
+    (tmp_path / "checkpoints" / "step-00000002" / "MANIFEST.json").unlink()
+    with opened(tmp_path) as manager, pytest.raises(CheckpointError, match=r"is whole.*--resume .*best.*never compl"):
+        manager.load()
+
+
+def test_a_named_checkpoint_that_is_damaged_is_an_error_and_not_replaced(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        manager.save(1)
+        slot = manager.save(2)
+    (slot / "state" / "counter.json").write_text("{}")
+    counter = Holder(untouched=True)
+    with (
+        opened(tmp_path, {**parts(), "counter": counter}) as manager,
+        pytest.raises(CheckpointError, match=r"step-00000002: state/counter\.json has 2 bytes, \d+ were written"),
+    ):
+        manager.load(slot)
+    assert counter.state == {"untouched": True}
+
+
+def test_paths_that_are_no_checkpoint_are_the_users_mistake(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        with pytest.raises(UserError, match="has no checkpoint: start without --resume"):
+            manager.load()
+        with pytest.raises(UserError, match="is no folder"):
+            manager.load(str(tmp_path / "step-1"))
+        manager.save(4)
+        with pytest.raises(UserError, match=r"is a run: name one of its checkpoints \(step-00000004\)"):
+            manager.load(tmp_path)
+
+
+def test_missing_and_extra_parts_are_listed_and_nothing_is_restored(tmp_path: Path) -> None:
+    with opened(tmp_path, {"counter": Holder(x=1), "old": Holder(), "older": Holder()}) as manager:
+        manager.save(1)
+    counter = Holder(x=2)
+    with (
+        opened(tmp_path, {"counter": counter, "rng": RngState(0, 0)}) as manager,
+        pytest.raises(CheckpointError, match="it lacks rng; it holds old, older, which this run has no use for"),
+    ):
+        manager.load()
+    assert counter.state == {"x": 2}
+
+
+def test_a_changed_version_is_said(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        manager._versions = {**manager._versions, "peft": "0.0.1"}
+        manager.save(1)
+    with opened(tmp_path) as manager:
+        manager.load()
+    assert "(peft 0.0.1 then, " in reasons(tmp_path, "restore")[0]
+
+
+def test_a_state_that_cannot_be_stored_leaves_no_trace(tmp_path: Path) -> None:
+    with opened(tmp_path, {"bad": Holder(x={1, 2})}) as manager, pytest.raises(TypeError, match="state at /x"):
+        manager.save(1)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("state", [{"a/b": Holder()}, {"x": object()}, {".x": Holder()}, {"": Holder()}])
+def test_parts_that_make_no_sense_are_our_own_mistake(tmp_path: Path, state: Any) -> None:
+    with pytest.raises(AssertionError), opened(tmp_path, state):
+        pass
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let this process write no file beyond `size` bytes: what a disk that runs full looks like."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def big() -> Parts:
+    """Parts whose files have many sizes, so that a limit hits one file or another."""
+    files: Parts = {f"p{size}": Holder(x=torch.randn(size)) for size in (10, 100, 1000, 10_000)}
+    return {**files, "adapter": Adapter(nn.Linear(70, 70))}
+
+
+@pytest.mark.parametrize("limit", [0, 40, 300, 2000, 6000, 25_000])
+def test_a_disk_that_runs_full_loses_nothing_that_was_saved(tmp_path: Path, limit: int) -> None:
+    with opened(tmp_path, big()) as manager:
+        manager.save(1)
+        manager.save_best(1, "eval_loss", 1.0)
+        for best in (False, True):
+            with largest_file(limit), pytest.raises(CheckpointError) as caught:
+                manager.save_best(2, "eval_loss", 0.5) if best else manager.save(2)
+            assert "larger than this process may write" in str(caught.value)
+            assert "Still there: step-00000001; go on from it with --resume latest" in str(caught.value)
+            event_refused = "The event could not be written either" in str(caught.value)
+            assert event_refused or reasons(tmp_path, "warning")[-1] == str(caught.value)
+        assert manager.load().step == 1
+        assert manager.load(tmp_path / "best").meta["best"]["value"] == 1.0
+        assert not [path for path in tmp_path.rglob("*") if path.name.startswith((".tmp", ".old", ".trash"))]
+        manager.save(2)  # there is room again
+        assert manager.load().step == 2
+
+
+def test_a_folder_that_takes_no_files_is_said_in_words(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        (tmp_path / "checkpoints").write_text("in the way")
+        with pytest.raises(CheckpointError, match=r"cannot save step-00000001.*Nothing was saved yet"):
+            manager.save(1)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "x", "/disk/a"), "no space is left on the disk (/disk/a)"),
+        (OSError(30, "x"), "the file system is read-only"),
+        (OSError(9, "Bad file descriptor"), "[Errno 9] Bad file descriptor"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "no space is left on the disk"),
+        (SafetensorError("something else"), "something else"),
+    ],
+)
+def test_error_numbers_become_words(error: Any, text: str) -> None:
+    assert disk.in_words(error) == text
+
+
+def test_too_little_space_is_known_before_anything_is_written(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    disk.check_space(tmp_path, int(free * 0.7))
+    with pytest.raises(CheckpointError, match=r"too little space on the disk of .*: the last checkpoint took .* MB"):
+        disk.check_space(tmp_path, int(free * 0.9))
+    with opened(tmp_path) as manager:
+        manager.save(1)
+        manager._last_size = free
+        with pytest.raises(
+            CheckpointError, match=r"cannot save step-00000002 .* too little space.*Still there: step-0"
+        ):
+            manager.save(2)
+
+
+def test_start_tidies_up_and_mends_best_json(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        manager.start(0)
+        manager.save_best(7, "eval_loss", 1.0)
+    (tmp_path / "best.json").unlink()
+    (tmp_path / "checkpoints" / ".tmp-step-00000008").mkdir()
+    with opened(tmp_path) as manager:
+        manager.start(5)
+    assert (tmp_path / "best.json").exists()
+    assert reasons(tmp_path, "warning") == [
+        "removed .tmp-step-00000008, left by a run that ended while saving",
+        "going on from step 5: the best checkpoint so far is of step 7",
+    ]
+    (tmp_path / "best" / "MANIFEST.json").write_text("")
+    with opened(tmp_path) as manager:
+        manager.start(7)
+    assert reasons(tmp_path, "warning")[-1].startswith("the best checkpoint is damaged")
