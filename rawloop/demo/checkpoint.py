@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rawloop.demo.codec import CODEBOOKS, CODES, SAMPLE_RATE, build_codec, codes_in_use
+from rawloop.demo.codec import CODEBOOKS, CODES, SAMPLE_RATE, build_codec, codes_in_use, one_thread
 from rawloop.errors import UserError
 from rawloop.hashing import sha256_files
 
@@ -73,7 +73,8 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
             if (folder / part).exists():
                 shutil.rmtree(folder / part)
             (workplace / part).rename(folder / part)
-    return codes_in_use(codec, [clip for _, clip in held_out])
+    with one_thread():
+        return codes_in_use(codec, [clip for _, clip in held_out])
 
 
 def demo_is_built(folder: Path) -> bool:

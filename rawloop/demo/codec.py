@@ -6,7 +6,8 @@ codebooks are residual k-means over its outputs. It is a codec in every respect 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -58,18 +59,29 @@ def codec_config() -> HiggsAudioV2TokenizerConfig:
 def build_codec(clips: Sequence[Tensor], seed: int) -> HiggsAudioV2TokenizerModel:
     """Return a codec in eval mode, fitted on `clips`: each (samples,) float32 at 24 kHz, at least 1024 frames in all.
 
-    The same seed and clips give the same weights, bit for bit, on one machine with one number of threads.
+    The same seed and clips give the same weights, bit for bit, on one machine.
     """
-    with torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         codec = HiggsAudioV2TokenizerModel(codec_config()).eval()
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with one_thread(), torch.no_grad():
         scale_acoustics(codec, generator)
         standardise(codec, torch.cat([features(codec, clip) for clip in clips]))
         fit_codebooks(codec, torch.cat([codec.fc(features(codec, clip)) for clip in clips]), generator)
         match_loudness(codec, clips)
     return codec
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: sums are taken in one order, and tensors this small gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def scale_acoustics(codec: HiggsAudioV2TokenizerModel, generator: torch.Generator) -> None:
