@@ -5,7 +5,6 @@ and speakers are described only in the sample's own words. The system turn belon
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ class MetadataReader:
 
     config: DataConfig
     files: Files
-    _turns: dict[Turn, Turn] = field(default_factory=dict)
+    _scenes: dict[str | None, list[Turn]] = field(default_factory=dict)  # most samples of a data set share one
 
     def __post_init__(self) -> None:
         if self.config.task is not None and self.config.task not in TASKS:
@@ -116,17 +115,23 @@ class MetadataReader:
             record.fail(f"the transcript speaks as [{unknown[0]}], which 'ref_speakers' has no reference for")
         return list(references.values())
 
-    def _scene(self, record: Record, references: list[Reference]) -> Iterable[Turn]:
-        scene = record.text("scene")
+    def _scene(self, record: Record, references: list[Reference]) -> list[Turn]:
+        scene, voices = record.text("scene"), _speakers(record)
+        if voices or references:
+            return self._scene_turn(scene, voices, references)
+        if scene not in self._scenes:
+            self._scenes[scene] = self._scene_turn(scene, {}, [])
+        return self._scenes[scene]
+
+    def _scene_turn(self, scene: str | None, voices: dict[str, str], references: list[Reference]) -> list[Turn]:
+        """Return the scene's turn, or nothing where there is nothing to say."""
         sentence = self.config.default_scene if scene is None else scene_sentence(scene)
         parts: list[Text | Audio] = [Text(sentence)] if sentence else []
-        shown = {reference.speaker for reference in references}
-        parts += [Text(f"{name}: {voice}") for name, voice in _speakers(record).items() if name not in shown]
+        heard = {reference.speaker for reference in references}
+        parts += [Text(f"{name}: {voice}") for name, voice in voices.items() if name not in heard]
         for reference in references:
             parts += [Text(f"{reference.speaker}:"), Audio(reference.audio)]
-        if parts:
-            turn = Turn("scene", tuple(parts))
-            yield self._turns.setdefault(turn, turn)  # most samples of a data set share one scene
+        return [Turn("scene", tuple(parts))] if parts else []
 
 
 def scene_sentence(scene: str) -> str:
