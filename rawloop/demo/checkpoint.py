@@ -5,6 +5,7 @@ Users without a download, the quickstart and the tests load it by path, through 
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,20 +18,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
+    DacConfig,
     DacFeatureExtractor,
     GenerationConfig,
     HiggsAudioV2Config,
     HiggsAudioV2ForConditionalGeneration,
     HiggsAudioV2Processor,
+    HiggsAudioV2TokenizerConfig,
+    HiggsAudioV2TokenizerModel,
+    HubertConfig,
     PreTrainedTokenizerFast,
 )
 
-from rawloop.demo.codec import CODEBOOKS, CODES, SAMPLE_RATE, build_codec, codes_in_use, one_thread
+from rawloop.demo.codec import codes_in_use, fit_codec, one_thread
 from rawloop.errors import UserError
 from rawloop.hashing import sha256_files
 
 STAMP = "demo.json"
 PARTS = ("codec", "model")
+SAMPLE_RATE = 24_000
+RATIOS = (8, 5, 4, 2, 3)  # 960 samples per frame: 25 frames per second
+CODEBOOKS, CODES = 8, 1024
 MERGES = 512
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 AUDIO_BOS, AUDIO, DELAY = "<|audio_out_bos|>", "<|AUDIO_OUT|>", "<|reserved_special_token_6|>"
@@ -62,7 +70,8 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
         workplace = Path(building)
-        codec = build_codec([clip for _, clip in train], seed)
+        codec = build_codec(seed)
+        fit_codec(codec, [clip for _, clip in train], seed)
         codec.save_pretrained(workplace / "codec")
         codec.name_or_path = str(folder / "codec")
         tokenizer = build_tokenizer([text for text, _ in train])
@@ -127,6 +136,40 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (BOS, EOS)],
         clean_up_tokenization_spaces=False,
     )
+
+
+def build_codec(seed: int) -> HiggsAudioV2TokenizerModel:
+    """Return a codec at 24 kHz, 25 frames per second, 8 codebooks of 1024 codes at 2 kbps; its codebooks are zero."""
+    acoustic = DacConfig(
+        encoder_hidden_size=4,
+        decoder_hidden_size=128,
+        downsampling_ratios=list(RATIOS),
+        upsampling_ratios=list(RATIOS),
+        hidden_size=32,
+        sampling_rate=SAMPLE_RATE,
+    )
+    semantic = HubertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=[16] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.0,
+    )
+    bits_per_second = math.log2(CODES) * SAMPLE_RATE / math.prod(RATIOS)
+    config = HiggsAudioV2TokenizerConfig(
+        acoustic_model_config=acoustic,
+        semantic_model_config=semantic,
+        codebook_size=CODES,
+        codebook_dim=16,
+        target_bandwidths=[bits_per_second / 1000, CODEBOOKS * bits_per_second / 1000],
+        sample_rate=SAMPLE_RATE,
+    )
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HiggsAudioV2TokenizerModel(config).eval()
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, codec: Any) -> HiggsAudioV2Processor:

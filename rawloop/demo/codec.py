@@ -1,22 +1,17 @@
-"""The demo's codec: the real `HiggsAudioV2TokenizerModel`, small, with codebooks fitted on the bundled speech.
+"""Fits the demo's codec, a small `HiggsAudioV2TokenizerModel`, to the bundled speech.
 
 Straight from its config all codebooks are zero, so that every frame becomes code 0 and losses on the codes mean
 nothing. Here the encoder stays random, but is scaled so that it passes the energy of random frequency bands, and the
 codebooks are residual k-means over its outputs. It is a codec in every respect but sound: the decoder is random too.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel, HubertConfig
 
-SAMPLE_RATE = 24_000
-RATIOS = (8, 5, 4, 2, 3)  # 960 samples per frame: 25 frames per second
-CODEBOOKS, CODES, CODEBOOK_DIM = 8, 1024, 16
-WIDTH = 32  # of the acoustic and of the semantic features
 SEMANTIC_SHARE = 0.3  # a random HuBERT says little about speech: its features enter the codes with this scale
 # Each codebook is fitted to the residuals at these scales together. So it also covers sound louder and rougher than
 # the train speech, which leaves the speech some 150 codes of 1024: few enough that a run over 90 seconds sees each
@@ -25,52 +20,17 @@ HEADROOM = (1.0, 2.0, 4.0)
 ITERATIONS = 8
 
 
-def codec_config() -> HiggsAudioV2TokenizerConfig:
-    """Return the config: 24 kHz, 25 frames per second, 8 codebooks of 1024 codes at 2 kbps."""
-    acoustic = DacConfig(
-        encoder_hidden_size=4,
-        decoder_hidden_size=128,
-        downsampling_ratios=list(RATIOS),
-        upsampling_ratios=list(RATIOS),
-        hidden_size=WIDTH,
-        sampling_rate=SAMPLE_RATE,
-    )
-    semantic = HubertConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=[16] * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        mask_time_prob=0.0,
-    )
-    bits_per_second = math.log2(CODES) * SAMPLE_RATE / math.prod(RATIOS)
-    return HiggsAudioV2TokenizerConfig(
-        acoustic_model_config=acoustic,
-        semantic_model_config=semantic,
-        codebook_size=CODES,
-        codebook_dim=CODEBOOK_DIM,
-        target_bandwidths=[bits_per_second / 1000, CODEBOOKS * bits_per_second / 1000],
-        sample_rate=SAMPLE_RATE,
-    )
+def fit_codec(codec: Any, clips: Sequence[Tensor], seed: int) -> None:
+    """Fit a fresh codec to `clips`: each (samples,) float32 at its sample rate, 400 frames or more in all.
 
-
-def build_codec(clips: Sequence[Tensor], seed: int) -> HiggsAudioV2TokenizerModel:
-    """Return a codec in eval mode, fitted on `clips`: each (samples,) float32 at 24 kHz, at least 1024 frames in all.
-
-    The same seed and clips give the same weights, bit for bit, on one machine.
+    The same codec, seed and clips give the same weights, bit for bit, on one machine.
     """
-    with one_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        codec = HiggsAudioV2TokenizerModel(codec_config()).eval()
     generator = torch.Generator().manual_seed(seed)
     with one_thread(), torch.no_grad():
         scale_acoustics(codec, generator)
         standardise(codec, torch.cat([features(codec, clip) for clip in clips]))
         fit_codebooks(codec, torch.cat([codec.fc(features(codec, clip)) for clip in clips]), generator)
         match_loudness(codec, clips)
-    return codec
 
 
 @contextmanager
@@ -84,7 +44,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def scale_acoustics(codec: HiggsAudioV2TokenizerModel, generator: torch.Generator) -> None:
+def scale_acoustics(codec: Any, generator: torch.Generator) -> None:
     """Give the acoustic encoder and decoder weights of a size that lets sound through; biases become zero.
 
     The strided convolutions of the encoder get positive weights. They average, so that of each band its energy is
@@ -104,7 +64,7 @@ def scale_acoustics(codec: HiggsAudioV2TokenizerModel, generator: torch.Generato
     codec.acoustic_encoder.conv1.weight.mul_(3.0)
 
 
-def features(codec: HiggsAudioV2TokenizerModel, clip: Tensor) -> Tensor:
+def features(codec: Any, clip: Tensor) -> Tensor:
     """Return what `codec.encode` feeds into `fc` for a clip (samples,): (frames, acoustic + semantic) float32."""
     caught: list[Tensor] = []
     handle = codec.fc.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
@@ -115,29 +75,30 @@ def features(codec: HiggsAudioV2TokenizerModel, clip: Tensor) -> Tensor:
     return caught[0][0]
 
 
-def standardise(codec: HiggsAudioV2TokenizerModel, outputs: Tensor) -> None:
+def standardise(codec: Any, outputs: Tensor) -> None:
     """Make `fc` map encoder outputs (frames, hidden) to mean 0 and variance 1, the semantic ones smaller."""
     share = torch.ones(outputs.shape[1])
-    share[WIDTH:] = SEMANTIC_SHARE
+    share[codec.config.acoustic_model_config.hidden_size :] = SEMANTIC_SHARE
     scale = share / outputs.std(0)
     codec.fc.weight.copy_(torch.diag(scale))
     codec.fc.bias.copy_(-outputs.mean(0) * scale)
 
 
-def fit_codebooks(codec: HiggsAudioV2TokenizerModel, residual: Tensor, generator: torch.Generator) -> None:
+def fit_codebooks(codec: Any, residual: Tensor, generator: torch.Generator) -> None:
     """Fit each codebook in turn to what the codebooks before it leave of the embeddings (frames, hidden).
 
     `project_in` is the orthonormal projection on the directions of most variance of the residual, `project_out` its
     transpose: together they never add to the residual, whatever the code.
     """
+    codes, dim = codec.config.codebook_size, codec.config.codebook_dim
     for quantizer in codec.quantizer.quantizers:
-        directions = torch.linalg.eigh(residual.T @ residual).eigenvectors[:, -CODEBOOK_DIM:]
+        directions = torch.linalg.eigh(residual.T @ residual).eigenvectors[:, -dim:]
         projected = residual @ directions
         quantizer.project_in.weight.copy_(directions.T)
         quantizer.project_out.weight.copy_(directions)
         quantizer.project_in.bias.zero_()
         quantizer.project_out.bias.zero_()
-        centres = kmeans(torch.cat([projected * scale for scale in HEADROOM]), CODES, generator)
+        centres = kmeans(torch.cat([projected * scale for scale in HEADROOM]), codes, generator)
         quantizer.codebook.embed.copy_(centres)
         quantizer.codebook.embed_avg.copy_(centres)
         quantizer.codebook.cluster_size.fill_(1.0)
@@ -159,7 +120,7 @@ def kmeans(points: Tensor, centres: int, generator: torch.Generator) -> Tensor:
     return found
 
 
-def match_loudness(codec: HiggsAudioV2TokenizerModel, clips: Sequence[Tensor], examples: int = 8) -> None:
+def match_loudness(codec: Any, clips: Sequence[Tensor], examples: int = 8) -> None:
     """Scale the decoder's last layer so that what it makes of some clips is as loud (RMS) as they are."""
     wanted, made = torch.cat(list(clips[:examples])), []
     for clip in clips[:examples]:
@@ -169,7 +130,7 @@ def match_loudness(codec: HiggsAudioV2TokenizerModel, clips: Sequence[Tensor], e
     codec.acoustic_decoder.conv2.weight.mul_(loudness)
 
 
-def codes_in_use(codec: HiggsAudioV2TokenizerModel, clips: Sequence[Tensor]) -> list[int]:
+def codes_in_use(codec: Any, clips: Sequence[Tensor]) -> list[int]:
     """Count the different codes of each codebook that occur in `clips` (each (samples,) float32 at 24 kHz)."""
     with torch.no_grad():
         codes = torch.cat([codec.encode(clip[None, None]).audio_codes[0] for clip in clips], dim=1)
