@@ -4,6 +4,7 @@ A `World` is passed to whoever needs it. `World()` is a single process on the CP
 part works alone.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -121,7 +122,7 @@ class World:
             return module
         # torch 2.13 renames broadcast_buffers and warns about the old name
         renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
-        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": config.broadcast_buffers}
+        buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": config.broadcast_buffers}
         return DistributedDataParallel(
             module,
             find_unused_parameters=config.find_unused_parameters,
@@ -185,6 +186,10 @@ def read_ranks() -> tuple[int, int, int]:
         raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
 
 
+def _hold(group: object) -> None:
+    """Called at exit with what was held until then."""
+
+
 @contextmanager
 def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     """Join the process group that torchrun describes and leave it at the end. A single process joins none.
@@ -202,6 +207,10 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    # A DDP module that outlives this context would be the last to hold the group, and its reducer destroys it with
+    # the GIL held while gloo's thread waits for the GIL: a deadlock at exit. Held until the interpreter ends, the
+    # group is destroyed by its own binding, which lets go of the GIL.
+    atexit.register(_hold, dist.group.WORLD)
     try:
         yield world
     finally:
