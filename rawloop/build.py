@@ -7,6 +7,7 @@ restored last, because building things draws from them.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,7 @@ def start(run: Run, config: RunConfig, say: Say) -> None:
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    import peft
-
     device = run.world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {"world_size": run.world.size, "device": name, **versions}

@@ -1,5 +1,7 @@
 """The precision policy on a real tiny model: dtypes, skipping, clipping, refusals."""
 
+from typing import Literal, get_args
+
 import pytest
 import torch
 from torch import nn
@@ -34,11 +36,11 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_trainables_are_fp32_whatever_was_stored(mode: str, stored: torch.dtype) -> None:
+def test_trainables_are_fp32_whatever_was_stored(mode: Literal["fp32", "bf16"], stored: torch.dtype) -> None:
     model = tiny_llama(stored)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name)
-    policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)  # type: ignore[arg-type]
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
     policy.prepare(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
@@ -60,9 +62,9 @@ def test_auto_says_why_and_takes_fp32_on_the_cpu() -> None:
 
 def test_bf16_computes_in_bf16_and_trains_as_fp32_does() -> None:
     losses = {}
-    for mode in ("fp32", "bf16"):
+    for mode in get_args(Literal["fp32", "bf16"]):
         torch.manual_seed(0)
-        policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)  # type: ignore[arg-type]
+        policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
         model = policy.prepare(tiny_llama())
         optimizer = AdamW(model.parameters(), lr=1e-3)
         for _ in range(30):
@@ -149,7 +151,7 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
 
 
 def test_state_of_another_mode_is_refused() -> None:
-    fp32, bf16 = (PrecisionPolicy(PrecisionConfig(mode=mode), CPU) for mode in ("fp32", "bf16"))  # type: ignore[arg-type]
+    fp32, bf16 = (PrecisionPolicy(PrecisionConfig(mode=mode), CPU) for mode in get_args(Literal["fp32", "bf16"]))
     with pytest.raises(UserError, match=r"trained with precision.mode 'bf16'.*--precision.mode bf16"):
         fp32.load_state_dict(bf16.state_dict())
 
