@@ -7,7 +7,7 @@ turns and prompts masked.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -61,7 +61,9 @@ class HiggsAudioV2:
                 f"model.stream_weights has {sorted(unknown)}: Higgs Audio v2 has the streams audio and text"
             )
         weights = {stream: float(config.stream_weights.get(stream, 1.0)) for stream in STREAMS}
-        self.stream_weights = {stream: weight for stream, weight in weights.items() if weight != 0.0}
+        self.stream_weights: Mapping[str, float] = {
+            stream: weight for stream, weight in weights.items() if weight != 0.0
+        }
         self.streams: Sequence[str] = tuple(self.stream_weights)
         if "audio" not in self.streams:
             raise UserError("model.stream_weights sets audio to 0: nothing would be learnt of speech; give it a weight")
@@ -303,7 +305,7 @@ class HiggsAudioV2:
     # -- losses --------------------------------------------------------------------------------------------------
 
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Run the model once and return the float32 logits of every target.
+        """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
 
         Logits are computed only where there are targets: a vocabulary of 128,256 over every position would take more
         memory than the rest of the head's work.
@@ -318,12 +320,12 @@ class HiggsAudioV2:
             self._checked.add(tuple(batch.inputs))
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         heads = {"audio": base.audio_lm_head, "text": base.text_lm_head}
-        rows = {s: heads[s](hidden.index_select(0, batch.labels[s].positions)).float() for s in self.streams}
+        rows = {s: _exact(heads[s](hidden.index_select(0, batch.labels[s].positions))) for s in self.streams}
         rows["audio"] = rows["audio"].unflatten(-1, (self.settings.num_codebooks, -1))
         return rows
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-        """Score each stream's targets, in nats and float32; audio also per codebook."""
+        """Score each stream's targets, in nats; audio also per codebook."""
         logits = self.logits(model, batch)
         codebooks, count = self.settings.num_codebooks, batch.targets["audio"]
         wanted = batch.labels["audio"].targets.flatten()
@@ -351,6 +353,11 @@ def enable_activation_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:  # transformers before 5.20
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """In float32 at least: 16 bits are too few for a log-softmax over a vocabulary. Float64 stays, for proofs."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _shifted(labels: Tensor) -> Labels:

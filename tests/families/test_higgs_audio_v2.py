@@ -1,0 +1,297 @@
+"""Higgs Audio v2: inputs equal to the processor's, labels that are right where the processor's are not, true losses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+from transformers import HiggsAudioV2ForConditionalGeneration, HiggsAudioV2Processor
+
+from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
+from rawloop.data import DataConfig
+from rawloop.data.samples import read_samples
+from rawloop.demo import SPEECH
+from rawloop.errors import UserError
+from rawloop.families import ModelConfig, load_family
+from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+
+TASKS = [
+    "single_speaker_smart_voice",
+    "zero_shot_voice_cloning",
+    "multi_speaker_smart_voice",
+    "multi_speaker_voice_cloning",
+]
+EOS = 1025
+
+
+@pytest.fixture(scope="module")
+def family(demo_checkpoint: Path) -> HiggsAudioV2:
+    loaded = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
+    assert isinstance(loaded, HiggsAudioV2)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def model(family: HiggsAudioV2) -> Any:
+    return family.load_model().eval()
+
+
+@pytest.fixture(scope="module")
+def processor(demo_checkpoint: Path) -> Any:
+    return HiggsAudioV2Processor.from_pretrained(demo_checkpoint / "model")
+
+
+@pytest.fixture(scope="module")
+def codes(family: HiggsAudioV2) -> Callable[[Path], Tensor]:
+    _, encode = family.load_codec(torch.device("cpu"))
+    known: dict[Path, Tensor] = {}
+
+    def get(path: Path) -> Tensor:
+        if path not in known:
+            known[path] = encode(torch.from_numpy(soundfile.read(path, dtype="float32")[0]))
+        return known[path]
+
+    return get
+
+
+def samples(task: str, refs_in_scene: bool = False) -> list[Sample]:
+    found = [s for s in read_samples(SPEECH / "eval", DataConfig(refs_in_scene=refs_in_scene)) if s.task == task]
+    assert len(found) >= 2, task
+    return found[:2]
+
+
+def by_processor(processor: Any, family: HiggsAudioV2, batch: list[Sample], **options: Any) -> dict[str, Tensor]:
+    """What transformers makes of the same conversations, with the waveforms themselves."""
+    chats = [family.conversation(sample) for sample in batch]
+    for chat in chats:
+        for message in chat:
+            for part in message["content"]:
+                if part["type"] == "audio":
+                    part["audio"] = soundfile.read(part.pop("path"), dtype="float32")[0]
+    options = {"tokenize": True, "return_dict": True, "sampling_rate": 24000, "return_tensors": "pt", **options}
+    result: dict[str, Tensor] = processor.apply_chat_template(chats, **options)
+    return result
+
+
+CASES = [*((task, False) for task in TASKS), ("multi_speaker_voice_cloning", True)]
+
+
+@pytest.mark.parametrize(("task", "refs_in_scene"), CASES)
+def test_inputs_equal_the_processors(
+    family: HiggsAudioV2, processor: Any, codes: Callable[[Path], Tensor], task: str, refs_in_scene: bool
+) -> None:
+    batch = samples(task, refs_in_scene)
+    theirs = by_processor(processor, family, batch)
+    ours = family.pad([family.example(sample, codes) for sample in batch], side="left")
+    for name in ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask"):
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize(("task", "refs_in_scene"), CASES)
+def test_labels_differ_from_the_processors_exactly_where_intended(
+    family: HiggsAudioV2, processor: Any, codes: Callable[[Path], Tensor], task: str, refs_in_scene: bool
+) -> None:
+    batch = samples(task, refs_in_scene)
+    theirs = by_processor(processor, family, batch, output_labels=True)
+    examples = [family.example(sample, codes) for sample in batch]
+    ours = family.pad(examples, side="left")
+    references = torch.zeros_like(ours["audio_labels"], dtype=torch.bool)
+    for row, sample in enumerate(batch):
+        lengths = [len(codes(path)) + 9 for path in sample.audio_paths()]
+        references[row, : sum(lengths[:-1])] = True
+    audio, text = ours["audio_labels"], ours["labels"]
+    # audio: the stop token is a target (theirs masks it), references are none (theirs trains them), codes are the same
+    stops = (audio == EOS).sum(1)
+    assert (stops == 1).all(), "one stop token per codebook and trained clip"
+    assert (theirs["audio_labels"] != EOS).all()
+    assert (audio[references] == IGNORE).all()
+    if "cloning" in task:
+        assert (theirs["audio_labels"][references] != IGNORE).any()
+    same = ~references & (audio != EOS)
+    assert torch.equal(audio[same], theirs["audio_labels"][same])
+    # text: only what the model must say after its clip; theirs trains prompts, users' words and delay placeholders
+    for row, sample in enumerate(batch):
+        said = family.tokenizer.convert_ids_to_tokens(text[row][text[row] != IGNORE].tolist())
+        assert said == ["<|audio_eos|>", "<|eot_id|>"], sample.id
+    assert (theirs["labels"] != IGNORE).sum() > (text != IGNORE).sum()
+
+
+def test_the_stop_token_of_each_codebook_is_one_frame_later_than_that_of_the_one_before(family: HiggsAudioV2) -> None:
+    clip = torch.arange(5 * 8).view(5, 8)
+    inputs, labels = family.delayed(clip, trained=True)
+    assert inputs.shape == labels.shape == (5 + 2 + 7, 8)
+    for k in range(8):
+        assert labels[:, k].tolist() == [IGNORE] * (k + 1) + [*clip[:, k].tolist(), EOS] + [IGNORE] * (7 - k)
+        assert inputs[:, k].tolist() == [1024] * (k + 1) + clip[:, k].tolist() + [EOS] * (8 - k)
+    assert (family.delayed(clip, trained=False)[1] == IGNORE).all()
+
+
+def test_losses_equal_the_models_own_on_our_labels(
+    family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]
+) -> None:
+    examples = [family.example(s, codes) for task in TASKS for s in samples(task)[:1]]
+    batch = family.collate(examples)
+    with torch.no_grad():
+        ours = family.losses(model, batch)
+        padded = family.pad(examples)
+        sums = {}
+        for stream, keys in {"audio": ("audio_labels",), "text": ("labels",)}.items():
+            labels = {key: padded[key] for key in keys}
+            sums[stream] = model(**batch.inputs, **labels, num_items_in_batch=1).loss
+    for stream in ("audio", "text"):
+        torch.testing.assert_close(ours[stream].total, sums[stream], rtol=1e-5, atol=0)
+    audio = ours["audio"]
+    assert audio.parts is not None
+    torch.testing.assert_close(audio.parts.sum(), audio.total)
+    assert sum(audio.part_targets) == audio.targets == int((padded["audio_labels"] != IGNORE).sum())
+    assert ours["text"].targets == 2 * len(examples)
+    assert float(audio.total) / audio.targets == pytest.approx(6.93, abs=0.15)  # chance, ln 1026
+
+
+def test_padding_and_batching_change_nothing(family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]) -> None:
+    exact = family.load_model().double().eval()
+    examples = [family.example(s, codes) for task in TASKS for s in samples(task)[:1]]
+    with torch.no_grad():
+        whole = family.losses(exact, family.collate(examples))
+        single = [family.losses(exact, family.collate([example])) for example in examples]
+    for stream in ("audio", "text"):
+        total = sum(float(losses[stream].total) for losses in single)
+        assert float(whole[stream].total) == pytest.approx(total, rel=1e-7)  # rotary tables are float32
+        assert whole[stream].targets == sum(losses[stream].targets for losses in single)
+
+
+def test_every_prediction_sees_only_its_past(family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]) -> None:
+    """Changing the last frame's code must not move the loss of any earlier frame, and must move its own."""
+    sample = samples("single_speaker_smart_voice")[0]
+    clip = codes(sample.audio_paths()[0])
+    changed = clip.clone()
+    changed[-1, 0] = (changed[-1, 0] + 1) % 1024
+    with torch.no_grad():
+        first, second = (
+            family.logits(model, family.collate([family.example(sample, lambda _, c=c: c)]))["audio"]  # type: ignore[misc]
+            for c in (clip, changed)
+        )
+    frame = len(clip) - 1  # row of codebook 0's last code; the code itself is input from the next row on
+    assert torch.equal(first[: frame + 1], second[: frame + 1])
+    assert not torch.equal(first[frame + 1], second[frame + 1])
+
+
+def test_a_text_weight_of_zero_leaves_the_head_out(demo_checkpoint: Path, codes: Callable[[Path], Tensor]) -> None:
+    audio_only = load_family(ModelConfig(path=str(demo_checkpoint / "model"), stream_weights={"text": 0.0}))
+    model: Any = audio_only.load_model()
+    assert model.text_lm_head is None
+    batch = audio_only.collate([audio_only.example(samples(TASKS[0])[0], codes)])
+    assert set(audio_only.losses(model, batch)) == {"audio"} == set(batch.targets)
+
+
+def test_the_codec_gives_the_processors_codes(
+    family: HiggsAudioV2, processor: Any, codes: Callable[[Path], Tensor]
+) -> None:
+    path = samples(TASKS[0])[0].audio_paths()[0]
+    info, _ = family.load_codec(torch.device("cpu"))
+    assert (info.sample_rate, info.codebooks, info.codebook_size, info.frame_rate) == (24000, 8, 1024, 25.0)
+    assert info.hash == family.codec_hash()
+    wave = soundfile.read(path, dtype="float32")[0]
+    inputs = processor.feature_extractor(wave, sampling_rate=24000, return_tensors="pt")
+    theirs = processor.audio_tokenizer.encode(inputs["input_values"]).audio_codes[0].T
+    assert torch.equal(codes(path), theirs)
+
+
+def turn(role: str, *parts: Text | Audio, trained: bool = False) -> Turn:
+    return Turn(role, parts, trained)
+
+
+CLIP = Audio(Path("a.wav"))
+BAD = {
+    "no clip to learn": [turn("user", Text("hello")), turn("assistant", CLIP)],
+    "must be exactly one clip": [turn("user", Text("hello")), turn("assistant", Text("well"), CLIP, trained=True)],
+    "audio in a user turn": [turn("user", Text("like"), CLIP), turn("assistant", CLIP, trained=True)],
+    "control token <|AUDIO_OUT|>": [turn("user", Text("a <|AUDIO_OUT|>")), turn("assistant", CLIP, trained=True)],
+    "control token <|eot_id|>": [turn("user", Text("a<|eot_id|>b")), turn("assistant", CLIP, trained=True)],
+}
+
+
+@pytest.mark.parametrize("message", list(BAD))
+def test_conversations_that_would_train_wrongly_are_refused_by_name(family: HiggsAudioV2, message: str) -> None:
+    sample = Sample("s1", tuple(BAD[message]), source="x.jsonl line 3")
+    with pytest.raises(UserError, match=r"sample 's1' \(x.jsonl line 3\)") as caught:
+        family.example(sample, lambda _: torch.zeros(10, 8, dtype=torch.int64))
+    assert message in str(caught.value)
+
+
+def test_codes_and_lengths_that_do_not_fit_are_refused(family: HiggsAudioV2) -> None:
+    sample = Sample("s1", (turn("user", Text("hello")), turn("assistant", CLIP, trained=True)), source="x")
+    with pytest.raises(UserError, match=r"codes of a.wav are \(10, 4\).* 8 codebooks of 1024"):
+        family.example(sample, lambda _: torch.zeros(10, 4, dtype=torch.int64))
+    with pytest.raises(UserError, match="largest value of 1024"):
+        family.example(sample, lambda _: torch.full((10, 8), 1024))
+    limit = family.settings.max_position_embeddings
+    with pytest.raises(UserError, match=rf"takes \d+ positions, the model has {limit}"):
+        family.example(sample, lambda _: torch.zeros(limit, 8, dtype=torch.int64))
+
+
+def test_a_batch_key_that_the_model_would_swallow_is_refused(
+    family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]
+) -> None:
+    batch = family.collate([family.example(samples(TASKS[0])[0], codes)])
+    batch.inputs["audio_ids"] = batch.inputs.pop("audio_input_ids")
+    with pytest.raises(
+        UserError, match=r"has 'audio_ids', which HiggsAudioV2Model.forward does not take.*audio_input_ids"
+    ):
+        family.losses(model, batch)
+
+
+def test_checkpoints_that_cannot_be_trained_are_refused(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder, and not a hub id"):
+        load_family(ModelConfig(path="/no/such/model"))
+    with pytest.raises(UserError, match=r"without config\.json"):
+        load_family(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "higgs_audio"}')
+    with pytest.raises(UserError, match=r"type 'higgs_audio' \(did you mean 'higgs_audio_v2'\?\)"):
+        load_family(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_family(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"stream_weights has \['speech'\]"):
+        load_family(ModelConfig(path=str(demo_checkpoint / "model"), stream_weights={"speech": 1.0}))
+    with pytest.raises(UserError, match="cannot be imported"):
+        load_family(ModelConfig(path=str(demo_checkpoint / "model"), family="no.such:Family"))
+
+
+def test_a_checkpoint_without_text_head_is_not_trained_from_random_numbers(
+    demo_checkpoint: Path, tmp_path: Path
+) -> None:
+    bare = HiggsAudioV2ForConditionalGeneration.from_pretrained(demo_checkpoint / "model")
+    bare.save_pretrained(tmp_path)
+    for file in (demo_checkpoint / "model").iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="no text head"):
+        load_family(ModelConfig(path=str(tmp_path))).load_model()
+    load_family(ModelConfig(path=str(tmp_path), stream_weights={"text": 0.0})).load_model()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_activation_checkpointing_changes_no_gradient(
+    demo_checkpoint: Path, codes: Callable[[Path], Tensor], adapted: bool
+) -> None:
+    from rawloop.adapters import AdapterConfig, add_adapter
+
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        family = load_family(ModelConfig(path=str(demo_checkpoint / "model"), activation_checkpointing=recompute))
+        model = family.load_model().train()
+        if adapted:
+            model = add_adapter(model, AdapterConfig(dropout=0.1), [])
+        batch = family.collate([family.example(samples(TASKS[0])[0], codes)])
+        torch.manual_seed(1)
+        losses = family.losses(model, batch)
+        torch.stack([loss.total for loss in losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[0]) == set(gradients[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6)
