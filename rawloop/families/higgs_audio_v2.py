@@ -1,53 +1,22 @@
-"""Higgs Audio v2: inputs and labels from cached codes, losses of both streams, the codec.
+"""The family of Higgs Audio v2: loading model and codec, batches, and the losses of both streams."""
 
-The model's own processor encodes audio on every call, cannot take codes, masks the stop token out of the labels and
-trains reference audio and prompts. So inputs are built here, equal to the processor's token for token, and labels are
-built right: per codebook `[-100 (BOS) | codes | EOS]` under the delay pattern, one EOS target per codebook, reference
-turns and prompts masked.
-"""
-
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.contracts import IGNORE, Audio, Batch, CodecInfo, Labels, Sample, StreamLoss, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.higgs_codec import codec_hash, load_codec
+from rawloop.families.higgs_examples import Example, HiggsEncoder
 from rawloop.families.inputs import check_inputs
 
-SYSTEM = "Generate audio following instruction."
-# The wording the model was trained with for dialogues without reference voices.
-SYSTEM_DIALOGUE = (
-    "You are an AI assistant designed to convert text into speech.\n"
-    "If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following "
-    "text, using the specified voice.\nIf no speaker tag is present, select a suitable voice on your own."
-)
 STREAMS = ("audio", "text")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One encoded sample.
-
-    `input_ids` and `labels` are (sequence,) int64, `audio_input_ids` and `audio_labels` (frames, codebooks) int64 with
-    the delay pattern applied. Labels stand at the position of their own token, as transformers has them: position t is
-    predicted from t - 1.
-    """
-
-    id: str
-    input_ids: Tensor
-    audio_input_ids: Tensor
-    labels: Tensor
-    audio_labels: Tensor
 
 
 class HiggsAudioV2:
@@ -70,8 +39,7 @@ class HiggsAudioV2:
         self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
         self._check_settings()
-        self.end_of_turn: int = self.tokenizer.convert_tokens_to_ids("<|eot_id|>")
-        self._structural = self._structural_tokens()
+        self.encoder = HiggsEncoder(self.settings, self.tokenizer)
         self._checked: set[tuple[str, ...]] = set()
 
     def _check_settings(self) -> None:
@@ -83,16 +51,6 @@ class HiggsAudioV2:
             )
         if self.tokenizer.chat_template is None:
             raise UserError(f"{self.config.path} has no chat_template.jinja: prompts cannot be built as in generation")
-
-    def _structural_tokens(self) -> re.Pattern[str]:
-        """Tokens that give a conversation its shape; inside a transcript they would forge turns or audio."""
-        ids = (self.settings.audio_token_id, self.settings.audio_delay_token_id, self.settings.audio_bos_token_id)
-        names = {self.tokenizer.convert_ids_to_tokens(i) for i in ids}
-        names |= {self.tokenizer.eos_token, self.tokenizer.bos_token, "<|eot_id|>", "<|audio_eos|>"}
-        names |= {"<|start_header_id|>", "<|end_header_id|>"}
-        return re.compile("|".join(re.escape(name) for name in sorted(names) if name))
-
-    # -- model ---------------------------------------------------------------------------------------------------
 
     def load_model(self, path: str | None = None) -> nn.Module:
         """Load the model in its stored dtype, with the text head when the text stream has a weight.
@@ -135,151 +93,9 @@ class HiggsAudioV2:
         """Content hash of the codec that the checkpoint goes with."""
         return codec_hash(self.config)
 
-    # -- examples ------------------------------------------------------------------------------------------------
-
-    def conversation(self, sample: Sample) -> list[dict[str, Any]]:
-        """Return the sample as messages for a chat template, with the system message that the task wants.
-
-        Raises:
-            UserError: an assistant turn is not exactly one clip, audio stands in a turn that the template drops it
-                from, or a text contains a token that would forge the conversation's shape.
-        """
-        turns = list(sample.turns)
-        if not turns or turns[0].role != "system":
-            system = SYSTEM_DIALOGUE if sample.task == "multi_speaker_smart_voice" else SYSTEM
-            turns.insert(0, Turn("system", (Text(system),)))
-        for turn in turns:
-            self._check_turn(turn, sample)
-        return [{"role": turn.role, "content": [_content(part) for part in _joined(turn)]} for turn in turns]
-
-    def _check_turn(self, turn: Turn, sample: Sample) -> None:
-        clips = sum(isinstance(part, Audio) for part in turn.parts)
-        where = f"sample '{sample.id}' ({sample.source})"
-        if turn.role == "assistant" and (clips != 1 or len(turn.parts) != 1):
-            raise UserError(
-                f"{where}: an assistant turn must be exactly one clip; this one has {len(turn.parts)} parts, "
-                f"{clips} of them audio"
-            )
-        if clips and turn.role not in ("assistant", "scene"):
-            raise UserError(
-                f"{where}: audio in a {turn.role} turn, where Higgs Audio v2's chat template drops it: "
-                "put a reference clip into an assistant turn after its transcript, or into the scene"
-            )
-        for part in turn.parts:
-            forged = self._structural.search(part.text) if isinstance(part, Text) else None
-            if forged:
-                raise UserError(f"{where}: its text contains the control token {forged.group()}: take it out")
-
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
-        """Encode one sample from cached codes.
-
-        Args:
-            sample: the conversation; exactly its `trained` turns get targets.
-            codes: gives a clip's (frames, codebooks) int64 codes.
-
-        Raises:
-            UserError: no turn is trained, a clip's codes do not fit the model, or the sample is too long for it.
-        """
-        text = self.tokenizer.apply_chat_template(self.conversation(sample), tokenize=False)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        clips = [codes(path) for path in sample.audio_paths()]
-        trained = [turn.trained for turn in sample.turns for part in turn.parts if isinstance(part, Audio)]
-        self._check_clips(sample, clips, trained, ids)
-        blocks = [self.delayed(clip, learn) for clip, learn in zip(clips, trained, strict=True)]
-        pieces, labels = self._expand(ids, [len(inputs) for inputs, _ in blocks], trained)
-        limit = self.settings.max_position_embeddings
-        if len(pieces) > limit:
-            raise UserError(
-                f"sample '{sample.id}' ({sample.source}) takes {len(pieces)} positions, the model has {limit}: "
-                "shorten the clip or its references, or leave the sample out"
-            )
-        inputs, audio_labels = (torch.cat(rows) for rows in zip(*blocks, strict=True))
-        return Example(sample.id, torch.tensor(pieces), inputs, torch.tensor(labels), audio_labels)
-
-    def _expand(self, ids: list[int], lengths: list[int], trained: list[bool]) -> tuple[list[int], list[int]]:
-        """Give each audio placeholder as many positions as its clip has frames, and label the text to be learnt.
-
-        What follows a trained clip (end of audio, end of turn) is the model's to say; then its turn is over.
-        """
-        ramp = self.settings.num_codebooks - 1
-        pieces: list[int] = []
-        labels: list[int] = []
-        clip, learn = 0, False
-        for token in ids:
-            if token == self.settings.audio_token_id:
-                pieces += [token] * (lengths[clip] - ramp) + [self.settings.audio_delay_token_id] * ramp
-                labels += [IGNORE] * lengths[clip]
-                learn = trained[clip]
-                clip += 1
-            else:
-                pieces.append(token)
-                labels.append(token if learn else IGNORE)
-                learn = learn and token != self.end_of_turn
-        return pieces, labels
-
-    def _check_clips(self, sample: Sample, clips: list[Tensor], trained: list[bool], ids: list[int]) -> None:
-        where = f"sample '{sample.id}' ({sample.source})"
-        if not any(trained):
-            raise UserError(f"{where} has no clip to learn: no assistant turn with audio is trained")
-        places = ids.count(self.settings.audio_token_id)
-        if places != len(clips):
-            raise UserError(f"{where}: the chat template has {places} places for its {len(clips)} clips")
-        for path, clip in zip(sample.audio_paths(), clips, strict=True):
-            if clip.shape[1] != self.settings.num_codebooks or int(clip.max()) >= self.settings.audio_stream_bos_id:
-                raise UserError(
-                    f"the codes of {path} are {tuple(clip.shape)} with a largest value of {int(clip.max())}: the model "
-                    f"takes {self.settings.num_codebooks} codebooks of {self.settings.audio_stream_bos_id} codes; "
-                    "prepare the data with this model's codec"
-                )
-
-    def delayed(self, codes: Tensor, trained: bool) -> tuple[Tensor, Tensor]:
-        """Apply the delay pattern: codebook k runs k frames late.
-
-        Args:
-            codes: (frames, codebooks) int64.
-            trained: whether the clip has targets.
-
-        Returns:
-            inputs and labels, both (frames + 2 + codebooks - 1, codebooks): BOS before and EOS after each codebook's
-            stream; as labels the codes and one EOS per codebook, -100 elsewhere.
-        """
-        frames, codebooks = codes.shape
-        length = frames + 2 + codebooks - 1
-        inputs = codes.new_full((length, codebooks), self.settings.audio_stream_eos_id)
-        labels = codes.new_full((length, codebooks), IGNORE)
-        for k in range(codebooks):
-            inputs[: k + 1, k] = self.settings.audio_stream_bos_id
-            inputs[k + 1 : k + 1 + frames, k] = codes[:, k]
-            if trained:
-                labels[k + 1 : k + 2 + frames, k] = inputs[k + 1 : k + 2 + frames, k]
-        return inputs, labels
-
-    # -- batches -------------------------------------------------------------------------------------------------
-
-    def pad(self, examples: list[Example], side: str = "right") -> dict[str, Tensor]:
-        """Pad examples into the tensors that the processor returns: text on `side`, audio always on the right.
-
-        Returns:
-            `input_ids`, `attention_mask`, `labels` (batch, sequence); `audio_input_ids`, `audio_labels` (batch,
-            frames, codebooks); `audio_input_ids_mask` (batch, frames) bool.
-        """
-
-        def text(rows: list[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-        def audio(rows: list[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value)
-
-        ones = [torch.ones(len(e.input_ids), dtype=torch.int64) for e in examples]
-        frames = [torch.ones(len(e.audio_input_ids), dtype=torch.bool) for e in examples]
-        return {
-            "input_ids": text([e.input_ids for e in examples], self.tokenizer.pad_token_id),
-            "attention_mask": text(ones, 0),
-            "labels": text([e.labels for e in examples], IGNORE),
-            "audio_input_ids": audio([e.audio_input_ids for e in examples], self.settings.audio_stream_eos_id),
-            "audio_input_ids_mask": audio(frames, 0),
-            "audio_labels": audio([e.audio_labels for e in examples], IGNORE),
-        }
+        """Encode one sample from cached codes; see `HiggsEncoder.example`."""
+        return self.encoder.example(sample, codes)
 
     def collate(self, examples: list[Example]) -> Batch:
         """Make a micro-batch, padded on the right.
@@ -287,7 +103,7 @@ class HiggsAudioV2:
         Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
         result, and attention keeps its fast causal path without a device sync to look at the mask.
         """
-        padded = self.pad(examples)
+        padded = self.encoder.pad(examples)
         labels = {"audio": self._audio_labels(padded), "text": _shifted(padded["labels"])}
         labels = {stream: labels[stream] for stream in self.streams}
         names = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
@@ -301,8 +117,6 @@ class HiggsAudioV2:
         targets = padded["audio_labels"][padded["audio_input_ids_mask"]]
         scored = (targets != IGNORE).any(1)
         return Labels(positions[scored] - 1, targets[scored])
-
-    # -- losses --------------------------------------------------------------------------------------------------
 
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
@@ -321,7 +135,7 @@ class HiggsAudioV2:
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         heads = {"audio": base.audio_lm_head, "text": base.text_lm_head}
         rows = {s: _exact(heads[s](hidden.index_select(0, batch.labels[s].positions))) for s in self.streams}
-        rows["audio"] = rows["audio"].unflatten(-1, (self.settings.num_codebooks, -1))
+        rows["audio"] = rows["audio"].view(len(rows["audio"]), self.settings.num_codebooks, -1)
         return rows
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
@@ -365,17 +179,6 @@ def _shifted(labels: Tensor) -> Labels:
     flat = labels.flatten()
     positions = torch.nonzero(torch.ne(flat, IGNORE)).squeeze(1)
     return Labels(positions - 1, flat[positions])
-
-
-def _joined(turn: Turn) -> Sequence[Text | Audio]:
-    """A system turn's texts as one: chat templates read the first item only and would drop the rest."""
-    if turn.role != "system":
-        return turn.parts
-    return (Text("".join(part.text for part in turn.parts if isinstance(part, Text))),)
-
-
-def _content(part: Text | Audio) -> dict[str, str]:
-    return {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "audio", "path": str(part.path)}
 
 
 def _line(error: Exception) -> str:

@@ -65,7 +65,7 @@ def samples(task: str, refs_in_scene: bool = False) -> list[Sample]:
 
 def by_processor(processor: Any, family: HiggsAudioV2, batch: list[Sample], **options: Any) -> dict[str, Tensor]:
     """What transformers makes of the same conversations, with the waveforms themselves."""
-    chats = [family.conversation(sample) for sample in batch]
+    chats = [family.encoder.conversation(sample) for sample in batch]
     for chat in chats:
         for message in chat:
             for part in message["content"]:
@@ -85,7 +85,7 @@ def test_inputs_equal_the_processors(
 ) -> None:
     batch = samples(task, refs_in_scene)
     theirs = by_processor(processor, family, batch)
-    ours = family.pad([family.example(sample, codes) for sample in batch], side="left")
+    ours = family.encoder.pad([family.example(sample, codes) for sample in batch], side="left")
     for name in ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask"):
         assert torch.equal(ours[name], theirs[name]), name
 
@@ -97,7 +97,7 @@ def test_labels_differ_from_the_processors_exactly_where_intended(
     batch = samples(task, refs_in_scene)
     theirs = by_processor(processor, family, batch, output_labels=True)
     examples = [family.example(sample, codes) for sample in batch]
-    ours = family.pad(examples, side="left")
+    ours = family.encoder.pad(examples, side="left")
     references = torch.zeros_like(ours["audio_labels"], dtype=torch.bool)
     for row, sample in enumerate(batch):
         lengths = [len(codes(path)) + 9 for path in sample.audio_paths()]
@@ -121,12 +121,12 @@ def test_labels_differ_from_the_processors_exactly_where_intended(
 
 def test_the_stop_token_of_each_codebook_is_one_frame_later_than_that_of_the_one_before(family: HiggsAudioV2) -> None:
     clip = torch.arange(5 * 8).view(5, 8)
-    inputs, labels = family.delayed(clip, trained=True)
+    inputs, labels = family.encoder.delayed(clip, trained=True)
     assert inputs.shape == labels.shape == (5 + 2 + 7, 8)
     for k in range(8):
         assert labels[:, k].tolist() == [IGNORE] * (k + 1) + [*clip[:, k].tolist(), EOS] + [IGNORE] * (7 - k)
         assert inputs[:, k].tolist() == [1024] * (k + 1) + clip[:, k].tolist() + [EOS] * (8 - k)
-    assert (family.delayed(clip, trained=False)[1] == IGNORE).all()
+    assert (family.encoder.delayed(clip, trained=False)[1] == IGNORE).all()
 
 
 def test_losses_equal_the_models_own_on_our_labels(
@@ -136,7 +136,7 @@ def test_losses_equal_the_models_own_on_our_labels(
     batch = family.collate(examples)
     with torch.no_grad():
         ours = family.losses(model, batch)
-        padded = family.pad(examples)
+        padded = family.encoder.pad(examples)
         sums = {}
         for stream, keys in {"audio": ("audio_labels",), "text": ("labels",)}.items():
             labels = {key: padded[key] for key in keys}
