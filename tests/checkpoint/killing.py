@@ -1,4 +1,4 @@
-"""Kills a process that saves, again and again, and looks at what is left. Run by `test_kill.py` in a process of its own.
+"""Kills a process that saves, over and over, and looks at what is left. Run by `test_kill.py` as a process of its own.
 
 usage: python killing.py FOLDER everywhere | full | random ROUNDS SEED
 
@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rawloop.checkpoint import (
     BestTracker,
@@ -99,6 +101,7 @@ def child(work: Callable[[], None]) -> int:
     if pid:
         return pid
     code = 1
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared between processes: killed inside it, all would wait
     try:
         work()
         code = 0
@@ -130,7 +133,7 @@ def look(run: Path, at_least: int, at_most: int) -> int:
         left = [path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if path.name[0] == "."]
         assert not left, f"start has left {left}"
         save_both(manager, part, at_most + 1)
-    assert [verify(slot).step for slot in find_slots(run)][0] == at_most + 1
+    assert verify(find_slots(run)[0]).step == at_most + 1
     return step
 
 

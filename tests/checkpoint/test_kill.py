@@ -1,4 +1,4 @@
-"""Killed or refused by the disk at any moment of a save: every finished checkpoint is there, and the newest one loads."""
+"""Killed, or refused by the disk, at any moment of a save: all finished checkpoints are there, and the newest loads."""
 
 import json
 import subprocess
