@@ -5,12 +5,12 @@ name; the resolved config is written into the run folder.
 """
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -54,7 +54,7 @@ class RunConfig:
     output: str = "runs/run"
     resume: str | None = None
     seed: int = 0
-    device: str = "auto"
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -66,23 +66,34 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     records: RecordsConfig = field(default_factory=RecordsConfig)
 
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise UserError("output is empty: name the folder of the run")
+
 
 class Parser(ArgumentParser):
     """jsonargparse's parser, with every complaint turned into one `UserError` line that says where a value stands."""
 
-    origins: Mapping[str, str] = MappingProxyType({})
+    origin = "the command line"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        raise UserError(explain(str(message), self.origins))
+        raise UserError(explain(str(message), self.origin))
 
 
 WRONG_TYPE = re.compile(
     r'Parser key "(?P<key>[^"]+)":?;? (?:.*; )?Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)'
 )
+IN_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string: put it in quotes",
+    "list": "a list such as '[a, b]'",
+}
 
 
-def explain(message: str, origins: Mapping[str, str]) -> str:
+def explain(message: str, origin: str) -> str:
     """Put jsonargparse's words about a wrong type into one line of ours; other messages are only joined to a line."""
     line = "; ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     found = WRONG_TYPE.search(line)
@@ -90,9 +101,30 @@ def explain(message: str, origins: Mapping[str, str]) -> str:
         return line
     wanted = re.sub(r"<class '(\w+)'>", r"\1", found["type"]).replace("typing.", "")
     choices = re.fullmatch(r"Literal\[(.*)\]", wanted)
-    wanted = f"one of {choices[1]}" if choices else f"a value of type {wanted}"
-    where = f" (from {origins[found['key']]})" if found["key"] in origins else ""
-    return f"{found['key']} is '{found['value']}'{where}: it must be {wanted}"
+    wanted = f"one of {choices[1]}" if choices else IN_WORDS.get(wanted, f"a value of type {wanted}")
+    return f"{found['key']} is '{found['value']}' (from {origin}): it must be {wanted}"
+
+
+def add_options(parser: Parser, owner: type, group: str = "") -> None:
+    """Add an option for each field of a config dataclass, and of those inside it, helped by its docstring."""
+    summary, texts = field_help(owner)
+    section = parser.add_argument_group(group or "run", summary if group else None)
+    hints = get_type_hints(owner)
+    for item in dataclasses.fields(owner):
+        name, hint = f"{group}.{item.name}" if group else item.name, hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            add_options(parser, hint, name)
+            continue
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        section.add_argument(f"--{name}", type=hint, default=default, help=texts[item.name])
+
+
+def field_help(owner: type) -> tuple[str, dict[str, str]]:
+    """Return the first sentence of a config dataclass's docstring, and what its Args section says of each field."""
+    text = inspect.getdoc(owner) or ""
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text.partition("Args:\n")[2], re.MULTILINE)
+    return text.partition("\n")[0], {name: " ".join(words.split()).rstrip(".") for name, words in entries}
 
 
 def known_keys() -> set[str]:
@@ -100,11 +132,11 @@ def known_keys() -> set[str]:
     return set(_flatten(dataclasses.asdict(RunConfig())))
 
 
-def parse(argv: list[str], prog: str, extra: dict[str, str] | None = None) -> tuple[RunConfig, dict[str, Any]]:
+def parse(argv: list[str], prog: str, extra: Mapping[str, str] | None = None) -> tuple[RunConfig, dict[str, Any]]:
     """Read a run's config from `--config FILE` and overrides such as `--optim.lr 1e-5`.
 
     Args:
-        argv: the command's arguments.
+        argv: the command's arguments. A later file overrides an earlier one, and an option overrides all files.
         prog: name of the command, for its help.
         extra: further string options of the command, name -> help.
 
@@ -114,69 +146,123 @@ def parse(argv: list[str], prog: str, extra: dict[str, str] | None = None) -> tu
     Raises:
         UserError: an unknown key, a wrong type, a file that is not there or not YAML.
     """
-    parser = Parser(prog=prog, description=RunConfig.__doc__.splitlines()[0] if RunConfig.__doc__ else None)
-    parser.add_argument("--config", action="config", help="YAML file with the keys below; later options override it")
+    parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=field_help(RunConfig)[0])
+    parser.add_argument("--config", action="config", help="YAML file with the keys below; options override it")
     for name, text in (extra or {}).items():
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
-    parser.add_class_arguments(RunConfig)
-    arguments = _config_first([ALIASES.get(argument, argument) for argument in argv])
-    parser.origins = _check_keys(arguments, known_keys() | set(extra or {}))
-    values = parser.parse_args(arguments)
-    values.pop("config", None)
-    options = {name: values.pop(name) for name in (extra or {})}
-    config: RunConfig = RunConfig(**parser.instantiate_classes(values).as_dict())
-    return config, options
-
-
-def _config_first(arguments: list[str]) -> list[str]:
-    """Move `--config` to the front: what stands on the command line overrides the file wherever it stands."""
-    front, rest = [], list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            front, rest = arguments[i : i + 2], arguments[:i] + arguments[i + 2 :]
-        elif argument.startswith("--config="):
-            front, rest = [argument], arguments[:i] + arguments[i + 1 :]
-    return front + rest
-
-
-def _check_keys(arguments: list[str], known: set[str]) -> dict[str, str]:
-    """Refuse keys that no component has, naming the nearest, before types are looked at. Returns where each stands."""
-    groups = {key.rpartition(".")[0] for key in known} - {""}
+        parser.add_argument_group(f"--{name} {name.upper()}", text)  # taken out by hand: it may be called like a group
+    add_options(parser, RunConfig)
+    rest = [ALIASES.get(argument, argument) for argument in argv]
+    options = {name: next(reversed(_take(rest, name)), None) for name in extra or {}}
+    files = _take(rest, "config")
+    known = known_keys()
     origins: dict[str, str] = {}
-    for i, argument in enumerate(arguments):
-        if not argument.startswith("--") or argument in ("--help", "--print_config"):
-            continue
-        key, _, value = argument[2:].partition("=")
-        if key == "config":
-            path = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-            origins |= dict.fromkeys(_file_keys(Path(path), known, groups), path)
-        elif key.removesuffix("+") in known or key in groups or _below(key, known):
-            origins[key.removesuffix("+")] = "the command line"
-        else:
-            raise UserError(f"unknown option --{key}{nearest(key, known)}: `rawloop train --help` lists them all")
-    return origins
-
-
-def _file_keys(path: Path, known: set[str], groups: set[str]) -> list[str]:
+    for file in files:  # each on its own first, so that a wrong value is laid at the right door
+        origins |= dict.fromkeys(_file_keys(Path(file), known), file)
+        parser.origin = file
+        parser.parse_args(["--config", file])
+    parser.origin = Parser.origin
+    origins |= dict.fromkeys(_option_keys(rest, known, prog), parser.origin)
+    values = parser.parse_args([word for file in files for word in ("--config", file)] + rest).as_dict()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold keys and values such as `output: runs/x`, not a {type(content).__name__}")
-    keys = _flatten(content)
-    for key in keys:
-        if key in groups:
-            raise UserError(f"{path}: '{key}' is a group of keys, such as {_members(key, known)}")
-        if key not in known and not _below(key, known):
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, known)}")
+        return _built(RunConfig, values), options
+    except UserError as error:
+        raise UserError(f"{error}{_where(str(error), origins)}") from error
+
+
+def _built(owner: type, values: dict[str, Any]) -> Any:
+    """Make a config dataclass of parsed values; its own checks may refuse them."""
+    hints = get_type_hints(owner)
+    given = {item.name: values[item.name] for item in dataclasses.fields(owner)}
+    return owner(**{k: _built(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in given.items()})
+
+
+def _where(message: str, origins: Mapping[str, str]) -> str:
+    """A clause that says where the keys that a message names were set."""
+    named = [f"{key} from {origins[key]}" for key in origins if re.search(rf"(?<![\w.]){re.escape(key)}\b", message)]
+    return f" ({', '.join(named)})" if named else ""
+
+
+def _take(arguments: list[str], name: str) -> list[str]:
+    """Take `--name VALUE` and `--name=VALUE` out of the arguments, wherever they stand, and return the values."""
+    values, left = [], iter(list(arguments))
+    arguments.clear()
+    for argument in left:
+        if argument == f"--{name}":
+            value = next(left, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"--{name} needs a value after it")
+            values.append(value)
+        elif argument.startswith(f"--{name}="):
+            values.append(argument.partition("=")[2])
+        else:
+            arguments.append(argument)
+    return values
+
+
+def _option_keys(arguments: list[str], known: set[str], prog: str) -> list[str]:
+    """Refuse options that no component has, naming the nearest, before types are looked at."""
+    keys = []
+    for argument in arguments:
+        key = argument[2:].partition("=")[0].removesuffix("+")
+        if not argument.startswith("--") or key in ("help", "print_config"):
+            continue
+        if f"--{key}" in ALIASES:
+            raise UserError(f"--{key} takes no value: write it alone, or write {ALIASES[f'--{key}']}")
+        _check_key(key, known, "on the command line", f": `{prog} --help` lists them all")
+        keys.append(key)
     return keys
 
 
-def _members(group: str, known: set[str]) -> str:
-    return ", ".join(sorted(key for key in known if key.startswith(group + "."))[:3])
+def _file_keys(path: Path, known: set[str]) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_repeats(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{place} is not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{path} {found}: it must hold keys and values such as `output: runs/x`")
+    keys = _flatten(content)
+    for key in keys:
+        _check_key(key, known, f"in {path}")
+    return keys
+
+
+def _check_repeats(node: yaml.Node | None, path: Path) -> None:
+    """Refuse a key that stands twice in a mapping: YAML would silently take the later one."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise UserError(f"{path} line {line}: '{key.value}' stands in line {lines[key.value]} already: keep one")
+        lines[key.value] = line
+        _check_repeats(value, path)
+
+
+def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
+    members = sorted(name for name in known if name.startswith(key + "."))
+    if members:
+        raise UserError(f"'{key}' {place} is a group: give values to its keys, such as {', '.join(members[:3])}")
+    if key not in known and not _below(key, known):
+        raise UserError(f"unknown key '{key}' {place}{_near(key, known)}{more}")
+
+
+def _near(key: str, known: set[str]) -> str:
+    """A clause that names the keys of the same name in other groups, or else the nearest one."""
+    ends = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
+    if ends:
+        return " (did you mean '" + "' or '".join(ends) + "'?)"
+    return nearest(key, {*known, *(alias.removeprefix("--") for alias in ALIASES)})
 
 
 def _below(key: str, known: set[str]) -> bool:
@@ -185,7 +271,7 @@ def _below(key: str, known: set[str]) -> bool:
     return parent in known and parent.endswith("stream_weights")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[str]:
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"

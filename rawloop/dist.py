@@ -164,8 +164,12 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if wanted not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device is '{wanted}': it must be auto, cuda, mps or cpu; CUDA_VISIBLE_DEVICES chooses GPUs")
     if wanted == "cuda":
         found = torch.cuda.device_count()
+        if not found:
+            raise UserError("device is 'cuda', and torch sees no GPU here: use 'auto' or 'cpu', or mend the driver")
         if local_rank >= found:
             raise UserError(
                 f"device is 'cuda' and this process is number {local_rank} on its machine, which has {found} GPU(s): "

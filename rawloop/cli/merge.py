@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rawloop.adapters import base_of, merge_adapter
-from rawloop.config import Parser
+from rawloop.config import Parser, add_options
 from rawloop.data.audio import import_torchaudio
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--adapter", type=str, required=True, help="folder with adapter_config.json")
     parser.add_argument("--output", type=str, required=True, help="folder for the merged model; must not exist yet")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the written weights")
-    parser.add_class_arguments(ModelConfig, "model")
+    add_options(parser, ModelConfig, "model")
     values = parser.parse_args(argv)
     adapter, output = Path(values.adapter).expanduser(), Path(values.output).expanduser()
     if output.exists():

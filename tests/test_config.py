@@ -1,0 +1,275 @@
+"""How a run's config is read: files, options, their order, and one clear line for every mistake in them."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from rawloop.cli import main
+from rawloop.config import ALIASES, Parser, RunConfig, add_options, field_help, known_keys, parse, to_yaml
+from rawloop.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Give `write(text, name="run.yaml")`, which writes a config file and returns its path."""
+
+    def run(text: str, name: str = "run.yaml") -> Path:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    return run
+
+
+def read(*arguments: str | Path) -> RunConfig:
+    return parse([str(argument) for argument in arguments], "rawloop train")[0]
+
+
+def refusal(*arguments: str | Path) -> str:
+    """The one line with which the arguments are refused."""
+    with pytest.raises(UserError) as caught:
+        read(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- where values come from --------------------------------------------------------------------------------------
+
+
+def test_without_arguments_every_key_has_its_default() -> None:
+    assert read() == RunConfig()
+
+
+def test_a_file_sets_what_it_names_and_nothing_else(write: Callable[..., Path]) -> None:
+    config = read("--config", write("output: runs/x\noptim:\n  lr: 1e-5\nadapter: {target_modules: [q_proj]}\n"))
+    assert (config.output, config.optim.lr, config.adapter.target_modules) == ("runs/x", 1e-5, ["q_proj"])
+    config.output, config.optim.lr = RunConfig().output, RunConfig().optim.lr
+    config.adapter.target_modules = RunConfig().adapter.target_modules
+    assert config == RunConfig()
+
+
+@pytest.mark.parametrize("equals", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_command_line_overrides_the_file_wherever_it_stands(
+    write: Callable[..., Path], place: int, equals: bool
+) -> None:
+    file = write("seed: 1\ntrain:\n  max_steps: 5\n  batch_size: 3\n")
+    arguments = [["--seed=2"], ["--train.max_steps", "7"]]
+    arguments.insert(place, [f"--config={file}"] if equals else ["--config", str(file)])
+    config = read(*(word for words in arguments for word in words))
+    assert (config.seed, config.train.max_steps, config.train.batch_size) == (2, 7, 3)
+
+
+def test_a_later_file_overrides_an_earlier_one(write: Callable[..., Path]) -> None:
+    first, second = write("seed: 1\noutput: runs/a\n", "a.yaml"), write("seed: 2\n", "b.yaml")
+    assert (read("--config", first, "--config", second).seed, read("--config", second, "--config", first).seed) == (
+        2,
+        1,
+    )
+    assert read("--config", first, "--output", "runs/c", f"--config={second}").output == "runs/c"
+
+
+def test_lists_and_weights_can_be_replaced_and_added_to(write: Callable[..., Path]) -> None:
+    file = write("adapter: {modules_to_save: [a]}\nmodel: {stream_weights: {text: 0.5}}\n")
+    config = read("--config", file, "--adapter.modules_to_save+", "b", "--adapter.target_modules", "[q_proj, v_proj]")
+    assert config.adapter.modules_to_save == ["a", "b"]
+    assert config.adapter.target_modules == ["q_proj", "v_proj"]
+    assert config.model.stream_weights == {"text": 0.5}
+    assert read("--model.stream_weights.text", "0").model.stream_weights == {"text": 0.0}
+
+
+@pytest.mark.parametrize("alias", ["--disable_eval", "--disable_evaluation"])
+def test_aliases_switch_evaluation_off(write: Callable[..., Path], alias: str) -> None:
+    file = write("evaluation:\n  enabled: true\n  every: 7\n")
+    config = read(alias, "--config", file)
+    assert (config.evaluation.enabled, config.evaluation.every) == (False, 7)
+    assert f"{alias} takes no value" in refusal(f"{alias}=true")
+
+
+def test_further_options_of_a_command_may_be_called_like_a_group(write: Callable[..., Path]) -> None:
+    extra = {"checkpoint": "which one"}
+    file = str(write("checkpoint: {keep_last: 7}\n"))
+    for arguments in (["--checkpoint", "best"], ["--checkpoint=latest", "--checkpoint", "best"]):
+        config, options = parse([*arguments, "--config", file, "--checkpoint.save_every", "9"], "rawloop x", extra)
+        assert options == {"checkpoint": "best"}
+        assert (config.checkpoint.save_every, config.checkpoint.keep_last) == (9, 7)
+    assert parse([], "rawloop x", extra)[1] == {"checkpoint": None}
+    with pytest.raises(UserError, match="--checkpoint needs a value"):
+        parse(["--checkpoint", "--seed", "1"], "rawloop x", extra)
+
+
+def test_the_resolved_config_reads_back_as_it_was(write: Callable[..., Path]) -> None:
+    config = read("--optim.lr", "1e-5", "--data.train", "dữ liệu", "--adapter.freeze", "['*.norm.*']", "--seed", "3")
+    config.model.stream_weights = {"text": 0.25}
+    assert read("--config", write(to_yaml(config))) == config
+    assert read("--config", write(to_yaml(RunConfig()))) == RunConfig()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("optim.lrr", "optim.lr"),
+        ("optm.lr", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("max_steps", "train.max_steps"),
+        ("seeds", "seed"),
+        ("batch_size", "evaluation.batch_size' or 'train.batch_size"),
+        ("train.max_step", "train.max_steps"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(
+    write: Callable[..., Path], tmp_path: Path, given: str, near: str
+) -> None:
+    hint = f"(did you mean '{near}'?)"
+    line = refusal(f"--{given}", "1")
+    assert line.startswith(f"unknown key '{given}' on the command line {hint}"), line
+    assert "rawloop train --help" in line
+    nested = given.replace(".", ":\n  ") + ": 1\n"
+    assert refusal("--config", write(nested)) == f"unknown key '{given}' in {tmp_path / 'run.yaml'} {hint}"
+
+
+def test_a_mistyped_alias_is_refused_with_the_right_one() -> None:
+    assert "(did you mean 'disable_eval'?)" in refusal("--disable_evl")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("optim.lr", "fast", "a number"),
+        ("seed", "1.5", "a whole number"),
+        ("train.max_steps", "ten", "a whole number"),
+        ("evaluation.enabled", "maybe", "true or false"),
+        ("adapter.target_modules", "q_proj", "a list such as '[a, b]'"),
+        ("adapter.mode", "lorra", "one of 'lora', 'full'"),
+        ("device", "gpu", "one of 'auto', 'cuda', 'mps', 'cpu'"),
+        ("data.on_bad_sample", "ignore", "one of 'stop', 'skip'"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_its_origin(write: Callable[..., Path], key: str, value: str, wanted: str) -> None:
+    line = refusal(f"--{key}", value)
+    assert line == f"{key} is '{value}' (from the command line): it must be {wanted}"
+    *groups, name = key.split(".")
+    file = write("".join(f"{group}:\n  " for group in groups) + f"{name}: {value}\n")
+    assert refusal("--config", file) == f"{key} is '{value}' (from {file}): it must be {wanted}"
+
+
+def test_a_number_where_a_string_belongs_is_refused_with_the_cure(write: Callable[..., Path]) -> None:
+    assert refusal("--config", write("output: 2024\n")).endswith("it must be a string: put it in quotes")
+    assert read("--config", write("output: '2024'\n")).output == "2024"
+
+
+def test_the_blame_falls_on_who_is_wrong(write: Callable[..., Path]) -> None:
+    wrong, right = write("seed: hello\n", "wrong.yaml"), write("seed: 1\n", "right.yaml")
+    assert f"seed is 'hello' (from {wrong})" in refusal("--config", wrong, "--seed", "2")
+    assert f"seed is 'hello' (from {wrong})" in refusal("--seed", "2", "--config", wrong, "--config", right)
+    assert "seed is 'hello' (from the command line)" in refusal("--config", right, "--seed", "hello")
+
+
+def test_values_that_a_part_refuses_are_named_with_their_origin(write: Callable[..., Path]) -> None:
+    file = write("optim: {lr: -1}\nevaluation: {every: 0}\n")
+    assert refusal("--config", file) == f"optim.lr is -1.0: it must be above 0 (optim.lr from {file})"
+    line = refusal("--config", file, "--optim.lr", "1", "--evaluation.batch_size", "2")
+    assert line.endswith(f"(evaluation.every from {file}, evaluation.batch_size from the command line)")
+    assert "output is empty" in refusal("--output", "")
+
+
+@pytest.mark.parametrize("text", ["optim: 3\n", "optim:\n", "optim: {}\n", "optim: [1]\n"])
+def test_a_group_given_as_a_value_is_refused_with_its_keys(write: Callable[..., Path], text: str) -> None:
+    file = write(text)
+    line = refusal("--config", file)
+    assert line == f"'optim' in {file} is a group: give values to its keys, such as optim.beta1, optim.beta2, optim.eps"
+    assert "'optim' on the command line is a group" in refusal("--optim", "3")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- seed\n- 1\n", "holds a list"),
+        ("just words\n", "holds a str"),
+        ("seed: 1\noptim: {lr: 1\nx: ]\n", "line 3 is not valid YAML"),
+        ("seed: 1\n\ttrain: 2\n", "line 2 is not valid YAML"),
+        ("a: \x00\n", "is not valid YAML"),
+        ("seed: 1\noutput: x\nseed: 2\n", "line 3: 'seed' stands in line 1 already"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "line 3: 'lr' stands in line 2 already"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(write: Callable[..., Path], text: str, problem: str) -> None:
+    file = write(text)
+    line = refusal("--config", file)
+    assert line.startswith(str(file))
+    assert problem in line
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    assert refusal("--config", missing) == f"--config is '{missing}', which cannot be read: No such file or directory"
+    assert "Is a directory" in refusal("--config", tmp_path)
+    assert refusal("--config") == "--config needs a value after it"
+    (tmp_path / "latin.yaml").write_bytes("output: größe\n".encode("latin-1"))
+    assert "is not UTF-8 (byte 10)" in refusal("--config", tmp_path / "latin.yaml")
+
+
+def test_words_that_are_no_options_are_refused() -> None:
+    assert refusal("seed", "3") == "unrecognized arguments: seed 3"
+    assert "--seed: expected one argument" in refusal("--seed")
+
+
+# -- help --------------------------------------------------------------------------------------------------------
+
+
+def owners(owner: type = RunConfig) -> list[type]:
+    hints = get_type_hints(owner)
+    inside = [hints[item.name] for item in dataclasses.fields(owner) if dataclasses.is_dataclass(hints[item.name])]
+    return [owner, *(further for hint in inside for further in owners(hint))]
+
+
+@pytest.mark.parametrize("owner", owners(), ids=lambda owner: owner.__name__)
+def test_every_key_is_explained(owner: type) -> None:
+    summary, texts = field_help(owner)
+    assert summary.endswith(".")
+    assert sorted(texts) == sorted(item.name for item in dataclasses.fields(owner))
+    assert all(texts.values()), texts
+
+
+def test_help_shows_every_key_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    for owner in owners():
+        groups = {item.name for item in dataclasses.fields(owner)} if owner is RunConfig else set()
+        for name, text in field_help(owner)[1].items():
+            assert name in groups or text in words, name
+    for key in known_keys():
+        assert f"--{key} " in shown
+    assert "5 to 10% of a step" in words
+    assert "<class" not in shown
+
+
+def test_aliases_stand_for_options_that_exist() -> None:
+    assert all(read(alias) == read(option) for alias, option in ALIASES.items())
+    assert {option.partition("=")[0].removeprefix("--") for option in ALIASES.values()} <= known_keys()
+
+
+def test_an_unexplained_field_does_not_get_an_option() -> None:
+    @dataclasses.dataclass
+    class Bare:
+        """A config whose author forgot its Args."""
+
+        width: int = 3
+
+    with pytest.raises(KeyError, match="width"):
+        add_options(Parser(), Bare)
+
+
+def test_the_shipped_keys_round_trip_through_plain_yaml() -> None:
+    assert yaml.safe_load(to_yaml(RunConfig())) == dataclasses.asdict(RunConfig())
