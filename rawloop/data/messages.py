@@ -49,7 +49,7 @@ class MessagesReader:
     ) -> Iterator[Text | Audio]:
         content = message.get("content")
         if isinstance(content, str):
-            yield from self._marked(content, record, audios)
+            yield from self._marked(record.speakable(content), record, audios)
             return
         items = [content] if isinstance(content, dict) else content
         if not isinstance(items, list) or not items:
@@ -72,7 +72,7 @@ class MessagesReader:
     def _part(self, item: Any, record: Record, place: str) -> Text | Audio:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "text" and isinstance(item.get("text"), str):
-            return Text(item["text"])
+            return Text(record.speakable(item["text"]))
         if kind == "audio":
             path = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
             if not isinstance(path, str) or not path:

@@ -91,7 +91,7 @@ class MetadataReader:
         return []
 
     def _reference(self, record: Record, part: Record, speaker: str | None) -> Reference:
-        audio, text = part.text("ref_audio_file"), part.text("ref_transcript")
+        audio, text = part.text("ref_audio_file"), part.words("ref_transcript")
         if audio is None or text is None:
             missing = "ref_audio_file" if audio is None else "ref_transcript"
             part.fail(f"'{missing}' is missing or empty: voice cloning needs the reference clip and its words")
@@ -116,7 +116,7 @@ class MetadataReader:
         return list(references.values())
 
     def _scene(self, record: Record, references: list[Reference]) -> list[Turn]:
-        scene, voices = record.text("scene"), _speakers(record)
+        scene, voices = record.words("scene"), _speakers(record)
         if voices or references:
             return self._scene_turn(scene, voices, references)
         if scene not in self._scenes:
@@ -146,7 +146,7 @@ def scene_sentence(scene: str) -> str:
 
 
 def _transcript(record: Record, files: Files) -> str:
-    text = record.text(*TEXT_KEYS)
+    text = record.words(*TEXT_KEYS)
     if text is not None:
         return text
     name = record.text("transcript_file")
@@ -190,7 +190,7 @@ def _speakers(record: Record) -> dict[str, str]:
     for name, voice in speakers.items():
         if not isinstance(voice, str) or not voice.strip():
             record.fail(f"'speakers' describes {name} as {show(voice)}: it must be a string such as 'feminine'")
-        described[_speaker(name, record, "speakers")] = voice.strip()
+        described[_speaker(name, record, "speakers")] = record.speakable(voice.strip())
     return described
 
 

@@ -43,6 +43,24 @@ class Record:
                 return value.strip()
         return None
 
+    def words(self, *keys: str) -> str | None:
+        """Return `text(*keys)`, as words that a tokenizer can take."""
+        text = self.text(*keys)
+        return None if text is None else self.speakable(text)
+
+    def speakable(self, text: str) -> str:
+        """Return `text` as it is. JSON can hold half a character, which no tokenizer takes.
+
+        Raises:
+            UserError: it holds half of a surrogate pair.
+        """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                self.fail(f"the text {show(text)} has half a character (a lone surrogate) at {error.start}: mend it")
+        return text
+
     def without(self, known: frozenset[str]) -> dict[str, Any]:
         """Return all values except those of the `known` keys."""
         return {key: value for key, value in self.values.items() if key not in known}
@@ -82,8 +100,12 @@ class Files:
             UserError: the path leaves the data folder, names a folder, or is a remote url.
         """
         path = os.path.join(self._base, local_path(value, record))
-        if "\0" in path:
-            record.fail(f"{value!r} is no path: it holds a NUL character")
+        try:
+            encoded = os.fsencode(path)  # may hold bytes that are no UTF-8, as Linux file names may
+        except UnicodeEncodeError:
+            encoded = b"\0"
+        if b"\0" in encoded:
+            record.fail(f"{value!r} is no path: it holds a character that no file name has")
         folder, name = os.path.split(path)
         if name in ("", ".", ".."):
             record.fail(f"'{value}' is a folder: name a file")

@@ -138,6 +138,17 @@ def test_scene(scene: str, sentence: str, clip: Path, metadata: Write) -> None:
     assert one(metadata({"audio_file": "a.wav", "text": "Hi.", "scene": scene})).turns[0].parts == (Text(sentence),)
 
 
+def test_each_sample_has_its_own_scene(clip: Path, metadata: Write) -> None:
+    scenes = ["quiet_room", "a_hall", None, "quiet_room"]
+    samples = read_samples(metadata(*({"audio_file": "a.wav", "text": "Hi.", "scene": scene} for scene in scenes)))
+    assert [sample.turns[0].parts[0] for sample in samples] == [
+        Text("Audio is recorded from a quiet room."),
+        Text("Audio is recorded from a hall."),
+        Text("Audio is recorded from a quiet room."),
+        Text("Audio is recorded from a quiet room."),
+    ]
+
+
 @pytest.mark.parametrize("scene", [None, ""])
 def test_no_scene(scene: str | None, clip: Path, metadata: Write) -> None:
     folder = metadata({"audio_file": "a.wav", "text": "Hi.", "scene": scene})

@@ -64,6 +64,28 @@ def test_unicode_names(tone: Tone, metadata: Write) -> None:
     assert samples[0].audio_paths() == [path.resolve()]
 
 
+def test_names_that_are_not_utf8(tone: Tone, metadata: Write, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9.wav")
+    tone("b.wav").rename(tmp_path / odd)
+    (tmp_path / "metadata.json").write_text(json.dumps({"samples": [sample(audio_file=odd)]}))
+    assert read_samples(tmp_path)[0].audio_paths() == [tmp_path.resolve() / odd]
+
+
+def test_name_with_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(sample(audio_file="\ud800/a.wav")))
+    with pytest.raises(UserError, match=r"a character that no file name has"):
+        read_samples(tmp_path)
+
+
+def test_half_a_character(clip: Path, tmp_path: Path) -> None:
+    text = "half \ud83d"
+    chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}, CHAT["messages"][1]]}
+    for record in (sample(transcript=text), chat, {"messages": [{"role": "user", "content": text}]}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(record))
+        with pytest.raises(UserError, match=r"line 1: .* half a character \(a lone surrogate\) at 5"):
+            read_samples(tmp_path)
+
+
 def test_ids_that_nobody_gave(metadata: Write) -> None:
     samples = read_samples(metadata(sample(), sample(), sample(id=5)))
     assert [sample.id for sample in samples] == ["a.wav", "a.wav samples[1]", "5"]
@@ -154,7 +176,7 @@ def test_links_inside_the_folder_are_resolved(metadata: Write, clip: Path, tmp_p
         ("a.wav/b.wav", "1 audio file is missing"),
         ("broken.wav", "1 audio file is missing"),
         ("loop.wav", "'loop.wav' is a link that leads to itself"),
-        ("a\0b.wav", "it holds a NUL character"),
+        ("a\0b.wav", "a character that no file name has"),
         ("x" * 300 + ".wav", "cannot be looked up: File name too long"),
     ],
 )
