@@ -160,7 +160,7 @@ class Family(Protocol):
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-        """Run the model and return the loss sum and target count of every stream."""
+        """Run the model and return the loss sum and target count of every stream, of every one in every batch."""
         ...
 
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

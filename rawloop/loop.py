@@ -5,6 +5,7 @@ clip and update, advance, log; then evaluate, save, stop. The loop visits step N
 evaluating and saving have one call site each.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -222,42 +223,50 @@ class Meter:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.sums: dict[str, Tensor] = {}
-        self.targets: dict[str, int] = {}
-        self.since = time.perf_counter()
-        self.samples = run.state.samples
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.parts: dict[str, Tensor] = {}
+        self.targets: dict[str, list[int]] = {}  # of the stream, then of each part
+        self.since, self.samples = time.perf_counter(), self.run.state.samples
 
     def add(self, losses: Mapping[str, StreamLoss]) -> None:
         """Add one micro-batch."""
         for stream, loss in losses.items():
-            total = loss.total.detach() if loss.parts is None else loss.parts
-            self.sums[stream] = self.sums[stream] + total if stream in self.sums else total
-            self.targets[stream] = self.targets.get(stream, 0) + loss.targets
+            total, counts = loss.total.detach(), [loss.targets, *loss.part_targets]
+            seen = stream in self.totals
+            self.totals[stream] = self.totals[stream] + total if seen else total
+            self.targets[stream] = [a + b for a, b in zip(self.targets[stream], counts)] if seen else counts
+            if loss.parts is not None:
+                self.parts[stream] = self.parts[stream] + loss.parts if seen else loss.parts
 
     def log(self, result: StepResult, progress: Any) -> None:
         """Write the mean losses since the last line, over all ranks, and start over."""
         run, state = self.run, self.run.state
-        streams = list(self.sums)
-        rows = [self.sums[stream].flatten().tolist() for stream in streams]
-        flat = run.world.sum([value for row in rows for value in row] + [float(self.targets[s]) for s in streams])
-        values: dict[str, float] = {}
-        for stream, row, count in zip(streams, rows, flat[len(flat) - len(streams) :], strict=True):
-            parts, flat = flat[: len(row)], flat[len(row) :]
-            values[f"loss/{stream}"] = sum(parts) / count
-            if len(row) > 1:
-                values |= {f"loss/{stream}/{k}": part * len(row) / count for k, part in enumerate(parts)}
-        loss = sum(run.weights[stream] * values[f"loss/{stream}"] for stream in streams)
-        seconds = time.perf_counter() - self.since
+        means = self._means()
+        loss = sum(run.weights[stream] * means[f"loss/{stream}"] for stream in self.totals)
         values = {
             "loss": loss,
-            **values,
+            **means,
             "grad_norm": float(result.grad_norm),
             "lr": run.optimizer.param_groups[0]["lr"],
             "epoch": state.samples / run.windows.num_samples,
             "skipped": float(state.skipped),
-            "samples_per_second": (state.samples - self.samples) / seconds,
+            "samples_per_second": (state.samples - self.samples) / (time.perf_counter() - self.since),
         }
         run.records.metrics(state.step, values)
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self.sums, self.targets = {}, {}
-        self.since, self.samples = time.perf_counter(), state.samples
+        self._start_over()
+
+    def _means(self) -> dict[str, float]:
+        """Mean nats per target of every stream and part, over all ranks, in one reduction."""
+        names, sums, counts = [], [], []
+        for stream, total in self.totals.items():
+            parts = self.parts[stream].tolist() if stream in self.parts else []
+            names += [f"loss/{stream}", *(f"loss/{stream}/{part}" for part in range(len(parts)))]
+            sums += [total.item(), *parts]
+            counts += self.targets[stream]
+        reduced = self.run.world.sum([*sums, *map(float, counts)])
+        pairs = zip(names, reduced[: len(names)], reduced[len(names) :], strict=True)
+        return {name: value / count if count else math.nan for name, value, count in pairs}

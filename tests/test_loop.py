@@ -1,0 +1,260 @@
+"""What defines the loop: resume equals uninterrupted, N x 1 equals 1 x N, two processes equal one, nothing hides."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rawloop.adapters import AdapterConfig
+from rawloop.build import build_run, prepare_codes, start
+from rawloop.checkpoint import CheckpointConfig, find_slots
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch, StreamLoss
+from rawloop.data import DataConfig
+from rawloop.demo import SPEECH
+from rawloop.dist import LossModule, World
+from rawloop.errors import TrainingError, UserError
+from rawloop.evaluate import EvaluationConfig
+from rawloop.families import ModelConfig, load_family
+from rawloop.loop import Run, TrainConfig, train
+from rawloop.optim import OptimConfig
+from rawloop.precision import PrecisionConfig
+from rawloop.records import read_events, read_metrics
+
+
+@pytest.fixture(scope="module")
+def base(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of 6 steps on the demo, its codes prepared."""
+    codes = tmp_path_factory.mktemp("codes")
+    data = DataConfig(train=str(SPEECH / "train"), eval=str(SPEECH / "eval"), codes=str(codes))
+    model = ModelConfig(path=str(demo_checkpoint / "model"))
+    prepare_codes(data, load_family(model), torch.device("cpu"))
+    return RunConfig(
+        device="cpu",
+        model=model,
+        adapter=AdapterConfig(rank=4, dropout=0.1),
+        data=data,
+        train=TrainConfig(batch_size=2, accumulation=2, max_steps=6, log_every=1),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        precision=PrecisionConfig(mode="fp32"),
+        evaluation=EvaluationConfig(every=2),
+        checkpoint=CheckpointConfig(save_every=2, keep_last=0),
+    )
+
+
+def go(config: RunConfig, world: World | None = None, change: Callable[[Run], None] | None = None) -> Run:
+    """What `rawloop train` does, in this process."""
+    run = build_run(config, world or World(), lambda line: None)
+    try:
+        if change:
+            change(run)
+        start(run, config, lambda line: None)
+        train(run)
+    finally:
+        run.records.close()
+    return run
+
+
+def weights(folder: Path, slot: str = "checkpoints/step-00000006") -> dict[str, Tensor]:
+    files = [*(folder / slot).glob("adapter/*.safetensors"), *(folder / slot).glob("model/*.safetensors")]
+    assert files
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in read_metrics(folder) if key in line]  # type: ignore[misc]
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_resume_equals_uninterrupted_bit_for_bit(base: RunConfig, tmp_path: Path, mode: Any) -> None:
+    straight = replace(base, output=str(tmp_path / "straight"), precision=PrecisionConfig(mode=mode))
+    go(straight)
+    for stop in (2, 4):
+        folder = tmp_path / f"stopped-{stop}"
+        stopped = replace(straight, output=str(folder))
+
+        def end_early(run: Run, stop: int = stop) -> None:
+            run.total_steps = stop
+
+        go(stopped, change=end_early)
+        go(replace(stopped, resume="latest"))
+        assert same(weights(folder), weights(tmp_path / "straight"))
+        state = "checkpoints/step-00000006/state"
+        optimizers = [load_file(path / state / "optimizer.safetensors") for path in (folder, tmp_path / "straight")]
+        assert same(*optimizers)
+        for key in ("loss", "grad_norm", "lr", "eval_loss", "loss/audio/3"):
+            assert losses(folder, key) == losses(tmp_path / "straight", key)
+
+
+def test_full_fine_tuning_resumes_bit_for_bit(base: RunConfig, tmp_path: Path) -> None:
+    full = replace(
+        base, adapter=AdapterConfig(mode="full", freeze=["model.embed_tokens.*"]), output=str(tmp_path / "a")
+    )
+    full = replace(full, train=replace(base.train, max_steps=4, accumulation=1))
+    go(full)
+
+    def end_early(run: Run) -> None:
+        run.total_steps = 2
+
+    other = replace(full, output=str(tmp_path / "b"))
+    go(other, change=end_early)
+    go(replace(other, resume="latest"))
+    slot = "checkpoints/step-00000004"
+    trained = weights(tmp_path / "a", slot)
+    assert same(trained, weights(tmp_path / "b", slot))
+    loaded: Any = load_family(base.model).load_model(str(tmp_path / "a" / slot / "model"))
+    original: Any = load_family(base.model).load_model()
+    assert torch.equal(loaded.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    assert not torch.equal(loaded.audio_lm_head.weight, original.audio_lm_head.weight)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (2, 2)])
+def test_accumulation_equals_one_large_batch(base: RunConfig, tmp_path: Path, sizes: tuple[int, int]) -> None:
+    plain = replace(base, adapter=AdapterConfig(rank=4), evaluation=EvaluationConfig(enabled=False))
+    go(replace(plain, train=TrainConfig(4, 1, max_steps=3, log_every=1), output=str(tmp_path / "large")))
+    go(replace(plain, train=TrainConfig(*sizes, max_steps=3, log_every=1), output=str(tmp_path / "split")))
+    large, split = losses(tmp_path / "large"), losses(tmp_path / "split")
+    assert split == pytest.approx(large, rel=1e-6)
+    assert losses(tmp_path / "split", "grad_norm") == pytest.approx(losses(tmp_path / "large", "grad_norm"), rel=1e-5)
+
+
+def train_rank(world: World, config: RunConfig) -> None:
+    go(config, world)
+
+
+def test_two_processes_equal_one(base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    plain = replace(base, adapter=AdapterConfig(rank=4), evaluation=EvaluationConfig(every=1))
+    go(replace(plain, train=TrainConfig(2, 2, max_steps=3, log_every=1), output=str(tmp_path / "one")))
+    two = replace(plain, train=TrainConfig(1, 2, max_steps=3, log_every=1), output=str(tmp_path / "two"))
+    run_ranks(train_rank, two)
+    for key in ("loss", "loss/text", "grad_norm", "eval_loss"):
+        assert losses(tmp_path / "two", key) == pytest.approx(losses(tmp_path / "one", key), rel=2e-6)
+    first, second = (weights(tmp_path / name, "checkpoints/step-00000003") for name in ("one", "two"))
+    for name, tensor in first.items():  # Adam turns rounding of tiny gradients into steps: a share of lr, not of w
+        assert (tensor - second[name]).abs().max() < 1e-4
+
+
+def test_a_checkpoint_of_two_processes_continues_on_one(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    plain = replace(base, adapter=AdapterConfig(rank=4), output=str(tmp_path / "run"))
+    run_ranks(train_rank, replace(plain, train=TrainConfig(1, 2, max_steps=2, log_every=1)))
+    go(replace(plain, train=TrainConfig(2, 2, max_steps=4, log_every=1), resume="latest"))
+    assert len(losses(tmp_path / "run")) == 4
+    assert any("this rank starts afresh" in event["reason"] for event in read_events(tmp_path / "run")) is False
+
+
+class Poisoned:
+    """The family's losses, with one micro-batch's loss made NaN on request."""
+
+    def __init__(self, losses: Callable[[nn.Module, Batch], dict[str, StreamLoss]], calls: set[int]) -> None:
+        self.losses, self.calls, self.call = losses, calls, -1
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+        result = self.losses(model, batch)
+        self.call += model.training
+        if model.training and self.call in self.calls:
+            result["audio"] = result["audio"]._replace(total=result["audio"].total * math.nan)
+        return result
+
+
+def poison(run: Run, calls: set[int]) -> None:
+    module = run.module
+    assert isinstance(module, LossModule)
+    module.losses = Poisoned(module.losses, calls)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
+    run = go(config, change=lambda run: poison(run, {3}))  # second micro-batch of the second window
+    assert (run.state.step, run.state.window, run.state.skipped) == (6, 7, 1)
+    (event,) = [event for event in read_events(tmp_path) if event["kind"] == "skip"]
+    assert event["step"] == 1
+    assert "nan" in event["reason"]
+    assert len(event["samples"]) == 4
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert math.isnan(float(lines[1]["loss"] or 0))  # the poisoned loss is shown, not hidden
+    assert all(math.isfinite(float(line["loss"] or 0)) for line in lines[2:])
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
+
+
+def test_endless_nan_ends_the_run_and_keeps_what_was_saved(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(base, output=str(tmp_path), precision=PrecisionConfig(mode="fp32", max_skips=4))
+    with pytest.raises(TrainingError, match="4 steps in a row had gradients that are not finite"):
+        go(config, change=lambda run: poison(run, set(range(4, 100))))
+    assert [slot.name for slot in find_slots(tmp_path)] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(("every", "save"), [(3, 2), (1, 4), (4, 1), (100, 100)])
+def test_evaluation_and_saving_never_meet(base: RunConfig, tmp_path: Path, every: int, save: int) -> None:
+    config = replace(base, output=str(tmp_path), train=TrainConfig(1, 1, max_steps=5))
+    config = replace(config, evaluation=EvaluationConfig(every=every), checkpoint=CheckpointConfig(save, 0))
+    go(config)
+    evaluated = [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line]
+    assert evaluated == sorted({0, 5, *range(0, 6, every)})
+    saved = sorted(int(slot.name[-8:]) for slot in find_slots(tmp_path))
+    assert saved == sorted({5, *range(save, 6, save)})
+    best = min((line["eval_loss"], line["step"]) for line in read_metrics(tmp_path) if "eval_loss" in line)
+    assert f'"step": {best[1]}' in (tmp_path / "best.json").read_text()
+    assert (tmp_path / "best" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_without_evaluation_nothing_else_changes(base: RunConfig, tmp_path: Path) -> None:
+    go(replace(base, output=str(tmp_path / "with")))
+    data = replace(base.data, eval=None)
+    go(replace(base, output=str(tmp_path / "without"), evaluation=EvaluationConfig(enabled=False), data=data))
+    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert not (tmp_path / "without" / "best").exists()
+    assert not losses(tmp_path / "without", "eval_loss")
+
+
+def fail_on_rank_1(world: World, config: RunConfig) -> str:
+    run = build_run(config, world, lambda line: None)
+    start(run, config, lambda line: None)
+    if world.rank == 1:
+        windows = run.windows.start
+
+        def broken(window: int) -> Iterator[list[Batch]]:
+            yield next(windows(window))
+            raise UserError("sample 'x' is bad")
+
+        run.windows.start = broken  # type: ignore[method-assign]
+    try:
+        train(run)
+    except UserError as error:
+        return f"{run.state.step}: {error}"
+    finally:
+        run.records.close()
+    return "trained"
+
+
+def test_a_bad_sample_on_one_rank_ends_all_ranks_with_its_name(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    config = replace(base, output=str(tmp_path / "run"), evaluation=EvaluationConfig(enabled=False))
+    first, second = run_ranks(fail_on_rank_1, config, timeout=60)
+    assert first == "1: rank 1: sample 'x' is bad"
+    assert second == "1: sample 'x' is bad"
+
+
+def test_the_loss_of_a_log_line_is_the_mean_since_the_last(base: RunConfig, tmp_path: Path) -> None:
+    plain = replace(base, evaluation=EvaluationConfig(enabled=False))
+    go(replace(plain, output=str(tmp_path / "each"), train=TrainConfig(2, 1, max_steps=4, log_every=1)))
+    go(replace(plain, output=str(tmp_path / "pairs"), train=TrainConfig(2, 1, max_steps=4, log_every=2)))
+    each, pairs = losses(tmp_path / "each", "loss/text"), losses(tmp_path / "pairs", "loss/text")
+    # every window has two text targets per sample, so the mean over targets is the mean of the two steps
+    assert pairs == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2], rel=1e-6)
+    parts = [losses(tmp_path / "each", f"loss/audio/{k}")[0] for k in range(8)]
+    assert sum(parts) / 8 == pytest.approx(losses(tmp_path / "each", "loss/audio")[0], rel=1e-6)
