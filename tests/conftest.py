@@ -4,9 +4,11 @@ A test file is no package and cannot import this one: take the fixtures by name,
 `Callable[..., list[Any]]` for `run_ranks` and `Callable[..., subprocess.CompletedProcess[str]]` for `run_cli`.
 """
 
+import json
 import os
 import pickle
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -127,6 +129,31 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             build_demo_checkpoint(folder, ROOT / "rawloop" / "demo" / "speech")
             complete.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_data(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a part of the bundled speech, 8 clips in `train` and 5 in `eval`, and its `codes`. Read it only."""
+    import torch
+
+    from rawloop.build import prepare_codes
+    from rawloop.data import DataConfig
+    from rawloop.families import ModelConfig, load_family
+
+    folder = tmp_path_factory.mktemp("demo_data")
+    for split, number in (("train", 8), ("eval", 5)):
+        copy_speech(ROOT / "rawloop" / "demo" / "speech" / split, folder / split, number)
+    data = DataConfig(train=str(folder / "train"), eval=str(folder / "eval"), codes=str(folder / "codes"))
+    prepare_codes(data, load_family(ModelConfig(path=str(demo_checkpoint / "model"))), torch.device("cpu"))
+    return folder
+
+
+def copy_speech(source: Path, target: Path, number: int) -> None:
+    """Copy a folder of speech with so many of its samples, evenly chosen, so that all languages are among them."""
+    shutil.copytree(source, target)
+    samples = json.loads((source / "metadata.json").read_text(encoding="utf-8"))["samples"]
+    chosen = [samples[k * len(samples) // number] for k in range(number)]
+    (target / "metadata.json").write_text(json.dumps({"samples": chosen}), encoding="utf-8")
 
 
 @pytest.fixture
