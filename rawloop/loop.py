@@ -112,7 +112,7 @@ def train(run: Run) -> TrainState:
         TrainingError: training cannot go on correctly.
         RawloopError: any rank's error, on all ranks.
     """
-    state, world, policy = run.state, run.world, run.policy
+    state = run.state
     windows = run.windows.start(state.window)
     meter = Meter(run)
     visited = state.step if state.step else -1  # a resumed run has already evaluated and saved where it stands
@@ -130,17 +130,13 @@ def train(run: Run) -> TrainState:
             set_lr(run.optimizer, run.lr(state.step))
             for micro_step, batch in enumerate(window, start=1):
                 with no_sync(run.module, micro_step < len(window)):
-                    with policy.autocast():
-                        losses = run.module(batch.to(world.device))
-                    # DDP averages over ranks; the counts are over all ranks, so their number is multiplied back.
-                    policy.backward(weighted_mean(losses, run.weights, targets) * world.size)
-                meter.add(losses)
-            result = policy.step(run.optimizer, run.max_norm)
+                    meter.add(forward_backward(run, batch, targets))
+            result = run.policy.step(run.optimizer, run.max_norm)
 
             state.window += 1
             if result.applied:
                 state.step += 1
-                state.samples += sum(len(batch.ids) for batch in window) * world.size
+                state.samples += sum(len(batch.ids) for batch in window) * run.world.size
                 progress.update(1)
                 if state.step % run.log_every == 0 or state.step >= run.total_steps:
                     meter.log(result, progress)
@@ -148,13 +144,25 @@ def train(run: Run) -> TrainState:
                 skip(run, result, window)
 
 
-def weighted_mean(losses: Mapping[str, StreamLoss], weights: Mapping[str, float], targets: Mapping[str, int]) -> Tensor:
+def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict[str, StreamLoss]:
+    """Score one micro-batch and add its gradients; `targets` are those of the whole window, over all ranks."""
+    with run.policy.autocast():
+        losses: dict[str, StreamLoss] = run.module(batch.to(run.world.device))
+    # DDP averages gradients over ranks, but the counts are sums over ranks: their number is multiplied back in.
+    run.policy.backward(weighted_mean(losses, run.weights, targets) * run.world.size)
+    return losses
+
+
+def weighted_mean(
+    losses: Mapping[str, StreamLoss], weights: Mapping[str, float], targets: Mapping[str, int], ranks: int
+) -> Tensor:
     """The training loss of a micro-batch: sum over streams of weight x (sum of nats / targets of the whole window).
 
     `targets` counts over all micro-batches and ranks, so batch size, accumulation and world size do not change the
-    gradient beyond rounding.
+    gradient beyond rounding. DDP averages gradients over `ranks`, so their number is multiplied back.
     """
-    terms = [loss.total * (weights[stream] / targets[stream]) for stream, loss in losses.items() if targets[stream]]
+    factors = {stream: ranks * weights[stream] / targets[stream] for stream in losses if targets[stream]}
+    terms = [losses[stream].total * factor for stream, factor in factors.items()]
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 
