@@ -148,8 +148,7 @@ def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict
     """Score one micro-batch and add its gradients; `targets` are those of the whole window, over all ranks."""
     with run.policy.autocast():
         losses: dict[str, StreamLoss] = run.module(batch.to(run.world.device))
-    # DDP averages gradients over ranks, but the counts are sums over ranks: their number is multiplied back in.
-    run.policy.backward(weighted_mean(losses, run.weights, targets) * run.world.size)
+    run.policy.backward(weighted_mean(losses, run.weights, targets, run.world.size))
     return losses
 
 
