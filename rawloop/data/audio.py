@@ -6,9 +6,11 @@ libsndfile decodes (wav, flac, ogg, mp3), torchaudio resamples. `torchaudio.load
 import importlib.metadata
 import importlib.util
 import math
+import re
 import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from rawloop.errors import RawloopError, UserError
 SILENCE_PEAK = 1e-3  # -60 dBFS: a clip that never exceeds it holds no speech that a codec could keep
 LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-1, 1]
 MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd sample rates would need gigabytes
+# How libsndfile's log tells a data chunk that is longer than the file; writers to a pipe leave a huge length behind.
+CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+STREAMED = 2**30  # bytes
 
 
 class BadAudio(RawloopError):
@@ -40,8 +45,8 @@ def load_audio(
         Waveform (samples,) float32.
 
     Raises:
-        BadAudio: cannot be opened or decoded; is empty, silent (peak below -60 dBFS), not finite, far beyond full
-            scale, too short, too long, or of a sample rate that cannot be converted.
+        BadAudio: cannot be opened or decoded; is empty, cut short, silent (peak below -60 dBFS), not finite, far beyond
+            full scale, too short, too long, or of a sample rate that cannot be converted.
         UserError: torchaudio is broken or missing.
     """
     waveform, rate = _decode(path, max_seconds)
@@ -68,13 +73,26 @@ def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
         with open(path, "rb") as stream, soundfile.SoundFile(stream.fileno(), closefd=False) as file:
             rate = int(file.samplerate)
             _check_length(file.frames, rate, max_seconds)
+            promised = _promised(file)
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise BadAudio(f"cannot be decoded: {error.error_string.strip().rstrip('.')}") from error
     except OSError as error:
         raise BadAudio(f"cannot be opened: {error.strerror}") from error
-    _check_length(len(samples), rate, max_seconds)  # the headers of some mp3 files only estimate
+    if len(samples) < promised:
+        raise BadAudio(
+            f"is cut short: its header promises {promised / rate:.2f} s, it holds {len(samples) / rate:.2f} s"
+        )
     return torch.from_numpy(samples).mean(dim=1), rate
+
+
+def _promised(file: Any) -> int:
+    """Return the number of samples that the header promises. libsndfile keeps quiet about a wav that was cut short."""
+    frames = int(file.frames)
+    cut = CUT_WAV.search(file.extra_info)
+    if cut is None or int(cut[1]) > STREAMED:
+        return frames
+    return frames * int(cut[1]) // max(int(cut[2]), 1)
 
 
 def _check_length(frames: int, rate: int, max_seconds: float) -> None:

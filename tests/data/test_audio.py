@@ -95,6 +95,22 @@ def test_flac_that_was_cut_short(keep: float, tone: Tone) -> None:
         load_audio(path, 24000)
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.mp3"])
+def test_what_was_cut_short_is_not_taken_for_whole(name: str, tone: Tone) -> None:
+    path = tone(name, seconds=2.0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BadAudio, match=r"^is cut short: its header promises 2.00 s, it holds (1.00|0.9\d) s$"):
+        load_audio(path, 24000)
+
+
+def test_wav_from_a_pipe_has_no_length(tone: Tone) -> None:
+    path = tone("a.wav", seconds=2.0)
+    content = bytearray(path.read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4
+    path.write_bytes(content)
+    assert len(load_audio(path, 24000)) == 48000
+
+
 def test_header_without_samples(tone: Tone) -> None:
     with pytest.raises(BadAudio, match=r"^is empty"):
         load_audio(tone("a.wav", seconds=0), 24000)
