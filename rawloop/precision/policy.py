@@ -4,6 +4,7 @@ Modes are rows of a table, so the loop, the evaluator and a foreign loop call th
 `prepare`, `autocast`, `backward`, `step`. `prepare` runs before DDP and the optimizer exist.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -145,14 +146,13 @@ class PrecisionPolicy:
                 "no weight of the optimizer got a gradient: was it built before the model was prepared?"
             )
         norm = global_norm(gradients)
-        finite = bool(torch.isfinite(norm))  # the one host sync of a step: what is applied must be known
-        if self.agree(not finite):
+        value = norm.item()  # the one host sync of a step: what is applied must be known
+        if self.agree(not math.isfinite(value)):
             optimizer.zero_grad(set_to_none=True)
-            self._count_skip(float(norm))
-            return StepResult(False, norm, f"the gradients' norm is {float(norm)}")
-        if max_norm:
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale)
+            self._count_skip(value)
+            return StepResult(False, norm, f"the gradients' norm is {value}")
+        if max_norm and value > max_norm:
+            torch._foreach_mul_(gradients, max_norm / value)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.skips_in_a_row = 0
