@@ -1,0 +1,423 @@
+"""What a loop costs beside one written by hand: rawloop and its peers on the same tiny LoRA model, in turn.
+
+    python tests/benchmarks/loop_overhead.py --rounds 10 --steps 200
+
+A step of this model takes about 2 ms on one thread, so whatever a loop adds is seen. All peers get the same weights
+and rows in the same order, fused AdamW, the norm clipped at 1.0, a linear schedule and a log line every 10 steps.
+
+A machine's speed drifts, so the peers of a round train side by side, one at a time: each runs for a few steps, then
+hands on to the next, in another order every round. Ratios are taken within such a turn, then the median over the turns
+of a round, then over the rounds. What is timed runs from one forward pass to a later one: whole steps with one log
+line among them, without set-up and without the end of training.
+
+A peer that ends with another loss than the bare loop has not done the same work, and the script says so and fails.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
+
+from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager
+from rawloop.contracts import Batch, StreamLoss
+from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
+from rawloop.dist import LossModule, World
+from rawloop.evaluate import EvaluationConfig, Evaluator
+from rawloop.loop import Run, TrainState, train
+from rawloop.optim import NamedOptimizerState, OptimConfig, build_optimizer, lr_at
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.records import Records, RecordsConfig
+from rawloop.seed import RngState
+
+BATCH, LENGTH, VOCAB, HIDDEN = 2, 16, 256, 192
+LR, MAX_NORM, LOG_EVERY, NEVER = 1e-3, 1.0, 10, 10**9
+TURN, TIMED = 12, LOG_EVERY  # steps; the first of a turn find the caches full of another peer's data
+SAME_LOSS = 2e-5  # nats; other orders of summation differ by less, other work by more
+CPU = torch.device("cpu")
+
+Row = dict[str, Tensor]
+
+
+class Rows(Dataset[Row]):
+    """Random token ids, the same for everybody, from a part of the vocabulary: something that can be learnt."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.ids = torch.randint(VOCAB // 8, (length, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Row:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def collate(rows: list[Row]) -> Row:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Relay:
+    """Lets one peer run at a time."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.waiting = deque(names)
+        self.changed = threading.Condition()
+
+    def wait(self, name: str) -> None:
+        """Return when it is this peer's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting[0] == name)
+
+    def hand_on(self) -> None:
+        """Let the next one run; whoever calls this comes last."""
+        with self.changed:
+            self.waiting.rotate(-1)
+            self.changed.notify_all()
+
+    def leave(self) -> None:
+        """Let the next one run, for good."""
+        with self.changed:
+            self.waiting.popleft()
+            self.changed.notify_all()
+
+
+class Seconds(NamedTuple):
+    """Per step, by the wall's clock and by the processor's."""
+
+    wall: float
+    cpu: float
+
+
+class Stopwatch:
+    """Counts forward passes in training, hands on to the next peer where a turn ends, and times the turns' steps."""
+
+    def __init__(self, model: Any, name: str, relay: Relay) -> None:
+        self.name, self.relay = name, relay
+        self.steps = 0
+        self.start = Seconds(0.0, 0.0)
+        self.turns: list[Seconds] = []
+        model.get_base_model().register_forward_pre_hook(self.note)
+
+    def note(self, module: nn.Module, _: Any) -> None:
+        if not module.training:
+            return
+        now = Seconds(time.perf_counter(), time.thread_time())
+        place = self.steps % TURN
+        if place == 0 and self.steps:
+            self.turns.append(Seconds(*((end - start) / TIMED for end, start in zip(now, self.start, strict=True))))
+            self.relay.hand_on()
+            self.relay.wait(self.name)
+        if place == TURN - TIMED:
+            self.start = now
+        self.steps += 1
+
+
+def build_model() -> Any:
+    """A 1-layer Llama with LoRA on its attention, the same weights at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        use_cache=False,
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    return model.train()
+
+
+def fused_adamw(model: nn.Module) -> AdamW:
+    return AdamW(trainable(model), lr=LR, weight_decay=0.0, fused=True)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def in_order(rows: Rows) -> DataLoader[Row]:
+    return DataLoader(rows, batch_size=BATCH, shuffle=False, collate_fn=collate)
+
+
+def bare(model: Any, rows: Rows, folder: Path) -> None:
+    """What one writes by hand: no progress bar, no test for finite gradients, a line of JSON now and then."""
+    optimizer = fused_adamw(model)
+    loader = in_order(rows)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
+    parameters = trainable(model)
+    with (folder / "log.jsonl").open("w") as log:
+        for step, batch in enumerate(loader, start=1):
+            inputs = {name: tensor.to(CPU) for name, tensor in batch.items()}
+            loss = model(**inputs).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % LOG_EVERY == 0:
+                line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+                print(json.dumps(line), file=log, flush=True)
+
+
+def losses(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+    """The model's own loss, as a sum: the same forward pass as everybody's."""
+    return {"text": StreamLoss(model(**batch.inputs, num_items_in_batch=1).loss, batch.targets["text"])}
+
+
+def to_batch(rows: list[Row]) -> Batch:
+    return Batch(collate(rows), {}, {"text": len(rows) * (LENGTH - 1)}, [str(i) for i in range(len(rows))])
+
+
+def as_it_is(row: Any) -> Any:
+    return row
+
+
+def rawloop(model: Any, rows: Rows, folder: Path) -> None:
+    """With all that is on by default; evaluating and saving are asked for at every step, but not due."""
+    total, world, state, best = len(rows) // BATCH, World(), TrainState(), BestTracker()
+    config = OptimConfig(lr=LR, schedule="linear", max_norm=MAX_NORM)
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=world.any)
+    model = policy.prepare(model)
+    module = LossModule(model, losses)
+    optimizer = build_optimizer(model, config)
+    samples: Any = rows
+    loader = Loader(MicroBatches(samples, as_it_is, to_batch))
+    weights = {"text": 1.0}
+    with Records(folder, world, RecordsConfig()) as records:
+        parts: dict[str, Any] = {
+            "optimizer": NamedOptimizerState(optimizer, model.named_parameters()),
+            "precision": policy,
+            "train": state,
+            "best": best,
+            "rng": RngState(0, 0),
+        }
+        run = Run(
+            module=module,
+            windows=TrainWindows(loader, BatchPlan(len(rows), BATCH, shuffle=False)),
+            policy=policy,
+            optimizer=optimizer,
+            lr=lambda step: lr_at(step, total, config),
+            total_steps=total,
+            weights=weights,
+            records=records,
+            world=world,
+            state=state,
+            evaluator=Evaluator(
+                EvaluationConfig(every=NEVER), module, EvalBatches(loader, BATCH, BATCH), policy, world, weights
+            ),
+            checkpoints=CheckpointManager(folder, CheckpointConfig(save_every=NEVER), world, records, parts),
+            best=best,
+            max_norm=MAX_NORM,
+            log_every=LOG_EVERY,
+        )
+        assert run.checkpoints is not None
+        run.checkpoints.start(0)
+        train(run)
+
+
+def accelerate(model: Any, rows: Rows, folder: Path) -> None:
+    """The loop of accelerate's own examples."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    optimizer = fused_adamw(model)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(rows) // BATCH)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, in_order(rows), schedule)
+    parameters = trainable(model)
+    with (folder / "log.jsonl").open("w") as log:
+        for step, batch in enumerate(loader, start=1):
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(parameters, MAX_NORM)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if step % LOG_EVERY == 0:
+                line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+                print(json.dumps(line), file=log, flush=True)
+    accelerator.free_memory()
+
+
+def fabric(model: Any, rows: Rows, folder: Path) -> None:
+    """The loop of Lightning Fabric's own examples."""
+    from lightning_fabric import Fabric
+
+    lightning = Fabric(accelerator="cpu", devices=1)
+    wrapped, optimizer = lightning.setup(model, fused_adamw(model))
+    loader = lightning.setup_dataloaders(in_order(rows))
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
+    with (folder / "log.jsonl").open("w") as log:
+        for step, batch in enumerate(loader, start=1):
+            loss = wrapped(**batch).loss
+            lightning.backward(loss)
+            norm = lightning.clip_gradients(wrapped, optimizer, max_norm=MAX_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % LOG_EVERY == 0:
+                line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+                print(json.dumps(line), file=log, flush=True)
+
+
+def trainer(model: Any, rows: Rows, folder: Path) -> None:
+    """HF Trainer with its defaults, but for what all peers share."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=len(rows) // BATCH,
+        learning_rate=LR,
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused",
+        max_grad_norm=MAX_NORM,
+        logging_steps=LOG_EVERY,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
+
+
+PEERS: dict[str, Callable[[Any, Rows, Path], None]] = {
+    "bare loop": bare,
+    "rawloop": rawloop,
+    "accelerate": accelerate,
+    "Fabric": fabric,
+    "HF Trainer": trainer,
+}
+
+
+class Measured(NamedTuple):
+    """One peer in one round: seconds per step of each turn, and its loss afterwards."""
+
+    turns: list[Seconds]
+    loss: float
+
+
+def run_round(names: list[str], steps: int, folder: Path) -> dict[str, Measured]:
+    """Train all peers, each with a thread of its own, of which one runs at a time."""
+    rows, relay = Rows(steps * BATCH, seed=1), Relay(names)
+    with quiet(folder), ThreadPoolExecutor(len(names)) as threads:
+        models = {name: build_model() for name in names}
+        watches = {name: Stopwatch(models[name], name, relay) for name in names}
+
+        def run(name: str) -> None:
+            (folder / name).mkdir()
+            relay.wait(name)
+            try:
+                PEERS[name](models[name], rows, folder / name)
+            finally:
+                relay.leave()
+
+        for done in [threads.submit(run, name) for name in names]:
+            done.result()
+    assert {watch.steps for watch in watches.values()} == {steps}, "a peer took another number of steps"
+    return {name: Measured(watches[name].turns[1:], score(models[name])) for name in names}
+
+
+def score(model: Any) -> float:
+    """The loss on rows that nobody trains on, in nats."""
+    ids = Rows(64, seed=2).ids
+    with torch.no_grad():
+        loss: float = model.eval()(input_ids=ids, labels=ids).loss.item()
+    return loss
+
+
+@contextlib.contextmanager
+def quiet(folder: Path) -> Iterator[None]:
+    """Send what is printed, progress bars too, to a file, as in a job of a cluster. Warnings are not of this topic."""
+    with (
+        (folder / "printed.txt").open("w") as printed,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def ratios(rounds: list[Measured], base: list[Measured], clock: int) -> list[float]:
+    """One ratio per round: the median of those of its turns."""
+    pairs = [zip(own.turns, other.turns, strict=True) for own, other in zip(rounds, base, strict=True)]
+    return [statistics.median(own[clock] / other[clock] for own, other in turns) for turns in pairs]
+
+
+def table(results: dict[str, list[Measured]]) -> str:
+    """A markdown table of medians."""
+    lines = [
+        "| loop | ms per step | against the bare loop | least and most of a round | in processor time | loss after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rounds in results.items():
+        wall, cpu = (ratios(rounds, results["bare loop"], clock) for clock in (0, 1))
+        milliseconds = 1000 * statistics.median(turn.wall for one in rounds for turn in one.turns)
+        lines.append(
+            f"| {name} | {milliseconds:.2f} | {statistics.median(wall):.3f} | {min(wall):.3f} to {max(wall):.3f} "
+            f"| {statistics.median(cpu):.3f} | {rounds[0].loss:.6f} |"
+        )
+    return "\n".join(lines)
+
+
+def other_work(results: dict[str, list[Measured]]) -> list[str]:
+    """Who did not end with the bare loop's loss, or nobody if all is well."""
+    wanted = results["bare loop"][0].loss
+    return [
+        f"{name} ended with the loss {got.loss:.6f}, the bare loop with {wanted:.6f}: it did other work"
+        for name, rounds in results.items()
+        for got in rounds
+        if not abs(got.loss - wanted) < SAME_LOSS
+    ]
+
+
+def main() -> int:
+    """Run all rounds, print the table and return 1 if the peers did not do the same work."""
+    parser = argparse.ArgumentParser(description="Time rawloop's loop and its peers on the same tiny model.")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--peers", default=",".join(PEERS), help="names, with commas between: %(default)s")
+    options = parser.parse_args()
+    names = ["bare loop", *(name for name in options.peers.split(",") if name != "bare loop")]
+    torch.set_num_threads(1)
+    results: dict[str, list[Measured]] = {name: [] for name in names}
+    for number in range(options.rounds):
+        order = random.Random(number).sample(names, len(names))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, measured in run_round(order, options.steps, Path(folder)).items():
+                results[name].append(measured)
+    packages = ("torch", "transformers", "peft", "accelerate", "lightning-fabric")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    print(f"{options.rounds} rounds of {options.steps} steps; {versions}")
+    print(table(results))
+    for complaint in (complaints := other_work(results)):
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
