@@ -4,19 +4,26 @@ The only module that knows PEFT.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rawloop.errors import CheckpointError, UserError
+
+ALL_LINEAR = "all-linear"
+# Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
+SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
 
 
 @dataclass
@@ -47,6 +54,14 @@ class AdapterConfig:
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.mode not in ("lora", "full"):
+            raise UserError(f"adapter.mode is '{self.mode}': it must be lora or full")
+        if self.mode == "lora" and not self.target_modules:
+            raise UserError(
+                "adapter.target_modules is empty: name the layers that get LoRA, or set adapter.mode to full"
+            )
+        if ALL_LINEAR in self.target_modules[1:] or self.target_modules[:-1].count(ALL_LINEAR):
+            raise UserError(f"adapter.target_modules has '{ALL_LINEAR}' beside others: it must stand alone")
         if self.rank < 1:
             raise UserError(f"adapter.rank is {self.rank}: it must be 1 or more")
         if not 0.0 <= self.dropout < 1.0:
@@ -69,25 +84,48 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str]) -> 
         result = model
     else:
         _check_targets(model, config, notices)
-        targets: Any = config.target_modules
-        lora = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-            modules_to_save=config.modules_to_save or None,
-            use_dora=config.dora,
-            use_rslora=config.rslora,
-        )
-        with warnings.catch_warnings():  # PEFT asks transformers by a name that transformers is giving up
-            warnings.filterwarnings(
-                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-            )
-            result = get_peft_model(model, lora)
+        result = _with_lora(model, config)
     _freeze(result, config.freeze)
     trainable, total = count_parameters(result)
     notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     return result
+
+
+def _with_lora(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    targets: Any = config.target_modules
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        modules_to_save=_paths(model, config.modules_to_save) or None,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
+    )
+    try:
+        with _quiet():
+            return cast(nn.Module, get_peft_model(model, lora))
+    except ValueError as error:
+        raise UserError(f"PEFT refuses what adapter asks for: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence two warnings of PEFT: of a name that transformers gives up, and of missing weights, an error here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        yield
+
+
+def _paths(model: nn.Module, modules: list[str]) -> list[str]:
+    """Whole paths of the modules to save, where PEFT would take more: to it, `mlp` is an end of `audio_mlp` too."""
+    names = [name for name, _ in model.named_modules()]
+    paths: list[str] = []
+    for module in modules:
+        matched = _matching(module, names)
+        paths += [module] if len(matched) == sum(name.endswith(module) for name in names) else matched
+    return paths
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -99,19 +137,31 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) -> None:
     names = [name for name, _ in model.named_modules() if name]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if config.target_modules != ["all-linear"]:
-        for target in config.target_modules:
-            matched = _matching(target, linear)
-            if not matched:
-                raise _no_match("adapter.target_modules", target, linear)
-            parents = sorted({name.split(".")[-2] for name in matched if "." in name})
-            if len(parents) > 1 and "." not in target:
-                choices = " or ".join(f"{parent}.{target}" for parent in parents)
-                where = f"{len(matched)} layers, in {' and in '.join(parents)}"
-                notices.append(f"target '{target}' matches {where}: name {choices} to have only one kind")
+    saved: list[str] = []
     for module in config.modules_to_save:
-        if not _matching(module, names):
+        matched = _matching(module, names)
+        if not matched:
             raise _no_match("adapter.modules_to_save", module, names)
+        saved += matched
+    for target in config.target_modules:
+        matched = linear if target == ALL_LINEAR else _matching(target, linear)
+        if not matched:
+            raise _no_match("adapter.target_modules", target, linear)
+        both = [name for name in matched if any(f"{name}.".startswith(f"{path}.") for path in saved)]
+        if both and target != ALL_LINEAR:
+            raise UserError(
+                f"adapter.target_modules has '{target}', which is {both[0]}, and adapter.modules_to_save trains that "
+                "in full: take it out of one of them"
+            )
+        _note_kinds(target, [name for name in matched if name not in both], notices)
+
+
+def _note_kinds(target: str, matched: list[str], notices: list[str]) -> None:
+    """Say so when a target matches layers of several kinds, such as the text's and the audio's MLPs."""
+    kinds = sorted({".".join(name.split(".")[-2:]) for name in matched})
+    if len(kinds) > 1 and "." not in target:
+        advice = "" if target == ALL_LINEAR else ": name one of these to have only that kind"
+        notices.append(f"target '{target}' matches {len(matched)} layers, which are {', '.join(kinds)}{advice}")
 
 
 def _matching(target: str, names: Iterable[str]) -> list[str]:
@@ -162,7 +212,8 @@ class ModelFiles:
             _compare(_tensors(folder), get_peft_model_state_dict(self.model, save_embedding_layers=False), folder)
         else:
             self.model.save_pretrained(folder)
-            _tensors(folder)
+            stored, own = _tensors(folder), self.model.state_dict()  # stored names may differ from a module's own
+            _compare({n: stored[n] for n in stored if n in own}, {n: own[n] for n in own if n in stored}, folder)
 
     def load(self, folder: Path) -> None:
         """Put the stored weights into the model.
@@ -176,8 +227,19 @@ class ModelFiles:
         stored = _tensors(folder)
         wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         _same_names(stored, wanted, folder)
+        self._check_scale(folder)
         set_peft_model_state_dict(self.model, stored)
         _compare(stored, get_peft_model_state_dict(self.model, save_embedding_layers=False), folder)
+
+    def _check_scale(self, folder: Path) -> None:
+        """Equal weights under another scale are another model, and nothing in their shapes shows it."""
+        stored, own = PeftConfig.from_pretrained(folder), self.model.peft_config["default"]
+        for key, name in SCALE.items():
+            then, now = getattr(stored, name), getattr(own, name)
+            if then != now:
+                raise CheckpointError(
+                    f"{folder} was trained with adapter.{key} {then}, this run has {now}: set it back"
+                )
 
     def _load_full(self, folder: Path) -> None:
         """Load as a user would, because stored names may differ from a module's own, then copy by name."""
@@ -203,15 +265,19 @@ def merge_adapter(base: nn.Module, adapter: Path, probe: Callable[[nn.Module], T
 
     Raises:
         UserError: the folder holds no adapter, or one of another model.
+        CheckpointError: its weights are damaged or not complete.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
             f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
         )
+    stored = _tensors(adapter)
     try:
-        adapted: Any = PeftModel.from_pretrained(base, adapter)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter} does not fit the base model: {str(error).splitlines()[0]}") from error
+        with _quiet():
+            adapted: Any = PeftModel.from_pretrained(base, adapter)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{adapter} does not fit the base model: {' '.join(str(error).split())[:300]}") from error
+    _same_names(stored, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter)
     with torch.no_grad():
         before = probe(adapted)
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -228,7 +294,10 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
 
 
 def _same_names(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
