@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rawloop.checkpoint import (
     BestTracker,
@@ -38,7 +37,7 @@ from rawloop.checkpoint import (
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import RawloopError
-from rawloop.records import Records, RecordsConfig
+from rawloop.records import Bar, Records, RecordsConfig
 from rawloop.seed import RngState
 
 KEEP = 2
@@ -101,7 +100,7 @@ def child(work: Callable[[], None]) -> int:
     if pid:
         return pid
     code = 1
-    tqdm.set_lock(threading.RLock())  # tqdm's own is shared between processes: killed inside it, all would wait
+    Bar.set_lock(threading.RLock())  # tqdm's own is shared between processes: killed inside it, all would wait
     try:
         work()
         code = 0
