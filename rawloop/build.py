@@ -68,6 +68,11 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
 
 def _build(config: RunConfig, folder: Path, world: World, say: Say) -> Run:
     import_torchaudio()
+    if config.ddp.static_graph and config.train.accumulation > 1:
+        raise UserError(
+            f"ddp.static_graph is true and train.accumulation is {config.train.accumulation}: DDP fails on a static "
+            "graph whose first micro-batch is not synchronised; set one of them back"
+        )
     family = load_family(config.model)
     cache = CodeCache(codes_folder(config.data), family.codec_hash())
     train_samples = load_samples(config, cache, "train", say)

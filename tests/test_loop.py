@@ -18,7 +18,7 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.demo import SPEECH
-from rawloop.dist import LossModule, World
+from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.errors import TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
@@ -258,3 +258,39 @@ def test_the_loss_of_a_log_line_is_the_mean_since_the_last(base: RunConfig, tmp_
     assert pairs == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2], rel=1e-6)
     parts = [losses(tmp_path / "each", f"loss/audio/{k}")[0] for k in range(8)]
     assert sum(parts) / 8 == pytest.approx(losses(tmp_path / "each", "loss/audio")[0], rel=1e-6)
+
+
+def train_variants(world: World, configs: list[RunConfig]) -> None:
+    for config in configs:
+        go(config, world)
+
+
+def test_switches_of_ddp_and_activation_checkpointing_change_no_loss(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    plain = replace(base, train=TrainConfig(2, 1, max_steps=3, log_every=1), evaluation=EvaluationConfig(enabled=False))
+    variants = {
+        "default": plain,
+        "unused": replace(plain, ddp=DDPConfig(find_unused_parameters=True)),
+        "static": replace(plain, ddp=DDPConfig(static_graph=True)),
+        "plain_buckets": replace(plain, ddp=DDPConfig(gradient_as_bucket_view=False, broadcast_buffers=True)),
+        "recompute": replace(plain, model=replace(base.model, activation_checkpointing=True)),
+        "recompute_unused": replace(
+            plain,
+            model=replace(base.model, activation_checkpointing=True),
+            ddp=DDPConfig(find_unused_parameters=True),
+        ),
+    }
+    configs = [replace(config, output=str(tmp_path / name)) for name, config in variants.items()]
+    run_ranks(train_variants, configs)
+    for name in variants:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "default"), rel=1e-6), name
+        assert losses(tmp_path / name, "grad_norm") == pytest.approx(
+            losses(tmp_path / "default", "grad_norm"), rel=1e-4
+        )
+
+
+def test_a_static_graph_with_accumulation_is_refused(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(base, output=str(tmp_path / "run"), ddp=DDPConfig(static_graph=True))
+    with pytest.raises(UserError, match=r"static_graph is true and train\.accumulation is 2"):
+        go(config)

@@ -45,4 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except RawloopError as error:
         print(f"rawloop {command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"rawloop {command}: interrupted; what was saved is whole", file=sys.stderr, flush=True)
+        return 130
     return 0

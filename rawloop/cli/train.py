@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from rawloop.build import build_run, start
+from rawloop.checkpoint import find_latest
 from rawloop.config import parse
 from rawloop.dist import World, open_world
 from rawloop.loop import Run, train
@@ -40,5 +41,9 @@ def summary(run: Run, folder: Path) -> str:
         moved = f", {100 * (value - first) / first:+.1f}%" if isinstance(first, float) else ""
         lines.append(f"eval_loss {first:.4f} at step {step} -> {value:.4f} at step {run.best.step} (best{moved})")
         lines.append(f"best:        {folder / 'best'}")
+        slot = folder / "best"
+    else:
+        slot = find_latest(folder).slot or folder
+    lines += [f"adapter:     {path}" for path in slot.glob("adapter")]
     lines += [f"checkpoints: {folder / 'checkpoints'}", f"metrics:     {folder / 'metrics.jsonl'}"]
     return "\n".join(lines)
