@@ -103,7 +103,8 @@ def test_tensors_that_are_views_shared_or_trained_come_back_by_value(tmp_path: P
         assert not back[name].requires_grad
 
 
-def test_the_state_of_torch_modules_and_optimizers_fits(tmp_path: Path) -> None:
+def test_the_state_of_torch_modules_and_optimizers_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # else torch sets it with its first optimizer
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.AdamW(model.named_parameters())
     model(torch.randn(5, 3)).sum().backward()
