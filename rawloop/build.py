@@ -17,6 +17,7 @@ from torch import nn
 
 from rawloop.adapters import ModelFiles, add_adapter
 from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder
+from rawloop.checkpoint.disk import replace_text
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Family, Sample
 from rawloop.data import DataConfig, codes_folder
@@ -196,10 +197,14 @@ def start(run: Run, config: RunConfig, say: Say) -> None:
         run.records.rewind(restored.step)
         say(f"resumed from {restored.slot} at step {restored.step}")
     run.checkpoints.start(run.state.step)
-    if run.world.is_main:
-        (run.checkpoints.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    run.records.event("precision", step=run.state.step, reason=run.policy.reason, mode=run.policy.name)
-    run.records.event("start", step=run.state.step, reason=f"training to step {run.total_steps}", **_environment(run))
+    run.world.together(partial(_open_records, run, config, run.checkpoints.folder), only_main=True)
+
+
+def _open_records(run: Run, config: RunConfig, folder: Path) -> None:
+    replace_text(folder / "config.yaml", to_yaml(config))
+    step = run.state.step
+    run.records.event("precision", step=step, reason=run.policy.reason, mode=run.policy.name)
+    run.records.event("start", step=step, reason=f"training to step {run.total_steps}", **_environment(run))
 
 
 def _environment(run: Run) -> dict[str, Any]:
