@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from tqdm import tqdm
 
@@ -58,18 +58,6 @@ class RecordsConfig:
     wandb: bool = False
     wandb_project: str = "rawloop"
     progress: bool = True
-
-
-class Sink(Protocol):
-    """Something that receives a copy of every metric."""
-
-    def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Take the metrics of one step."""
-        ...
-
-    def close(self) -> None:
-        """Flush and let go of threads and files."""
-        ...
 
 
 class Lines:
@@ -172,8 +160,8 @@ class Records:
         self.config = config
         self._metrics: Lines | None = None
         self._events: Lines | None = None
-        self._sinks: list[Sink] | None = None
-        self._bar: Bar | None = None
+        self._sinks: list[TensorBoard | WeightsAndBiases] | None = None
+        self._bar: tqdm[Any] | None = None
         self._purge_step: int | None = None
         world.together(self._open, only_main=True)
 
@@ -212,7 +200,7 @@ class Records:
         for sink in self._sinks:
             sink.write(step, values)
 
-    def _open_sinks(self) -> Iterator[Sink]:
+    def _open_sinks(self) -> "Iterator[TensorBoard | WeightsAndBiases]":
         if self.config.tensorboard:
             yield TensorBoard(self.folder / "tensorboard", self._purge_step)
         if self.config.wandb:
@@ -232,7 +220,7 @@ class Records:
         line = {"time": time.time(), "kind": kind, "step": step, "rank": self.world.rank, "reason": reason}
         self._events.append({**line, **_honest(fields)})
         if self.world.is_main:
-            Bar.write(f"[{kind}] step {step}: {reason}" if step >= 0 else f"[{kind}] {reason}", file=sys.stderr)
+            tqdm.write(f"[{kind}] step {step}: {reason}" if step >= 0 else f"[{kind}] {reason}", file=sys.stderr)
 
     def rewind(self, step: int) -> None:
         """Take metrics later than `step` out of `metrics.jsonl`: a continuation from there will write its own.
@@ -259,14 +247,14 @@ class Records:
         reason = f"moved {len(later)} line(s) of metrics later than step {step} to {DISCARDED}"
         self.event("restore", step=step, reason=reason)
 
-    def progress(self, total: int | None, initial: int = 0) -> "Bar":
+    def progress(self, total: int | None, initial: int = 0) -> "tqdm[Any]":
         """Return a progress bar over optimizer steps: `update(n)`, `set_postfix(...)`, `close()`.
 
         It does nothing on other ranks. Where stderr is no terminal it writes a line every half minute at most.
         """
         shown = self.world.is_main and self.config.progress
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = Bar(total=total, initial=initial, disable=not shown, mininterval=interval, unit="step")
+        self._bar = tqdm(total=total, initial=initial, disable=not shown, mininterval=interval, unit="step")
         return self._bar
 
     def __enter__(self) -> Self:
@@ -298,12 +286,6 @@ def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-
-
-class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
-    """A tqdm bar without tqdm's watching thread, which would outlive the run."""
-
-    monitor_interval = 0
 
 
 class TensorBoard:

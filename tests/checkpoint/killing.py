@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rawloop.checkpoint import (
     BestTracker,
@@ -37,7 +38,7 @@ from rawloop.checkpoint import (
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import RawloopError
-from rawloop.records import Bar, Records, RecordsConfig
+from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState
 
 KEEP = 2
@@ -100,7 +101,7 @@ def child(work: Callable[[], None]) -> int:
     if pid:
         return pid
     code = 1
-    Bar.set_lock(threading.RLock())  # tqdm's own is shared between processes: killed inside it, all would wait
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared between processes: killed inside it, all would wait
     try:
         work()
         code = 0

@@ -61,6 +61,7 @@ def test_every_flipped_bit_of_a_sample_is_found_and_the_file_named(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_flipped_bit_of_every_file_is_found(tmp_path: Path) -> None:
     slot = make_slot(tmp_path)
     for path in all_files(slot):

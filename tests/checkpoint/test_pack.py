@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rawloop.checkpoint.disk import read_packed, write_packed
-from rawloop.checkpoint.pack import DTYPES, pack, unpack
+from rawloop.checkpoint.pack import DTYPES, pack, safetensors_header, unpack
 
 KEYS = [
     "",
@@ -121,6 +121,14 @@ def test_safetensors_itself_reads_what_we_write(tmp_path: Path) -> None:
         assert sorted(file.keys()) == ["/a", "/b/c"]
         assert file.get_tensor("/a").tolist() == [0, 1, 2]
     assert json.loads((tmp_path / "part.json").read_text()) == {"a": {"$tensor": "/a"}, "b": {"c": {"$tensor": "/b/c"}}}
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path: Path) -> None:
+    tensors = {str(dtype): torch.zeros(3, dtype=dtype) for dtype in DTYPES}  # three: odd sizes push others off
+    header, order = safetensors_header(tensors)
+    starts = {name: entry["data_offsets"][0] for name, entry in json.loads(header[8:]).items()}
+    assert sorted(starts, key=starts.__getitem__) == order
+    assert all((len(header) + starts[name]) % tensor.element_size() == 0 for name, tensor in tensors.items())
 
 
 def test_a_state_without_tensors_is_a_json_file_only(tmp_path: Path) -> None:

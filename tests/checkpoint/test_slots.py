@@ -90,6 +90,14 @@ def test_a_later_best_that_was_given_up_is_kept_aside(tmp_path: Path) -> None:
     assert value_in(tmp_path / "best") == 0.8
 
 
+def test_a_replacement_that_fails_between_its_renames_is_undone_at_once(tmp_path: Path) -> None:
+    slot = write(tmp_path / "best", 5, 1.0)
+    with pytest.raises(FileNotFoundError):
+        slots.put_in_place(tmp_path / ".tmp-best", slot)
+    assert names(tmp_path) == ["best"]
+    assert value_in(slot) == 1.0
+
+
 def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
     slot = write(tmp_path / "best", 5, 1.0)
     next_one = write(tmp_path / "made", 6, 0.5)
