@@ -6,13 +6,13 @@ invalid, never best.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import LossModule, World
@@ -94,16 +94,13 @@ class Evaluator:
 
         Raises:
             TrainingError: a stream has no target in the whole evaluation set.
+            RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad(), preserved_rng():
-                sums, counts, bad_ids = self._own_share()
-        finally:
-            self.module.train(training)
-        shares = self.world.gather((sums, counts, bad_ids))
+        with _evaluation_mode(self.module), torch.no_grad(), preserved_rng():
+            share = self.world.together(self._own_share)
+        assert share is not None
+        shares = self.world.gather(share)
         metrics = self._means([(sums, counts) for sums, counts, _ in shares])
         bad = sorted(name for _, _, ids in shares for name in ids)
         metrics["eval_seconds"] = time.perf_counter() - start
@@ -149,6 +146,18 @@ class Evaluator:
         metrics |= {f"eval_loss/{name}": mean for name, mean in means.items()}
         metrics |= {f"eval_targets/{stream}": float(counts[stream]) for stream in self.weights}
         return metrics
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout and its like off; afterwards every submodule is in the mode it was in, which need not be its parent's."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _named(losses: dict[str, StreamLoss]) -> Iterable[tuple[str, tuple[Tensor, int]]]:

@@ -95,7 +95,7 @@ def shared_error(world: World, kind: type[Exception], by: int | None, only_main:
     return "", ""
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_agree_on_values_and_on_errors(run_ranks: Ranks, size: int) -> None:
     results = run_ranks(collectives, world_size=size)
     last = size - 1

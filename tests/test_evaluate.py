@@ -1,0 +1,295 @@
+"""The evaluator against sums made by hand, on the demo checkpoint and real speech, alone and on several ranks."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rawloop.checkpoint import BestTracker
+from rawloop.contracts import Batch, Family, Sample
+from rawloop.data.batches import EvalBatches, Loader, MicroBatches
+from rawloop.data.codes import CodeCache
+from rawloop.data.samples import read_samples
+from rawloop.dist import LossModule, World
+from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.evaluate import Evaluation, EvaluationConfig, Evaluator
+from rawloop.families import ModelConfig, load_family
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.seed import capture_rng
+
+CPU = torch.device("cpu")
+CODEBOOKS = 8
+
+
+class Scene(NamedTuple):
+    """All that an evaluation needs."""
+
+    family: Any
+    model: nn.Module
+    cache: CodeCache
+    samples: list[Sample]
+
+
+def open_scene(checkpoint: Path, data: Path, weights: dict[str, float] | None = None) -> Scene:
+    family = load_family(ModelConfig(path=str(checkpoint / "model"), stream_weights=weights or {}))
+    return Scene(family, family.load_model().train(), CodeCache(data / "codes"), read_samples(data / "eval"))
+
+
+@pytest.fixture(scope="module")
+def scene(demo_checkpoint: Path, demo_data: Path) -> Scene:
+    return open_scene(demo_checkpoint, demo_data)
+
+
+def evaluator(scene: Scene, batches: Iterable[Batch], world: World | None = None, mode: Any = "fp32") -> Evaluator:
+    family: Family = scene.family
+    module = LossModule(scene.model, family.losses).train()
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
+    return Evaluator(EvaluationConfig(), module, batches, policy, world or World(), family.stream_weights)
+
+
+def batches_of(scene: Scene, size: int = 2, samples: list[Sample] | None = None, world: World | None = None) -> Any:
+    chosen, world = scene.samples if samples is None else samples, world or World()
+    micro = MicroBatches(chosen, lambda sample: scene.family.example(sample, scene.cache), scene.family.collate)
+    return EvalBatches(Loader(micro), len(chosen), size, rank=world.rank, world_size=world.size)
+
+
+def evaluate(
+    scene: Scene, size: int = 2, samples: list[Sample] | None = None, world: World | None = None
+) -> Evaluation:
+    return evaluator(scene, batches_of(scene, size, samples, world), world).run()
+
+
+@torch.no_grad()
+def by_hand(scene: Scene, samples: list[Sample]) -> dict[str, tuple[float, int]]:
+    """Sum and count of the nats of every stream and codebook, one sample and one target at a time, in float64."""
+    sums = dict.fromkeys(["text", *(f"audio/{k}" for k in range(CODEBOOKS))], 0.0)
+    counts = dict.fromkeys(sums, 0)
+    settings, model = scene.family.settings, scene.model.eval()
+    for sample in samples:
+        example = scene.family.example(sample, scene.cache)
+        ones = torch.ones(1, len(example.audio_input_ids), dtype=torch.bool)
+        inputs: dict[str, Tensor] = {"input_ids": example.input_ids[None], "audio_input_ids_mask": ones}
+        inputs["audio_input_ids"] = example.audio_input_ids[None]
+        audio = model(**inputs).logits[0].double().view(len(example.input_ids), CODEBOOKS, -1).log_softmax(-1)
+        hidden = model.get_submodule("model")(**inputs).last_hidden_state[0]
+        text = model.get_submodule("text_lm_head")(hidden).double().log_softmax(-1)
+        places = [
+            place
+            for place, token in enumerate(example.input_ids.tolist())
+            if token in (settings.audio_token_id, settings.audio_delay_token_id)
+        ]
+        for place, row in zip(places, example.audio_labels.tolist(), strict=True):
+            for k, code in enumerate(row):
+                if code != -100:
+                    sums[f"audio/{k}"] -= audio[place - 1, k, code].item()
+                    counts[f"audio/{k}"] += 1
+        for place, token in enumerate(example.labels.tolist()):
+            if token != -100:
+                sums["text"] -= text[place - 1, token].item()
+                counts["text"] += 1
+    total = sum(sums[f"audio/{k}"] for k in range(CODEBOOKS)), sum(counts[f"audio/{k}"] for k in range(CODEBOOKS))
+    return {name: (sums[name], counts[name]) for name in sums} | {"audio": total}
+
+
+def close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+# -- the number --------------------------------------------------------------------------------------------------
+
+
+def test_eval_loss_is_the_sum_over_the_count_per_stream_and_codebook(scene: Scene) -> None:
+    wanted = by_hand(scene, scene.samples)
+    evaluation = evaluate(scene)
+    means = {f"eval_loss/{name}": total / count for name, (total, count) in wanted.items()}
+    losses = {name: value for name, value in evaluation.metrics.items() if name.startswith("eval_loss/")}
+    assert losses.keys() == means.keys()
+    assert all(close(losses[name], mean) for name, mean in means.items()), (losses, means)
+    assert close(evaluation.metrics["eval_loss"], means["eval_loss/audio"] + means["eval_loss/text"])
+    assert evaluation.metrics["eval_targets/audio"] == wanted["audio"][1]
+    assert evaluation.metrics["eval_targets/text"] == wanted["text"][1] == 2 * len(scene.samples)
+    assert evaluation.metrics["eval_seconds"] > 0
+    assert evaluation[1:] == (True, [])
+    # a mean over samples of their means is another number, which the test must be able to tell apart
+    each = [by_hand(scene, [sample])["audio"] for sample in scene.samples]
+    assert not close(sum(total / count for total, count in each) / len(each), means["eval_loss/audio"])
+
+
+def test_weights_of_streams_weigh_their_means(scene: Scene, demo_checkpoint: Path, demo_data: Path) -> None:
+    whole = evaluate(scene).metrics
+    half = evaluate(open_scene(demo_checkpoint, demo_data, {"text": 0.25})).metrics
+    audio = evaluate(open_scene(demo_checkpoint, demo_data, {"text": 0.0})).metrics
+    assert close(half["eval_loss"], whole["eval_loss/audio"] + 0.25 * whole["eval_loss/text"])
+    assert close(audio["eval_loss"], whole["eval_loss/audio"])
+    assert "eval_loss/text" not in audio
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 64])
+def test_batch_size_and_order_do_not_change_it(scene: Scene, size: int) -> None:
+    whole = evaluate(scene).metrics
+    for samples in (scene.samples, scene.samples[::-1]):
+        again = evaluate(scene, size, samples).metrics
+        assert all(close(again[name], value) for name, value in whole.items() if name != "eval_seconds")
+
+
+def test_it_is_scored_under_the_precision_of_training(scene: Scene) -> None:
+    fp32 = evaluate(scene).metrics["eval_loss"]
+    bf16 = evaluator(scene, batches_of(scene), mode="bf16").run().metrics["eval_loss"]
+    assert 1e-7 < abs(bf16 - fp32) / fp32 < 1e-2
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A share of which one sample cannot be read on one rank."""
+
+    def __init__(self, batches: Iterable[Batch], broken: bool) -> None:
+        self.batches, self.broken = batches, broken
+
+    def __iter__(self) -> Any:
+        yield from self.batches
+        if self.broken:
+            raise RawloopError("the codes of clip.wav are not what was written")
+
+
+def on_ranks(world: World, checkpoint: Path, data: Path) -> list[Any]:
+    scene = open_scene(checkpoint, data)
+    results: list[Any] = [evaluate(scene, 2, scene.samples[:number], world) for number in (5, 2, 1)]
+    try:
+        evaluator(scene, Broken(batches_of(scene, world=world), world.rank == 1), world).run()
+    except RawloopError as error:
+        results.append(str(error))
+    return results
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_share_the_set_and_agree_on_the_number(
+    run_ranks: Callable[..., list[Any]], scene: Scene, demo_checkpoint: Path, demo_data: Path, size: int
+) -> None:
+    """Uneven shares, and sets smaller than the world, of which some ranks have nothing."""
+    results = run_ranks(on_ranks, demo_checkpoint, demo_data, world_size=size)
+    for number, place in ((5, 0), (2, 1), (1, 2)):
+        wanted = evaluate(scene, 2, scene.samples[:number]).metrics
+        for result in results:
+            evaluation = result[place]
+            assert evaluation.valid
+            assert evaluation.metrics.keys() == wanted.keys()
+            assert all(close(evaluation.metrics[name], wanted[name]) for name in wanted if name != "eval_seconds")
+        everywhere = [{**result[place].metrics, "eval_seconds": 0} for result in results]
+        assert all(metrics == everywhere[0] for metrics in everywhere)  # to the last bit: ranks decide by it
+    problem = "the codes of clip.wav are not what was written"
+    assert [result[3] for result in results] == [f"rank 1: {problem}", problem, f"rank 1: {problem}"][:size]
+
+
+# -- what it leaves alone ----------------------------------------------------------------------------------------
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def test_random_streams_modes_and_gradients_are_untouched(scene: Scene) -> None:
+    ready = evaluator(scene, batches_of(scene))
+    frozen = scene.model.get_submodule("text_lm_head").eval()  # deliberately not in its parent's mode
+    weight = scene.model.get_parameter("audio_lm_head.weight")
+    weight.grad = torch.ones_like(weight)
+    before = capture_rng()
+    first, second = ready.run(), ready.run()
+    assert same(capture_rng(), before)
+    assert ready.module.training
+    assert scene.model.get_submodule("model").training
+    assert not frozen.training
+    assert torch.is_grad_enabled()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    weight.grad = None
+    assert {**first.metrics, "eval_seconds": 0} == {**second.metrics, "eval_seconds": 0}
+
+
+def test_dropout_is_off_and_the_mode_comes_back_even_after_an_error(scene: Scene) -> None:
+    head = scene.model.get_submodule("audio_lm_head")
+    handle = head.register_forward_hook(lambda module, _, output: torch.dropout(output, 0.5, module.training))
+    try:
+        assert close(evaluate(scene).metrics["eval_loss"], evaluate(scene).metrics["eval_loss"])
+        ready = evaluator(scene, Broken(batches_of(scene), broken=True))
+        with pytest.raises(RawloopError, match=r"^the codes of clip\.wav"):
+            ready.run()
+        assert ready.module.training
+    finally:
+        handle.remove()
+
+
+# -- what cannot be measured -------------------------------------------------------------------------------------
+
+
+def only_of(scene: Scene, chosen: Sample) -> int:
+    """A token that stands in this sample's prompt and in no other's."""
+    tokens = {s.id: set(scene.family.example(s, scene.cache).input_ids.tolist()) for s in scene.samples}
+    others = {token for name, ids in tokens.items() if name != chosen.id for token in ids}
+    return int(min(tokens[chosen.id] - others))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_named_and_never_best(scene: Scene, poison: float) -> None:
+    """An embedding row that has run away hits one sample alone, as in a real divergence."""
+    chosen = scene.samples[2]
+    table = scene.model.get_parameter("model.embed_tokens.weight")
+    row = only_of(scene, chosen)
+    saved = table.detach()[row].clone()
+    with torch.no_grad():
+        table[row] = poison
+    try:
+        alone, paired = evaluate(scene, size=1), evaluate(scene, size=2)
+    finally:
+        with torch.no_grad():
+            table[row] = saved
+    assert (alone.valid, alone.bad_ids) == (False, [chosen.id])
+    assert (paired.valid, paired.bad_ids) == (False, sorted(s.id for s in scene.samples[2:4]))
+    assert math.isnan(alone.metrics["eval_loss"])  # reported as it is, with no batch left out
+    assert alone.metrics["eval_targets/audio"] == evaluate(scene).metrics["eval_targets/audio"]
+    best = BestTracker()
+    assert not best.consider(0, alone.metrics["eval_loss"], alone.valid)
+    assert not best.consider(1, 0.1, alone.valid)
+    assert best.consider(2, 5.0, evaluate(scene).valid)
+    assert evaluate(scene).valid
+
+
+def test_a_stream_without_targets_has_no_loss(scene: Scene) -> None:
+    class Silent:
+        """Batches whose text is all masked."""
+
+        def __iter__(self) -> Any:
+            for batch in batches_of(scene):
+                text = batch.labels["text"]
+                labels = {**batch.labels, "text": text._replace(positions=text.positions[:0], targets=text.targets[:0])}
+                yield Batch(batch.inputs, labels, {**batch.targets, "text": 0}, batch.ids)
+
+    with pytest.raises(TrainingError, match="evaluation set has no target in the stream 'text'"):
+        evaluator(scene, Silent()).run()
+    with pytest.raises(UserError, match="the evaluation set is empty"):
+        batches_of(scene, samples=[])
+
+
+def test_it_is_due_at_the_start_at_every_multiple_and_at_the_end() -> None:
+    config = EvaluationConfig(every=20)
+    ready = Evaluator(
+        config,
+        LossModule(nn.Identity(), lambda model, batch: {}),
+        [],
+        PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU),
+        World(),
+        {},
+    )
+    assert [step for step in range(70) if ready.due(step, last=step == 69)] == [0, 20, 40, 60, 69]
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -1}, {"batch_size": 0}])
+def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"evaluation.{next(iter(wrong))}"):
+        EvaluationConfig(**wrong)  # type: ignore[arg-type]
