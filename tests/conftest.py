@@ -32,6 +32,7 @@ SETTINGS = {
 }
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE = 5.0  # seconds in which what a test has ended may disappear
+SET_BY_LIBRARIES = ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR")  # torch sets the latter with its first optimizer
 
 
 def pytest_configure() -> None:
@@ -78,7 +79,7 @@ def restore_environment(before: dict[str, str]) -> list[str]:
     """Put the environment back to what it was, and name each variable that had changed."""
     after = dict(os.environ)
     changed = [name for name in {*before, *after} if before.get(name) != after.get(name)]
-    changed = sorted(name for name in changed if not name.startswith("PYTEST_"))
+    changed = sorted(name for name in changed if not name.startswith(SET_BY_LIBRARIES))
     for name in changed:
         os.environ.pop(name, None)
         if name in before:
