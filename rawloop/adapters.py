@@ -3,6 +3,7 @@
 The only module that knows PEFT.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ class AdapterConfig:
             raise UserError(f"adapter.target_modules has '{ALL_LINEAR}' beside others: it must stand alone")
         if self.rank < 1:
             raise UserError(f"adapter.rank is {self.rank}: it must be 1 or more")
+        if not 0.0 < self.alpha < math.inf:
+            raise UserError(f"adapter.alpha is {self.alpha}: it must be above 0, or LoRA changes nothing")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
 

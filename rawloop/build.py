@@ -16,8 +16,10 @@ import transformers
 from torch import nn
 
 from rawloop.adapters import ModelFiles, add_adapter
-from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder
+from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder, find_slots
 from rawloop.checkpoint.disk import replace_text
+from rawloop.checkpoint.manifest import NAME as MANIFEST
+from rawloop.checkpoint.reader import check_slot
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Family, Sample
 from rawloop.data import DataConfig, codes_folder
@@ -61,10 +63,26 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
         UserError: anything in config, data or model that cannot work, before anything is trained or written over.
     """
     folder = Path(config.output).expanduser()
+    if config.resume is not None:
+        world.together(partial(check_resume, folder, config.resume), only_main=True)
     claim_run_folder(folder, world, resume=config.resume is not None)
     run = world.together(partial(_build, config, folder, world, say))
     assert run is not None
     return run
+
+
+def check_resume(folder: Path, resume: str) -> None:
+    """Refuse to resume from nothing before anything is written: a folder with a line of metrics looks like a run.
+
+    Raises:
+        UserError: there is no such checkpoint.
+        CheckpointError: it is damaged.
+    """
+    if resume == "latest":
+        if not find_slots(folder):
+            raise UserError(f"resume is 'latest', but '{folder}' has no checkpoint: start without --resume")
+    elif not (Path(resume) / MANIFEST).is_file():
+        check_slot(Path(resume))
 
 
 def _build(config: RunConfig, folder: Path, world: World, say: Say) -> Run:
@@ -142,7 +160,7 @@ def load_samples(config: RunConfig, cache: CodeCache, split: str, say: Say) -> l
         UserError: the split is not configured, empty or broken, or clips are not prepared.
     """
     path = getattr(config.data, split)
-    if path is None:
+    if not path:
         off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
     samples, left_out = cache.usable(read_samples(path, config.data))

@@ -69,6 +69,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise UserError("output is empty: name the folder of the run")
+        if self.resume == "":
+            raise UserError("resume is empty: say 'latest', or name a checkpoint's folder")
 
 
 class Parser(ArgumentParser):
@@ -78,7 +80,9 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        raise UserError(explain(str(message), self.origin))
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        names = [name for action in self._actions for name in action.option_strings]
+        raise UserError(explain(message, self.origin) + (nearest(unknown[1], names) if unknown else ""))
 
 
 WRONG_TYPE = re.compile(

@@ -43,6 +43,10 @@ class DDPConfig:
     static_graph: bool = False
     timeout: float = 600.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < 1e6:
+            raise UserError(f"ddp.timeout is {self.timeout}: it must be above 0 and below 1,000,000 seconds")
+
 
 @dataclass(frozen=True)
 class World:
@@ -200,6 +204,10 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     Args:
         device: `auto`, `cuda`, `mps` or `cpu`.
         timeout: seconds that a collective may wait.
+
+    Raises:
+        UserError: the device does not exist, or the environment describes no group.
+        RawloopError: the other processes cannot be met.
     """
     rank, size, local_rank = read_ranks()
     world = World(rank, size, local_rank, choose_device(device, local_rank))
@@ -209,7 +217,13 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RawloopError(f"rank {rank} cannot meet the others at {place}: {str(error).splitlines()[0]}") from error
     # A DDP module that outlives this context would be the last to hold the group, and its reducer destroys it with
     # the GIL held while gloo's thread waits for the GIL: a deadlock at exit. Held until the interpreter ends, the
     # group is destroyed by its own binding, which lets go of the GIL.

@@ -37,9 +37,13 @@ class OptimConfig:
     max_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"optim.lr is {self.lr}: it must be above 0")
-        if self.warmup_steps < 0 or self.max_norm < 0 or self.weight_decay < 0:
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if self.warmup_steps < 0 or not 0 <= self.max_norm < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UserError(
                 f"optim.warmup_steps ({self.warmup_steps}), optim.max_norm ({self.max_norm}) and optim.weight_decay "
                 f"({self.weight_decay}) must not be below 0"

@@ -2,18 +2,20 @@
 
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
 from rawloop.adapters import ModelFiles
 from rawloop.build import build_evaluator, build_model, load_samples
 from rawloop.checkpoint import find_best, find_latest, verify
+from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.config import RunConfig, parse
 from rawloop.data import codes_folder
 from rawloop.data.audio import import_torchaudio
 from rawloop.data.codes import CodeCache
 from rawloop.dist import World, open_world
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.families import load_family
 
@@ -62,15 +64,31 @@ def slot_of(run_folder: Path, checkpoint: str) -> Path:
         CheckpointError: it is damaged.
     """
     if checkpoint == "latest":
-        slot = find_latest(run_folder).slot
+        slot = _latest(run_folder)
     else:
         slot = find_best(run_folder) if checkpoint == "best" else Path(checkpoint).expanduser()
-    if slot is None or not slot.is_dir():
+    if slot is None:
         raise UserError(
             f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"
         )
+    if not (slot / MANIFEST).is_file():
+        raise UserError(
+            f"--checkpoint is '{checkpoint}', which is no checkpoint's folder (it has no {MANIFEST}): say best or "
+            "latest, or name a folder such as runs/x/checkpoints/step-00000500"
+        )
     verify(slot)
     return slot
+
+
+def _latest(run_folder: Path) -> Path | None:
+    """The newest whole checkpoint; newer ones that are damaged are named."""
+    found = find_latest(run_folder)
+    damage = "; ".join(found.damaged.values())
+    if found.slot is None and damage:
+        raise CheckpointError(f"no checkpoint of {run_folder} is whole: {damage}")
+    if damage:
+        print(f"rawloop evaluate: passed over a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
+    return found.slot
 
 
 def _quiet(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,11 @@ class ModelConfig:
     attention: str = "sdpa"
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for stream, weight in self.stream_weights.items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"model.stream_weights has {weight} for {stream}: a weight must be 0 or more")
 
 
 def load_family(config: ModelConfig) -> Family:

@@ -71,7 +71,7 @@ class HiggsAudioV2:
                 attn_implementation=self.config.attention,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise UserError(f"model.path is '{source}', which cannot be loaded: {_line(error)}") from error
         missing = sorted(info["missing_keys"])
         if missing == ["text_lm_head.weight"]:
