@@ -1,5 +1,6 @@
 """What a loop costs beside one written by hand: rawloop and its peers on the same tiny LoRA model, in turn.
 
+    pip install -e '.[bench]'
     python tests/benchmarks/loop_overhead.py --rounds 10 --steps 200
 
 A step of this model takes about 2 ms on one thread, so whatever a loop adds is seen. All peers get the same weights
@@ -29,7 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
 
@@ -162,6 +163,12 @@ def in_order(rows: Rows) -> DataLoader[Row]:
     return DataLoader(rows, batch_size=BATCH, shuffle=False, collate_fn=collate)
 
 
+def write_line(log: TextIO, step: int, loss: Tensor, norm: Tensor | None, schedule: Any) -> None:
+    assert norm is not None
+    line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+    print(json.dumps(line), file=log, flush=True)
+
+
 def bare(model: Any, rows: Rows, folder: Path) -> None:
     """What one writes by hand: no progress bar, no test for finite gradients, a line of JSON now and then."""
     optimizer = fused_adamw(model)
@@ -178,8 +185,7 @@ def bare(model: Any, rows: Rows, folder: Path) -> None:
             schedule.step()
             optimizer.zero_grad()
             if step % LOG_EVERY == 0:
-                line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
-                print(json.dumps(line), file=log, flush=True)
+                write_line(log, step, loss, norm, schedule)
 
 
 def losses(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
@@ -257,8 +263,7 @@ def accelerate(model: Any, rows: Rows, folder: Path) -> None:
                 schedule.step()
                 optimizer.zero_grad()
             if step % LOG_EVERY == 0:
-                line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
-                print(json.dumps(line), file=log, flush=True)
+                write_line(log, step, loss, norm, schedule)
     accelerator.free_memory()
 
 
@@ -279,8 +284,7 @@ def fabric(model: Any, rows: Rows, folder: Path) -> None:
             schedule.step()
             optimizer.zero_grad()
             if step % LOG_EVERY == 0:
-                line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
-                print(json.dumps(line), file=log, flush=True)
+                write_line(log, step, loss, norm, schedule)
 
 
 def trainer(model: Any, rows: Rows, folder: Path) -> None:
@@ -311,6 +315,7 @@ PEERS: dict[str, Callable[[Any, Rows, Path], None]] = {
     "Fabric": fabric,
     "HF Trainer": trainer,
 }
+PACKAGES = {"accelerate": "accelerate", "Fabric": "lightning-fabric"}
 
 
 class Measured(NamedTuple):
@@ -352,6 +357,7 @@ def score(model: Any) -> float:
 @contextlib.contextmanager
 def quiet(folder: Path) -> Iterator[None]:
     """Send what is printed, progress bars too, to a file, as in a job of a cluster. Warnings are not of this topic."""
+    folder.mkdir(exist_ok=True)
     with (
         (folder / "printed.txt").open("w") as printed,
         contextlib.redirect_stdout(printed),
@@ -395,26 +401,36 @@ def other_work(results: dict[str, list[Measured]]) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Run all rounds, print the table and return 1 if the peers did not do the same work."""
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time rawloop's loop and its peers on the same tiny model.")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--peers", default=",".join(PEERS), help="names, with commas between: %(default)s")
+    parser.add_argument("--steps", type=int, default=200, help="of each peer in a round (default: %(default)s)")
+    parser.add_argument("--peers", default=",".join(PEERS), help="names, with commas between (default: %(default)s)")
     options = parser.parse_args()
-    names = ["bare loop", *(name for name in options.peers.split(",") if name != "bare loop")]
+    options.peers = ["bare loop", *(name for name in options.peers.split(",") if name != "bare loop")]
+    unknown = set(options.peers) - set(PEERS)
+    if unknown:
+        parser.error(f"--peers has {sorted(unknown)}: there are {', '.join(PEERS)}")
+    if options.rounds < 1 or options.steps <= 2 * TURN:
+        parser.error(f"--rounds must be 1 or more and --steps above {2 * TURN}: the first turn is not counted")
+    return options
+
+
+def main() -> int:
+    """Run all rounds, print the table and return 1 if the peers did not do the same work."""
+    options = read_arguments()
     torch.set_num_threads(1)
-    results: dict[str, list[Measured]] = {name: [] for name in names}
+    results: dict[str, list[Measured]] = {name: [] for name in options.peers}
     for number in range(options.rounds):
-        order = random.Random(number).sample(names, len(names))
+        order = random.Random(number).sample(options.peers, len(options.peers))
         with tempfile.TemporaryDirectory() as folder:
             for name, measured in run_round(order, options.steps, Path(folder)).items():
                 results[name].append(measured)
-    packages = ("torch", "transformers", "peft", "accelerate", "lightning-fabric")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    print(f"{options.rounds} rounds of {options.steps} steps; {versions}")
-    print(table(results))
-    for complaint in (complaints := other_work(results)):
+    packages = ["torch", "transformers", "peft", *(PACKAGES[name] for name in options.peers if name in PACKAGES)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    print(f"{options.rounds} rounds of {options.steps} steps, {versions}\n\n{table(results)}")
+    complaints = other_work(results)
+    for complaint in complaints:
         print(complaint, file=sys.stderr)
     return 1 if complaints else 0
 
