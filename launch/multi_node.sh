@@ -23,7 +23,7 @@ fail() {
     echo "multi_node: $*" >&2
     exit 2
 }
-[ $# -gt 0 ] || fail "usage: NNODES=.. RDZV_ENDPOINT=host:port RDZV_ID=.. bash launch/multi_node.sh CONFIG [OVERRIDES...]"
+[ $# -gt 0 ] || fail "usage: NNODES=2 RDZV_ENDPOINT=host:port RDZV_ID=x bash launch/multi_node.sh CONFIG [OVERRIDES...]"
 for name in NNODES RDZV_ENDPOINT RDZV_ID; do
     [ -n "${!name:-}" ] || fail "$name is not set (the head of launch/multi_node.sh says what belongs into it)"
 done
@@ -33,7 +33,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 command -v "$python" >/dev/null || fail "no $python: run 'bash launch/setup.sh', or name the right one in PYTHON"
 
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
 exec "$python" -m torch.distributed.run \

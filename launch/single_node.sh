@@ -20,7 +20,7 @@ fi
 
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 # Without a number torchrun gives each process one thread, and torch alone takes all cores for each.
-cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
 # --standalone: a rendezvous of its own on a free port, so that several runs fit on one machine.

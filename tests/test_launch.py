@@ -1,0 +1,253 @@
+"""The scripts in launch/: what they refuse, what they hand on, two nodes on one machine, and a whole installation."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+RENDEZVOUS = {"NNODES": "2", "RDZV_ENDPOINT": "node0:29500", "RDZV_ID": "run"}
+Done = subprocess.CompletedProcess[str]
+
+
+def bash(script: Path, *arguments: str, timeout: float = 60, env: dict[str, str] | None = None) -> Done:
+    """Run a script; an environment variable that is empty counts as not set."""
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout)
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def interpreter(path: Path, version: str) -> Path:
+    """Write a command that is this Python, except that it takes itself for another version."""
+    numbers = ", ".join(version.split("."))
+    code = f"import sys; sys.version_info = ({numbers}, 0); exec(sys.argv[1])"
+    return executable(path, f"#!/bin/sh\n[ \"$1\" = -m ] || exec '{sys.executable}' -c '{code}' \"$2\"\n")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder with the launch scripts and the packaging, and no .venv."""
+    shutil.copytree(LAUNCH, tmp_path / "tree" / "launch")
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / "tree")
+    return tmp_path / "tree"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda script: script.name)
+def test_scripts_keep_the_house_rules(script: Path) -> None:
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n# ")
+    assert "\nset -euo pipefail\n" in text
+    assert os.access(script, os.X_OK)
+    assert len(text.splitlines()) <= 100
+    assert max(map(len, text.splitlines())) <= 120
+    assert not re.search(r"(?<![\w$./}-])/(home|opt|root|tmp|work)/", text), "a path of one machine"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_setup_names_the_python_that_is_too_old(tree: Path) -> None:
+    old = interpreter(tree / "bin" / "python3.9", "3.9")
+    done = bash(tree / "launch" / "setup.sh", env={"PYTHON": str(old)})
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"rawloop needs Python 3.11 or later, found: {old} (3.9)" in line
+    assert not (tree / ".venv").exists()
+
+
+def test_setup_names_a_python_that_is_not_there(tree: Path) -> None:
+    done = bash(tree / "launch" / "setup.sh", env={"PYTHON": "python9"})
+    assert done.returncode == 2
+    assert "found: python9 (does not run)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("inside", "wanted", "message"),
+    [
+        ("3.10", "", ".venv has Python 3.10, rawloop needs 3.11 or later: delete .venv"),
+        ("3.11", "3.12", ".venv has Python 3.11, PYTHON names 3.12: delete .venv first"),
+    ],
+)
+def test_setup_deletes_no_venv_that_runs(tree: Path, inside: str, wanted: str, message: str) -> None:
+    kept = interpreter(tree / ".venv" / "bin" / "python", inside)
+    python = str(interpreter(tree / "bin" / "python", wanted)) if wanted else ""
+    done = bash(tree / "launch" / "setup.sh", env={"PYTHON": python})
+    assert done.returncode == 2
+    assert done.stderr == f"setup: {message}\n"
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
+def test_a_launch_without_config_says_how(script: str) -> None:
+    done = bash(LAUNCH / script)
+    assert done.returncode == 2
+    assert f"bash launch/{script} CONFIG [OVERRIDES...]" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
+def test_a_launch_without_venv_says_what_to_run(script: str, tree: Path) -> None:
+    done = bash(tree / "launch" / script, "x.yaml", env={"PYTHON": "", **RENDEZVOUS})
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "bash launch/setup.sh" in line
+
+
+@pytest.mark.parametrize("name", RENDEZVOUS)
+def test_multi_node_names_the_variable_that_is_missing(name: str) -> None:
+    done = bash(LAUNCH / "multi_node.sh", "x.yaml", env={**RENDEZVOUS, name: ""})
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"multi_node: {name} is not set")
+
+
+def test_multi_node_wants_a_port() -> None:
+    done = bash(LAUNCH / "multi_node.sh", "x.yaml", env={**RENDEZVOUS, "RDZV_ENDPOINT": "node0"})
+    assert done.returncode == 2
+    assert "RDZV_ENDPOINT is 'node0', which lacks a port" in done.stderr
+
+
+def run_checks(tree: Path, *arguments: str, failing: str = "nothing") -> tuple[list[str], Done]:
+    """Run test.sh with a stand-in for .venv's Python that notes its calls; the calls with a word in them fail."""
+    executable(tree / "launch" / "setup.sh", "#!/bin/sh\n")
+    executable(
+        tree / ".venv" / "bin" / "python",
+        f'#!/bin/sh\n[ "$1" != -c ] || exec echo 2\nprintf "%s|" "$@" >> {tree}/calls; echo >> {tree}/calls\n'
+        f'case "$*" in *{failing}*) exit 3 ;; esac\n',
+    )
+    done = bash(tree / "launch" / "test.sh", *arguments)
+    return [call.strip("|") for call in (tree / "calls").read_text().splitlines()], done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "handed_on"),
+    [
+        ("", "-m|not slow and not gpu"),
+        ("--slow", "-m|not gpu"),
+        ("--gpu", "-m|not slow"),
+        ("--gpu -x --slow tests/a", "-m||-x|tests/a"),
+    ],
+)
+def test_flags_of_the_checks(tree: Path, arguments: str, handed_on: str) -> None:
+    calls, done = run_checks(tree, *arguments.split())
+    assert done.returncode == 0, done.stderr
+    assert calls == ["-m|ruff|check|.", "-m|ruff|format|--check|.", "-m|mypy", f"-m|pytest|-n|2|{handed_on}"]
+
+
+@pytest.mark.parametrize("failing", ["check", "format", "mypy", "pytest"])
+def test_each_check_can_fail(tree: Path, failing: str) -> None:
+    calls, done = run_checks(tree, failing=failing)
+    assert done.returncode == 3
+    assert failing in calls[-1]
+
+
+@pytest.fixture
+def config(tmp_path: Path, demo_checkpoint: Path, demo_data: Path) -> Path:
+    """A run of 2 steps on the demo checkpoint."""
+    settings = {
+        "device": "cpu",
+        "model": {"path": str(demo_checkpoint / "model")},
+        "data": {split: str(demo_data / split) for split in ("train", "eval", "codes")},
+        "train": {"max_steps": 2, "log_every": 1},
+        "records": {"progress": False},
+    }
+    file = tmp_path / "two_steps.yaml"
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    return file
+
+
+def test_two_nodes_train_together(config: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = {"NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "test", "NPROC": "1", "PYTHON": sys.executable}
+    command = ["bash", str(LAUNCH / "multi_node.sh"), str(config), "--output", str(tmp_path / "run"), "--seed", "3"]
+    logs = [tmp_path / "node0.log", tmp_path / "node1.log"]
+    nodes = []
+    for log in logs:
+        with log.open("wb") as file:
+            environment = {**os.environ, **settings}
+            nodes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True))
+    try:
+        codes = [node.wait(timeout=100) for node in nodes]
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+                node.wait()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["world_size"] for event in events if event["kind"] == "start"] == [2]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
+    assert "seed: 3" in (tmp_path / "run" / "config.yaml").read_text()
+    assert sorted("trained 2 steps" in log.read_text() for log in logs) == [False, True]
+
+
+@pytest.fixture
+def clone(tree: Path) -> Iterator[Path]:
+    """What a fresh clone holds: the files that git knows, or would add."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    yield tree
+    shutil.rmtree(tree)  # gigabytes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_installation_in_a_fresh_clone(clone: Path) -> None:
+    setup, python = clone / "launch" / "setup.sh", clone / ".venv" / "bin" / "python"
+    # Killed in the middle of copying packages: the half of them that is there must not be taken for whole.
+    with (clone / "log").open("w+") as log:
+        first = subprocess.Popen(["bash", setup], stdout=log, stderr=log, start_new_session=True)
+        while "Installing collected packages" not in (clone / "log").read_text() and first.poll() is None:
+            time.sleep(0.1)
+        time.sleep(2)
+        os.killpg(first.pid, signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL, (clone / "log").read_text()
+    done = bash(setup, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "making .venv" in done.stdout
+
+    started = time.monotonic()
+    again = bash(setup)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert time.monotonic() - started < 3
+
+    # A library that does not fit, as PyPI's torchaudio has beside many builds of torch: noticed, and mended.
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
+    for name in ("_torchaudio.abi3.so", "libtorchaudio.abi3.so", "libtorchaudio.so"):
+        Path(site, "torchaudio", "lib", name).write_bytes(b"no library")
+    assert subprocess.run([python, "-c", "import torchaudio"], capture_output=True).returncode == 1
+    done = bash(setup, timeout=300)
+    assert done.returncode == 0, done.stderr
+    check = "import torchaudio.functional as f, torch; print(f.resample(torch.zeros(480), 48000, 24000).shape)"
+    assert "240" in subprocess.run([python, "-c", check], capture_output=True, text=True).stdout
+
+    # From there to a trained model, in few steps.
+    done = bash(clone / "launch" / "quickstart.sh", "--train.max_steps", "4", "--evaluation.every", "2", timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "trained 4 steps" in done.stdout
+    (run,) = (clone / "runs").iterdir()
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "best"} <= {
+        file.name for file in run.iterdir()
+    }
