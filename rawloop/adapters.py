@@ -3,6 +3,7 @@
 The only module that knows PEFT.
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -71,13 +72,14 @@ class AdapterConfig:
             raise UserError(f"adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
 
 
-def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str]) -> nn.Module:
+def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], revision: str | None = None) -> nn.Module:
     """Make the model trainable as the config asks, and return it (wrapped by PEFT for LoRA).
 
     Args:
         model: the loaded base model.
         config: LoRA or full, and what is frozen.
         notices: gets a line for everything the user should know, such as a target that matches two kinds of layer.
+        revision: of the base model on the hub, kept with the adapter.
 
     Raises:
         UserError: a target, module or pattern matches nothing; near matches are named.
@@ -87,14 +89,14 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str]) -> 
         result = model
     else:
         _check_targets(model, config, notices)
-        result = _with_lora(model, config)
+        result = _with_lora(model, config, revision)
     _freeze(result, config.freeze)
     trainable, total = count_parameters(result)
     notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     return result
 
 
-def _with_lora(model: nn.Module, config: AdapterConfig) -> nn.Module:
+def _with_lora(model: nn.Module, config: AdapterConfig, revision: str | None) -> nn.Module:
     targets: Any = config.target_modules
     lora = LoraConfig(
         r=config.rank,
@@ -107,7 +109,7 @@ def _with_lora(model: nn.Module, config: AdapterConfig) -> nn.Module:
     )
     try:
         with _quiet():
-            return cast(nn.Module, get_peft_model(model, lora))
+            return cast(nn.Module, get_peft_model(model, lora, revision=revision))
     except ValueError as error:
         raise UserError(f"PEFT refuses what adapter asks for: {str(error).splitlines()[0]}") from error
 
@@ -126,9 +128,14 @@ def _paths(model: nn.Module, modules: list[str]) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     paths: list[str] = []
     for module in modules:
-        matched = _matching(module, names)
+        matched = _outermost(_matching(module, names))
         paths += [module] if len(matched) == sum(name.endswith(module) for name in names) else matched
     return paths
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    """Leave out what lies inside another match: a module and its child of the same name would both be copied."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -190,6 +197,40 @@ def _freeze(model: nn.Module, patterns: list[str]) -> None:
             raise UserError(f"adapter.freeze has '{pattern}', which matches no parameter; near: {', '.join(near)}")
         for name in matched:
             names[name].requires_grad_(False)
+
+
+class BaseFingerprint:
+    """Tells one set of frozen weights from another: an adapter means nothing on a base that it was not trained on.
+
+    The digest runs over names, shapes and the first numbers of every frozen weight, so it costs no reading of
+    gigabytes. It is taken before the precision policy casts anything.
+    """
+
+    SAMPLE = 64  # numbers per weight
+
+    def __init__(self, model: nn.Module) -> None:
+        digest = hashlib.sha256()
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                numbers = parameter.detach().flatten()[: self.SAMPLE].float()
+                digest.update(f"{name} {tuple(parameter.shape)} {numbers.tolist()}\n".encode())
+        self.digest = digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the digest."""
+        return {"digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare the digest.
+
+        Raises:
+            UserError: the checkpoint was trained on other weights.
+        """
+        if state["digest"] != self.digest:
+            raise UserError(
+                "the frozen weights are not those that the checkpoint was trained on: point model.path (and "
+                "model.revision) at the same base model, and freeze the same weights"
+            )
 
 
 class ModelFiles:
@@ -254,7 +295,9 @@ class ModelFiles:
                 tensor.copy_(stored[name])
 
 
-def merge_adapter(base: nn.Module, adapter: Path, probe: Callable[[nn.Module], Tensor]) -> tuple[nn.Module, float]:
+def merge_adapter(
+    base: nn.Module, adapter: Path, probe: Callable[[nn.Module], Tensor]
+) -> tuple[nn.Module, Tensor, float]:
     """Merge an adapter into its base model, which must be in float32: 16 bits would round small updates away.
 
     Args:
@@ -263,17 +306,13 @@ def merge_adapter(base: nn.Module, adapter: Path, probe: Callable[[nn.Module], T
         probe: runs a model on fixed inputs and returns its logits, any shape.
 
     Returns:
-        the merged model, and the largest difference of its logits from those of base plus adapter, relative to the
-        largest logit.
+        the merged model, the logits of base plus adapter, and the largest difference of the merged model's logits from
+        them, relative to the largest logit.
 
     Raises:
-        UserError: the folder holds no adapter, or one of another model.
+        UserError: the adapter is of another model.
         CheckpointError: its weights are damaged or not complete.
     """
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(
-            f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
-        )
     stored = _tensors(adapter)
     try:
         with _quiet():
@@ -285,12 +324,21 @@ def merge_adapter(base: nn.Module, adapter: Path, probe: Callable[[nn.Module], T
         before = probe(adapted)
         merged = adapted.merge_and_unload(safe_merge=True)
         after = probe(merged)
-    return merged, float((after - before).abs().max() / before.abs().max())
+    return merged, before, float((after - before).abs().max() / before.abs().max())
 
 
-def base_of(adapter: Path) -> str:
-    """Return the folder or hub id of the model that an adapter was trained on."""
-    return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """Return the folder or hub id of the model that an adapter was trained on, and its revision.
+
+    Raises:
+        UserError: the folder holds no adapter.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
+        )
+    config = PeftConfig.from_pretrained(adapter)
+    return str(config.base_model_name_or_path), config.revision
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

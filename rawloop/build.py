@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
-from rawloop.adapters import ModelFiles, add_adapter
-from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder, find_slots
+from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
+from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder, find_best, find_slots
 from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.reader import check_slot
@@ -41,18 +41,8 @@ from rawloop.seed import RngState, seed_all
 Say = Callable[[str], None]
 
 
-@dataclass
-class Prepared:
-    """A model that is ready to be scored, and what it was made with."""
-
-    family: Family
-    model: nn.Module
-    policy: PrecisionPolicy
-    module: LossModule
-
-
 def build_run(config: RunConfig, world: World, say: Say) -> Run:
-    """Build a run, restored from a checkpoint if the config asks for it. Errors on any rank are raised on all.
+    """Build a run and restore it from a checkpoint if the config asks for it. Errors on any rank are raised on all.
 
     Args:
         config: the whole configuration.
@@ -61,31 +51,63 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
 
     Raises:
         UserError: anything in config, data or model that cannot work, before anything is trained or written over.
+        CheckpointError: the checkpoint to resume from is damaged or does not fit.
     """
     folder = Path(config.output).expanduser()
     if config.resume is not None:
         world.together(partial(check_resume, folder, config.resume), only_main=True)
     claim_run_folder(folder, world, resume=config.resume is not None)
-    run = world.together(partial(_build, config, folder, world, say))
-    assert run is not None
+    # Local work first and under one agreement; whatever needs all ranks together comes after it.
+    ready = world.together(partial(_prepare_run, config, world, say))
+    assert ready is not None
+    modes = world.gather(ready.policy.name)
+    if len(set(modes)) > 1:
+        raise UserError(f"precision.mode 'auto' chose {modes} on ranks of different hardware: name one mode for all")
+    run = _assemble(config, folder, world, ready)
+    try:
+        _restore(run, config, say)
+    except BaseException:
+        run.records.close()
+        raise
     return run
 
 
 def check_resume(folder: Path, resume: str) -> None:
-    """Refuse to resume from nothing before anything is written: a folder with a line of metrics looks like a run.
+    """Refuse to resume from nothing, or over another run, before anything is written.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: there is no such checkpoint, or it is of another run than the one in the output folder.
         CheckpointError: it is damaged.
     """
     if resume == "latest":
         if not find_slots(folder):
             raise UserError(f"resume is 'latest', but '{folder}' has no checkpoint: start without --resume")
-    elif not (Path(resume) / MANIFEST).is_file():
-        check_slot(Path(resume))
+        return
+    slot = Path(resume).expanduser()
+    if not (slot / MANIFEST).is_file():
+        check_slot(slot)
+    if find_slots(folder) and not slot.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"resume is '{resume}', a checkpoint of another run than the one in output '{folder}', whose best and "
+            "later checkpoints it would replace: pass another --output"
+        )
 
 
-def _build(config: RunConfig, folder: Path, world: World, say: Say) -> Run:
+@dataclass
+class Ready:
+    """What one rank has made on its own, before the ranks do anything together."""
+
+    family: Family
+    model: nn.Module
+    policy: PrecisionPolicy
+    module: LossModule
+    base: BaseFingerprint
+    plan: BatchPlan
+    train: Loader
+    evaluator: Evaluator | None
+
+
+def _prepare_run(config: RunConfig, world: World, say: Say) -> Ready:
     import_torchaudio()
     if config.ddp.static_graph and config.train.accumulation > 1:
         raise UserError(
@@ -94,8 +116,8 @@ def _build(config: RunConfig, folder: Path, world: World, say: Say) -> Run:
         )
     family = load_family(config.model)
     cache = CodeCache(codes_folder(config.data), family.codec_hash())
-    train_samples = load_samples(config, cache, "train", say)
-    eval_samples = load_samples(config, cache, "eval", say) if config.evaluation.enabled else []
+    train_samples = load_samples(config, family, cache, "train", say)
+    eval_samples = load_samples(config, family, cache, "eval", say) if config.evaluation.enabled else []
     plan = BatchPlan(
         num_samples=len(train_samples),
         batch_size=config.train.batch_size,
@@ -105,37 +127,46 @@ def _build(config: RunConfig, folder: Path, world: World, say: Say) -> Run:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    ready = build_model(config, world, family, say)
+    model, policy, base = build_model(config, world, family, say)
+    module = LossModule(model, family.losses)
+    evaluator = None
+    if config.evaluation.enabled:
+        evaluator = build_evaluator(config, family, module, policy, cache, eval_samples, world)
+    train = _loader(config, family, cache, train_samples, world)
+    return Ready(family, model, policy, module, base, plan, train, evaluator)
+
+
+def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready) -> Run:
     optimizer = build_optimizer(ready.model, config.optim)
-    total = config.train.max_steps or plan.windows(config.train.epochs)
-    state, best = TrainState(), BestTracker()
+    total = config.train.max_steps or ready.plan.windows(config.train.epochs)
+    state, best = TrainState(data=ready.plan.identity()), BestTracker()
     records = Records(folder, world, config.records)
     parts: dict[str, Any] = {
-        "model": ModelFiles(ready.model, family.load_model),
+        "base": ready.base,
+        "model": ModelFiles(ready.model, ready.family.load_model),
         "optimizer": NamedOptimizerState(optimizer, ready.model.named_parameters()),
         "precision": ready.policy,
         "train": state,
         "best": best,
         "rng": RngState(config.seed, world.rank),
     }
-    run = Run(
+    return Run(
         module=world.wrap(ready.module, config.ddp),
-        windows=TrainWindows(_loader(config, family, cache, train_samples, world), plan),
+        windows=TrainWindows(ready.train, ready.plan),
         policy=ready.policy,
         optimizer=optimizer,
         lr=partial(lr_at, total=total, config=config.optim),
         total_steps=total,
-        weights=family.stream_weights,
+        weights=ready.family.stream_weights,
         records=records,
         world=world,
         state=state,
-        evaluator=build_evaluator(config, ready, cache, eval_samples, world) if config.evaluation.enabled else None,
+        evaluator=ready.evaluator,
         checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts),
         best=best,
         max_norm=config.optim.max_norm,
         log_every=config.train.log_every,
     )
-    return run
 
 
 def prepare_codes(config: DataConfig, family: Family, device: torch.device) -> str:
@@ -147,17 +178,19 @@ def prepare_codes(config: DataConfig, family: Family, device: torch.device) -> s
     import_torchaudio()
     splits = [path for path in (config.train, config.eval) if path is not None]
     samples = [sample for path in splits for sample in read_samples(path, config)]
+    for sample in samples:
+        family.check(sample)
     codec, encode = family.load_codec(device)
     report = prepare(samples, encode, codec, codes_folder(config), config)
     counts = f"{report.encoded} encoded now, {report.reused} already there, {len(report.bad)} left out"
     return f"codes of {report.clips} clips in {report.folder}: {counts}"
 
 
-def load_samples(config: RunConfig, cache: CodeCache, split: str, say: Say) -> list[Sample]:
-    """Read one split of the data and check that the cache holds the codes of all its clips.
+def load_samples(config: RunConfig, family: Family, cache: CodeCache, split: str, say: Say) -> list[Sample]:
+    """Read one split of the data and check every sample: that the model can take it and its clips are encoded.
 
     Raises:
-        UserError: the split is not configured, empty or broken, or clips are not prepared.
+        UserError: the split is not configured, empty or broken, a sample cannot be trained, or is not prepared.
     """
     path = getattr(config.data, split)
     if not path:
@@ -169,32 +202,47 @@ def load_samples(config: RunConfig, cache: CodeCache, split: str, say: Say) -> l
     if not samples:
         raise UserError(f"data.{split} is '{path}', of which no sample can be used")
     cache.check(samples)
+    for sample in samples:
+        family.check(sample, cache.frames)
     return samples
 
 
-def build_model(config: RunConfig, world: World, family: Family, say: Say) -> Prepared:
-    """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights."""
+def build_model(
+    config: RunConfig, world: World, family: Family, say: Say
+) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
+    """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights.
+
+    Returns:
+        the model, its precision policy, and what identifies the weights that the adapter stands on.
+    """
     if not world.is_main:
         transformers.utils.logging.disable_progress_bar()
     policy = PrecisionPolicy(config.precision, world.device, agree=world.any)
     seed_all(config.seed, 0)
-    model = family.load_model()
     notices: list[str] = []
-    model = policy.prepare(add_adapter(model, config.adapter, notices))
+    model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
+    base = BaseFingerprint(model)
+    model = policy.prepare(model)
     for notice in [*notices, f"precision: {policy.name} ({policy.reason})"]:
         say(notice)
     seed_all(config.seed, world.rank)
-    return Prepared(family, model, policy, LossModule(model, family.losses))
+    return model, policy, base
 
 
 def build_evaluator(
-    config: RunConfig, ready: Prepared, cache: CodeCache, samples: list[Sample], world: World
+    config: RunConfig,
+    family: Family,
+    module: LossModule,
+    policy: PrecisionPolicy,
+    cache: CodeCache,
+    samples: list[Sample],
+    world: World,
 ) -> Evaluator:
     """Build the evaluator over this rank's share of the samples."""
-    loader = _loader(config, ready.family, cache, samples, world)
+    loader = _loader(config, family, cache, samples, world)
     size = config.evaluation.batch_size
     batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
-    return Evaluator(config.evaluation, ready.module, batches, ready.policy, world, ready.family.stream_weights)
+    return Evaluator(config.evaluation, module, batches, policy, world, family.stream_weights)
 
 
 def _loader(config: RunConfig, family: Family, cache: CodeCache, samples: list[Sample], world: World) -> Loader:
@@ -202,20 +250,20 @@ def _loader(config: RunConfig, family: Family, cache: CodeCache, samples: list[S
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
 
 
-def start(run: Run, config: RunConfig, say: Say) -> None:
-    """Restore the run if the config asks for it, and make its folder ready. Call it last, on every rank.
-
-    Raises:
-        UserError: there is no checkpoint to resume from.
-        CheckpointError: the named checkpoint is damaged or does not fit.
-    """
+def _restore(run: Run, config: RunConfig, say: Say) -> None:
+    """Restore the run if the config asks for it, and make its folder ready. Random streams are restored last of all."""
     assert run.checkpoints is not None
+    folder = run.checkpoints.folder
     if config.resume is not None:
-        restored = run.checkpoints.load(config.resume)
+        restored = run.checkpoints.load(
+            config.resume if config.resume == "latest" else Path(config.resume).expanduser()
+        )
         run.records.rewind(restored.step)
         say(f"resumed from {restored.slot} at step {restored.step}")
+        if run.best and run.world.from_main(find_best(folder) is None):
+            run.best.forget()  # the best slot stayed with the run that this one continues
     run.checkpoints.start(run.state.step)
-    run.world.together(partial(_open_records, run, config, run.checkpoints.folder), only_main=True)
+    run.world.together(partial(_open_records, run, config, folder), only_main=True)
 
 
 def _open_records(run: Run, config: RunConfig, folder: Path) -> None:

@@ -151,6 +151,10 @@ class Family(Protocol):
         """Content hash of the codec: codes of another one would be noise to the model."""
         ...
 
+    def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
+        """Refuse a sample that cannot be trained, before anything is; `frames(path)` gives a prepared clip's length."""
+        ...
+
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Any:
         """Encode one sample; `codes(path)` gives a clip's (frames, codebooks) int64 codes."""
         ...

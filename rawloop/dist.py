@@ -115,9 +115,11 @@ class World:
         if not failed:
             return result
         rank, (kind, message) = failed[0]
-        if error is not None and self.rank == rank:
-            raise error
-        raise kind(message if rank == 0 else f"rank {rank}: {message}")
+        raised = error
+        if raised is None or self.rank != rank:
+            raised = kind(message if rank == 0 else f"rank {rank}: {message}")
+        raised.speaks = self.is_main
+        raise raised
 
     def wrap(self, module: "LossModule", config: DDPConfig) -> nn.Module:
         """Wrap `module` in DDP, or return it as it is in a single process."""
@@ -159,7 +161,7 @@ def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, local_rank: int, size: int = 1) -> torch.device:
     """Return the device for this process: `wanted`, or for `auto` its own GPU, else MPS, else the CPU.
 
     Raises:
@@ -179,6 +181,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
                 f"start at most {found} process(es) per machine, or set device to 'cpu'"
             )
         return torch.device("cuda", local_rank)
+    if wanted == "mps" and size > 1:
+        raise UserError(f"device is 'mps' and there are {size} processes: gloo has no MPS; start one, or use 'cpu'")
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise UserError("device is 'mps', which this machine or this build of torch does not have: use 'auto' or 'cpu'")
     return torch.device(wanted)
@@ -210,7 +214,7 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         RawloopError: the other processes cannot be met.
     """
     rank, size, local_rank = read_ranks()
-    world = World(rank, size, local_rank, choose_device(device, local_rank))
+    world = World(rank, size, local_rank, choose_device(device, local_rank, size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size == 1:

@@ -13,6 +13,7 @@ class RawloopError(Exception):
     """A failure that rawloop can name: disk full, corrupt checkpoint, lost rank, diverged run."""
 
     exit_code = 1
+    speaks = True  # false on all ranks but one where all of them raise the same
 
 
 class UserError(RawloopError, ValueError):

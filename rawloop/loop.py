@@ -34,7 +34,7 @@ class TrainConfig:
         accumulation: micro-batches per optimizer step and process.
         epochs: passes over the training set. Exactly one of epochs and max_steps is used: max_steps if it is not 0.
         max_steps: number of optimizer steps.
-        log_every: steps between lines in metrics.jsonl; between them nothing is read from the device.
+        log_every: steps between lines in metrics.jsonl; losses are read from the device only for a line.
     """
 
     batch_size: int = 1
@@ -44,10 +44,11 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.max_steps < 0 or self.log_every < 1 or (self.max_steps == 0 and self.epochs <= 0):
+        endless = self.max_steps == 0 and not 0 < self.epochs < math.inf
+        if self.max_steps < 0 or self.log_every < 1 or endless:
             raise UserError(
                 f"train.max_steps ({self.max_steps}) must not be below 0, train.log_every ({self.log_every}) must be "
-                f"1 or more, and train.epochs ({self.epochs}) above 0 where max_steps is 0"
+                f"1 or more, and train.epochs ({self.epochs}) a number above 0 where max_steps is 0"
             )
 
 
@@ -59,13 +60,28 @@ class TrainState:
     window: int = 0
     skipped: int = 0
     samples: int = 0
+    data: dict[str, int] = field(default_factory=dict)  # identity of the data order, in which `window` is a position
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters."""
+        """Return the counters and what the data order depends on."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the counters."""
+        """Restore the counters.
+
+        Raises:
+            UserError: the data order is another one, so that samples would be seen twice or never.
+        """
+        changed = [
+            f"{key} {state['data'].get(key)} -> {value}"
+            for key, value in self.data.items()
+            if state["data"].get(key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"the data order differs from the checkpoint's ({', '.join(changed)}; window_size is processes x "
+                "train.batch_size x train.accumulation): resume with what it was trained with"
+            )
         self.step, self.window = state["step"], state["window"]
         self.skipped, self.samples = state["skipped"], state["samples"]
 
@@ -103,6 +119,7 @@ class Run:
     best: BestTracker | None = None
     max_norm: float = 1.0
     log_every: int = 10
+    trouble: RawloopError | None = None  # a record that could not be written, until the ranks agree to stop
 
 
 def train(run: Run) -> TrainState:
@@ -123,7 +140,9 @@ def train(run: Run) -> TrainState:
             if state.step != visited:
                 evaluate_and_save(run, last)
                 visited = state.step
+                meter.restart_clock()
             if last:
+                run.world.together(lambda: _raise(run.trouble))
                 return state
 
             window, targets = take_window(windows, run)
@@ -171,12 +190,12 @@ def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], 
     Raises:
         RawloopError: a sample is unusable on some rank; raised on every rank, naming rank and sample.
     """
-    error: RawloopError | None = None
+    error = run.trouble
     window: list[Batch] = []
     try:
         window = next(windows)
     except RawloopError as caught:
-        error = caught
+        error = error or caught
     own = [float(sum(batch.targets[stream] for batch in window)) for stream in run.weights]
     failed, *counts = run.world.sum([float(error is not None), *own])
     if failed:
@@ -190,6 +209,14 @@ def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], 
     return window, targets
 
 
+def note(run: Run, write: Callable[[], None]) -> None:
+    """Write a record. What the disk refuses on one rank is raised on all of them at the next step's agreement."""
+    try:
+        write()
+    except RawloopError as error:
+        run.trouble = run.trouble or error
+
+
 def _raise(error: RawloopError | None) -> None:
     if error is not None:
         raise error
@@ -200,10 +227,10 @@ def evaluate_and_save(run: Run, last: bool) -> None:
     state = run.state
     if run.evaluator and run.evaluator.due(state.step, last):
         evaluation = run.evaluator.run()
-        run.records.metrics(state.step, evaluation.metrics)
-        if not evaluation.valid:
+        note(run, lambda: run.records.metrics(state.step, evaluation.metrics))
+        if not evaluation.valid and run.world.is_main:
             reason = f"evaluation is not finite in the batches of {', '.join(evaluation.bad_ids)}: it is never the best"
-            run.records.event("warning", step=state.step, reason=reason)
+            note(run, lambda: run.records.event("warning", step=state.step, reason=reason))
         if run.best:
             keep_if_best(run, evaluation)
     if run.checkpoints and run.checkpoints.due(state.step, last):
@@ -221,8 +248,11 @@ def keep_if_best(run: Run, evaluation: Evaluation) -> None:
 def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
     """Record a window whose update was not applied. Nothing advances but the data."""
     run.state.skipped += 1
-    ids = [name for batch in window for name in batch.ids]
-    run.records.event("skip", step=run.state.step, reason=result.skipped_because or "", samples=ids)
+    shares = run.world.gather([name for batch in window for name in batch.ids])
+    ids = [name for share in shares for name in share]
+    reason = result.skipped_because or ""
+    if run.world.is_main:
+        note(run, lambda: run.records.event("skip", step=run.state.step, reason=reason, samples=ids))
 
 
 class Meter:
@@ -236,6 +266,10 @@ class Meter:
         self.totals: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
         self.targets: dict[str, list[int]] = {}  # of the stream, then of each part
+        self.since, self.samples = time.perf_counter(), self.run.state.samples
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what has passed since the last line: an evaluation, a save."""
         self.since, self.samples = time.perf_counter(), self.run.state.samples
 
     def add(self, losses: Mapping[str, StreamLoss]) -> None:
@@ -256,13 +290,13 @@ class Meter:
         values = {
             "loss": loss,
             **means,
-            "grad_norm": float(result.grad_norm),
+            "grad_norm": result.grad_norm,
             "lr": run.optimizer.param_groups[0]["lr"],
             "epoch": state.samples / run.windows.num_samples,
             "skipped": float(state.skipped),
             "samples_per_second": (state.samples - self.samples) / (time.perf_counter() - self.since),
         }
-        run.records.metrics(state.step, values)
+        note(run, lambda: run.records.metrics(state.step, values))
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._start_over()
 

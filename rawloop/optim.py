@@ -39,15 +39,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be above 0")
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be a number above 0")
+        for name in ("warmup_steps", "max_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be a number, and not below 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
-        if self.warmup_steps < 0 or not 0 <= self.max_norm < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise UserError(
-                f"optim.warmup_steps ({self.warmup_steps}), optim.max_norm ({self.max_norm}) and optim.weight_decay "
-                f"({self.weight_decay}) must not be below 0"
-            )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -96,9 +94,9 @@ class NamedOptimizerState:
         self.names = {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `{name: state of that parameter}`; empty before the first step."""
+        """Return `{name: state of that parameter}`; a parameter that was never updated has an empty one."""
         state = self.optimizer.state
-        return {name: dict(state[parameter]) for name, parameter in self.names.items() if parameter in state}
+        return {name: dict(state.get(parameter, {})) for name, parameter in self.names.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state in its stored dtypes (torch's own loader casts them to the parameter's dtype).
@@ -107,12 +105,14 @@ class NamedOptimizerState:
             CheckpointError: the names or shapes differ from the model's.
         """
         extra, missing = sorted(set(state) - set(self.names)), sorted(set(self.names) - set(state))
-        if extra or (missing and state):
+        if extra or missing:
             raise CheckpointError(
                 f"optimizer state does not fit the model: {len(missing)} weights have none {missing[:3]}, "
                 f"{len(extra)} are not in the model or not trained {extra[:3]}"
             )
         for name, values in state.items():
+            if not values:
+                continue
             parameter = self.names[name]
             self.optimizer.state[parameter] = {key: _placed(value, parameter, name) for key, value in values.items()}
 

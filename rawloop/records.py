@@ -132,14 +132,14 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return sorted((event for path in paths for event in _read_lines(path)), key=lambda event: event["time"])
 
 
-def _honest(value: Any) -> Any:
+def honest(value: Any) -> Any:
     """Return a value that JSON can hold: a float that is not finite becomes its name, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
-        return {name: _honest(item) for name, item in value.items()}
+        return {name: honest(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_honest(item) for item in value]
+        return [honest(item) for item in value]
     return value
 
 
@@ -194,7 +194,7 @@ class Records:
                 raise TypeError(f"metric {name!r} is a {type(value).__name__}: pass a Python number or a string")
         if self._metrics is None:
             return
-        self._metrics.append({"step": step, **_honest(values)})
+        self._metrics.append({"step": step, **honest(values)})
         if self._sinks is None:
             self._sinks = list(self._open_sinks())
         for sink in self._sinks:
@@ -218,7 +218,7 @@ class Records:
                 EVENTS if self.world.is_main else f"events-rank{self.world.rank:05d}.jsonl",
             )
         line = {"time": time.time(), "kind": kind, "step": step, "rank": self.world.rank, "reason": reason}
-        self._events.append({**line, **_honest(fields)})
+        self._events.append({**line, **honest(fields)})
         if self.world.is_main:
             tqdm.write(f"[{kind}] step {step}: {reason}" if step >= 0 else f"[{kind}] {reason}", file=sys.stderr)
 

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
-from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter, base_of, count_parameters, merge_adapter
+from rawloop.adapters import (
+    AdapterConfig,
+    BaseFingerprint,
+    ModelFiles,
+    add_adapter,
+    base_of,
+    count_parameters,
+    merge_adapter,
+)
 from rawloop.contracts import Batch, Family
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
@@ -301,7 +309,7 @@ def test_adapter_is_stored_bit_for_bit(
 
 
 def test_the_adapter_knows_its_base(trained: tuple[nn.Module, Path], demo_checkpoint: Path) -> None:
-    assert base_of(trained[1]) == str(demo_checkpoint / "model")
+    assert base_of(trained[1]) == (str(demo_checkpoint / "model"), None)
 
 
 @pytest.mark.parametrize(
@@ -401,10 +409,11 @@ def test_merged_equals_base_plus_adapter(
 ) -> None:
     model = train(adapted(**LORA, **keys), family, batch)
     ModelFiles(model, family.load_model).save(tmp_path)
-    merged, difference = merge_adapter(family.load_model(), tmp_path, lambda m: logits(m, family, batch))
+    merged, before, difference = merge_adapter(family.load_model(), tmp_path, lambda m: logits(m, family, batch))
     assert 0 < difference < 1e-5
     assert {name for name, _ in merged.named_parameters()} == {n for n, _ in family.load_model().named_parameters()}
     wanted = logits(model, family, batch)
+    assert torch.equal(before, wanted)
     assert (logits(merged, family, batch) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -420,7 +429,7 @@ def test_a_merge_that_goes_wrong_shows_in_the_difference(
             model.get_parameter("model.layers.0.self_attn.q_proj.weight").data.mul_(1.5)
         return logits(model, family, batch)
 
-    assert merge_adapter(family.load_model(), trained[1], probe)[1] > 1e-3
+    assert merge_adapter(family.load_model(), trained[1], probe)[2] > 1e-3
 
 
 def test_merging_what_is_no_adapter_of_this_model_is_refused(
@@ -430,7 +439,7 @@ def test_merging_what_is_no_adapter_of_this_model_is_refused(
         merge_adapter(family.load_model(), folder, lambda model: torch.zeros(1))
 
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
-        merge(tmp_path)
+        base_of(tmp_path)
     with pytest.raises(CheckpointError, match=r"1 weights missing .*q_proj\.lora_A"):
         merge(copy_of(lambda weights: {n: w for n, w in weights.items() if "0.self_attn.q_proj.lora_A" not in n}))
     head = "base_model.model.audio_lm_head.weight"
@@ -441,3 +450,27 @@ def test_merging_what_is_no_adapter_of_this_model_is_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": ["c_attn"]}))
     with pytest.raises(UserError, match=f"{tmp_path} does not fit the base model: No modules were targeted"):
         merge(tmp_path)
+
+
+def test_a_module_and_its_child_of_the_same_name_are_saved_once(
+    adapted: Callable[..., nn.Module], family: Family, batch: Batch, tmp_path: Path
+) -> None:
+    model = train(adapted(**{**LORA, "modules_to_save": ["embed_audio_tokens"]}), family, batch)
+    copies = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "embed_audio" in name]
+    assert len(copies) == 1
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, family, batch)
+    assert not torch.equal(before[copies[0]], model.get_parameter(copies[0]))
+    files = ModelFiles(model, family.load_model)
+    files.save(tmp_path)
+    files.load(tmp_path)
+
+
+def test_frozen_weights_have_a_fingerprint(adapted: Callable[..., nn.Module]) -> None:
+    first, second, third = (BaseFingerprint(adapted(**LORA)) for _ in range(3))
+    second.load_state_dict(first.state_dict())
+    changed = adapted(**LORA)
+    with torch.no_grad():
+        changed.get_parameter("base_model.model.model.norm.weight").add_(1e-3)
+    with pytest.raises(UserError, match="frozen weights are not those that the checkpoint was trained on"):
+        BaseFingerprint(changed).load_state_dict(third.state_dict())

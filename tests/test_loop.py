@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rawloop.adapters import AdapterConfig
-from rawloop.build import build_run, prepare_codes, start
+from rawloop.build import build_run, prepare_codes
 from rawloop.checkpoint import CheckpointConfig, find_slots
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
@@ -54,7 +54,6 @@ def go(config: RunConfig, world: World | None = None, change: Callable[[Run], No
     try:
         if change:
             change(run)
-        start(run, config, lambda line: None)
         train(run)
     finally:
         run.records.close()
@@ -222,7 +221,6 @@ def test_without_evaluation_nothing_else_changes(base: RunConfig, tmp_path: Path
 
 def fail_on_rank_1(world: World, config: RunConfig) -> str:
     run = build_run(config, world, lambda line: None)
-    start(run, config, lambda line: None)
     if world.rank == 1:
         windows = run.windows.start
 

@@ -35,7 +35,7 @@ def test_schedules(schedule: str) -> None:
 
 def test_only_matrices_decay_and_only_trainables_are_held() -> None:
     net = model()
-    net[2].requires_grad_(False)
+    net.get_submodule("2").requires_grad_(False)
     optimizer = build_optimizer(net, OptimConfig(weight_decay=0.1))
     matrices, vectors = optimizer.param_groups
     assert [p.ndim for p in matrices["params"]] == [2]

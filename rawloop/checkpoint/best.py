@@ -29,6 +29,10 @@ class BestTracker:
         self.value, self.step = value, step
         return True
 
+    def forget(self) -> None:
+        """Start over: no value has been seen whose model still exists."""
+        self.value = self.step = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return metric, mode, value and step."""
         return {"metric": self.metric, "mode": self.mode, "value": self.value, "step": self.step}

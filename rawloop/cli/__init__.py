@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:
-        print(f"rawloop {command}: {error}", file=sys.stderr, flush=True)
+        if error.speaks:
+            print(f"rawloop {command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"rawloop {command}: interrupted; what was saved is whole", file=sys.stderr, flush=True)

@@ -9,15 +9,19 @@ from pathlib import Path
 from rawloop.adapters import ModelFiles
 from rawloop.build import build_evaluator, build_model, load_samples
 from rawloop.checkpoint import find_best, find_latest, verify
+from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
+from rawloop.checkpoint.pack import unpack
+from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, parse
 from rawloop.data import codes_folder
 from rawloop.data.audio import import_torchaudio
 from rawloop.data.codes import CodeCache
-from rawloop.dist import World, open_world
+from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.families import load_family
+from rawloop.records import honest
 
 HELP = "best, latest, or the folder of a checkpoint of this config's run; without it the base model is evaluated"
 
@@ -33,7 +37,7 @@ def run(argv: list[str]) -> None:
     with open_world(config.device, config.ddp.timeout) as world:
         evaluation = _evaluate(config, options["checkpoint"], world)
         if world.is_main:
-            print(json.dumps(evaluation.metrics, indent=1), flush=True)
+            print(json.dumps(honest(evaluation.metrics), indent=1, allow_nan=False), flush=True)
         if not evaluation.valid:
             raise RawloopError(f"the loss is not finite in batches of {', '.join(evaluation.bad_ids)}")
 
@@ -48,12 +52,18 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Evaluator
     import_torchaudio()
     family = load_family(config.model)
     cache = CodeCache(codes_folder(config.data), family.codec_hash())
-    samples = load_samples(config, cache, "eval", _quiet)
-    ready = build_model(config, world, family, _quiet)
+    samples = load_samples(config, family, cache, "eval", _quiet)
+    model, policy, base = build_model(config, world, family, _quiet)
     if checkpoint is not None:
-        files = ModelFiles(ready.model, family.load_model)
-        files.load(slot_of(Path(config.output).expanduser(), checkpoint) / files.folder)
-    return build_evaluator(config, ready, cache, samples, world)
+        slot = slot_of(Path(config.output).expanduser(), checkpoint)
+        files = ModelFiles(model, family.load_model)
+        if not (slot / files.folder).is_dir():
+            raise UserError(
+                f"{slot} has no {files.folder}/: adapter.mode is '{config.adapter.mode}', the run's was not"
+            )
+        base.load_state_dict(unpack(read_packed(slot / STATE, "base")))
+        files.load(slot / files.folder)
+    return build_evaluator(config, family, LossModule(model, family.losses), policy, cache, samples, world)
 
 
 def slot_of(run_folder: Path, checkpoint: str) -> Path:

@@ -10,9 +10,10 @@ from rawloop.adapters import base_of, merge_adapter
 from rawloop.config import Parser, add_options
 from rawloop.data.audio import import_torchaudio
 from rawloop.errors import RawloopError, UserError
-from rawloop.families import ModelConfig, load_family
+from rawloop.families import ModelConfig, load_family, local_folder
 
 BOUND = 1e-4  # of the largest logit; float32 rounding gives about 1e-6
+KEPT = ["*.json", "*.jinja", "*.txt", "*.model"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -31,44 +32,44 @@ def run(argv: list[str]) -> None:
     adapter, output = Path(values.adapter).expanduser(), Path(values.output).expanduser()
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(
-            f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
-        )
     import_torchaudio()
-    config = ModelConfig(**{**values.model.as_dict(), "path": values.model.path or base_of(adapter)})
+    path, revision = base_of(adapter)
+    chosen = {"path": values.model.path or path, "revision": values.model.revision or revision}
+    config = ModelConfig(**{**values.model.as_dict(), **chosen})
     family = load_family(config)
     batch = family.probe()
 
     def logits(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([rows.flatten() for rows in family.logits(model.eval(), batch).values()])
 
-    merged, difference = merge_adapter(family.load_model().float(), adapter, logits)
+    merged, before, difference = merge_adapter(family.load_model().float(), adapter, logits)
     if not difference <= BOUND:
         raise RawloopError(
             f"the merged model's logits differ from base plus adapter by {difference:.1e} of the largest logit, "
             f"more than {BOUND:.0e}: nothing was written"
         )
-    _write(merged, output, DTYPES[values.dtype], config.path)
-    print(f"merged {adapter} into {config.path}: logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})")
-    print(f"model: {output} ({values.dtype})")
-
-
-def _write(merged: Any, output: Path, dtype: torch.dtype, base: str) -> None:
-    """Write the model under a temporary name and rename it, so that a half-written one is never found."""
-    partial = output.with_name(f".tmp-{output.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.to(dtype).save_pretrained(partial)
-    for file in sorted(_folder(base).iterdir()):  # tokenizer, processor, chat template
-        kept = file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json")
-        if kept and not (partial / file.name).exists():
-            shutil.copy2(file, partial / file.name)
+    partial = _write(merged, output, DTYPES[values.dtype], config)
+    stored = logits(family.load_model(str(partial)).float())
+    rounding = float((stored - before).abs().max() / before.abs().max())
+    if values.dtype == "float32" and not rounding <= BOUND:
+        raise RawloopError(f"what was written to {partial} gives other logits ({rounding:.1e}): it is not to be used")
     partial.rename(output)
+    print(f"merged {adapter} into {config.path}: logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})")
+    print(f"model: {output} ({values.dtype}; read back, its logits differ by {rounding:.1e})")
 
 
-def _folder(base: str) -> Path:
-    if Path(base).expanduser().is_dir():
-        return Path(base).expanduser()
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(base, ignore_patterns=["*.safetensors", "*.bin"]))
+def _write(merged: Any, output: Path, dtype: torch.dtype, config: ModelConfig) -> Path:
+    """Write the model under a temporary name, so that a half-written one is never found, and return its folder."""
+    partial = output.with_name(f".tmp-{output.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        merged.to(dtype).save_pretrained(partial)
+        # tokenizer, processor, chat template
+        for file in sorted(local_folder(config.path, config.revision, KEPT).iterdir()):
+            kept = any(file.match(pattern) for pattern in KEPT) and not file.name.endswith(".index.json")
+            if kept and not (partial / file.name).exists():
+                shutil.copy2(file, partial / file.name)
+    except OSError as error:
+        raise UserError(f"--output is '{output}', which cannot be written: {error.strerror or error}") from error
+    return partial

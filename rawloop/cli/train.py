@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from rawloop.build import build_run, start
+from rawloop.build import build_run
 from rawloop.checkpoint import find_latest
 from rawloop.config import parse
 from rawloop.dist import World, open_world
@@ -18,10 +18,9 @@ def run(argv: list[str]) -> None:
     with open_world(config.device, config.ddp.timeout) as world:
         built = build_run(config, world, lambda line: _say(world, line))
         try:
-            start(built, config, lambda line: _say(world, line))
             train(built)
             if world.is_main:
-                print(summary(built, Path(config.output)), flush=True)
+                print(summary(built, Path(config.output).expanduser()), flush=True)
         finally:
             built.records.close()
 

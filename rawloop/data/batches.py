@@ -4,6 +4,7 @@ A *window* is the accumulation group of one optimizer step. Because its contents
 O(1) and does not depend on the number of workers, and a changed world size keeps the same global windows.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rawloop.contracts import Batch, Sample
 from rawloop.errors import RawloopError, UserError
+from rawloop.seed import derive_seed
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,16 @@ class BatchPlan:
 
     def windows(self, epochs: float) -> int:
         """Number of windows in which every sample is seen `epochs` times; the last one is filled up."""
-        return max(1, -int(-(epochs * self.num_samples) // self.window_size))
+        return max(1, math.ceil(round(epochs * self.num_samples / self.window_size, 9)))
+
+    def identity(self) -> dict[str, int]:
+        """What must not change if a resumed run is to see the samples that it would have seen."""
+        return {
+            "window_size": self.window_size,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+        }
 
     def micro_batches(self, window: int) -> list[list[int]]:
         """Return this rank's sample indices of one window, a list per micro-batch."""
@@ -69,7 +80,7 @@ class BatchPlan:
 
 @lru_cache(maxsize=2)
 def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    generator = torch.Generator().manual_seed(derive_seed("epoch", seed, epoch))
     return torch.randperm(length, generator=generator)
 
 
@@ -87,6 +98,8 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             return self.collate([self.example(self.samples[index]) for index in indices])
         except RawloopError as error:
             return error
+        except OSError as error:
+            return RawloopError(f"the codes of {[self.samples[i].id for i in indices]} cannot be read: {error}")
 
 
 class Loader:
@@ -110,10 +123,15 @@ class Loader:
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its own: iter() would draw from the training's random stream
         )
-        for item in loader:
-            if isinstance(item, RawloopError):
-                raise item
-            yield item
+        try:
+            for item in loader:
+                if isinstance(item, RawloopError):
+                    raise item
+                yield item
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RawloopError(f"a data worker died, out of memory perhaps: {error}") from error
 
 
 def _same(item: Any) -> Any:

@@ -29,7 +29,8 @@ class ModelConfig:
             stream out, head included.
         attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        trust_remote_code: run Python code that comes with the checkpoint. Only for checkpoints that you trust.
+        trust_remote_code: let the checkpoint's own Python code run while its type is read, and in families of your own
+            that ask for it; rawloop's families never run any. Only for checkpoints that you trust.
     """
 
     path: str = ""
@@ -44,7 +45,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for stream, weight in self.stream_weights.items():
             if not 0 <= weight < math.inf:
-                raise UserError(f"model.stream_weights has {weight} for {stream}: a weight must be 0 or more")
+                raise UserError(f"model.stream_weights.{stream} is {weight}: it must be a number, and not below 0")
 
 
 def load_family(config: ModelConfig) -> Family:
@@ -112,6 +113,19 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: the file is not JSON.
     """
     try:
-        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): the checkpoint is damaged, fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not an object: the checkpoint is damaged")
+    return content
+
+
+def local_folder(path: str, revision: str | None, patterns: list[str]) -> Path:
+    """Return a checkpoint's folder on this machine; of a hub id, the files that match `patterns` are fetched."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))

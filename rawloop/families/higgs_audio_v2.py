@@ -36,8 +36,11 @@ class HiggsAudioV2:
         self.streams: Sequence[str] = tuple(self.stream_weights)
         if "audio" not in self.streams:
             raise UserError("model.stream_weights sets audio to 0: nothing would be learnt of speech; give it a weight")
-        self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        try:
+            self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # what transformers makes of a damaged folder
+            raise UserError(f"config or tokenizer of {config.path} cannot be read: {_line(error)}") from error
         self._check_settings()
         self.encoder = HiggsEncoder(self.settings, self.tokenizer)
         self._checked: set[tuple[str, ...]] = set()
@@ -92,6 +95,10 @@ class HiggsAudioV2:
     def codec_hash(self) -> str:
         """Content hash of the codec that the checkpoint goes with."""
         return codec_hash(self.config)
+
+    def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
+        """Refuse a sample that cannot be trained; see `HiggsEncoder.check`."""
+        self.encoder.check(sample, frames)
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
         """Encode one sample from cached codes; see `HiggsEncoder.example`."""

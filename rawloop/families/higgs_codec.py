@@ -1,7 +1,6 @@
 """The codec of Higgs Audio v2, as `rawloop prepare` runs it: the same steps as the processor's, once per clip."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +9,10 @@ from transformers import DacFeatureExtractor, HiggsAudioV2TokenizerModel
 
 from rawloop.contracts import CodecInfo
 from rawloop.errors import UserError
-from rawloop.families import ModelConfig, check_path, read_json
+from rawloop.families import ModelConfig, check_path, local_folder, read_json
 from rawloop.hashing import hash_folder
+
+FILES = ["config.json", "*.safetensors"]
 
 
 def codec_path(config: ModelConfig) -> str:
@@ -23,7 +24,7 @@ def codec_path(config: ModelConfig) -> str:
     if config.codec:
         check_path(config.codec, "model.codec")
         return config.codec
-    file = Path(config.path).expanduser() / "processor_config.json"
+    file = local_folder(config.path, config.revision, ["processor_config.json"]) / "processor_config.json"
     named = read_json(file).get("audio_tokenizer", {}) if file.is_file() else {}
     path = named.get("audio_tokenizer_name_or_path")
     if not path:
@@ -49,7 +50,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
         raise UserError(f"the codec '{path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     settings = codec.config
     info = CodecInfo(
-        hash=hash_folder(_folder(path)),
+        hash=hash_folder(local_folder(path, None, FILES)),
         sample_rate=settings.sample_rate,
         codebooks=settings.num_quantizers,
         codebook_size=settings.codebook_size,
@@ -67,13 +68,4 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
 
 def codec_hash(config: ModelConfig) -> str:
     """Return the content hash of the codec without loading it."""
-    return hash_folder(_folder(codec_path(config)))
-
-
-def _folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+    return hash_folder(local_folder(codec_path(config), None, FILES))

@@ -71,13 +71,43 @@ class HiggsEncoder:
             UserError: an assistant turn is not exactly one clip, audio stands in a turn that the template drops it
                 from, or a text contains a token that would forge the conversation's shape.
         """
+        self.check(sample)
         turns = list(sample.turns)
         if not turns or turns[0].role != "system":
             system = SYSTEM_DIALOGUE if sample.task == "multi_speaker_smart_voice" else SYSTEM
             turns.insert(0, Turn("system", (Text(system),)))
-        for turn in turns:
-            self._check_turn(turn, sample)
         return [{"role": turn.role, "content": [_content(part) for part in _joined(turn)]} for turn in turns]
+
+    def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
+        """Refuse what can be seen without encoding: cheap enough for every sample of a data set before it is trained.
+
+        Args:
+            sample: the conversation.
+            frames: gives the length of a clip in frames, if its codes are there.
+
+        Raises:
+            UserError: no turn is trained, a turn has another shape than the model knows, a text holds a control token,
+                or the clips alone are longer than the model.
+        """
+        for turn in sample.turns:
+            self._check_turn(turn, sample)
+        if not any(turn.trained for turn in sample.turns):
+            raise UserError(
+                f"sample '{sample.id}' ({sample.source}) has no clip to learn: no assistant turn is trained"
+            )
+        if frames is not None:
+            ramp = self.settings.num_codebooks + 1
+            self._check_length(
+                sample, sum(frames(path) + ramp for path in sample.audio_paths()), "its clips alone take"
+            )
+
+    def _check_length(self, sample: Sample, positions: int, what: str) -> None:
+        limit = self.settings.max_position_embeddings
+        if positions > limit:
+            raise UserError(
+                f"sample '{sample.id}' ({sample.source}): {what} {positions} positions, the model has {limit}: "
+                "shorten the clip or its references, or leave the sample out"
+            )
 
     def _check_turn(self, turn: Turn, sample: Sample) -> None:
         clips = sum(isinstance(part, Audio) for part in turn.parts)
@@ -114,12 +144,7 @@ class HiggsEncoder:
         self._check_clips(sample, clips, trained, ids)
         blocks = [self.delayed(clip, learn) for clip, learn in zip(clips, trained, strict=True)]
         pieces, labels = self._expand(ids, [len(inputs) for inputs, _ in blocks], trained)
-        limit = self.settings.max_position_embeddings
-        if len(pieces) > limit:
-            raise UserError(
-                f"sample '{sample.id}' ({sample.source}) takes {len(pieces)} positions, the model has {limit}: "
-                "shorten the clip or its references, or leave the sample out"
-            )
+        self._check_length(sample, len(pieces), "it takes")
         inputs, audio_labels = (torch.cat(rows) for rows in zip(*blocks, strict=True))
         return Example(sample.id, torch.tensor(pieces), inputs, torch.tensor(labels), audio_labels)
 
@@ -146,8 +171,6 @@ class HiggsEncoder:
 
     def _check_clips(self, sample: Sample, clips: list[Tensor], trained: list[bool], ids: list[int]) -> None:
         where = f"sample '{sample.id}' ({sample.source})"
-        if not any(trained):
-            raise UserError(f"{where} has no clip to learn: no assistant turn with audio is trained")
         places = ids.count(self.settings.audio_token_id)
         if places != len(clips):
             raise UserError(f"{where}: the chat template has {places} places for its {len(clips)} clips")

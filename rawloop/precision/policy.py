@@ -51,10 +51,10 @@ class PrecisionConfig:
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did. `grad_norm` is a float32 scalar on the device, before clipping."""
+    """What one optimizer step did. `grad_norm` is the global L2 norm before clipping."""
 
     applied: bool
-    grad_norm: Tensor
+    grad_norm: float
     skipped_because: str | None = None
 
 
@@ -102,8 +102,12 @@ class PrecisionPolicy:
                 raise UserError(
                     f"trainable weight {name} is {parameter.dtype}: only 16- and 32-bit floats can be trained"
                 )
+        stream = _stream_weights(model)
+        mixed = any(parameter.requires_grad for parameter in stream.values())
         for parameter in model.parameters():
             wanted = self.mode.trainable if parameter.requires_grad else self.mode.frozen
+            if mixed and id(parameter) in stream:
+                wanted = self.mode.trainable
             if wanted is not None and parameter.dtype in FLOATS:
                 parameter.data = parameter.data.to(wanted)
         return model.to(self.device)
@@ -145,18 +149,17 @@ class PrecisionPolicy:
             raise TrainingError(
                 "no weight of the optimizer got a gradient: was it built before the model was prepared?"
             )
-        norm = global_norm(gradients)
-        value = norm.item()  # the one host sync of a step: what is applied must be known
+        value = global_norm(gradients).item()  # the one host sync of a step: what is applied must be known
         if self.agree(not math.isfinite(value)):
             optimizer.zero_grad(set_to_none=True)
             self._count_skip(value)
-            return StepResult(False, norm, f"the gradients' norm is {value}")
+            return StepResult(False, value, f"the gradients' norm is {value}")
         if max_norm and value > max_norm:
             torch._foreach_mul_(gradients, max_norm / value)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.skips_in_a_row = 0
-        return StepResult(True, norm)
+        return StepResult(True, value)
 
     def _count_skip(self, norm: float) -> None:
         self.skips_in_a_row += 1
@@ -182,6 +185,18 @@ class PrecisionPolicy:
                 f"resume with --precision.mode {state['mode']}"
             )
         self.skips_in_a_row = state["skips_in_a_row"]
+
+
+def _stream_weights(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Weights that decide the dtype of the hidden states: embeddings, and vectors such as norms, by identity.
+
+    Models write parts of the hidden states into each other in place, so these must be of one dtype: where one of them
+    is trained in float32, all of them are held in float32.
+    """
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    chosen = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    chosen += [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    return {id(parameter): parameter for parameter in chosen}
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:

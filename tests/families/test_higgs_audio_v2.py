@@ -229,7 +229,7 @@ def test_codes_and_lengths_that_do_not_fit_are_refused(family: HiggsAudioV2) -> 
     with pytest.raises(UserError, match="largest value of 1024"):
         family.example(sample, lambda _: torch.full((10, 8), 1024))
     limit = family.settings.max_position_embeddings
-    with pytest.raises(UserError, match=rf"takes \d+ positions, the model has {limit}"):
+    with pytest.raises(UserError, match=rf"it takes \d+ positions, the model has {limit}"):
         family.example(sample, lambda _: torch.zeros(limit, 8, dtype=torch.int64))
 
 

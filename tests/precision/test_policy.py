@@ -39,12 +39,23 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 def test_trainables_are_fp32_whatever_was_stored(mode: Literal["fp32", "bf16"], stored: torch.dtype) -> None:
     model = tiny_llama(stored)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("layers.1" in name)
+        parameter.requires_grad_("layers.1" in name and parameter.ndim == 2)
     policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
     policy.prepare(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert frozen == ({torch.float32} if mode == "fp32" else {stored})
+
+
+@pytest.mark.parametrize("trained", ["embed_tokens.weight", "layers.0.input_layernorm.weight"])
+def test_weights_that_shape_the_hidden_states_are_of_one_dtype(trained: str) -> None:
+    model = tiny_llama(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(trained))
+    PrecisionPolicy(PrecisionConfig(mode="bf16"), CPU).prepare(model)
+    stream = {p.dtype for n, p in model.named_parameters() if p.ndim == 1 or "embed_tokens" in n}
+    others = {p.dtype for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n}
+    assert (stream, others) == ({torch.float32}, {torch.bfloat16})
 
 
 def test_prepare_keeps_parameter_identity() -> None:
