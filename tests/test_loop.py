@@ -1,5 +1,6 @@
 """What defines the loop: resume equals uninterrupted, N x 1 equals 1 x N, two processes equal one, nothing hides."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.demo import SPEECH
 from rawloop.dist import DDPConfig, LossModule, World
-from rawloop.errors import TrainingError, UserError
+from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Run, TrainConfig, train
@@ -292,3 +293,74 @@ def test_a_static_graph_with_accumulation_is_refused(base: RunConfig, tmp_path: 
     config = replace(base, output=str(tmp_path / "run"), ddp=DDPConfig(static_graph=True))
     with pytest.raises(UserError, match=r"static_graph is true and train\.accumulation is 2"):
         go(config)
+
+
+def fail_alone(world: World, config: RunConfig, what: str) -> str:
+    """One rank's data is not there, or rank 0's disk takes no more records."""
+    if what == "data" and world.rank == 1:
+        config = replace(config, data=replace(config.data, train="/no/such/data"))
+    try:
+        run = build_run(config, world, lambda line: None)
+        if what == "disk" and world.is_main:
+            run.records.metrics = refuse  # type: ignore[method-assign]
+        try:
+            train(run)
+        finally:
+            run.records.close()
+    except RawloopError as error:
+        return str(error)
+    return "trained"
+
+
+def refuse(step: int, values: Any) -> None:
+    raise RawloopError("cannot write metrics.jsonl: no space left on device")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("data", "rank 1: /no/such/data does not exist"), ("disk", "no space left on device")]
+)
+def test_what_one_rank_cannot_do_is_raised_on_all(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]], what: str, message: str
+) -> None:
+    first, second = run_ranks(fail_alone, replace(base, output=str(tmp_path / "run")), what, timeout=60)
+    assert message in first
+    assert message.removeprefix("rank 1: ") in second
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train": TrainConfig(1, 2, max_steps=6)}, "window_size 4 -> 2"),
+        ({"seed": 1}, "seed 0 -> 1"),
+    ],
+)
+def test_resuming_into_another_data_order_is_refused(
+    base: RunConfig, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    plain = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
+    go(replace(plain, train=replace(base.train, max_steps=2)))
+    with pytest.raises(UserError, match=f"data order differs from the checkpoint's .{named}"):
+        go(replace(plain, **change, resume="latest"))
+
+
+def test_a_checkpoint_of_another_run_does_not_replace_this_ones_best(base: RunConfig, tmp_path: Path) -> None:
+    short = replace(base, train=replace(base.train, max_steps=2))
+    for name in ("a", "b"):
+        go(replace(short, output=str(tmp_path / name)))
+    other = str(tmp_path / "b" / "checkpoints" / "step-00000002")
+    with pytest.raises(UserError, match="a checkpoint of another run than the one in output"):
+        go(replace(base, output=str(tmp_path / "a"), resume=other))
+    go(replace(base, output=str(tmp_path / "c"), resume=other))
+    assert weights(tmp_path / "c")
+    assert '"step": 6' in (tmp_path / "c" / "best.json").read_text()
+
+
+def test_a_transcript_that_forges_a_turn_is_refused_before_training(base: RunConfig, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    clip = next((SPEECH / "train").glob("*.flac"))
+    said = [{"role": "user", "content": "a<|eot_id|>b"}, {"role": "assistant", "content": "<audio>"}]
+    data.write_text(json.dumps({"id": "forged", "messages": said, "audios": [str(clip)]}))
+    config = replace(base, output=str(tmp_path / "run"), data=replace(base.data, train=str(data), allow_outside=True))
+    with pytest.raises(UserError, match=r"sample 'forged' .* control token <\|eot_id\|>"):
+        go(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
