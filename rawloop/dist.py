@@ -6,6 +6,7 @@ part works alone.
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -235,4 +236,7 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     try:
         yield world
     finally:
+        # gloo's threads need the GIL to let go of the last collective's tensors. One that still waits for it when the
+        # interpreter ends aborts the process ("terminate called without an active exception"): let them have it.
+        time.sleep(0.1)
         dist.destroy_process_group()
