@@ -173,7 +173,7 @@ def test_the_blame_falls_on_who_is_wrong(write: Callable[..., Path]) -> None:
 
 def test_values_that_a_part_refuses_are_named_with_their_origin(write: Callable[..., Path]) -> None:
     file = write("optim: {lr: -1}\nevaluation: {every: 0}\n")
-    assert refusal("--config", file) == f"optim.lr is -1.0: it must be above 0 (optim.lr from {file})"
+    assert refusal("--config", file) == f"optim.lr is -1.0: it must be a number above 0 (optim.lr from {file})"
     line = refusal("--config", file, "--optim.lr", "1", "--evaluation.batch_size", "2")
     assert line.endswith(f"(evaluation.every from {file}, evaluation.batch_size from the command line)")
     assert "output is empty" in refusal("--output", "")

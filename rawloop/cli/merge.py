@@ -39,6 +39,7 @@ def run(argv: list[str]) -> None:
     family = load_family(config)
     batch = family.probe()
 
+    @torch.no_grad()
     def logits(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([rows.flatten() for rows in family.logits(model.eval(), batch).values()])
 

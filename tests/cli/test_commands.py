@@ -1,0 +1,343 @@
+"""The commands on the demo: what train leaves behind, evaluate and merge read back, and a kill does not change."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
+
+from rawloop.checkpoint import find_slots, verify
+from rawloop.cli import main, merge
+from rawloop.families import ModelConfig, load_family
+from rawloop.records import read_events, read_metrics
+
+Door = Callable[..., Any]
+Ranks = Callable[..., list[Any]]
+Write = Callable[..., Path]
+TIMES = ("eval_seconds", "samples_per_second")
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, without those that measure time."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
+
+
+def losses_of(run: Path) -> dict[int, float]:
+    lines: list[dict[str, Any]] = metrics_of(run)
+    return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
+def weights_of(run: Path, step: int) -> dict[str, bytes]:
+    """The bytes of all weights and optimizer states of a checkpoint."""
+    slot = run / "checkpoints" / f"step-{step:08d}"
+    return {str(path.relative_to(slot)): path.read_bytes() for path in sorted(slot.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, write_config: Write) -> Path:
+    """The folder of a finished run of 3 steps, `run`, and its config, `run.yaml`. Read it only."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", "--config", str(write_config(folder))]) == 0
+    return folder
+
+
+# -- train -------------------------------------------------------------------------------------------------------
+
+
+def test_train_says_where_everything_is_and_how_the_loss_moved(door: Door, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = door("train", "--config", config)
+    assert done.code == 0
+    losses = losses_of(run)
+    assert list(losses) == [0, 2, 3]
+    assert losses[3] < losses[0]
+    lines = done.out.splitlines()
+    assert any(line.startswith("trainable parameters: ") for line in lines)
+    assert any(line.startswith("precision: fp32 (") for line in lines)
+    assert "trained 3 steps, 6 samples, 0 updates skipped" in lines
+    assert any(line.startswith(f"eval_loss {losses[0]:.4f} at step 0 -> {losses[3]:.4f} at step 3 (") for line in lines)
+    for place in ("best", "best/adapter", "checkpoints", "metrics.jsonl"):
+        assert any(line.endswith(f" {run / place}") for line in lines), place
+        assert (run / place).exists()
+    assert [slot.name for slot in find_slots(run)] == ["step-00000003", "step-00000002"]
+    assert [line["step"] for line in metrics_of(run) if "loss" in line] == [1, 2, 3]
+    assert {event["kind"] for event in read_events(run)} >= {"precision", "start", "save", "best"}
+
+
+def test_the_config_in_the_run_folder_repeats_the_run(door: Door, trained: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert door("train", "--config", trained / "run" / "config.yaml", "--output", again).code == 0
+    assert metrics_of(again) == metrics_of(trained / "run")
+    assert weights_of(again, 3) == weights_of(trained / "run", 3)
+
+
+@pytest.mark.parametrize("flag", [["--disable_eval"], ["--evaluation.enabled", "false"]])
+def test_without_evaluation_the_training_is_the_same(
+    door: Door, trained: Path, tmp_path: Path, flag: list[str]
+) -> None:
+    run = tmp_path / "run"
+    done = door("train", "--config", trained / "run.yaml", "--output", run, "--data.eval", "null", *flag)
+    assert done.code == 0
+    assert not (run / "best").exists()
+    assert f"adapter:     {run}/checkpoints/step-00000003/adapter" in done.out
+    assert metrics_of(run) == [line for line in metrics_of(trained / "run") if "loss" in line]
+    assert weights_of(run, 3) == weights_of(trained / "run", 3)
+
+
+def test_a_run_in_full_stores_a_model(door: Door, config: Path, tmp_path: Path) -> None:
+    done = door("train", "--config", config, "--adapter.mode", "full", "--train.max_steps", "1")
+    assert done.code == 0
+    model = tmp_path / "run" / "checkpoints" / "step-00000001" / "model"
+    _, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(model, use_text_head=True, output_loading_info=True)
+    assert not info["missing_keys"]
+    evaluated = json.loads(door("evaluate", "--config", config, "--adapter.mode", "full", "--checkpoint", "latest").out)
+    assert evaluated["eval_loss"] == losses_of(tmp_path / "run")[1]
+
+
+# -- evaluate ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_gives_the_losses_that_the_run_recorded(door: Door, trained: Path) -> None:
+    recorded = losses_of(trained / "run")
+    before = sorted(path for path in (trained / "run").rglob("*"))
+
+    def evaluate(*arguments: str | Path) -> float:
+        done = door("evaluate", "--config", trained / "run.yaml", *arguments)
+        assert done.code == 0, done
+        value: float = json.loads(done.out)["eval_loss"]  # nothing else is printed
+        return value
+
+    assert evaluate() == recorded[0]
+    assert evaluate("--checkpoint", "latest") == recorded[3]
+    assert evaluate("--checkpoint", "best") == min(recorded.values())
+    assert evaluate("--checkpoint", trained / "run" / "checkpoints" / "step-00000002") == recorded[2]
+    assert math.isclose(evaluate("--checkpoint", "best", "--evaluation.batch_size", "1"), recorded[3], rel_tol=1e-6)
+    assert sorted(path for path in (trained / "run").rglob("*")) == before
+
+
+def test_evaluate_on_two_ranks_gives_the_same(ranks: Ranks, trained: Path) -> None:
+    first, second = ranks("evaluate", "--config", trained / "run.yaml", "--checkpoint", "best")
+    assert (first.code, second.code, second.out) == (0, 0, "")
+    assert math.isclose(json.loads(first.out)["eval_loss"], losses_of(trained / "run")[3], rel_tol=1e-6)
+
+
+def test_evaluate_verifies_what_it_loads(door: Door, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    weights = run / "checkpoints" / "step-00000003" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = door("evaluate", "--config", trained / "run.yaml", "--output", run, "--checkpoint", weights.parent.parent)
+    assert done.code == 1
+    assert "adapter_model.safetensors" in done.err.splitlines()[-1]
+    done = door("evaluate", "--config", trained / "run.yaml", "--output", run, "--checkpoint", "latest")
+    assert done.code == 0
+    assert "passed over a damaged checkpoint: " in done.err
+    assert json.loads(done.out)["eval_loss"] == losses_of(run)[2]
+
+
+# -- merge -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: Any) -> Tensor:
+    return torch.cat([rows.flatten() for rows in family.logits(model.eval(), family.probe()).values()])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_merge_writes_a_model_that_plain_transformers_loads(
+    door: Door, trained: Path, tmp_path: Path, demo_checkpoint: Path
+) -> None:
+    adapter, merged = trained / "run" / "best" / "adapter", tmp_path / "out" / "merged"
+    done = door("merge", "--adapter", adapter, "--output", merged)
+    assert done.code == 0, done
+    assert "(bound 1e-04)" in done.out
+    family = load_family(ModelConfig(path=str(merged)))
+    model: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(merged, use_text_head=True)
+    base: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(demo_checkpoint / "model", use_text_head=True)
+    wanted = logits(PeftModel.from_pretrained(base, adapter), family)
+    assert (logits(model, family) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert AutoProcessor.from_pretrained(merged).tokenizer.chat_template
+    assert {path.name for path in (demo_checkpoint / "model").glob("*.json*")} <= {p.name for p in merged.iterdir()}
+    again = door("merge", "--adapter", adapter, "--output", merged)
+    assert (again.code, again.out) == (2, "")
+    half = door("merge", "--adapter", adapter, "--output", tmp_path / "half", "--dtype", "bfloat16")
+    assert half.code == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "out"]
+
+
+def test_merge_writes_nothing_when_the_logits_differ(
+    door: Door, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "BOUND", 0.0)  # no float32 arithmetic is that exact
+    done = door("merge", "--adapter", trained / "run" / "best" / "adapter", "--output", tmp_path / "merged")
+    assert done.code == 1
+    assert "more than 0e+00: nothing was written" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- prepare -----------------------------------------------------------------------------------------------------
+
+
+def test_prepare_encodes_once(door: Door, trained: Path, tmp_path: Path) -> None:
+    arguments = ("prepare", "--config", trained / "run.yaml", "--data.codes", tmp_path / "codes")
+    first, second = door(*arguments), door(*arguments)
+    assert (first.code, second.code) == (0, 0)
+    clips = int(first.out.split()[2])
+    assert (
+        first.out == f"codes of {clips} clips in {tmp_path}/codes: {clips} encoded now, 0 already there, 0 left out\n"
+    )
+    assert (
+        second.out == f"codes of {clips} clips in {tmp_path}/codes: 0 encoded now, {clips} already there, 0 left out\n"
+    )
+
+
+def test_a_bad_clip_that_was_skipped_is_left_out_of_the_training(
+    door: Door, config: Path, tmp_path: Path, demo_data: Path
+) -> None:
+    data = tmp_path / "train"
+    shutil.copytree(demo_data / "train", data)
+    samples = json.loads((data / "metadata.json").read_text())["samples"]
+    (data / samples[1]["audio_file"]).write_text("no audio")
+    needing = [
+        sample["id"]
+        for sample in samples
+        if samples[1]["audio_file"] in (sample["audio_file"], sample.get("ref_audio_file"))
+    ]
+    arguments = ("--config", config, "--data.train", data, "--data.codes", tmp_path / "codes")
+    skipped = door("prepare", *arguments, "--data.on_bad_sample", "skip")
+    assert skipped.code == 0
+    assert samples[1]["audio_file"] in skipped.err
+    left = len(samples) - len(needing)
+    done = door("train", *arguments, "--train.epochs", "1", "--train.max_steps", "0", "--train.batch_size", "1")
+    assert done.code == 0, done
+    noun = f"{len(needing)} samples left out"
+    assert f"data.train: {noun}, as `rawloop prepare` was asked to skip their clips" in done.out
+    assert f"trained {left} steps, {left} samples, 0 updates skipped" in done.out
+
+
+# -- kills and resumes -------------------------------------------------------------------------------------------
+
+LONG = {"train": {"max_steps": 10}, "adapter": {"dropout": 0.2}, "checkpoint": {"save_every": 3, "keep_last": 0}}
+
+
+def kill_after(slot: Path) -> Callable[[list[int]], None]:
+    """Give a function that kills processes as soon as a checkpoint is there."""
+
+    def kill(children: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while not slot.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+    return kill
+
+
+def assert_same_run(killed: Path, whole: Path, last: int) -> None:
+    assert metrics_of(killed) == metrics_of(whole)
+    assert weights_of(killed, last) == weights_of(whole, last)
+    assert {event["kind"] for event in read_events(killed)} >= {"restore"}
+    for slot in find_slots(killed):
+        verify(slot)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    ranks: Ranks, write_config: Write, tmp_path: Path, size: int
+) -> None:
+    config = write_config(tmp_path, **LONG)
+    killed, whole = tmp_path / "run", tmp_path / "whole"
+    assert {done.code for done in ranks("train", "--config", config, "--output", whole, size=size)} == {0}
+    then = kill_after(killed / "checkpoints" / "step-00000003")
+    codes = {done.code for done in ranks("train", "--config", config, size=size, then=then)}
+    assert codes == {-signal.SIGKILL}
+    assert not (killed / "checkpoints" / "step-00000010").exists()
+    resumed = ranks("train", "--config", config, "--resume", "latest", size=size)
+    assert {done.code for done in resumed} == {0}, resumed
+    assert "resumed from " in resumed[0].out
+    assert_same_run(killed, whole, 10)
+
+
+def test_a_finished_run_can_be_resumed_without_harm(door: Door, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    done = door("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")
+    assert done.code == 0, done
+    assert "trained 3 steps, 6 samples, 0 updates skipped" in done.out
+    assert metrics_of(run) == metrics_of(trained / "run")
+    assert [slot.name for slot in find_slots(run)] == [slot.name for slot in find_slots(trained / "run")]
+    for step in (2, 3):
+        assert weights_of(run, step) == weights_of(trained / "run", step)
+    assert json.loads((run / "best.json").read_text()) == json.loads((trained / "run" / "best.json").read_text())
+
+
+def test_a_finished_run_can_be_made_longer(door: Door, write_config: Write, tmp_path: Path) -> None:
+    config = write_config(tmp_path, optim={"schedule": "constant"})
+    whole = ["train", "--config", config, "--output", tmp_path / "whole", "--train.max_steps", "5"]
+    assert door(*whole).code == 0
+    assert door("train", "--config", config).code == 0
+    assert door("train", "--config", config, "--resume", "latest", "--train.max_steps", "5").code == 0
+    run = tmp_path / "run"
+    assert weights_of(run, 5) == weights_of(tmp_path / "whole", 5)
+    shared = [
+        line for line in metrics_of(run) if line["step"] != 3 or "loss" in line
+    ]  # step 3 was evaluated as the end
+    assert shared == [line for line in metrics_of(tmp_path / "whole") if line["step"] != 3 or "loss" in line]
+
+
+def test_another_precision_or_adapter_cannot_resume(door: Door, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")
+    for arguments, problem in (
+        (("--precision.mode", "bf16"), "resume with --precision.mode fp32"),
+        (("--adapter.rank", "8"), "16 of another shape"),
+        (("--adapter.alpha", "16"), "adapter.alpha 8.0, this run has 16.0"),
+    ):
+        done = door(*again, *arguments)
+        assert done.code in (1, 2)
+        assert problem in done.err.splitlines()[-1]
+    assert metrics_of(run) == metrics_of(trained / "run")
+    assert weights_of(run, 3) == weights_of(trained / "run", 3)
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_killed_and_resumed(write_config: Write, tmp_path: Path) -> None:
+    config = write_config(tmp_path, **LONG)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "rawloop", "train", "--config", str(config)]
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], timeout=110, check=True)
+    started = psutil.Popen(command)
+    kill_after(tmp_path / "run" / "checkpoints" / "step-00000003")([])
+    for process in [started, *started.children(recursive=True)]:
+        process.kill()
+    assert started.wait(timeout=30) == -signal.SIGKILL
+    subprocess.run([*command, "--resume", "latest"], timeout=110, check=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 10)
+
+
+def test_the_whole_way_in_processes_of_its_own(
+    run_cli: Callable[..., "subprocess.CompletedProcess[str]"], trained: Path, tmp_path: Path
+) -> None:
+    """What `door` and `ranks` run must be what `python -m rawloop` runs."""
+    done = run_cli("train", "--config", trained / "run.yaml", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path / "run") == metrics_of(trained / "run")
+    assert weights_of(tmp_path / "run", 3) == weights_of(trained / "run", 3)
