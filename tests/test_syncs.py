@@ -188,7 +188,7 @@ def waits_of(run: Run) -> list[Counter[str]]:
 
 
 NORM = Counter(_local_scalar_dense=1)  # is it finite?
-LINE = Counter(_local_scalar_dense=2)  # the loss and the norm; counted with the step after
+LINE = Counter(_local_scalar_dense=1)  # the loss; counted with the step after
 
 
 def test_a_step_waits_once_however_many_micro_batches_it_has(tmp_path: Path) -> None:
