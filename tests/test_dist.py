@@ -95,27 +95,6 @@ def shared_error(world: World, kind: type[Exception], by: int | None, only_main:
     return "", ""
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_ranks_agree_on_values_and_on_errors(run_ranks: Ranks, size: int) -> None:
-    results = run_ranks(collectives, world_size=size)
-    last = size - 1
-    for rank, result in enumerate(results):
-        assert result["sum"] == [size * (size + 1) / 2, size * 1e-9, size * 1e9]  # float32 would round the last two
-        assert result["any"] == [False, True, True]
-        assert result["gather"] == [{"rank": r, "name": "x" * r} for r in range(size)]
-        assert result["from_main"] == "from 0"
-        assert result["tensor"] == ([size * (size - 1) / 2, float(size)], True)
-        assert result["main"] == (rank == 0, 0 if rank == 0 else None, rank * 10)
-        for (kind, by), (name, text) in zip([(k, b) for k in KINDS for b in (0, last)], result["errors"], strict=True):
-            words = f"OSError: rank {by} cannot" if kind is OSError else f"rank {by} cannot"
-            assert name == ("RawloopError" if kind is OSError else kind.__name__)
-            # rank 0's words stand alone; those of another rank name it wherever they are not its own
-            assert text == (words if by in (0, rank) else f"rank {by}: {words}")
-        assert result["main_error"] == ("UserError", "rank 0 cannot")
-        assert result["first"] == ("TrainingError", "rank 0 cannot")  # where all fail, rank 0 speaks
-        assert result["after"] == [float(size)]
-
-
 def scored(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
     """A loss of two heads, of which a batch without `b` leaves the second unused."""
     losses = {"a": StreamLoss(model.get_submodule("a")(batch.inputs["x"]).square().sum(), batch.targets["a"])}
@@ -185,16 +164,49 @@ def alone(rank: int, b: int) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-def test_ddp_averages_gradients_and_obeys_its_switches(run_ranks: Ranks) -> None:
-    results = run_ranks(wrapped)
-    means = [(x + y) / 2 for x, y in zip(alone(0, 4), alone(1, 0), strict=True)]
-    full = [(x + y) for x, y in zip(alone(0, 4), alone(1, 4), strict=True)]  # two micro-batches, averaged over two
+def check_collectives(results: list[dict[str, Any]]) -> None:
+    size, last = len(results), len(results) - 1
+    for rank, result in enumerate(results):
+        assert result["sum"] == [size * (size + 1) / 2, size * 1e-9, size * 1e9]  # float32 would round the last two
+        assert result["any"] == [False, True, True]
+        assert result["gather"] == [{"rank": r, "name": "x" * r} for r in range(size)]
+        assert result["from_main"] == "from 0"
+        assert result["tensor"] == ([size * (size - 1) / 2, float(size)], True)
+        assert result["main"] == (rank == 0, 0 if rank == 0 else None, rank * 10)
+        for (kind, by), (name, text) in zip([(k, b) for k in KINDS for b in (0, last)], result["errors"], strict=True):
+            words = f"OSError: rank {by} cannot" if kind is OSError else f"rank {by} cannot"
+            assert name == ("RawloopError" if kind is OSError else kind.__name__)
+            # rank 0's words stand alone; those of another rank name it wherever they are not its own
+            assert text == (words if by in (0, rank) else f"rank {by}: {words}")
+        assert result["main_error"] == ("UserError", "rank 0 cannot")
+        assert result["first"] == ("TrainingError", "rank 0 cannot")  # where all fail, rank 0 speaks
+        assert result["after"] == [float(size)]
+
+
+def check_wrapped(results: list[dict[str, Any]]) -> None:
+    size = len(results)
+    used = [alone(rank, 4 if rank == 0 else 0) for rank in range(size)]
+    everywhere = [alone(rank, 4) for rank in range(size)]
+    means = [sum(rows) / size for rows in zip(*used, strict=True)]
+    twice = [2 * sum(rows) / size for rows in zip(*everywhere, strict=True)]  # two micro-batches
     for rank, result in enumerate(results):
         torch.testing.assert_close(result["synced"], means)
-        torch.testing.assert_close(result["local"], alone(rank, 4))
-        torch.testing.assert_close(result["accumulated"], full)
+        torch.testing.assert_close(result["local"], everywhere[rank])
+        torch.testing.assert_close(result["accumulated"], twice)
         assert (result["buffers"], result["no_buffers"]) == (0.0, float(rank))
         assert result["switches"] == [(unused, view, static) for unused, _, view, static in SWITCHES]
+
+
+def both(world: World) -> tuple[dict[str, Any], dict[str, Any]]:
+    return collectives(world), wrapped(world)
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_ranks_agree_on_values_and_errors_and_ddp_averages_gradients(run_ranks: Ranks, size: int) -> None:
+    """One test for all that needs ranks, for it takes seconds to start them."""
+    results = run_ranks(both, world_size=size)
+    check_collectives([result[0] for result in results])
+    check_wrapped([result[1] for result in results])
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------
@@ -263,6 +275,7 @@ def leave_early(world: World) -> None:
     world.sum([1.0])  # waits for rank 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_outside_an_agreement_does_not_leave_the_others_waiting(run_ranks: Ranks) -> None:
     start = time.monotonic()
     with pytest.raises(TrainingError, match="lost"):

@@ -264,7 +264,11 @@ def test_ranks_without_a_launcher(refusal: Refusal, config: Path, monkeypatch: p
             ["trian"],
             "rawloop: no command 'trian' (did you mean 'train'?); there are demo, prepare, train, evaluate, me",
         ),
-        (["merge", "--adapter", "x"], "rawloop merge: the following arguments are required: output"),
+        pytest.param(
+            ["merge", "--adapter", "x"],
+            "rawloop merge: the following arguments are required: output",
+            marks=pytest.mark.slow,
+        ),
         (
             ["train", "--optm.lr", "1"],
             "rawloop train: unknown key 'optm.lr' on the command line (did you mean 'optim.l",
