@@ -108,7 +108,7 @@ class HiggsAudioV2:
         """Make a micro-batch, padded on the right.
 
         Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
-        result, and attention keeps its fast causal path without a device sync to look at the mask.
+        result, and attention keeps its fast causal path.
         """
         padded = self.encoder.pad(examples)
         labels = {"audio": self._audio_labels(padded), "text": _shifted(padded["labels"])}
