@@ -1,6 +1,7 @@
 """The evaluator against sums made by hand, on the demo checkpoint and real speech, alone and on several ranks."""
 
 import math
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,8 +196,24 @@ def same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
 
 
+class Drawing:
+    """Batches whose making draws random numbers, as a user's own family may do. Notes whether gradients are kept."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self.grad_enabled: set[bool] = set()
+
+    def __iter__(self) -> Any:
+        for batch in self.batches:
+            self.grad_enabled.add(torch.is_grad_enabled())
+            torch.rand(3)
+            random.random()
+            yield batch
+
+
 def test_random_streams_modes_and_gradients_are_untouched(scene: Scene) -> None:
-    ready = evaluator(scene, batches_of(scene))
+    drawing = Drawing(batches_of(scene))
+    ready = evaluator(scene, drawing)
     frozen = scene.model.get_submodule("text_lm_head").eval()  # deliberately not in its parent's mode
     weight = scene.model.get_parameter("audio_lm_head.weight")
     weight.grad = torch.ones_like(weight)
@@ -207,16 +224,18 @@ def test_random_streams_modes_and_gradients_are_untouched(scene: Scene) -> None:
     assert scene.model.get_submodule("model").training
     assert not frozen.training
     assert torch.is_grad_enabled()
+    assert drawing.grad_enabled == {False}
     assert torch.equal(weight.grad, torch.ones_like(weight))
     weight.grad = None
     assert {**first.metrics, "eval_seconds": 0} == {**second.metrics, "eval_seconds": 0}
 
 
 def test_dropout_is_off_and_the_mode_comes_back_even_after_an_error(scene: Scene) -> None:
+    wanted = evaluate(scene).metrics["eval_loss"]
     head = scene.model.get_submodule("audio_lm_head")
     handle = head.register_forward_hook(lambda module, _, output: torch.dropout(output, 0.5, module.training))
     try:
-        assert close(evaluate(scene).metrics["eval_loss"], evaluate(scene).metrics["eval_loss"])
+        assert close(evaluate(scene).metrics["eval_loss"], wanted)
         ready = evaluator(scene, Broken(batches_of(scene), broken=True))
         with pytest.raises(RawloopError, match=r"^the codes of clip\.wav"):
             ready.run()
