@@ -5,11 +5,10 @@
 #
 #   NNODES=2 RDZV_ENDPOINT=node0:29500 RDZV_ID=run7 bash launch/multi_node.sh CONFIG [OVERRIDES...]
 #
-#   NNODES=2               number of machines; 2:4 starts with 2 and takes up to 4
+#   NNODES=2               number of machines
 #   RDZV_ENDPOINT=h:p      host and port of one of the machines, reachable from all of them
 #   RDZV_ID=run7           any name that all machines share and no other run uses
 #   NPROC=8                processes on this machine (default: its GPUs, or 1)
-#   MAX_RESTARTS=0         how often torchrun starts all processes again after one has failed
 #   PYTHON, OMP_NUM_THREADS as in single_node.sh
 #
 # Under SLURM, one task per node; the batch script sets all three and srun starts the rest:
@@ -37,6 +36,6 @@ cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
 exec "$python" -m torch.distributed.run \
-    --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
+    --nnodes="$NNODES" --nproc-per-node="$nproc" \
     --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
     -m rawloop train --config "$@"
