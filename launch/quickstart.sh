@@ -10,7 +10,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh tensorboard
 .venv/bin/python -m rawloop demo --folder .demo
 
-gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+gpus=0
+if nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; then # else spare the import of torch
+    gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+fi
 [ "$gpus" -gt 0 ] || export NPROC=2 # two processes on the CPU show that the work is shared out
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 bash launch/single_node.sh configs/demo.yaml --output "$run" "$@"
