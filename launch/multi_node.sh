@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on several machines. Start the same command on each of them, in any order; nodes find each other at
-# RDZV_ENDPOINT, and torchrun hands out the ranks. The repository, the data and the run folder are on a shared file
-# system, or at the same paths everywhere.
+# RDZV_ENDPOINT, and torchrun hands out the ranks. The run folder is on a file system that all share; repository, data
+# and model are shared too, or lie at the same paths everywhere.
 #
 #   NNODES=2 RDZV_ENDPOINT=node0:29500 RDZV_ID=run7 bash launch/multi_node.sh CONFIG [OVERRIDES...]
 #

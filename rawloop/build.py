@@ -137,14 +137,14 @@ def _prepare_run(config: RunConfig, world: World, say: Say) -> Ready:
 
 
 def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready) -> Run:
-    optimizer = build_optimizer(ready.model, config.optim)
+    optimizer = build_optimizer(ready.policy.named_parameters(), config.optim)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
     state, best = TrainState(data=ready.plan.identity()), BestTracker()
     records = Records(folder, world, config.records)
     parts: dict[str, Any] = {
         "base": ready.base,
         "model": ModelFiles(ready.model, ready.family.load_model),
-        "optimizer": NamedOptimizerState(optimizer, ready.model.named_parameters()),
+        "optimizer": NamedOptimizerState(optimizer, ready.policy.named_parameters()),
         "precision": ready.policy,
         "train": state,
         "best": best,

@@ -48,9 +48,14 @@ class OptimConfig:
                 raise UserError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Return fused AdamW over the trainable parameters. Build it last: it must hold the parameters that train."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> AdamW:
+    """Return fused AdamW over trainable parameters.
+
+    Args:
+        named: what is to be held, by name: `PrecisionPolicy.named_parameters()`, or a model's. Build it last.
+        config: rates and decay.
+    """
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},

@@ -75,11 +75,11 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
 def test_resume_equals_uninterrupted_bit_for_bit(base: RunConfig, tmp_path: Path, mode: Any) -> None:
     straight = replace(base, output=str(tmp_path / "straight"), precision=PrecisionConfig(mode=mode))
     go(straight)
-    for stop in (2, 4):
+    for stop in (2, 4) if mode == "fp32" else (4,):
         folder = tmp_path / f"stopped-{stop}"
         stopped = replace(straight, output=str(folder))
 

@@ -36,7 +36,7 @@ def test_schedules(schedule: str) -> None:
 def test_only_matrices_decay_and_only_trainables_are_held() -> None:
     net = model()
     net.get_submodule("2").requires_grad_(False)
-    optimizer = build_optimizer(net, OptimConfig(weight_decay=0.1))
+    optimizer = build_optimizer(net.named_parameters(), OptimConfig(weight_decay=0.1))
     matrices, vectors = optimizer.param_groups
     assert [p.ndim for p in matrices["params"]] == [2]
     assert matrices["weight_decay"] == 0.1
@@ -48,12 +48,12 @@ def test_only_matrices_decay_and_only_trainables_are_held() -> None:
 
 def test_state_by_name_continues_bit_for_bit() -> None:
     straight = model()
-    optimizer = build_optimizer(straight, OptimConfig(lr=0.01))
+    optimizer = build_optimizer(straight.named_parameters(), OptimConfig(lr=0.01))
     for _ in range(3):
         step(straight, optimizer)
     resumed = model()
     resumed.load_state_dict(straight.state_dict())
-    other = build_optimizer(resumed, OptimConfig(lr=0.01))
+    other = build_optimizer(resumed.named_parameters(), OptimConfig(lr=0.01))
     saved = NamedOptimizerState(optimizer, straight.named_parameters()).state_dict()
     NamedOptimizerState(other, resumed.named_parameters()).load_state_dict(saved)
     assert set(saved) == {name for name, _ in straight.named_parameters()}
@@ -64,7 +64,7 @@ def test_state_by_name_continues_bit_for_bit() -> None:
 
 def test_state_that_does_not_fit_is_refused_by_name() -> None:
     net = model()
-    optimizer = build_optimizer(net, OptimConfig())
+    optimizer = build_optimizer(net.named_parameters(), OptimConfig())
     step(net, optimizer)
     part = NamedOptimizerState(optimizer, net.named_parameters())
     state = part.state_dict()

@@ -167,7 +167,7 @@ def build(folder: Path, *, steps: int, accumulation: int = 1, look: Look = nothi
         module=world.wrap(LossModule(model, losses(look)), DDPConfig()),
         windows=TrainWindows(loader(64), BatchPlan(64, 2, accumulation, world.size, world.rank, shuffle=False)),
         policy=policy,
-        optimizer=build_optimizer(model, OptimConfig()),
+        optimizer=build_optimizer(model.named_parameters(), OptimConfig()),
         lr=lambda _: 1e-3,
         total_steps=steps,
         weights={"text": 1.0},

@@ -5,49 +5,20 @@ Modes are rows of a table, so the loop, the evaluator and a foreign loop call th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import TrainingError, UserError
+from rawloop.precision.masters import Masters
+from rawloop.precision.modes import MODES, PrecisionConfig, choose_mode
+from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Mode(NamedTuple):
-    """One row: the dtype of trainable weights, of frozen weights (None: as stored), and of autocast (None: off)."""
-
-    trainable: torch.dtype
-    frozen: torch.dtype | None
-    autocast: torch.dtype | None
-
-
-MODES = {
-    "fp32": Mode(trainable=torch.float32, frozen=torch.float32, autocast=None),
-    "bf16": Mode(trainable=torch.float32, frozen=None, autocast=torch.bfloat16),
-}
-
-
-@dataclass
-class PrecisionConfig:
-    """The dtype of weights and of computation.
-
-    Args:
-        mode: fp32: everything in float32, the reference. bf16: bfloat16 autocast over float32 trainables; frozen
-            weights stay as stored (Ampere and later, Apple, CPU). auto: bf16 on a GPU that has it, else fp32.
-        tf32: let float32 matrix products on NVIDIA GPUs round their inputs to TF32 (10 bits of mantissa). Off, so
-            that fp32 means float32.
-        max_skips: stop with an error after this many steps in a row whose gradients were not finite.
-    """
-
-    mode: Literal["auto", "fp32", "bf16"] = "auto"
-    tf32: bool = False
-    max_skips: int = 25
 
 
 class StepResult(NamedTuple):
@@ -66,30 +37,34 @@ class PrecisionPolicy:
         device: where the model runs.
         agree: tells whether something is true on any rank; the default is right for a single process. All ranks must
             take the same decision at each step.
+        grad_scaler: your own torch GradScaler, for amp_fp16.
     """
 
-    def __init__(self, config: PrecisionConfig, device: torch.device, agree: Callable[[bool], bool] = bool) -> None:
+    def __init__(
+        self,
+        config: PrecisionConfig,
+        device: torch.device,
+        agree: Callable[[bool], bool] = bool,
+        grad_scaler: Any = None,
+    ) -> None:
         self.config, self.device, self.agree = config, device, agree
-        self.name, self.reason = self._choose()
+        self.name, self.reason = choose_mode(config, device)
         self.mode = MODES[self.name]
         self.skips_in_a_row = 0
-
-    def _choose(self) -> tuple[str, str]:
-        """Return the mode and why it was chosen."""
-        if self.config.mode != "auto":
-            if self.config.mode == "bf16" and not _has_bf16(self.device):
-                card = torch.cuda.get_device_name(self.device)
-                raise UserError(f"precision.mode is 'bf16', which {card} does not compute natively: use 'fp32'")
-            return self.config.mode, f"precision.mode is '{self.config.mode}'"
-        if self.device.type == "cuda" and _has_bf16(self.device):
-            return "bf16", f"{torch.cuda.get_device_name(self.device)} computes bfloat16 natively"
-        return "fp32", f"no mode faster than fp32 is known to be safe on '{self.device.type}'"
+        self.masters = Masters([])
+        self.own_scaler = LossScaler(config.loss_scale) if self.mode.scaler == "own" else None
+        self.grad_scaler: GuardedGradScaler | None = None
+        if self.mode.scaler == "torch":
+            self.grad_scaler = GuardedGradScaler(config.loss_scale, device, grad_scaler)
+        elif grad_scaler is not None:
+            raise UserError(f"a GradScaler was handed in and precision.mode is '{self.name}': it goes with amp_fp16")
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Cast the model's weights as the mode asks, in place, before DDP and the optimizer exist.
 
         Raises:
-            UserError: nothing is trainable, or a trainable weight is of a dtype that is never right.
+            UserError: nothing is trainable, a trainable weight is of a dtype that is never right, or the mode cannot
+                train these weights.
         """
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = self.config.tf32
@@ -102,15 +77,32 @@ class PrecisionPolicy:
                 raise UserError(
                     f"trainable weight {name} is {parameter.dtype}: only 16- and 32-bit floats can be trained"
                 )
+        self._cast(model, trainable)
+        model = model.to(self.device)
+        self.masters = Masters((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        return model
+
+    def _cast(self, model: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -> None:
         stream = _stream_weights(model)
-        mixed = any(parameter.requires_grad for parameter in stream.values())
+        mixed = [name for name, parameter in trainable if id(parameter) in stream]
+        wanted_trainable = self.mode.trainable
+        if self.name == "native_fp16" and _mostly_trained(model):
+            wanted_trainable = torch.float16
+        elif self.name == "native_fp16" and mixed:
+            raise UserError(
+                f"precision.mode is 'native_fp16' and {mixed[0]} is trained beside a frozen FP16 base: in float32 it "
+                "would not fit the base's hidden states; use amp_fp16, or leave it frozen"
+            )
         for parameter in model.parameters():
-            wanted = self.mode.trainable if parameter.requires_grad else self.mode.frozen
+            wanted = wanted_trainable if parameter.requires_grad else self.mode.frozen
             if mixed and id(parameter) in stream:
-                wanted = self.mode.trainable
+                wanted = wanted_trainable
             if wanted is not None and parameter.dtype in FLOATS:
                 parameter.data = parameter.data.to(wanted)
-        return model.to(self.device)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What the optimizer must hold after `prepare`: the trainable weights, or their float32 masters, by name."""
+        return self.masters.named_parameters()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context for every forward pass: training, evaluation and generation alike."""
@@ -119,7 +111,7 @@ class PrecisionPolicy:
         return torch.autocast(self.device.type, dtype=self.mode.autocast)
 
     def backward(self, loss: Tensor) -> None:
-        """Run the backward pass.
+        """Run the backward pass, on the scaled loss where the mode scales.
 
         Raises:
             TrainingError: the loss hangs on no trainable weight, so nothing would be learnt from it.
@@ -129,13 +121,14 @@ class PrecisionPolicy:
                 "the loss is not connected to any trainable weight (it has no grad_fn): "
                 "it was detached, made anew, or all weights that it depends on are frozen"
             )
-        torch.autograd.backward(loss.float())
+        scaler = self.own_scaler or self.grad_scaler
+        torch.autograd.backward(scaler.apply(loss) if scaler else loss.float())
 
-    def step(self, optimizer: Optimizer, max_norm: float | None = None) -> StepResult:
-        """Clip, test and apply the gradients of one accumulation window, then clear them.
+    def step(self, optimizer: Optimizer | Sequence[Optimizer], max_norm: float | None = None) -> StepResult:
+        """Unscale, clip, test and apply the gradients of one accumulation window, then clear them.
 
         Args:
-            optimizer: whose parameters' gradients are applied.
+            optimizer: whose parameters' gradients are applied; several are applied together or not at all.
             max_norm: clip the global L2 norm of the gradients to this; None or 0 clips nothing.
 
         Returns:
@@ -144,22 +137,40 @@ class PrecisionPolicy:
         Raises:
             TrainingError: no weight has a gradient, or `max_skips` steps in a row were skipped.
         """
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        held = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+        gradients = [gradient for p in held if (gradient := self.masters.gradient(p)) is not None]
         if not gradients:
             raise TrainingError(
                 "no weight of the optimizer got a gradient: was it built before the model was prepared?"
             )
-        value = global_norm(gradients).item()  # the one host sync of a step: what is applied must be known
-        if self.agree(not math.isfinite(value)):
-            optimizer.zero_grad(set_to_none=True)
-            self._count_skip(value)
-            return StepResult(False, value, f"the gradients' norm is {value}")
-        if max_norm and value > max_norm:
-            torch._foreach_mul_(gradients, max_norm / value)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        scale = self.own_scaler.scale if self.own_scaler else 1.0
+        if self.grad_scaler:
+            for each in optimizers:
+                self.grad_scaler.grad_scaler.unscale_(each)
+        norm = global_norm(gradients).item() / scale  # the one host sync of a step: what is applied must be known
+        applied = not self.agree(not math.isfinite(norm))
+        if applied:
+            # Clipping and unscaling are one factor, multiplied in float32: in FP16 it would flush gradients to zero.
+            clip = max_norm / norm if max_norm and norm > max_norm else 1.0
+            self.masters.hand_over(held, clip / scale)
+            for each in optimizers:
+                self.grad_scaler.grad_scaler.step(each) if self.grad_scaler else each.step()
+            self.masters.write_weights()
+        scaler = self.own_scaler or self.grad_scaler
+        if scaler:
+            scaler.update(applied)
+        self._clear(optimizers)
+        if not applied:
+            self._count_skip(norm)
+            return StepResult(False, norm, f"the gradients' norm is {norm}")
         self.skips_in_a_row = 0
-        return StepResult(True, value)
+        return StepResult(True, norm)
+
+    def _clear(self, optimizers: list[Optimizer]) -> None:
+        self.masters.clear_gradients()
+        for each in optimizers:
+            each.zero_grad(set_to_none=True)
 
     def _count_skip(self, norm: float) -> None:
         self.skips_in_a_row += 1
@@ -170,11 +181,18 @@ class PrecisionPolicy:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mode, its reason and the count of skips."""
-        return {"mode": self.name, "reason": self.reason, "skips_in_a_row": self.skips_in_a_row}
+        """Return the mode and its reason, the count of skips, the scaler and the float32 masters."""
+        scaler = self.own_scaler or self.grad_scaler
+        return {
+            "mode": self.name,
+            "reason": self.reason,
+            "skips_in_a_row": self.skips_in_a_row,
+            "scaler": scaler.state_dict() if scaler else None,
+            "masters": self.masters.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the count of skips.
+        """Restore what `state_dict` returned.
 
         Raises:
             UserError: the state is of another mode; its optimizer state would not fit.
@@ -185,6 +203,16 @@ class PrecisionPolicy:
                 f"resume with --precision.mode {state['mode']}"
             )
         self.skips_in_a_row = state["skips_in_a_row"]
+        self.masters.load_state_dict(state["masters"])
+        scaler = self.own_scaler or self.grad_scaler
+        if scaler:
+            scaler.load_state_dict(state["scaler"])
+
+
+def _mostly_trained(model: nn.Module) -> bool:
+    """Whether more weights are trained than frozen: full fine-tuning, where float32 trainables save nothing."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 2 * trained > sum(parameter.numel() for parameter in model.parameters())
 
 
 def _stream_weights(model: nn.Module) -> dict[int, nn.Parameter]:
@@ -204,7 +232,3 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -208,7 +208,7 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=world.any)
     model = policy.prepare(model)
     module = LossModule(model, losses)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model.named_parameters(), config)
     samples: Any = rows
     loader = Loader(MicroBatches(samples, as_it_is, to_batch))
     weights = {"text": 1.0}

@@ -1,0 +1,210 @@
+"""The FP16 modes on a real tiny model: they train as float32 does, skip what overflows, and resume bit for bit."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rawloop.errors import CheckpointError, UserError
+from rawloop.optim import NamedOptimizerState
+from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
+from rawloop.precision.masters import Masters
+
+CPU = torch.device("cpu")
+FP16 = ["amp_fp16", "native_fp16"]
+
+
+def tiny_llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    ids = (torch.arange(32).view(2, 16) * 7) % 32
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+class Training:
+    """A foreign loop: a model, an optimizer and the policy's verbs."""
+
+    def __init__(self, mode: Any, lr: float = 1e-3, divisor: float = 1.0, **scale: Any) -> None:
+        loss_scale = LossScaleConfig(**scale)
+        self.policy = PrecisionPolicy(PrecisionConfig(mode=mode, loss_scale=loss_scale), CPU)
+        self.model = self.policy.prepare(tiny_llama())
+        self.optimizer = AdamW([p for _, p in self.policy.named_parameters()], lr=lr, eps=1e-12)
+        self.divisor = divisor
+
+    def step(self, factor: float = 1.0) -> bool:
+        with self.policy.autocast():
+            loss = loss_of(self.model) / self.divisor
+        self.policy.backward(loss * factor)
+        return self.policy.step(self.optimizer, 1.0).applied
+
+    def loss(self) -> float:
+        with torch.no_grad(), self.policy.autocast():
+            return loss_of(self.model).item()
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for _, p in self.policy.named_parameters()]
+
+
+@pytest.mark.parametrize("divisor", [1.0, 16384.0])
+@pytest.mark.parametrize("mode", FP16)
+def test_fp16_trains_as_fp32_does(mode: str, divisor: float) -> None:
+    reference, half = Training("fp32", 3e-3, divisor), Training(mode, 3e-3, divisor)
+    start = reference.loss()
+    for _ in range(40):
+        assert reference.step()
+        assert half.step()
+    assert reference.loss() < start - 0.5
+    assert half.loss() == pytest.approx(reference.loss(), abs=0.005)
+
+
+def test_masters_keep_updates_that_fp16_would_lose() -> None:
+    run = Training("native_fp16", lr=2e-6)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float16}
+    assert {p.dtype for _, p in run.policy.named_parameters()} == {torch.float32}
+    masters, weights = run.weights(), [p.detach().clone() for p in run.model.parameters()]
+    run.step()
+    moved = [a != b for a, b in zip(masters, run.weights(), strict=True)]
+    shown = [a != b for a, b in zip(weights, run.model.parameters(), strict=True)]
+    share = [sum(int(t.sum()) for t in ts) / sum(t.numel() for t in ts) for ts in (moved, shown)]
+    assert share[0] > 0.9
+    assert share[1] < 0.7 * share[0]  # the rest is in the masters, not lost
+    for name, master in run.policy.named_parameters():
+        assert torch.equal(master.half(), run.model.get_parameter(name))
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_overflow_is_skipped_and_lowers_the_scale_to_its_floor(mode: str) -> None:
+    run = Training(mode, init=2.0**20, floor=2.0**18)
+    before = run.weights()
+    for _ in range(4):
+        assert not run.step(1e30)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.weights(), strict=True))
+    assert scale_of(run.policy) == 2.0**18
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_the_scale_grows_after_good_steps_to_its_ceiling(mode: str) -> None:
+    run = Training(mode, init=2.0**4, ceiling=2.0**6, growth_interval=2)
+    scales = []
+    for _ in range(7):
+        assert run.step()
+        scales.append(scale_of(run.policy))
+    assert scales == [2.0**4, 2.0**5, 2.0**5, 2.0**6, 2.0**6, 2.0**6, 2.0**6]
+
+
+def scale_of(policy: PrecisionPolicy) -> float:
+    state = policy.state_dict()["scaler"]
+    return float(state["scale"])
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_resume_across_an_overflow_is_bit_identical(mode: str) -> None:
+    straight = Training(mode, growth_interval=3)
+    for step in range(4):
+        straight.step(1e30 if step == 2 else 1.0)
+    saved = NamedOptimizerState(straight.optimizer, straight.policy.named_parameters())
+    state = copy.deepcopy((straight.model.state_dict(), saved.state_dict(), straight.policy.state_dict()))
+    resumed = Training(mode, growth_interval=3)
+    resumed.model.load_state_dict(state[0])
+    NamedOptimizerState(resumed.optimizer, resumed.policy.named_parameters()).load_state_dict(state[1])
+    resumed.policy.load_state_dict(state[2])
+    for _ in range(4):
+        assert straight.step() == resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(straight.weights(), resumed.weights(), strict=True))
+    assert scale_of(straight.policy) == scale_of(resumed.policy)
+
+
+def test_masters_of_other_weights_are_refused() -> None:
+    run = Training("native_fp16")
+    state = run.policy.state_dict()
+    state["masters"].pop("lm_head.weight")
+    with pytest.raises(CheckpointError, match=r"1 differ, first lm_head\.weight"):
+        run.policy.load_state_dict(state)
+
+
+def test_a_users_grad_scaler_is_driven_and_stays_usable() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    policy = PrecisionPolicy(PrecisionConfig(mode="amp_fp16"), CPU, grad_scaler=scaler)
+    model = policy.prepare(tiny_llama())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for factor in (1.0, 1e30, 1.0):
+        with policy.autocast():
+            loss = loss_of(model)
+        policy.backward(loss * factor)
+        assert policy.step(optimizer).applied == (factor == 1.0)
+    assert scaler.get_scale() == 2.0**9
+    torch.autograd.backward(
+        scaler.scale(loss_of(model))
+    )  # the scaler's own protocol goes on as if nothing had happened
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("mode", ["fp32", *FP16])
+def test_several_optimizers_step_together_or_not_at_all(mode: Any) -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
+    policy.prepare(model := tiny_llama())
+    held = [p for _, p in policy.named_parameters()]
+    optimizers = [SGD(held[:3], lr=0.1), SGD(held[3:], lr=0.1)]
+    for factor, applied in ((1e30, False), (1.0, True)):
+        before = [p.detach().clone() for p in held]
+        with policy.autocast():
+            loss = loss_of(model)
+        policy.backward(loss * factor * (1.0 if mode != "fp32" else factor))
+        assert policy.step(optimizers, 1.0).applied == applied
+        assert [torch.equal(a, b) for a, b in zip(before, held, strict=True)].count(not applied) == len(held)
+
+
+def test_an_fp16_loss_caps_the_scale() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16", loss_scale=LossScaleConfig(init=2.0**17)), CPU)
+    model = policy.prepare(nn.Linear(4, 1))
+    loss = model(torch.ones(2, 4, dtype=torch.float16)).square().mean()
+    assert loss.dtype == torch.float16
+    policy.backward(loss)
+    assert scale_of(policy) == 2.0**15
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(UserError, match=r"loss_scale is set and precision\.mode is 'bf16'"):
+        PrecisionConfig(mode="bf16", loss_scale=LossScaleConfig(init=2.0))
+    with pytest.raises(UserError, match=r"GradScaler was handed in and precision\.mode is 'fp32'"):
+        PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, grad_scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(UserError, match="0 < floor <= init <= ceiling"):
+        LossScaleConfig(init=1.0, floor=2.0)
+    with pytest.raises(UserError, match="must be 1 or more"):
+        LossScaleConfig(growth_interval=0)
+    model = tiny_llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    with pytest.raises(UserError, match=r"input_layernorm\.weight is trained beside a frozen FP16 base"):
+        PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU).prepare(model)
+
+
+def test_gradients_are_unscaled_in_float32() -> None:
+    weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    masters = Masters([("w", weight)])
+    weight.grad = torch.full((4,), 2.0**-10, dtype=torch.float16)
+    ((_, held),) = masters.named_parameters()
+    masters.hand_over([held], 2.0**-15)
+    assert held.grad is not None
+    assert held.grad.tolist() == [2.0**-25] * 4  # zero in FP16
+    assert weight.grad is None
