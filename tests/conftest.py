@@ -203,11 +203,18 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Con
     return run
 
 
+def free_port() -> int:
+    """A port that nobody has, below those that Linux gives to outgoing connections, so that none of them takes it."""
+    while True:
+        port = 20000 + int.from_bytes(os.urandom(2)) % 12000  # not `random`, which is seeded alike in all workers
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start_ranks(folder: Path, world_size: int) -> list["subprocess.Popen[bytes]"]:
     """Start one process per rank; what rank N prints goes to `rankN.log`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world_size):
         values = (rank, world_size, rank, world_size, "127.0.0.1", port)

@@ -212,7 +212,7 @@ def test_ranks_agree_on_values_and_errors_and_ddp_averages_gradients(run_ranks: 
 # -- leaving -----------------------------------------------------------------------------------------------------
 
 LEAVING = """
-import os, signal, socket, sys, time, torch
+import contextlib, os, signal, socket, sys, time, torch
 import torch._dynamo  # DDP imports it, for a second; forked children have it already
 from torch import nn
 from rawloop.contracts import Batch, StreamLoss
@@ -240,9 +240,11 @@ def fork(rank, port, leave):
     return child
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    while True:
+        port = 20000 + int.from_bytes(os.urandom(2)) % 12000  # below those of outgoing connections
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 turns, stuck = int(sys.argv[1]), 0
 for turn in range(turns):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def the_line(done: Done, code: int, command: str) -> str:
     return found[0].removeprefix(f"rawloop {command}: ")
 
 
+def free_port() -> int:
+    """A port that nobody has, below those that Linux gives to outgoing connections."""
+    while True:
+        port = 20000 + int.from_bytes(os.urandom(2)) % 12000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """Speaks with `fork_server.py`."""
 
@@ -111,9 +121,7 @@ class Server:
 
     def start(self, arguments: list[str], size: int) -> tuple[list[int], list[str]]:
         """Start a command as `size` ranks; returns their process ids and the beginnings of their logs' names."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.started += 1
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(size)] if size > 1 else [{}]
         logs = [str(self.folder / f"{self.started}-{rank}") for rank in range(size)]

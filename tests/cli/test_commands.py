@@ -108,6 +108,19 @@ def test_a_run_in_full_stores_a_model(door: Door, config: Path, tmp_path: Path) 
     assert evaluated["eval_loss"] == losses_of(tmp_path / "run")[1]
 
 
+def test_unshuffled_training_begins_with_the_first_samples(
+    door: Door, config: Path, tmp_path: Path, demo_data: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(demo_data / "train", first)
+    samples = json.loads((first / "metadata.json").read_text())["samples"]
+    (first / "metadata.json").write_text(json.dumps({"samples": samples[:2]}))
+    done = door("train", "--config", config, "--data.eval", first, "--data.shuffle", "false", "--train.max_steps", "1")
+    assert done.code == 0
+    before, loss = (line for line in metrics_of(tmp_path / "run") if line["step"] == 0 or "loss" in line)
+    assert math.isclose(before["eval_loss"], loss["loss"], rel_tol=1e-6)
+
+
 # -- evaluate ----------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +144,7 @@ def test_evaluate_gives_the_losses_that_the_run_recorded(door: Door, trained: Pa
 
 def test_evaluate_on_two_ranks_gives_the_same(ranks: Ranks, trained: Path) -> None:
     first, second = ranks("evaluate", "--config", trained / "run.yaml", "--checkpoint", "best")
-    assert (first.code, second.code, second.out) == (0, 0, "")
+    assert (first.code, second.code, second.out) == (0, 0, ""), (first, second)
     assert math.isclose(json.loads(first.out)["eval_loss"], losses_of(trained / "run")[3], rel_tol=1e-6)
 
 
