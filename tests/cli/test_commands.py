@@ -346,6 +346,7 @@ def test_two_processes_under_torchrun_killed_and_resumed(write_config: Write, tm
     assert_same_run(tmp_path / "run", tmp_path / "whole", 10)
 
 
+@pytest.mark.slow
 def test_the_whole_way_in_processes_of_its_own(
     run_cli: Callable[..., "subprocess.CompletedProcess[str]"], trained: Path, tmp_path: Path
 ) -> None:
