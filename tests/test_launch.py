@@ -217,7 +217,9 @@ def test_an_installation_in_a_fresh_clone(clone: Path) -> None:
     setup, python = clone / "launch" / "setup.sh", clone / ".venv" / "bin" / "python"
     # Killed in the middle of copying packages: the half of them that is there must not be taken for whole.
     with (clone / "log").open("w+") as log:
-        first = subprocess.Popen(["bash", setup], stdout=log, stderr=log, start_new_session=True)
+        (clone / "tmp").mkdir()  # a killed pip does not tidy up
+        environment = {**os.environ, "TMPDIR": str(clone / "tmp")}
+        first = subprocess.Popen(["bash", setup], env=environment, stdout=log, stderr=log, start_new_session=True)
         while "Installing collected packages" not in (clone / "log").read_text() and first.poll() is None:
             time.sleep(0.1)
         time.sleep(2)
