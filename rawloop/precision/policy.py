@@ -59,6 +59,11 @@ class PrecisionPolicy:
         elif grad_scaler is not None:
             raise UserError(f"a GradScaler was handed in and precision.mode is '{self.name}': it goes with amp_fp16")
 
+    @property
+    def scaler(self) -> LossScaler | GuardedGradScaler | None:
+        """The loss scaler of the mode, if it has one."""
+        return self.own_scaler or self.grad_scaler
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Cast the model's weights as the mode asks, in place, before DDP and the optimizer exist.
 
@@ -121,8 +126,7 @@ class PrecisionPolicy:
                 "the loss is not connected to any trainable weight (it has no grad_fn): "
                 "it was detached, made anew, or all weights that it depends on are frozen"
             )
-        scaler = self.own_scaler or self.grad_scaler
-        torch.autograd.backward(scaler.apply(loss) if scaler else loss.float())
+        torch.autograd.backward(self.scaler.apply(loss) if self.scaler else loss.float())
 
     def step(self, optimizer: Optimizer | Sequence[Optimizer], max_norm: float | None = None) -> StepResult:
         """Unscale, clip, test and apply the gradients of one accumulation window, then clear them.
@@ -157,9 +161,8 @@ class PrecisionPolicy:
             for each in optimizers:
                 self.grad_scaler.grad_scaler.step(each) if self.grad_scaler else each.step()
             self.masters.write_weights()
-        scaler = self.own_scaler or self.grad_scaler
-        if scaler:
-            scaler.update(applied)
+        if self.scaler:
+            self.scaler.update(applied)
         self._clear(optimizers)
         if not applied:
             self._count_skip(norm)
@@ -182,12 +185,11 @@ class PrecisionPolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mode and its reason, the count of skips, the scaler and the float32 masters."""
-        scaler = self.own_scaler or self.grad_scaler
         return {
             "mode": self.name,
             "reason": self.reason,
             "skips_in_a_row": self.skips_in_a_row,
-            "scaler": scaler.state_dict() if scaler else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
             "masters": self.masters.state_dict(),
         }
 
@@ -204,9 +206,8 @@ class PrecisionPolicy:
             )
         self.skips_in_a_row = state["skips_in_a_row"]
         self.masters.load_state_dict(state["masters"])
-        scaler = self.own_scaler or self.grad_scaler
-        if scaler:
-            scaler.load_state_dict(state["scaler"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def _mostly_trained(model: nn.Module) -> bool:
