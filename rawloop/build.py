@@ -4,6 +4,7 @@ Order matters twice: the precision policy casts weights before DDP and the optim
 restored last, because building things draws from them.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +14,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
 from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder, find_best, find_slots
 from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.reader import check_slot
+from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
-from rawloop.contracts import Family, Sample
+from rawloop.contracts import Batch, Family, Sample
 from rawloop.data import DataConfig, codes_folder
 from rawloop.data.audio import import_torchaudio
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
@@ -29,12 +31,12 @@ from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.data.samples import read_samples
 from rawloop.dist import LossModule, World
-from rawloop.errors import UserError
+from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
 from rawloop.loop import Run, TrainState
 from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
-from rawloop.precision import PrecisionPolicy
+from rawloop.precision import PrecisionPolicy, preflight
 from rawloop.records import Records
 from rawloop.seed import RngState, seed_all
 
@@ -58,11 +60,17 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
         world.together(partial(check_resume, folder, config.resume), only_main=True)
     claim_run_folder(folder, world, resume=config.resume is not None)
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
-    ready = world.together(partial(_prepare_run, config, world, say))
+    slot = _slot_to_resume(folder, config.resume) if config.resume is not None else None
+    precision = world.from_main(stored_precision(slot))
+    ready = world.together(partial(_prepare_run, config, world, say, precision))
     assert ready is not None
     modes = world.gather(ready.policy.name)
     if len(set(modes)) > 1:
-        raise UserError(f"precision.mode 'auto' chose {modes} on ranks of different hardware: name one mode for all")
+        raise UserError(
+            f"precision.mode '{config.precision.mode}' became {modes} on ranks of different hardware: name "
+            "one mode for all"
+        )
+    preflight(ready.policy, ready.first_loss)
     run = _assemble(config, folder, world, ready)
     try:
         _restore(run, config, say)
@@ -93,6 +101,23 @@ def check_resume(folder: Path, resume: str) -> None:
         )
 
 
+def _slot_to_resume(folder: Path, resume: str) -> Path | None:
+    return next(iter(find_slots(folder)), None) if resume == "latest" else Path(resume).expanduser()
+
+
+def stored_precision(slot: Path | None) -> dict[str, Any] | None:
+    """What a checkpoint says of its precision mode: a run that fell back goes on in the mode that it fell back to.
+
+    It must be known before weights are cast, which is before a checkpoint is verified; None if it cannot be read, which
+    restoring will find and name.
+    """
+    try:
+        state = json.loads((slot / STATE / "precision.json").read_bytes()) if slot else None
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and {"mode", "reason", "history"} <= set(state) else None
+
+
 @dataclass
 class Ready:
     """What one rank has made on its own, before the ranks do anything together."""
@@ -105,9 +130,15 @@ class Ready:
     plan: BatchPlan
     train: Loader
     evaluator: Evaluator | None
+    first_batch: Batch
+
+    def first_loss(self) -> Tensor:
+        """The sum of the first micro-batch's losses, for the precision policy's trial."""
+        losses = self.module(self.first_batch.to(self.policy.device))
+        return torch.stack([loss.total for loss in losses.values()]).sum()
 
 
-def _prepare_run(config: RunConfig, world: World, say: Say) -> Ready:
+def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None) -> Ready:
     import_torchaudio()
     if config.ddp.static_graph and config.train.accumulation > 1:
         raise UserError(
@@ -127,33 +158,42 @@ def _prepare_run(config: RunConfig, world: World, say: Say) -> Ready:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    model, policy, base = build_model(config, world, family, say)
+    notices: list[str] = []
+    model, policy, base = build_model(config, world, family, notices, precision)
+    for notice in notices:
+        say(notice)
     module = LossModule(model, family.losses)
     evaluator = None
     if config.evaluation.enabled:
         evaluator = build_evaluator(config, family, module, policy, cache, eval_samples, world)
     train = _loader(config, family, cache, train_samples, world)
-    return Ready(family, model, policy, module, base, plan, train, evaluator)
+    first = train.batches[plan.micro_batches(0)[0]]
+    if isinstance(first, RawloopError):
+        raise first
+    return Ready(family, model, policy, module, base, plan, train, evaluator, first)
 
 
 def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready) -> Run:
-    optimizer = build_optimizer(ready.policy.named_parameters(), config.optim)
+    policy, records = ready.policy, Records(folder, world, config.records)
+    policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
+    optimizer = build_optimizer(policy.named_parameters(), config.optim)
+    policy.adopt(optimizer)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
     state, best = TrainState(data=ready.plan.identity()), BestTracker()
-    records = Records(folder, world, config.records)
     parts: dict[str, Any] = {
         "base": ready.base,
         "model": ModelFiles(ready.model, ready.family.load_model),
-        "optimizer": NamedOptimizerState(optimizer, ready.policy.named_parameters()),
-        "precision": ready.policy,
+        "optimizer": NamedOptimizerState(optimizer, policy.named_parameters),
+        "precision": policy,
         "train": state,
         "best": best,
         "rng": RngState(config.seed, world.rank),
     }
     return Run(
         module=world.wrap(ready.module, config.ddp),
+        wrap=partial(world.wrap, ready.module, config.ddp),
         windows=TrainWindows(ready.train, ready.plan),
-        policy=ready.policy,
+        policy=policy,
         optimizer=optimizer,
         lr=partial(lr_at, total=total, config=config.optim),
         total_steps=total,
@@ -208,23 +248,28 @@ def load_samples(config: RunConfig, family: Family, cache: CodeCache, split: str
 
 
 def build_model(
-    config: RunConfig, world: World, family: Family, say: Say
+    config: RunConfig, world: World, family: Family, notices: list[str], precision: dict[str, Any] | None
 ) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
     """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights.
+
+    Args:
+        config: the whole configuration.
+        world: the ranks.
+        family: knows how the model is loaded.
+        notices: gets a line for everything that the user should know.
+        precision: what `stored_precision` said of the checkpoint that will be restored.
 
     Returns:
         the model, its precision policy, and what identifies the weights that the adapter stands on.
     """
     if not world.is_main:
         transformers.utils.logging.disable_progress_bar()
-    policy = PrecisionPolicy(config.precision, world.device, agree=world.any)
+    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision)
     seed_all(config.seed, 0)
-    notices: list[str] = []
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     base = BaseFingerprint(model)
     model = policy.prepare(model)
-    for notice in [*notices, f"precision: {policy.name} ({policy.reason})"]:
-        say(notice)
+    notices.append(f"precision: {policy.name} ({policy.reason})")
     seed_all(config.seed, world.rank)
     return model, policy, base
 

@@ -7,7 +7,7 @@ part works alone.
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawloop.contracts import Batch, Losses, StreamLoss
@@ -72,12 +72,6 @@ class World:
         result: list[float] = tensor.tolist()
         return result
 
-    def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks in place and return it; it stays on its device, so nothing is synced."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in order of rank, on every rank. For small objects."""
         if self.size == 1:
@@ -86,9 +80,9 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, value: bool) -> bool:
-        """Whether `value` is true on any rank. One all_reduce."""
-        return self.sum([float(value)])[0] > 0
+    def any(self, flags: Sequence[bool]) -> Sequence[bool]:
+        """Of each flag, whether it is true on any rank. One all_reduce."""
+        return flags if self.size == 1 else [count > 0 for count in self.sum([float(flag) for flag in flags])]
 
     def from_main(self, value: T) -> T:
         """Return rank 0's value on every rank."""

@@ -26,6 +26,10 @@ class TrainingError(RawloopError):
     """Training cannot go on correctly, for example after too many non-finite steps in a row."""
 
 
+class InterruptedUpdate(TrainingError):
+    """An optimizer failed in the middle of an update: only a checkpoint can be gone on from."""
+
+
 class CheckpointError(RawloopError):
     """A checkpoint cannot be written, or what is on disk is not what was written."""
 

@@ -5,6 +5,7 @@ clip and update, advance, log; then evaluate, save, stop. The loop visits step N
 evaluating and saving have one call site each.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, no_sync
-from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.optim import set_lr
 from rawloop.precision import PrecisionPolicy, StepResult
@@ -101,7 +102,8 @@ class Run:
     """Everything that a run is made of, finished and ready. `evaluator`, `checkpoints` and `best` may be absent.
 
     `module` is what is called: a `LossModule`, in DDP or not. `lr(step)` is the learning rate of the update that leads
-    from `step` to `step + 1`. `weights` has each stream's weight in the loss.
+    from `step` to `step + 1`. `weights` has each stream's weight in the loss. `wrap` makes `module` anew, in DDP or
+    not, when the precision policy has fallen back.
     """
 
     module: nn.Module
@@ -119,6 +121,7 @@ class Run:
     best: BestTracker | None = None
     max_norm: float = 1.0
     log_every: int = 10
+    wrap: Callable[[], nn.Module] | None = None
     trouble: RawloopError | None = None  # a record that could not be written, until the ranks agree to stop
 
 
@@ -147,10 +150,8 @@ def train(run: Run) -> TrainState:
 
             window, targets = take_window(windows, run)
             set_lr(run.optimizer, run.lr(state.step))
-            for micro_step, batch in enumerate(window, start=1):
-                with no_sync(run.module, micro_step < len(window)):
-                    meter.add(forward_backward(run, batch, targets))
-            result = run.policy.step(run.optimizer, run.max_norm)
+            accumulate(run, window, targets, meter)
+            result = update(run)
 
             state.window += 1
             if result.applied:
@@ -161,6 +162,27 @@ def train(run: Run) -> TrainState:
                     meter.log(result, progress)
             else:
                 skip(run, result, window)
+
+
+def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int], meter: "Meter") -> None:
+    """Add the gradients of all micro-batches; the last one always synchronises the ranks."""
+    for micro_step, batch in enumerate(window, start=1):
+        with no_sync(run.module, micro_step < len(window)):
+            meter.add(forward_backward(run, batch, targets))
+
+
+def update(run: Run) -> StepResult:
+    """Apply the window's gradients, or skip them, on all ranks alike.
+
+    Raises:
+        InterruptedUpdate: the optimizer failed half-way; says which checkpoint to go on from.
+    """
+    try:
+        return run.policy.step(run.optimizer, run.max_norm)
+    except InterruptedUpdate as error:
+        slot = run.checkpoints.newest() if run.checkpoints else None
+        advice = f"go on from it with --resume {slot}" if slot else "nothing was saved yet: start anew"
+        raise InterruptedUpdate(f"{error}; {advice}") from error
 
 
 def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict[str, StreamLoss]:
@@ -253,6 +275,24 @@ def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
     reason = result.skipped_because or ""
     if run.world.is_main:
         note(run, lambda: run.records.event("skip", step=run.state.step, reason=reason, samples=ids))
+    if result.fell_back:
+        rewrap(run, result.fell_back)
+
+
+def rewrap(run: Run, change: str) -> None:
+    """Go on in the mode that all ranks have fallen back to: weights may be of another dtype, so DDP is built anew.
+
+    The old DDP's hooks on the weights go with it, before the next one sets its own.
+    """
+    step, policy = run.state.step, run.policy
+    if run.wrap is not None:
+        run.module = nn.Identity()
+        gc.collect()
+        run.module = run.wrap()
+    run.module.train()
+    if run.world.is_main:
+        note(run, lambda: run.records.event("fallback", step=step, reason=policy.reason, change=change))
+    note(run, lambda: run.records.metrics(step, {"precision": policy.name, "fallback": change}))
 
 
 class Meter:
@@ -287,13 +327,15 @@ class Meter:
         run, state = self.run, self.run.state
         means = self._means()
         loss = sum(run.weights[stream] * means[f"loss/{stream}"] for stream in self.totals)
-        values = {
+        values: dict[str, float | str] = {
             "loss": loss,
             **means,
             "grad_norm": result.grad_norm,
             "lr": run.optimizer.param_groups[0]["lr"],
             "epoch": state.samples / run.windows.num_samples,
             "skipped": float(state.skipped),
+            "precision": run.policy.name,
+            **({"loss_scale": run.policy.scaler.scale} if run.policy.scaler else {}),
             "samples_per_second": (state.samples - self.samples) / (time.perf_counter() - self.since),
         }
         note(run, lambda: run.records.metrics(state.step, values))

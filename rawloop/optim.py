@@ -1,7 +1,7 @@
 """AdamW, the learning-rate schedule as a pure function of the step, and optimizer state keyed by parameter name."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,9 +94,14 @@ class NamedOptimizerState:
     Positions shift when a parameter is frozen or added; names say what is missing.
     """
 
-    def __init__(self, optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self.optimizer = optimizer
-        self.names = {name: parameter for name, parameter in named if parameter.requires_grad}
+    def __init__(self, optimizer: Optimizer, named: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
+        """`named` tells what the optimizer holds, by name, whenever it is asked: a fallback may have changed it."""
+        self.optimizer, self.named = optimizer, named
+
+    @property
+    def names(self) -> dict[str, nn.Parameter]:
+        """The trained parameters that the optimizer holds now."""
+        return {name: parameter for name, parameter in self.named() if parameter.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
         """Return `{name: state of that parameter}`; a parameter that was never updated has an empty one."""
@@ -109,7 +114,8 @@ class NamedOptimizerState:
         Raises:
             CheckpointError: the names or shapes differ from the model's.
         """
-        extra, missing = sorted(set(state) - set(self.names)), sorted(set(self.names) - set(state))
+        names = self.names
+        extra, missing = sorted(set(state) - set(names)), sorted(set(names) - set(state))
         if extra or missing:
             raise CheckpointError(
                 f"optimizer state does not fit the model: {len(missing)} weights have none {missing[:3]}, "
@@ -118,7 +124,7 @@ class NamedOptimizerState:
         for name, values in state.items():
             if not values:
                 continue
-            parameter = self.names[name]
+            parameter = names[name]
             self.optimizer.state[parameter] = {key: _placed(value, parameter, name) for key, value in values.items()}
 
 

@@ -54,8 +54,8 @@ def test_state_by_name_continues_bit_for_bit() -> None:
     resumed = model()
     resumed.load_state_dict(straight.state_dict())
     other = build_optimizer(resumed.named_parameters(), OptimConfig(lr=0.01))
-    saved = NamedOptimizerState(optimizer, straight.named_parameters()).state_dict()
-    NamedOptimizerState(other, resumed.named_parameters()).load_state_dict(saved)
+    saved = NamedOptimizerState(optimizer, straight.named_parameters).state_dict()
+    NamedOptimizerState(other, resumed.named_parameters).load_state_dict(saved)
     assert set(saved) == {name for name, _ in straight.named_parameters()}
     for net, optim in ((straight, optimizer), (resumed, other)):
         step(net, optim)
@@ -66,7 +66,7 @@ def test_state_that_does_not_fit_is_refused_by_name() -> None:
     net = model()
     optimizer = build_optimizer(net.named_parameters(), OptimConfig())
     step(net, optimizer)
-    part = NamedOptimizerState(optimizer, net.named_parameters())
+    part = NamedOptimizerState(optimizer, net.named_parameters)
     state = part.state_dict()
     lost = dict(state)
     del lost["2.weight"]
@@ -82,7 +82,7 @@ def test_state_that_does_not_fit_is_refused_by_name() -> None:
 def test_state_keeps_its_dtype() -> None:
     net = nn.Linear(4, 2).half()
     optimizer = AdamW(net.parameters())
-    part = NamedOptimizerState(optimizer, net.named_parameters())
+    part = NamedOptimizerState(optimizer, net.named_parameters)
     tiny = {"step": torch.tensor(1.0), "exp_avg": torch.full((2, 4), 1e-9), "exp_avg_sq": torch.full((2, 4), 1e-9)}
     part.load_state_dict({"weight": tiny, "bias": {"step": torch.tensor(1.0)}})
     assert part.state_dict()["weight"]["exp_avg_sq"].dtype == torch.float32

@@ -129,6 +129,10 @@ class CheckpointManager:
             reason = f"going on from step {step}: the best checkpoint so far is of step {best.step}"
             self.records.event("warning", step=step, reason=reason)
 
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint of the run, if there is one."""
+        return next(iter(slots.find_slots(self.folder)), None)
+
     def due(self, step: int, last: bool) -> bool:
         """Return whether to save at `step`; `last` says that the run ends here."""
         if step == self._settled_step:

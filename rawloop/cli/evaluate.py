@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rawloop.adapters import ModelFiles
-from rawloop.build import build_evaluator, build_model, load_samples
+from rawloop.build import build_evaluator, build_model, load_samples, stored_precision
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
@@ -53,9 +53,9 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Evaluator
     family = load_family(config.model)
     cache = CodeCache(codes_folder(config.data), family.codec_hash())
     samples = load_samples(config, family, cache, "eval", _quiet)
-    model, policy, base = build_model(config, world, family, _quiet)
-    if checkpoint is not None:
-        slot = slot_of(Path(config.output).expanduser(), checkpoint)
+    slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)
+    model, policy, base = build_model(config, world, family, [], stored_precision(slot))
+    if slot is not None:
         files = ModelFiles(model, family.load_model)
         if not (slot / files.folder).is_dir():
             raise UserError(

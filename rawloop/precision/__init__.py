@@ -2,6 +2,7 @@
 
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy, StepResult
+from rawloop.precision.preflight import preflight
 from rawloop.precision.scaler import LossScaleConfig
 
-__all__ = ["MODES", "LossScaleConfig", "Mode", "PrecisionConfig", "PrecisionPolicy", "StepResult"]
+__all__ = ["MODES", "LossScaleConfig", "Mode", "PrecisionConfig", "PrecisionPolicy", "StepResult", "preflight"]

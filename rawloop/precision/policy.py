@@ -1,32 +1,49 @@
 """The precision policy: which dtype weights have, what runs under autocast, and when an update is applied.
 
 Modes are rows of a table, so the loop, the evaluator and a foreign loop call the same verbs whatever the mode is:
-`prepare`, `autocast`, `backward`, `step`. `prepare` runs before DDP and the optimizer exist.
+`prepare`, `autocast`, `backward`, `step`. `prepare` runs before DDP and the optimizer exist. A mode that turns out not
+to work is left for the next one of `precision.fallback`, by all ranks at the same step boundary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+from warnings import warn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rawloop.errors import TrainingError, UserError
-from rawloop.precision.masters import Masters
-from rawloop.precision.modes import MODES, PrecisionConfig, choose_mode
+from rawloop.errors import InterruptedUpdate, TrainingError, UserError
+from rawloop.precision.choice import Choice
+from rawloop.precision.masters import HALF, KINDS, Trained, share_of_lost_updates
+from rawloop.precision.modes import DTYPES, MODES, Mode, PrecisionConfig, describe, examine, stream_weights
+from rawloop.precision.optimizers import clear, exchange
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
+UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did. `grad_norm` is the global L2 norm before clipping."""
+    """What one optimizer step did. `grad_norm` is the global L2 norm before clipping.
+
+    `fell_back` says `amp_fp16 -> bf16` if the step was the last one of its mode. A DDP wrapper must then be built anew:
+    weights may have changed their dtype.
+    """
 
     applied: bool
     grad_norm: float
     skipped_because: str | None = None
+    fell_back: str | None = None
+
+
+def one_rank(flags: Sequence[bool]) -> Sequence[bool]:
+    """The agreement of a single process."""
+    return flags
 
 
 class PrecisionPolicy:
@@ -35,34 +52,58 @@ class PrecisionPolicy:
     Args:
         config: the wanted mode.
         device: where the model runs.
-        agree: tells whether something is true on any rank; the default is right for a single process. All ranks must
-            take the same decision at each step.
+        agree: tells of each of some flags whether it is true on any rank; the default is right for a single process.
+            All ranks must take the same decision at each step.
         grad_scaler: your own torch GradScaler, for amp_fp16.
+        resume: what `state_dict` returned, of a run that will go on: in the mode that it had fallen back to, if it
+            had. Call `load_state_dict` with it as well, when weights and optimizer are loaded.
+        say: is given what the user should know, a sentence at a time.
+
+    Raises:
+        UserError: the device does not compute the wanted mode, or the settings contradict each other.
     """
 
     def __init__(
         self,
         config: PrecisionConfig,
         device: torch.device,
-        agree: Callable[[bool], bool] = bool,
+        agree: Callable[[Sequence[bool]], Sequence[bool]] = one_rank,
         grad_scaler: Any = None,
+        resume: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = warn,
     ) -> None:
-        self.config, self.device, self.agree = config, device, agree
-        self.name, self.reason = choose_mode(config, device)
-        self.mode = MODES[self.name]
-        self.skips_in_a_row = 0
-        self.masters = Masters([])
-        self.own_scaler = LossScaler(config.loss_scale) if self.mode.scaler == "own" else None
-        self.grad_scaler: GuardedGradScaler | None = None
-        if self.mode.scaler == "torch":
-            self.grad_scaler = GuardedGradScaler(config.loss_scale, device, grad_scaler)
-        elif grad_scaler is not None:
+        self.config, self.device, self.agree, self.say = config, device, agree, say
+        self.choice = Choice(config, describe(device), resume)
+        self.model: nn.Module | None = None
+        self.trained = Trained([], torch.float32, device)
+        self.scaler: LossScaler | None = None
+        self.skips_in_a_row = self.bad_losses_in_a_row = 0
+        self._theirs = grad_scaler
+        self._loss: Tensor | None = None  # the sum of the window's losses, not finite if one of them is not
+        self._adopted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        if grad_scaler is not None and "amp_fp16" not in (self.name, *self.choice.left):
             raise UserError(f"a GradScaler was handed in and precision.mode is '{self.name}': it goes with amp_fp16")
 
     @property
-    def scaler(self) -> LossScaler | GuardedGradScaler | None:
-        """The loss scaler of the mode, if it has one."""
-        return self.own_scaler or self.grad_scaler
+    def name(self) -> str:
+        """The name of the mode; `auto` until the model is prepared."""
+        return self.choice.name
+
+    @property
+    def reason(self) -> str:
+        """Why it is this mode."""
+        return self.choice.reason
+
+    @property
+    def mode(self) -> Mode:
+        """The row of the table.
+
+        Raises:
+            UserError: it is not known yet.
+        """
+        if self.model is None:
+            raise UserError(UNPREPARED)
+        return MODES[self.name]
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Cast the model's weights as the mode asks, in place, before DDP and the optimizer exist.
@@ -71,6 +112,8 @@ class PrecisionPolicy:
             UserError: nothing is trainable, a trainable weight is of a dtype that is never right, or the mode cannot
                 train these weights.
         """
+        if self.model is not None:
+            raise UserError("prepare was called twice: put several models into one torch.nn.ModuleList")
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = self.config.tf32
             torch.backends.cudnn.allow_tf32 = self.config.tf32
@@ -80,40 +123,94 @@ class PrecisionPolicy:
         for name, parameter in trainable:
             if parameter.dtype not in FLOATS:
                 raise UserError(
-                    f"trainable weight {name} is {parameter.dtype}: only 16- and 32-bit floats can be trained"
+                    f"trainable weight {name} is {parameter.dtype}: only 16- and 32-bit floats can be trained; cast it "
+                    "with .float(), or freeze it"
                 )
-        self._cast(model, trainable)
-        model = model.to(self.device)
-        self.masters = Masters((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        return model
+        self.choice.settle(examine(model))
+        self.model = model
+        self._enter()
+        return model.to(self.device)
 
-    def _cast(self, model: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -> None:
-        stream = _stream_weights(model)
-        mixed = [name for name, parameter in trainable if id(parameter) in stream]
-        wanted_trainable = self.mode.trainable
-        if self.name == "native_fp16" and _mostly_trained(model):
-            wanted_trainable = torch.float16
-        elif self.name == "native_fp16" and mixed:
-            raise UserError(
-                f"precision.mode is 'native_fp16' and {mixed[0]} is trained beside a frozen FP16 base: in float32 it "
-                "would not fit the base's hidden states; use amp_fp16, or leave it frozen"
-            )
-        for parameter in model.parameters():
-            wanted = wanted_trainable if parameter.requires_grad else self.mode.frozen
-            if mixed and id(parameter) in stream:
-                wanted = wanted_trainable
-            if wanted is not None and parameter.dtype in FLOATS:
+    def _enter(self) -> None:
+        """Cast the model for the mode that `name` says, and make what the mode needs."""
+        assert self.model is not None
+        dtype = self._trainable_dtype()
+        stream = stream_weights(self.model)
+        mixed = any(p.requires_grad for p in stream.values())
+        for parameter in self.model.parameters():
+            wanted = dtype if mixed and id(parameter) in stream else self.mode.frozen
+            if not parameter.requires_grad and wanted is not None and parameter.dtype in FLOATS:
                 parameter.data = parameter.data.to(wanted)
+        named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self.trained = KINDS[self.config.masters](named, dtype, self.device)
+        loss_scale = self.config.loss_scale
+        self.scaler = None
+        if self.mode.scaler == "own":
+            self.scaler = LossScaler(loss_scale)
+        elif self.mode.scaler == "torch":
+            self.scaler = GuardedGradScaler(loss_scale, self.device, self._theirs)
+
+    def _trainable_dtype(self) -> torch.dtype:
+        assert self.model is not None
+        weights = examine(self.model)
+        wanted = self.config.trainable_dtype if self.name == self.config.mode else "auto"
+        if wanted == "auto":
+            wanted = "fp16" if self.name == "native_fp16" and weights.mostly_trained else "fp32"
+        if self.name == "native_fp16" and wanted == "fp32" and (weights.trained_stream or weights.mostly_trained):
+            raise UserError(
+                f"precision.mode is 'native_fp16' and {weights.trained_stream or 'most weights'} would be trained in "
+                "float32 beside FP16 weights: its output would not fit their hidden states. Use amp_fp16, leave it "
+                "frozen, or set precision.trainable_dtype to fp16 (with masters)"
+            )
+        return DTYPES[wanted]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What the optimizer must hold after `prepare`: the trainable weights, or their float32 masters, by name."""
-        return self.masters.named_parameters()
+        """What the optimizer must hold after `prepare`: the trainable weights, or what stands for them, by name."""
+        return self.trained.named_parameters()
+
+    def adopt(self, *optimizers: Optimizer) -> None:
+        """Let optimizers that were built over the model's own weights hold what stands for them: float32 masters.
+
+        `step` does it by itself. Call it yourself before you load an optimizer's state: torch casts a state to the
+        dtype of the weights that it finds, and in 16 bits most of it is zero.
+
+        Raises:
+            UserError: an optimizer holds weights that the model does not train, a weight was cast after `prepare`, or
+                a state has been loaded in 16 bits.
+        """
+        if self.model is None:
+            raise UserError(UNPREPARED)
+        held = dict(self.named_parameters())
+        stand_ins = {id(weight): held[name] for name, weight in self.trained.weights.items()}
+        known = {id(parameter) for parameter in held.values()} | set(stand_ins)
+        cast = next((n for n, weight in self.trained.weights.items() if weight.dtype != self.trained.dtype), None)
+        if cast is not None:
+            raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
+        for optimizer in optimizers:
+            holds = [p for group in optimizer.param_groups for p in group["params"]]
+            strange = [tuple(p.shape) for p in holds if id(p) not in known]
+            if strange:
+                raise UserError(
+                    f"the optimizer holds {len(holds)} weights, {len(strange)} of which (first of shape {strange[0]}) "
+                    f"are not among the {len(held)} that the prepared model trains: build it after policy.prepare, "
+                    "over policy.named_parameters()"
+                )
+            exchange(optimizer, stand_ins, loaded=True)
+            self._adopted[optimizer] = len(holds)
+            if self.trained.dtype in HALF and not self.trained.stand_ins:
+                self._warn_of_lost_updates(max(group["lr"] for group in optimizer.param_groups))
+
+    def _warn_of_lost_updates(self, lr: float) -> None:
+        share = share_of_lost_updates((w.detach() for w in self.trained.weights.values()), float(lr))
+        self.say(
+            f"{self.trained.dtype} weights are trained without masters: at a learning rate of {float(lr):g} about "
+            f"{share:.0%} of updates round to nothing; precision.masters 'residual' or 'fp32' keeps them"
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context for every forward pass: training, evaluation and generation alike."""
-        if self.mode.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.mode.autocast)
+        dtype = self.mode.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass, on the scaled loss where the mode scales.
@@ -121,11 +218,8 @@ class PrecisionPolicy:
         Raises:
             TrainingError: the loss hangs on no trainable weight, so nothing would be learnt from it.
         """
-        if loss.grad_fn is None:
-            raise TrainingError(
-                "the loss is not connected to any trainable weight (it has no grad_fn): "
-                "it was detached, made anew, or all weights that it depends on are frozen"
-            )
+        value = connected(loss).detach().float()
+        self._loss = value if self._loss is None else self._loss + value
         torch.autograd.backward(self.scaler.apply(loss) if self.scaler else loss.float())
 
     def step(self, optimizer: Optimizer | Sequence[Optimizer], max_norm: float | None = None) -> StepResult:
@@ -139,93 +233,180 @@ class PrecisionPolicy:
             whether the update was applied. Gradients that are not finite on any rank are applied on none.
 
         Raises:
-            TrainingError: no weight has a gradient, or `max_skips` steps in a row were skipped.
+            UserError: see `adopt`.
+            TrainingError: some rank's weights have no gradient at all, or the mode has to be given up and no other is
+                left in `precision.fallback`.
+            InterruptedUpdate: the optimizer failed in the middle of the update.
         """
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        held = [p for each in optimizers for group in each.param_groups for p in group["params"]]
-        gradients = [gradient for p in held if (gradient := self.masters.gradient(p)) is not None]
-        if not gradients:
+        held = self._held(optimizers)
+        norm, loss_is_finite, refusal = self._measure(optimizers, held)
+        flags = [not math.isfinite(norm), not loss_is_finite, refusal is not None, norm < 0]
+        nonfinite, bad_loss, refused, unconnected = self.agree(flags)  # the one agreement: every rank decides alike
+        if refused or unconnected:
+            self._recover(optimizers)
+        if unconnected:
             raise TrainingError(
-                "no weight of the optimizer got a gradient: was it built before the model was prepared?"
+                "on one rank at least, no weight of the optimizer got a gradient: every weight that the loss hangs on "
+                "is frozen, or belongs to another model"
             )
-        scale = self.own_scaler.scale if self.own_scaler else 1.0
-        if self.grad_scaler:
-            for each in optimizers:
-                self.grad_scaler.grad_scaler.unscale_(each)
-        norm = global_norm(gradients).item() / scale  # the one host sync of a step: what is applied must be known
-        applied = not self.agree(not math.isfinite(norm))
-        if applied:
-            # Clipping and unscaling are one factor, multiplied in float32: in FP16 it would flush gradients to zero.
-            clip = max_norm / norm if max_norm and norm > max_norm else 1.0
-            self.masters.hand_over(held, clip / scale)
-            for each in optimizers:
-                self.grad_scaler.grad_scaler.step(each) if self.grad_scaler else each.step()
-            self.masters.write_weights()
-        if self.scaler:
-            self.scaler.update(applied)
-        self._clear(optimizers)
-        if not applied:
-            self._count_skip(norm)
-            return StepResult(False, norm, f"the gradients' norm is {norm}")
-        self.skips_in_a_row = 0
+        if refused:
+            return self._give_up(optimizers, f"unscaling failed: {refusal or 'on another rank'}", norm)
+        if nonfinite:
+            return self._skip(optimizers, norm, bad_loss)
+        self._apply(optimizers, held, norm, max_norm)
+        self.skips_in_a_row = self.bad_losses_in_a_row = 0
         return StepResult(True, norm)
 
-    def _clear(self, optimizers: list[Optimizer]) -> None:
-        self.masters.clear_gradients()
-        for each in optimizers:
-            each.zero_grad(set_to_none=True)
+    def _held(self, optimizers: list[Optimizer]) -> list[nn.Parameter]:
+        for optimizer in optimizers:
+            if self._adopted.get(optimizer) != sum(len(group["params"]) for group in optimizer.param_groups):
+                self.adopt(optimizer)
+        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    def _count_skip(self, norm: float) -> None:
+    def _measure(self, optimizers: list[Optimizer], held: list[nn.Parameter]) -> tuple[float, bool, str | None]:
+        """Unscale where torch's scaler does it; the gradients' norm (-1 without any), whether the loss is finite, and
+        what the scaler refused.
+        """
+        loss, self._loss = self._loss, None
+        gradients = [gradient for p in held if (gradient := self.trained.gradient(p)) is not None]
+        if not gradients:
+            return -1.0, True, None
+        scale = self.scaler.scale if self.scaler else 1.0
+        if isinstance(self.scaler, GuardedGradScaler):
+            scale = 1.0
+            try:
+                for optimizer in optimizers:
+                    self.scaler.unscale(optimizer)
+            except SCALER_ERRORS as error:
+                return 0.0, True, f"{type(error).__name__}: {error}"
+        norm = global_norm(gradients)
+        # The one wait for the device in a step: what is applied must be known.
+        measured, total = torch.stack([norm, norm if loss is None else loss.to(norm.device)]).tolist()
+        return measured / scale, loss is None or math.isfinite(total), None
+
+    def _apply(
+        self, optimizers: list[Optimizer], held: list[nn.Parameter], norm: float, max_norm: float | None
+    ) -> None:
+        # Clipping and unscaling are one factor, multiplied in float32: in FP16 it would flush gradients to zero.
+        factor = max_norm / norm if max_norm and norm > max_norm else 1.0
+        if self.scaler and not isinstance(self.scaler, GuardedGradScaler):
+            factor /= self.scaler.scale
+
+        def step() -> None:
+            for optimizer in optimizers:
+                optimizer.step()
+
+        try:
+            self.trained.update(held, factor, step)
+        except Exception as error:
+            raise InterruptedUpdate(
+                f"the optimizer failed in the middle of an update ({type(error).__name__}: {error}): weights and their "
+                "running means may be half-updated and must not be used"
+            ) from error
+        if self.scaler:
+            self.scaler.update(True)
+        clear(optimizers)
+        self.trained.clear_gradients()
+
+    def _skip(self, optimizers: list[Optimizer], norm: float, bad_loss: bool) -> StepResult:
+        if self.scaler:
+            self.scaler.update(False)
+        self._recover(optimizers)
         self.skips_in_a_row += 1
+        self.bad_losses_in_a_row = self.bad_losses_in_a_row + 1 if bad_loss else 0
+        reason = f"the gradients' norm is {norm}"
+        if math.isfinite(norm):
+            reason = "the gradients are not finite on another rank"
+        if self.choice.left and self.bad_losses_in_a_row >= self.config.max_nonfinite_losses:
+            return self._give_up(optimizers, f"{self.bad_losses_in_a_row} losses in a row were not finite", norm)
         if self.skips_in_a_row >= self.config.max_skips:
+            reason = f"{self.skips_in_a_row} steps in a row had gradients that are not finite (norm {norm})"
+            return self._give_up(optimizers, reason, norm)
+        return StepResult(False, norm, reason)
+
+    def _recover(self, optimizers: list[Optimizer]) -> None:
+        """Drop the whole window and leave scaler and optimizers as if it had not been begun."""
+        self._loss = None
+        if self.scaler:
+            self.scaler.clear()
+        clear(optimizers)
+        self.trained.clear_gradients()
+
+    def _give_up(self, optimizers: list[Optimizer], reason: str, norm: float) -> StepResult:
+        """Leave the mode for the next of the chain, at this step boundary.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        before, name = dict(self.named_parameters()), self.name
+        if not self.advance(reason):
             raise TrainingError(
-                f"{self.skips_in_a_row} steps in a row had gradients that are not finite (norm {norm}): training "
-                "cannot go on; resume from the last checkpoint with a lower learning rate or other precision.mode"
+                f"{reason} in precision.mode {self.choice.trail()}, and no mode is left: training cannot go on. Resume "
+                "from the last checkpoint with a lower learning rate, another precision.mode, or more in "
+                "precision.fallback"
             )
+        after = dict(self.named_parameters())
+        for optimizer in optimizers:
+            exchange(optimizer, {id(held): after[key] for key, held in before.items()})
+        return StepResult(False, norm, reason, fell_back=f"{name} -> {self.name}")
+
+    def advance(self, reason: str) -> bool:
+        """Leave the mode for the next one of the chain; False, and nothing changed, if none is left.
+
+        Weights, masters and scaler become those of the new mode. Optimizers that exist must be given the new masters,
+        as `step` does when it falls back, and DDP must be built anew.
+        """
+        if not self.choice.advance(reason):
+            return False
+        self.trained.restore_float32()
+        self.skips_in_a_row = self.bad_losses_in_a_row = 0
+        self._enter()
+        return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mode and its reason, the count of skips, the scaler and the float32 masters."""
+        """Return the mode, why it is that one, the counts of skips, the scaler, and masters or residuals."""
         return {
             "mode": self.name,
             "reason": self.reason,
+            "history": self.choice.history,
             "skips_in_a_row": self.skips_in_a_row,
+            "bad_losses_in_a_row": self.bad_losses_in_a_row,
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "masters": self.masters.state_dict(),
+            "masters": self.trained.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore what `state_dict` returned, after the model's weights.
 
         Raises:
             UserError: the state is of another mode; its optimizer state would not fit.
+            CheckpointError: its masters are of other weights.
         """
         if state["mode"] != self.name:
             raise UserError(
                 f"the checkpoint was trained with precision.mode '{state['mode']}', this run has '{self.name}': "
                 f"resume with --precision.mode {state['mode']}"
             )
-        self.skips_in_a_row = state["skips_in_a_row"]
-        self.masters.load_state_dict(state["masters"])
+        self.choice.history = list(state["history"])
+        self.skips_in_a_row, self.bad_losses_in_a_row = state["skips_in_a_row"], state["bad_losses_in_a_row"]
+        self.trained.load_state_dict(state["masters"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _mostly_trained(model: nn.Module) -> bool:
-    """Whether more weights are trained than frozen: full fine-tuning, where float32 trainables save nothing."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return 2 * trained > sum(parameter.numel() for parameter in model.parameters())
+def connected(loss: Tensor) -> Tensor:
+    """The loss itself.
 
-
-def _stream_weights(model: nn.Module) -> dict[int, nn.Parameter]:
-    """Weights that decide the dtype of the hidden states: embeddings, and vectors such as norms, by identity.
-
-    Models write parts of the hidden states into each other in place, so these must be of one dtype: where one of them
-    is trained in float32, all of them are held in float32.
+    Raises:
+        TrainingError: it hangs on no trainable weight.
     """
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    chosen = [parameter for module in modules for parameter in module.parameters(recurse=False)]
-    chosen += [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    return {id(parameter): parameter for parameter in chosen}
+    if loss.grad_fn is None:
+        raise TrainingError(
+            "the loss is not connected to any trainable weight (it has no grad_fn): "
+            "it was detached, made anew, or all weights that it depends on are frozen"
+        )
+    return loss
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:

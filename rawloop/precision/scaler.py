@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rawloop.errors import UserError
+
+FP16_LOSS_CEILING = 2.0**15
 
 
 @dataclass
@@ -50,29 +53,45 @@ class LossScaler:
 
     def __init__(self, config: LossScaleConfig) -> None:
         self.config = config
-        self.scale = config.init
+        self.scale, self.ceiling = config.init, config.ceiling
+        self.growth, self.backoff, self.growth_interval = 2.0, 0.5, config.growth_interval
         self.good_steps = 0
         self.bad_steps = 0
+        self.window_open = False  # a micro-batch was scaled: until the step the scale must stay
 
     def apply(self, loss: Tensor) -> Tensor:
         """Return the loss times the scale, in float32."""
-        if loss.dtype == torch.float16:  # its gradient is the scale itself, in FP16: 2^16 would be infinite
-            self.scale = min(self.scale, 2.0**15)
+        self._open_window(loss)
         return loss.float() * self.scale
+
+    def _open_window(self, loss: Tensor) -> None:
+        if loss.dtype == torch.float16:  # its gradient is the scale itself, in FP16: 2^16 would be infinite
+            self.ceiling = min(self.ceiling, FP16_LOSS_CEILING)
+            if not self.window_open:
+                self._set(min(self.scale, self.ceiling))
+        self.window_open = True
+
+    def _set(self, scale: float) -> None:
+        self.scale = scale
 
     def update(self, finite: bool) -> None:
         """Move the scale after a step."""
-        config = self.config
+        self.window_open = False
         if finite:
             self.good_steps += 1
             self.bad_steps = 0
-            if self.good_steps >= config.growth_interval:
-                self.scale, self.good_steps = min(self.scale * 2.0, config.ceiling), 0
-            return
-        self.good_steps = 0
-        self.bad_steps += 1
-        if self.bad_steps >= config.hysteresis:
-            self.scale, self.bad_steps = max(self.scale / 2.0, config.floor), 0
+            if self.good_steps >= self.growth_interval:
+                self.scale, self.good_steps = min(self.scale * self.growth, self.ceiling), 0
+        else:
+            self.good_steps = 0
+            self.bad_steps += 1
+            if self.bad_steps >= self.config.hysteresis:
+                self.scale, self.bad_steps = max(self.scale * self.backoff, self.config.floor), 0
+        self._set(self.scale)
+
+    def clear(self) -> None:
+        """Forget a window that was begun and given up; the scale stays."""
+        self.window_open = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return scale and counters."""
@@ -80,42 +99,69 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore scale and counters."""
-        self.scale, self.good_steps, self.bad_steps = state["scale"], state["good_steps"], state["bad_steps"]
+        self.good_steps, self.bad_steps = state["good_steps"], state["bad_steps"]
+        self._set(state["scale"])
 
 
-class GuardedGradScaler:
-    """torch's GradScaler with a floor and a ceiling, driven so that its state machine cannot be left half-way.
+class GuardedGradScaler(LossScaler):
+    """torch's GradScaler, driven so that its state machine cannot be left half-way.
 
-    It unscales in place (trainables are float32, so nothing flushes to zero), and whether a step is applied is decided
-    outside, by all ranks. `theirs` may be a user's own scaler.
+    The numbers of `LossScaler` are the truth and are written into the torch scaler after every step, through its
+    public methods: so there is a floor, the rule is the same on all ranks, and nothing is read back from the device.
+    The torch scaler multiplies the loss and divides the gradients, in place (trainables are float32, so nothing
+    flushes to zero). It never sees the optimizer's step, so no half-done step can leave `grad_scale` or `found_inf`
+    on a fused optimizer. `theirs` may be a user's own scaler; its factors and its interval are kept.
+
+    Raises:
+        UserError: the user's scaler is disabled: it would scale nothing, and most FP16 gradients would be zero.
     """
 
     def __init__(self, config: LossScaleConfig, device: torch.device, theirs: Any = None) -> None:
-        self.config = config
-        self.grad_scaler: Any = theirs or torch.amp.GradScaler(
-            device.type, init_scale=config.init, growth_interval=config.growth_interval
-        )
+        super().__init__(config)
+        self.torch_scaler: Any = theirs if theirs is not None else torch.amp.GradScaler(device.type)
+        if not self.torch_scaler.is_enabled():
+            raise UserError(
+                f"the GradScaler for '{device.type}' is disabled and would scale nothing: build it for the device that "
+                "the model runs on, with enabled=True"
+            )
+        if theirs is not None:
+            state = theirs.state_dict()
+            self.scale, self.good_steps = state["scale"], state["_growth_tracker"]
+            self.growth, self.backoff = state["growth_factor"], state["backoff_factor"]
+            self.growth_interval = state["growth_interval"]
+        self._used = False  # torch's scaler has no scale to set before it has scaled something
+        self._set(self.scale)
 
     def apply(self, loss: Tensor) -> Tensor:
-        """Return the scaled loss."""
-        scaled: Tensor = self.grad_scaler.scale(loss.float())
+        """Return the scaled loss, in float32."""
+        self._open_window(loss)
+        self._used = True
+        scaled: Tensor = self.torch_scaler.scale(loss.float())
         return scaled
 
-    def update(self, finite: bool) -> None:
-        """Move the scale after a step, and clear what the scaler remembers of it, applied or not."""
-        if finite:
-            self.grad_scaler.update()
-            if self.grad_scaler.get_scale() > self.config.ceiling:
-                self.grad_scaler.update(self.config.ceiling)
-        else:
-            lowered = self.grad_scaler.get_scale() * self.grad_scaler.get_backoff_factor()
-            self.grad_scaler.update(max(lowered, self.config.floor))
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide the gradients of an optimizer by the scale, in place.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scaler's own state."""
-        state: dict[str, Any] = self.grad_scaler.state_dict()
-        return state
+        Raises:
+            ValueError, RuntimeError, AssertionError: torch's scaler refuses, as it does for FP16 gradients.
+        """
+        self.torch_scaler.unscale_(optimizer)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the scaler's own state."""
-        self.grad_scaler.load_state_dict(state)
+    def _set(self, scale: float) -> None:
+        self.scale = scale
+        self.torch_scaler.load_state_dict(
+            {
+                "scale": scale,
+                "growth_factor": self.growth,
+                "backoff_factor": self.backoff,
+                "growth_interval": self.growth_interval,
+                "_growth_tracker": self.good_steps,
+            }
+        )
+        if self._used:
+            self.torch_scaler.update(scale)  # the public way to forget what was unscaled
+
+    def clear(self) -> None:
+        """Forget a window that was begun and given up, unscaled or not; the scale stays."""
+        super().clear()
+        self._set(self.scale)

@@ -214,7 +214,7 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
     weights = {"text": 1.0}
     with Records(folder, world, RecordsConfig()) as records:
         parts: dict[str, Any] = {
-            "optimizer": NamedOptimizerState(optimizer, model.named_parameters()),
+            "optimizer": NamedOptimizerState(optimizer, model.named_parameters),
             "precision": policy,
             "train": state,
             "best": best,

@@ -120,11 +120,11 @@ def test_resume_across_an_overflow_is_bit_identical(mode: str) -> None:
     straight = Training(mode, growth_interval=3)
     for step in range(4):
         straight.step(1e30 if step == 2 else 1.0)
-    saved = NamedOptimizerState(straight.optimizer, straight.policy.named_parameters())
+    saved = NamedOptimizerState(straight.optimizer, straight.policy.named_parameters)
     state = copy.deepcopy((straight.model.state_dict(), saved.state_dict(), straight.policy.state_dict()))
     resumed = Training(mode, growth_interval=3)
     resumed.model.load_state_dict(state[0])
-    NamedOptimizerState(resumed.optimizer, resumed.policy.named_parameters()).load_state_dict(state[1])
+    NamedOptimizerState(resumed.optimizer, resumed.policy.named_parameters).load_state_dict(state[1])
     resumed.policy.load_state_dict(state[2])
     for _ in range(4):
         assert straight.step() == resumed.step()
@@ -135,8 +135,12 @@ def test_resume_across_an_overflow_is_bit_identical(mode: str) -> None:
 def test_masters_of_other_weights_are_refused() -> None:
     run = Training("native_fp16")
     state = run.policy.state_dict()
-    state["masters"].pop("lm_head.weight")
+    state["masters"]["kept"].pop("lm_head.weight")
     with pytest.raises(CheckpointError, match=r"1 differ, first lm_head\.weight"):
+        run.policy.load_state_dict(state)
+    state = run.policy.state_dict()
+    state["masters"]["kind"] = "Residuals"
+    with pytest.raises(CheckpointError, match=r"checkpoint's residuals do not fit this model's masters; set precision"):
         run.policy.load_state_dict(state)
 
 
@@ -195,16 +199,21 @@ def test_contradictions_are_refused() -> None:
     model = tiny_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
-    with pytest.raises(UserError, match=r"input_layernorm\.weight is trained beside a frozen FP16 base"):
+    with pytest.raises(UserError, match=r"input_layernorm\.weight would be trained in float32 beside FP16 weights"):
         PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU).prepare(model)
 
 
 def test_gradients_are_unscaled_in_float32() -> None:
     weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
-    masters = Masters([("w", weight)])
+    masters = Masters([("w", weight)], torch.float16, CPU)
     weight.grad = torch.full((4,), 2.0**-10, dtype=torch.float16)
     ((_, held),) = masters.named_parameters()
-    masters.hand_over([held], 2.0**-15)
-    assert held.grad is not None
-    assert held.grad.tolist() == [2.0**-25] * 4  # zero in FP16
-    assert weight.grad is None
+    seen: list[list[float]] = []
+
+    def look() -> None:
+        assert held.grad is not None
+        assert weight.grad is None
+        seen.append(held.grad.tolist())
+
+    masters.update([held], 2.0**-15, look)
+    assert seen == [[2.0**-25] * 4]  # zero in FP16

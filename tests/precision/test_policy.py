@@ -67,6 +67,7 @@ def test_prepare_keeps_parameter_identity() -> None:
 
 def test_auto_says_why_and_takes_fp32_on_the_cpu() -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode="auto"), CPU)
+    policy.prepare(tiny_llama())
     assert policy.name == "fp32"
     assert "cpu" in policy.reason
 
@@ -95,6 +96,7 @@ def test_clipping_equals_torch() -> None:
     ours, theirs = tiny_llama(), tiny_llama()
     theirs.load_state_dict(ours.state_dict())
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    policy.prepare(ours)
     policy.backward(loss_of(ours) * 100)
     loss_of(theirs).mul(100).backward()  # type: ignore[no-untyped-call]
     first, second = SGD(ours.parameters(), lr=0.1), SGD(theirs.parameters(), lr=0.1)
@@ -111,6 +113,7 @@ def test_clipping_equals_torch() -> None:
 def test_a_step_that_is_not_finite_changes_nothing_and_is_told(poison: float) -> None:
     model = tiny_llama()
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    policy.prepare(model)
     optimizer = AdamW(model.parameters(), lr=1e-3)
     before = [p.detach().clone() for p in model.parameters()]
     policy.backward(loss_of(model) * poison)
@@ -126,7 +129,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(poison: float) ->
 
 def test_another_rank_can_stop_a_step_here() -> None:
     model = tiny_llama()
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda bad: True)
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [True, *flags[1:]])
+    policy.prepare(model)
     policy.backward(loss_of(model))
     assert not policy.step(AdamW(model.parameters()), 1.0).applied
 
@@ -134,11 +138,13 @@ def test_another_rank_can_stop_a_step_here() -> None:
 def test_too_many_skips_in_a_row_end_the_run() -> None:
     model = tiny_llama()
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32", max_skips=3), CPU)
+    policy.prepare(model)
     optimizer = AdamW(model.parameters())
     for _ in range(2):
         policy.backward(loss_of(model) * float("nan"))
         policy.step(optimizer)
     other = PrecisionPolicy(PrecisionConfig(mode="fp32", max_skips=3), CPU)
+    other.prepare(model)
     other.load_state_dict(policy.state_dict())
     other.backward(loss_of(model) * float("nan"))
     with pytest.raises(TrainingError, match="3 steps in a row"):
@@ -147,10 +153,13 @@ def test_too_many_skips_in_a_row_end_the_run() -> None:
 
 def test_a_disconnected_loss_is_refused() -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    model = policy.prepare(tiny_llama())
     with pytest.raises(TrainingError, match="not connected to any trainable weight"):
         policy.backward(torch.tensor(0.0, requires_grad=True))
+    with pytest.raises(TrainingError, match="not connected to any trainable weight"):
+        policy.backward(loss_of(model).detach())
     with pytest.raises(TrainingError, match="no weight of the optimizer got a gradient"):
-        policy.step(AdamW(tiny_llama().parameters()))
+        policy.step(AdamW(model.parameters()))
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:

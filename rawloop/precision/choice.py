@@ -1,0 +1,73 @@
+"""Which mode a policy is in, why, and which modes are left: `precision.mode` and its chain of fallbacks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rawloop.errors import UserError
+from rawloop.precision.modes import AUTO_FALLBACK, MODES, Hardware, Name, PrecisionConfig, Weights, choose_auto
+
+
+class Choice:
+    """The mode `name`, the `reason` for it, the modes `left` after it, and the `history` of those that were left.
+
+    Args:
+        config: the wanted mode and its fallbacks.
+        hardware: what the device is.
+        resume: a policy's state, of a run that goes on in the mode that it had fallen back to.
+
+    Raises:
+        UserError: the hardware computes neither the mode nor any of its fallbacks natively.
+    """
+
+    def __init__(self, config: PrecisionConfig, hardware: Hardware, resume: Mapping[str, Any] | None = None) -> None:
+        self.config, self.hardware = config, hardware
+        self.name: str = config.mode
+        self.reason = f"precision.mode is '{config.mode}'"
+        self.left: list[Name] = list(config.fallback or [])
+        self.history: list[dict[str, str]] = []
+        if not self._computed(self.name) and not self.advance(f"{hardware.name} does not compute {self.name} natively"):
+            raise UserError(
+                f"precision.mode is '{config.mode}', which {hardware.name} does not compute natively: "
+                f"use one of {self.modes_that_work()}, or name them in precision.fallback"
+            )
+        if resume is not None and resume["history"] and resume["mode"] != self.name:
+            self._resume(resume)
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        mode, self.history = state["mode"], list(state["history"])
+        if self.name == "auto" and self.config.fallback is None:
+            self.left = AUTO_FALLBACK[self.history[0]["from"]]
+        self.left = self.left[self.left.index(mode) + 1 :] if mode in self.left else []
+        self.name, self.reason = mode, state["reason"]
+
+    def _computed(self, mode: str) -> bool:
+        return mode != "bf16" or self.hardware.bf16
+
+    def modes_that_work(self) -> str:
+        """The names of the modes that the hardware computes natively, for messages."""
+        return ", ".join(filter(self._computed, MODES))
+
+    def settle(self, weights: Weights) -> None:
+        """Make a mode out of `auto`, from the hardware and the model's weights."""
+        if self.name != "auto":
+            return
+        self.name, why = choose_auto(self.hardware, weights)
+        self.reason = f"precision.mode is 'auto': {why}"
+        if self.config.fallback is None:
+            self.left = list(AUTO_FALLBACK[self.name])
+
+    def advance(self, why: str) -> bool:
+        """Go on in the next mode of the chain that the hardware computes; False if none is left."""
+        computed = [mode for mode in self.left if self._computed(mode)]
+        if not computed:
+            return False
+        name = computed[0]
+        self.history.append({"from": self.name, "to": name, "reason": why})
+        self.reason = f"fell back from {self.name}: {why}"
+        self.left = self.left[self.left.index(name) + 1 :]
+        self.name = name
+        return True
+
+    def trail(self) -> str:
+        """All modes so far: `amp_fp16 -> bf16`."""
+        return " -> ".join([*(step["from"] for step in self.history), self.name])
