@@ -272,6 +272,11 @@ class PrecisionPolicy:
         gradients = [gradient for p in held if (gradient := self.trained.gradient(p)) is not None]
         if not gradients:
             return -1.0, True, None
+        if self.scaler and not self.scaler.window_open:
+            raise UserError(
+                "the gradients were not made by policy.backward(loss), so that nobody knows their scale: replace "
+                "loss.backward() by policy.backward(loss)"
+            )
         scale = self.scaler.scale if self.scaler else 1.0
         if isinstance(self.scaler, GuardedGradScaler):
             scale = 1.0

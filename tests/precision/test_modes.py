@@ -1,0 +1,167 @@
+"""Choosing a mode: by card, by stored dtype, by what is trained; contradictions; hardware without bfloat16."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rawloop.errors import UserError
+from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
+from rawloop.precision.choice import Choice
+from rawloop.precision.modes import MODES, Hardware, Weights, describe, examine
+
+TITAN = Hardware("cuda", "NVIDIA TITAN RTX", bf16=False)
+H200 = Hardware("cuda", "NVIDIA H200", bf16=True)
+MAC = Hardware("mps", "this Apple GPU", bf16=True)
+OLD_MAC = Hardware("mps", "this Apple GPU", bf16=False)
+CPU = Hardware("cpu", "the cpu", bf16=True)
+LORA_FP16 = Weights({torch.float16}, mostly_trained=False, trained_stream=None)
+LORA_BF16 = Weights({torch.bfloat16}, mostly_trained=False, trained_stream=None)
+LORA_EMBEDDING = Weights({torch.float16}, mostly_trained=False, trained_stream="embed_tokens.weight")
+FULL = Weights(set(), mostly_trained=True, trained_stream="embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "weights", "mode", "reason"),
+    [
+        (H200, LORA_BF16, "bf16", "NVIDIA H200 computes bfloat16 natively"),
+        (H200, FULL, "bf16", "NVIDIA H200 computes bfloat16 natively"),
+        (MAC, LORA_BF16, "bf16", "this Apple GPU computes bfloat16 natively"),
+        (
+            OLD_MAC,
+            LORA_FP16,
+            "native_fp16",
+            "this Apple GPU has no native bfloat16; the frozen weights are stored in FP16",
+        ),
+        (TITAN, LORA_FP16, "native_fp16", "TITAN RTX has no native bfloat16; the frozen weights are stored in FP16"),
+        (TITAN, LORA_BF16, "amp_fp16", "stored in bfloat16, whose range FP16 may not hold"),
+        (TITAN, LORA_EMBEDDING, "amp_fp16", "embed_tokens.weight is trained, whose float32 output needs autocast"),
+        (TITAN, FULL, "amp_fp16", "most weights are trained, in float32 under FP16 autocast"),
+        (CPU, LORA_BF16, "fp32", "on the cpu no mode is faster than fp32 everywhere"),
+    ],
+)
+def test_auto_chooses_and_says_why(hardware: Hardware, weights: Weights, mode: str, reason: str) -> None:
+    choice = Choice(PrecisionConfig(), hardware)
+    assert choice.name == "auto"
+    choice.settle(weights)
+    assert choice.name == mode
+    assert choice.reason.startswith("precision.mode is 'auto': ")
+    assert reason in choice.reason
+
+
+def test_one_config_for_every_card() -> None:
+    config = PrecisionConfig(mode="bf16", fallback=["native_fp16", "fp32"])
+    assert Choice(config, H200).name == "bf16"
+    choice = Choice(config, TITAN)
+    assert (choice.name, choice.left) == ("native_fp16", ["fp32"])
+    assert choice.reason == "fell back from bf16: NVIDIA TITAN RTX does not compute bf16 natively"
+    assert choice.history == [
+        {"from": "bf16", "to": "native_fp16", "reason": "NVIDIA TITAN RTX does not compute bf16 natively"}
+    ]
+
+
+def test_bf16_that_the_card_lacks_is_refused_with_what_works() -> None:
+    message = (
+        r"^precision\.mode is 'bf16', which NVIDIA TITAN RTX does not compute natively: use one of fp32, amp_fp16, "
+        r"native_fp16, or name them in precision\.fallback$"
+    )
+    with pytest.raises(UserError, match=message):
+        Choice(PrecisionConfig(mode="bf16"), TITAN)
+
+
+def test_a_chain_passes_over_what_the_card_lacks() -> None:
+    choice = Choice(PrecisionConfig(mode="amp_fp16", fallback=["bf16", "fp32"]), TITAN)
+    assert choice.advance("it overflows")
+    assert (choice.name, choice.left) == ("fp32", [])
+    assert not choice.advance("again")
+    assert choice.trail() == "amp_fp16 -> fp32"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "weights", "chain"),
+    [
+        (TITAN, FULL, "amp_fp16 -> fp32"),
+        (TITAN, LORA_FP16, "native_fp16 -> amp_fp16 -> fp32"),
+        (H200, FULL, "bf16 -> fp32"),
+    ],
+)
+def test_auto_has_a_chain_of_its_own_and_a_named_mode_has_none(
+    hardware: Hardware, weights: Weights, chain: str
+) -> None:
+    choice = Choice(PrecisionConfig(), hardware)
+    choice.settle(weights)
+    while choice.advance("it does not work"):
+        pass
+    assert choice.trail() == chain
+    assert not Choice(PrecisionConfig(mode="amp_fp16"), hardware).advance("it does not work")
+    none = Choice(PrecisionConfig(fallback=[]), hardware)
+    none.settle(weights)
+    assert not none.advance("it does not work")
+
+
+def test_a_run_that_auto_began_resumes_in_the_mode_it_fell_back_to() -> None:
+    choice = Choice(PrecisionConfig(), TITAN)
+    choice.settle(LORA_FP16)
+    choice.advance("overflow")
+    state = {"mode": choice.name, "reason": choice.reason, "history": choice.history}
+    resumed = Choice(PrecisionConfig(), TITAN, state)
+    resumed.settle(LORA_FP16)
+    assert (resumed.name, resumed.left, resumed.reason) == ("amp_fp16", ["fp32"], choice.reason)
+
+
+def test_this_device_is_described_and_models_are_examined() -> None:
+    assert describe(torch.device("cpu")) == CPU
+    model = nn.ModuleDict({"e": nn.Embedding(4, 2), "a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    assert examine(model) == Weights(set(), mostly_trained=True, trained_stream="e.weight")
+    model.half().requires_grad_(False).get_submodule("a").requires_grad_(True)
+    assert examine(model) == Weights({torch.float16}, mostly_trained=False, trained_stream=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "fp8"}, r"precision\.mode is 'fp8': it must be auto, fp32, bf16, amp_fp16, native_fp16"),
+        ({"mode": "amp_fp16", "fallback": ["fp16"]}, r"fallback has 'fp16': it must be of fp32"),
+        (
+            {"mode": "amp_fp16", "fallback": ["bf16", "amp_fp16"]},
+            r"amp_fp16 -> bf16 -> amp_fp16\): nothing is tried twice",
+        ),
+        (
+            {"mode": "fp32", "fallback": ["bf16"]},
+            r"fallback goes on after fp32 \(fp32 -> bf16\): it is the last resort",
+        ),
+        (
+            {"mode": "amp_fp16", "trainable_dtype": "fp16"},
+            r"which trains fp32: GradScaler refuses them \(`Attempting to",
+        ),
+        (
+            {"mode": "bf16", "trainable_dtype": "fp16"},
+            r"'fp16' and precision\.mode is 'bf16', which trains fp32 or bf16",
+        ),
+        ({"mode": "fp32", "trainable_dtype": "bf16"}, r"which trains fp32; mode bf16 can train bfloat16 weights"),
+        ({"trainable_dtype": "bf16"}, r"precision\.mode is 'auto': name the mode"),
+        ({"mode": "native_fp16", "masters": "none"}, r"FP16 weights without masters or residual lose most of their"),
+        ({"mode": "native_fp16", "masters": "none", "trainable_dtype": "fp16"}, r"only bf16 trainables go without"),
+        ({"mode": "bf16", "masters": "none"}, r"precision\.masters is 'none'"),
+        ({"mode": "amp_fp16", "masters": "residual"}, r"'residual' and precision\.mode is 'amp_fp16' with float32"),
+        ({"mode": "bf16", "loss_scale": LossScaleConfig(init=2.0)}, r"loss_scale is set and precision\.mode is 'bf16'"),
+        ({"mode": "bf16", "max_skips": 0}, r"precision\.max_skips is 0: it must be 1 or more"),
+        ({"mode": "bf16", "max_nonfinite_losses": 0}, r"precision\.max_nonfinite_losses is 0"),
+    ],
+)
+def test_contradictions_are_refused_with_both_values(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PrecisionConfig(**settings)
+
+
+def test_a_chain_may_use_what_its_first_mode_has_no_use_for() -> None:
+    PrecisionConfig(mode="bf16", fallback=["native_fp16"], masters="residual", loss_scale=LossScaleConfig(init=2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_trainables_of_a_dtype_that_is_never_right_are_refused(dtype: torch.dtype) -> None:
+    for mode in MODES:
+        policy = PrecisionPolicy(PrecisionConfig(mode=mode), torch.device("cpu"))  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=rf"trainable weight weight is {dtype}: only 16- and 32-bit floats"):
+            policy.prepare(nn.Linear(2, 2, dtype=dtype))

@@ -1,0 +1,100 @@
+"""The trial before DDP: an operation that the device lacks leads to the next mode, and the trial leaves no trace."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rawloop.errors import TrainingError, UserError
+from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
+
+CPU = torch.device("cpu")
+
+
+class Scaled(nn.Module):
+    """A layer with a function that no CPU computes in 16 bits, with dropout and a buffer that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.spare = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.norm(torch.special.erfcx(self.layer(x))), 0.5).square().mean()
+
+
+def prepared(mode: Any, **settings: Any) -> tuple[PrecisionPolicy, nn.Module]:
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode, **settings), CPU)
+    torch.manual_seed(0)
+    return policy, policy.prepare(Scaled())
+
+
+def test_an_operation_that_the_device_lacks_leads_to_the_next_mode() -> None:
+    policy, model = prepared("amp_fp16", fallback=["bf16", "fp32"])
+    unused = preflight(policy, lambda: model(torch.ones(8, 4)))
+    assert policy.name == "fp32"
+    assert [step["to"] for step in policy.choice.history] == ["bf16", "fp32"]
+    assert "the cpu cannot run the model in it" in policy.choice.history[0]["reason"]
+    assert "Half" in policy.choice.history[0]["reason"]
+    assert "BFloat16" in policy.reason
+    assert unused == ["spare.weight", "spare.bias"]
+
+
+def test_without_a_chain_it_is_the_users_to_choose() -> None:
+    policy, model = prepared("amp_fp16")
+    message = (
+        r"^precision\.mode is 'amp_fp16', in which the cpu cannot run this model \(.*Half.*\): choose another of fp32"
+    )
+    with pytest.raises(UserError, match=message):
+        preflight(policy, lambda: model(torch.ones(8, 4)))
+
+
+def test_dtypes_that_do_not_fit_each_other_are_found() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU)
+    model = policy.prepare(nn.Linear(4, 1))
+    with pytest.raises(UserError, match=r"'native_fp16', in which the cpu cannot run this model \(.*dtype"):
+        preflight(policy, lambda: model(torch.ones(2, 4)).mean())  # float32 inputs of an FP16 model
+
+
+def test_it_leaves_no_trace() -> None:
+    policy, model = prepared("fp32")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    streams = torch.get_rng_state(), random.getstate()
+    preflight(policy, lambda: model(torch.randn(8, 4) + random.random()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert random.getstate() == streams[1]
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: torch.tensor(0.0, requires_grad=True), "not connected to any trainable weight"),
+        (lambda model: model(torch.ones(8, 4)).detach(), "not connected to any trainable weight"),
+        (lambda model: torch.ones(1, requires_grad=True).exp().sum(), "no trained weight got a gradient"),
+    ],
+)
+def test_a_loss_that_hangs_on_nothing_is_refused(make: Any, message: str) -> None:
+    policy, model = prepared("fp32")
+    with pytest.raises(TrainingError, match=message):
+        preflight(policy, lambda: make(model))
+
+
+def test_what_is_not_about_dtypes_stays_what_it_is() -> None:
+    policy, model = prepared("fp32")
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        preflight(policy, lambda: model(torch.ones(8, 5)))
+
+
+def test_another_ranks_lack_is_everybodys() -> None:
+    policy = PrecisionPolicy(
+        PrecisionConfig(mode="bf16", fallback=["fp32"]), CPU, agree=lambda flags: [policy.name == "bf16", flags[1]]
+    )
+    model = policy.prepare(nn.Linear(2, 1))
+    preflight(policy, lambda: model(torch.ones(2, 2)).mean())
+    assert policy.name == "fp32"
+    assert policy.reason.endswith("on another rank")
