@@ -20,7 +20,7 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.demo import SPEECH
 from rawloop.dist import DDPConfig, LossModule, World
-from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Run, TrainConfig, train
@@ -200,6 +200,98 @@ def test_endless_nan_ends_the_run_and_keeps_what_was_saved(base: RunConfig, tmp_
     with pytest.raises(TrainingError, match="4 steps in a row had gradients that are not finite"):
         go(config, change=lambda run: poison(run, set(range(4, 100))))
     assert [slot.name for slot in find_slots(tmp_path)] == ["step-00000002"]
+
+
+def fallback_config(base: RunConfig, output: Path) -> RunConfig:
+    """Native FP16 that may go on in bfloat16, given up after two bad losses; saves at each step."""
+    precision = PrecisionConfig(mode="native_fp16", fallback=["bf16", "fp32"], max_nonfinite_losses=2)
+    plain = replace(base, output=str(output), precision=precision, train=TrainConfig(1, 1, max_steps=5, log_every=1))
+    return replace(plain, evaluation=EvaluationConfig(enabled=False), checkpoint=CheckpointConfig(1, 0))
+
+
+def test_a_run_falls_back_says_so_and_resumes_in_the_mode_it_fell_back_to(base: RunConfig, tmp_path: Path) -> None:
+    straight, stopped = (fallback_config(base, tmp_path / name) for name in ("straight", "stopped"))
+    run = go(straight, change=lambda run: poison(run, {2, 3}))
+    assert (run.state.step, run.state.window, run.state.skipped) == (5, 7, 2)
+    assert run.policy.name == "bf16"
+    events = read_events(tmp_path / "straight")
+    (event,) = [event for event in events if event["kind"] == "fallback"]
+    assert event["step"] == 2
+    assert event["change"] == "native_fp16 -> bf16"
+    assert event["reason"] == "fell back from native_fp16: 2 losses in a row were not finite"
+    lines = read_metrics(tmp_path / "straight")
+    assert [line.get("precision") for line in lines] == ["native_fp16", "native_fp16", "bf16", "bf16", "bf16", "bf16"]
+    assert [line.get("loss_scale") for line in lines[:2]] == [2.0**15] * 2
+    assert lines[2] == {"step": 2, "precision": "bf16", "fallback": "native_fp16 -> bf16"}
+    stored = json.loads((tmp_path / "straight/checkpoints/step-00000003/state/precision.json").read_text())
+    assert (stored["mode"], stored["reason"]) == ("bf16", event["reason"])
+
+    def end_early(run: Run) -> None:
+        poison(run, {2, 3})
+        run.total_steps = 3
+
+    go(stopped, change=end_early)
+    resumed = go(replace(stopped, resume="latest"))
+    assert (resumed.policy.name, resumed.policy.choice.left) == ("bf16", ["fp32"])
+    slot = "checkpoints/step-00000005"
+    assert same(weights(tmp_path / "straight", slot), weights(tmp_path / "stopped", slot))
+    assert losses(tmp_path / "straight")[3:] == losses(tmp_path / "stopped")[3:]
+    forced = replace(
+        stopped, resume=str(tmp_path / "straight/checkpoints/step-00000001"), output=str(tmp_path / "forced")
+    )
+    assert go(forced).policy.name == "native_fp16"  # what was saved before the fallback is of the mode before it
+
+
+def fall_back_on_a_rank(world: World, config: RunConfig) -> tuple[str, dict[str, Tensor], bool]:
+    """Losses of rank 1 alone are not finite; both fall back, and a DDP of the new mode trains on."""
+    run = build_run(config, world, lambda line: None)
+    before = run.module
+    losses: Any = run.module.get_submodule("module")
+    if world.rank == 1:
+        losses.losses = Poisoned(losses.losses, {1, 2})
+    try:
+        train(run)
+    finally:
+        run.records.close()
+    trained = {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
+    return run.policy.name, trained, run.module is not before and type(run.module) is type(before)
+
+
+def test_two_ranks_fall_back_together(base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    first, second = run_ranks(fall_back_on_a_rank, fallback_config(base, tmp_path / "run"))
+    assert first[0] == second[0] == "bf16"
+    assert same(first[1], second[1])
+    assert first[2]
+    assert second[2]
+    (event,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "fallback"]
+    assert "2 losses in a row were not finite" in event["reason"]
+
+
+def test_a_failure_inside_an_update_names_the_checkpoint_to_go_on_from(base: RunConfig, tmp_path: Path) -> None:
+    def fail(run: Run) -> None:
+        step = run.optimizer.step
+
+        def third(*_: Any) -> None:
+            if run.state.step == 2:
+                raise torch.OutOfMemoryError("out of memory")
+            step()
+
+        run.optimizer.step = third  # type: ignore[method-assign, assignment]
+
+    config = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
+    with pytest.raises(InterruptedUpdate, match=r"must not be used; go on from it with --resume .*/step-00000002$"):
+        go(config, change=fail)
+    config = replace(config, output=str(tmp_path / "new"), checkpoint=CheckpointConfig(0))
+    with pytest.raises(InterruptedUpdate, match="must not be used; nothing was saved yet: start anew"):
+        go(config, change=fail)
+
+
+def test_trainables_without_masters_are_an_event(base: RunConfig, tmp_path: Path) -> None:
+    precision = PrecisionConfig(mode="bf16", trainable_dtype="bf16", masters="none")
+    config = replace(base, output=str(tmp_path), precision=precision, train=TrainConfig(1, 1, max_steps=1))
+    go(replace(config, evaluation=EvaluationConfig(enabled=False), optim=OptimConfig(lr=1e-6)))
+    (event,) = [event for event in read_events(tmp_path) if event["kind"] == "warning"]
+    assert event["reason"].startswith("torch.bfloat16 weights are trained without masters: at a learning rate of 1e-06")
 
 
 @pytest.mark.parametrize(("every", "save"), [(3, 2), (1, 4), (4, 1), (100, 100)])

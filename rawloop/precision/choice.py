@@ -44,8 +44,8 @@ class Choice:
         return mode != "bf16" or self.hardware.bf16
 
     def modes_that_work(self) -> str:
-        """The names of the modes that the hardware computes natively, for messages."""
-        return ", ".join(filter(self._computed, MODES))
+        """The names of the other modes that the hardware computes natively, for messages."""
+        return ", ".join(name for name in MODES if self._computed(name) and name != self.name)
 
     def settle(self, weights: Weights) -> None:
         """Make a mode out of `auto`, from the hardware and the model's weights."""

@@ -6,7 +6,7 @@ to work is left for the next one of `precision.fallback`, by all ranks at the sa
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from warnings import warn
@@ -128,6 +128,8 @@ class PrecisionPolicy:
                 )
         self.choice.settle(examine(model))
         self.model = model
+        for step in self.choice.history:  # rounded by a mode that was left, frozen weights stay rounded after a resume
+            _cast_frozen(model.parameters(), MODES[step["from"]].frozen)
         self._enter()
         return model.to(self.device)
 
@@ -135,12 +137,10 @@ class PrecisionPolicy:
         """Cast the model for the mode that `name` says, and make what the mode needs."""
         assert self.model is not None
         dtype = self._trainable_dtype()
-        stream = stream_weights(self.model)
-        mixed = any(p.requires_grad for p in stream.values())
-        for parameter in self.model.parameters():
-            wanted = dtype if mixed and id(parameter) in stream else self.mode.frozen
-            if not parameter.requires_grad and wanted is not None and parameter.dtype in FLOATS:
-                parameter.data = parameter.data.to(wanted)
+        _cast_frozen(self.model.parameters(), self.mode.frozen)
+        stream = stream_weights(self.model).values()
+        if any(parameter.requires_grad for parameter in stream):
+            _cast_frozen(stream, dtype)
         named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.trained = KINDS[self.config.masters](named, dtype, self.device)
         loss_scale = self.config.loss_scale
@@ -398,6 +398,13 @@ class PrecisionPolicy:
         self.trained.load_state_dict(state["masters"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _cast_frozen(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
+    """Cast what is not trained; trained weights are cast where what rounding takes from them is kept."""
+    for weight in weights if dtype is not None else ():
+        if not weight.requires_grad and weight.dtype in FLOATS:
+            weight.data = weight.data.to(dtype)
 
 
 def connected(loss: Tensor) -> Tensor:

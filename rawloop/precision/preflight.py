@@ -79,9 +79,15 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[st
 
 def _next_mode(policy: PrecisionPolicy, message: str) -> None:
     name, choice = policy.name, policy.choice
-    if not policy.advance(f"{choice.hardware.name} cannot run the model in it: {message or 'on another rank'}"):
-        raise UserError(
-            f"precision.mode is '{name}', in which {choice.hardware.name} cannot run this model "
-            f"({message or 'on another rank'}): choose another of {choice.modes_that_work()}, or name one in "
-            "precision.fallback"
+    message = message or "on another rank"
+    if policy.advance(f"{choice.hardware.name} cannot run the model in it: {message}"):
+        return
+    advice = f"name another mode ({choice.modes_that_work()}), or have some to go on in with precision.fallback"
+    if name == "native_fp16" and policy.trained.dtype == torch.float32:
+        advice = (
+            "float32 weights fit beside FP16 ones only in layers that cast their input, as LoRA's do: set "
+            "precision.trainable_dtype to fp16 (with masters), or use another mode"
         )
+    raise UserError(
+        f"precision.mode is '{name}', in which {choice.hardware.name} cannot run this model ({message}): {advice}"
+    )

@@ -46,7 +46,8 @@ def test_an_operation_that_the_device_lacks_leads_to_the_next_mode() -> None:
 def test_without_a_chain_it_is_the_users_to_choose() -> None:
     policy, model = prepared("amp_fp16")
     message = (
-        r"^precision\.mode is 'amp_fp16', in which the cpu cannot run this model \(.*Half.*\): choose another of fp32"
+        r"^precision\.mode is 'amp_fp16', in which the cpu cannot run this model \(.*Half.*\): "
+        r"name another mode \(fp32, bf16, native_fp16\)"
     )
     with pytest.raises(UserError, match=message):
         preflight(policy, lambda: model(torch.ones(8, 4)))
@@ -57,6 +58,19 @@ def test_dtypes_that_do_not_fit_each_other_are_found() -> None:
     model = policy.prepare(nn.Linear(4, 1))
     with pytest.raises(UserError, match=r"'native_fp16', in which the cpu cannot run this model \(.*dtype"):
         preflight(policy, lambda: model(torch.ones(2, 4)).mean())  # float32 inputs of an FP16 model
+
+
+def test_a_head_in_float32_beside_an_fp16_base_gets_the_advice_that_helps() -> None:
+    model = nn.Sequential(nn.Linear(4, 64, bias=False), nn.Linear(64, 1, bias=False))
+    model.get_submodule("0").requires_grad_(False)
+    half = torch.ones(2, 4).half()
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU)
+    policy.prepare(model)
+    with pytest.raises(UserError, match=r"set precision\.trainable_dtype to fp16 \(with masters\), or use another"):
+        preflight(policy, lambda: model(half).mean())
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16", trainable_dtype="fp16"), CPU)
+    policy.prepare(model)
+    assert preflight(policy, lambda: model(half).mean()) == []
 
 
 def test_it_leaves_no_trace() -> None:
