@@ -32,7 +32,7 @@ def go(config: RunConfig, steps: int) -> list[dict[str, Any]]:
     return read_metrics(Path(config.output))
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
 def test_cuda_agrees_with_the_cpu_and_resumes(demo_checkpoint: Path, tmp_path: Path, mode: Any) -> None:
     data = DataConfig(train=str(SPEECH / "train"), eval=str(SPEECH / "eval"), codes=str(tmp_path / "codes"))
     model = ModelConfig(path=str(demo_checkpoint / "model"))

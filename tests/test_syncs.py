@@ -33,7 +33,7 @@ from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.loop import Meter, Run, train
 from rawloop.optim import OptimConfig, build_optimizer
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 
 CPU = torch.device("cpu")
@@ -147,7 +147,15 @@ def loader(length: int) -> Loader:
     return Loader(MicroBatches(samples, as_it_is, collate))
 
 
-def build(folder: Path, *, steps: int, accumulation: int = 1, look: Look = nothing, world: World | None = None) -> Run:
+def build(
+    folder: Path,
+    *,
+    steps: int,
+    accumulation: int = 1,
+    look: Look = nothing,
+    world: World | None = None,
+    mode: Any = "fp32",
+) -> Run:
     """A real run of a Llama of one layer with LoRA."""
     torch.manual_seed(0)
     world = world or World()
@@ -160,7 +168,8 @@ def build(folder: Path, *, steps: int, accumulation: int = 1, look: Look = nothi
         num_key_value_heads=2,
         use_cache=False,
     )
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=world.any)
+    scale = LossScaleConfig(init=2.0**10) if "fp16" in mode else LossScaleConfig()  # small enough to skip nothing
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode, loss_scale=scale), CPU, agree=world.any)
     model: nn.Module = LlamaForCausalLM(config)
     model = policy.prepare(add_adapter(model, AdapterConfig(rank=2), []))
     return Run(
@@ -187,13 +196,14 @@ def waits_of(run: Run) -> list[Counter[str]]:
     return [waits.counts[step] for step in range(1, run.total_steps + 1)]
 
 
-NORM = Counter(_local_scalar_dense=1)  # is it finite?
+NORM = Counter(tolist=1)  # of the gradients, with the sum of the losses: are they finite?
 LINE = Counter(_local_scalar_dense=1)  # the loss; counted with the step after
 
 
-def test_a_step_waits_once_however_many_micro_batches_it_has(tmp_path: Path) -> None:
-    one = waits_of(build(tmp_path / "1", steps=7))
-    four = waits_of(build(tmp_path / "4", steps=7, accumulation=4))
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+def test_a_step_waits_once_however_many_micro_batches_it_has(tmp_path: Path, mode: str) -> None:
+    one = waits_of(build(tmp_path / "1", steps=7, mode=mode))
+    four = waits_of(build(tmp_path / "4", steps=7, accumulation=4, mode=mode))
     assert one == four == [NORM, NORM, LINE + NORM, NORM, NORM, LINE + NORM, LINE]
 
 

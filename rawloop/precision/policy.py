@@ -99,9 +99,9 @@ class PrecisionPolicy:
         """The row of the table.
 
         Raises:
-            UserError: it is not known yet.
+            UserError: it is `auto`, and what that is depends on a model.
         """
-        if self.model is None:
+        if self.name not in MODES:
             raise UserError(UNPREPARED)
         return MODES[self.name]
 
@@ -143,12 +143,23 @@ class PrecisionPolicy:
             _cast_frozen(stream, dtype)
         named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.trained = KINDS[self.config.masters](named, dtype, self.device)
+        self._check_range()
         loss_scale = self.config.loss_scale
         self.scaler = None
         if self.mode.scaler == "own":
             self.scaler = LossScaler(loss_scale)
         elif self.mode.scaler == "torch":
             self.scaler = GuardedGradScaler(loss_scale, self.device, self._theirs)
+
+    def _check_range(self) -> None:
+        """Refuse weights that are infinite in FP16: bfloat16 and float32 hold larger numbers than 65504."""
+        assert self.model is not None
+        for name, weight in self.model.named_parameters():
+            if weight.dtype == torch.float16 and not bool(torch.isfinite(weight.detach()).all()):
+                raise UserError(
+                    f"precision.mode is '{self.name}' and {name} holds numbers that are not finite in FP16 (damaged, "
+                    "or above 65504): use another mode"
+                )
 
     def _trainable_dtype(self) -> torch.dtype:
         assert self.model is not None

@@ -182,7 +182,7 @@ def test_gradients_of_a_backward_pass_that_nobody_scaled_are_refused(mode: Any) 
 
 
 def test_verbs_before_prepare_and_a_second_prepare_are_refused() -> None:
-    policy = PrecisionPolicy(PrecisionConfig(mode="bf16"), CPU)
+    policy = PrecisionPolicy(PrecisionConfig(mode="auto"), CPU)
     with pytest.raises(UserError, match=r"has no model yet: call policy\.prepare\(model\) first"):
         policy.autocast()
     with pytest.raises(UserError, match=r"has no model yet"):

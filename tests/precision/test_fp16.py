@@ -1,21 +1,25 @@
 """The FP16 modes on a real tiny model: they train as float32 does, skip what overflows, and resume bit for bit."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.optim import SGD, AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.errors import CheckpointError, UserError
+from rawloop.families.higgs_audio_v2 import enable_activation_checkpointing
 from rawloop.optim import NamedOptimizerState
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 from rawloop.precision.masters import Masters
 
 CPU = torch.device("cpu")
 FP16 = ["amp_fp16", "native_fp16"]
+OVERFLOW = 1e38  # times the loss: infinite in every mode
 
 
 def tiny_llama() -> nn.Module:
@@ -41,10 +45,11 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 class Training:
     """A foreign loop: a model, an optimizer and the policy's verbs."""
 
-    def __init__(self, mode: Any, lr: float = 1e-3, divisor: float = 1.0, **scale: Any) -> None:
-        loss_scale = LossScaleConfig(**scale)
-        self.policy = PrecisionPolicy(PrecisionConfig(mode=mode, loss_scale=loss_scale), CPU)
-        self.model = self.policy.prepare(tiny_llama())
+    def __init__(
+        self, mode: Any, lr: float = 1e-3, divisor: float = 1.0, model: nn.Module | None = None, **settings: Any
+    ) -> None:
+        self.policy = PrecisionPolicy(PrecisionConfig(mode=mode, **settings), CPU)
+        self.model = self.policy.prepare(model or tiny_llama())
         self.optimizer = AdamW([p for _, p in self.policy.named_parameters()], lr=lr, eps=1e-12)
         self.divisor = divisor
 
@@ -59,7 +64,7 @@ class Training:
             return loss_of(self.model).item()
 
     def weights(self) -> list[torch.Tensor]:
-        return [p.detach().clone() for _, p in self.policy.named_parameters()]
+        return [self.policy.trained.value(name).clone() for name in self.policy.trained.weights]
 
 
 @pytest.mark.parametrize("divisor", [1.0, 16384.0])
@@ -91,7 +96,7 @@ def test_masters_keep_updates_that_fp16_would_lose() -> None:
 
 @pytest.mark.parametrize("mode", FP16)
 def test_overflow_is_skipped_and_lowers_the_scale_to_its_floor(mode: str) -> None:
-    run = Training(mode, init=2.0**20, floor=2.0**18)
+    run = Training(mode, loss_scale=LossScaleConfig(init=2.0**20, floor=2.0**18))
     before = run.weights()
     for _ in range(4):
         assert not run.step(1e30)
@@ -102,7 +107,7 @@ def test_overflow_is_skipped_and_lowers_the_scale_to_its_floor(mode: str) -> Non
 
 @pytest.mark.parametrize("mode", FP16)
 def test_the_scale_grows_after_good_steps_to_its_ceiling(mode: str) -> None:
-    run = Training(mode, init=2.0**4, ceiling=2.0**6, growth_interval=2)
+    run = Training(mode, loss_scale=LossScaleConfig(init=2.0**4, ceiling=2.0**6, growth_interval=2))
     scales = []
     for _ in range(7):
         assert run.step()
@@ -115,21 +120,31 @@ def scale_of(policy: PrecisionPolicy) -> float:
     return float(state["scale"])
 
 
-@pytest.mark.parametrize("mode", FP16)
-def test_resume_across_an_overflow_is_bit_identical(mode: str) -> None:
-    straight = Training(mode, growth_interval=3)
+RESIDUAL = {"masters": "residual"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"), [*((mode, {}) for mode in ("fp32", "bf16", *FP16)), ("native_fp16", RESIDUAL)]
+)
+def test_resume_across_an_overflow_is_bit_identical(mode: str, settings: dict[str, Any]) -> None:
+    if mode in FP16:
+        settings = {**settings, "loss_scale": LossScaleConfig(growth_interval=3)}
+    straight = Training(mode, **settings)
     for step in range(4):
-        straight.step(1e30 if step == 2 else 1.0)
+        straight.step(OVERFLOW if step == 2 else 1.0)
     saved = NamedOptimizerState(straight.optimizer, straight.policy.named_parameters)
     state = copy.deepcopy((straight.model.state_dict(), saved.state_dict(), straight.policy.state_dict()))
-    resumed = Training(mode, growth_interval=3)
+    resumed = Training(mode, **settings)
     resumed.model.load_state_dict(state[0])
     NamedOptimizerState(resumed.optimizer, resumed.policy.named_parameters).load_state_dict(state[1])
     resumed.policy.load_state_dict(state[2])
     for _ in range(4):
         assert straight.step() == resumed.step()
+    assert straight.policy.skips_in_a_row == 0
     assert all(torch.equal(a, b) for a, b in zip(straight.weights(), resumed.weights(), strict=True))
-    assert scale_of(straight.policy) == scale_of(resumed.policy)
+    for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert straight.policy.state_dict()["scaler"] == resumed.policy.state_dict()["scaler"]
 
 
 def test_masters_of_other_weights_are_refused() -> None:
@@ -217,3 +232,58 @@ def test_gradients_are_unscaled_in_float32() -> None:
 
     masters.update([held], 2.0**-15, look)
     assert seen == [[2.0**-25] * 4]  # zero in FP16
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_that_fp16_cannot_hold_are_named_and_refused(trained: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)).bfloat16()
+    model.get_parameter("0.weight").data[0, 1] = 70000.0
+    model.get_parameter("0.weight").requires_grad_(trained)
+    with pytest.raises(UserError, match=r"'native_fp16' and 0\.weight holds numbers that are not finite in FP16"):
+        PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU).prepare(model)
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_hysteresis_forgives_single_overflows(mode: str) -> None:
+    run = Training(mode, loss_scale=LossScaleConfig(init=2.0**10, hysteresis=2))
+    scales = []
+    for factor in (OVERFLOW, 1.0, OVERFLOW, OVERFLOW, OVERFLOW):
+        run.step(factor)
+        scales.append(scale_of(run.policy))
+    assert scales == [2.0**10, 2.0**10, 2.0**10, 2.0**9, 2.0**9]
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_activation_checkpointing_changes_nothing(mode: str) -> None:
+    results = []
+    for recompute in (False, True):
+        model = tiny_llama()
+        if recompute:
+            enable_activation_checkpointing(model)
+        run = Training(mode, 1e-2, model=model.train())
+        for _ in range(5):
+            assert run.step()
+        results.append(run.weights())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("mode", "settings"), [("amp_fp16", {}), ("native_fp16", {}), ("native_fp16", RESIDUAL)])
+def test_adapters_that_transformers_left_in_fp16_are_trained_as_fp32_trains_them(
+    mode: str, settings: dict[str, Any]
+) -> None:
+    losses = {}
+    for name in ("fp32", mode):
+        model: Any = tiny_llama().half()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), model)  # as model.add_adapter
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
+        wanted = {"trainable_dtype": "fp16", **settings} if name != "fp32" and settings else {}
+        run = Training(name, 1e-2, model=model, **wanted)
+        assert {p.dtype for _, p in run.policy.named_parameters()} == {torch.float32}
+        start = run.loss()
+        for _ in range(20):
+            assert run.step()
+        losses[name] = run.loss()
+    assert losses["fp32"] < start - 0.05
+    assert losses[mode] == pytest.approx(losses["fp32"], abs=0.005)
