@@ -86,8 +86,9 @@ class Parser(ArgumentParser):
 
 
 WRONG_TYPE = re.compile(
-    r'Parser key "(?P<key>[^"]+)":?;? (?:.*; )?Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)'
+    r'Parser key "(?P<key>[^"]+)":?;? (?:.*; )?Expected an? (?P<type>.+?)\. Got value: (?P<value>.*?)(?:; Expected a .*)?$'
 )
+WRONG_LIST = re.compile(r'Parser key "(?P<key>[^"]+)":; Does not .*?list\[(?P<type>.*?)\]+, .*; Given value: (?P<value>.*)')
 IN_WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -100,6 +101,10 @@ IN_WORDS = {
 def explain(message: str, origin: str) -> str:
     """Put jsonargparse's words about a wrong type into one line of ours; other messages are only joined to a line."""
     line = "; ".join(part.strip(" -") for part in message.splitlines() if part.strip())
+    found = WRONG_LIST.search(line)
+    if found:
+        items = found["type"].removeprefix("typing.Literal[")
+        return f"{found['key']} is '{found['value']}' (from {origin}): it must be a list, '[a, b]', of {items}"
     found = WRONG_TYPE.search(line)
     if not found:
         return line
