@@ -1,85 +1,18 @@
 """Leaving a mode that does not work: each trigger, what is in a known state afterwards, and what stops."""
 
-import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.optim import NamedOptimizerState
-from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy, StepResult
+from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 
 CPU = torch.device("cpu")
 INF, NAN = math.inf, math.nan
-
-
-def tiny_llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
-
-
-def loss_of(model: nn.Module) -> torch.Tensor:
-    ids = (torch.arange(32).view(2, 16) * 7) % 32
-    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
-    return loss
-
-
-class Training:
-    """A foreign loop with a chain of modes; `step(factor)` multiplies the loss, or only its gradient."""
-
-    def __init__(self, mode: Any, fallback: Any, resume: Any = None, scaler: Any = None, **settings: Any) -> None:
-        config = PrecisionConfig(mode=mode, fallback=fallback, **settings)
-        self.policy = PrecisionPolicy(config, CPU, resume=resume, grad_scaler=scaler)
-        self.model = self.policy.prepare(tiny_llama())
-        self.optimizer = AdamW([p for _, p in self.policy.named_parameters()], lr=3e-3, fused=True)
-        self.schedule = LambdaLR(self.optimizer, lambda step: 1.0 / (1 + step))
-
-    def backward(self, factor: float = 1.0) -> None:
-        with self.policy.autocast():
-            loss = loss_of(self.model)
-        # an infinite factor on the loss makes the loss infinite; one behind it only the gradient
-        self.policy.backward(loss * factor if math.isfinite(factor) else Amplify.apply(loss, factor))  # type: ignore[no-untyped-call]
-
-    def step(self, factor: float = 1.0) -> StepResult:
-        self.backward(factor)
-        result = self.policy.step(self.optimizer, 1.0)
-        if result.applied:
-            self.schedule.step()
-        return result
-
-    def values(self) -> dict[str, torch.Tensor]:
-        return {name: self.policy.trained.value(name).clone() for name in self.policy.trained.weights}
-
-    def moments(self) -> dict[str, Any]:
-        return copy.deepcopy(NamedOptimizerState(self.optimizer, self.policy.named_parameters).state_dict())
-
-
-class Amplify(torch.autograd.Function):
-    """The loss as it is; its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return gradients[0] * ctx.factor, None
 
 
 def same(first: Any, second: Any) -> bool:
@@ -98,8 +31,10 @@ CHAINS = [
 
 
 @pytest.mark.parametrize(("mode", "fallback", "settings"), CHAINS)
-def test_the_skip_limit_leaves_the_mode_and_loses_nothing(mode: str, fallback: list[str], settings: Any) -> None:
-    run = Training(mode, fallback, max_skips=3, **settings)
+def test_the_skip_limit_leaves_the_mode_and_loses_nothing(
+    mode: str, fallback: list[str], settings: Any, training: Any
+) -> None:
+    run = training(mode, fallback, max_skips=3, **settings)
     for _ in range(3):
         assert run.step().applied
     values, moments, rate = run.values(), run.moments(), run.schedule.get_last_lr()
@@ -119,13 +54,13 @@ def test_the_skip_limit_leaves_the_mode_and_loses_nothing(mode: str, fallback: l
     assert run.schedule.get_last_lr() < rate
 
 
-def test_what_comes_after_a_fallback_is_what_the_next_mode_would_have_done() -> None:
-    run = Training("native_fp16", ["fp32"], max_skips=1)
+def test_what_comes_after_a_fallback_is_what_the_next_mode_would_have_done(training: Any) -> None:
+    run = training("native_fp16", ["fp32"], max_skips=1)
     for _ in range(3):
         run.step()
     values, moments = run.values(), run.moments()
     run.step(INF)
-    other = Training("fp32", [])
+    other = training("fp32", [])
     with torch.no_grad():
         for name, weight in other.model.named_parameters():
             weight.copy_(values[name])
@@ -140,30 +75,30 @@ def test_what_comes_after_a_fallback_is_what_the_next_mode_would_have_done() -> 
     assert same(run.moments(), other.moments())
 
 
-def test_losses_that_are_not_finite_leave_the_mode_before_the_skip_limit() -> None:
-    run = Training("native_fp16", ["fp32"], max_skips=25, max_nonfinite_losses=2)
+def test_losses_that_are_not_finite_leave_the_mode_before_the_skip_limit(training: Any) -> None:
+    run = training("native_fp16", ["fp32"], max_skips=25, max_nonfinite_losses=2)
     assert run.step(INF).fell_back is None  # the gradient alone: a smaller loss scale may mend it
     with run.policy.autocast():
         for expected in (None, "native_fp16 -> fp32"):
-            run.policy.backward(loss_of(run.model) * NAN)
+            run.policy.backward(training.loss_of(run.model) * NAN)
             assert run.policy.step(run.optimizer).fell_back == expected
     assert "2 losses in a row were not finite" in run.policy.reason
 
 
-def test_without_another_mode_only_the_skip_limit_ends_the_run() -> None:
-    run = Training("native_fp16", [], max_skips=4, max_nonfinite_losses=2)
+def test_without_another_mode_only_the_skip_limit_ends_the_run(training: Any) -> None:
+    run = training("native_fp16", [], max_skips=4, max_nonfinite_losses=2)
     for _ in range(3):
-        run.policy.backward(loss_of(run.model) * NAN)
+        run.policy.backward(training.loss_of(run.model) * NAN)
         assert not run.policy.step(run.optimizer).applied
-    run.policy.backward(loss_of(run.model) * NAN)
+    run.policy.backward(training.loss_of(run.model) * NAN)
     with pytest.raises(
         TrainingError, match=r"^4 steps in a row .* in precision\.mode native_fp16, and no mode is left"
     ):
         run.policy.step(run.optimizer)
 
 
-def test_nothing_is_retried_for_ever() -> None:
-    run = Training("amp_fp16", ["bf16", "fp32"], max_skips=2)
+def test_nothing_is_retried_for_ever(training: Any) -> None:
+    run = training("amp_fp16", ["bf16", "fp32"], max_skips=2)
     assert [run.step(INF).fell_back for _ in range(5)] == [None, "amp_fp16 -> bf16", None, "bf16 -> fp32", None]
     with pytest.raises(TrainingError, match=r"in precision\.mode amp_fp16 -> bf16 -> fp32, and no mode is left"):
         run.step(INF)
@@ -173,9 +108,9 @@ def test_nothing_is_retried_for_ever() -> None:
     ]
 
 
-def test_an_error_of_unscaling_leaves_the_mode_and_the_scaler_clean() -> None:
+def test_an_error_of_unscaling_leaves_the_mode_and_the_scaler_clean(training: Any) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    run = Training("amp_fp16", ["fp32"], scaler=scaler)
+    run = training("amp_fp16", ["fp32"], scaler=scaler)
     assert run.step().applied
     values, moments = run.values(), run.moments()
     run.backward()
@@ -190,16 +125,16 @@ def test_an_error_of_unscaling_leaves_the_mode_and_the_scaler_clean() -> None:
     assert all(p.grad is None for p in run.model.parameters())
     assert run.step().applied
     # the scaler can be used again, in its own protocol
-    torch.autograd.backward(scaler.scale(loss_of(run.model)))
+    torch.autograd.backward(scaler.scale(training.loss_of(run.model)))
     scaler.unscale_(run.optimizer)
     scaler.step(run.optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**10
 
 
-def test_an_error_of_unscaling_without_another_mode_ends_the_run() -> None:
+def test_an_error_of_unscaling_without_another_mode_ends_the_run(training: Any) -> None:
     scaler = torch.amp.GradScaler("cpu")
-    run = Training("amp_fp16", [], scaler=scaler)
+    run = training("amp_fp16", [], scaler=scaler)
     run.backward()
     scaler.unscale_(run.optimizer)
     with pytest.raises(TrainingError, match=r"unscaling failed: RuntimeError: unscale_\(\) has already been called"):
@@ -216,11 +151,11 @@ class Failing(SGD):
 
 
 @pytest.mark.parametrize("mode", ["fp32", "amp_fp16", "native_fp16"])
-def test_a_failure_inside_the_update_is_fatal(mode: Any) -> None:
+def test_a_failure_inside_the_update_is_fatal(mode: Any, training: Any) -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode=mode, fallback=None if mode == "fp32" else ["fp32"]), CPU)
-    model = policy.prepare(tiny_llama())
+    model = policy.prepare(training.tiny_llama())
     with policy.autocast():
-        policy.backward(loss_of(model))
+        policy.backward(training.loss_of(model))
     message = r"failed in the middle of an update \(OutOfMemoryError: out of memory\): weights .* must not be used"
     with pytest.raises(InterruptedUpdate, match=message):
         policy.step(Failing([p for _, p in policy.named_parameters()], lr=0.1))
@@ -228,28 +163,28 @@ def test_a_failure_inside_the_update_is_fatal(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
-def test_a_skip_leaves_nothing_behind_on_any_optimizer(mode: Any) -> None:
+def test_a_skip_leaves_nothing_behind_on_any_optimizer(mode: Any, training: Any) -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
-    model = policy.prepare(tiny_llama())
+    model = policy.prepare(training.tiny_llama())
     held = [p for _, p in policy.named_parameters()]
     optimizers: list[Optimizer] = [AdamW(held[:3], lr=0.1, fused=True), AdamW(held[3:], lr=0.1)]
     for optimizer in optimizers:  # as a failed step under torch's scaler leaves them
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**16), torch.tensor(1.0)  # type: ignore[attr-defined]
     with policy.autocast():
-        policy.backward(loss_of(model) * NAN)
+        policy.backward(training.loss_of(model) * NAN)
     assert not policy.step(optimizers).applied
     assert all(p.grad is None for p in [*held, *model.parameters()])
     assert all(not {"grad_scale", "found_inf"} & set(vars(optimizer)) for optimizer in optimizers)
     before = [p.detach().clone() for p in held]
     with policy.autocast():
-        policy.backward(loss_of(model))
+        policy.backward(training.loss_of(model))
     assert policy.step(optimizers).applied
     assert not any(torch.equal(a, b) for a, b in zip(before, held, strict=True))  # a stale found_inf would stop them
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
-def test_a_window_without_any_gradient_is_an_error_that_no_mode_mends(mode: Any) -> None:
-    run = Training(mode, [] if mode == "fp32" else ["fp32"])
+def test_a_window_without_any_gradient_is_an_error_that_no_mode_mends(mode: Any, training: Any) -> None:
+    run = training(mode, [] if mode == "fp32" else ["fp32"])
     run.step()
     values = run.values()
     with pytest.raises(TrainingError, match="no weight of the optimizer got a gradient"):
@@ -260,26 +195,21 @@ def test_a_window_without_any_gradient_is_an_error_that_no_mode_mends(mode: Any)
 
 
 @pytest.mark.parametrize(("mode", "fallback", "settings"), CHAINS)
-def test_resume_across_a_fallback_is_bit_identical(mode: str, fallback: list[str], settings: Any) -> None:
+def test_resume_across_a_fallback_is_bit_identical(
+    mode: str, fallback: list[str], settings: Any, training: Any
+) -> None:
     settings = {"max_skips": 2, "loss_scale": LossScaleConfig(growth_interval=2), **settings}
     if mode == "bf16":
         settings.pop("loss_scale")
-    straight = Training(mode, fallback, **settings)
+    straight = training(mode, fallback, **settings)
     plan = [1.0, 1.0, INF, INF, 1.0, INF, 1.0]
     for factor in plan:
         straight.step(factor)
     assert straight.policy.name == fallback[0]
-    saved = copy.deepcopy(
-        (straight.model.state_dict(), straight.moments(), straight.policy.state_dict(), straight.schedule.state_dict())
-    )
-    resumed = Training(mode, fallback, resume=saved[2], **settings)
+    saved = straight.save()
+    resumed = training(mode, fallback, resume=saved[2], **settings)
     assert resumed.policy.name == fallback[0]
-    resumed.model.load_state_dict(saved[0])
-    NamedOptimizerState(resumed.optimizer, resumed.policy.named_parameters).load_state_dict(saved[1])
-    resumed.policy.load_state_dict(saved[2])
-    resumed.schedule.load_state_dict(saved[3])
-    for group in resumed.optimizer.param_groups:
-        group["lr"] = resumed.schedule.get_last_lr()[0]
+    resumed.load(saved)
     for factor in (1.0, 1.0, INF, 1.0):
         assert repr(straight.step(factor)) == repr(resumed.step(factor))  # nan is equal to nothing, not even itself
     assert same(straight.values(), resumed.values())
@@ -287,14 +217,14 @@ def test_resume_across_a_fallback_is_bit_identical(mode: str, fallback: list[str
     assert same(straight.policy.state_dict(), resumed.policy.state_dict())
 
 
-def test_a_resumed_run_knows_which_modes_are_left() -> None:
-    run = Training("amp_fp16", ["bf16", "fp32"], max_skips=1)
+def test_a_resumed_run_knows_which_modes_are_left(training: Any) -> None:
+    run = training("amp_fp16", ["bf16", "fp32"], max_skips=1)
     run.step(INF)
-    resumed = Training("amp_fp16", ["bf16", "fp32"], resume=run.policy.state_dict(), max_skips=1)
+    resumed = training("amp_fp16", ["bf16", "fp32"], resume=run.policy.state_dict(), max_skips=1)
     assert (resumed.policy.name, resumed.policy.choice.left) == ("bf16", ["fp32"])
-    fresh = Training("amp_fp16", ["bf16", "fp32"])
+    fresh = training("amp_fp16", ["bf16", "fp32"])
     with pytest.raises(UserError, match=r"trained with precision\.mode 'bf16', this run has 'amp_fp16'"):
         fresh.policy.load_state_dict(run.policy.state_dict())
-    own_choice = Training("bf16", ["fp32"], resume=run.policy.state_dict())  # the user has followed it in the config
+    own_choice = training("bf16", ["fp32"], resume=run.policy.state_dict())  # the user has followed it in the config
     own_choice.policy.load_state_dict(run.policy.state_dict())
     assert own_choice.policy.choice.left == ["fp32"]

@@ -1,6 +1,5 @@
 """The FP16 modes on a real tiny model: they train as float32 does, skip what overflows, and resume bit for bit."""
 
-import copy
 import warnings
 from typing import Any
 
@@ -8,12 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from torch.optim import SGD, AdamW
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.optim import SGD
 
 from rawloop.errors import CheckpointError, UserError
 from rawloop.families.higgs_audio_v2 import enable_activation_checkpointing
-from rawloop.optim import NamedOptimizerState
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 from rawloop.precision.masters import Masters
 
@@ -22,70 +19,25 @@ FP16 = ["amp_fp16", "native_fp16"]
 OVERFLOW = 1e38  # times the loss: infinite in every mode
 
 
-def tiny_llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
-
-
-def loss_of(model: nn.Module) -> torch.Tensor:
-    ids = (torch.arange(32).view(2, 16) * 7) % 32
-    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
-    return loss
-
-
-class Training:
-    """A foreign loop: a model, an optimizer and the policy's verbs."""
-
-    def __init__(
-        self, mode: Any, lr: float = 1e-3, divisor: float = 1.0, model: nn.Module | None = None, **settings: Any
-    ) -> None:
-        self.policy = PrecisionPolicy(PrecisionConfig(mode=mode, **settings), CPU)
-        self.model = self.policy.prepare(model or tiny_llama())
-        self.optimizer = AdamW([p for _, p in self.policy.named_parameters()], lr=lr, eps=1e-12)
-        self.divisor = divisor
-
-    def step(self, factor: float = 1.0) -> bool:
-        with self.policy.autocast():
-            loss = loss_of(self.model) / self.divisor
-        self.policy.backward(loss * factor)
-        return self.policy.step(self.optimizer, 1.0).applied
-
-    def loss(self) -> float:
-        with torch.no_grad(), self.policy.autocast():
-            return loss_of(self.model).item()
-
-    def weights(self) -> list[torch.Tensor]:
-        return [self.policy.trained.value(name).clone() for name in self.policy.trained.weights]
-
-
 @pytest.mark.parametrize("divisor", [1.0, 16384.0])
 @pytest.mark.parametrize("mode", FP16)
-def test_fp16_trains_as_fp32_does(mode: str, divisor: float) -> None:
-    reference, half = Training("fp32", 3e-3, divisor), Training(mode, 3e-3, divisor)
+def test_fp16_trains_as_fp32_does(mode: str, divisor: float, training: Any) -> None:
+    reference, half = training("fp32", divisor=divisor), training(mode, divisor=divisor)
     start = reference.loss()
     for _ in range(40):
-        assert reference.step()
-        assert half.step()
+        assert reference.step().applied
+        assert half.step().applied
     assert reference.loss() < start - 0.5
     assert half.loss() == pytest.approx(reference.loss(), abs=0.005)
 
 
-def test_masters_keep_updates_that_fp16_would_lose() -> None:
-    run = Training("native_fp16", lr=2e-6)
+def test_masters_keep_updates_that_fp16_would_lose(training: Any) -> None:
+    run = training("native_fp16", lr=2e-6)
     assert {p.dtype for p in run.model.parameters()} == {torch.float16}
     assert {p.dtype for _, p in run.policy.named_parameters()} == {torch.float32}
-    masters, weights = run.weights(), [p.detach().clone() for p in run.model.parameters()]
+    masters, weights = run.values(), [p.detach().clone() for p in run.model.parameters()]
     run.step()
-    moved = [a != b for a, b in zip(masters, run.weights(), strict=True)]
+    moved = [a != b for a, b in zip(masters.values(), run.values().values(), strict=True)]
     shown = [a != b for a, b in zip(weights, run.model.parameters(), strict=True)]
     share = [sum(int(t.sum()) for t in ts) / sum(t.numel() for t in ts) for ts in (moved, shown)]
     assert share[0] > 0.9
@@ -95,22 +47,22 @@ def test_masters_keep_updates_that_fp16_would_lose() -> None:
 
 
 @pytest.mark.parametrize("mode", FP16)
-def test_overflow_is_skipped_and_lowers_the_scale_to_its_floor(mode: str) -> None:
-    run = Training(mode, loss_scale=LossScaleConfig(init=2.0**20, floor=2.0**18))
-    before = run.weights()
+def test_overflow_is_skipped_and_lowers_the_scale_to_its_floor(mode: str, training: Any) -> None:
+    run = training(mode, loss_scale=LossScaleConfig(init=2.0**20, floor=2.0**18))
+    before = run.values()
     for _ in range(4):
-        assert not run.step(1e30)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.weights(), strict=True))
+        assert not run.step(1e30).applied
+    assert all(torch.equal(value, before[name]) for name, value in run.values().items())
     assert scale_of(run.policy) == 2.0**18
     assert all(p.grad is None for p in run.model.parameters())
 
 
 @pytest.mark.parametrize("mode", FP16)
-def test_the_scale_grows_after_good_steps_to_its_ceiling(mode: str) -> None:
-    run = Training(mode, loss_scale=LossScaleConfig(init=2.0**4, ceiling=2.0**6, growth_interval=2))
+def test_the_scale_grows_after_good_steps_to_its_ceiling(mode: str, training: Any) -> None:
+    run = training(mode, loss_scale=LossScaleConfig(init=2.0**4, ceiling=2.0**6, growth_interval=2))
     scales = []
     for _ in range(7):
-        assert run.step()
+        assert run.step().applied
         scales.append(scale_of(run.policy))
     assert scales == [2.0**4, 2.0**5, 2.0**5, 2.0**6, 2.0**6, 2.0**6, 2.0**6]
 
@@ -126,29 +78,25 @@ RESIDUAL = {"masters": "residual"}
 @pytest.mark.parametrize(
     ("mode", "settings"), [*((mode, {}) for mode in ("fp32", "bf16", *FP16)), ("native_fp16", RESIDUAL)]
 )
-def test_resume_across_an_overflow_is_bit_identical(mode: str, settings: dict[str, Any]) -> None:
+def test_resume_across_an_overflow_is_bit_identical(mode: str, settings: dict[str, Any], training: Any) -> None:
     if mode in FP16:
         settings = {**settings, "loss_scale": LossScaleConfig(growth_interval=3)}
-    straight = Training(mode, **settings)
+    straight = training(mode, **settings)
     for step in range(4):
         straight.step(OVERFLOW if step == 2 else 1.0)
-    saved = NamedOptimizerState(straight.optimizer, straight.policy.named_parameters)
-    state = copy.deepcopy((straight.model.state_dict(), saved.state_dict(), straight.policy.state_dict()))
-    resumed = Training(mode, **settings)
-    resumed.model.load_state_dict(state[0])
-    NamedOptimizerState(resumed.optimizer, resumed.policy.named_parameters).load_state_dict(state[1])
-    resumed.policy.load_state_dict(state[2])
+    resumed = training(mode, **settings)
+    resumed.load(straight.save())
     for _ in range(4):
         assert straight.step() == resumed.step()
     assert straight.policy.skips_in_a_row == 0
-    assert all(torch.equal(a, b) for a, b in zip(straight.weights(), resumed.weights(), strict=True))
+    assert all(torch.equal(value, straight.values()[name]) for name, value in resumed.values().items())
     for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert straight.policy.state_dict()["scaler"] == resumed.policy.state_dict()["scaler"]
 
 
-def test_masters_of_other_weights_are_refused() -> None:
-    run = Training("native_fp16")
+def test_masters_of_other_weights_are_refused(training: Any) -> None:
+    run = training("native_fp16")
     state = run.policy.state_dict()
     state["masters"]["kept"].pop("lm_head.weight")
     with pytest.raises(CheckpointError, match=r"1 differ, first lm_head\.weight"):
@@ -159,40 +107,40 @@ def test_masters_of_other_weights_are_refused() -> None:
         run.policy.load_state_dict(state)
 
 
-def test_a_users_grad_scaler_is_driven_and_stays_usable() -> None:
+def test_a_users_grad_scaler_is_driven_and_stays_usable(training: Any) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     policy = PrecisionPolicy(PrecisionConfig(mode="amp_fp16"), CPU, grad_scaler=scaler)
-    model = policy.prepare(tiny_llama())
+    model = policy.prepare(training.tiny_llama())
     optimizer = SGD(model.parameters(), lr=0.1)
     for factor in (1.0, 1e30, 1.0):
         with policy.autocast():
-            loss = loss_of(model)
+            loss = training.loss_of(model)
         policy.backward(loss * factor)
         assert policy.step(optimizer).applied == (factor == 1.0)
     assert scaler.get_scale() == 2.0**9
     torch.autograd.backward(
-        scaler.scale(loss_of(model))
+        scaler.scale(training.loss_of(model))
     )  # the scaler's own protocol goes on as if nothing had happened
     scaler.step(optimizer)
     scaler.update()
 
 
 @pytest.mark.parametrize("mode", ["fp32", *FP16])
-def test_several_optimizers_step_together_or_not_at_all(mode: Any) -> None:
+def test_several_optimizers_step_together_or_not_at_all(mode: Any, training: Any) -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
-    policy.prepare(model := tiny_llama())
+    policy.prepare(model := training.tiny_llama())
     held = [p for _, p in policy.named_parameters()]
     optimizers = [SGD(held[:3], lr=0.1), SGD(held[3:], lr=0.1)]
     for factor, applied in ((1e30, False), (1.0, True)):
         before = [p.detach().clone() for p in held]
         with policy.autocast():
-            loss = loss_of(model)
+            loss = training.loss_of(model)
         policy.backward(loss * factor * (1.0 if mode != "fp32" else factor))
         assert policy.step(optimizers, 1.0).applied == applied
         assert [torch.equal(a, b) for a, b in zip(before, held, strict=True)].count(not applied) == len(held)
 
 
-def test_an_fp16_loss_caps_the_scale() -> None:
+def test_an_fp16_loss_caps_the_scale(training: Any) -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16", loss_scale=LossScaleConfig(init=2.0**17)), CPU)
     model = policy.prepare(nn.Linear(4, 1))
     loss = model(torch.ones(2, 4, dtype=torch.float16)).square().mean()
@@ -202,7 +150,7 @@ def test_an_fp16_loss_caps_the_scale() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_contradictions_are_refused() -> None:
+def test_contradictions_are_refused(training: Any) -> None:
     with pytest.raises(UserError, match=r"loss_scale is set and precision\.mode is 'bf16'"):
         PrecisionConfig(mode="bf16", loss_scale=LossScaleConfig(init=2.0))
     with pytest.raises(UserError, match=r"GradScaler was handed in and precision\.mode is 'fp32'"):
@@ -211,14 +159,14 @@ def test_contradictions_are_refused() -> None:
         LossScaleConfig(init=1.0, floor=2.0)
     with pytest.raises(UserError, match="must be 1 or more"):
         LossScaleConfig(growth_interval=0)
-    model = tiny_llama()
+    model = training.tiny_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
     with pytest.raises(UserError, match=r"input_layernorm\.weight would be trained in float32 beside FP16 weights"):
         PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU).prepare(model)
 
 
-def test_gradients_are_unscaled_in_float32() -> None:
+def test_gradients_are_unscaled_in_float32(training: Any) -> None:
     weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
     masters = Masters([("w", weight)], torch.float16, CPU)
     weight.grad = torch.full((4,), 2.0**-10, dtype=torch.float16)
@@ -235,7 +183,7 @@ def test_gradients_are_unscaled_in_float32() -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_weights_that_fp16_cannot_hold_are_named_and_refused(trained: bool) -> None:
+def test_weights_that_fp16_cannot_hold_are_named_and_refused(trained: bool, training: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)).bfloat16()
     model.get_parameter("0.weight").data[0, 1] = 70000.0
     model.get_parameter("0.weight").requires_grad_(trained)
@@ -244,8 +192,8 @@ def test_weights_that_fp16_cannot_hold_are_named_and_refused(trained: bool) -> N
 
 
 @pytest.mark.parametrize("mode", FP16)
-def test_hysteresis_forgives_single_overflows(mode: str) -> None:
-    run = Training(mode, loss_scale=LossScaleConfig(init=2.0**10, hysteresis=2))
+def test_hysteresis_forgives_single_overflows(mode: str, training: Any) -> None:
+    run = training(mode, loss_scale=LossScaleConfig(init=2.0**10, hysteresis=2))
     scales = []
     for factor in (OVERFLOW, 1.0, OVERFLOW, OVERFLOW, OVERFLOW):
         run.step(factor)
@@ -254,36 +202,36 @@ def test_hysteresis_forgives_single_overflows(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", FP16)
-def test_activation_checkpointing_changes_nothing(mode: str) -> None:
+def test_activation_checkpointing_changes_nothing(mode: str, training: Any) -> None:
     results = []
     for recompute in (False, True):
-        model = tiny_llama()
+        model = training.tiny_llama()
         if recompute:
             enable_activation_checkpointing(model)
-        run = Training(mode, 1e-2, model=model.train())
+        run = training(mode, lr=1e-2, model=model.train())
         for _ in range(5):
-            assert run.step()
-        results.append(run.weights())
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            assert run.step().applied
+        results.append(run.values())
+    assert all(torch.equal(value, results[0][name]) for name, value in results[1].items())
 
 
 @pytest.mark.parametrize(("mode", "settings"), [("amp_fp16", {}), ("native_fp16", {}), ("native_fp16", RESIDUAL)])
 def test_adapters_that_transformers_left_in_fp16_are_trained_as_fp32_trains_them(
-    mode: str, settings: dict[str, Any]
+    mode: str, settings: dict[str, Any], training: Any
 ) -> None:
     losses = {}
     for name in ("fp32", mode):
-        model: Any = tiny_llama().half()
+        model: Any = training.tiny_llama().half()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), model)  # as model.add_adapter
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
         wanted = {"trainable_dtype": "fp16", **settings} if name != "fp32" and settings else {}
-        run = Training(name, 1e-2, model=model, **wanted)
+        run = training(name, lr=1e-2, model=model, **wanted)
         assert {p.dtype for _, p in run.policy.named_parameters()} == {torch.float32}
         start = run.loss()
         for _ in range(20):
-            assert run.step()
+            assert run.step().applied
         losses[name] = run.loss()
     assert losses["fp32"] < start - 0.05
     assert losses[mode] == pytest.approx(losses["fp32"], abs=0.005)
