@@ -86,9 +86,11 @@ class Parser(ArgumentParser):
 
 
 WRONG_TYPE = re.compile(
-    r'Parser key "(?P<key>[^"]+)":?;? (?:.*; )?Expected an? (?P<type>.+?)\. Got value: (?P<value>.*?)(?:; Expected a .*)?$'
+    r'Parser key "(?P<key>[^"]+)":?;? (?:.*; )?Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)'
 )
-WRONG_LIST = re.compile(r'Parser key "(?P<key>[^"]+)":; Does not .*?list\[(?P<type>.*?)\]+, .*; Given value: (?P<value>.*)')
+WRONG_LIST = re.compile(
+    r'Parser key "(?P<key>[^"]+)":; Does not .*?list\[(?P<type>.*?)\]+, .*; Given value: (?P<value>.*)'
+)
 IN_WORDS = {
     "int": "a whole number",
     "float": "a number",

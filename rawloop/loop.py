@@ -155,11 +155,7 @@ def train(run: Run) -> TrainState:
 
             state.window += 1
             if result.applied:
-                state.step += 1
-                state.samples += sum(len(batch.ids) for batch in window) * run.world.size
-                progress.update(1)
-                if state.step % run.log_every == 0 or state.step >= run.total_steps:
-                    meter.log(result, progress)
+                advance(run, result, window, meter, progress)
             else:
                 skip(run, result, window)
 
@@ -183,6 +179,16 @@ def update(run: Run) -> StepResult:
         slot = run.checkpoints.newest() if run.checkpoints else None
         advice = f"go on from it with --resume {slot}" if slot else "nothing was saved yet: start anew"
         raise InterruptedUpdate(f"{error}; {advice}") from error
+
+
+def advance(run: Run, result: StepResult, window: list[Batch], meter: "Meter", progress: Any) -> None:
+    """Count an applied update, and write a line about the steps since the last one if it is due."""
+    state = run.state
+    state.step += 1
+    state.samples += sum(len(batch.ids) for batch in window) * run.world.size
+    progress.update(1)
+    if state.step % run.log_every == 0 or state.step >= run.total_steps:
+        meter.log(result, progress)
 
 
 def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict[str, StreamLoss]:

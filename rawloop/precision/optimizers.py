@@ -9,7 +9,45 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import UserError
-from rawloop.precision.masters import HALF
+from rawloop.precision.masters import HALF, Trained, share_of_lost_updates
+
+
+def held_by(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """All parameters that optimizers hold, in order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def adopt(optimizer: Optimizer, trained: Trained) -> None:
+    """Let an optimizer that was built over the model's own weights hold what stands for them.
+
+    Raises:
+        UserError: it holds weights that the model does not train, a weight was cast since the model was prepared, or a
+            state has been loaded in 16 bits.
+    """
+    cast = next((name for name, weight in trained.weights.items() if weight.dtype != trained.dtype), None)
+    if cast is not None:
+        raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
+    held = dict(trained.named_parameters())
+    stand_ins = {id(weight): held[name] for name, weight in trained.weights.items()}
+    known = {id(parameter) for parameter in held.values()} | set(stand_ins)
+    holds = held_by([optimizer])
+    strange = [tuple(p.shape) for p in holds if id(p) not in known]
+    if strange:
+        raise UserError(
+            f"the optimizer holds {len(holds)} weights, {len(strange)} of which (first of shape {strange[0]}) are not "
+            f"among the {len(held)} that the prepared model trains: build it after policy.prepare, over "
+            "policy.named_parameters()"
+        )
+    exchange(optimizer, stand_ins, loaded=True)
+
+
+def lost_updates(trained: Trained, lr: float) -> str:
+    """A warning of what trained weights in 16 bits lose without masters."""
+    share = share_of_lost_updates((weight.detach() for weight in trained.weights.values()), lr)
+    return (
+        f"{trained.dtype} weights are trained without masters: at a learning rate of {lr:g} about {share:.0%} of "
+        "updates round to nothing; precision.masters 'residual' or 'fp32' keeps them"
+    )
 
 
 def exchange(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loaded: bool = False) -> None:
@@ -28,16 +66,12 @@ def exchange(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loa
     """
     for group in optimizer.param_groups:
         for place, old in enumerate(group["params"]):
-            replacement = replacements.get(id(old), old)
-            if replacement is old:
-                continue
-            if old in optimizer.state:
-                state = optimizer.state[old]
+            group["params"][place] = replacement = replacements.get(id(old), old)
+            if replacement is not old and old in optimizer.state:
+                state = optimizer.state.pop(old)
                 if loaded:
                     _refuse_16_bits(state.values())
                 optimizer.state[replacement] = {key: _as_float32(value) for key, value in state.items()}
-                del optimizer.state[old]
-            group["params"][place] = replacement
 
 
 def _refuse_16_bits(values: Iterable[Any]) -> None:

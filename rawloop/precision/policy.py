@@ -6,7 +6,7 @@ to work is left for the next one of `precision.fallback`, by all ranks at the sa
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from warnings import warn
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
+from rawloop.precision.casting import cast, cast_frozen, check_trainable
 from rawloop.precision.choice import Choice
-from rawloop.precision.masters import HALF, KINDS, Trained, share_of_lost_updates
-from rawloop.precision.modes import DTYPES, MODES, Mode, PrecisionConfig, describe, examine, stream_weights
-from rawloop.precision.optimizers import clear, exchange
+from rawloop.precision.masters import HALF, Trained
+from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
+from rawloop.precision.optimizers import adopt, clear, exchange, held_by, lost_updates
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
 
 
@@ -117,63 +117,24 @@ class PrecisionPolicy:
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = self.config.tf32
             torch.backends.cudnn.allow_tf32 = self.config.tf32
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not trainable:
-            raise UserError("no weight of the model is trainable: check adapter.mode and adapter.freeze")
-        for name, parameter in trainable:
-            if parameter.dtype not in FLOATS:
-                raise UserError(
-                    f"trainable weight {name} is {parameter.dtype}: only 16- and 32-bit floats can be trained; cast it "
-                    "with .float(), or freeze it"
-                )
+        check_trainable(model)
         self.choice.settle(examine(model))
         self.model = model
         for step in self.choice.history:  # rounded by a mode that was left, frozen weights stay rounded after a resume
-            _cast_frozen(model.parameters(), MODES[step["from"]].frozen)
+            cast_frozen(model.parameters(), MODES[step["from"]].frozen)
         self._enter()
         return model.to(self.device)
 
     def _enter(self) -> None:
         """Cast the model for the mode that `name` says, and make what the mode needs."""
         assert self.model is not None
-        dtype = self._trainable_dtype()
-        _cast_frozen(self.model.parameters(), self.mode.frozen)
-        stream = stream_weights(self.model).values()
-        if any(parameter.requires_grad for parameter in stream):
-            _cast_frozen(stream, dtype)
-        named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self.trained = KINDS[self.config.masters](named, dtype, self.device)
-        self._check_range()
+        self.trained = cast(self.model, self.name, self.config, self.device)
         loss_scale = self.config.loss_scale
         self.scaler = None
         if self.mode.scaler == "own":
             self.scaler = LossScaler(loss_scale)
         elif self.mode.scaler == "torch":
             self.scaler = GuardedGradScaler(loss_scale, self.device, self._theirs)
-
-    def _check_range(self) -> None:
-        """Refuse weights that are infinite in FP16: bfloat16 and float32 hold larger numbers than 65504."""
-        assert self.model is not None
-        for name, weight in self.model.named_parameters():
-            if weight.dtype == torch.float16 and not bool(torch.isfinite(weight.detach()).all()):
-                raise UserError(
-                    f"precision.mode is '{self.name}' and {name} holds numbers that are not finite in FP16 (damaged, "
-                    "or above 65504): use another mode"
-                )
-
-    def _trainable_dtype(self) -> torch.dtype:
-        assert self.model is not None
-        weights = examine(self.model)
-        wanted = self.config.trainable_dtype if self.name == self.config.mode else "auto"
-        if wanted == "auto":
-            wanted = "fp16" if self.name == "native_fp16" and weights.mostly_trained else "fp32"
-        if self.name == "native_fp16" and wanted == "fp32" and (weights.trained_stream or weights.mostly_trained):
-            raise UserError(
-                f"precision.mode is 'native_fp16' and {weights.trained_stream or 'most weights'} would be trained in "
-                "float32 beside FP16 weights: its output would not fit their hidden states. Use amp_fp16, leave it "
-                "frozen, or set precision.trainable_dtype to fp16 (with masters)"
-            )
-        return DTYPES[wanted]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What the optimizer must hold after `prepare`: the trainable weights, or what stands for them, by name."""
@@ -191,32 +152,11 @@ class PrecisionPolicy:
         """
         if self.model is None:
             raise UserError(UNPREPARED)
-        held = dict(self.named_parameters())
-        stand_ins = {id(weight): held[name] for name, weight in self.trained.weights.items()}
-        known = {id(parameter) for parameter in held.values()} | set(stand_ins)
-        cast = next((n for n, weight in self.trained.weights.items() if weight.dtype != self.trained.dtype), None)
-        if cast is not None:
-            raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
         for optimizer in optimizers:
-            holds = [p for group in optimizer.param_groups for p in group["params"]]
-            strange = [tuple(p.shape) for p in holds if id(p) not in known]
-            if strange:
-                raise UserError(
-                    f"the optimizer holds {len(holds)} weights, {len(strange)} of which (first of shape {strange[0]}) "
-                    f"are not among the {len(held)} that the prepared model trains: build it after policy.prepare, "
-                    "over policy.named_parameters()"
-                )
-            exchange(optimizer, stand_ins, loaded=True)
-            self._adopted[optimizer] = len(holds)
+            adopt(optimizer, self.trained)
+            self._adopted[optimizer] = len(held_by([optimizer]))
             if self.trained.dtype in HALF and not self.trained.stand_ins:
-                self._warn_of_lost_updates(max(group["lr"] for group in optimizer.param_groups))
-
-    def _warn_of_lost_updates(self, lr: float) -> None:
-        share = share_of_lost_updates((w.detach() for w in self.trained.weights.values()), float(lr))
-        self.say(
-            f"{self.trained.dtype} weights are trained without masters: at a learning rate of {float(lr):g} about "
-            f"{share:.0%} of updates round to nothing; precision.masters 'residual' or 'fp32' keeps them"
-        )
+                self.say(lost_updates(self.trained, max(float(group["lr"]) for group in optimizer.param_groups)))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context for every forward pass: training, evaluation and generation alike."""
@@ -271,9 +211,9 @@ class PrecisionPolicy:
 
     def _held(self, optimizers: list[Optimizer]) -> list[nn.Parameter]:
         for optimizer in optimizers:
-            if self._adopted.get(optimizer) != sum(len(group["params"]) for group in optimizer.param_groups):
+            if self._adopted.get(optimizer) != len(held_by([optimizer])):
                 self.adopt(optimizer)
-        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        return held_by(optimizers)
 
     def _measure(self, optimizers: list[Optimizer], held: list[nn.Parameter]) -> tuple[float, bool, str | None]:
         """Unscale where torch's scaler does it; the gradients' norm (-1 without any), whether the loss is finite, and
@@ -409,13 +349,6 @@ class PrecisionPolicy:
         self.trained.load_state_dict(state["masters"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _cast_frozen(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
-    """Cast what is not trained; trained weights are cast where what rounding takes from them is kept."""
-    for weight in weights if dtype is not None else ():
-        if not weight.requires_grad and weight.dtype in FLOATS:
-            weight.data = weight.data.to(dtype)
 
 
 def connected(loss: Tensor) -> Tensor:
