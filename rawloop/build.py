@@ -23,7 +23,7 @@ from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.reader import check_slot
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
-from rawloop.contracts import Batch, Family, Sample
+from rawloop.contracts import Batch, CodecFamily, Family, Sample
 from rawloop.data import DataConfig, codes_folder
 from rawloop.data.audio import import_torchaudio
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
@@ -146,7 +146,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
     family = load_family(config.model)
-    cache = CodeCache(codes_folder(config.data), family.codec_hash())
+    cache = open_codes(config.data, family)
     train_samples = load_samples(config, family, cache, "train", say)
     eval_samples = load_samples(config, family, cache, "eval", say) if config.evaluation.enabled else []
     plan = BatchPlan(
@@ -216,6 +216,8 @@ def prepare_codes(config: DataConfig, family: Family, device: torch.device) -> s
         BadClips: clips that cannot be used, each named with its reason.
     """
     import_torchaudio()
+    if not isinstance(family, CodecFamily):
+        raise UserError(f"models of the family {type(family).__name__} need no codes: train without `rawloop prepare`")
     splits = [path for path in (config.train, config.eval) if path is not None]
     samples = [sample for path in splits for sample in read_samples(path, config)]
     for sample in samples:
@@ -226,7 +228,16 @@ def prepare_codes(config: DataConfig, family: Family, device: torch.device) -> s
     return f"codes of {report.clips} clips in {report.folder}: {counts}"
 
 
-def load_samples(config: RunConfig, family: Family, cache: CodeCache, split: str, say: Say) -> list[Sample]:
+def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
+    """Open the cache of codes that `rawloop prepare` wrote; None for a family that needs none.
+
+    Raises:
+        UserError: there is no cache, or it is of another codec.
+    """
+    return CodeCache(codes_folder(config), family.codec_hash()) if isinstance(family, CodecFamily) else None
+
+
+def load_samples(config: RunConfig, family: Family, cache: CodeCache | None, split: str, say: Say) -> list[Sample]:
     """Read one split of the data and check every sample: that the model can take it and its clips are encoded.
 
     Raises:
@@ -236,14 +247,16 @@ def load_samples(config: RunConfig, family: Family, cache: CodeCache, split: str
     if not path:
         off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
-    samples, left_out = cache.usable(read_samples(path, config.data))
-    if left_out:
-        say(f"data.{split}: {len(left_out)} samples left out, as `rawloop prepare` was asked to skip their clips")
-    if not samples:
-        raise UserError(f"data.{split} is '{path}', of which no sample can be used")
-    cache.check(samples)
+    samples = read_samples(path, config.data)
+    if cache is not None:
+        samples, left_out = cache.usable(samples)
+        if left_out:
+            say(f"data.{split}: {len(left_out)} samples left out, as `rawloop prepare` was asked to skip their clips")
+        if not samples:
+            raise UserError(f"data.{split} is '{path}', of which no sample can be used")
+        cache.check(samples)
     for sample in samples:
-        family.check(sample, cache.frames)
+        family.check(sample, cache.frames if cache is not None else None)
     return samples
 
 
@@ -279,7 +292,7 @@ def build_evaluator(
     family: Family,
     module: LossModule,
     policy: PrecisionPolicy,
-    cache: CodeCache,
+    cache: CodeCache | None,
     samples: list[Sample],
     world: World,
 ) -> Evaluator:
@@ -290,9 +303,14 @@ def build_evaluator(
     return Evaluator(config.evaluation, module, batches, policy, world, family.stream_weights)
 
 
-def _loader(config: RunConfig, family: Family, cache: CodeCache, samples: list[Sample], world: World) -> Loader:
-    batches = MicroBatches(samples, partial(family.example, codes=cache), family.collate)
+def _loader(config: RunConfig, family: Family, cache: CodeCache | None, samples: list[Sample], world: World) -> Loader:
+    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate)
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
+
+
+def no_codes(path: Path) -> Tensor:
+    """Stands for the cache of codes where a family needs none."""
+    raise AssertionError(f"codes of {path} were asked for by a family that has no codec")
 
 
 def _restore(run: Run, config: RunConfig, say: Say) -> None:

@@ -115,6 +115,42 @@ class StreamLoss(NamedTuple):
     part_targets: tuple[int, ...] = ()
 
 
+class Special(NamedTuple):
+    """A special token of a stream, such as its stop token. A `required` one must occur among the targets.
+
+    In a stream with codebooks `id` is looked for in each of them.
+    """
+
+    stream: str
+    name: str
+    id: int
+    required: bool
+
+
+class Piece(NamedTuple):
+    """A run of positions of an example, for people: who says it, what it is, and how much of it is learnt.
+
+    `role` is the turn's, `text` is as the tokenizer decodes it (or says how many frames a clip has), `positions` counts
+    the positions of the model's sequence that it takes, `targets` the targets of `stream` that stand on them.
+    """
+
+    role: str
+    stream: str
+    text: str
+    positions: int
+    targets: int
+
+
+class Perturbed(NamedTuple):
+    """A batch whose inputs are other ones from some position of each row on.
+
+    `earlier` has, per stream, a bool of (targets,): true where a target's prediction sees only what stayed the same.
+    """
+
+    batch: Batch
+    earlier: dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class CodecInfo:
     """What identifies the codec that a family's `encode` runs, and what its codes look like.
@@ -143,14 +179,6 @@ class Family(Protocol):
         """Load the model from its configured place, or from `path`, in the dtype it is stored in, on the CPU."""
         ...
 
-    def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
-        """Load the audio codec: what it is, and its encoder, (samples,) float32 -> (frames, codebooks) int64."""
-        ...
-
-    def codec_hash(self) -> str:
-        """Content hash of the codec: codes of another one would be noise to the model."""
-        ...
-
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
         """Refuse a sample that cannot be trained, before anything is; `frames(path)` gives a prepared clip's length."""
         ...
@@ -173,6 +201,35 @@ class Family(Protocol):
 
     def probe(self) -> Batch:
         """A fixed little batch, for comparing two versions of a model by their logits."""
+        ...
+
+    def special_targets(self) -> Sequence[Special]:
+        """The special tokens of every stream: those that must be learnt, and those that should show in a census."""
+        ...
+
+    def pieces(self, example: Any) -> Sequence[Piece]:
+        """An example as people read it, in order; its targets add up to those that collating it counts."""
+        ...
+
+    def chance(self) -> Mapping[str, float]:
+        """Loss of uniform guesses, nats per target, by stream."""
+        ...
+
+    def perturb(self, batch: Batch) -> Perturbed:
+        """Change all inputs from the middle of each row's targets on: no earlier prediction may notice."""
+        ...
+
+
+@runtime_checkable
+class CodecFamily(Protocol):
+    """A family whose samples hold audio as codes of a codec, which `rawloop prepare` caches before training."""
+
+    def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
+        """Load the audio codec: what it is, and its encoder, (samples,) float32 -> (frames, codebooks) int64."""
+        ...
+
+    def codec_hash(self) -> str:
+        """Content hash of the codec: codes of another one would be noise to the model."""
         ...
 
 

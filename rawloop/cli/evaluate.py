@@ -7,16 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from rawloop.adapters import ModelFiles
-from rawloop.build import build_evaluator, build_model, load_samples, stored_precision
+from rawloop.build import build_evaluator, build_model, load_samples, open_codes, stored_precision
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, parse
-from rawloop.data import codes_folder
 from rawloop.data.audio import import_torchaudio
-from rawloop.data.codes import CodeCache
 from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluation, Evaluator
@@ -51,7 +49,7 @@ def _evaluate(config: RunConfig, checkpoint: str | None, world: World) -> Evalua
 def _build(config: RunConfig, checkpoint: str | None, world: World) -> Evaluator:
     import_torchaudio()
     family = load_family(config.model)
-    cache = CodeCache(codes_folder(config.data), family.codec_hash())
+    cache = open_codes(config.data, family)
     samples = load_samples(config, family, cache, "eval", _quiet)
     slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)
     model, policy, base = build_model(config, world, family, [], stored_precision(slot))
