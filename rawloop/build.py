@@ -30,7 +30,7 @@ from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, T
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.data.samples import read_samples
-from rawloop.dist import LossModule, World
+from rawloop.dist import DDPConfig, LossModule, World, settle_unused
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
@@ -70,8 +70,13 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
             f"precision.mode '{config.precision.mode}' became {modes} on ranks of different hardware: name "
             "one mode for all"
         )
-    preflight(ready.policy, ready.first_loss)
-    run = _assemble(config, folder, world, ready)
+    ready.module.train()
+    unused = preflight(ready.policy, ready.first_loss)
+    ddp, notice = settle_unused(config.ddp, world, unused)
+    ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
+    run = _assemble(config, folder, world, ready, ddp)
+    if notice and world.is_main:
+        run.records.event("warning", step=0, reason=notice)
     try:
         _restore(run, config, say)
     except BaseException:
@@ -173,7 +178,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     return Ready(family, model, policy, module, base, plan, train, evaluator, first)
 
 
-def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready) -> Run:
+def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig) -> Run:
     policy, records = ready.policy, Records(folder, world, config.records)
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
@@ -190,8 +195,8 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready) -> Ru
         "rng": RngState(config.seed, world.rank),
     }
     return Run(
-        module=world.wrap(ready.module, config.ddp),
-        wrap=partial(world.wrap, ready.module, config.ddp),
+        module=world.wrap(ready.module, ddp),
+        wrap=partial(world.wrap, ready.module, ddp),
         windows=TrainWindows(ready.train, ready.plan),
         policy=policy,
         optimizer=optimizer,

@@ -9,10 +9,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,15 +30,17 @@ class DDPConfig:
     """DistributedDataParallel, with every switch explicit.
 
     Args:
-        find_unused_parameters: search each step's graph for parameters without a gradient. Needed when a batch may
-            leave a trainable parameter unused on some rank; costs 5 to 10% of a step.
+        find_unused_parameters: true: search each step's graph for parameters without a gradient, which is needed when
+            a batch may leave a trained parameter unused on some rank; costs 5 to 10% of a step. false: do not, refuse
+            a run whose first batch leaves one unused, and end it with the names if a later one does. auto: false
+            unless the first batch leaves one unused.
         broadcast_buffers: copy rank 0's buffers to all ranks at every forward pass.
         gradient_as_bucket_view: let gradients live inside the all-reduce buckets (saves one copy of the gradients).
         static_graph: promise that the graph never changes. Not together with gradient accumulation.
         timeout: seconds until a collective that some rank never joined ends the run.
     """
 
-    find_unused_parameters: bool = False
+    find_unused_parameters: bool | Literal["auto"] = "auto"
     broadcast_buffers: bool = False
     gradient_as_bucket_view: bool = True
     static_graph: bool = False
@@ -125,11 +127,50 @@ class World:
         buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": config.broadcast_buffers}
         return DistributedDataParallel(
             module,
-            find_unused_parameters=config.find_unused_parameters,
+            find_unused_parameters=bool(config.find_unused_parameters),
             gradient_as_bucket_view=config.gradient_as_bucket_view,
             static_graph=config.static_graph,
             **buffers,
         )
+
+
+def settle_unused(config: DDPConfig, world: World, unused: list[str]) -> tuple[DDPConfig, str | None]:
+    """Decide on `find_unused_parameters` from what the first batch left unused on each rank. All ranks call this.
+
+    Args:
+        config: true, false or auto.
+        world: the ranks.
+        unused: names of the trained parameters that got no gradient on this rank.
+
+    Returns:
+        the config with true or false, and a sentence for the user if there is something to say.
+
+    Raises:
+        UserError: it is false, and DDP would wait for ever or let the ranks drift apart.
+    """
+    shares = world.gather(unused)
+    everywhere = [name for name in shares[0] if all(name in share for share in shares)]
+    partly = sorted({name for share in shares for name in share} - set(everywhere))
+    found = _unused_in_words(everywhere, "on any rank" if world.size > 1 else "") + _unused_in_words(
+        partly, "on some ranks"
+    )
+    if not found:
+        return replace(config, find_unused_parameters=config.find_unused_parameters is True), None
+    what = f"the first batch gives no gradient to {' and to '.join(found)}"
+    if config.find_unused_parameters is False and world.size > 1:
+        raise UserError(
+            f"ddp.find_unused_parameters is false, and {what}: DDP would wait for ever, or let the ranks drift apart. "
+            "Set it to true or auto, or freeze these weights (adapter.freeze)"
+        )
+    advice = "weights that no batch uses are never trained: freeze them (adapter.freeze), or check the data"
+    return replace(config, find_unused_parameters=True), f"{what}; {advice}"
+
+
+def _unused_in_words(names: list[str], where: str) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{len(names)} trained weights{' ' if where else ''}{where} ({', '.join(names[:5])}{more})"]
 
 
 class LossModule(nn.Module):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
+from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig
@@ -385,6 +388,83 @@ def test_switches_of_ddp_and_activation_checkpointing_change_no_loss(
         assert losses(tmp_path / name, "grad_norm") == pytest.approx(
             losses(tmp_path / "default", "grad_norm"), rel=1e-4
         )
+
+
+HEAD = "base_model.model.text_lm_head.modules_to_save.default.weight"
+UNUSED = {  # find_unused_parameters, the ranks whose text head goes unused, from which training batch on
+    "used": ("auto", (), 0),
+    "on one rank": ("auto", (1,), 0),
+    "nowhere": ("auto", (0, 1), 0),
+    "refused": (False, (1,), 0),
+    "later, everywhere": (False, (0, 1), 2),
+    "later, on one rank": (False, (1,), 2),
+}
+
+
+def train_with_unused(world: World, base: RunConfig, folder: Path, cases: list[str]) -> dict[str, Any]:
+    """Per case: whether DDP looks for unused weights and the weights after training, or the error."""
+    results: dict[str, Any] = {}
+    scored = HiggsAudioV2.losses
+    for case in cases:
+        find, ranks, start = UNUSED[case]
+        calls = 0
+
+        def losses(self: HiggsAudioV2, model: nn.Module, batch: Batch, late: int = start, there: Any = ranks) -> Any:
+            nonlocal calls
+            result = scored(self, model, batch)
+            calls += model.training
+            if world.rank in there and calls > late:
+                result["text"] = result["text"]._replace(total=result["text"].total.detach())
+            return result
+
+        HiggsAudioV2.losses = losses  # type: ignore[method-assign]
+        config = replace(base, output=str(folder / case), ddp=DDPConfig(find_unused_parameters=find))
+        config = replace(config, adapter=AdapterConfig(rank=4, modules_to_save=["text_lm_head"]))
+        config = replace(config, train=TrainConfig(1, 1, max_steps=3), evaluation=EvaluationConfig(enabled=False))
+        try:
+            run = go(config, world)
+            ddp: Any = run.module
+            trained = {name: p.detach().clone() for name, p in run.policy.named_parameters()}
+            results[case] = ddp.find_unused_parameters, trained
+        except (UserError, TrainingError) as error:
+            if case == "later, on one rank":
+                raise
+            results[case] = str(error)
+    return results
+
+
+def test_unused_weights_are_found_before_the_first_step(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    first, second = run_ranks(train_with_unused, base, tmp_path, list(UNUSED)[:-1])
+    for case, (found, where) in {
+        "used": (False, None),
+        "on one rank": (True, f"1 trained weights on some ranks ({HEAD})"),
+        "nowhere": (True, f"1 trained weights on any rank ({HEAD})"),
+    }.items():
+        assert first[case][0] == second[case][0] == found
+        assert same(first[case][1], second[case][1])
+        said = [event["reason"] for event in read_events(tmp_path / case) if event["kind"] == "warning"]
+        start = f"the first batch gives no gradient to {where}; weights that no batch uses are never trained"
+        assert [reason.startswith(start) for reason in said] == [True] * (where is not None)
+    assert first["refused"] == second["refused"]
+    assert first["refused"].startswith(
+        "ddp.find_unused_parameters is false, and the first batch gives no gradient to 1 trained weights on some ranks "
+        f"({HEAD}): DDP would wait for ever, or let the ranks drift apart. Set it to true or auto, or freeze"
+    )
+    for result in (first, second):
+        assert result["later, everywhere"].startswith(
+            f"1 trained weights got no gradient in this step ({HEAD}), and ddp"
+        )
+
+
+def test_a_weight_that_goes_unused_on_one_rank_ends_the_run_with_its_name(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match=rf"^1 trained weights got no gradient in this step \({re.escape(HEAD)}\)"):
+        run_ranks(train_with_unused, base, tmp_path, ["later, on one rank"])
+    assert time.monotonic() - started < 60
 
 
 def test_a_static_graph_with_accumulation_is_refused(base: RunConfig, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ class PrecisionPolicy:
         self.skips_in_a_row = self.bad_losses_in_a_row = 0
         self._theirs = grad_scaler
         self._loss: Tensor | None = None  # the sum of the window's losses, not finite if one of them is not
+        self.every_gradient = False  # whether a trained weight without a gradient is an error, as it is under plain DDP
         self._adopted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         if grad_scaler is not None and "amp_fp16" not in (self.name, *self.choice.left):
             raise UserError(f"a GradScaler was handed in and precision.mode is '{self.name}': it goes with amp_fp16")
@@ -223,6 +224,8 @@ class PrecisionPolicy:
         gradients = [gradient for p in held if (gradient := self.trained.gradient(p)) is not None]
         if not gradients:
             return -1.0, True, None
+        if self.every_gradient and len(gradients) < len(held):
+            raise TrainingError(self._missing_gradients(held))
         if self.scaler and not self.scaler.window_open:
             raise UserError(
                 "the gradients were not made by policy.backward(loss), so that nobody knows their scale: replace "
@@ -240,6 +243,17 @@ class PrecisionPolicy:
         # The one wait for the device in a step: what is applied must be known.
         measured, total = torch.stack([norm, norm if loss is None else loss.to(norm.device)]).tolist()
         return measured / scale, loss is None or math.isfinite(total), None
+
+    def _missing_gradients(self, held: list[nn.Parameter]) -> str:
+        """What to say of it. The other ranks are not asked first: they may be waiting for this one in backward."""
+        missing = {id(p) for p in held if self.trained.gradient(p) is None}
+        names = [name for name, parameter in self.named_parameters() if id(parameter) in missing]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return (
+            f"{len(names)} trained weights got no gradient in this step ({', '.join(names[:5])}{more}), and "
+            "ddp.find_unused_parameters is off, so that the ranks would drift apart or wait for each other for ever: "
+            "nothing was applied. Set ddp.find_unused_parameters to true, or freeze these weights"
+        )
 
     def _apply(
         self, optimizers: list[Optimizer], held: list[nn.Parameter], norm: float, max_norm: float | None

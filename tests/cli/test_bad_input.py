@@ -65,9 +65,18 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--ddp.timeout", "-1"], r"ddp\.timeout is -1\.0"),
         (["--ddp.static_graph", "true", "--train.accumulation", "2"], r"ddp\.static_graph is true and train\.accumu"),
         (["--device", "gpu"], r"device is 'gpu' \(from the command line\): it must be one of 'auto', 'cuda', 'mps'"),
-        (["--precision.mode", "fp8"], r"precision\.mode is 'fp8' .*: it must be one of 'auto', 'fp32', 'bf16', 'amp_fp1"),
-        (["--precision.fallback", "bf16"], r"fallback is 'bf16' \(from the command line\): it must be a list, '\[a, b\]"),
-        (["--precision.fallback", "[bf16,fp8]"], r"fp8'\]' \(from the command line\): it must be a list, .* of 'fp32',"),
+        (
+            ["--precision.mode", "fp8"],
+            r"precision\.mode is 'fp8' .*: it must be one of 'auto', 'fp32', 'bf16', 'amp_fp1",
+        ),
+        (
+            ["--precision.fallback", "bf16"],
+            r"fallback is 'bf16' \(from the command line\): it must be a list, '\[a, b\]",
+        ),
+        (
+            ["--precision.fallback", "[bf16,fp8]"],
+            r"fp8'\]' \(from the command line\): it must be a list, .* of 'fp32',",
+        ),
         (
             ["--precision.mode", "amp_fp16", "--precision.trainable_dtype", "fp16"],
             r"which trains fp32: GradScaler refuses them .*precision\.trainable_dtype from the command line\)$",
