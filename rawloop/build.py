@@ -184,7 +184,8 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
-    state, best = TrainState(data=ready.plan.identity()), BestTracker()
+    state = TrainState(data=ready.plan.identity())
+    best = BestTracker(config.evaluation.best_metric, config.evaluation.best_mode, config.evaluation.patience)
     parts: dict[str, Any] = {
         "base": ready.base,
         "model": ModelFiles(ready.model, ready.family.load_model),

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, no_sync
-from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
+from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError, nearest
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.optim import set_lr
 from rawloop.precision import PrecisionPolicy, StepResult
@@ -136,12 +136,13 @@ def train(run: Run) -> TrainState:
     windows = run.windows.start(state.window)
     meter = Meter(run)
     visited = state.step if state.step else -1  # a resumed run has already evaluated and saved where it stands
+    stopped = stop_early(run)  # it may have been before this resume
     run.module.train()
     with run.records.progress(run.total_steps, state.step) as progress:
         while True:
-            last = state.step >= run.total_steps
+            last = state.step >= run.total_steps or stopped
             if state.step != visited:
-                evaluate_and_save(run, last)
+                last = evaluate_and_save(run, last)
                 visited = state.step
                 meter.restart_clock()
             if last:
@@ -250,8 +251,12 @@ def _raise(error: RawloopError | None) -> None:
         raise error
 
 
-def evaluate_and_save(run: Run, last: bool) -> None:
-    """Evaluate if due, keep a new best in its own slot, then save if due. The two cadences never meet."""
+def evaluate_and_save(run: Run, last: bool) -> bool:
+    """Evaluate if due, keep a new best in its own slot, then save if due. The two cadences never meet.
+
+    Returns:
+        whether the run ends here: it is the last step, or the evaluation has not improved for long enough.
+    """
     state = run.state
     if run.evaluator and run.evaluator.due(state.step, last):
         evaluation = run.evaluator.run()
@@ -261,16 +266,34 @@ def evaluate_and_save(run: Run, last: bool) -> None:
             note(run, lambda: run.records.event("warning", step=state.step, reason=reason))
         if run.best:
             keep_if_best(run, evaluation)
+            last = stop_early(run) or last
     if run.checkpoints and run.checkpoints.due(state.step, last):
         run.checkpoints.save(state.step)
+    return last
 
 
 def keep_if_best(run: Run, evaluation: Evaluation) -> None:
     """Write the best slot if this evaluation beats all before it."""
     assert run.best is not None
+    if run.best.metric not in evaluation.metrics:
+        raise UserError(
+            f"evaluation.best_metric is '{run.best.metric}', which the evaluation does not measure"
+            f"{nearest(run.best.metric, evaluation.metrics)}: it measures {', '.join(evaluation.metrics)}"
+        )
     value = evaluation.metrics[run.best.metric]
     if run.best.consider(run.state.step, value, evaluation.valid) and run.checkpoints:
         run.checkpoints.save_best(run.state.step, run.best.metric, value)
+
+
+def stop_early(run: Run) -> bool:
+    """Whether `evaluation.patience` is used up; says so."""
+    best = run.best
+    if best is None or not best.exhausted:
+        return False
+    reason = f"{best.metric} has not improved in {best.worse_in_a_row} evaluations since step {best.step}"
+    if run.world.is_main:
+        note(run, lambda: run.records.event("stop", step=run.state.step, reason=reason))
+    return True
 
 
 def skip(run: Run, result: StepResult, window: list[Batch]) -> None:

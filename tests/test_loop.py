@@ -311,6 +311,37 @@ def test_evaluation_and_saving_never_meet(base: RunConfig, tmp_path: Path, every
     assert (tmp_path / "best" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_training_stops_when_the_evaluation_does_not_improve(base: RunConfig, tmp_path: Path) -> None:
+    worse = replace(base, output=str(tmp_path), optim=OptimConfig(lr=1.0), train=TrainConfig(1, 1, max_steps=9))
+    worse = replace(worse, evaluation=EvaluationConfig(every=1, patience=2), checkpoint=CheckpointConfig(5))
+    run = go(worse)
+    assert run.best is not None
+    best, end = run.best.step or 0, run.state.step
+    assert end == best + 2
+    assert end < 9
+    stops = [event["reason"] for event in read_events(tmp_path) if event["kind"] == "stop"]
+    assert stops == [f"eval_loss has not improved in 2 evaluations since step {best}"]
+    assert [slot.name for slot in find_slots(tmp_path)] == [f"step-{end:08d}"]
+    assert go(replace(worse, resume="latest")).state.step == end
+    patient = replace(worse, resume="latest", evaluation=EvaluationConfig(every=1, patience=4))
+    assert go(patient).state.step > end
+
+
+def test_the_best_metric_is_chosen_by_name(base: RunConfig, tmp_path: Path) -> None:
+    short = replace(base, train=TrainConfig(1, 1, max_steps=2))
+    chosen = EvaluationConfig(every=1, best_metric="eval_loss/text", best_mode="max")
+    go(replace(short, output=str(tmp_path / "a"), evaluation=chosen))
+    values = {line["step"]: line["eval_loss/text"] for line in read_metrics(tmp_path / "a") if "eval_loss" in line}
+    best = json.loads((tmp_path / "a" / "best.json").read_text())
+    assert best["metric"] == "eval_loss/text"
+    assert best["value"] == max(values.values())  # type: ignore[type-var]
+    mistyped = replace(short, output=str(tmp_path / "b"), evaluation=EvaluationConfig(best_metric="eval_los/text"))
+    with pytest.raises(
+        UserError, match=r"best_metric is 'eval_los/text', which .* measure \(did you mean 'eval_loss/text'"
+    ):
+        go(mistyped)
+
+
 def test_without_evaluation_nothing_else_changes(base: RunConfig, tmp_path: Path) -> None:
     go(replace(base, output=str(tmp_path / "with")))
     data = replace(base.data, eval=None)
@@ -391,7 +422,9 @@ def test_switches_of_ddp_and_activation_checkpointing_change_no_loss(
 
 
 HEAD = "base_model.model.text_lm_head.modules_to_save.default.weight"
-UNUSED = {  # find_unused_parameters, the ranks whose text head goes unused, from which training batch on
+UNUSED: dict[
+    str, tuple[Any, tuple[int, ...], int]
+] = {  # find_unused_parameters, the ranks whose text head goes unused, from which training batch on
     "used": ("auto", (), 0),
     "on one rank": ("auto", (1,), 0),
     "nowhere": ("auto", (0, 1), 0),

@@ -9,36 +9,58 @@ Mode = Literal["min", "max"]
 
 
 class BestTracker:
-    """Remembers the best valid value of one metric and the step at which it was seen."""
+    """Remembers the best valid value of one metric, the step at which it was seen, and how often it was not beaten.
 
-    def __init__(self, metric: str = "eval_loss", mode: Mode = "min") -> None:
+    Args:
+        metric: name of the metric.
+        mode: whether smaller (min) or larger (max) is better.
+        patience: evaluations in a row that may fail to be the best until `exhausted`; 0 never is.
+    """
+
+    def __init__(self, metric: str = "eval_loss", mode: Mode = "min", patience: int = 0) -> None:
         self.metric = metric
         self.mode = mode
+        self.patience = patience
+        self.worse_in_a_row = 0
         self.value: float | None = None
         self.step: int | None = None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the metric has failed to improve for `patience` evaluations in a row."""
+        return 0 < self.patience <= self.worse_in_a_row
 
     def consider(self, step: int, value: float, valid: bool) -> bool:
         """Return whether `value` beats everything before it, and remember it then.
 
         An evaluation that is not valid (`valid` false, or a value that is not finite) is never the best.
         """
+        self.worse_in_a_row += 1
         if not valid or not math.isfinite(value):
             return False
         if self.value is not None and not (value < self.value if self.mode == "min" else value > self.value):
             return False
         self.value, self.step = value, step
+        self.worse_in_a_row = 0
         return True
 
     def forget(self) -> None:
         """Start over: no value has been seen whose model still exists."""
         self.value = self.step = None
+        self.worse_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return metric, mode, value and step."""
-        return {"metric": self.metric, "mode": self.mode, "value": self.value, "step": self.step}
+        """Return metric, mode, value, step and the count of evaluations since. Patience is the config's."""
+        return {
+            "metric": self.metric,
+            "mode": self.mode,
+            "value": self.value,
+            "step": self.step,
+            "worse_in_a_row": self.worse_in_a_row,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore value and step.
+        """Restore value, step and count.
 
         Raises:
             CheckpointError: the checkpoint tracked another metric, whose value means nothing here.
@@ -46,6 +68,6 @@ class BestTracker:
         if (state["metric"], state["mode"]) != (self.metric, self.mode):
             raise CheckpointError(
                 f"the checkpoint tracks the best {state['metric']} ({state['mode']}), this run is configured for "
-                f"{self.metric} ({self.mode}): set the metric back, or start a run of its own"
+                f"{self.metric} ({self.mode}): set evaluation.best_metric and best_mode back, or start a run of its own"
             )
-        self.value, self.step = state["value"], state["step"]
+        self.value, self.step, self.worse_in_a_row = state["value"], state["step"], state["worse_in_a_row"]

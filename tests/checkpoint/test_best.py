@@ -32,6 +32,21 @@ def test_state_comes_back() -> None:
     assert not other.consider(8, 0.6, True)
 
 
+def test_patience_is_used_up_by_evaluations_that_are_not_the_best() -> None:
+    best = BestTracker(patience=2)
+    told = []
+    for step, value, valid in [(0, 3.0, True), (1, 4.0, True), (2, 2.0, True), (3, 2.0, True), (4, 1.0, False)]:
+        best.consider(step, value, valid)
+        told.append(best.exhausted)
+    assert told == [False, False, False, False, True]
+    other, endless = BestTracker(patience=3), BestTracker()
+    for tracker in (other, endless):
+        tracker.load_state_dict(best.state_dict())
+        assert not tracker.exhausted  # patience is the config's, the count the checkpoint's
+    other.consider(5, 2.5, True)
+    assert other.exhausted
+
+
 def test_the_best_of_another_metric_means_nothing_here() -> None:
     with pytest.raises(CheckpointError, match=r"tracks the best eval_loss \(min\), this run is configured for wer"):
         BestTracker("wer").load_state_dict(BestTracker().state_dict())
