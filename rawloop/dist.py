@@ -233,6 +233,12 @@ def read_ranks() -> tuple[int, int, int]:
         raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error says that another rank has gone, so that its own message is the one to read."""
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "NCCLUtils")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 def _hold(group: object) -> None:
     """Called at exit with what was held until then."""
 

@@ -46,6 +46,19 @@ def main(argv: list[str] | None = None) -> int:
         if error.speaks:
             print(f"rawloop {command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except RuntimeError as error:
+        from rawloop.dist import is_lost_rank  # torch is loaded by now
+
+        if not is_lost_rank(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"rawloop {command}: another rank has ended, and its message says why ({reason}); what was saved is whole: "
+            "go on with --resume latest",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"rawloop {command}: interrupted; what was saved is whole", file=sys.stderr, flush=True)
         return 130

@@ -355,3 +355,34 @@ def test_the_whole_way_in_processes_of_its_own(
     assert done.returncode == 0, done.stderr
     assert metrics_of(tmp_path / "run") == metrics_of(trained / "run")
     assert weights_of(tmp_path / "run", 3) == weights_of(trained / "run", 3)
+
+
+BROKEN = """
+import os
+from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+
+class Broken(HiggsAudioV2):
+    calls = 0
+
+    def losses(self, model, batch):
+        self.calls += model.training
+        if os.environ["RANK"] == "1" and self.calls == 3:
+            raise RuntimeError("out of memory in the forward pass")
+        return super().losses(model, batch)
+"""
+
+
+def test_a_rank_that_dies_ends_the_others_and_has_the_first_word(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken_family.py").write_text(BROKEN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    more = ["--model.family", "broken_family:Broken", "--train.max_steps", "6", "--disable_eval"]
+    command = [*torchrun, "-m", "rawloop", "train", "--config", str(config), *more]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    started = time.monotonic()
+    done = subprocess.run(command, env=environment, timeout=100, capture_output=True, text=True, check=False)
+    assert time.monotonic() - started < 60  # of which the start takes most
+    assert done.returncode == 1
+    cause = done.stderr.index("RuntimeError: out of memory in the forward pass")
+    assert "[rank0]: Traceback" not in done.stderr
+    said = done.stderr.find("rawloop train: another rank has ended, and its message says why")  # if it had the time
+    assert said == -1 or cause < said
