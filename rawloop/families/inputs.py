@@ -81,7 +81,7 @@ class BatchAdapter:
         return arguments
 
     def _name(self, key: str) -> str:
-        taken = [name for name in (key, *SYNONYMS.get(key, ())) if name in self.parameters]
+        taken: list[str] = [name for name in (key, *SYNONYMS.get(key, ())) if name in self.parameters]
         if not taken:
             check_inputs(self.model.forward, [key], self.owner)
         return taken[0]
