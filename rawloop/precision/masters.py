@@ -63,34 +63,31 @@ class Trained:
         `step` is called once for every `BUCKET` numbers, with all other gradients hidden, so that little is in float32
         at a time: optimizers whose parameters influence each other beyond their group's settings do not fit.
         """
-        plain = [p for p in held if id(p) not in self._name_of and p.grad is not None]
-        if plain and factor != 1.0:
-            torch._foreach_mul_([p.grad for p in plain if p.grad is not None], factor)
         if not self.stand_ins:
+            gradients = [p.grad for p in held if p.grad is not None]
+            if gradients and factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
             step()
-            return
         for bucket in self._buckets(held):
             for name in bucket:
                 self._hand_over(name, factor)
-            step()  # the first call also steps the plain ones
-            for p in plain:
-                p.grad = None
+            step()
             for name in bucket:
                 self._take_back(name)
 
     def _buckets(self, held: Iterable[nn.Parameter]) -> Iterator[list[str]]:
+        """The stand-ins whose weights have a gradient, some at a time, by name."""
+        names = [self._name_of[id(p)] for p in held if id(p) in self._name_of]
         bucket: list[str] = []
         size = 0
-        for parameter in held:
-            name = self._name_of.get(id(parameter))
-            if name is None or self.weights[name].grad is None:
-                continue
-            if bucket and size + parameter.numel() > BUCKET:
+        for name in (name for name in names if self.weights[name].grad is not None):
+            if bucket and size + self.weights[name].numel() > BUCKET:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(name)
-            size += parameter.numel()
-        yield bucket
+            size += self.weights[name].numel()
+        if bucket:
+            yield bucket
 
     def _hand_over(self, name: str, factor: float) -> None:
         weight = self.weights[name]

@@ -67,11 +67,13 @@ def exchange(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loa
     for group in optimizer.param_groups:
         for place, old in enumerate(group["params"]):
             group["params"][place] = replacement = replacements.get(id(old), old)
-            if replacement is not old and old in optimizer.state:
-                state = optimizer.state.pop(old)
-                if loaded:
-                    _refuse_16_bits(state.values())
-                optimizer.state[replacement] = {key: _as_float32(value) for key, value in state.items()}
+            if old not in optimizer.state or (replacement is old and old.dtype in HALF):
+                continue
+            state = optimizer.state.pop(old)
+            if loaded and replacement is not old:
+                _refuse_16_bits(state.values())
+            # the same weight may have become float32 as well, under its running means
+            optimizer.state[replacement] = {key: _as_float32(value) for key, value in state.items()}
 
 
 def _refuse_16_bits(values: Iterable[Any]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 from typing import Any
+from warnings import warn
 
 import pytest
 import torch
@@ -44,10 +45,11 @@ class Training:
         model: nn.Module | None = None,
         resume: Any = None,
         scaler: Any = None,
+        say: Any = warn,
         **settings: Any,
     ) -> None:
         config = PrecisionConfig(mode=mode, fallback=fallback, **settings)
-        self.policy = PrecisionPolicy(config, torch.device("cpu"), resume=resume, grad_scaler=scaler)
+        self.policy = PrecisionPolicy(config, torch.device("cpu"), resume=resume, grad_scaler=scaler, say=say)
         self.model = self.policy.prepare(model or self.tiny_llama())
         held = [p for _, p in self.policy.named_parameters()]
         self.optimizer = AdamW(held, lr=lr, eps=1e-12, fused=True)

@@ -85,6 +85,24 @@ def test_losses_that_are_not_finite_leave_the_mode_before_the_skip_limit(trainin
     assert "2 losses in a row were not finite" in run.policy.reason
 
 
+def test_only_losses_in_a_row_count(training: Any) -> None:
+    run = training("native_fp16", ["fp32"], max_skips=25, max_nonfinite_losses=2)
+    for factor in (NAN, INF, NAN, 1.0, NAN, INF, INF, INF):  # INF: the gradient alone is infinite
+        assert run.step(factor).fell_back is None
+    assert run.step(NAN).fell_back is None
+    assert run.step(NAN).fell_back == "native_fp16 -> fp32"
+
+
+def test_running_means_in_bfloat16_become_float32(training: Any) -> None:
+    run = training("bf16", ["fp32"], trainable_dtype="bf16", masters="none", max_skips=1, say=lambda sentence: None)
+    run.step()
+    assert {state["exp_avg"].dtype for state in run.optimizer.state.values()} == {torch.bfloat16}
+    run.step(INF)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in run.optimizer.state.values()} == {torch.float32}
+    assert run.step().applied
+
+
 def test_without_another_mode_only_the_skip_limit_ends_the_run(training: Any) -> None:
     run = training("native_fp16", [], max_skips=4, max_nonfinite_losses=2)
     for _ in range(3):

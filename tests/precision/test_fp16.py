@@ -235,3 +235,54 @@ def test_adapters_that_transformers_left_in_fp16_are_trained_as_fp32_trains_them
         losses[name] = run.loss()
     assert losses["fp32"] < start - 0.05
     assert losses[mode] == pytest.approx(losses["fp32"], abs=0.005)
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_only_good_steps_in_a_row_let_the_scale_grow(mode: str, training: Any) -> None:
+    run = training(mode, loss_scale=LossScaleConfig(init=2.0**10, growth_interval=3))
+    scales = []
+    for factor in (1.0, 1.0, OVERFLOW, 1.0, 1.0, 1.0):
+        run.step(factor)
+        scales.append(scale_of(run.policy))
+    assert scales == [2.0**10, 2.0**10, 2.0**9, 2.0**9, 2.0**9, 2.0**10]
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_counts_of_bad_steps_are_resumed(mode: str, training: Any) -> None:
+    settings = {"loss_scale": LossScaleConfig(init=2.0**10, hysteresis=2), "max_nonfinite_losses": 7}
+    run, other = training(mode, **settings), training(mode, **settings)
+    run.step()
+    run.step(OVERFLOW)
+    state = run.policy.state_dict()
+    assert (state["scaler"]["bad_steps"], state["skips_in_a_row"], state["bad_losses_in_a_row"]) == (1, 1, 1)
+    other.load(run.save())
+    assert other.policy.state_dict()["bad_losses_in_a_row"] == 1
+    other.step(OVERFLOW)
+    assert scale_of(other.policy) == 2.0**9
+
+
+def test_the_torch_scaler_always_has_the_policys_scale(training: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_factor=4.0, backoff_factor=0.25, growth_interval=2)
+    run = training("amp_fp16", scaler=scaler, loss_scale=LossScaleConfig(floor=2.0**7))
+    scales = []
+    for factor in (1.0, 1.0, 1.0, OVERFLOW, OVERFLOW, OVERFLOW):
+        run.step(factor)
+        assert scaler.get_scale() == scale_of(run.policy)
+        scales.append(scale_of(run.policy))
+    assert scales == [2.0**8, 2.0**10, 2.0**10, 2.0**8, 2.0**7, 2.0**7]
+    run = training("amp_fp16", loss_scale=LossScaleConfig(init=2.0**9))
+    run.backward()
+    assert run.policy.scaler.torch_scaler.get_scale() == 2.0**9  # torch's own default is 2^16
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_the_scale_stays_within_a_window_whatever_the_loss_is_of(mode: str) -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode, loss_scale=LossScaleConfig(init=2.0**17)), CPU)  # type: ignore[arg-type]
+    model = policy.prepare(nn.Linear(2, 1, bias=False))
+    x = torch.ones(1, 2, dtype=next(model.parameters()).dtype)
+    policy.backward(model(x).float().sum() * 1e-6)
+    policy.backward(model(x).half().sum() * 0.0)  # an FP16 loss in the middle of the window
+    assert scale_of(policy) == 2.0**17
+    policy.step(SGD([p for _, p in policy.named_parameters()], lr=0.1))
+    policy.backward(model(x).half().sum())
+    assert scale_of(policy) == 2.0**15

@@ -85,10 +85,16 @@ def test_weights_without_a_gradient_are_left_alone() -> None:
 
 def test_residual_stand_ins_take_no_memory_between_updates() -> None:
     kept = Residuals(named(values()), torch.float16, CPU)
-    for name, held in kept.named_parameters():
-        assert held.shape == kept.weights[name].shape
-        assert held.dtype == torch.float32
-        assert held.untyped_storage().nbytes() == 4
+    for name, stand_in in kept.named_parameters():
+        assert stand_in.shape == kept.weights[name].shape
+        assert stand_in.dtype == torch.float32
+        assert stand_in.untyped_storage().nbytes() == 4
+    held = [p for _, p in kept.named_parameters()]
+    optimizer = AdamW(held)
+    for weight in kept.weights.values():
+        weight.grad = torch.ones_like(weight)
+    kept.update(held, 1.0, lambda: optimizer.step())
+    assert {p.untyped_storage().nbytes() for p in held} == {4}
 
 
 @pytest.mark.parametrize("kind", list(KINDS.values()))

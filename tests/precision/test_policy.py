@@ -179,3 +179,42 @@ def test_state_of_another_mode_is_refused() -> None:
 def test_norm_of_fp16_gradients_does_not_overflow() -> None:
     big = [torch.full((4096,), 1000.0, dtype=torch.float16)]
     assert float(global_norm(big)) == pytest.approx(64000.0)
+
+
+def test_gradients_below_the_limit_are_not_scaled_up() -> None:
+    model, other = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    other.load_state_dict(model.state_dict())
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    policy.prepare(model)
+    for net in (model, other):
+        loss = net(torch.ones(1, 2)).sum() * 0.5  # a norm of 0.71
+        policy.backward(loss) if net is model else torch.autograd.backward(loss)
+    policy.step(SGD(model.parameters(), lr=1.0), max_norm=1.0)
+    SGD(other.parameters(), lr=1.0).step()
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_weights_that_are_added_to_an_optimizer_later_are_looked_at_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU)
+    policy.prepare(model)
+    optimizer = SGD(model.get_submodule("0").parameters(), lr=0.1)
+
+    def step() -> None:
+        policy.backward(model(torch.ones(1, 2).half()).float().sum())
+        assert policy.step(optimizer).applied
+
+    step()
+    optimizer.add_param_group({"params": list(model.get_submodule("1").parameters())})
+    step()
+    assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    with pytest.raises(UserError, match=r"holds 5 weights, 1 of which \(first of shape \(3,\)\)"):
+        step()
+
+
+def test_float32_trainables_of_a_whole_model_are_no_native_fp16() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    config = PrecisionConfig(mode="native_fp16", trainable_dtype="fp32")
+    with pytest.raises(UserError, match="'native_fp16' and most weights would be trained in float32 beside FP16"):
+        PrecisionPolicy(config, CPU).prepare(model)
