@@ -144,7 +144,9 @@ class Piece(NamedTuple):
 class Perturbed(NamedTuple):
     """A batch whose inputs are other ones from some position of each row on.
 
-    `earlier` has, per stream, a bool of (targets,): true where a target's prediction sees only what stayed the same.
+    `earlier` has, per stream, a bool of (targets,): true where a target's prediction may see only what stayed the same,
+    which is where its own token stands no later than the first changed one. Find that token among the inputs by what it
+    is, not by `Labels.positions`: only then do labels show that were not shifted.
     """
 
     batch: Batch
@@ -216,7 +218,11 @@ class Family(Protocol):
         ...
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change all inputs from the middle of each row's targets on: no earlier prediction may notice."""
+        """Change all inputs from the middle of each row's targets on: no earlier prediction may notice.
+
+        Where streams have their targets at different places, rows take turns among them: the first row is cut in the
+        middle of the first stream's targets, the second in the middle of the second's.
+        """
         ...
 
 

@@ -1,5 +1,6 @@
 """The family of Higgs Audio v2: loading model and codec, batches, and the losses of both streams."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from rawloop.contracts import IGNORE, Audio, Batch, CodecInfo, Labels, Sample, StreamLoss, Text, Turn
+from rawloop.contracts import (
+    IGNORE,
+    Audio,
+    Batch,
+    CodecInfo,
+    Labels,
+    Perturbed,
+    Piece,
+    Sample,
+    Special,
+    StreamLoss,
+    Text,
+    Turn,
+)
 from rawloop.errors import UserError
-from rawloop.families import ModelConfig
+from rawloop.families import ModelConfig, higgs_views
 from rawloop.families.higgs_codec import codec_hash, load_codec
 from rawloop.families.higgs_examples import Example, HiggsEncoder
 from rawloop.families.inputs import check_inputs
@@ -165,6 +179,23 @@ class HiggsAudioV2:
         generator = torch.Generator().manual_seed(0)
         codes = torch.randint(self.settings.audio_stream_bos_id, (25, self.settings.num_codebooks), generator=generator)
         return self.collate([self.example(Sample("probe", turns), lambda _: codes)])
+
+    def special_targets(self) -> Sequence[Special]:
+        """The stop tokens of the streams, and those beside them that are nobody's to say."""
+        return higgs_views.special_targets(self.settings, self.tokenizer, self.streams)
+
+    def pieces(self, example: Example) -> Sequence[Piece]:
+        """An example as people read it; a clip takes two positions and the delay more than it has frames."""
+        return higgs_views.pieces(example, self.settings, self.tokenizer, self.streams)
+
+    def chance(self) -> Mapping[str, float]:
+        """Loss of uniform guesses, nats per target."""
+        sizes = {"audio": self.settings.codebook_size, "text": self.settings.vocab_size}
+        return {stream: math.log(sizes[stream]) for stream in self.streams}
+
+    def perturb(self, batch: Batch) -> Perturbed:
+        """Change all inputs from the middle of each row's targets on; see `rawloop.families.higgs_views.perturb`."""
+        return higgs_views.perturb(batch, self.settings, self.streams)
 
 
 def enable_activation_checkpointing(model: Any) -> None:

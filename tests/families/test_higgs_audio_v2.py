@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import HiggsAudioV2ForConditionalGeneration, HiggsAudioV2Processor
 
-from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
+from rawloop.contracts import IGNORE, Audio, Batch, Sample, Text, Turn
 from rawloop.data import DataConfig
 from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
@@ -295,3 +295,126 @@ def test_activation_checkpointing_changes_no_gradient(
     assert set(gradients[0]) == set(gradients[1])
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6)
+
+
+# -- what the checks ask -----------------------------------------------------------------------------------------
+
+
+def two_of_each(family: HiggsAudioV2, codes: Callable[[Path], Tensor]) -> list[Any]:
+    return [family.example(sample, codes) for task in TASKS for sample in samples(task)]
+
+
+def test_the_stop_tokens_are_required_and_what_nobody_says_is_shown(
+    family: HiggsAudioV2, demo_checkpoint: Path
+) -> None:
+    specials = {(special.stream, special.name): special for special in family.special_targets()}
+    required = {key for key, special in specials.items() if special.required}
+    assert required == {("audio", "EOS"), ("text", "<|audio_eos|>"), ("text", "<|eot_id|>")}
+    assert {key for key in specials if key not in required} == {
+        ("audio", "BOS"),
+        ("text", "<|reserved_special_token_6|>"),
+    }
+    assert specials["audio", "EOS"].id == EOS
+    assert family.tokenizer.convert_ids_to_tokens(specials["text", "<|eot_id|>"].id) == "<|eot_id|>"
+    audio_only = load_family(ModelConfig(path=str(demo_checkpoint / "model"), stream_weights={"text": 0.0}))
+    assert {special.stream for special in audio_only.special_targets()} == {"audio"}
+    assert set(audio_only.chance()) == {"audio"}
+
+
+def test_chance_is_the_loss_of_uniform_logits(
+    family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = family.collate(two_of_each(family, codes)[:1])
+    with torch.no_grad():
+        flat = {stream: torch.zeros_like(rows) for stream, rows in family.logits(model, batch).items()}
+    monkeypatch.setattr(family, "logits", lambda *_: flat)
+    losses = family.losses(model, batch)
+    for stream, chance in family.chance().items():
+        assert float(losses[stream].total) / losses[stream].targets == pytest.approx(chance, rel=1e-6)
+
+
+@pytest.mark.parametrize(("task", "refs_in_scene"), CASES)
+def test_pieces_add_up_to_the_example_and_name_who_speaks(
+    family: HiggsAudioV2, codes: Callable[[Path], Tensor], task: str, refs_in_scene: bool
+) -> None:
+    for sample in samples(task, refs_in_scene):
+        example = family.example(sample, codes)
+        pieces = family.pieces(example)
+        assert sum(piece.positions for piece in pieces) == len(example.input_ids)
+        targets = family.collate([example]).targets
+        for stream in family.streams:
+            assert sum(piece.targets for piece in pieces if piece.stream == stream) == targets[stream]
+        clips = [piece for piece in pieces if piece.stream == "audio"]
+        assert [piece.text for piece in clips] == [
+            f"clip of {len(codes(path))} frames" for path in sample.audio_paths()
+        ]
+        assert [piece.targets > 0 for piece in clips] == [False] * (len(clips) - 1) + [True]
+        assert [p.text for p in pieces if p.stream == "text" and p.targets] == ["<|audio_eos|><|eot_id|>"]
+        whole = "".join(piece.text for piece in pieces if piece.stream == "text")
+        placeholder = family.tokenizer.convert_ids_to_tokens(family.settings.audio_token_id)
+        chat = family.tokenizer.apply_chat_template(family.encoder.conversation(sample), tokenize=False)
+        assert whole == chat.replace(placeholder, "")
+        assert pieces[0].role == "system"
+        assert {piece.role for piece in pieces} >= {"system", "user", "assistant"}
+        assert all(piece.role == "scene" for piece in clips[:-1]) == (refs_in_scene or len(clips) == 1)
+
+
+def test_without_the_text_stream_no_piece_of_text_has_targets(
+    demo_checkpoint: Path, codes: Callable[[Path], Tensor]
+) -> None:
+    audio_only = load_family(ModelConfig(path=str(demo_checkpoint / "model"), stream_weights={"text": 0.0}))
+    pieces = audio_only.pieces(audio_only.example(samples(TASKS[0])[0], codes))
+    assert [piece.stream for piece in pieces if piece.targets] == ["audio"]
+
+
+def test_perturbing_changes_all_from_the_middle_on_and_nothing_before(
+    family: HiggsAudioV2, codes: Callable[[Path], Tensor]
+) -> None:
+    batch = family.collate(two_of_each(family, codes))
+    other, earlier = family.perturb(batch)
+    ids, changed = batch.inputs["input_ids"], batch.inputs["input_ids"] != other.inputs["input_ids"]
+    audio = torch.isin(ids, torch.tensor([family.settings.audio_token_id, family.settings.audio_delay_token_id]))
+    codes_changed = batch.inputs["audio_input_ids"] != other.inputs["audio_input_ids"]
+    assert torch.equal(codes_changed.any(2), codes_changed.all(2))
+    assert int(other.inputs["audio_input_ids"].max()) < family.settings.codebook_size
+    changed[audio] = codes_changed.all(2)[batch.inputs["audio_input_ids_mask"]]
+    others = other.inputs["input_ids"]
+    assert torch.equal(audio, torch.isin(others, ids[audio]))  # no place for a code is lost, none is added
+    length = ids.shape[1]
+    for row, columns in enumerate(changed):
+        cut = int(columns.nonzero()[0])
+        assert columns[cut:].all()
+        stream = family.streams[row % 2]
+        own = batch.labels[stream].positions + 1
+        own = own[own // length == row] % length
+        assert cut == int(own[(len(own) - 1) // 2])
+        for stream, labels in batch.labels.items():
+            mine = labels.positions // length == row
+            assert torch.equal(earlier[stream][mine], labels.positions[mine] % length < cut)
+    assert all(flags.any() and not flags.all() for flags in earlier.values())
+
+
+def test_a_perturbed_batch_shows_what_each_prediction_sees(
+    family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]
+) -> None:
+    batch = family.collate(two_of_each(family, codes)[:2])
+    other, earlier = family.perturb(batch)
+    with torch.no_grad():
+        first, second = family.logits(model, batch), family.logits(model, other)
+    for stream, flags in earlier.items():
+        assert torch.equal(first[stream][flags], second[stream][flags])
+        moved = (first[stream][~flags] != second[stream][~flags]).flatten(1).any(1)
+        assert moved.all()
+
+
+@pytest.mark.parametrize("further", [1, 2, -1])
+def test_labels_of_another_shift_are_placed_by_their_own_tokens(
+    family: HiggsAudioV2, codes: Callable[[Path], Tensor], further: int
+) -> None:
+    """Predicted from further right, a target is seen by its own prediction, and counts as earlier all the same."""
+    batch = family.collate(two_of_each(family, codes)[:2])
+    right = family.perturb(batch).earlier
+    moved = {stream: pair._replace(positions=pair.positions + further) for stream, pair in batch.labels.items()}
+    wrong = family.perturb(Batch(batch.inputs, moved, batch.targets, batch.ids)).earlier
+    for stream in family.streams:
+        assert torch.equal(right[stream], wrong[stream])

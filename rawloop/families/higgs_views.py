@@ -1,0 +1,131 @@
+"""Higgs Audio v2 as checks and people look at it: tokens that must be learnt, an example in pieces, other inputs."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rawloop.contracts import IGNORE, Batch, Labels, Perturbed, Piece, Special
+from rawloop.families.higgs_examples import Example
+
+TEXT_STOPS = ("<|audio_eos|>", "<|eot_id|>")
+# Where a target's own token may stand, seen from the position that predicts it. One further is right; 0 is a label that
+# was never shifted, -1 one that was shifted to the wrong side, 2 one that was shifted twice.
+OFFSETS = (1, 0, -1, 2)
+
+
+def special_targets(settings: Any, tokenizer: Any, streams: Sequence[str]) -> list[Special]:
+    """Stop tokens, which must be learnt, and the tokens beside them that must not be, for the census to show."""
+    found = [
+        Special("audio", "EOS", settings.audio_stream_eos_id, required=True),
+        Special("audio", "BOS", settings.audio_stream_bos_id, required=False),
+    ]
+    if "text" in streams:
+        found += [Special("text", name, tokenizer.convert_tokens_to_ids(name), required=True) for name in TEXT_STOPS]
+        delay = settings.audio_delay_token_id
+        found.append(Special("text", tokenizer.convert_ids_to_tokens(delay), delay, required=False))
+    return found
+
+
+def pieces(example: Example, settings: Any, tokenizer: Any, streams: Sequence[str]) -> list[Piece]:
+    """Cut an example where the role, the stream or what is learnt changes."""
+    ids = example.input_ids.tolist()
+    audio = _placeholders(example.input_ids, settings).tolist()
+    learnt = ((example.labels != IGNORE) & ("text" in streams)).tolist()
+    keys = list(zip(_roles(ids, tokenizer), audio, learnt, strict=True))
+    found: list[Piece] = []
+    frame = 0
+    for (role, is_audio, is_learnt), run in groupby(range(len(ids)), key=keys.__getitem__):
+        places = list(run)
+        count = len(places)
+        if is_audio:
+            targets = int((example.audio_labels[frame : frame + count] != IGNORE).sum())
+            frame += count
+            text = f"clip of {count - 1 - settings.num_codebooks} frames"  # without BOS, EOS and the delay
+            found.append(Piece(role, "audio", text, count, targets))
+        else:
+            text = tokenizer.decode(ids[places[0] : places[-1] + 1], skip_special_tokens=False)
+            found.append(Piece(role, "text", text, count, count if is_learnt else 0))
+    return found
+
+
+def _roles(ids: list[int], tokenizer: Any) -> list[str]:
+    """The role of every position; a scene stands inside the system turn."""
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|scene_desc_start|>", "<|scene_desc_end|>")
+    head, head_end, scene, scene_end = (tokenizer.convert_tokens_to_ids(name) for name in names)
+    turn, role = "", ""
+    roles: list[str] = []
+    for place, token in enumerate(ids):
+        if token == head:
+            turn = role = tokenizer.decode(ids[place + 1 : ids.index(head_end, place)]).strip()
+        elif token == scene:
+            role = "scene"
+        roles.append(role)
+        if token == scene_end:
+            role = turn
+    first = next(filter(None, roles), "")
+    return [role or first for role in roles]  # the token that begins a text stands before the first header
+
+
+def perturb(batch: Batch, settings: Any, streams: Sequence[str]) -> Perturbed:
+    """Change every token and code from the middle of a stream's targets on; rows take turns among the streams.
+
+    `earlier` goes by where a target's own token stands, found by what it is: a label that was not shifted is predicted
+    from a position that sees the token itself, which the first changed one tells.
+    """
+    ids, frames, real = (batch.inputs[name] for name in ("input_ids", "audio_input_ids", "audio_input_ids_mask"))
+    places = _placeholders(ids, settings)
+    codes = frames.new_full((ids.numel(), frames.shape[2]), IGNORE)
+    codes[places.flatten()] = frames[real]
+    tokens = {"audio": codes, "text": ids.reshape(-1, 1)}
+    own = {stream: labels.positions + _offset(tokens[stream], labels) for stream, labels in batch.labels.items()}
+    cuts = _cuts(own, ids, streams)
+    changed = torch.arange(ids.shape[1], device=ids.device) >= cuts[:, None]
+    size = settings.codebook_size
+    other = frames.clone()
+    # codes of changed placeholders, in the order in which the model fills them
+    other[real] = torch.where(changed[places][:, None], (frames[real] + size // 2) % size, frames[real])
+    text = torch.where(changed & ~places, _other_text(ids, settings), ids)
+    inputs = {**batch.inputs, "input_ids": text, "audio_input_ids": other}
+    length = ids.shape[1]
+    earlier = {stream: place % length <= cuts[place // length] for stream, place in own.items()}
+    return Perturbed(Batch(inputs, batch.labels, batch.targets, batch.ids), earlier)
+
+
+def _placeholders(ids: Tensor, settings: Any) -> Tensor:
+    return torch.eq(ids, settings.audio_token_id) | torch.eq(ids, settings.audio_delay_token_id)
+
+
+def _offset(tokens: Tensor, labels: Labels) -> int:
+    """How far from the predicting positions the targets' own tokens stand; 1 if the inputs hold them nowhere near."""
+    targets = labels.targets.view(len(labels.positions), -1)
+    for offset in OFFSETS:
+        own = tokens[(labels.positions + offset).clamp(0, len(tokens) - 1)]
+        if bool(((own == targets) | (targets == IGNORE)).all()):
+            return offset
+    return 1
+
+
+def _cuts(own: dict[str, Tensor], ids: Tensor, streams: Sequence[str]) -> Tensor:
+    """The column of each row from which on it changes: that of the middle target of the stream whose turn it is."""
+    rows, length = ids.shape
+    cuts = [length] * rows
+    for row in range(rows):
+        turn = row % len(streams)
+        for stream in (*streams[turn:], *streams[:turn]):
+            places = own[stream][own[stream] // length == row]
+            if len(places):
+                cuts[row] = int(places[(len(places) - 1) // 2]) % length
+                break
+    return torch.tensor(cuts, device=ids.device)
+
+
+def _other_text(ids: Tensor, settings: Any) -> Tensor:
+    """For every token another one that is no placeholder of audio, so that the batch keeps its shape."""
+    size: int = settings.vocab_size
+    other = (ids + 1) % size
+    for _ in range(2):  # the placeholders may stand side by side
+        other = torch.where(_placeholders(other, settings), (other + 1) % size, other)
+    return other
