@@ -30,6 +30,7 @@ from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, T
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.data.samples import read_samples
+from rawloop.diagnose import Report, run_checks
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
@@ -74,11 +75,14 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     unused = preflight(ready.policy, ready.first_loss)
     ddp, notice = settle_unused(config.ddp, world, unused)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
+    report = _check(config, folder, world, ready, say)
     run = _assemble(config, folder, world, ready, ddp)
     if notice and world.is_main:
         run.records.event("warning", step=0, reason=notice)
     try:
         _restore(run, config, say)
+        if report is not None:
+            world.together(partial(_record, run.records, report), only_main=True)
     except BaseException:
         run.records.close()
         raise
@@ -137,6 +141,13 @@ class Ready:
     evaluator: Evaluator | None
     first_batch: Batch
 
+    def examples(self, batches: int) -> list[list[Any]]:
+        """Make the first examples of this rank, a list per micro-batch."""
+        groups: list[list[Any]] = []
+        while len(groups) < batches:
+            groups += self.train.batches.examples(self.plan.micro_batches(len(groups) // self.plan.accumulation))
+        return groups[:batches]
+
     def first_loss(self) -> Tensor:
         """The sum of the first micro-batch's losses, for the precision policy's trial."""
         losses = self.module(self.first_batch.to(self.policy.device))
@@ -176,6 +187,29 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     if isinstance(first, RawloopError):
         raise first
     return Ready(family, model, policy, module, base, plan, train, evaluator, first)
+
+
+def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
+    """Check a new run's labels, first loss and causality, before anything of a run stands in its folder.
+
+    So the same command, with a key that lets a finding pass, can be given again.
+    """
+    if config.resume is not None or not config.checks.enabled:
+        return None
+    examples = partial(ready.examples, config.checks.batches)
+    report = run_checks(config.checks, ready.family, ready.module, examples, ready.policy, world)
+    say(report.text())
+    census = json.dumps(report.census.as_json(), indent=1) + "\n"
+    world.together(partial(replace_text, folder / "census.json", census), only_main=True)
+    world.together(report.stop_if_wrong, only_main=True)
+    return report
+
+
+def _record(records: Records, report: Report) -> None:
+    for reason, fields in report.events():
+        records.event("check", step=0, reason=reason, **fields)
+    for reason in report.warnings():
+        records.event("warning", step=0, reason=reason)
 
 
 def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig) -> Run:

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from rawloop.adapters import AdapterConfig
 from rawloop.checkpoint import CheckpointConfig
 from rawloop.data import DataConfig
+from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig
 from rawloop.errors import UserError, nearest
 from rawloop.evaluate import EvaluationConfig
@@ -45,6 +46,7 @@ class RunConfig:
         train: how long, and on how much at a time.
         optim: the optimizer.
         precision: dtypes.
+        checks: checks before step 0.
         ddp: several processes.
         evaluation: evaluation during training.
         checkpoint: saving.
@@ -61,6 +63,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
     ddp: DDPConfig = field(default_factory=DDPConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

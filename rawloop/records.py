@@ -26,6 +26,7 @@ EventKind = Literal[
     "start",
     "stop",
     "precision",
+    "check",
     "skip",
     "fallback",
     "save",

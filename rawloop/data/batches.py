@@ -95,11 +95,15 @@ class MicroBatches(Dataset[Batch | RawloopError]):
     def __getitem__(self, indices: list[int]) -> Batch | RawloopError:
         """Return the micro-batch, or the error: raised in a worker it would arrive wrapped in a traceback."""
         try:
-            return self.collate([self.example(self.samples[index]) for index in indices])
+            return self.collate(self.examples([indices])[0])
         except RawloopError as error:
             return error
         except OSError as error:
             return RawloopError(f"the codes of {[self.samples[i].id for i in indices]} cannot be read: {error}")
+
+    def examples(self, groups: list[list[int]]) -> list[list[Any]]:
+        """Return the examples of some micro-batches, not collated."""
+        return [[self.example(self.samples[index]) for index in indices] for indices in groups]
 
 
 class Loader:

@@ -1,0 +1,104 @@
+"""The label census: what of each role is a target, and whether the tokens that must be learnt are among the targets.
+
+A stop token that is masked out of the labels shows in no loss: the loss looks as good, and the model unlearns to stop.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rawloop.contracts import Batch, Family, Special
+from rawloop.diagnose.table import table
+
+
+@dataclass
+class Census:
+    """Counts over some samples.
+
+    `roles` has positions and targets by (role, stream); `codebooks` how many targets a position of a stream can have;
+    `specials` how often each special token is a target, per codebook of its stream.
+    """
+
+    samples: int = 0
+    roles: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    codebooks: dict[str, int] = field(default_factory=dict)
+    specials: dict[Special, list[int]] = field(default_factory=dict)
+
+    def __add__(self, other: "Census") -> "Census":
+        """Both samples together, as those of two ranks."""
+        total = Census(self.samples + other.samples, dict(self.roles), {**self.codebooks, **other.codebooks})
+        for key, (positions, targets) in other.roles.items():
+            known = total.roles.get(key, (0, 0))
+            total.roles[key] = (known[0] + positions, known[1] + targets)
+        total.specials = {special: list(counts) for special, counts in self.specials.items()}
+        for special, counts in other.specials.items():
+            known_counts = total.specials.get(special, [0] * len(counts))
+            total.specials[special] = [a + b for a, b in zip(known_counts, counts, strict=True)]
+        return total
+
+    def missing(self) -> list[str]:
+        """A clause for every required token that is never a target, in some codebook at least."""
+        return [
+            f"'{special.name}' (id {special.id} of the stream '{special.stream}'){_where(counts)}"
+            for special, counts in self.specials.items()
+            if special.required and not all(counts)
+        ]
+
+    def lines(self) -> list[str]:
+        """The census as two tables."""
+        roles: list[list[object]] = [["role", "stream", "positions", "targets", "masked"]]
+        for (role, stream), (positions, targets) in self.roles.items():
+            masked = 1 - targets / (positions * self.codebooks[stream])
+            roles.append([role, stream, f"{positions:,}", f"{targets:,}", f"{masked:.1%}"])
+        specials: list[list[object]] = [["special token", "stream", "id", "times a target", ""]]
+        for special, counts in self.specials.items():
+            wanted = "" if not special.required else "required" if all(counts) else "required, MISSING"
+            specials.append([special.name, special.stream, special.id, _short(counts), wanted])
+        head = f"label census of {self.samples} samples"
+        return [head, *table("llrrr", roles), "", *table("llrll", specials)]
+
+    def as_json(self) -> dict[str, Any]:
+        """What goes into census.json."""
+        roles = [
+            {"role": role, "stream": stream, "positions": positions, "targets": targets}
+            for (role, stream), (positions, targets) in self.roles.items()
+        ]
+        specials = [{**special._asdict(), "targets": counts} for special, counts in self.specials.items()]
+        return {"samples": self.samples, "codebooks": self.codebooks, "roles": roles, "specials": specials}
+
+
+def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch]) -> Census:
+    """Count the targets of examples and of the batches that they were collated to."""
+    census = Census()
+    for batch in batches:
+        for stream, labels in batch.labels.items():
+            census.codebooks[stream] = labels.targets.shape[1] if labels.targets.dim() == 2 else 1
+    for example in examples:
+        census.samples += 1
+        for piece in family.pieces(example):
+            positions, targets = census.roles.get((piece.role, piece.stream), (0, 0))
+            census.roles[piece.role, piece.stream] = (positions + piece.positions, targets + piece.targets)
+            census.codebooks.setdefault(piece.stream, 1)  # a stream without weight has positions and no labels
+    for special in family.special_targets():
+        counts = torch.zeros(census.codebooks[special.stream], dtype=torch.int64)
+        for batch in batches:
+            found = torch.eq(batch.labels[special.stream].targets, special.id)
+            counts += found.view(len(found), census.codebooks[special.stream]).sum(0).cpu()
+        census.specials[special] = counts.tolist()
+    return census
+
+
+def _where(counts: Sequence[int]) -> str:
+    empty = [str(codebook) for codebook, count in enumerate(counts) if not count]
+    if len(counts) == 1:
+        return ""
+    return " in any codebook" if len(empty) == len(counts) else f" in codebook {', '.join(empty)}"
+
+
+def _short(counts: Sequence[int]) -> str:
+    """`16`, `16 in each of 8`, or all of them where codebooks differ."""
+    if len(counts) == 1:
+        return f"{counts[0]:,}"
+    return f"{counts[0]:,} in each of {len(counts)}" if len(set(counts)) == 1 else " ".join(map(str, counts))

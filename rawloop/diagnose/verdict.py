@@ -1,0 +1,192 @@
+"""The loss verdict: each stream's and codebook's first loss against chance, before anything is trained on it.
+
+A loss curve says that a number falls. Whether it began where it should is seen only beside what a uniform guess gives:
+two published runs of Higgs Audio v2 that reported success had losses of chance and of a thousandth of it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rawloop.contracts import IGNORE, Batch, Family, StreamLoss
+from rawloop.diagnose.table import table
+from rawloop.diagnose.undisturbed import undisturbed
+from rawloop.dist import LossModule
+
+Kind = Literal["OK", "CHANCE", "LEAK", "DEAD"]
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+# Share of chance from which on a loss is no better than guessing. Runs that had learnt nothing reported 0.936 of it and
+# more (6.49 of 6.93); the last codebooks of a residual quantizer are the hardest of what a working model predicts.
+CHANCE_FROM = 0.93
+# Share of the targets' own entropy below which no model gets without seeing them. Leaks reported 0.0028 and 0.0011 nats
+# a code, less than a thousandth; text that is learnt by heart keeps some hundredths.
+LEAK_BELOW = 0.01
+# Nats of entropy that targets must have for that: tokens that always follow alike, such as the end of a turn, are
+# rightly predicted without loss. Three tokens of equal share have 1.1.
+VARIETY = 1.0
+LOOKED_AT = 64  # targets whose logits are compared with each other
+SAME = 1e-6  # of the largest logit: as good as equal
+
+
+@dataclass
+class Reading:
+    """What was measured of a stream or of one of its codebooks.
+
+    `nats` is a sum over `targets`, and so is `entropy` (each target counts with that of the targets of its batches).
+    `connected` tells whether a trained weight gets a gradient that is not zero, `varied` whether logits differ between
+    positions; both are true if any rank or batch says so, or where they could not be seen.
+    """
+
+    nats: float = 0.0
+    targets: int = 0
+    entropy: float = 0.0
+    connected: bool = True
+    varied: bool = True
+
+    def __add__(self, other: "Reading") -> "Reading":
+        """Both together, as those of two ranks; what has no target says nothing."""
+        if not self.targets or not other.targets:
+            return self if self.targets else other
+        return Reading(
+            self.nats + other.nats,
+            self.targets + other.targets,
+            self.entropy + other.entropy,
+            self.connected or other.connected,
+            self.varied or other.varied,
+        )
+
+
+class Verdict(NamedTuple):
+    """A verdict on one stream (`audio`) or codebook (`audio/3`): its mean loss, what chance is, and why."""
+
+    name: str
+    kind: Kind
+    loss: float
+    chance: float
+    why: str
+
+
+def judge(name: str, reading: Reading, chance: float) -> Verdict:
+    """Compare a reading with chance. The first of DEAD, CHANCE, LEAK that fits is the verdict."""
+    loss = reading.nats / reading.targets if reading.targets else math.nan
+    kind, why = _judged(loss, reading, chance)
+    return Verdict(name, kind, loss, chance, why)
+
+
+def _judged(loss: float, reading: Reading, chance: float) -> tuple[Kind, str]:
+    if not reading.targets:
+        return "DEAD", "it has no target: all of its labels are masked"
+    if not math.isfinite(loss):
+        return "DEAD", "its loss is not finite: damaged weights, or a dtype with too little range"
+    if not reading.connected:
+        return "DEAD", "no trained weight gets a gradient from it: it is detached, or its head is zero and frozen"
+    if not reading.varied:
+        return "DEAD", "its logits are the same at every position: the head is zero, or what it is given never changes"
+    if loss > chance / CHANCE_FROM:
+        return "CHANCE", "worse than guessing: labels of another shift, order, tokenizer or codec than the model's"
+    if loss >= CHANCE_FROM * chance:
+        return "CHANCE", "no better than guessing: random weights, or inputs and labels that do not belong together"
+    entropy = reading.entropy / reading.targets
+    if entropy >= VARIETY and loss < LEAK_BELOW * entropy:
+        return "LEAK", "lower than any model gets: labels not shifted, a mask not causal, or data learnt by heart"
+    return "OK", ""
+
+
+def read_losses(family: Family, module: LossModule, batches: Sequence[Batch], autocast: Autocast) -> dict[str, Reading]:
+    """Measure every stream and codebook on batches that are on the model's device.
+
+    Weights, gradients, buffers, modes and random streams are left as they are. Losses are those of evaluation (dropout
+    off); gradients are taken in training mode, where models recompute activations if they were asked to.
+    """
+    readings = {stream: Reading() for stream in family.streams}
+    with undisturbed(module, training=False), torch.no_grad():
+        for batch in batches:
+            with autocast():
+                losses = module(batch)
+            for name, reading in _of_batch(losses, batch).items():
+                readings[name] = readings.get(name, Reading()) + reading
+        first = {stream: next((b for b in batches if b.targets[stream]), None) for stream in family.streams}
+        for batch in {id(batch): batch for batch in first.values() if batch is not None}.values():
+            with autocast():
+                logits = family.logits(module.model, batch)
+            for stream in (stream for stream, chosen in first.items() if chosen is batch):
+                _note_variety(readings, stream, logits[stream])
+    with undisturbed(module, training=True):
+        for stream, chosen in first.items():
+            if chosen is not None:
+                connected = _is_connected(module, chosen, stream, autocast)
+                for name in readings:
+                    if name.split("/")[0] == stream:
+                        readings[name].connected = connected
+    return readings
+
+
+def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Reading]:
+    readings = {}
+    for stream, loss in losses.items():
+        columns = batch.labels[stream].targets.unsqueeze(-1).flatten(1).unbind(1)
+        spread = [_entropy(column) for column in columns]
+        mean = sum(spread) / len(spread)
+        readings[stream] = Reading(loss.total.item(), loss.targets, mean * loss.targets)
+        if loss.parts is not None:
+            counts = loss.part_targets
+            for part, (nats, count) in enumerate(zip(loss.parts.tolist(), counts, strict=True)):
+                own = spread[part] if len(spread) == len(counts) else mean
+                readings[f"{stream}/{part}"] = Reading(nats, count, own * count)
+    return readings
+
+
+def _entropy(targets: Tensor) -> float:
+    """Entropy in nats of how often each target occurs: the loss of who knows nothing but that."""
+    counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].double()
+    if not len(counts):
+        return 0.0
+    shares = counts / counts.sum()
+    return float(-(shares * shares.log()).sum())
+
+
+def _note_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> None:
+    """Note where logits, (targets, [codebooks,] classes), do not differ between positions."""
+    if len(logits) < 2:
+        return
+    rows = logits[:: max(1, len(logits) // LOOKED_AT)]
+    spread, size = (rows - rows[:1]).abs().amax(-1).amax(0), rows.abs().amax()
+    varied = ~(spread <= SAME * size)  # a nan is no proof of sameness; its loss will tell
+    readings[stream].varied = bool(varied.any())
+    for part, flag in enumerate(varied.flatten().tolist() if varied.dim() else []):
+        if f"{stream}/{part}" in readings:
+            readings[f"{stream}/{part}"].varied = flag
+
+
+def _is_connected(module: LossModule, batch: Batch, stream: str, autocast: Autocast) -> bool:
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    with torch.enable_grad(), autocast():
+        total = module(batch)[stream].total
+    if not total.requires_grad:
+        return False
+    gradients = torch.autograd.grad(total.float(), weights, allow_unused=True)
+    return any(gradient is not None and bool(gradient.count_nonzero()) for gradient in gradients)
+
+
+def lines(verdicts: Sequence[Verdict], samples: int, expect_chance: bool) -> list[str]:
+    """The verdicts as a table: a row per stream, and one for each codebook whose verdict is another."""
+    kinds = {verdict.name: verdict.kind for verdict in verdicts}
+    rows: list[list[object]] = [["stream", "loss", "chance", "verdict"]]
+    for verdict in verdicts:
+        if verdict.kind == kinds[verdict.name.split("/")[0]] and "/" in verdict.name:
+            continue
+        expected = " (expected)" if verdict.kind == "CHANCE" and expect_chance else ""
+        why = f": {verdict.why}" if verdict.why and not expected else ""
+        rows.append([verdict.name, f"{verdict.loss:.4f}", f"{verdict.chance:.4f}", f"{verdict.kind}{expected}{why}"])
+    shown = table("lrrl", rows)
+    for stream in dict.fromkeys(name.split("/")[0] for name in kinds):
+        losses = [f"{verdict.loss:.2f}" for verdict in verdicts if verdict.name.startswith(f"{stream}/")]
+        if losses:
+            shown.append(f"{stream} by codebook: {' '.join(losses)}")
+    return [f"first loss over {samples} samples, nats per target", *shown]
