@@ -12,6 +12,7 @@ from rawloop.errors import RawloopError, nearest
 COMMANDS = {
     "demo": "build the demo checkpoint and encode the bundled speech",
     "prepare": "encode the audio of a data set once, into a cache of codes",
+    "inspect": "show a batch as the model reads it: turns, codes, and what of them is learnt",
     "train": "fine-tune a model; start it with torchrun for several processes",
     "evaluate": "evaluate a model or a checkpoint of a run",
     "merge": "merge a LoRA adapter into its base model",

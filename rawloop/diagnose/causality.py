@@ -105,7 +105,5 @@ def lines(movements: dict[str, Movement]) -> list[str]:
         why = WHY[m.outcome()]
         result = f"{m.outcome()}: {why}" if why else m.outcome()
         rows.append([stream, m.earlier, f"{m.moved_earlier:.1e}", m.later, f"{m.moved_later:.1e}", result])
-    return [
-        "causality probe: predictions when later inputs change, moves as a share of the largest logit",
-        *table("lrrrrl", rows),
-    ]
+    head = "causality probe: predictions when later inputs change, moved by a share of the largest logit"
+    return [head, *table("lrrrrl", rows)]

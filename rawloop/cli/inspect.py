@@ -1,0 +1,177 @@
+"""`rawloop inspect`: a batch as the model reads it, in the terminal: who says what, which codes, what is learnt of it.
+
+Wrong labels are seen here before they are trained. What is learnt stands in brackets; on a terminal what is masked is
+dimmed as well.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rawloop.build import load_samples, no_codes, open_codes
+from rawloop.config import RunConfig, parse
+from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
+from rawloop.data.audio import import_torchaudio
+from rawloop.data.batches import BatchPlan
+from rawloop.diagnose.table import table
+from rawloop.errors import UserError, nearest
+from rawloop.families import load_family
+
+OPTIONS = {
+    "split": "train or eval: of which data (default: train)",
+    "sample": "the id of a sample: only that one (default: the first batch, of train as it is shuffled)",
+}
+WIDTH = 100  # characters of text in a line
+HEAD, TAIL = 9, 9  # frames of a clip that are shown: the delay of eight codebooks and one more
+DIM, OFF = "\x1b[2m", "\x1b[0m"
+
+
+def run(argv: list[str]) -> None:
+    """Print one batch.
+
+    Raises:
+        UserError: there is no such split or sample, or a sample cannot be trained.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config, options = parse(argv, "rawloop inspect", OPTIONS)
+    split = options["split"] or "train"
+    if split not in ("train", "eval"):
+        raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")
+    import_torchaudio()
+    family = load_family(config.model)
+    cache = open_codes(config.data, family)
+    samples = chosen(load_samples(config, family, cache, split, _complain), config, split, options["sample"])
+    examples = [family.example(sample, cache or no_codes) for sample in samples]
+    color = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    view = View(family, samples, examples, family.collate(examples), color)
+    print("\n".join(view.lines()), flush=True)
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | None) -> list[Sample]:
+    """Return the sample of that name, or those of the first batch of the split.
+
+    Raises:
+        UserError: no sample has the name.
+    """
+    if name is not None:
+        found = [sample for sample in samples if sample.id == name]
+        if not found:
+            ids = [sample.id for sample in samples]
+            raise UserError(
+                f"--sample is '{name}'{nearest(name, ids)}: data.{split} has no such sample among its {len(ids)}, the "
+                f"first are {', '.join(ids[:3])}"
+            )
+        return found
+    if split == "eval":
+        return samples[: config.evaluation.batch_size]
+    plan = BatchPlan(len(samples), config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle)
+    return [samples[index] for index in plan.micro_batches(0)[0]]
+
+
+@dataclass
+class View:
+    """A batch, and what it was made of."""
+
+    family: Family
+    samples: Sequence[Sample]
+    examples: Sequence[Any]
+    batch: Batch
+    color: bool
+
+    def lines(self) -> Iterator[str]:
+        """The batch as lines of text."""
+        pieces = [self.family.pieces(example) for example in self.examples]
+        lengths = [sum(piece.positions for piece in own) for own in pieces]
+        rows, width = self.batch.inputs["input_ids"].shape
+        targets = ", ".join(f"{stream} {count:,}" for stream, count in self.batch.targets.items())
+        yield f"a batch of {rows} x {width} positions, {1 - sum(lengths) / (rows * width):.1%} of them padding"
+        yield f"targets: {targets}; what is learnt stands in [brackets], all else is context"
+        head: list[object] = ["sample", "task", "positions", *(f"{stream} targets" for stream in self.batch.targets)]
+        summary: list[list[object]] = [head]
+        for sample, own, length in zip(self.samples, pieces, lengths, strict=True):
+            counts = [sum(piece.targets for piece in own if piece.stream == s) for s in self.batch.targets]
+            summary.append([sample.id, sample.task or "-", length, *counts])
+        yield from table("ll" + "r" * (len(head) - 2), summary)
+        for row, own in enumerate(pieces):
+            yield ""
+            yield f"== {self.samples[row].id} ({self.samples[row].source})"
+            yield from self._sample(row, own)
+
+    def _sample(self, row: int, pieces: Sequence[Piece]) -> Iterator[str]:
+        role, column, frame = "", 0, 0
+        for piece in pieces:
+            if piece.role != role:
+                role = piece.role
+                yield role
+            if piece.stream in self._codebooks():
+                yield f"    {piece.text}: {piece.positions} positions, {piece.targets:,} targets"
+                yield from self._clip(row, piece, column, frame)
+                frame += piece.positions
+            else:
+                yield from self._text(piece)
+            column += piece.positions
+
+    def _codebooks(self) -> dict[str, int]:
+        """The streams that have codebooks, with how many."""
+        pairs = self.batch.labels.items()
+        return {stream: labels.targets.shape[1] for stream, labels in pairs if labels.targets.dim() == 2}
+
+    def _text(self, piece: Piece) -> Iterator[str]:
+        text = piece.text.replace("\n", "↵")
+        text = f"[{text}]" if piece.targets else text
+        for start in range(0, len(text), WIDTH):
+            yield f"    {self._marked(text[start : start + WIDTH], piece.targets > 0)}"
+
+    def _marked(self, text: str, learnt: bool) -> str:
+        return f"{DIM}{text}{OFF}" if self.color and not learnt else text
+
+    def _clip(self, row: int, piece: Piece, column: int, frame: int) -> Iterator[str]:
+        """The codes of a clip, a line per codebook; where the label is not the code itself, `code>label`."""
+        codes = self._codes(piece.stream)
+        if codes is None:
+            return
+        own = codes[row, frame : frame + piece.positions]
+        labels = self._labels(piece, row, column)
+        names = {s.id: s.name for s in self.family.special_targets() if s.stream == piece.stream}
+        shown = list(range(piece.positions))
+        if len(shown) > HEAD + TAIL + 1:
+            shown = [*shown[:HEAD], -1, *shown[-TAIL:]]
+        grid = [["frame", *("..." if t < 0 else str(t) for t in shown)]]
+        for book in range(own.shape[1]):
+            cells = ["" if t < 0 else _cell(int(own[t, book]), int(labels[t, book]), names) for t in shown]
+            grid.append([f"book {book}", *cells])
+        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+        for cells in grid:
+            padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+            yield "    " + " ".join(self._marked(cell, "[" in cell) for cell in padded).rstrip()
+
+    def _codes(self, stream: str) -> Tensor | None:
+        """The input that holds a stream's codes, (batch, frames, codebooks), if the model takes codes."""
+        books = self._codebooks()[stream]
+        fitting = (t for t in self.batch.inputs.values() if t.dim() == 3 and t.shape[2] == books)
+        return next((tensor for tensor in fitting if not tensor.is_floating_point()), None)
+
+    def _labels(self, piece: Piece, row: int, column: int) -> Tensor:
+        """Labels of a clip at the frames that they are predictions of, one position after those that predict."""
+        width = self.batch.inputs["input_ids"].shape[1]
+        positions, targets = self.batch.labels[piece.stream]
+        frames = positions + 1 - row * width - column
+        inside = (frames >= 0) & (frames < piece.positions)
+        labels = targets.new_full((piece.positions, targets.shape[1]), IGNORE)
+        labels[frames[inside]] = targets[inside]
+        return labels
+
+
+def _cell(code: int, label: int, names: dict[int, str]) -> str:
+    shown = names.get(code, str(code))
+    if label == IGNORE:
+        return f"{shown} "
+    return f"[{shown}]" if label == code else f"[{shown}>{names.get(label, str(label))}]"
