@@ -82,7 +82,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     try:
         _restore(run, config, say)
         if report is not None:
-            world.together(partial(_record, run.records, report), only_main=True)
+            world.together(partial(_record, folder, run.records, report), only_main=True)
     except BaseException:
         run.records.close()
         raise
@@ -192,20 +192,26 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
     """Check a new run's labels, first loss and causality, before anything of a run stands in its folder.
 
-    So the same command, with a key that lets a finding pass, can be given again.
+    So the same command, with a key that lets a finding pass, can be given again. A run that is stopped leaves its
+    census behind.
     """
     if config.resume is not None or not config.checks.enabled:
         return None
     examples = partial(ready.examples, config.checks.batches)
     report = run_checks(config.checks, ready.family, ready.module, examples, ready.policy, world)
     say(report.text())
-    census = json.dumps(report.census.as_json(), indent=1) + "\n"
-    world.together(partial(replace_text, folder / "census.json", census), only_main=True)
-    world.together(report.stop_if_wrong, only_main=True)
+    if report.problems():
+        world.together(partial(_write_census, folder, report), only_main=True)
+        world.together(report.stop_if_wrong, only_main=True)
     return report
 
 
-def _record(records: Records, report: Report) -> None:
+def _write_census(folder: Path, report: Report) -> None:
+    replace_text(folder / "census.json", json.dumps(report.census.as_json(), indent=1) + "\n")
+
+
+def _record(folder: Path, records: Records, report: Report) -> None:
+    _write_census(folder, report)
     for reason, fields in report.events():
         records.event("check", step=0, reason=reason, **fields)
     for reason in report.warnings():

@@ -24,6 +24,7 @@ def test_two_steps(config: Path, demo_checkpoint: Path, demo_data: Path, tmp_pat
         "data.train": demo_data / "train",
         "data.eval": demo_data / "eval",
         "data.codes": demo_data / "codes",
+        "checks.expect_chance": True,  # the demo's weights are random
         "data.num_workers": min(1, parse(["--config", str(config)], "test")[0].data.num_workers),
         "train.max_steps": 2,
         "train.batch_size": 2,

@@ -21,6 +21,7 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.demo import SPEECH
+from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
@@ -47,6 +48,7 @@ def base(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         train=TrainConfig(batch_size=2, accumulation=2, max_steps=6, log_every=1),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
         precision=PrecisionConfig(mode="fp32"),
+        checks=ChecksConfig(expect_chance=True),
         evaluation=EvaluationConfig(every=2),
         checkpoint=CheckpointConfig(save_every=2, keep_last=0),
     )

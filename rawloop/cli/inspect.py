@@ -1,7 +1,7 @@
 """`rawloop inspect`: a batch as the model reads it, in the terminal: who says what, which codes, what is learnt of it.
 
-Wrong labels are seen here before they are trained. What is learnt stands in brackets; on a terminal what is masked is
-dimmed as well.
+Wrong labels are seen here before they are trained. What is learnt stands in brackets; on a terminal all else is dimmed
+as well.
 """
 
 import os
@@ -93,7 +93,7 @@ class View:
         rows, width = self.batch.inputs["input_ids"].shape
         targets = ", ".join(f"{stream} {count:,}" for stream, count in self.batch.targets.items())
         yield f"a batch of {rows} x {width} positions, {1 - sum(lengths) / (rows * width):.1%} of them padding"
-        yield f"targets: {targets}; what is learnt stands in [brackets], all else is context"
+        yield f"targets: {targets}; what is learnt stands in brackets: [codes] and [[text]]; all else is context"
         head: list[object] = ["sample", "task", "positions", *(f"{stream} targets" for stream in self.batch.targets)]
         summary: list[list[object]] = [head]
         for sample, own, length in zip(self.samples, pieces, lengths, strict=True):
@@ -126,7 +126,7 @@ class View:
 
     def _text(self, piece: Piece) -> Iterator[str]:
         text = piece.text.replace("\n", "↵")
-        text = f"[{text}]" if piece.targets else text
+        text = f"[[{text}]]" if piece.targets else text  # double: speakers are named by tags such as [SPEAKER0]
         for start in range(0, len(text), WIDTH):
             yield f"    {self._marked(text[start : start + WIDTH], piece.targets > 0)}"
 

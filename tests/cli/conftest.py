@@ -40,6 +40,7 @@ def write_config(demo_checkpoint: Path, demo_data: Path) -> Callable[..., Path]:
             "data": {split: str(demo_data / split) for split in ("train", "eval", "codes")},
             "train": {"batch_size": 2, "max_steps": 3, "log_every": 1},
             "optim": {"lr": 3e-3},
+            "checks": {"expect_chance": True},
             "evaluation": {"every": 2},
             "checkpoint": {"save_every": 2},
             "records": {"progress": False},

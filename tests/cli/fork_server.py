@@ -16,6 +16,7 @@ from pathlib import Path
 import torch._dynamo  # DDP imports it when it is first built
 
 import rawloop.cli.evaluate
+import rawloop.cli.inspect
 import rawloop.cli.merge
 import rawloop.cli.prepare
 import rawloop.cli.train
