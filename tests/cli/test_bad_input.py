@@ -278,7 +278,7 @@ def test_ranks_without_a_launcher(refusal: Refusal, config: Path, monkeypatch: p
     [
         (
             ["trian"],
-            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, prepare, train, evaluate, me",
+            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, prepare, inspect, train, eva",
         ),
         pytest.param(
             ["merge", "--adapter", "x"],
