@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, HiggsAudioV2ForConditionalGeneration
+from transformers import HiggsAudioV2ForConditionalGeneration
 
 from rawloop.contracts import (
     IGNORE,
@@ -29,6 +29,15 @@ from rawloop.families import ModelConfig, higgs_views
 from rawloop.families.higgs_codec import codec_hash, load_codec
 from rawloop.families.higgs_examples import Example, HiggsEncoder
 from rawloop.families.inputs import check_inputs
+from rawloop.families.shared import (
+    enable_activation_checkpointing,
+    exact,
+    load_settings,
+    load_weights,
+    refuse_missing,
+    shifted,
+    unwrapped,
+)
 
 STREAMS = ("audio", "text")
 
@@ -50,11 +59,7 @@ class HiggsAudioV2:
         self.streams: Sequence[str] = tuple(self.stream_weights)
         if "audio" not in self.streams:
             raise UserError("model.stream_weights sets audio to 0: nothing would be learnt of speech; give it a weight")
-        try:
-            self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
-        except (OSError, ValueError, TypeError, AttributeError) as error:  # what transformers makes of a damaged folder
-            raise UserError(f"config or tokenizer of {config.path} cannot be read: {_line(error)}") from error
+        self.settings, self.tokenizer = load_settings(config)
         self._check_settings()
         self.encoder = HiggsEncoder(self.settings, self.tokenizer)
         self._checked: set[tuple[str, ...]] = set()
@@ -79,25 +84,14 @@ class HiggsAudioV2:
             UserError: the checkpoint cannot be read, or lacks weights that would be trained from random numbers.
         """
         source = path or self.config.path
-        try:
-            model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
-                source,
-                revision=None if path else self.config.revision,
-                use_text_head="text" in self.streams,
-                dtype="auto",
-                attn_implementation=self.config.attention,
-                output_loading_info=True,
-            )
-        except (ImportError, OSError, ValueError) as error:
-            raise UserError(f"model.path is '{source}', which cannot be loaded: {_line(error)}") from error
-        missing = sorted(info["missing_keys"])
+        head = "text" in self.streams
+        model, missing = load_weights(HiggsAudioV2ForConditionalGeneration, self.config, path, use_text_head=head)
         if missing == ["text_lm_head.weight"]:
             raise UserError(
                 f"{source} has no text head (text_lm_head.weight): set model.stream_weights to "
                 "{text: 0} to train on audio alone"
             )
-        if missing:
-            raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: fetch it again")
+        refuse_missing(missing, source)
         if self.config.activation_checkpointing:
             enable_activation_checkpointing(model)
         return cast(nn.Module, model)
@@ -125,7 +119,7 @@ class HiggsAudioV2:
         result, and attention keeps its fast causal path.
         """
         padded = self.encoder.pad(examples)
-        labels = {"audio": self._audio_labels(padded), "text": _shifted(padded["labels"])}
+        labels = {"audio": self._audio_labels(padded), "text": shifted(padded["labels"])}
         labels = {stream: labels[stream] for stream in self.streams}
         names = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
         targets = {stream: int((pair.targets != IGNORE).sum()) for stream, pair in labels.items()}
@@ -148,14 +142,13 @@ class HiggsAudioV2:
         Returns:
             `audio`: (targets, codebooks, codebook_size); `text`: (targets, vocabulary).
         """
-        unwrap: Any = getattr(model, "get_base_model", None)  # a PEFT wrapper has it; adapters stay in the layers
-        base: Any = unwrap() if unwrap else model
+        base = unwrapped(model)
         if tuple(batch.inputs) not in self._checked:
             check_inputs(base.model.forward, batch.inputs, type(base.model).__name__)
             self._checked.add(tuple(batch.inputs))
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         heads = {"audio": base.audio_lm_head, "text": base.text_lm_head}
-        rows = {s: _exact(heads[s](hidden.index_select(0, batch.labels[s].positions))) for s in self.streams}
+        rows = {s: exact(heads[s](hidden.index_select(0, batch.labels[s].positions))) for s in self.streams}
         rows["audio"] = rows["audio"].view(len(rows["audio"]), self.settings.num_codebooks, -1)
         return rows
 
@@ -196,28 +189,3 @@ class HiggsAudioV2:
     def perturb(self, batch: Batch) -> Perturbed:
         """Change all inputs from the middle of each row's targets on; see `rawloop.families.higgs_views.perturb`."""
         return higgs_views.perturb(batch, self.settings, self.streams)
-
-
-def enable_activation_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass, non-reentrant (reentrant breaks under DDP with unused parameters)."""
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:  # transformers before 5.20
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
-def _exact(logits: Tensor) -> Tensor:
-    """In float32 at least: 16 bits are too few for a log-softmax over a vocabulary. Float64 stays, for proofs."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _shifted(labels: Tensor) -> Labels:
-    """Text targets with the positions that predict them: one to the left, in the flattened batch."""
-    flat = labels.flatten()
-    positions = torch.nonzero(torch.ne(flat, IGNORE)).squeeze(1)
-    return Labels(positions - 1, flat[positions])
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD
 
 from rawloop.errors import CheckpointError, UserError
-from rawloop.families.higgs_audio_v2 import enable_activation_checkpointing
+from rawloop.families.shared import enable_activation_checkpointing
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 from rawloop.precision.masters import Masters
 
