@@ -33,8 +33,8 @@ class Audio:
 class Turn:
     """One message of a conversation.
 
-    `role` is system, scene, user or assistant. Only a turn with `trained` set has targets: reference turns and
-    prompts are context.
+    `role` is system, scene, user or assistant, or text: plain text without a speaker, alone in its sample. Only a
+    turn with `trained` set has targets: reference turns and prompts are context.
     """
 
     role: str

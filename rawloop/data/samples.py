@@ -1,7 +1,7 @@
-"""Reads a data set: finds out by content which of three formats it has, and turns every record into a sample.
+"""Reads a data set: finds out by content which of its formats it has, and turns every record into a sample.
 
-The formats are train-higgs-audio's `metadata.json`, JSONL of chat messages, and ms-swift's JSONL. Every mistake in the
-data ends here, in one line that names the file and the record, before anything is encoded or trained.
+The formats are train-higgs-audio's `metadata.json`, and JSONL of chat messages, of ms-swift and of plain text. Every
+mistake in the data ends here, in one line that names the file and the record, before anything is encoded or trained.
 """
 
 import gc
@@ -17,10 +17,11 @@ from rawloop.data.config import DataConfig
 from rawloop.data.messages import MessagesReader
 from rawloop.data.metadata import MetadataReader
 from rawloop.data.record import Files, Record, show
+from rawloop.data.texts import TextReader
 from rawloop.errors import UserError
 
 METADATA = "metadata.json"
-SAMPLE_KEYS = ("messages", "audio_file")  # each record of a data set has one of them
+SAMPLE_KEYS = ("messages", "audio_file", "text")  # each record has one of them; the first that it has says what it is
 
 
 def read_samples(path: Path | str, config: DataConfig | None = None, *, check_files: bool = True) -> list[Sample]:
@@ -38,13 +39,17 @@ def read_samples(path: Path | str, config: DataConfig | None = None, *, check_fi
     config = config or DataConfig()
     file = data_file(Path(path).expanduser())
     files = Files(file.parent, config.allow_outside, check_files)
-    metadata, messages = MetadataReader(config, files), MessagesReader(files)
+    readers: dict[str, MessagesReader | MetadataReader | TextReader] = {
+        "messages": MessagesReader(files),
+        "audio_file": MetadataReader(config, files),
+        "text": TextReader(),
+    }
     samples: list[Sample] = []
     seen: dict[str, str] = {}
     repeated: Counter[str] = Counter()
     with _no_collection():
         for record in read_records(file):
-            reader = messages if "messages" in record.values else metadata
+            reader = readers[next(key for key in SAMPLE_KEYS if key in record.values)]
             samples.append(reader.sample(record, _identity(record, seen, repeated)))
     files.raise_missing()
     if not samples:
@@ -101,7 +106,7 @@ def read_records(file: Path) -> Iterator[Record]:
         raise UserError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
     if text[end:].strip():
         yield from _lines(text, file)
-    elif isinstance(value, dict) and not value.keys().isdisjoint(SAMPLE_KEYS):
+    elif isinstance(value, dict) and "samples" not in value and not value.keys().isdisjoint(SAMPLE_KEYS):
         yield Record(value, file, "line 1")
     elif isinstance(value, list):
         yield from _listed(value, file, "record")
@@ -152,7 +157,8 @@ def _record(value: Any, file: Path, place: str) -> Record:
     record = Record(value, file, place)
     if value.keys().isdisjoint(SAMPLE_KEYS):
         record.fail(
-            f"neither 'messages' nor 'audio_file' (it has the keys {', '.join(value) or 'none'}): this is no sample"
+            f"none of 'messages', 'audio_file' and 'text' (it has the keys {', '.join(value) or 'none'}): this is no "
+            "sample"
         )
     return record
 

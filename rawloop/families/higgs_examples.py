@@ -112,6 +112,8 @@ class HiggsEncoder:
     def _check_turn(self, turn: Turn, sample: Sample) -> None:
         clips = sum(isinstance(part, Audio) for part in turn.parts)
         where = f"sample '{sample.id}' ({sample.source})"
+        if turn.role == "text":
+            raise UserError(f"{where} is plain text and has no clip: give it 'audio_file' or 'messages'")
         if turn.role == "assistant" and (clips != 1 or len(turn.parts) != 1):
             raise UserError(
                 f"{where}: an assistant turn must be exactly one clip; this one has {len(turn.parts)} parts, "

@@ -198,7 +198,7 @@ def test_paths_that_are_no_files(value: str, message: str, metadata: Write, tmp_
         ("[]", "has no samples: a data set needs at least one"),
         ('{"samples": {"a": 1}}', r"'samples' is .* it must be a list"),
         ('{"samples": ["a"]}', r"samples\[0\] is 'a' \(str\): it must be an object"),
-        ('{"samples": [{"path": "a.wav"}]}', r"samples\[0\]: neither 'messages' nor 'audio_file' .*keys path"),
+        ('{"samples": [{"path": "a.wav"}]}', r"samples\[0\]: none of 'messages', 'audio_file' and 'text' .*keys path"),
         ("", "is empty"),
         (" \n", "is empty"),
         ('{"samples": [\n{"audio_file": }]}', r"line 2: not JSON \(Expecting value, column 16\)"),

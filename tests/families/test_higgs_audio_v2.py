@@ -206,6 +206,7 @@ def turn(role: str, *parts: Text | Audio, trained: bool = False) -> Turn:
 
 CLIP = Audio(Path("a.wav"))
 BAD = {
+    "is plain text": [turn("text", Text("hello"), trained=True)],
     "no clip to learn": [turn("user", Text("hello")), turn("assistant", CLIP)],
     "must be exactly one clip": [turn("user", Text("hello")), turn("assistant", Text("well"), CLIP, trained=True)],
     "audio in a user turn": [turn("user", Text("like"), CLIP), turn("assistant", CLIP, trained=True)],
