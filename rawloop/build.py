@@ -23,7 +23,7 @@ from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.reader import check_slot
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
-from rawloop.contracts import Batch, CodecFamily, Family, Sample
+from rawloop.contracts import Batch, CodecFamily, Family, PackingFamily, Sample
 from rawloop.data import DataConfig, codes_folder
 from rawloop.data.audio import import_torchaudio
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
@@ -161,7 +161,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
             f"ddp.static_graph is true and train.accumulation is {config.train.accumulation}: DDP fails on a static "
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
-    family = load_family(config.model)
+    family = build_family(config)
     cache = open_codes(config.data, family)
     train_samples = load_samples(config, family, cache, "train", say)
     eval_samples = load_samples(config, family, cache, "eval", say) if config.evaluation.enabled else []
@@ -253,6 +253,23 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
         max_norm=config.optim.max_norm,
         log_every=config.train.log_every,
     )
+
+
+def build_family(config: RunConfig) -> Family:
+    """Return the family of the configured model, told how to make batches.
+
+    Raises:
+        UserError: there is no such family, or it cannot do what the data's config asks for.
+    """
+    family = load_family(config.model)
+    if config.data.packing:
+        if not isinstance(family, PackingFamily):
+            raise UserError(
+                f"data.packing is true, and the family {type(family).__name__} cannot pack: set it to false; samples "
+                "are then padded to the longest of their micro-batch"
+            )
+        family.packing = True
+    return family
 
 
 def prepare_codes(config: DataConfig, family: Family, device: torch.device) -> str:

@@ -240,6 +240,16 @@ class CodecFamily(Protocol):
 
 
 @runtime_checkable
+class PackingFamily(Protocol):
+    """A family that can put the examples of a micro-batch into one row, where none of them sees another.
+
+    `packing` says whether it does; it is set once, before the model is loaded.
+    """
+
+    packing: bool
+
+
+@runtime_checkable
 class Stateful(Protocol):
     """Something whose state goes into `state/` of a checkpoint: nested dicts and lists of tensors and JSON values."""
 

@@ -149,6 +149,67 @@ def demo_data(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama with random weights and a tokenizer with ChatML as its template. Read it only.
+
+    A token is a character, a control token, or two newlines. A text begins with BOS, a chat does not.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = models.BPE({token: i for i, token in enumerate([*alphabet, "ĊĊ"])}, [("Ċ", "Ċ")])
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", *CONTROL["extra_special_tokens"]])
+    bos = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [bos])
+    folder = tmp_path_factory.mktemp("text_checkpoint")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **CONTROL)
+    wrapped.chat_template = CHATML
+    wrapped.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=wrapped.bos_token_id,
+        eos_token_id=wrapped.eos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.jsonl (8 records) and eval.jsonl (5): plain texts and chats of different lengths."""
+    folder = tmp_path_factory.mktemp("text_data")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say one to three."}]
+    for split, number in (("train", 8), ("eval", 5)):
+        answers = ["One.", "One, two.", "One, two, three."]
+        records: list[dict[str, Any]] = [{"messages": [*asked, {"role": "assistant", "content": a}]} for a in answers]
+        records += [{"text": f"{split} {k}: " + "la " * k} for k in range(number - len(answers))]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return folder
+
+
 def copy_speech(source: Path, target: Path, number: int) -> None:
     """Copy a folder of speech with so many of its samples, evenly chosen, so that all languages are among them."""
     shutil.copytree(source, target)

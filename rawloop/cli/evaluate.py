@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rawloop.adapters import ModelFiles
-from rawloop.build import build_evaluator, build_model, load_samples, open_codes, stored_precision
+from rawloop.build import build_evaluator, build_family, build_model, load_samples, open_codes, stored_precision
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
@@ -18,7 +18,6 @@ from rawloop.data.audio import import_torchaudio
 from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluation, Evaluator
-from rawloop.families import load_family
 from rawloop.records import honest
 
 HELP = "best, latest, or the folder of a checkpoint of this config's run; without it the base model is evaluated"
@@ -48,7 +47,7 @@ def _evaluate(config: RunConfig, checkpoint: str | None, world: World) -> Evalua
 
 def _build(config: RunConfig, checkpoint: str | None, world: World) -> Evaluator:
     import_torchaudio()
-    family = load_family(config.model)
+    family = build_family(config)
     cache = open_codes(config.data, family)
     samples = load_samples(config, family, cache, "eval", _quiet)
     slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)

@@ -30,6 +30,8 @@ class DataConfig:
         max_seconds: clips longer than this are bad.
         min_seconds: clips shorter than this are bad.
         num_workers: processes that build batches beside each training process; 0 builds them in the training process.
+        packing: put the samples of a micro-batch one behind the other into one row, where none sees another, instead of
+            padding them to the longest (causal_lm only).
         shuffle: visit the training samples in another order in every epoch.
     """
 
@@ -44,6 +46,7 @@ class DataConfig:
     max_seconds: float = 30.0
     min_seconds: float = 0.0
     num_workers: int = 0
+    packing: bool = False
     shuffle: bool = True
 
     def __post_init__(self) -> None:

@@ -11,7 +11,10 @@ from typing import Any, cast
 from rawloop.contracts import Family
 from rawloop.errors import UserError, nearest
 
-FAMILIES = {"higgs_audio_v2": "rawloop.families.higgs_audio_v2:HiggsAudioV2"}
+FAMILIES = {
+    "higgs_audio_v2": "rawloop.families.higgs_audio_v2:HiggsAudioV2",
+    "causal_lm": "rawloop.families.causal_lm:CausalLM",
+}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -21,12 +24,12 @@ class ModelConfig:
 
     Args:
         path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base.
-        family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2); or your own as
+        family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2, causal_lm); or your own as
             `package.module:Class`.
         codec: folder or hub id of the audio codec. Default: the one that the checkpoint's processor names.
         revision: commit or tag of the hub repository; pin it, hub files change.
-        stream_weights: weight of each stream's mean loss, such as {audio: 1.0, text: 1.0}. A weight of 0 leaves the
-            stream out, head included.
+        stream_weights: weight of each stream's mean loss, such as {audio: 1.0, text: 1.0}; causal_lm has text alone. A
+            weight of 0 leaves the stream out, head included.
         attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         trust_remote_code: let the checkpoint's own Python code run while its type is read, and in families of your own
@@ -49,7 +52,10 @@ class ModelConfig:
 
 
 def load_family(config: ModelConfig) -> Family:
-    """Return the family object for a model: by name, by import path, or by the checkpoint's `model_type`.
+    """Return the family object for a model: by name, by import path, or by what the checkpoint's config.json says.
+
+    `auto` takes a family of that `model_type`, else causal_lm where the checkpoint holds the very class that
+    transformers has for causal language models of its type (LlamaForCausalLM for llama).
 
     Raises:
         UserError: no such folder, no config.json in it, or no family for this kind of model.
@@ -57,7 +63,9 @@ def load_family(config: ModelConfig) -> Family:
     check_path(config.path, "model.path")
     name = config.family
     if name == "auto":
-        name = _model_type(config)
+        name, architectures = _architecture(config)
+        if name not in FAMILIES and _is_causal_lm(name, architectures):
+            name = "causal_lm"
     target = FAMILIES.get(name, name)
     module_name, _, class_name = target.partition(":")
     if not class_name:
@@ -88,12 +96,14 @@ def check_path(path: str, key: str) -> None:
         raise UserError(f"{key} is '{path}': no such folder, and not a hub id (owner/name) either")
 
 
-def _model_type(config: ModelConfig) -> str:
+def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
+    """Return the model's type and the classes that its weights were saved from."""
     from transformers import AutoConfig
 
     folder = Path(config.path).expanduser()
     if folder.is_dir():
-        return str(read_json(folder / "config.json").get("model_type", "unknown"))
+        content = read_json(folder / "config.json")
+        return str(content.get("model_type", "unknown")), content.get("architectures") or []
     try:
         loaded = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -103,7 +113,15 @@ def _model_type(config: ModelConfig) -> str:
             f"model.path is '{config.path}': no such folder, and the hub gave no such model "
             f"({str(error).splitlines()[0]})"
         ) from error
-    return str(loaded.model_type)
+    return str(loaded.model_type), loaded.architectures or []
+
+
+def _is_causal_lm(model_type: str, architectures: list[str]) -> bool:
+    """Whether these are the weights of a plain causal LM; models that also take images or audio are not guessed at."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return known in architectures and not str(known).endswith("ForConditionalGeneration")
 
 
 def read_json(file: Path) -> dict[str, Any]:

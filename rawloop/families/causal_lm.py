@@ -1,0 +1,247 @@
+"""The family of plain causal language models: whatever transformers' AutoModelForCausalLM builds."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+
+from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Sample, Special, StreamLoss
+from rawloop.errors import UserError
+from rawloop.families import ModelConfig
+from rawloop.families.inputs import check_inputs
+from rawloop.families.shared import (
+    enable_activation_checkpointing,
+    exact,
+    load_settings,
+    load_weights,
+    refuse_missing,
+    shifted,
+    unwrapped,
+)
+from rawloop.families.text_examples import Example, TextEncoder
+
+PACKED_ATTENTION = ("sdpa", "eager")
+PROBES = ("One two three four five six.", "Seven eight nine ten eleven twelve.")
+
+
+class CausalLM:
+    """The family of causal language models: one stream, `text`.
+
+    With `packing` set, the examples of a micro-batch stand one behind the other in one row instead of being padded.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.packing = False
+        if set(config.stream_weights) - {"text"}:
+            raise UserError(
+                f"model.stream_weights has {sorted(config.stream_weights)}: a text model has one stream, text"
+            )
+        weight = float(config.stream_weights.get("text", 1.0))
+        if weight == 0.0:
+            raise UserError("model.stream_weights sets text to 0: nothing would be learnt; give it a weight")
+        self.stream_weights: Mapping[str, float] = {"text": weight}
+        self.streams: Sequence[str] = ("text",)
+        settings, self.tokenizer = load_settings(config)
+        self.decoder = getattr(settings, "is_decoder", None) is not False  # BERT and its like can be either
+        self.encoder = TextEncoder(settings.get_text_config(), self.tokenizer, config.path)
+        self._kinds: set[str] = set()
+        self._checked: set[tuple[str, ...]] = set()
+
+    def load_model(self, path: str | None = None) -> nn.Module:
+        """Load the model in its stored dtype, and look whether it sees its past only where that is not sure.
+
+        Args:
+            path: another folder than the configured one, for the weights of a checkpoint.
+
+        Raises:
+            UserError: the checkpoint cannot be read, lacks weights, is not causal, or cannot keep documents apart.
+        """
+        model, missing = load_weights(AutoModelForCausalLM, self.config, path)
+        refuse_missing(missing, path or self.config.path)
+        if self.packing:
+            self._check_packing(model)
+        if self.packing or (not self.decoder and self.config.attention in PACKED_ATTENTION):
+            self._check_past(model)
+        if self.config.activation_checkpointing:
+            enable_activation_checkpointing(model)
+        return cast(nn.Module, model)
+
+    def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
+        """Refuse a sample that cannot be trained, and note its kind; see `TextEncoder.check`."""
+        self._kinds.add("text" if self.encoder.is_text(sample) else "chat")
+        self.encoder.check(sample)
+
+    def example(self, sample: Sample, codes: Callable[[Path], Tensor] | None = None) -> Example:
+        """Encode one sample, which has no audio; see `TextEncoder.example`."""
+        self._kinds.add("text" if self.encoder.is_text(sample) else "chat")
+        return self.encoder.example(sample)
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Make a micro-batch: a row per example, padded on the right, or all of them in one row.
+
+        Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
+        result, and attention keeps its fast causal path. Packed, positions start again at 0 with every example, and
+        from that transformers makes the mask, each layer's own (full, sliding window), that keeps them apart. A
+        four-dimensional mask of ours would be taken as it is by all layers alike.
+        """
+        if self.packing:
+            inputs = {
+                "input_ids": torch.cat([e.input_ids for e in examples])[None],
+                "position_ids": torch.cat([torch.arange(len(e.input_ids)) for e in examples])[None],
+            }
+            labels = shifted(torch.cat([e.labels for e in examples]))
+        else:
+            padding = self.tokenizer.pad_token_id or 0  # any id will do: nothing sees it
+            rows = [e.input_ids for e in examples]
+            inputs = {"input_ids": pad_sequence(rows, batch_first=True, padding_value=padding)}
+            labels = shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
+        return Batch(inputs, {"text": labels}, {"text": len(labels.targets)}, [e.id for e in examples])
+
+    def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
+
+        Returns:
+            `text`: (targets, vocabulary).
+        """
+        base = unwrapped(model)
+        if tuple(batch.inputs) not in self._checked:
+            check_inputs(base.forward, batch.inputs, type(base).__name__)
+            self._checked.add(tuple(batch.inputs))
+        return {"text": target_logits(base, batch.inputs, batch.labels["text"].positions)}
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+        """Score all targets, in nats."""
+        total = F.cross_entropy(self.logits(model, batch)["text"], batch.labels["text"].targets, reduction="sum")
+        return {"text": StreamLoss(total, batch.targets["text"])}
+
+    def probe(self) -> Batch:
+        """A fixed little batch of two documents, for comparing two versions of a model by their logits."""
+        examples = []
+        for index, text in enumerate(PROBES):
+            inputs = torch.tensor(self.tokenizer(text)["input_ids"])
+            labels = inputs.clone()
+            labels[0] = IGNORE
+            examples.append(Example(f"probe {index}", inputs, labels, (("text", len(inputs)),)))
+        return self.collate(examples)
+
+    def special_targets(self) -> Sequence[Special]:
+        """End of text and end of turn, each required once `check` or `example` has seen a sample that ends with it."""
+        ends: dict[int, bool] = {}
+        if self.tokenizer.eos_token_id is not None:
+            ends[self.tokenizer.eos_token_id] = "text" in self._kinds
+        if "chat" in self._kinds:
+            ends[self.encoder.end_of_turn] = True
+        return [Special("text", self.tokenizer.convert_ids_to_tokens(i), i, needed) for i, needed in ends.items()]
+
+    def pieces(self, example: Example) -> Sequence[Piece]:
+        """An example as people read it: what is given, and what is to be said."""
+        found, start = [], 0
+        for role, end in example.runs:
+            text = self.tokenizer.decode(example.input_ids[start:end], clean_up_tokenization_spaces=False)
+            targets = int((example.labels[start:end] != IGNORE).sum())
+            found.append(Piece(role, "text", text, end - start, targets))
+            start = end
+        return found
+
+    def chance(self) -> Mapping[str, float]:
+        """Loss of uniform guesses over the vocabulary, nats per target."""
+        return {"text": math.log(self.encoder.vocabulary)}
+
+    def perturb(self, batch: Batch) -> Perturbed:
+        """Change every document's tokens after its middle target's prediction: none up to there may notice."""
+        ids, positions = batch.inputs["input_ids"], batch.labels["text"].positions
+        document = documents(batch).to(ids.device)
+        places = torch.arange(ids.numel(), device=ids.device)
+        middles = torch.full_like(places[: int(document.max()) + 1], ids.numel())
+        for number in range(len(middles)):
+            own = positions[document[positions] == number]
+            if len(own):
+                middles[number] = own[(len(own) - 1) // 2]
+        changed = places > middles[document]
+        other = torch.where(changed, (ids.flatten() + 1) % self.encoder.vocabulary, ids.flatten()).view_as(ids)
+        inputs = {**batch.inputs, "input_ids": other}
+        return Perturbed(Batch(inputs, batch.labels, batch.targets, batch.ids), {"text": ~changed[positions]})
+
+    def _check_packing(self, model: Any) -> None:
+        if self.config.attention not in PACKED_ATTENTION:
+            raise UserError(
+                f"data.packing is true and model.attention is '{self.config.attention}': packing is proven for "
+                f"{' and '.join(PACKED_ATTENTION)} only; set one of them back"
+            )
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise UserError(
+                f"data.packing is true, and {type(model).__name__} takes no position_ids: set data.packing to false"
+            )
+
+    def _check_past(self, model: nn.Module) -> None:
+        """Refuse a model whose predictions see later words, or, packed, other documents, as recurrent layers let them.
+
+        What the masks of all kinds of layers come to is tried on the model itself, which has just been loaded.
+        """
+        batch = self.probe()
+        changed = self.perturb(batch)
+        with torch.no_grad():
+            moved = (self.logits(model, changed.batch)["text"] - self.logits(model, batch)["text"]).abs()
+        earlier = changed.earlier["text"]
+        leak = float(moved[earlier].max())
+        # A mask lets nothing through; experts, who take the words of all documents at once, may round otherwise.
+        bound = 0.05 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
+        if leak > bound * float(moved[~earlier].max()):
+            fix = (
+                "set data.packing to false" if self.packing else "it is no causal model (is_decoder in its config.json)"
+            )
+            raise UserError(
+                f"{self.config.path}: predictions of {type(model).__name__} see later words"
+                f"{' or other documents of their row' if self.packing else ''}, which move logits by {leak:.2g}: {fix}"
+            )
+
+
+def documents(batch: Batch) -> Tensor:
+    """Number the documents of a batch from 0, for each position of the flattened (batch, sequence)."""
+    ids = batch.inputs["input_ids"]
+    if "position_ids" in batch.inputs:
+        return (batch.inputs["position_ids"].flatten() == 0).cumsum(0) - 1
+    return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+
+
+def target_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """Run a language model with its head applied at some positions only.
+
+    The model's own forward is called, so that whatever it does to its logits (scaling, soft capping) is done; only what
+    goes into the head is cut down on its way, and what comes out is made exact.
+
+    Args:
+        model: a causal LM of transformers.
+        inputs: keywords of its forward.
+        positions: (targets,) int64 into the flattened (batch, sequence).
+
+    Returns:
+        (targets, vocabulary) float32, float64 of a float64 model.
+
+    Raises:
+        UserError: the model makes its logits in another way.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output embeddings: it is no language model that is known here")
+    cut = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1).index_select(0, positions)[None],))
+    widen = head.register_forward_hook(lambda _, __, made: exact(made))
+    try:
+        logits: Tensor = model(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        cut.remove()
+        widen.remove()
+    if logits.shape[:2] != (1, len(positions)):
+        raise UserError(
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {len(positions)} targets: it does "
+            "not make them with its output embeddings; it needs a family of its own (model.family package.module:Class)"
+        )
+    return exact(logits[0])
