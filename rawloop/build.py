@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
+from rawloop.audio import import_torchaudio
 from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder, find_best, find_slots
 from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.manifest import NAME as MANIFEST
@@ -25,7 +26,6 @@ from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, CodecFamily, Family, PackingFamily, Sample
 from rawloop.data import DataConfig, codes_folder
-from rawloop.data.audio import import_torchaudio
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare

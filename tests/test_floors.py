@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rawloop"
 
 FLOORS = (
-    ("ground", ("errors", "contracts", "dist", "records", "seed", "hashing")),
+    ("ground", ("errors", "contracts", "dist", "records", "seed", "hashing", "audio")),
     (
         "parts",
         ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "optim", "diagnose", "demo"),

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import rawloop.demo
+from rawloop.audio import import_torchaudio
 from rawloop.build import prepare_codes
 from rawloop.config import Parser
 from rawloop.data import DataConfig
-from rawloop.data.audio import import_torchaudio
 from rawloop.demo.checkpoint import build_demo_checkpoint, demo_is_built
 from rawloop.families import ModelConfig, load_family
 

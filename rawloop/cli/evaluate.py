@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rawloop.adapters import ModelFiles
+from rawloop.audio import import_torchaudio
 from rawloop.build import build_evaluator, build_family, build_model, load_samples, open_codes, stored_precision
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
@@ -14,7 +15,6 @@ from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, parse
-from rawloop.data.audio import import_torchaudio
 from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluation, Evaluator

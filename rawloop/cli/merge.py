@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from rawloop.adapters import base_of, merge_adapter
+from rawloop.audio import import_torchaudio
 from rawloop.config import Parser, add_options
-from rawloop.data.audio import import_torchaudio
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family, local_folder
 

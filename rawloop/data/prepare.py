@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rawloop.audio import BadAudio, load_audio
 from rawloop.contracts import CodecInfo, Sample
-from rawloop.data.audio import BadAudio, load_audio
 from rawloop.data.config import DataConfig
 from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
 from rawloop.errors import RawloopError

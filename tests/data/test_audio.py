@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from rawloop.data.audio import BadAudio, load_audio
+from rawloop.audio import BadAudio, load_audio
 
 Tone = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -194,7 +194,7 @@ def broken_torchaudio(tmp_path: Path) -> Path:
 
 def import_in_a_process(site: Path) -> str:
     code = (
-        "from rawloop.data.audio import import_torchaudio\n"
+        "from rawloop.audio import import_torchaudio\n"
         "from rawloop.errors import UserError\n"
         "try: print(import_torchaudio().__file__)\n"
         "except UserError as error: print('UserError', error)\n"

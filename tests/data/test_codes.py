@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from rawloop.audio import load_audio
 from rawloop.contracts import Audio, CodecInfo, Sample, Turn
 from rawloop.data import DataConfig, codes_folder
-from rawloop.data.audio import load_audio
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.errors import RawloopError, UserError

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rawloop.audio import load_audio
 from rawloop.contracts import Audio, CodecInfo, Sample, Turn
 from rawloop.data import DataConfig
-from rawloop.data.audio import load_audio
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import BadClips, PrepareReport, prepare
 from rawloop.data.shards import codec_folder, open_writer

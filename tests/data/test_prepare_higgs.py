@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel, HubertConfig
 
+from rawloop.audio import load_audio
 from rawloop.contracts import Audio, CodecInfo, Sample, Turn
-from rawloop.data.audio import load_audio
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.hashing import hash_folder
