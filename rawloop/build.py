@@ -29,7 +29,7 @@ from rawloop.data import DataConfig, codes_folder
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
-from rawloop.data.samples import read_samples
+from rawloop.data.samples import check_lengths, read_samples
 from rawloop.diagnose import Report, run_checks
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
 from rawloop.errors import RawloopError, UserError
@@ -320,6 +320,8 @@ def load_samples(config: RunConfig, family: Family, cache: CodeCache | None, spl
         cache.check(samples)
     for sample in samples:
         family.check(sample, cache.frames if cache is not None else None)
+    if cache is None:
+        check_lengths(samples, config.data)
     return samples
 
 

@@ -7,11 +7,12 @@ mistake in the data ends here, in one line that names the file and the record, b
 import gc
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rawloop.audio import BadAudio, clip_seconds
 from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.messages import MessagesReader
@@ -22,6 +23,7 @@ from rawloop.errors import UserError
 
 METADATA = "metadata.json"
 SAMPLE_KEYS = ("messages", "audio_file", "text")  # each record has one of them; the first that it has says what it is
+SHOWN = 10  # clips that one message names
 
 
 def read_samples(path: Path | str, config: DataConfig | None = None, *, check_files: bool = True) -> list[Sample]:
@@ -55,6 +57,27 @@ def read_samples(path: Path | str, config: DataConfig | None = None, *, check_fi
     if not samples:
         raise UserError(f"{file} has no samples: a data set needs at least one")
     return samples
+
+
+def check_lengths(samples: Sequence[Sample], config: DataConfig) -> None:
+    """Hold the clips of samples that are never prepared against `min_seconds` and `max_seconds`, by their headers.
+
+    `rawloop prepare` does this, and more, for models that take codes. Nothing is decoded here: a clip that is silent,
+    or a flac that was cut short, is found when its sample is reached.
+
+    Raises:
+        UserError: clips that cannot be opened, are too long or too short, each with a sample that needs it.
+    """
+    owners = {path: sample for sample in samples for path in sample.audio_paths()}
+    bad: list[str] = []
+    for path, sample in owners.items():
+        try:
+            clip_seconds(path, min_seconds=config.min_seconds, max_seconds=config.max_seconds)
+        except BadAudio as reason:
+            bad.append(f"{path} (sample '{sample.id}', {sample.source}) {reason}")
+    if bad:
+        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise UserError(f"clips that cannot be used, {len(bad)} of {len(owners)}: {'; '.join(bad[:SHOWN])}{more}")
 
 
 @contextmanager

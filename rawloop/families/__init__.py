@@ -14,6 +14,8 @@ from rawloop.errors import UserError, nearest
 FAMILIES = {
     "higgs_audio_v2": "rawloop.families.higgs_audio_v2:HiggsAudioV2",
     "causal_lm": "rawloop.families.causal_lm:CausalLM",
+    "audio_chat": "rawloop.families.audio_chat:AudioChat",
+    "qwen2_audio": "rawloop.families.audio_chat:AudioChat",
 }
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

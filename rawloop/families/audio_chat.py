@@ -1,0 +1,198 @@
+"""The family of models that hear audio and answer in text: Qwen2-Audio, and classes of transformers built like it.
+
+What such a class needs: a processor whose `apply_chat_template` gives `input_ids` and features, with one token repeated
+for a clip's positions, and a causal language model behind `AutoModelForMultimodalLM`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+
+from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
+from rawloop.errors import UserError
+from rawloop.families import ModelConfig
+from rawloop.families.audio_chat_examples import ChatEncoder, Example
+from rawloop.families.higgs_audio_v2 import enable_activation_checkpointing
+from rawloop.families.inputs import check_inputs
+
+STREAM = "text"
+
+
+class AudioChat:
+    """The family of models with audio in and text out: one stream, `text`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        unknown = set(config.stream_weights) - {STREAM}
+        if unknown:
+            raise UserError(f"model.stream_weights has {sorted(unknown)}: this family has the stream text alone")
+        weight = float(config.stream_weights.get(STREAM, 1.0))
+        if weight == 0.0:
+            raise UserError("model.stream_weights sets text to 0: nothing would be learnt; give it a weight")
+        self.streams: Sequence[str] = (STREAM,)
+        self.stream_weights: Mapping[str, float] = {STREAM: weight}
+        try:
+            self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
+            self.processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # what transformers makes of a damaged folder
+            raise UserError(f"config or processor of {config.path} cannot be read: {_line(error)}") from error
+        self.text_settings: Any = self.settings.get_text_config()
+        self.encoder = ChatEncoder(self.processor, self._audio_token(), self.text_settings.max_position_embeddings)
+        self._checked: set[tuple[str, ...]] = set()
+
+    def _audio_token(self) -> int:
+        token: int | None = getattr(self.settings, "audio_token_id", None)
+        written = getattr(self.processor, "audio_token_id", None)
+        if token is None or token != written:
+            raise UserError(
+                f"{self.config.path}: the model's config has the audio token {token}, the processor writes {written}: "
+                "audio would not reach the model; fetch config and processor of one checkpoint"
+            )
+        return token
+
+    def load_model(self, path: str | None = None) -> nn.Module:
+        """Load the model in its stored dtype.
+
+        Args:
+            path: another folder than the configured one, for the weights of a checkpoint.
+
+        Raises:
+            UserError: the checkpoint cannot be read, or lacks weights that would be trained from random numbers.
+        """
+        source = path or self.config.path
+        try:
+            model, info = AutoModelForMultimodalLM.from_pretrained(
+                source,
+                revision=None if path else self.config.revision,
+                dtype="auto",
+                attn_implementation=self.config.attention,
+                output_loading_info=True,
+            )
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(f"model.path is '{source}', which cannot be loaded: {_line(error)}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: fetch it again")
+        if self.config.activation_checkpointing:
+            enable_activation_checkpointing(model)
+        return cast(nn.Module, model)
+
+    def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
+        """Refuse a sample that cannot be trained; clips are asked for their headers. See `ChatEncoder.check`."""
+        self.encoder.check(sample)
+
+    def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
+        """Encode one sample, its clips decoded now: `codes` is not used. See `ChatEncoder.example`."""
+        return self.encoder.example(sample)
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Make a micro-batch, padded on the right with the end of turn; clips stand in order of the rows.
+
+        Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
+        result, and attention keeps its fast causal path. Clips have a mask of their own among the features. A batch
+        without audio has no features: the model then runs its language model alone.
+        """
+        # Any token but the audio's would do as padding; checkpoints may have none, or use the audio token.
+        filler = self.encoder.template.end_of_turn
+        input_ids = pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=filler)
+        labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE).flatten()
+        places = torch.ne(labels, IGNORE).nonzero().squeeze(1)
+        heard = [e.features for e in examples if e.features]
+        features = {name: torch.cat([clips[name] for clips in heard]) for name in (heard[0] if heard else ())}
+        return Batch(
+            {"input_ids": input_ids, **features},
+            {STREAM: Labels(places - 1, labels[places])},  # a token is predicted one to its left
+            {STREAM: len(places)},
+            [e.id for e in examples],
+        )
+
+    def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
+
+        The model's own forward runs, whatever it does around its head, but the head sees only the positions that have
+        targets: a vocabulary of 156,032 over every position would take more memory than the rest of the head's work.
+
+        Returns:
+            `text`: (targets, vocabulary).
+        """
+        unwrap: Any = getattr(model, "get_base_model", None)  # a PEFT wrapper has it; adapters stay in the layers
+        base: Any = unwrap() if unwrap else model
+        if tuple(batch.inputs) not in self._checked:
+            check_inputs(base.forward, batch.inputs, type(base).__name__)
+            self._checked.add(tuple(batch.inputs))
+        with _only_at(batch.labels[STREAM].positions, base.get_output_embeddings()):
+            logits = base(**batch.inputs, use_cache=False).logits.flatten(0, -2)
+        assert len(logits) == batch.targets[STREAM]
+        return {STREAM: logits if logits.dtype == torch.float64 else logits.float()}
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+        """Score the targets, in nats."""
+        logits = self.logits(model, batch)[STREAM]
+        total = F.cross_entropy(logits, batch.labels[STREAM].targets, reduction="sum")
+        return {STREAM: StreamLoss(total, batch.targets[STREAM])}
+
+    def probe(self) -> Batch:
+        """A fixed little batch, a second of noise and words about it, for comparing two versions of a model."""
+        question = Turn("user", (Audio(Path("noise")), Text("One two three?")))
+        sample = Sample("probe", (question, Turn("assistant", (Text("Four five six."),), trained=True)))
+        noise = 0.1 * torch.randn(self.encoder.sample_rate, generator=torch.Generator().manual_seed(0))
+        return self.collate([self.encoder.encode(sample, [noise])])
+
+    def special_targets(self) -> Sequence[Special]:
+        """The token that ends a turn: without it as a target a model forgets how to stop."""
+        token = self.encoder.template.end_of_turn
+        return (Special(STREAM, self.processor.tokenizer.convert_ids_to_tokens(token), token, required=True),)
+
+    def pieces(self, example: Example) -> Sequence[Piece]:
+        """An example as people read it; see `ChatEncoder.pieces`."""
+        return tuple(self.encoder.pieces(example))
+
+    def chance(self) -> Mapping[str, float]:
+        """Loss of uniform guesses over the model's vocabulary."""
+        return {STREAM: math.log(self.text_settings.vocab_size)}
+
+    def perturb(self, batch: Batch) -> Perturbed:
+        """Exchange every token from the middle target of each row on, itself included; clips keep their places.
+
+        Features stay: a clip that stands behind the middle is still heard as it was.
+        """
+        ids = batch.inputs["input_ids"]
+        positions = batch.labels[STREAM].positions
+        rows, columns = positions // ids.shape[1], positions % ids.shape[1]
+        firsts = torch.stack([_middle(columns[rows == row]) for row in range(len(ids))]) + 1
+        behind = torch.arange(ids.shape[1], device=ids.device) >= firsts[:, None]
+        others = (ids + 1) % self.text_settings.vocab_size
+        others = torch.where(others == self.encoder.audio_token, (ids + 2) % self.text_settings.vocab_size, others)
+        changed = torch.where(behind & (ids != self.encoder.audio_token), others, ids)
+        inputs = {**batch.inputs, "input_ids": changed}
+        return Perturbed(Batch(inputs, batch.labels, batch.targets, batch.ids), {STREAM: columns < firsts[rows]})
+
+
+def _middle(columns: Tensor) -> Tensor:
+    return columns[len(columns) // 2]
+
+
+@contextmanager
+def _only_at(positions: Tensor, head: nn.Module) -> Iterator[None]:
+    """While this is open, `head` sees only these positions of its flattened input."""
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].flatten(0, -2).index_select(0, positions), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
