@@ -26,8 +26,8 @@ class ModelConfig:
 
     Args:
         path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base.
-        family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2, causal_lm); or your own as
-            `package.module:Class`.
+        family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2, causal_lm, audio_chat); or
+            your own as `package.module:Class`.
         codec: folder or hub id of the audio codec. Default: the one that the checkpoint's processor names.
         revision: commit or tag of the hub repository; pin it, hub files change.
         stream_weights: weight of each stream's mean loss, such as {audio: 1.0, text: 1.0}; causal_lm has text alone. A

@@ -128,8 +128,10 @@ class AudioChat:
         if tuple(batch.inputs) not in self._checked:
             check_inputs(base.forward, batch.inputs, type(base).__name__)
             self._checked.add(tuple(batch.inputs))
+        # Features come in float32, and not every class casts them to its encoder's dtype.
+        inputs = {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
         with _only_at(batch.labels[STREAM].positions, base.get_output_embeddings()):
-            logits = base(**batch.inputs, use_cache=False).logits.flatten(0, -2)
+            logits = base(**inputs, use_cache=False).logits.flatten(0, -2)
         assert len(logits) == batch.targets[STREAM]
         return {STREAM: logits if logits.dtype == torch.float64 else logits.float()}
 

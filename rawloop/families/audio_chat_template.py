@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from torch import Tensor
 
 from rawloop.errors import UserError
@@ -26,15 +27,19 @@ class ChatTemplate:
         control: matches the tokens that give a conversation its shape; inside a text they would forge turns or audio.
 
     Raises:
-        UserError: there is no template, or it ends an assistant's turn without a token of its own.
+        UserError: there is no template, or it cannot be run, cannot be split at an assistant's words, or ends them
+            without a token of its own.
     """
 
     def __init__(self, processor: Any, audio_token: int) -> None:
         self.processor, self.tokenizer, self.audio_token = processor, processor.tokenizer, audio_token
         if processor.chat_template is None:
             raise UserError("the checkpoint's processor has no chat template: prompts cannot be built as in generation")
-        self.end_of_turn = self._end_of_turn()
-        self.control = self._control_tokens()
+        try:
+            self.end_of_turn = self._end_of_turn()
+            self.control = self._control_tokens()
+        except TemplateError as error:
+            raise UserError(f"the chat template cannot be run: {error}") from error
 
     def _end_of_turn(self) -> int:
         prompt, whole = self.render([QUESTION], header=True), self.render([QUESTION, ANSWER], header=False)
@@ -62,8 +67,7 @@ class ChatTemplate:
 
     def render(self, messages: Messages, *, header: bool) -> str:
         """Return a conversation as text, one placeholder a clip; with `header`, up to where the assistant begins."""
-        copies = [dict(message) for message in messages]  # processors write into them
-        text: str = self.processor.apply_chat_template(copies, tokenize=False, add_generation_prompt=header)
+        text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
         return text
 
     def encode(self, messages: Messages, waveforms: Sequence[Tensor]) -> dict[str, Any]:
