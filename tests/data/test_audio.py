@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from rawloop.audio import BadAudio, load_audio
+from rawloop.audio import BadAudio, clip_seconds, load_audio
 
 Tone = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -156,6 +156,24 @@ def test_too_long_is_seen_in_the_header(tone: Tone, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(soundfile.SoundFile, "read", None)  # decoding would fail
     with pytest.raises(BadAudio, match=r"lasts 2.00 s, longer than data.max_seconds \(1.5 s\)"):
         load_audio(path, 24000, max_seconds=1.5)
+
+
+def test_a_length_from_the_header_alone(tone: Tone, tmp_path: Path) -> None:
+    for name in ("a.wav", "a.flac", "a.ogg"):
+        assert clip_seconds(tone(name, 0.4), min_seconds=0.4, max_seconds=0.4) == pytest.approx(0.4)
+    with pytest.raises(BadAudio, match=r"longer than data.max_seconds \(0.3 s\)"):
+        clip_seconds(tone("a.wav", 0.4), max_seconds=0.3)
+    with pytest.raises(BadAudio, match=r"lasts 0.400 s, shorter than data.min_seconds \(0.5 s\)"):
+        clip_seconds(tone("a.wav", 0.4), min_seconds=0.5)
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(tone("a.wav", 0.4).read_bytes()[:10000])
+    with pytest.raises(BadAudio, match=r"is cut short: its header promises 0.40 s, it holds 0.21 s"):
+        clip_seconds(cut)
+    with pytest.raises(BadAudio, match="cannot be opened: No such file"):
+        clip_seconds(tmp_path / "gone.wav")
+    (tmp_path / "text.wav").write_text("no audio")
+    with pytest.raises(BadAudio, match="cannot be decoded"):
+        clip_seconds(tmp_path / "text.wav")
 
 
 def test_limits_are_inclusive(tone: Tone) -> None:

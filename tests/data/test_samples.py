@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rawloop.data import DataConfig
-from rawloop.data.samples import read_samples
+from rawloop.data.samples import check_lengths, read_samples
 from rawloop.errors import UserError
 
 Write = Callable[..., Path]
@@ -247,3 +247,17 @@ def test_folder_with_several_jsonl(jsonl: Write) -> None:
     jsonl(CHAT, name="b.jsonl")
     with pytest.raises(UserError, match=r"several .jsonl files \(b.jsonl, train.jsonl\): name one of them"):
         read_samples(jsonl(CHAT).parent)
+
+
+def test_clips_that_are_never_prepared_are_held_against_the_limits_all_at_once(tone: Tone, jsonl: Write) -> None:
+    def asking(name: str) -> dict[str, Any]:
+        question = {"role": "user", "content": [{"type": "audio", "path": name}]}
+        return {"messages": [question, {"role": "assistant", "content": "Ho."}]}
+
+    names = [str(tone(f"{number}.wav", 0.6).name) for number in range(12)]
+    samples = read_samples(jsonl(asking("a.wav"), CHAT, *map(asking, names)))
+    check_lengths(samples, DataConfig())
+    with pytest.raises(UserError, match=r"clips that cannot be used, 12 of 13: .*0\.wav \(sample '") as caught:
+        check_lengths(samples, DataConfig(max_seconds=0.5))
+    assert "train.jsonl line 3) lasts 0.60 s, longer than data.max_seconds (0.5 s)" in str(caught.value)
+    assert str(caught.value).endswith("; and 2 more")
