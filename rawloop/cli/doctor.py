@@ -27,7 +27,7 @@ from rawloop.build import build_run
 from rawloop.checkpoint import find_slots
 from rawloop.checkpoint.disk import readable
 from rawloop.config import RunConfig, parse, to_yaml
-from rawloop.data.audio import import_torchaudio
+from rawloop.audio import import_torchaudio
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError
 from rawloop.loop import Meter, Run, accumulate, take_window

@@ -15,7 +15,7 @@ from torch import Tensor
 from rawloop.build import load_samples, no_codes, open_codes
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
-from rawloop.data.audio import import_torchaudio
+from rawloop.audio import import_torchaudio
 from rawloop.data.batches import BatchPlan
 from rawloop.diagnose.table import table
 from rawloop.errors import UserError, nearest

@@ -20,8 +20,8 @@ from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sa
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.audio_chat_examples import ChatEncoder, Example
-from rawloop.families.higgs_audio_v2 import enable_activation_checkpointing
 from rawloop.families.inputs import check_inputs
+from rawloop.families.shared import enable_activation_checkpointing, first_line
 
 STREAM = "text"
 
@@ -43,7 +43,7 @@ class AudioChat:
             self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
             self.processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)
         except (OSError, ValueError, TypeError, AttributeError) as error:  # what transformers makes of a damaged folder
-            raise UserError(f"config or processor of {config.path} cannot be read: {_line(error)}") from error
+            raise UserError(f"config or processor of {config.path} cannot be read: {first_line(error)}") from error
         self.text_settings: Any = self.settings.get_text_config()
         self.encoder = ChatEncoder(self.processor, self._audio_token(), self.text_settings.max_position_embeddings)
         self._checked: set[tuple[str, ...]] = set()
@@ -77,7 +77,7 @@ class AudioChat:
                 output_loading_info=True,
             )
         except (ImportError, OSError, ValueError) as error:
-            raise UserError(f"model.path is '{source}', which cannot be loaded: {_line(error)}") from error
+            raise UserError(f"model.path is '{source}', which cannot be loaded: {first_line(error)}") from error
         missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: fetch it again")
@@ -194,7 +194,3 @@ def _only_at(positions: Tensor, head: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
