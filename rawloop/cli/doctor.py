@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rawloop.audio import import_torchaudio
 from rawloop.build import build_run
 from rawloop.checkpoint import find_slots
 from rawloop.checkpoint.disk import readable
 from rawloop.config import RunConfig, parse, to_yaml
-from rawloop.audio import import_torchaudio
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError
 from rawloop.loop import Meter, Run, accumulate, take_window

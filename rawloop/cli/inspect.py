@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from rawloop.audio import import_torchaudio
 from rawloop.build import load_samples, no_codes, open_codes
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
-from rawloop.audio import import_torchaudio
 from rawloop.data.batches import BatchPlan
 from rawloop.diagnose.table import table
 from rawloop.errors import UserError, nearest
