@@ -190,7 +190,8 @@ class TextEncoder:
         if ids[:start] != prompt or end_of_turn not in ids[start:]:
             self._cannot_split(sample, index, _parting(prompt, ids))
         end = ids.index(end_of_turn, start) + 1
-        answered = self._ids(self._render(messages[: index + 1], _where(sample)))
+        last = index == len(messages) - 1
+        answered = ids if last else self._ids(self._render(messages[: index + 1], _where(sample)))
         if answered[:end] != ids[:end]:
             self._cannot_split(sample, index, _parting(answered, ids))
         return start, end

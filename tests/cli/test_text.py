@@ -1,0 +1,90 @@
+"""The commands on a text model: train, resume, evaluate and merge as for speech, padded and packed, without prepare."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rawloop.records import read_events, read_metrics
+
+Door = Callable[..., Any]
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def config(text_checkpoint: Path, text_data: Path, tmp_path: Path) -> Path:
+    """The config of a run of 2 steps on the tiny text model, into `tmp_path / "run"`."""
+    settings = {
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "model": {"path": str(text_checkpoint)},
+        "adapter": {"rank": 4, "alpha": 8.0, "dropout": 0.1},
+        "data": {split: str(text_data / f"{split}.jsonl") for split in ("train", "eval")},
+        "train": {"batch_size": 2, "accumulation": 2, "max_steps": 2, "log_every": 1},
+        "optim": {"lr": 1e-2},
+        "evaluation": {"every": 1, "batch_size": 2},
+        "checkpoint": {"save_every": 1},
+        "records": {"progress": False},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return tmp_path / "run.yaml"
+
+
+def numbers(run: Path, *keys: str) -> list[list[Any]]:
+    return [[line[key] for line in read_metrics(run) if key in line] for key in keys]
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_run_is_resumed_evaluated_and_merged(door: Door, config: Path, tmp_path: Path, packing: str) -> None:
+    run, cut = tmp_path / "run", tmp_path / "cut"
+    options = ["--data.packing", packing]
+    done = door("train", "--config", config, *options)
+    assert done.code == 0, done.err
+    assert not [event for event in read_events(run) if event["kind"] in ("skip", "warning", "fallback")]
+    steps, losses = numbers(run, "step", "eval_loss")
+    assert sorted(set(steps)) == [0, 1, 2]
+    assert losses[2] < losses[0]
+    # as if killed after the first step
+    shutil.copytree(run, cut)
+    for late in (*cut.glob("checkpoints/step-00000002"), cut / "best"):
+        shutil.rmtree(late)
+    resumed = door("train", "--config", config, "--output", cut, "--resume", "latest", *options)
+    assert resumed.code == 0, resumed.err
+    assert "at step 1" in resumed.out
+    keys = ("step", "loss", "loss/text", "grad_norm", "eval_loss", "eval_loss/text", "eval_targets/text")
+    assert numbers(cut, *keys) == numbers(run, *keys)
+    weights = [folder / "checkpoints/step-00000002/adapter/adapter_model.safetensors" for folder in (run, cut)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    evaluated = json.loads(door("evaluate", "--config", config, "--checkpoint", "latest", *options).out)
+    assert evaluated["eval_loss"] == losses[2]
+    assert door("merge", "--adapter", run / "best" / "adapter", "--output", tmp_path / "merged").code == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_packed_and_padded_runs_learn_the_same(door: Door, config: Path, tmp_path: Path) -> None:
+    options = ["--adapter.mode", "full", "--optim.lr", "1e-3"]
+    for name, packing in (("padded", "false"), ("packed", "true")):
+        folder = tmp_path / name
+        assert door("train", "--config", config, "--output", folder, "--data.packing", packing, *options).code == 0
+    keys = ("loss", "grad_norm", "eval_loss")
+    for padded, packed in zip(*(numbers(tmp_path / name, *keys) for name in ("padded", "packed")), strict=True):
+        assert packed == pytest.approx(padded, rel=1e-5)
+
+
+def test_what_a_text_model_cannot_take_is_one_line(
+    refusal: Refusal, config: Path, tmp_path: Path, demo_checkpoint: Path
+) -> None:
+    assert "models of the family CausalLM need no codes: train without" in refusal("prepare", "--config", config)
+    higgs = ["--model.path", demo_checkpoint / "model", "--data.packing", "true"]
+    assert "data.packing is true, and the family HiggsAudioV2 cannot pack: set it to false" in refusal(
+        "train", "--config", config, *higgs
+    )
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"id": "b", "text": "one<|im_end|>two"}\n')
+    complaint = refusal("train", "--config", config, "--data.train", tmp_path / "bad.jsonl")
+    assert complaint == "sample 'b' (bad.jsonl line 2): its text contains the control token <|im_end|>: take it out"
