@@ -56,7 +56,7 @@ def load_weights(model_class: Any, config: ModelConfig, path: str | None, **opti
         )
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         asked = f" (model.attention is '{config.attention}')" if "attn_implementation" in str(error) else ""
-        raise UserError(f"model.path is '{source}', which cannot be loaded{asked}: {first_line(error)}") from error
+        raise UserError(f"model.path is '{source}', which cannot be loaded: {first_line(error)}{asked}") from error
     for name, stored, wanted in sorted(info["mismatched_keys"])[:1]:
         raise UserError(
             f"{source}: {name} is stored as {tuple(stored)}, its config.json makes it {tuple(wanted)}: fetch it again"
