@@ -82,7 +82,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     try:
         _restore(run, config, say)
         if report is not None:
-            world.together(partial(_record, folder, run.records, report), only_main=True)
+            world.together(partial(report.record, run.records), only_main=True)
     except BaseException:
         run.records.close()
         raise
@@ -201,21 +201,9 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
     report = run_checks(config.checks, ready.family, ready.module, examples, ready.policy, world)
     say(report.text())
     if report.problems():
-        world.together(partial(_write_census, folder, report), only_main=True)
+        world.together(partial(report.write_census, folder), only_main=True)
         world.together(report.stop_if_wrong, only_main=True)
     return report
-
-
-def _write_census(folder: Path, report: Report) -> None:
-    replace_text(folder / "census.json", json.dumps(report.census.as_json(), indent=1) + "\n")
-
-
-def _record(folder: Path, records: Records, report: Report) -> None:
-    _write_census(folder, report)
-    for reason, fields in report.events():
-        records.event("check", step=0, reason=reason, **fields)
-    for reason in report.warnings():
-        records.event("warning", step=0, reason=reason)
 
 
 def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig) -> Run:

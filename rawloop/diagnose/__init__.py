@@ -2,7 +2,8 @@
 
 from rawloop.diagnose.causality import Movement, probe
 from rawloop.diagnose.census import Census, take_census
-from rawloop.diagnose.checks import ChecksConfig, Report, run_checks
+from rawloop.diagnose.checks import run_checks
+from rawloop.diagnose.report import ChecksConfig, Report
 from rawloop.diagnose.verdict import Reading, Verdict, judge, read_losses
 
 __all__ = [

@@ -121,10 +121,14 @@ def read_losses(family: Family, module: LossModule, batches: Sequence[Batch], au
         for stream, chosen in first.items():
             if chosen is not None:
                 connected = _is_connected(module, chosen, stream, autocast)
-                for name in readings:
-                    if name.split("/")[0] == stream:
-                        readings[name].connected = connected
-    return readings
+                for name in _names(readings, stream):
+                    readings[name].connected = connected
+    return {name: readings[name] for stream in family.streams for name in _names(readings, stream)}
+
+
+def _names(readings: Mapping[str, Reading], stream: str) -> list[str]:
+    """The stream and its codebooks."""
+    return [name for name in readings if name.split("/")[0] == stream]
 
 
 def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Reading]:

@@ -1,0 +1,133 @@
+"""What the checks before step 0 look for and found: what is expected and allowed, the tables, what stops the run."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rawloop.diagnose import causality, verdict
+from rawloop.diagnose.causality import Movement
+from rawloop.diagnose.census import Census
+from rawloop.diagnose.verdict import Verdict
+from rawloop.errors import TrainingError, UserError
+from rawloop.records import Records
+
+CENSUS = "census.json"
+Finding = Literal["leak", "dead", "blind"]
+
+
+@dataclass
+class ChecksConfig:
+    """Checks of labels, first loss and causality before step 0 of a new run.
+
+    Args:
+        enabled: whether to check at all. A resumed run is not checked again.
+        batches: micro-batches of training data that each process looks at.
+        expect_chance: the first loss is expected to be that of guessing, as with random weights; without it such a loss
+            is a warning.
+        allow_missing_targets: train even if a stop token is never a target, so that generation does not learn to stop.
+        allow: findings to let pass that would stop the run, of leak, dead and blind.
+    """
+
+    enabled: bool = True
+    batches: int = 4
+    expect_chance: bool = False
+    allow_missing_targets: bool = False
+    allow: list[Finding] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise UserError(
+                f"checks.batches is {self.batches}: it must be 1 or more; set checks.enabled to false for no checks"
+            )
+
+
+@dataclass
+class Report:
+    """What all ranks found together."""
+
+    config: ChecksConfig
+    census: Census
+    verdicts: list[Verdict]
+    movements: dict[str, Movement]
+    seconds: float
+
+    def text(self) -> str:
+        """All three as tables."""
+        loss = verdict.lines(self.verdicts, self.census.samples, self.config.expect_chance)
+        return "\n".join([*self.census.lines(), "", *loss, "", *causality.lines(self.movements)])
+
+    def stop_if_wrong(self) -> None:
+        """Raise what stops the run, in one message.
+
+        Raises:
+            UserError: a required token is never a target.
+            TrainingError: a loss or the causality is wrong.
+        """
+        found = self.problems()
+        if found:
+            kind = UserError if self.census.missing() and not self.config.allow_missing_targets else TrainingError
+            raise kind(f"checks before step 0: {'; '.join(found)}")
+
+    def problems(self) -> list[str]:
+        """What stops the run, a sentence each with the key that lets it pass."""
+        found = []
+        missing = self.census.missing()
+        if missing and not self.config.allow_missing_targets:
+            found.append(
+                f"{'; '.join(missing)}: never a target in {self.census.samples} samples, so that the model does not "
+                "learn it, or unlearns it, and generation never stops: mend the labels, look at them with `rawloop "
+                "inspect`, or train all the same with --checks.allow_missing_targets true"
+            )
+        found += [
+            f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.kind}, {v.why}{_pass(v.kind)}"
+            for v in self.verdicts
+            if v.kind in ("LEAK", "DEAD") and v.kind.lower() not in self.config.allow
+        ]
+        for stream, movement in self.movements.items():
+            outcome = movement.outcome()
+            if outcome in ("LEAK", "BLIND") and outcome.lower() not in self.config.allow:
+                found.append(f"causality of '{stream}': {outcome}, {causality.WHY[outcome]}{_pass(outcome)}")
+        return found
+
+    def warnings(self) -> list[str]:
+        """What is likely wrong and does not stop the run: a first loss of chance that nobody expects."""
+        if self.config.expect_chance:
+            return []
+        guesses = [v for v in self.verdicts if v.kind == "CHANCE" and "/" not in v.name]
+        return [
+            f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.why}; if that is expected, set "
+            "checks.expect_chance to true"
+            for v in guesses
+        ]
+
+    def write_census(self, folder: Path) -> None:
+        """Write census.json into a run's folder."""
+        temporary = folder / f".tmp-{CENSUS}"
+        temporary.write_text(json.dumps(self.census.as_json(), indent=1) + "\n")
+        temporary.rename(folder / CENSUS)
+
+    def record(self, records: Records) -> None:
+        """Write down what was found, an event for each check and one for each warning."""
+        self.write_census(records.folder)
+        for reason, fields in self.events():
+            records.event("check", step=0, reason=reason, **fields)
+        for reason in self.warnings():
+            records.event("warning", step=0, reason=reason)
+
+    def events(self) -> list[tuple[str, dict[str, Any]]]:
+        """A sentence and further values for each of the three checks."""
+        missing = self.census.missing()
+        census = f"missing among the targets: {'; '.join(missing)}" if missing else "every required token is a target"
+        loss = [f"{v.name} {v.loss:.4f} {v.kind}" for v in self.verdicts if "/" not in v.name]
+        moved = {stream: {**m._asdict(), "outcome": m.outcome()} for stream, m in self.movements.items()}
+        outcomes = ", ".join(f"{stream} {values['outcome']}" for stream, values in moved.items())
+        return [
+            (f"census of {self.census.samples} samples: {census}", {"check": "census", "seconds": self.seconds}),
+            (f"first loss: {', '.join(loss)}", {"check": "loss", "verdicts": [v._asdict() for v in self.verdicts]}),
+            (f"causality: {outcomes}", {"check": "causality", "streams": moved}),
+        ]
+
+
+def _pass(kind: str) -> str:
+    return f" (to train all the same: --checks.allow '[{kind.lower()}]')"

@@ -1,0 +1,115 @@
+"""The probe on the demo, right and spoilt: labels that were not shifted, a mask not causal, a model without eyes."""
+
+import math
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from rawloop.contracts import Batch
+from rawloop.diagnose import Movement, probe
+from rawloop.diagnose.causality import lines
+from rawloop.dist import LossModule
+from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+
+
+@pytest.fixture
+def batch(family: HiggsAudioV2, examples: list[Any]) -> Batch:
+    """A sample twice, for each stream to be probed in the middle."""
+    return family.collate([examples[0], examples[0]])
+
+
+def outcomes(family: HiggsAudioV2, module: LossModule, batch: Batch, autocast: Any = nullcontext) -> dict[str, str]:
+    return {stream: moved.outcome() for stream, moved in probe(family, module.model, batch, autocast).items()}
+
+
+def test_the_demo_passes_to_the_bit(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
+    moved = probe(family, module.model, batch, nullcontext)
+    assert {stream: movement.outcome() for stream, movement in moved.items()} == {"audio": "PASS", "text": "PASS"}
+    for movement in moved.values():
+        assert movement.moved_earlier == 0.0
+        assert movement.moved_later > 0.1
+        assert movement.tolerance == torch.finfo(torch.float32).eps
+    assert lines(moved)[2].split()[0] == "audio"
+    assert lines(moved)[2].endswith("PASS")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_tolerance_is_that_of_the_coarsest_dtype(
+    family: HiggsAudioV2, module: LossModule, batch: Batch, dtype: torch.dtype
+) -> None:
+    autocast = partial(torch.autocast, "cpu", dtype=dtype)
+    moved = probe(family, module.model, batch, autocast)
+    assert {movement.tolerance for movement in moved.values()} == {torch.finfo(dtype).eps}
+    assert {movement.outcome() for movement in moved.values()} == {"PASS"}
+    half = probe(family, module.model.to(dtype), batch, nullcontext)
+    assert {movement.tolerance for movement in half.values()} == {torch.finfo(dtype).eps}
+    assert {movement.outcome() for movement in half.values()} == {"PASS"}
+
+
+@pytest.mark.parametrize("spoilt", [("audio",), ("text",), ("audio", "text")])
+def test_labels_that_were_not_shifted_are_a_leak(
+    family: HiggsAudioV2, module: LossModule, batch: Batch, spoilt: tuple[str, ...]
+) -> None:
+    for stream in spoilt:
+        labels = batch.labels[stream]
+        batch.labels[stream] = labels._replace(positions=labels.positions + 1)
+    expected = {stream: "LEAK" if stream in spoilt else "PASS" for stream in family.streams}
+    assert outcomes(family, module, batch) == expected
+
+
+def test_a_mask_that_is_not_causal_is_a_leak(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
+    model: Any = module.model
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False  # what scaled_dot_product_attention goes by where there is no mask
+    assert outcomes(family, module, batch) == {"audio": "LEAK", "text": "LEAK"}
+
+
+def test_a_model_that_does_not_see_its_inputs_is_blind(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
+    model: Any = module.model
+    with torch.no_grad():
+        for weight in (model.model.embed_tokens.weight, model.model.embed_audio_tokens.embed_audio_tokens.weight):
+            weight.fill_(0.5)
+    assert outcomes(family, module, batch) == {"audio": "BLIND", "text": "BLIND"}
+
+
+def test_what_is_not_finite_shows_nothing(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
+    model: Any = module.model
+    with torch.no_grad():
+        model.text_lm_head.weight[0] = math.nan
+    assert outcomes(family, module, batch) == {"audio": "PASS", "text": "UNSEEN"}
+
+
+def test_a_stream_without_a_turn_is_not_said_to_pass(
+    family: HiggsAudioV2, module: LossModule, examples: list[Any]
+) -> None:
+    """One row only is cut in the middle of the audio, where no text target stands before it."""
+    assert outcomes(family, module, family.collate(examples[:1])) == {"audio": "PASS", "text": "UNSEEN"}
+
+
+def test_edges() -> None:
+    assert Movement(5, 5, 1e-6, 1e-6 + 1e-9, 1e-6).outcome() == "PASS"
+    assert Movement(5, 5, 1e-6 + 1e-9, 1.0, 1e-6).outcome() == "LEAK"
+    assert Movement(5, 5, 0.0, 1e-6, 1e-6).outcome() == "BLIND"
+    assert Movement(0, 5, 0.0, 1e-6, 1e-6).outcome() == "BLIND"
+    assert Movement(0, 5, 0.0, 1.0, 1e-6).outcome() == "UNSEEN"
+    assert Movement(5, 0, 0.0, 0.0, 1e-6).outcome() == "UNSEEN"
+
+
+def test_movements_of_two_ranks() -> None:
+    fine, leak = Movement(5, 5, 0.0, 1.0, 1e-6), Movement(2, 3, 0.5, 0.2, 1e-6)
+    assert fine.join(leak) == leak.join(fine) == Movement(7, 8, 0.5, 1.0, 1e-6)
+    assert fine.join(leak).outcome() == "LEAK"
+    assert fine.join(Movement(0, 0, 0.0, 0.0, 1e-6)).outcome() == "PASS"
+
+
+def test_probing_leaves_no_trace(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
+    model = module.model.train()
+    before, state = {name: tensor.clone() for name, tensor in batch.inputs.items()}, torch.get_rng_state()
+    probe(family, model, batch, nullcontext)
+    assert all(part.training for part in model.modules())
+    assert all(weight.grad is None for weight in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in batch.inputs.items())
