@@ -81,6 +81,8 @@ def output(tmp_path: Path) -> Iterator[Path]:
             ["--precision.mode", "amp_fp16", "--precision.trainable_dtype", "fp16"],
             r"which trains fp32: GradScaler refuses them .*precision\.trainable_dtype from the command line\)$",
         ),
+        (["--checks.batches", "0"], r"checks\.batches is 0: it must be 1 or more; set checks\.enabled to false"),
+        (["--checks.allow", "[chance]"], r"checks\.allow is 'chance' .*: it must be one of 'leak', 'dead', 'bl"),
         (["--records.wandb", "true"], r"records\.wandb is true, but the package wandb is not installed"),
         (["--resume", "latest"], r"resume is 'latest', but '.*/run' has no checkpoint: start without --resume"),
         (["--resume", "TMP/none"], r"resume is '.*/none', which is no folder: name a checkpoint's folder, or say 'la"),

@@ -85,6 +85,19 @@ def test_the_config_in_the_run_folder_repeats_the_run(door: Door, trained: Path,
     assert weights_of(again, 3) == weights_of(trained / "run", 3)
 
 
+def test_train_shows_its_checks_before_step_0(door: Door, config: Path, tmp_path: Path) -> None:
+    done = door("train", "--config", config, "--checks.expect_chance", "false")
+    assert done.code == 0
+    order = ["label census of 8 samples", "first loss over 8 samples", "causality probe", "trained 3 steps"]
+    places = [done.out.index(text) for text in order]
+    assert places == sorted(places)
+    assert "[warning] step 0: first loss of 'audio' is " in done.err
+    assert json.loads((tmp_path / "run" / "census.json").read_text())["samples"] == 8
+    run = tmp_path / "run"
+    assert [event["check"] for event in read_events(run) if event["kind"] == "check"] == ["census", "loss", "causality"]
+    assert (tmp_path / "run" / "best").exists()
+
+
 @pytest.mark.parametrize("flag", [["--disable_eval"], ["--evaluation.enabled", "false"]])
 def test_without_evaluation_the_training_is_the_same(
     door: Door, trained: Path, tmp_path: Path, flag: list[str]
