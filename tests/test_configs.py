@@ -15,7 +15,9 @@ from rawloop.config import parse
 from rawloop.records import read_events, read_metrics
 
 AUDIO_CHAT = "audio_chat_lora"  # run by tests/families/test_audio_chat.py, which has its checkpoint
-CONFIGS = [path for path in sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml")) if path.stem != AUDIO_CHAT]
+CONFIGS = [
+    path for path in sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml")) if path.stem != AUDIO_CHAT
+]
 
 
 @pytest.fixture
