@@ -314,6 +314,7 @@ def rewrap(run: Run, change: str) -> None:
     The old DDP's hooks on the weights go with it, before the next one sets its own.
     """
     step, policy = run.state.step, run.policy
+    assert run.wrap is not None or run.world.size == 1, "a run of several ranks must say how its module is wrapped"
     if run.wrap is not None:
         run.module = nn.Identity()
         gc.collect()

@@ -39,14 +39,13 @@ def cast(model: nn.Module, name: str, config: PrecisionConfig, device: torch.dev
         UserError: the mode cannot train these weights, or FP16 cannot hold one of them.
     """
     dtype = trainable_dtype(model, name, config)
+    _check_range(model, name, dtype)
     cast_frozen(model.parameters(), MODES[name].frozen)
     stream = stream_weights(model).values()
     if any(parameter.requires_grad for parameter in stream):
         cast_frozen(stream, dtype)
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    trained = KINDS[config.masters](named, dtype, device)
-    _check_range(model, name)
-    return trained
+    return KINDS[config.masters](named, dtype, device)
 
 
 def trainable_dtype(model: nn.Module, name: str, config: PrecisionConfig) -> torch.dtype:
@@ -75,10 +74,13 @@ def cast_frozen(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> N
             weight.data = weight.data.to(dtype)
 
 
-def _check_range(model: nn.Module, mode: str) -> None:
-    """Refuse weights that are infinite in FP16: bfloat16 and float32 hold larger numbers than 65504."""
+def _check_range(model: nn.Module, mode: str, trainable: torch.dtype) -> None:
+    """Refuse weights that would be infinite in FP16, before any is cast: other dtypes hold more than 65504."""
     for name, weight in model.named_parameters():
-        if weight.dtype == torch.float16 and not bool(torch.isfinite(weight.detach()).all()):
+        wanted = trainable if weight.requires_grad else MODES[mode].frozen
+        if wanted != torch.float16 or weight.dtype not in FLOATS:
+            continue
+        if not bool(torch.isfinite(weight.detach().to(wanted)).all()):
             raise UserError(
                 f"precision.mode is '{mode}' and {name} holds numbers that are not finite in FP16 (damaged, or above "
                 "65504): use another mode"

@@ -30,14 +30,26 @@ class Choice:
                 f"precision.mode is '{config.mode}', which {hardware.name} does not compute natively: "
                 f"use one of {self.modes_that_work()}, or name them in precision.fallback"
             )
-        if resume is not None and resume["history"] and resume["mode"] != self.name:
+        if resume is not None and resume["history"]:
             self._resume(resume)
 
     def _resume(self, state: Mapping[str, Any]) -> None:
-        mode, self.history = state["mode"], list(state["history"])
+        """Go on in the mode that a run fell back to, if this config is the run's, or has followed it there."""
+        mode, trail = state["mode"], [step["from"] for step in state["history"]]
+        if self.name not in ("auto", mode, trail[0]) or mode not in MODES:
+            return  # another mode was asked for: loading the state will refuse it
+        if not self._computed(mode):
+            raise UserError(
+                f"the checkpoint was trained in {mode}, which {self.hardware.name} does not compute natively: resume "
+                f"it where it is, or start a run in one of {self.modes_that_work()}"
+            )
+        self.history = list(state["history"])
+        if self.name == mode:
+            return
+        left = self.left
         if self.name == "auto" and self.config.fallback is None:
-            self.left = AUTO_FALLBACK[self.history[0]["from"]]
-        self.left = self.left[self.left.index(mode) + 1 :] if mode in self.left else []
+            left = AUTO_FALLBACK[trail[0]]
+        self.left = left[left.index(mode) + 1 :] if mode in left else []
         self.name, self.reason = mode, state["reason"]
 
     def _computed(self, mode: str) -> bool:
@@ -55,6 +67,8 @@ class Choice:
         self.reason = f"precision.mode is 'auto': {why}"
         if self.config.fallback is None:
             self.left = list(AUTO_FALLBACK[self.name])
+        elif self.name in self.left or self.name == "fp32":  # nothing is tried twice, and nothing after the last resort
+            self.left = self.left[self.left.index(self.name) + 1 :] if self.name in self.left else []
 
     def advance(self, why: str) -> bool:
         """Go on in the next mode of the chain that the hardware computes; False if none is left."""

@@ -121,6 +121,11 @@ class PrecisionConfig:
                 "precision.masters is 'none': FP16 weights without masters or residual lose most of their updates; "
                 "only bf16 trainables go without (precision.mode bf16, precision.trainable_dtype bf16)"
             )
+        if self.masters == "none" and "native_fp16" in (self.fallback or []):
+            raise UserError(
+                "precision.masters is 'none' and precision.fallback has native_fp16, whose FP16 weights lose most "
+                "of their updates without masters: take one of them out"
+            )
         if self.masters == "residual" and not self._may_train_16_bits():
             raise UserError(
                 f"precision.masters is 'residual' and precision.mode is '{self.mode}' with float32 trainables, which "

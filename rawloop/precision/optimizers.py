@@ -24,9 +24,7 @@ def adopt(optimizer: Optimizer, trained: Trained) -> None:
         UserError: it holds weights that the model does not train, a weight was cast since the model was prepared, or a
             state has been loaded in 16 bits.
     """
-    cast = next((name for name, weight in trained.weights.items() if weight.dtype != trained.dtype), None)
-    if cast is not None:
-        raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
+    check_casts(trained)
     held = dict(trained.named_parameters())
     stand_ins = {id(weight): held[name] for name, weight in trained.weights.items()}
     known = {id(parameter) for parameter in held.values()} | set(stand_ins)
@@ -39,6 +37,17 @@ def adopt(optimizer: Optimizer, trained: Trained) -> None:
             "policy.named_parameters()"
         )
     exchange(optimizer, stand_ins, loaded=True)
+
+
+def check_casts(trained: Trained) -> None:
+    """Refuse weights that were cast since the model was prepared.
+
+    Raises:
+        UserError: naming the first.
+    """
+    cast = next((name for name, weight in trained.weights.items() if weight.dtype != trained.dtype), None)
+    if cast is not None:
+        raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
 
 
 def lost_updates(trained: Trained, lr: float) -> str:
@@ -64,14 +73,15 @@ def exchange(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loa
     Raises:
         UserError: a loaded state is in 16 bits and would have to be in 32: what is lost cannot be got back.
     """
+    if loaded:  # before anything is changed
+        replaced = [p for p in held_by([optimizer]) if replacements.get(id(p), p) is not p and p in optimizer.state]
+        _refuse_16_bits(value for p in replaced for value in optimizer.state[p].values())
     for group in optimizer.param_groups:
         for place, old in enumerate(group["params"]):
             group["params"][place] = replacement = replacements.get(id(old), old)
             if old not in optimizer.state or (replacement is old and old.dtype in HALF):
                 continue
             state = optimizer.state.pop(old)
-            if loaded and replacement is not old:
-                _refuse_16_bits(state.values())
             # the same weight may have become float32 as well, under its running means
             optimizer.state[replacement] = {key: _as_float32(value) for key, value in state.items()}
 

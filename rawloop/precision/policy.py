@@ -21,7 +21,7 @@ from rawloop.precision.casting import cast, cast_frozen, check_trainable
 from rawloop.precision.choice import Choice
 from rawloop.precision.masters import HALF, Trained
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
-from rawloop.precision.optimizers import adopt, clear, exchange, held_by, lost_updates
+from rawloop.precision.optimizers import adopt, check_casts, clear, exchange, held_by, lost_updates
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
@@ -129,7 +129,13 @@ class PrecisionPolicy:
     def _enter(self) -> None:
         """Cast the model for the mode that `name` says, and make what the mode needs."""
         assert self.model is not None
-        self.trained = cast(self.model, self.name, self.config, self.device)
+        while True:
+            try:
+                self.trained = cast(self.model, self.name, self.config, self.device)
+                break
+            except UserError as error:  # raised before any weight is changed
+                if not self.choice.advance(str(error)):
+                    raise
         loss_scale = self.config.loss_scale
         self.scaler = None
         if self.mode.scaler == "own":
@@ -214,7 +220,11 @@ class PrecisionPolicy:
         for optimizer in optimizers:
             if self._adopted.get(optimizer) != len(held_by([optimizer])):
                 self.adopt(optimizer)
-        return held_by(optimizers)
+        check_casts(self.trained)
+        held = held_by(optimizers)
+        if len({id(p) for p in held}) < len(held):
+            raise UserError("a weight is held by two optimizers, or twice by one, and would be updated twice: keep one")
+        return held
 
     def _measure(self, optimizers: list[Optimizer], held: list[nn.Parameter]) -> tuple[float, bool, str | None]:
         """Unscale where torch's scaler does it; the gradients' norm (-1 without any), whether the loss is finite, and
@@ -238,7 +248,7 @@ class PrecisionPolicy:
                 for optimizer in optimizers:
                     self.scaler.unscale(optimizer)
             except SCALER_ERRORS as error:
-                return 0.0, True, f"{type(error).__name__}: {error}"
+                return math.nan, True, f"{type(error).__name__}: {error}"
         norm = global_norm(gradients)
         # The one wait for the device in a step: what is applied must be known.
         measured, total = torch.stack([norm, norm if loss is None else loss.to(norm.device)]).tolist()
@@ -317,8 +327,9 @@ class PrecisionPolicy:
                 "precision.fallback"
             )
         after = dict(self.named_parameters())
-        for optimizer in optimizers:
-            exchange(optimizer, {id(held): after[key] for key, held in before.items()})
+        for optimizer in {*optimizers, *self._adopted}:  # those of other steps too hold what was before
+            exchange(optimizer, {id(held): after.get(key, held) for key, held in before.items()})
+            clear([optimizer])
         return StepResult(False, norm, reason, fell_back=f"{name} -> {self.name}")
 
     def advance(self, reason: str) -> bool:
@@ -339,7 +350,7 @@ class PrecisionPolicy:
         return {
             "mode": self.name,
             "reason": self.reason,
-            "history": self.choice.history,
+            "history": list(self.choice.history),
             "skips_in_a_row": self.skips_in_a_row,
             "bad_losses_in_a_row": self.bad_losses_in_a_row,
             "scaler": self.scaler.state_dict() if self.scaler else None,

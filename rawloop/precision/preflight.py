@@ -14,7 +14,11 @@ from rawloop.precision.policy import PrecisionPolicy, connected
 from rawloop.seed import preserved_rng
 
 # What torch says of an operation that a device lacks for a dtype, or of two dtypes that do not fit each other.
-LACKING = re.compile(r"not implemented for|not supported|unsupported|scalar type|dtype", re.IGNORECASE)
+LACKING = re.compile(
+    r"not implemented for '(Half|BFloat16)'|(not supported|unsupported).*(half|float16)"
+    r"|(half|float16|dtype).*not supported|expected scalar type|same dtype|dtypes match",
+    re.IGNORECASE,
+)
 
 
 def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> list[str]:

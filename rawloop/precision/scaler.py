@@ -26,7 +26,7 @@ class LossScaleConfig:
         floor: never below this; a step that is not finite at the floor is counted and skipped.
         ceiling: never above this.
         growth_interval: double the scale after this many good steps in a row.
-        hysteresis: halve it only at every n-th step that is not finite.
+        hysteresis: halve it only at the n-th step in a row that is not finite.
     """
 
     init: float = 2.0**15
@@ -87,7 +87,7 @@ class LossScaler:
             self.bad_steps += 1
             if self.bad_steps >= self.config.hysteresis:
                 self.scale, self.bad_steps = max(self.scale * self.backoff, self.config.floor), 0
-        self._set(self.scale)
+        self._set(min(self.scale, self.ceiling))
 
     def clear(self) -> None:
         """Forget a window that was begun and given up; the scale stays."""

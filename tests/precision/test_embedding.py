@@ -156,6 +156,9 @@ def test_a_state_that_torch_has_cast_to_16_bits_is_refused() -> None:
     policy.backward(loss_of(model))
     with pytest.raises(UserError, match=r"state is in 16 bits.*Call policy\.adopt\(optimizer\) before optimizer\.load"):
         policy.step(late)
+    with pytest.raises(UserError, match="state is in 16 bits"):  # and at every try, with nothing lost
+        policy.step(late)
+    assert len(late.state) == 4
     policy.adopt(early)
     early.load_state_dict(optimizer.state_dict())
     policy.backward(loss_of(model))

@@ -246,3 +246,45 @@ def test_a_resumed_run_knows_which_modes_are_left(training: Any) -> None:
     own_choice = training("bf16", ["fp32"], resume=run.policy.state_dict())  # the user has followed it in the config
     own_choice.policy.load_state_dict(run.policy.state_dict())
     assert own_choice.policy.choice.left == ["fp32"]
+
+
+def test_optimizers_of_other_steps_hold_the_new_mode_s_weights_too(training: Any) -> None:
+    run = training("native_fp16", ["fp32"], max_skips=1)
+    held = [p for _, p in run.policy.named_parameters()]
+    first, second = SGD(held[:3], lr=0.1), SGD(held[3:], lr=0.1)
+    run.backward()
+    assert run.policy.step([first, second]).applied
+    run.backward(INF)
+    assert run.policy.step(first).fell_back
+    before = run.values()
+    run.backward()
+    assert run.policy.step([first, second]).applied
+    assert not any(torch.equal(value, before[name]) for name, value in run.values().items())
+
+
+def test_a_mode_that_cannot_train_the_weights_is_passed_over(training: Any) -> None:
+    model = training.tiny_llama()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("norm" in name)
+    run = training("amp_fp16", ["native_fp16", "fp32"], model=model, max_skips=1)
+    run.step()
+    assert run.step(INF).fell_back == "amp_fp16 -> fp32"
+    assert [step["from"] for step in run.policy.choice.history] == ["amp_fp16", "native_fp16"]
+    assert run.step().applied
+    assert training("native_fp16", ["fp32"], model=model).policy.name == "fp32"
+
+
+def test_a_config_that_follows_the_fallback_rounds_frozen_weights_as_it_did(training: Any) -> None:
+    def model() -> Any:
+        net = training.tiny_llama()
+        for name, weight in net.named_parameters():
+            weight.requires_grad_("q_proj" in name)
+        return net
+
+    state = {"mode": "fp32", "reason": "x", "history": [{"from": "native_fp16", "to": "fp32", "reason": "x"}]}
+    frozen = {}
+    for mode, fallback, resume in (("native_fp16", ["fp32"], state), ("fp32", [], state), ("fp32", [], None)):
+        run = training(mode, fallback, model=model(), resume=resume)
+        frozen[mode, resume is None] = run.model.get_parameter("lm_head.weight").clone()
+    assert torch.equal(frozen["native_fp16", False], frozen["fp32", False])
+    assert not torch.equal(frozen["fp32", False], frozen["fp32", True])

@@ -189,6 +189,7 @@ def test_weights_that_fp16_cannot_hold_are_named_and_refused(trained: bool, trai
     model.get_parameter("0.weight").requires_grad_(trained)
     with pytest.raises(UserError, match=r"'native_fp16' and 0\.weight holds numbers that are not finite in FP16"):
         PrecisionPolicy(PrecisionConfig(mode="native_fp16"), CPU).prepare(model)
+    assert bool(torch.isfinite(model.get_parameter("0.weight")).all())  # refused before it was cast
 
 
 @pytest.mark.parametrize("mode", FP16)

@@ -144,6 +144,10 @@ def test_this_device_is_described_and_models_are_examined() -> None:
         ({"mode": "native_fp16", "masters": "none"}, r"FP16 weights without masters or residual lose most of their"),
         ({"mode": "native_fp16", "masters": "none", "trainable_dtype": "fp16"}, r"only bf16 trainables go without"),
         ({"mode": "bf16", "masters": "none"}, r"precision\.masters is 'none'"),
+        (
+            {"mode": "bf16", "trainable_dtype": "bf16", "masters": "none", "fallback": ["native_fp16"]},
+            r"fallback has native_fp16, whose FP16 weights lose most",
+        ),
         ({"mode": "amp_fp16", "masters": "residual"}, r"'residual' and precision\.mode is 'amp_fp16' with float32"),
         ({"mode": "bf16", "loss_scale": LossScaleConfig(init=2.0)}, r"loss_scale is set and precision\.mode is 'bf16'"),
         ({"mode": "bf16", "max_skips": 0}, r"precision\.max_skips is 0: it must be 1 or more"),
@@ -165,3 +169,21 @@ def test_trainables_of_a_dtype_that_is_never_right_are_refused(dtype: torch.dtyp
         policy = PrecisionPolicy(PrecisionConfig(mode=mode), torch.device("cpu"))  # type: ignore[arg-type]
         with pytest.raises(UserError, match=rf"trainable weight weight is {dtype}: only 16- and 32-bit floats"):
             policy.prepare(nn.Linear(2, 2, dtype=dtype))
+
+
+def test_a_resumed_mode_is_one_that_the_card_has_and_the_config_means() -> None:
+    state = {"mode": "bf16", "reason": "x", "history": [{"from": "amp_fp16", "to": "bf16", "reason": "x"}]}
+    with pytest.raises(UserError, match="trained in bf16, which NVIDIA TITAN RTX does not compute natively: resume it"):
+        Choice(PrecisionConfig(mode="amp_fp16", fallback=["bf16"]), TITAN, state)
+    assert Choice(PrecisionConfig(mode="fp32"), H200, state).name == "fp32"  # asked for: the state will be refused
+    followed = Choice(PrecisionConfig(mode="bf16", fallback=["fp32"]), H200, state)
+    assert (followed.name, followed.left, followed.history) == ("bf16", ["fp32"], state["history"])
+
+
+def test_auto_tries_nothing_twice_in_a_chain_of_the_users() -> None:
+    choice = Choice(PrecisionConfig(fallback=["bf16", "fp32"]), CPU)
+    choice.settle(LORA_BF16)
+    assert (choice.name, choice.left) == ("fp32", [])
+    choice = Choice(PrecisionConfig(fallback=["bf16", "fp32"]), H200)
+    choice.settle(LORA_BF16)
+    assert (choice.name, choice.left) == ("bf16", ["fp32"])

@@ -218,3 +218,23 @@ def test_float32_trainables_of_a_whole_model_are_no_native_fp16() -> None:
     config = PrecisionConfig(mode="native_fp16", trainable_dtype="fp32")
     with pytest.raises(UserError, match="'native_fp16' and most weights would be trained in float32 beside FP16"):
         PrecisionPolicy(config, CPU).prepare(model)
+
+
+def test_a_weight_in_two_optimizers_is_refused() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    model = policy.prepare(nn.Linear(2, 1))
+    policy.backward(model(torch.ones(1, 2)).sum())
+    with pytest.raises(UserError, match="held by two optimizers, or twice by one"):
+        policy.step([SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)])
+
+
+def test_a_cast_between_two_steps_is_found() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    model = policy.prepare(nn.Linear(2, 1))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    policy.backward(model(torch.ones(1, 2)).sum())
+    policy.step(optimizer)
+    model.half()
+    policy.backward(model(torch.ones(1, 2).half()).sum())
+    with pytest.raises(UserError, match=r"weight was cast after policy\.prepare"):
+        policy.step(optimizer)
