@@ -10,6 +10,8 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rawloop.build import build_family
+from rawloop.config import parse
 from rawloop.records import read_events, read_metrics
 
 Door = Callable[..., Any]
@@ -65,6 +67,13 @@ def test_a_run_is_resumed_evaluated_and_merged(door: Door, config: Path, tmp_pat
     assert door("merge", "--adapter", run / "best" / "adapter", "--output", tmp_path / "merged").code == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_the_family_is_told_to_pack(config: Path, packing: str) -> None:
+    settings, _ = parse(["--config", str(config), "--data.packing", packing], "test")
+    family: Any = build_family(settings)
+    assert family.packing is (packing == "true")
 
 
 def test_packed_and_padded_runs_learn_the_same(door: Door, config: Path, tmp_path: Path) -> None:

@@ -135,6 +135,17 @@ TEMPLATES = {
             "</s>",
         ],
     ),
+    # the model says itself through which channel it speaks
+    "gpt-oss": (
+        EACH + "<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|im_start|>final{% endif %}: {{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}",
+        [
+            "<|im_start|>user: Hi<|im_end|><|im_start|>assistant",
+            "*<|im_start|>final: Ho<|im_end|>",
+            "<|im_start|>user: Who?<|im_end|><|im_start|>assistant",
+            "*<|im_start|>final: Me<|im_end|>",
+        ],
+    ),
     # the model says itself that it does not think
     "qwen": (
         EACH + HEAD + "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
