@@ -32,6 +32,7 @@ def config(text_checkpoint: Path, text_data: Path, tmp_path: Path) -> Path:
         "evaluation": {"every": 1, "batch_size": 2},
         "checkpoint": {"save_every": 1},
         "records": {"progress": False},
+        "checks": {"expect_chance": True},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     return tmp_path / "run.yaml"
