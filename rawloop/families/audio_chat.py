@@ -16,12 +16,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
-from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
+from rawloop.contracts import IGNORE, Audio, Batch, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.audio_chat_examples import ChatEncoder, Example
 from rawloop.families.inputs import check_inputs
-from rawloop.families.shared import enable_activation_checkpointing, first_line
+from rawloop.families.shared import (
+    UNREADABLE,
+    enable_activation_checkpointing,
+    exact,
+    first_line,
+    load_weights,
+    refuse_missing,
+    shifted,
+    unwrapped,
+)
 
 STREAM = "text"
 
@@ -42,7 +51,7 @@ class AudioChat:
         try:
             self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
             self.processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)
-        except (OSError, ValueError, TypeError, AttributeError) as error:  # what transformers makes of a damaged folder
+        except UNREADABLE as error:
             raise UserError(f"config or processor of {config.path} cannot be read: {first_line(error)}") from error
         self.text_settings: Any = self.settings.get_text_config()
         self.encoder = ChatEncoder(self.processor, self._audio_token(), self.text_settings.max_position_embeddings)
@@ -67,20 +76,8 @@ class AudioChat:
         Raises:
             UserError: the checkpoint cannot be read, or lacks weights that would be trained from random numbers.
         """
-        source = path or self.config.path
-        try:
-            model, info = AutoModelForMultimodalLM.from_pretrained(
-                source,
-                revision=None if path else self.config.revision,
-                dtype="auto",
-                attn_implementation=self.config.attention,
-                output_loading_info=True,
-            )
-        except (ImportError, OSError, ValueError) as error:
-            raise UserError(f"model.path is '{source}', which cannot be loaded: {first_line(error)}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: fetch it again")
+        model, missing = load_weights(AutoModelForMultimodalLM, self.config, path)
+        refuse_missing(missing, path or self.config.path)
         if self.config.activation_checkpointing:
             enable_activation_checkpointing(model)
         return cast(nn.Module, model)
@@ -103,14 +100,13 @@ class AudioChat:
         # Any token but the audio's would do as padding; checkpoints may have none, or use the audio token.
         filler = self.encoder.template.end_of_turn
         input_ids = pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=filler)
-        labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE).flatten()
-        places = torch.ne(labels, IGNORE).nonzero().squeeze(1)
+        labels = shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
         heard = [e.features for e in examples if e.features]
         features = {name: torch.cat([clips[name] for clips in heard]) for name in (heard[0] if heard else ())}
         return Batch(
             {"input_ids": input_ids, **features},
-            {STREAM: Labels(places - 1, labels[places])},  # a token is predicted one to its left
-            {STREAM: len(places)},
+            {STREAM: labels},
+            {STREAM: len(labels.targets)},
             [e.id for e in examples],
         )
 
@@ -123,8 +119,7 @@ class AudioChat:
         Returns:
             `text`: (targets, vocabulary).
         """
-        unwrap: Any = getattr(model, "get_base_model", None)  # a PEFT wrapper has it; adapters stay in the layers
-        base: Any = unwrap() if unwrap else model
+        base = unwrapped(model)
         if tuple(batch.inputs) not in self._checked:
             check_inputs(base.forward, batch.inputs, type(base).__name__)
             self._checked.add(tuple(batch.inputs))
@@ -133,7 +128,7 @@ class AudioChat:
         with _only_at(batch.labels[STREAM].positions, base.get_output_embeddings()):
             logits = base(**inputs, use_cache=False).logits.flatten(0, -2)
         assert len(logits) == batch.targets[STREAM]
-        return {STREAM: logits if logits.dtype == torch.float64 else logits.float()}
+        return {STREAM: exact(logits)}
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
         """Score the targets, in nats."""
