@@ -112,6 +112,8 @@ def test_on_a_terminal_what_is_masked_is_dimmed(
     learnt = [line for line in out.splitlines() if "<|audio_eos|>" in line]
     assert learnt == ["    [[<|audio_eos|><|eot_id|>]]"]
     assert any(line.startswith("    \x1b[2m<|start_header_id|>user") for line in out.splitlines())
+    assert "\x1b[2mBOS \x1b[0m" in out
+    assert not re.search(r"\x1b\[2m *\[\w+\]", out)  # no code that is learnt
     assert out.count("\x1b[2m") == out.count("\x1b[0m") > 0
 
 
