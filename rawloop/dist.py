@@ -235,7 +235,7 @@ def read_ranks() -> tuple[int, int, int]:
 
 def is_lost_rank(error: Exception) -> bool:
     """Whether an error says that another rank has gone, so that its own message is the one to read."""
-    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "NCCLUtils")
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 

@@ -13,13 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from rawloop.audio import import_torchaudio
-from rawloop.build import load_samples, no_codes, open_codes
+from rawloop.build import build_family, load_samples, no_codes, open_codes
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
 from rawloop.data.batches import BatchPlan
 from rawloop.diagnose.table import table
 from rawloop.errors import UserError, nearest
-from rawloop.families import load_family
 
 OPTIONS = {
     "split": "train or eval: of which data (default: train)",
@@ -42,7 +41,7 @@ def run(argv: list[str]) -> None:
     if split not in ("train", "eval"):
         raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")
     import_torchaudio()
-    family = load_family(config.model)
+    family = build_family(config)
     cache = open_codes(config.data, family)
     samples = chosen(load_samples(config, family, cache, split, _complain), config, split, options["sample"])
     examples = [family.example(sample, cache or no_codes) for sample in samples]

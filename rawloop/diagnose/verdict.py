@@ -117,12 +117,12 @@ def read_losses(family: Family, module: LossModule, batches: Sequence[Batch], au
                 logits = family.logits(module.model, batch)
             for stream in (stream for stream, chosen in first.items() if chosen is batch):
                 _note_variety(readings, stream, logits[stream])
+    seen = [(stream, batch) for stream, batch in first.items() if batch is not None]
     with undisturbed(module, training=True):
-        for stream, chosen in first.items():
-            if chosen is not None:
-                connected = _is_connected(module, chosen, stream, autocast)
-                for name in _names(readings, stream):
-                    readings[name].connected = connected
+        connected = {stream: _is_connected(module, batch, stream, autocast) for stream, batch in seen}
+    for stream, flag in connected.items():
+        for name in _names(readings, stream):
+            readings[name].connected = flag
     return {name: readings[name] for stream in family.streams for name in _names(readings, stream)}
 
 

@@ -47,6 +47,9 @@ class Trained:
         """What an optimizer must hold, by the names of the model's weights."""
         return [(name, self.stand_ins.get(name, weight)) for name, weight in self.weights.items()]
 
+    def follow_weights(self) -> None:
+        """Take over what was written into weights since they were cast: another rank's, or a loaded state."""
+
     def value(self, name: str) -> Tensor:
         """The weight with all that is kept of it, in float32."""
         return self.weights[name].detach().float()
@@ -146,6 +149,14 @@ class Masters(Trained):
     def value(self, name: str) -> Tensor:
         """The master of a 16-bit weight."""
         return self.stand_ins[name].detach() if name in self.stand_ins else super().value(name)
+
+    def follow_weights(self) -> None:
+        """Take over what was written into weights since they were cast; elsewhere masters keep their digits."""
+        with torch.no_grad():
+            for name, master in self.stand_ins.items():
+                weight = self.weights[name]
+                changed = weight != master.to(weight.dtype)
+                master.copy_(torch.where(changed, weight.float(), master))
 
     def kept(self) -> dict[str, Tensor]:
         """The masters."""

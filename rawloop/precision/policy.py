@@ -159,6 +159,7 @@ class PrecisionPolicy:
         """
         if self.model is None:
             raise UserError(UNPREPARED)
+        self.trained.follow_weights()  # DDP's first broadcast, or a state loaded after `prepare`
         for optimizer in optimizers:
             adopt(optimizer, self.trained)
             self._adopted[optimizer] = len(held_by([optimizer]))
@@ -179,6 +180,17 @@ class PrecisionPolicy:
         value = connected(loss).detach().float()
         self._loss = value if self._loss is None else self._loss + value
         torch.autograd.backward(self.scaler.apply(loss) if self.scaler else loss.float())
+
+    def zero_grad(self, *optimizers: Optimizer) -> None:
+        """Drop the window that was begun: gradients where backward has put them, the scaler's note, the losses' sum.
+
+        `optimizer.zero_grad()` alone does not see the gradients of weights that have masters.
+        """
+        self._loss = None
+        if self.scaler:
+            self.scaler.clear()
+        clear(optimizers)
+        self.trained.clear_gradients()
 
     def step(self, optimizer: Optimizer | Sequence[Optimizer], max_norm: float | None = None) -> StepResult:
         """Unscale, clip, test and apply the gradients of one accumulation window, then clear them.
@@ -202,7 +214,7 @@ class PrecisionPolicy:
         flags = [not math.isfinite(norm), not loss_is_finite, refusal is not None, norm < 0]
         nonfinite, bad_loss, refused, unconnected = self.agree(flags)  # the one agreement: every rank decides alike
         if refused or unconnected:
-            self._recover(optimizers)
+            self.zero_grad(*optimizers)
         if unconnected:
             raise TrainingError(
                 "on one rank at least, no weight of the optimizer got a gradient: every weight that the loss hangs on "
@@ -292,7 +304,7 @@ class PrecisionPolicy:
     def _skip(self, optimizers: list[Optimizer], norm: float, bad_loss: bool) -> StepResult:
         if self.scaler:
             self.scaler.update(False)
-        self._recover(optimizers)
+        self.zero_grad(*optimizers)
         self.skips_in_a_row += 1
         self.bad_losses_in_a_row = self.bad_losses_in_a_row + 1 if bad_loss else 0
         reason = f"the gradients' norm is {norm}"
@@ -304,14 +316,6 @@ class PrecisionPolicy:
             reason = f"{self.skips_in_a_row} steps in a row had gradients that are not finite (norm {norm})"
             return self._give_up(optimizers, reason, norm)
         return StepResult(False, norm, reason)
-
-    def _recover(self, optimizers: list[Optimizer]) -> None:
-        """Drop the whole window and leave scaler and optimizers as if it had not been begun."""
-        self._loss = None
-        if self.scaler:
-            self.scaler.clear()
-        clear(optimizers)
-        self.trained.clear_gradients()
 
     def _give_up(self, optimizers: list[Optimizer], reason: str, norm: float) -> StepResult:
         """Leave the mode for the next of the chain, at this step boundary.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,3 +221,51 @@ def test_bf16_trainables_without_masters_are_warned_of_with_a_share() -> None:
         policy.backward(model(torch.ones(2, 64)).square().mean())
     with pytest.warns(UserWarning, match="bfloat16 weights are trained without masters"):
         policy.step(AdamW(model.parameters(), lr=1e-5))
+
+
+@pytest.mark.parametrize("mode", ["fp32", "amp_fp16", "native_fp16"])
+def test_a_state_loaded_after_prepare_is_what_is_trained(mode: Any) -> None:
+    model, policy = model_and_policy(mode)
+    masters = {name: held.detach().clone() for name, held in policy.named_parameters()}
+    state = model.state_dict()
+    state["0.weight"] = torch.full_like(state["0.weight"], 0.25)
+    model.load_state_dict(state)
+    optimizer = AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    with policy.autocast():
+        policy.backward(loss_of(model) * 1e-3)
+    assert policy.step(optimizer).applied
+    assert torch.equal(model.get_parameter("0.weight"), state["0.weight"])
+    held = dict(policy.named_parameters())
+    assert torch.equal(held["1.weight"], masters["1.weight"])  # the digits of what nobody wrote are still there
+
+
+@pytest.mark.parametrize("mode", ["fp32", "amp_fp16", "native_fp16"])
+def test_a_window_can_be_dropped(mode: Any) -> None:
+    norms = []
+    for dropped in (False, True):
+        torch.manual_seed(0)
+        model, policy = model_and_policy(mode)
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        if dropped:
+            with policy.autocast():
+                policy.backward(loss_of(model) * math.inf)
+            policy.zero_grad(optimizer)
+        with policy.autocast():
+            policy.backward(loss_of(model))
+        norms.append(policy.step(optimizer))
+    assert norms[0] == norms[1]
+    assert norms[0].applied
+
+
+@pytest.mark.parametrize("mode", ["amp_fp16", "native_fp16"])
+def test_a_window_that_was_given_up_scales_nothing_afterwards(mode: Any) -> None:
+    model, policy = model_and_policy(mode)
+    with policy.autocast():
+        policy.backward(loss_of(model))
+    optimizer = AdamW(model.parameters())
+    policy.zero_grad(optimizer)
+    with policy.autocast():
+        loss = loss_of(model)
+    torch.autograd.backward(loss)
+    with pytest.raises(UserError, match=r"not made by policy\.backward"):
+        policy.step(optimizer)

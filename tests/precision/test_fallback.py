@@ -246,6 +246,7 @@ def test_a_resumed_run_knows_which_modes_are_left(training: Any) -> None:
     own_choice = training("bf16", ["fp32"], resume=run.policy.state_dict())  # the user has followed it in the config
     own_choice.policy.load_state_dict(run.policy.state_dict())
     assert own_choice.policy.choice.left == ["fp32"]
+    assert own_choice.policy.state_dict()["history"] == run.policy.state_dict()["history"]
 
 
 def test_optimizers_of_other_steps_hold_the_new_mode_s_weights_too(training: Any) -> None:
@@ -288,3 +289,31 @@ def test_a_config_that_follows_the_fallback_rounds_frozen_weights_as_it_did(trai
         frozen[mode, resume is None] = run.model.get_parameter("lm_head.weight").clone()
     assert torch.equal(frozen["native_fp16", False], frozen["fp32", False])
     assert not torch.equal(frozen["fp32", False], frozen["fp32", True])
+
+
+def test_losses_of_a_window_and_of_a_left_mode_are_not_counted_again(training: Any) -> None:
+    run = training("amp_fp16", ["bf16", "fp32"], max_nonfinite_losses=2)
+    for _ in range(2):
+        result = run.step(NAN)
+    assert result.fell_back == "amp_fp16 -> bf16"
+    assert run.step(NAN).fell_back is None  # the first in this mode
+    assert run.step(INF).fell_back is None  # a loss that is finite again, a gradient that is not
+    assert run.step(NAN).fell_back is None
+    assert run.policy.name == "bf16"
+
+
+def test_a_loss_that_is_not_finite_and_was_applied_all_the_same_is_not_remembered(training: Any) -> None:
+    run = training("amp_fp16", ["fp32"], max_nonfinite_losses=1)
+    with run.policy.autocast():
+        loss = training.loss_of(run.model) + torch.tensor(NAN)  # not finite itself; its gradient is
+    run.policy.backward(loss)
+    assert run.policy.step(run.optimizer).applied
+    assert run.step(INF).fell_back is None
+
+
+def test_the_modes_that_were_left_come_with_the_state(training: Any) -> None:
+    run = training("amp_fp16", ["bf16"], max_skips=1)
+    run.step(INF)
+    other = training("bf16", [])
+    other.policy.load_state_dict(run.policy.state_dict())
+    assert other.policy.state_dict()["history"] == run.policy.state_dict()["history"]
