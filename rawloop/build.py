@@ -73,6 +73,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
         )
     ready.module.train()
     unused = preflight(ready.policy, ready.first_loss)
+    say(f"precision: {ready.policy.name} ({ready.policy.reason})")
     ddp, notice = settle_unused(config.ddp, world, unused)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say)
@@ -335,7 +336,6 @@ def build_model(
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     base = BaseFingerprint(model)
     model = policy.prepare(model)
-    notices.append(f"precision: {policy.name} ({policy.reason})")
     seed_all(config.seed, world.rank)
     return model, policy, base
 

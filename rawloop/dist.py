@@ -190,6 +190,11 @@ class LossModule(nn.Module):
         return self.losses(self.model, batch)
 
 
+def bare_module(module: nn.Module) -> nn.Module:
+    """What DDP wraps, or the module itself where there is no DDP."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
 def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     """Context in which a DDP module keeps its gradients local, if `wanted` and if it is DDP at all."""
     if wanted and isinstance(module, DistributedDataParallel):

@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import World, no_sync
+from rawloop.dist import World, bare_module, no_sync
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError, nearest
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.optim import set_lr
-from rawloop.precision import PrecisionPolicy, StepResult
+from rawloop.precision import PrecisionPolicy, StepResult, preflight
 from rawloop.records import Records
 
 
@@ -305,21 +305,24 @@ def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
     if run.world.is_main:
         note(run, lambda: run.records.event("skip", step=run.state.step, reason=reason, samples=ids))
     if result.fell_back:
-        rewrap(run, result.fell_back)
+        rewrap(run, result.fell_back, window[0])
 
 
-def rewrap(run: Run, change: str) -> None:
+def rewrap(run: Run, change: str, batch: Batch) -> None:
     """Go on in the mode that all ranks have fallen back to: weights may be of another dtype, so DDP is built anew.
 
-    The old DDP's hooks on the weights go with it, before the next one sets its own.
+    The old DDP's hooks on the weights go with it, before the next one sets its own. In between the mode is tried on a
+    batch, as every mode is before training: where the device cannot run the model in it, the next one is taken.
     """
     step, policy = run.state.step, run.policy
     assert run.wrap is not None or run.world.size == 1, "a run of several ranks must say how its module is wrapped"
-    if run.wrap is not None:
-        run.module = nn.Identity()
-        gc.collect()
-        run.module = run.wrap()
-    run.module.train()
+    bare, run.module = bare_module(run.module), nn.Identity()
+    gc.collect()
+    entered = policy.name
+    preflight(policy, lambda: torch.stack([loss.total for loss in bare(batch.to(run.world.device)).values()]).sum())
+    if policy.name != entered:
+        change = f"{change} -> {policy.choice.trail().partition(f'{entered} -> ')[2]}"
+    run.module = run.wrap() if run.wrap is not None else bare
     if run.world.is_main:
         note(run, lambda: run.records.event("fallback", step=step, reason=policy.reason, change=change))
     note(run, lambda: run.records.metrics(step, {"precision": policy.name, "fallback": change}))

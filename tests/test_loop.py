@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -241,16 +242,50 @@ def test_a_run_falls_back_says_so_and_resumes_in_the_mode_it_fell_back_to(base: 
     slot = "checkpoints/step-00000005"
     assert same(weights(tmp_path / "straight", slot), weights(tmp_path / "stopped", slot))
     assert losses(tmp_path / "straight")[3:] == losses(tmp_path / "stopped")[3:]
-    forced = replace(
-        stopped, resume=str(tmp_path / "straight/checkpoints/step-00000001"), output=str(tmp_path / "forced")
-    )
-    assert go(forced).policy.name == "native_fp16"  # what was saved before the fallback is of the mode before it
+    older = replace(straight, resume=str(tmp_path / "straight/checkpoints/step-00000001"))
+    assert go(older).policy.name == "native_fp16"  # what was saved before the fallback is of the mode before it
+
+
+def test_a_mode_that_is_fallen_back_to_is_tried_before_it_is_gone_on_in(base: RunConfig, tmp_path: Path) -> None:
+    adapter = AdapterConfig(rank=4, modules_to_save=["audio_lm_head"])  # float32, beside FP16 hidden states
+    precision = PrecisionConfig(mode="amp_fp16", fallback=["native_fp16", "fp32"], max_nonfinite_losses=2)
+    config = replace(fallback_config(base, tmp_path), precision=precision, adapter=adapter)
+    run = go(config, change=lambda run: poison(run, {2, 3}))
+    assert (run.policy.name, run.state.step) == ("fp32", 5)
+    (event,) = [event for event in read_events(tmp_path) if event["kind"] == "fallback"]
+    assert event["change"] == "amp_fp16 -> native_fp16 -> fp32"
+    assert event["reason"].startswith("fell back from native_fp16: the cpu cannot run the model in it: ")
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, "checkpoints/step-00000005").values())
+    held = {id(p) for _, p in run.policy.named_parameters()}
+    assert {id(p) for p in run.optimizer.state} == held
+
+
+def test_a_mode_that_cannot_run_the_model_is_found_before_training(base: RunConfig, tmp_path: Path) -> None:
+    adapter = AdapterConfig(rank=4, modules_to_save=["audio_lm_head"])
+    config = replace(fallback_config(base, tmp_path), adapter=adapter, precision=PrecisionConfig(mode="native_fp16"))
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"^precision\.mode is 'native_fp16', in which the cpu cannot run this model"):
+        build_run(config, World(), said.append)
+    assert not (tmp_path / "events.jsonl").exists()
+    run = build_run(replace(config, precision=PrecisionConfig("native_fp16", ["bf16"])), World(), said.append)
+    run.records.close()
+    assert run.policy.name == "bf16"
+    (line,) = [line for line in said if line.startswith("precision: ")]
+    assert line.startswith("precision: bf16 (fell back from native_fp16")
 
 
 def fall_back_on_a_rank(world: World, config: RunConfig) -> tuple[str, dict[str, Tensor], bool]:
-    """Losses of rank 1 alone are not finite; both fall back, and a DDP of the new mode trains on."""
+    """Losses of rank 1 alone are not finite; both fall back, and a DDP of the new mode trains on, the old one gone."""
     run = build_run(config, world, lambda line: None)
-    before = run.module
+    before, kind, wrap = ref(run.module), type(run.module), run.wrap
+    assert wrap is not None
+    gone = []
+
+    def again() -> nn.Module:
+        gone.append(before() is None)
+        return wrap()
+
+    run.wrap = again
     losses: Any = run.module.get_submodule("module")
     if world.rank == 1:
         losses.losses = Poisoned(losses.losses, {1, 2})
@@ -259,7 +294,7 @@ def fall_back_on_a_rank(world: World, config: RunConfig) -> tuple[str, dict[str,
     finally:
         run.records.close()
     trained = {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
-    return run.policy.name, trained, run.module is not before and type(run.module) is type(before)
+    return run.policy.name, trained, gone == [True] and type(run.module) is kind
 
 
 def test_two_ranks_fall_back_together(base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:

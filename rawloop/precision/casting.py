@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rawloop.errors import UserError
-from rawloop.precision.masters import KINDS, Trained
+from rawloop.precision.masters import HALF, KINDS, Trained
 from rawloop.precision.modes import DTYPES, MODES, PrecisionConfig, examine, stream_weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,14 +38,31 @@ def cast(model: nn.Module, name: str, config: PrecisionConfig, device: torch.dev
     Raises:
         UserError: the mode cannot train these weights, or FP16 cannot hold one of them.
     """
-    dtype = trainable_dtype(model, name, config)
-    _check_range(model, name, dtype)
-    cast_frozen(model.parameters(), MODES[name].frozen)
-    stream = stream_weights(model).values()
-    if any(parameter.requires_grad for parameter in stream):
-        cast_frozen(stream, dtype)
+    dtype = cast_frozen(model, name, config)
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return KINDS[config.masters](named, dtype, device)
+
+
+def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig) -> torch.dtype:
+    """Cast what the mode `name` does not train: trained weights are cast where what rounding takes from them is kept.
+
+    Returns:
+        what the trained weights shall be of.
+
+    Raises:
+        UserError: see `cast`; nothing was changed.
+    """
+    dtype = trainable_dtype(model, name, config)
+    _check_range(model, name, dtype)
+    _round(model.parameters(), MODES[name].frozen)
+    stream = stream_weights(model).values()
+    if any(parameter.requires_grad for parameter in stream):
+        _round(stream, dtype)
+    if name == "fp32":
+        for buffer in model.buffers():  # running means of a model that was stored in 16 bits
+            if buffer.dtype in HALF:
+                buffer.data = buffer.data.float()
+    return dtype
 
 
 def trainable_dtype(model: nn.Module, name: str, config: PrecisionConfig) -> torch.dtype:
@@ -67,8 +84,7 @@ def trainable_dtype(model: nn.Module, name: str, config: PrecisionConfig) -> tor
     return DTYPES[wanted]
 
 
-def cast_frozen(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
-    """Cast what is not trained; trained weights are cast where what rounding takes from them is kept."""
+def _round(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
     for weight in weights if dtype is not None else ():
         if not weight.requires_grad and weight.dtype in FLOATS:
             weight.data = weight.data.to(dtype)

@@ -24,7 +24,7 @@ class Choice:
         self.name: str = config.mode
         self.reason = f"precision.mode is '{config.mode}'"
         self.left: list[Name] = list(config.fallback or [])
-        self.history: list[dict[str, str]] = []
+        self.history: list[dict[str, Any]] = []
         if not self._computed(self.name) and not self.advance(f"{hardware.name} does not compute {self.name} natively"):
             raise UserError(
                 f"precision.mode is '{config.mode}', which {hardware.name} does not compute natively: "
@@ -70,13 +70,18 @@ class Choice:
         elif self.name in self.left or self.name == "fp32":  # nothing is tried twice, and nothing after the last resort
             self.left = self.left[self.left.index(self.name) + 1 :] if self.name in self.left else []
 
-    def advance(self, why: str) -> bool:
-        """Go on in the next mode of the chain that the hardware computes; False if none is left."""
+    def advance(self, why: str, entered: bool = False) -> bool:
+        """Go on in the next mode of the chain that the hardware computes; False if none is left.
+
+        Args:
+            why: the reason, for people.
+            entered: whether the mode that is left had cast the model: a resumed run must round alike.
+        """
         computed = [mode for mode in self.left if self._computed(mode)]
         if not computed:
             return False
         name = computed[0]
-        self.history.append({"from": self.name, "to": name, "reason": why})
+        self.history.append({"from": self.name, "to": name, "reason": why, "entered": entered})
         self.reason = f"fell back from {self.name}: {why}"
         self.left = self.left[self.left.index(name) + 1 :]
         self.name = name

@@ -39,6 +39,11 @@ class Trained:
             if dtype in HALF:
                 self._keep(name, value)
         self._name_of = {id(stand_in): name for name, stand_in in self.stand_ins.items()}
+        self._versions = self._counts()
+
+    def _counts(self) -> list[int]:
+        """How often each weight with a stand-in was written in place; our own writes go through `.data`, uncounted."""
+        return [self.weights[name]._version for name in self.stand_ins]
 
     def _keep(self, name: str, value: Tensor) -> None:
         """Keep what the weight has lost of `value`; here nothing is kept."""
@@ -47,8 +52,19 @@ class Trained:
         """What an optimizer must hold, by the names of the model's weights."""
         return [(name, self.stand_ins.get(name, weight)) for name, weight in self.weights.items()]
 
+    def written(self) -> bool:
+        """Whether somebody has written into weights since `follow_weights`: DDP's broadcast, `load_state_dict`."""
+        return self._counts() != self._versions
+
     def follow_weights(self) -> None:
-        """Take over what was written into weights since they were cast: another rank's, or a loaded state."""
+        """Take over what was written into weights by others; what is kept of all other numbers stays as it is."""
+        for name in self.stand_ins:
+            weight = self.weights[name].detach()
+            self._follow(name, self.value(name).to(weight.dtype) != weight)
+        self._versions = self._counts()
+
+    def _follow(self, name: str, changed: Tensor) -> None:
+        """Take over the weight where it no longer is what is kept, rounded; here nothing is kept."""
 
     def value(self, name: str) -> Tensor:
         """The weight with all that is kept of it, in float32."""
@@ -138,6 +154,7 @@ class Trained:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
+        self._versions = self._counts()
 
 
 class Masters(Trained):
@@ -150,13 +167,9 @@ class Masters(Trained):
         """The master of a 16-bit weight."""
         return self.stand_ins[name].detach() if name in self.stand_ins else super().value(name)
 
-    def follow_weights(self) -> None:
-        """Take over what was written into weights since they were cast; elsewhere masters keep their digits."""
-        with torch.no_grad():
-            for name, master in self.stand_ins.items():
-                weight = self.weights[name]
-                changed = weight != master.to(weight.dtype)
-                master.copy_(torch.where(changed, weight.float(), master))
+    def _follow(self, name: str, changed: Tensor) -> None:
+        master = self.stand_ins[name].detach()
+        master.copy_(torch.where(changed, self.weights[name].detach().float(), master))
 
     def kept(self) -> dict[str, Tensor]:
         """The masters."""
@@ -194,6 +207,9 @@ class Residuals(Trained):
             return super().value(name)
         weight = self.weights[name].detach().float()
         return weight.add_(self.rests[name].float().div_(RESIDUAL_SCALE[self.dtype]))
+
+    def _follow(self, name: str, changed: Tensor) -> None:
+        self.rests[name].masked_fill_(changed, 0.0)
 
     def _hand_over(self, name: str, factor: float) -> None:
         self.stand_ins[name].data = self.value(name)

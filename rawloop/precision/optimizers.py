@@ -3,6 +3,7 @@ failure.
 """
 
 from collections.abc import Iterable, Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,17 +18,47 @@ def held_by(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
-def adopt(optimizer: Optimizer, trained: Trained) -> None:
-    """Let an optimizer that was built over the model's own weights hold what stands for them.
+def trained_by(optimizers: Iterable[Optimizer], trained: Trained) -> list[nn.Parameter]:
+    """Those of them that are trained.
 
     Raises:
-        UserError: it holds weights that the model does not train, a weight was cast since the model was prepared, or a
-            state has been loaded in 16 bits.
+        UserError: one is held twice, or was unfrozen since the model was prepared.
+    """
+    known = {id(parameter) for _, parameter in trained.named_parameters()}
+    held = held_by(optimizers)
+    if len({id(p) for p in held}) < len(held):
+        raise UserError("a weight is held by two optimizers, or twice by one, and would be updated twice: keep one")
+    unfrozen = [tuple(p.shape) for p in held if p.requires_grad and id(p) not in known]
+    if unfrozen:
+        raise UserError(
+            f"{len(unfrozen)} weights of the optimizer (first of shape {unfrozen[0]}) were unfrozen after "
+            "policy.prepare(model): unfreeze before it"
+        )
+    return [p for p in held if id(p) in known]
+
+
+def adopt(optimizer: Optimizer, trained: Trained, frozen: Iterable[nn.Parameter] = ()) -> None:
+    """Let an optimizer that was built over the model's own weights hold what stands for them.
+
+    Args:
+        optimizer: changed in place.
+        trained: the model's trained weights.
+        frozen: the model's other weights, which an optimizer may hold as well: without a gradient they stay.
+
+    Raises:
+        UserError: it holds weights that are not the model's, steps only with a closure, or holds its parameters
+            elsewhere too; a weight was cast since the model was prepared, or a state has been loaded in 16 bits.
     """
     check_casts(trained)
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise UserError(
+            f"{type(optimizer).__name__} runs the forward pass itself, in a closure: gradients of several passes "
+            "cannot be unscaled and tested as one step; use an optimizer that steps without one"
+        )
     held = dict(trained.named_parameters())
     stand_ins = {id(weight): held[name] for name, weight in trained.weights.items()}
-    known = {id(parameter) for parameter in held.values()} | set(stand_ins)
+    known = {id(parameter) for parameter in (*held.values(), *frozen)} | set(stand_ins)
     holds = held_by([optimizer])
     strange = [tuple(p.shape) for p in holds if id(p) not in known]
     if strange:
@@ -71,8 +102,20 @@ def exchange(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loa
         loaded: whatever state there is has been loaded, perhaps into 16 bits.
 
     Raises:
-        UserError: a loaded state is in 16 bits and would have to be in 32: what is lost cannot be got back.
+        UserError: a loaded state is in 16 bits and would have to be in 32: what is lost cannot be got back. Or the
+            optimizer only passes its parameters on, and would go on stepping the old ones.
     """
+    inner = [
+        name
+        for name, value in vars(optimizer).items()
+        if isinstance(value, Optimizer) and value.param_groups is not optimizer.param_groups
+    ]
+    if inner and any(replacements.get(id(p), p) is not p for p in held_by([optimizer])):
+        raise UserError(
+            f"{type(optimizer).__name__} holds its parameters in another optimizer (.{inner[0]}), where they cannot be "
+            "replaced by float32 masters, so that nothing would be trained: use a plain optimizer, or a mode with "
+            "float32 trainables (bf16, amp_fp16)"
+        )
     if loaded:  # before anything is changed
         replaced = [p for p in held_by([optimizer]) if replacements.get(id(p), p) is not p and p in optimizer.state]
         _refuse_16_bits(value for p in replaced for value in optimizer.state[p].values())

@@ -21,7 +21,7 @@ from rawloop.precision.casting import cast, cast_frozen, check_trainable
 from rawloop.precision.choice import Choice
 from rawloop.precision.masters import HALF, Trained
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
-from rawloop.precision.optimizers import adopt, check_casts, clear, exchange, held_by, lost_updates
+from rawloop.precision.optimizers import adopt, check_casts, clear, exchange, held_by, lost_updates, trained_by
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
@@ -122,7 +122,8 @@ class PrecisionPolicy:
         self.choice.settle(examine(model))
         self.model = model
         for step in self.choice.history:  # rounded by a mode that was left, frozen weights stay rounded after a resume
-            cast_frozen(model.parameters(), MODES[step["from"]].frozen)
+            if step["entered"]:
+                cast_frozen(model, step["from"], self.config)
         self._enter()
         return model.to(self.device)
 
@@ -161,7 +162,7 @@ class PrecisionPolicy:
             raise UserError(UNPREPARED)
         self.trained.follow_weights()  # DDP's first broadcast, or a state loaded after `prepare`
         for optimizer in optimizers:
-            adopt(optimizer, self.trained)
+            adopt(optimizer, self.trained, self.model.parameters())
             self._adopted[optimizer] = len(held_by([optimizer]))
             if self.trained.dtype in HALF and not self.trained.stand_ins:
                 self.say(lost_updates(self.trained, max(float(group["lr"]) for group in optimizer.param_groups)))
@@ -203,18 +204,26 @@ class PrecisionPolicy:
             whether the update was applied. Gradients that are not finite on any rank are applied on none.
 
         Raises:
-            UserError: see `adopt`.
+            UserError: see `adopt`; or gradients were not made by `backward`. On all ranks, if on one.
             TrainingError: some rank's weights have no gradient at all, or the mode has to be given up and no other is
                 left in `precision.fallback`.
             InterruptedUpdate: the optimizer failed in the middle of the update.
         """
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        held = self._held(optimizers)
-        norm, loss_is_finite, refusal = self._measure(optimizers, held)
-        flags = [not math.isfinite(norm), not loss_is_finite, refusal is not None, norm < 0]
-        nonfinite, bad_loss, refused, unconnected = self.agree(flags)  # the one agreement: every rank decides alike
-        if refused or unconnected:
+        held: list[nn.Parameter] = []
+        norm, loss_is_finite, refusal, misuse = 0.0, True, None, None
+        try:
+            held = self._held(optimizers)
+            norm, loss_is_finite, refusal = self._measure(optimizers, held)
+        except UserError as error:
+            misuse = error
+        flags = [not math.isfinite(norm), not loss_is_finite, refusal is not None, norm < 0, misuse is not None]
+        # The one agreement: every rank decides alike.
+        nonfinite, bad_loss, refused, unconnected, misused = self.agree(flags)
+        if refused or unconnected or misused:
             self.zero_grad(*optimizers)
+        if misused:
+            raise misuse or UserError("another rank's step was refused, for a reason that it gives")
         if unconnected:
             raise TrainingError(
                 "on one rank at least, no weight of the optimizer got a gradient: every weight that the loss hangs on "
@@ -233,10 +242,9 @@ class PrecisionPolicy:
             if self._adopted.get(optimizer) != len(held_by([optimizer])):
                 self.adopt(optimizer)
         check_casts(self.trained)
-        held = held_by(optimizers)
-        if len({id(p) for p in held}) < len(held):
-            raise UserError("a weight is held by two optimizers, or twice by one, and would be updated twice: keep one")
-        return held
+        if self.trained.written():
+            self.trained.follow_weights()
+        return trained_by(optimizers, self.trained)
 
     def _measure(self, optimizers: list[Optimizer], held: list[nn.Parameter]) -> tuple[float, bool, str | None]:
         """Unscale where torch's scaler does it; the gradients' norm (-1 without any), whether the loss is finite, and
@@ -323,30 +331,32 @@ class PrecisionPolicy:
         Raises:
             TrainingError: there is none.
         """
-        before, name = dict(self.named_parameters()), self.name
+        name = self.name
         if not self.advance(reason):
             raise TrainingError(
                 f"{reason} in precision.mode {self.choice.trail()}, and no mode is left: training cannot go on. Resume "
                 "from the last checkpoint with a lower learning rate, another precision.mode, or more in "
                 "precision.fallback"
             )
-        after = dict(self.named_parameters())
-        for optimizer in {*optimizers, *self._adopted}:  # those of other steps too hold what was before
-            exchange(optimizer, {id(held): after.get(key, held) for key, held in before.items()})
-            clear([optimizer])
+        clear(optimizers)
         return StepResult(False, norm, reason, fell_back=f"{name} -> {self.name}")
 
     def advance(self, reason: str) -> bool:
         """Leave the mode for the next one of the chain; False, and nothing changed, if none is left.
 
-        Weights, masters and scaler become those of the new mode. Optimizers that exist must be given the new masters,
-        as `step` does when it falls back, and DDP must be built anew.
+        Weights, masters and scaler become those of the new mode, and optimizers that the policy knows hold what stands
+        for them, with their running means. DDP must be built anew.
         """
-        if not self.choice.advance(reason):
+        before = dict(self.named_parameters())
+        if not self.choice.advance(reason, entered=True):
             return False
         self.trained.restore_float32()
         self.skips_in_a_row = self.bad_losses_in_a_row = 0
         self._enter()
+        after = dict(self.named_parameters())
+        for optimizer in self._adopted:
+            exchange(optimizer, {id(held): after[name] for name, held in before.items()})
+            clear([optimizer])
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,12 +4,12 @@ Later it cannot: a rank that fails in the middle of a pass leaves the others wai
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rawloop.errors import TrainingError, UserError
+from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.precision.policy import PrecisionPolicy, connected
 from rawloop.seed import preserved_rng
 
@@ -36,54 +36,69 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> list[st
     Raises:
         UserError: no mode that is left can run the model.
         TrainingError: the loss hangs on no trained weight, on some rank.
+        RawloopError: another rank failed, for a reason that it gives. An error of this rank that says nothing of
+            dtypes (memory, data) is raised as it is.
     """
     while True:
-        message, kind = _attempt(policy, loss_of)
+        error = _attempt(policy, loss_of)
         unused = [name for name, weight in policy.trained.weights.items() if weight.grad is None]
-        if not kind and len(unused) == len(policy.trained.weights):
-            message, kind = (
-                "no trained weight got a gradient from the loss: all that it hangs on is frozen",
-                "unconnected",
-            )
+        if error is None and len(unused) == len(policy.trained.weights):
+            error = TrainingError("no trained weight got a gradient from the loss: all that it hangs on is frozen")
         for weight in policy.trained.weights.values():
             weight.grad = None
-        lacking, unconnected = policy.agree([kind == "lacking", kind == "unconnected"])
+        unconnected, lacks = isinstance(error, TrainingError), error is not None and is_lacking(error)
+        lacking, unconnected_somewhere, failed = policy.agree(
+            [lacks, unconnected, error is not None and not lacks and not unconnected]
+        )
+        if failed:
+            raise error or _quiet(RawloopError("another rank failed in its first pass, for a reason that it gives"))
         if lacking:
-            _next_mode(policy, message)
-        elif unconnected:
-            raise TrainingError(message if kind else "on another rank the loss is not connected to any trained weight")
+            _next_mode(policy, error)
+            error = None  # its frames hold the graph of the pass
+        elif unconnected_somewhere:
+            raise error or TrainingError("on another rank the loss is not connected to any trained weight")
         else:
             return unused
 
 
-def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[str, str]:
-    """Run both passes; a message and `lacking` or `unconnected` if they fail. Buffers and random streams are put back.
+def is_lacking(error: Exception) -> bool:
+    """Whether an error of a pass says that dtypes do not fit, or that the device lacks an operation for one."""
+    return isinstance(error, NotImplementedError | RuntimeError | TypeError) and bool(LACKING.search(str(error)))
 
-    An error that says nothing of dtypes is none of ours, and is raised as it is.
+
+def _quiet(error: RawloopError) -> RawloopError:
+    error.speaks = False  # the rank that failed has more to say
+    return error
+
+
+def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Exception | None:
+    """Run both passes; the error if they fail. Buffers, also those that were replaced, and random streams are put back.
+
+    Every error is caught: the ranks must agree on it first.
     """
     assert policy.model is not None
-    buffers: Sequence[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in policy.model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in policy.model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         with preserved_rng():
             with policy.autocast():
                 loss = loss_of()
             torch.autograd.backward(connected(loss).float())
-    except TrainingError as error:
-        return str(error), "unconnected"
-    except (NotImplementedError, RuntimeError, TypeError) as error:
-        if not LACKING.search(str(error)):
-            raise
-        return str(error).splitlines()[0], "lacking"
+    except Exception as error:
+        return error
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-    return "", ""
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before)
+    return None
 
 
-def _next_mode(policy: PrecisionPolicy, message: str) -> None:
+def _next_mode(policy: PrecisionPolicy, error: Exception | None) -> None:
     name, choice = policy.name, policy.choice
-    message = message or "on another rank"
+    message = str(error).splitlines()[0] if error is not None and is_lacking(error) else "on another rank"
     if policy.advance(f"{choice.hardware.name} cannot run the model in it: {message}"):
         return
     advice = f"name another mode ({choice.modes_that_work()}), or have some to go on in with precision.fallback"
@@ -94,4 +109,4 @@ def _next_mode(policy: PrecisionPolicy, message: str) -> None:
         )
     raise UserError(
         f"precision.mode is '{name}', in which {choice.hardware.name} cannot run this model ({message}): {advice}"
-    )
+    ) from error

@@ -113,7 +113,8 @@ class GuardedGradScaler(LossScaler):
     on a fused optimizer. `theirs` may be a user's own scaler; its factors and its interval are kept.
 
     Raises:
-        UserError: the user's scaler is disabled: it would scale nothing, and most FP16 gradients would be zero.
+        UserError: the user's scaler is disabled: it would scale nothing, and most FP16 gradients would be zero. Or its
+            scale stands outside the floor and the ceiling, to which the next step would move it.
     """
 
     def __init__(self, config: LossScaleConfig, device: torch.device, theirs: Any = None) -> None:
@@ -129,6 +130,11 @@ class GuardedGradScaler(LossScaler):
             self.scale, self.good_steps = state["scale"], state["_growth_tracker"]
             self.growth, self.backoff = state["growth_factor"], state["backoff_factor"]
             self.growth_interval = state["growth_interval"]
+            if not config.floor <= self.scale <= config.ceiling:
+                raise UserError(
+                    f"the GradScaler's scale is {self.scale:g}, outside precision.loss_scale.floor ({config.floor:g}) "
+                    f"and ceiling ({config.ceiling:g}): build it with another init_scale, or widen the bounds"
+                )
         self._used = False  # torch's scaler has no scale to set before it has scaled something
         self._set(self.scale)
 

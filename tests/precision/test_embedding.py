@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
 from rawloop import PrecisionConfig, PrecisionPolicy
 from rawloop.errors import UserError
@@ -108,8 +108,8 @@ def test_it_brings_nothing_else_of_rawloop_along(tmp_path: Path) -> None:
     assert sorted(others) == ["rawloop.errors", "rawloop.seed"]
 
 
-def model_and_policy(mode: Any) -> tuple[nn.Module, PrecisionPolicy]:
-    policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
+def model_and_policy(mode: Any, **settings: Any) -> tuple[nn.Module, PrecisionPolicy]:
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode, **settings), CPU)
     return policy.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))), policy
 
 
@@ -237,6 +237,128 @@ def test_a_state_loaded_after_prepare_is_what_is_trained(mode: Any) -> None:
     assert torch.equal(model.get_parameter("0.weight"), state["0.weight"])
     held = dict(policy.named_parameters())
     assert torch.equal(held["1.weight"], masters["1.weight"])  # the digits of what nobody wrote are still there
+
+
+@pytest.mark.parametrize("kept", ["fp32", "residual"])
+def test_a_state_loaded_in_the_middle_of_training_is_what_is_trained_on(kept: Any) -> None:
+    model, policy = model_and_policy("native_fp16", masters=kept)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        policy.backward(loss_of(model) * 1e-3)
+        assert policy.step(optimizer).applied
+
+    step()
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    values = {name: policy.trained.value(name).clone() for name in policy.trained.weights}
+    model.load_state_dict(best)  # what is there already: no digit is lost
+    policy.backward(loss_of(model))
+    policy.adopt(optimizer)
+    assert all(torch.equal(policy.trained.value(name), value) for name, value in values.items())
+    policy.zero_grad(optimizer)
+    best["0.weight"] = torch.full_like(best["0.weight"], 0.25)
+    model.load_state_dict(best)
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    step()
+    assert torch.equal(model.get_parameter("0.weight"), best["0.weight"])
+    assert torch.equal(policy.trained.value("0.weight").half(), best["0.weight"])  # a residual is less than rounding
+    assert torch.equal(policy.trained.value("1.weight"), values["1.weight"])
+
+
+def test_masters_are_no_views_of_what_was_there_before() -> None:
+    model = nn.Linear(4, 1)
+    mine = model.weight.detach()
+    before = mine.clone()
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16", trainable_dtype="fp16"), CPU)
+    policy.prepare(model)
+    policy.backward(loss_of(model))
+    policy.step(AdamW(model.parameters(), lr=0.1))
+    assert torch.equal(mine, before)
+
+
+def test_frozen_weights_in_the_optimizer_do_no_harm() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model.get_submodule("0").requires_grad_(False)
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    policy.prepare(model)
+    policy.every_gradient = True
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    before = [p.clone() for p in model.parameters()]
+    policy.backward(loss_of(model))
+    assert policy.step(optimizer).applied
+    assert [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    model.get_submodule("0").requires_grad_(True)
+    policy.backward(loss_of(model))
+    with pytest.raises(UserError, match=r"^2 weights of the optimizer \(first of shape \(4, 4\)\) were unfrozen after"):
+        policy.step(optimizer)
+
+
+class Wrapping(SGD):
+    """An optimizer that steps another one with groups of its own, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        super().__init__(weights, lr=0.1)
+        self.optim = SGD(weights, lr=0.1)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optim.step(closure)
+
+
+def test_optimizers_that_do_not_fit_are_refused() -> None:
+    model, policy = model_and_policy("native_fp16")
+    policy.backward(loss_of(model))
+    with pytest.raises(UserError, match=r"^Wrapping holds its parameters in another optimizer \(\.optim\)"):
+        policy.step(Wrapping(list(model.parameters())))
+    model, policy = model_and_policy("fp32")
+    before = model.get_parameter("0.weight").clone()
+    policy.backward(loss_of(model))
+    assert policy.step(Wrapping(list(model.parameters()))).applied
+    assert not torch.equal(model.get_parameter("0.weight"), before)
+    policy.backward(loss_of(model))
+    with pytest.raises(UserError, match=r"^LBFGS runs the forward pass itself, in a closure"):
+        policy.step(torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_mistake_on_another_rank_is_raised_here_too() -> None:
+    model = nn.Linear(4, 1)
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [*flags[:4], True])
+    policy.prepare(model)
+    policy.backward(loss_of(model))
+    before = model.weight.clone()
+    with pytest.raises(UserError, match="another rank's step was refused"):
+        policy.step(SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("init", [0.25, 2.0**30])
+def test_a_scaler_beyond_the_bounds_is_refused(init: float) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=init)
+    policy = PrecisionPolicy(PrecisionConfig(mode="amp_fp16"), CPU, grad_scaler=scaler)
+    with pytest.raises(UserError, match=r"^the GradScaler's scale is .*, outside precision\.loss_scale\.floor \(1\)"):
+        policy.prepare(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+def test_generation_runs_under_the_policy(mode: Any, training: Any) -> None:
+    run = training(mode)
+    run.step()
+    with run.policy.autocast():
+        words = run.model.generate(torch.arange(4)[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert words.shape == (1, 8)
+
+
+def test_running_means_of_the_model_are_float32_where_everything_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).bfloat16()
+    PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU).prepare(model)
+    assert model.get_buffer("1.running_mean").dtype == torch.float32
+    assert model.get_buffer("1.num_batches_tracked").dtype == torch.int64
+    model(torch.ones(3, 4)).sum().backward()
 
 
 @pytest.mark.parametrize("mode", ["fp32", "amp_fp16", "native_fp16"])

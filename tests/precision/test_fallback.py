@@ -120,9 +120,10 @@ def test_nothing_is_retried_for_ever(training: Any) -> None:
     assert [run.step(INF).fell_back for _ in range(5)] == [None, "amp_fp16 -> bf16", None, "bf16 -> fp32", None]
     with pytest.raises(TrainingError, match=r"in precision\.mode amp_fp16 -> bf16 -> fp32, and no mode is left"):
         run.step(INF)
+    why = {"reason": "2 steps in a row had gradients that are not finite (norm nan)", "entered": True}
     assert run.policy.choice.history == [
-        {"from": "amp_fp16", "to": "bf16", "reason": "2 steps in a row had gradients that are not finite (norm nan)"},
-        {"from": "bf16", "to": "fp32", "reason": "2 steps in a row had gradients that are not finite (norm nan)"},
+        {"from": "amp_fp16", "to": "bf16", **why},
+        {"from": "bf16", "to": "fp32", **why},
     ]
 
 
@@ -282,13 +283,35 @@ def test_a_config_that_follows_the_fallback_rounds_frozen_weights_as_it_did(trai
             weight.requires_grad_("q_proj" in name)
         return net
 
-    state = {"mode": "fp32", "reason": "x", "history": [{"from": "native_fp16", "to": "fp32", "reason": "x"}]}
+    left = {"from": "native_fp16", "to": "fp32", "reason": "x", "entered": True}
+    state = {"mode": "fp32", "reason": "x", "history": [left]}
     frozen = {}
     for mode, fallback, resume in (("native_fp16", ["fp32"], state), ("fp32", [], state), ("fp32", [], None)):
         run = training(mode, fallback, model=model(), resume=resume)
         frozen[mode, resume is None] = run.model.get_parameter("lm_head.weight").clone()
     assert torch.equal(frozen["native_fp16", False], frozen["fp32", False])
     assert not torch.equal(frozen["fp32", False], frozen["fp32", True])
+    passed_over = {"mode": "fp32", "reason": "x", "history": [{**left, "entered": False}]}
+    run = training("native_fp16", ["fp32"], model=model(), resume=passed_over)
+    assert torch.equal(run.model.get_parameter("lm_head.weight"), frozen["fp32", True])
+
+
+def test_frozen_norms_rounded_beside_bfloat16_weights_are_rounded_again(training: Any) -> None:
+    def model() -> Any:
+        net = training.tiny_llama()
+        for name, weight in net.named_parameters():
+            torch.nn.init.normal_(weight)
+            weight.requires_grad_("input_layernorm" in name or "mlp" in name)
+        return net
+
+    settings = {"trainable_dtype": "bf16", "max_skips": 1}
+    run = training("bf16", ["fp32"], model=model(), **settings)
+    run.step()
+    assert run.step(INF).fell_back == "bf16 -> fp32"
+    frozen = run.model.get_parameter("model.norm.weight")
+    assert torch.equal(frozen, frozen.bfloat16().float())
+    resumed = training("bf16", ["fp32"], model=model(), resume=run.save()[2], **settings)
+    assert torch.equal(resumed.model.get_parameter("model.norm.weight"), frozen)
 
 
 def test_losses_of_a_window_and_of_a_left_mode_are_not_counted_again(training: Any) -> None:

@@ -57,7 +57,12 @@ def test_one_config_for_every_card() -> None:
     assert (choice.name, choice.left) == ("native_fp16", ["fp32"])
     assert choice.reason == "fell back from bf16: NVIDIA TITAN RTX does not compute bf16 natively"
     assert choice.history == [
-        {"from": "bf16", "to": "native_fp16", "reason": "NVIDIA TITAN RTX does not compute bf16 natively"}
+        {
+            "from": "bf16",
+            "to": "native_fp16",
+            "reason": "NVIDIA TITAN RTX does not compute bf16 natively",
+            "entered": False,
+        }
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rawloop.errors import TrainingError, UserError
+from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
 
 CPU = torch.device("cpu")
@@ -49,8 +49,9 @@ def test_without_a_chain_it_is_the_users_to_choose() -> None:
         r"^precision\.mode is 'amp_fp16', in which the cpu cannot run this model \(.*Half.*\): "
         r"name another mode \(fp32, bf16, native_fp16\)"
     )
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         preflight(policy, lambda: model(torch.ones(8, 4)))
+    assert "Half" in str(caught.value.__cause__)  # with the line of the model that it comes from
 
 
 def test_dtypes_that_do_not_fit_each_other_are_found() -> None:
@@ -104,9 +105,42 @@ def test_what_is_not_about_dtypes_stays_what_it_is() -> None:
         preflight(policy, lambda: model(torch.ones(8, 5)))
 
 
+class Counting(nn.Module):
+    """A layer that puts another buffer in place of its own."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        out: Tensor = self.layer(x).mean()
+        return out
+
+
+def test_a_buffer_that_is_replaced_leaves_no_trace_either() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    model = policy.prepare(Counting())
+    before = model.get_buffer("count")
+    preflight(policy, lambda: model(torch.ones(2, 2)))
+    assert model.get_buffer("count") is before
+    assert float(before) == 0.0
+
+
+def test_an_error_of_another_rank_ends_this_one_quietly() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [*flags[:2], True])
+    model = policy.prepare(nn.Linear(2, 1))
+    with pytest.raises(RawloopError, match="another rank failed in its first pass") as caught:
+        preflight(policy, lambda: model(torch.ones(2, 2)).mean())
+    assert not caught.value.speaks
+
+
 def test_another_ranks_lack_is_everybodys() -> None:
     policy = PrecisionPolicy(
-        PrecisionConfig(mode="bf16", fallback=["fp32"]), CPU, agree=lambda flags: [policy.name == "bf16", flags[1]]
+        PrecisionConfig(mode="bf16", fallback=["fp32"]), CPU, agree=lambda flags: [policy.name == "bf16", *flags[1:]]
     )
     model = policy.prepare(nn.Linear(2, 1))
     preflight(policy, lambda: model(torch.ones(2, 2)).mean())
