@@ -15,7 +15,7 @@ from rawloop.dist import open_world
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import TrainConfig, train
-from rawloop.precision import PrecisionConfig
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import read_metrics
 
 pytestmark = pytest.mark.gpu
@@ -30,6 +30,19 @@ def go(config: RunConfig, steps: int) -> list[dict[str, Any]]:
         finally:
             run.records.close()
     return read_metrics(Path(config.output))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_rounds_to_tf32_only_where_asked(tf32: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        PrecisionPolicy(PrecisionConfig("fp32", tf32=tf32), torch.device("cuda")).prepare(torch.nn.Linear(2, 2))
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
+        one = 1.0 + 2.0**-12  # TF32 keeps 10 bits of it
+        product = torch.full((64, 64), one, device="cuda") @ torch.eye(64, device="cuda")
+        assert tf32 or bool((product == one).all())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])

@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.casting import cast, cast_frozen, check_trainable
 from rawloop.precision.choice import Choice
+from rawloop.precision.gradients import connected, measure
 from rawloop.precision.masters import HALF, Trained
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
 from rawloop.precision.optimizers import adopt, check_casts, clear, exchange, held_by, lost_updates, trained_by
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
-SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
 
 
 class StepResult(NamedTuple):
@@ -214,7 +214,10 @@ class PrecisionPolicy:
         norm, loss_is_finite, refusal, misuse = 0.0, True, None, None
         try:
             held = self._held(optimizers)
-            norm, loss_is_finite, refusal = self._measure(optimizers, held)
+            loss, self._loss = self._loss, None
+            norm, loss_is_finite, refusal = measure(
+                optimizers, held, self.trained, self.scaler, loss, self.every_gradient
+            )
         except UserError as error:
             misuse = error
         flags = [not math.isfinite(norm), not loss_is_finite, refusal is not None, norm < 0, misuse is not None]
@@ -245,45 +248,6 @@ class PrecisionPolicy:
         if self.trained.written():
             self.trained.follow_weights()
         return trained_by(optimizers, self.trained)
-
-    def _measure(self, optimizers: list[Optimizer], held: list[nn.Parameter]) -> tuple[float, bool, str | None]:
-        """Unscale where torch's scaler does it; the gradients' norm (-1 without any), whether the loss is finite, and
-        what the scaler refused.
-        """
-        loss, self._loss = self._loss, None
-        gradients = [gradient for p in held if (gradient := self.trained.gradient(p)) is not None]
-        if not gradients:
-            return -1.0, True, None
-        if self.every_gradient and len(gradients) < len(held):
-            raise TrainingError(self._missing_gradients(held))
-        if self.scaler and not self.scaler.window_open:
-            raise UserError(
-                "the gradients were not made by policy.backward(loss), so that nobody knows their scale: replace "
-                "loss.backward() by policy.backward(loss)"
-            )
-        scale = self.scaler.scale if self.scaler else 1.0
-        if isinstance(self.scaler, GuardedGradScaler):
-            scale = 1.0
-            try:
-                for optimizer in optimizers:
-                    self.scaler.unscale(optimizer)
-            except SCALER_ERRORS as error:
-                return math.nan, True, f"{type(error).__name__}: {error}"
-        norm = global_norm(gradients)
-        # The one wait for the device in a step: what is applied must be known.
-        measured, total = torch.stack([norm, norm if loss is None else loss.to(norm.device)]).tolist()
-        return measured / scale, loss is None or math.isfinite(total), None
-
-    def _missing_gradients(self, held: list[nn.Parameter]) -> str:
-        """What to say of it. The other ranks are not asked first: they may be waiting for this one in backward."""
-        missing = {id(p) for p in held if self.trained.gradient(p) is None}
-        names = [name for name, parameter in self.named_parameters() if id(parameter) in missing]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return (
-            f"{len(names)} trained weights got no gradient in this step ({', '.join(names[:5])}{more}), and "
-            "ddp.find_unused_parameters is off, so that the ranks would drift apart or wait for each other for ever: "
-            "nothing was applied. Set ddp.find_unused_parameters to true, or freeze these weights"
-        )
 
     def _apply(
         self, optimizers: list[Optimizer], held: list[nn.Parameter], norm: float, max_norm: float | None
@@ -388,24 +352,3 @@ class PrecisionPolicy:
         self.trained.load_state_dict(state["masters"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def connected(loss: Tensor) -> Tensor:
-    """The loss itself.
-
-    Raises:
-        TrainingError: it hangs on no trainable weight.
-    """
-    if loss.grad_fn is None:
-        raise TrainingError(
-            "the loss is not connected to any trainable weight (it has no grad_fn): "
-            "it was detached, made anew, or all weights that it depends on are frozen"
-        )
-    return loss
-
-
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm over all gradients together, a float32 scalar on their device: in 16 bits it would overflow."""
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rawloop.errors import RawloopError, TrainingError, UserError
-from rawloop.precision.policy import PrecisionPolicy, connected
+from rawloop.precision.gradients import connected
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import preserved_rng
 
 # What torch says of an operation that a device lacks for a dtype, or of two dtypes that do not fit each other.

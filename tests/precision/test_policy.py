@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.errors import TrainingError, UserError
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
-from rawloop.precision.policy import global_norm
+from rawloop.precision.gradients import global_norm
 
 CPU = torch.device("cpu")
 
