@@ -6,11 +6,12 @@ The only module that knows PEFT.
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -245,19 +246,35 @@ class ModelFiles:
         self.is_adapter = isinstance(model, PeftModel)
         self.folder = "adapter" if self.is_adapter else "model"
 
-    def save(self, folder: Path) -> None:
-        """Write the files into `folder`.
+    def snapshot(self, copy: bool) -> Callable[[Path], None]:
+        """Take the weights; of an adapter, base weights are not copied, as training does not change them.
 
-        Raises:
-            CheckpointError: what can be read back is not what is in memory.
+        What is returned writes them and raises a CheckpointError if what can be read back is not what was taken.
         """
+        weights: dict[str, Tensor] = self.model.state_dict()
+        if copy:
+            stored = self._of_adapter(weights) if self.is_adapter else weights
+            taken = {id(tensor) for tensor in stored.values()}
+            weights = weights | copied({name: tensor for name, tensor in weights.items() if id(tensor) in taken})
+        return partial(self._write, weights)
+
+    def _of_adapter(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The adapter's weights, by its own names; taken out of `weights`, a state of the whole model, if given."""
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            self.model, state_dict=weights, save_embedding_layers=False
+        )
+        return found
+
+    def _write(self, weights: dict[str, Tensor], folder: Path) -> None:
         if self.is_adapter:
-            self.model.save_pretrained(folder, save_embedding_layers=False)
-            _compare(_tensors(folder), get_peft_model_state_dict(self.model, save_embedding_layers=False), folder)
+            self.model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+            _compare(_tensors(folder), self._of_adapter(weights), folder)
         else:
-            self.model.save_pretrained(folder)
-            stored, own = _tensors(folder), self.model.state_dict()  # stored names may differ from a module's own
-            _compare({n: stored[n] for n in stored if n in own}, {n: own[n] for n in own if n in stored}, folder)
+            self.model.save_pretrained(folder, state_dict=weights)
+            stored = _tensors(folder)  # its names may differ from a module's own
+            _compare(
+                {n: stored[n] for n in stored if n in weights}, {n: weights[n] for n in weights if n in stored}, folder
+            )
 
     def load(self, folder: Path) -> None:
         """Put the stored weights into the model.
@@ -269,11 +286,10 @@ class ModelFiles:
             self._load_full(folder)
             return
         stored = _tensors(folder)
-        wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        _same_names(stored, wanted, folder)
+        _same_names(stored, self._of_adapter(), folder)
         self._check_scale(folder)
         set_peft_model_state_dict(self.model, stored)
-        _compare(stored, get_peft_model_state_dict(self.model, save_embedding_layers=False), folder)
+        _compare(stored, self._of_adapter(), folder)
 
     def _check_scale(self, folder: Path) -> None:
         """Equal weights under another scale are another model, and nothing in their shapes shows it."""
@@ -293,6 +309,18 @@ class ModelFiles:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, of which those of the same memory share theirs again: tied weights are told by that."""
+    made: dict[tuple[Any, ...], Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        if key not in made:
+            made[key] = tensor.detach().to("cpu", copy=True)
+        result[name] = made[key]
+    return result
 
 
 def merge_adapter(

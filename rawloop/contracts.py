@@ -268,8 +268,12 @@ class FolderState(Protocol):
 
     folder: str
 
-    def save(self, folder: Path) -> None:
-        """Write the files into `folder`, which exists and is empty."""
+    def snapshot(self, copy: bool) -> Callable[[Path], None]:
+        """Take what is to be saved, as it is now; what is returned writes it into a folder that exists and is empty.
+
+        With `copy` it is written later, in another thread, while training goes on: all that training changes must be
+        copied into host memory now.
+        """
         ...
 
     def load(self, folder: Path) -> None:

@@ -124,6 +124,12 @@ class Run:
     wrap: Callable[[], nn.Module] | None = None
     trouble: RawloopError | None = None  # a record that could not be written, until the ranks agree to stop
 
+    def close(self) -> None:
+        """Wait for a save that is under way, and close the records."""
+        if self.checkpoints:
+            self.checkpoints.close()
+        self.records.close()
+
 
 def train(run: Run) -> TrainState:
     """Train until `total_steps` updates are applied; resume from wherever `run.state` stands.
@@ -147,6 +153,8 @@ def train(run: Run) -> TrainState:
                 meter.restart_clock()
             if last:
                 run.world.together(lambda: _raise(run.trouble))
+                if run.checkpoints:
+                    run.checkpoints.finish()
                 return state
 
             window, targets = take_window(windows, run)
@@ -154,6 +162,8 @@ def train(run: Run) -> TrainState:
             accumulate(run, window, targets, meter)
             result = update(run)
 
+            if run.checkpoints:
+                note(run, run.checkpoints.poll)
             state.window += 1
             if result.applied:
                 advance(run, result, window, meter, progress)
@@ -280,6 +290,9 @@ def keep_if_best(run: Run, evaluation: Evaluation) -> None:
             f"evaluation.best_metric is '{run.best.metric}', which the evaluation does not measure"
             f"{nearest(run.best.metric, evaluation.metrics)}: it measures {', '.join(evaluation.metrics)}"
         )
+    if run.checkpoints and run.world.from_main(run.checkpoints.best_failed):
+        run.best.forget()  # its model does not exist
+        run.checkpoints.best_failed = False
     value = evaluation.metrics[run.best.metric]
     if run.best.consider(run.state.step, value, evaluation.valid) and run.checkpoints:
         run.checkpoints.save_best(run.state.step, run.best.metric, value)

@@ -236,7 +236,7 @@ def trained(family: Family, batch: Batch, tmp_path_factory: pytest.TempPathFacto
     """A trained adapter on the demo model, and the folder that it was saved in."""
     model = train(add_adapter(family.load_model(), AdapterConfig(**LORA), []), family, batch)  # type: ignore[arg-type]
     folder = tmp_path_factory.mktemp("adapter")
-    ModelFiles(model, family.load_model).save(folder)
+    ModelFiles(model, family.load_model).snapshot(copy=False)(folder)
     return model, folder
 
 
@@ -379,7 +379,7 @@ def test_what_is_not_on_the_disk_as_in_memory_is_no_save(
         folder = tmp_path / str(keys.get("mode", "lora"))
         folder.mkdir()
         with pytest.raises(CheckpointError, match="read back differs from the weight in memory"):
-            ModelFiles(model, family.load_model).save(folder)
+            ModelFiles(model, family.load_model).snapshot(copy=False)(folder)
 
 
 def test_a_full_model_is_stored_bit_for_bit_and_loads_plainly(
@@ -388,7 +388,7 @@ def test_a_full_model_is_stored_bit_for_bit_and_loads_plainly(
     model = train(adapted(mode="full"), family, batch, steps=1)
     files = ModelFiles(model, family.load_model)
     assert files.folder == "model"
-    files.save(tmp_path)
+    files.snapshot(copy=False)(tmp_path)
     fresh = adapted(mode="full")
     ModelFiles(fresh, family.load_model).load(tmp_path)
     stored = dict(model.named_parameters())
@@ -408,7 +408,7 @@ def test_merged_equals_base_plus_adapter(
     adapted: Callable[..., nn.Module], family: Family, batch: Batch, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     model = train(adapted(**LORA, **keys), family, batch)
-    ModelFiles(model, family.load_model).save(tmp_path)
+    ModelFiles(model, family.load_model).snapshot(copy=False)(tmp_path)
     merged, before, difference = merge_adapter(family.load_model(), tmp_path, lambda m: logits(m, family, batch))
     assert 0 < difference < 1e-5
     assert {name for name, _ in merged.named_parameters()} == {n for n, _ in family.load_model().named_parameters()}
@@ -462,7 +462,7 @@ def test_a_module_and_its_child_of_the_same_name_are_saved_once(
     train(model, family, batch)
     assert not torch.equal(before[copies[0]], model.get_parameter(copies[0]))
     files = ModelFiles(model, family.load_model)
-    files.save(tmp_path)
+    files.snapshot(copy=False)(tmp_path)
     files.load(tmp_path)
 
 

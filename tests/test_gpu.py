@@ -28,7 +28,7 @@ def go(config: RunConfig, steps: int) -> list[dict[str, Any]]:
         try:
             train(run)
         finally:
-            run.records.close()
+            run.close()
     return read_metrics(Path(config.output))
 
 

@@ -63,7 +63,7 @@ def go(config: RunConfig, world: World | None = None, change: Callable[[Run], No
             change(run)
         train(run)
     finally:
-        run.records.close()
+        run.close()
     return run
 
 
@@ -268,7 +268,7 @@ def test_a_mode_that_cannot_run_the_model_is_found_before_training(base: RunConf
         build_run(config, World(), said.append)
     assert not (tmp_path / "events.jsonl").exists()
     run = build_run(replace(config, precision=PrecisionConfig("native_fp16", ["bf16"])), World(), said.append)
-    run.records.close()
+    run.close()
     assert run.policy.name == "bf16"
     (line,) = [line for line in said if line.startswith("precision: ")]
     assert line.startswith("precision: bf16 (fell back from native_fp16")
@@ -292,7 +292,7 @@ def fall_back_on_a_rank(world: World, config: RunConfig) -> tuple[str, dict[str,
     try:
         train(run)
     finally:
-        run.records.close()
+        run.close()
     trained = {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
     return run.policy.name, trained, gone == [True] and type(run.module) is kind
 
@@ -379,6 +379,45 @@ def test_the_best_metric_is_chosen_by_name(base: RunConfig, tmp_path: Path) -> N
         go(mistyped)
 
 
+def test_saving_beside_training_and_before_it_write_the_same_and_train_the_same(
+    base: RunConfig, tmp_path: Path
+) -> None:
+    files = []
+    for asynchronous in (False, True):
+        folder = tmp_path / str(asynchronous)
+        go(replace(base, output=str(folder), checkpoint=CheckpointConfig(2, 0, asynchronous=asynchronous)))
+        paths = [
+            path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".json", ".safetensors")
+        ]
+        files.append({str(path.relative_to(folder)): path.read_bytes() for path in paths})
+        files[-1]["losses"] = repr(losses(folder)).encode()
+    assert len(files[0]) > 40
+    assert files[0] == files[1]
+
+
+def test_a_best_model_that_could_not_be_written_is_not_the_best(base: RunConfig, tmp_path: Path) -> None:
+    def refuse_best(run: Run) -> None:
+        assert run.checkpoints is not None
+        part = run.checkpoints.folders["model"]
+        snapshot = part.snapshot
+
+        def refused(copy: bool) -> Callable[[Path], None]:
+            def write(folder: Path) -> None:
+                raise OSError(28, "No space left on device")
+
+            return write if run.state.step == 2 else snapshot(copy)
+
+        part.snapshot = refused  # type: ignore[method-assign]
+
+    config = replace(base, output=str(tmp_path), checkpoint=CheckpointConfig(0, save_at_end=False))
+    run = go(config, change=refuse_best)
+    assert run.best is not None
+    assert run.best.step == 6
+    assert len([event for event in read_events(tmp_path) if event["kind"] == "best"]) == 3  # at 0, 4 and 6
+    assert run.checkpoints is not None
+    assert not run.checkpoints.best_failed
+
+
 def test_without_evaluation_nothing_else_changes(base: RunConfig, tmp_path: Path) -> None:
     go(replace(base, output=str(tmp_path / "with")))
     data = replace(base.data, eval=None)
@@ -404,7 +443,7 @@ def fail_on_rank_1(world: World, config: RunConfig) -> str:
     except UserError as error:
         return f"{run.state.step}: {error}"
     finally:
-        run.records.close()
+        run.close()
     return "trained"
 
 
@@ -555,7 +594,7 @@ def fail_alone(world: World, config: RunConfig, what: str) -> str:
         try:
             train(run)
         finally:
-            run.records.close()
+            run.close()
     except RawloopError as error:
         return str(error)
     return "trained"

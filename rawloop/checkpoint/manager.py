@@ -8,13 +8,15 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 from safetensors import SafetensorError
 
 from rawloop.checkpoint import slots
+from rawloop.checkpoint.background import Save, Saves, Written
 from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
 from rawloop.checkpoint.manifest import Manifest, installed_versions, read_manifest
 from rawloop.checkpoint.pack import Packed, pack, unpack
@@ -34,17 +36,24 @@ class CheckpointConfig:
         save_every: optimizer steps between two checkpoints; 0 writes none but the one at the end.
         keep_last: newest checkpoints to keep; 0 keeps all. The best one has a slot of its own and is not counted.
         save_at_end: write a checkpoint after the last step, whatever `save_every` says.
+        asynchronous: copy the state in host memory and let training go on while it is written. Off: train on when it
+            is on the disk, which saves the memory of the copy.
+        max_failures: end the run when this many saves in a row could not be written. The last one of a run must be.
     """
 
     save_every: int = 500
     keep_last: int = 3
     save_at_end: bool = True
+    asynchronous: bool = True
+    max_failures: int = 3
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("save_every", "keep_last"):
             if getattr(self, name) < 0:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.max_failures < 1:
+            raise UserError(f"checkpoint.max_failures is {self.max_failures}: it must be 1 or more")
 
 
 class PerRank(Stateful, Protocol):
@@ -79,9 +88,10 @@ class CheckpointManager:
     """Writes the parts in `state` to slots in a run folder and reads them back.
 
     `state_dict` of every part is called on every rank; what rank 0 returns is written, except for parts with
-    `per_rank`, of which every rank's is. A `FolderState` writes its files on rank 0.
+    `per_rank`, of which every rank's is. A `FolderState` writes its files on rank 0. Where saving is asynchronous,
+    `save` returns when the state is copied, and `poll` tells what became of it; a save waits for the one before.
 
-    `start`, `save`, `save_best` and `load` must be called on every rank.
+    `start`, `save`, `save_best`, `finish` and `load` must be called on every rank.
     """
 
     def __init__(
@@ -104,6 +114,10 @@ class CheckpointManager:
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
         self._versions = installed_versions()
         self._last_size = 0  # bytes; not known before the first save
+        self._saves = Saves()
+        self._taken: Contents | None = None
+        self._failures: list[CheckpointError] = []  # in a row
+        self.best_failed = False  # the best slot could not be written, on rank 0
         _check_names(state, [part.folder for part in self.folders.values()])
 
     def start(self, step: int) -> None:
@@ -130,7 +144,8 @@ class CheckpointManager:
             self.records.event("warning", step=step, reason=reason)
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint of the run, if there is one."""
+        """Return the newest checkpoint of the run, if there is one. A save under way is waited for."""
+        self._saves.wait()
         return next(iter(slots.find_slots(self.folder)), None)
 
     def due(self, step: int, last: bool) -> bool:
@@ -147,10 +162,10 @@ class CheckpointManager:
         `meta` (JSON values) is kept with it and returned by `load`.
 
         Raises:
-            CheckpointError: it could not be written; what was saved before is untouched.
+            CheckpointError: `max_failures` in a row could not be written; what was saved before is untouched.
         """
         slot = self.folder / slots.CHECKPOINTS / slots.slot_name(step)
-        self._store(slot, step, dict(meta or {}), finish=lambda: self._rotate(step))
+        self._store(slot, step, dict(meta or {}), partial(_rotate, self.folder, step, self.config.keep_last))
         self._settled_step = step
         return slot
 
@@ -160,72 +175,124 @@ class CheckpointManager:
         The previous best is replaced only when the next one is complete.
 
         Raises:
-            CheckpointError: it could not be written; the previous best is untouched.
+            CheckpointError: see `save`; the previous best is untouched.
         """
         assert math.isfinite(value), f"{metric_name} is {value} at step {step}: that is never the best"
         best = {"metric": metric_name, "value": value, "step": step}
         slot = self.folder / slots.BEST
-        self._store(slot, step, {**(meta or {}), "best": best}, finish=lambda: slots.note_best(self.folder))
+        self._store(slot, step, {**(meta or {}), "best": best}, partial(_note_best, self.folder))
         return slot
 
-    def _store(self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], object]) -> None:
+    def _store(self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]] = lambda: []) -> None:
         assert not pack(meta).tensors, f"meta takes JSON values, not tensors: {list(meta)}"
+        begun = time.perf_counter()
+        contents = self._take(step)
+        if self.world.is_main:
+            contents = replace(contents, meta=meta)
+            self._saves.start(slot, step, partial(_write, slot, contents, finish, self.folder, self._last_size))
+            self._saves.newest.held = time.perf_counter() - begun
+        if not self.config.asynchronous:
+            self.world.together(self._wait, only_main=True)
+
+    def _take(self, step: int) -> Contents:
+        """Take the state of all parts on all ranks; two slots of one step hold the same, and share the copy."""
+        there = self._taken is not None and self._taken.step == step
+        if self.world.from_main(there):  # rank 0 lets go of it once it is written
+            assert there
+            return cast(Contents, self._taken)
+        self._taken = None  # one copy at a time
         states = self.world.together(self._collect)
         assert states is not None
         every_rank = self.world.gather((step, {name: states[name] for name in self.per_rank}))
         steps = [rank_step for rank_step, _ in every_rank]
         assert steps == [step] * self.world.size, f"ranks save different steps: {steps}"
         shared = {name: packed for name, packed in states.items() if name not in self.per_rank}
-        contents = Contents(step, meta, self._versions, shared, [own for _, own in every_rank])
-        # only rank 0 writes; once other ranks write files, they must agree before the manifest is written
-        self.world.together(lambda: self._write(slot, contents, finish), only_main=True)
+        folders = {}
+        if self.world.is_main:
+            copy = self.config.asynchronous
+            folders = {name: (part.folder, part.snapshot(copy)) for name, part in self.folders.items()}
+        taken = Contents(step, {}, self._versions, shared, [own for _, own in every_rank], folders)
+        self._taken = taken if self.config.asynchronous else None
+        return taken
 
     def _collect(self) -> dict[str, Packed]:
         """Take the state of every part; packing it copies from the device, so other ranks pack only their own."""
+        if self.world.is_main:
+            self._wait()
         states = {name: part.state_dict() for name, part in self.states.items()}
         wanted = states if self.world.is_main else self.per_rank
-        return {name: pack(states[name]) for name in wanted}
+        return {name: pack(states[name], copy=self.config.asynchronous) for name in wanted}
 
-    def _write(self, slot: Path, contents: Contents, finish: Callable[[], object]) -> None:
-        begun = time.perf_counter()
+    def poll(self) -> None:
+        """Report the saves that have ended since; without waiting for any. Only rank 0 has something to report.
+
+        Raises:
+            CheckpointError: `max_failures` saves in a row have failed.
+        """
+        for save in self._saves.ended():
+            self._settle(save)
+        if self.world.is_main and not self._saves:
+            self._taken = None
+
+    def _wait(self) -> None:
+        self._saves.wait()
+        self.poll()
+
+    def finish(self) -> None:
+        """Wait for the saves under way. All ranks call this at the end of a run.
+
+        Raises:
+            CheckpointError: the last save has failed.
+        """
+        self.world.together(self._finish, only_main=True)
+
+    def _finish(self) -> None:
+        self._wait()
+        if self._failures:
+            raise self._failures[-1]
+
+    def close(self) -> None:
+        """Wait for the saves under way, when a run ends by an error of its own; what becomes of them is an event."""
         try:
-            check_space(self.folder, self._last_size)
-            manifest = write_slot(slot, contents, self.folders)
-            finish()
-        except (OSError, SafetensorError, RawloopError) as error:
-            raise self._failure(slot, contents.step, error) from error
-        self._last_size = manifest.size
-        self._report(slot, manifest, time.perf_counter() - begun)
+            self._wait()
+        except CheckpointError:
+            return  # told by its event
 
-    def _report(self, slot: Path, manifest: Manifest, seconds: float) -> None:
+    def _settle(self, save: Save) -> None:
+        try:
+            written = save.result()
+        except CheckpointError as error:
+            self._failures.append(error)
+            self.best_failed |= save.slot.name == slots.BEST
+            self._tell_failure(save, error)
+            return
+        self._failures.clear()
+        self._last_size = written.manifest.size
+        for sentence in written.notes:
+            self.records.event("warning", step=written.manifest.step, reason=sentence)
+        self._report(save, written)
+
+    def _tell_failure(self, save: Save, error: CheckpointError) -> None:
+        """Say it in an event, and raise it if it is one too many."""
+        count, most = len(self._failures), self.config.max_failures
+        more = "" if count >= most else f"; training goes on, and ends after {most} failed saves in a row"
+        try:
+            self.records.event("warning", step=save.step, reason=f"{error}{more}")
+        except RawloopError as second:  # the disk that refuses the checkpoint may refuse the event too
+            raise CheckpointError(f"{error}. The event could not be written either: {second}") from error
+        if count >= most:
+            raise error
+
+    def _report(self, save: Save, written: Written) -> None:
         kind: EventKind = "save"
         more: dict[str, Any] = {}
-        text = f"wrote {slot.name} ({readable(manifest.size)} in {seconds:.2f} s)"
-        if slot.name == slots.BEST:
+        manifest, seconds = written.manifest, written.seconds
+        text = f"wrote {save.slot.name} ({readable(manifest.size)} in {seconds:.2f} s)"
+        if save.slot.name == slots.BEST:
             kind, more = "best", {name: value for name, value in manifest.meta["best"].items() if name != "step"}
             text = f"{more['metric']} is {more['value']:.6g}, the best so far: {text}"
-        self.records.event(kind, step=manifest.step, reason=text, seconds=seconds, bytes=manifest.size, **more)
-
-    def _failure(self, slot: Path, step: int, error: Exception) -> CheckpointError:
-        """Remove what was written of a slot, and say what is still there."""
-        what = in_words(error) if isinstance(error, (OSError, SafetensorError)) else str(error)
-        left = _remove_quietly(temporary_of(slot))
-        whole = [path.name for path in slots.find_slots(self.folder)]
-        kept = (
-            f"Still there: {', '.join(whole)}; go on from it with --resume latest" if whole else "Nothing was saved yet"
-        )
-        message = f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {kept}{left}"
-        try:
-            self.records.event("warning", step=step, reason=message)
-        except RawloopError as second:  # the disk that refuses the checkpoint may refuse the event too
-            message += f". The event could not be written either: {second}"
-        return CheckpointError(message)
-
-    def _rotate(self, step: int) -> None:
-        try:
-            slots.rotate(self.folder, step, self.config.keep_last)
-        except OSError as error:  # the save itself has succeeded
-            self.records.event("warning", step=step, reason=f"an old checkpoint cannot be deleted: {in_words(error)}")
+        numbers = {"seconds": seconds, "held": save.held, "bytes": manifest.size}
+        self.records.event(kind, step=manifest.step, reason=text, **numbers, **more)
 
     def load(self, which: str | Path = "latest") -> Restored:
         """Restore every part from `latest`, the newest whole checkpoint of this run, or from the folder of a slot.
@@ -268,6 +335,43 @@ class CheckpointManager:
             reason = f"{name} of this rank starts afresh: {manifest.world_size} rank(s) wrote the checkpoint"
             self.records.event("restore", step=manifest.step, reason=reason)
         return manifest
+
+
+def _write(slot: Path, contents: Contents, finish: Callable[[], list[str]], run: Path, expected: int) -> Written:
+    """Write one slot, in whatever thread; touches the disk and nothing else of the process.
+
+    Raises:
+        CheckpointError: it could not be written; says what is still there.
+    """
+    begun = time.perf_counter()
+    try:
+        check_space(run, expected)
+        manifest = write_slot(slot, contents)
+        return Written(manifest, time.perf_counter() - begun, finish())
+    except (OSError, SafetensorError, RawloopError) as error:
+        raise _failure(slot, contents.step, run, error) from error
+
+
+def _failure(slot: Path, step: int, run: Path, error: Exception) -> CheckpointError:
+    """Remove what was written of a slot, and say what is still there."""
+    what = in_words(error) if isinstance(error, (OSError, SafetensorError)) else str(error)
+    left = _remove_quietly(temporary_of(slot))
+    whole = [path.name for path in slots.find_slots(run)]
+    kept = f"Still there: {', '.join(whole)}; go on from it with --resume latest" if whole else "Nothing was saved yet"
+    return CheckpointError(f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {kept}{left}")
+
+
+def _rotate(run: Path, step: int, keep_last: int) -> list[str]:
+    try:
+        slots.rotate(run, step, keep_last)
+    except OSError as error:  # the save itself has succeeded
+        return [f"an old checkpoint cannot be deleted: {in_words(error)}"]
+    return []
+
+
+def _note_best(run: Path) -> list[str]:
+    slots.note_best(run)
+    return []
 
 
 def _remove_quietly(temporary: Path) -> str:

@@ -39,17 +39,18 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def pack(state: Any) -> Packed:
+def pack(state: Any, copy: bool = False) -> Packed:
     """Split `state` into JSON and tensors.
 
     Takes dicts with string keys, lists, tuples, tensors, int, float, bool, str and None. A tensor becomes a plain,
-    contiguous CPU tensor; one that is already so is not copied.
+    contiguous CPU tensor; one that is already so is copied only if `copy` says so.
 
     Raises:
         TypeError: anything else is in there; the message names its path.
     """
     tensors: dict[str, Tensor] = {}
-    return Packed(_pack(state, "", tensors), tensors)
+    tree = _pack(state, "", tensors)
+    return Packed(tree, {path: _plain(tensor, path, copy) for path, tensor in tensors.items()})
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -60,7 +61,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         finite = value - value == 0.0
         return value if finite else {"$float": struct.pack(">d", value).hex()}
     if isinstance(value, Tensor):
-        tensors[path] = _plain(value, path)
+        tensors[path] = value
         return {"$tensor": path}
     if isinstance(value, dict):
         return _pack_dict(value, path, tensors)
@@ -80,12 +81,12 @@ def _pack_dict(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> 
     return items
 
 
-def _plain(tensor: Tensor, path: str) -> Tensor:
+def _plain(tensor: Tensor, path: str, copy: bool) -> Tensor:
     plain = tensor.detach()
     if type(plain) is not Tensor or plain.layout != torch.strided or plain.dtype not in DTYPES:
         kind = f"{_type(plain)} ({plain.layout}, {plain.dtype})"
         raise TypeError(f"state{_shown(path)} is a {kind}: only dense tensors of common dtypes can be stored")
-    return plain.cpu().resolve_conj().resolve_neg().contiguous()
+    return plain.to("cpu", copy=copy).resolve_conj().resolve_neg().contiguous()
 
 
 def _escaped(key: str) -> str:

@@ -4,7 +4,7 @@ Order is everything: files, the manifest that vouches for them, all of it forced
 forced to the disk. A kill at any point leaves the slots as they were, or the finished one in its place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,23 @@ from rawloop.checkpoint.disk import FileRecord, record_tree, remove_tree, sync_t
 from rawloop.checkpoint.manifest import Manifest, write_manifest
 from rawloop.checkpoint.pack import Packed
 from rawloop.checkpoint.slots import put_in_place
-from rawloop.contracts import FolderState
 
 STATE = "state"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint in memory: the states of rank 0, the states that every rank has one of, and the caller's meta."""
+    """A checkpoint in memory: the states of rank 0, the states that every rank has one of, and the caller's meta.
+
+    `folders` has, by part, the name of its folder and what writes it.
+    """
 
     step: int
     meta: dict[str, Any]
     versions: dict[str, str | None]
     states: dict[str, Packed]
     per_rank: list[dict[str, Packed]]
+    folders: dict[str, tuple[str, Callable[[Path], None]]]
 
     def files(self) -> dict[str, Packed]:
         """Return every state by the name of its file, without suffix."""
@@ -43,7 +46,7 @@ def rank_file(name: str, rank: int) -> str:
     return f"{name}-{rank:05d}"
 
 
-def write_slot(slot: Path, contents: Contents, folders: Mapping[str, FolderState]) -> Manifest:
+def write_slot(slot: Path, contents: Contents) -> Manifest:
     """Write a whole slot and put it in place of whatever has its name. Returns its manifest.
 
     Raises:
@@ -54,14 +57,14 @@ def write_slot(slot: Path, contents: Contents, folders: Mapping[str, FolderState
     discard(temporary)
     temporary.mkdir(parents=True)
     files = _write_states(temporary / STATE, contents)
-    for part in folders.values():
-        files |= _write_folder(temporary / part.folder, part)
+    for name, write in contents.folders.values():
+        files |= _write_folder(temporary / name, write)
     manifest = Manifest(
         step=contents.step,
         world_size=len(contents.per_rank),
         states=sorted(contents.states),
         per_rank=sorted(contents.per_rank[0]),
-        folders={name: part.folder for name, part in folders.items()},
+        folders={part: name for part, (name, _) in contents.folders.items()},
         files=files,
         meta=contents.meta,
         versions=contents.versions,
@@ -91,7 +94,7 @@ def _write_states(folder: Path, contents: Contents) -> dict[str, FileRecord]:
     return {f"{STATE}/{name}": record for name, record in files.items()}
 
 
-def _write_folder(folder: Path, part: FolderState) -> dict[str, FileRecord]:
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> dict[str, FileRecord]:
     folder.mkdir()
-    part.save(folder)
+    write(folder)
     return {f"{folder.name}/{name}": record for name, record in record_tree(folder).items()}

@@ -137,7 +137,7 @@ def measure(config: RunConfig, world: World, folder: Path) -> tuple[dict[str, Te
         gradients = first_gradients(built)
         loss = built.evaluator.run().metrics["eval_loss"] if built.evaluator else None
     finally:
-        built.records.close()
+        built.close()
     if world.is_main:
         folder.mkdir(exist_ok=True)
         save_file(gradients, folder / "gradients.safetensors")

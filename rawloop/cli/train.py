@@ -22,7 +22,7 @@ def run(argv: list[str]) -> None:
             if world.is_main:
                 print(summary(built, Path(config.output).expanduser()), flush=True)
         finally:
-            built.records.close()
+            built.close()
 
 
 def _say(world: World, line: str) -> None:

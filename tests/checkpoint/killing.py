@@ -1,6 +1,8 @@
 """Kills a process that saves, over and over, and looks at what is left. Run by `test_kill.py` as a process of its own.
 
-usage: python killing.py FOLDER everywhere | full | random ROUNDS SEED
+usage: python killing.py FOLDER now|later everywhere | full | random ROUNDS SEED
+
+Saves are written now, or later: in a thread, while the process goes on to the next one.
 
 It forks the processes to be killed, so that each starts in a millisecond instead of importing torch. Prints what it
 counted as JSON; a broken promise is an AssertionError.
@@ -69,8 +71,13 @@ class Folder:
     def __init__(self, part: Part) -> None:
         self.part = part
 
-    def save(self, folder: Path) -> None:
-        (folder / "weights.txt").write_text(str(self.part.step) * 20_000)
+    def snapshot(self, copy: bool) -> Callable[[Path], None]:
+        text = str(self.part.step) * 20_000
+
+        def write(folder: Path) -> None:
+            (folder / "weights.txt").write_text(text)
+
+        return write
 
     def load(self, folder: Path) -> None:
         text = (folder / "weights.txt").read_text()
@@ -78,15 +85,18 @@ class Folder:
 
 
 @contextmanager
-def opened(run: Path, part: Part) -> Iterator[CheckpointManager]:
+def opened(run: Path, part: Part, later: bool = False) -> Iterator[CheckpointManager]:
     parts: dict[str, Stateful | FolderState] = {
         "part": part,
         "adapter": Folder(part),
         "best": BestTracker(),
         "rng": RngState(0, 0),
     }
+    config = CheckpointConfig(keep_last=KEEP, asynchronous=later, max_failures=1)
     with Records(run, World(), RecordsConfig()) as records:
-        yield CheckpointManager(run, CheckpointConfig(keep_last=KEEP), World(), records, parts)
+        manager = CheckpointManager(run, config, World(), records, parts)
+        yield manager
+        manager.finish()
 
 
 def save_both(manager: CheckpointManager, part: Part, step: int) -> None:
@@ -173,7 +183,7 @@ def refuse() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def everywhere(folder: Path, strike: Callable[[], None], onwards: bool) -> dict[str, Any]:
+def everywhere(folder: Path, strike: Callable[[], None], onwards: bool, later: bool) -> dict[str, Any]:
     """Strike before each file operation of a save in turn."""
     prepare(folder / "prepared")
     outcomes: Counter[str] = Counter()
@@ -185,7 +195,7 @@ def everywhere(folder: Path, strike: Callable[[], None], onwards: bool) -> dict[
 
         def work(run: Path = run, number: int = number) -> None:
             part = Part(FIRST)
-            with opened(run, part) as manager:
+            with opened(run, part, later) as manager:
                 manager.start(FIRST)
                 at_file_operation(run, number, strike, onwards)
                 save_both(manager, part, FIRST + 1)
@@ -201,7 +211,7 @@ def everywhere(folder: Path, strike: Callable[[], None], onwards: bool) -> dict[
         outcomes[f"step {step}"] += 1
 
 
-def at_random(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
+def at_random(folder: Path, rounds: int, seed: int, later: bool) -> dict[str, Any]:
     """Kill a process that saves without a pause at random moments; each goes on where the last one was killed."""
     rng = random.Random(seed)
     run = folder / "run"
@@ -213,11 +223,11 @@ def at_random(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
 
         def work(start: int = reached, writer: int = writer) -> None:
             part = Part(start)
-            with opened(run, part) as manager:
+            with opened(run, part, later) as manager:
                 manager.start(start)
                 for step in range(start + 1, start + 100_000):
                     save_both(manager, part, step)
-                    os.write(writer, step.to_bytes(8, "big"))
+                    os.write(writer, (step - later).to_bytes(8, "big"))  # the save before it is on the disk now
 
         pid = child(work)
         os.close(writer)
@@ -226,21 +236,21 @@ def at_random(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
         os.waitpid(pid, 0)
         with os.fdopen(reader, "rb") as pipe:
             data = pipe.read()
-        committed = int.from_bytes(data[-8:], "big") if data else reached
+        committed = max(reached, int.from_bytes(data[-8:], "big")) if data else reached
         for path in (*run.iterdir(), *(run / "checkpoints").iterdir()):
             if path.name.startswith("."):
                 leftovers[path.name.split("-")[0]] += 1
-        look(run, committed, committed + 1)
-        reached = committed + 2
+        look(run, committed, committed + 1 + later)
+        reached = committed + 2 + later
     return {"kills": rounds, "steps": reached, "leftovers": dict(leftovers)}
 
 
 def main() -> None:
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    folder, later, mode = Path(sys.argv[1]), sys.argv[2] == "later", sys.argv[3]
     if mode == "random":
-        result = at_random(folder, int(sys.argv[3]), int(sys.argv[4]))
+        result = at_random(folder, int(sys.argv[4]), int(sys.argv[5]), later)
     else:
-        result = everywhere(folder, refuse if mode == "full" else die, onwards=mode == "full")
+        result = everywhere(folder, refuse if mode == "full" else die, mode == "full", later)
     print(json.dumps(result))
 
 

@@ -30,21 +30,25 @@ def kill(folder: Path, *arguments: str, timeout: float = 110.0) -> dict[str, Any
     return result
 
 
-def test_killed_before_every_file_operation_of_a_save(folder: Path) -> None:
-    counted = kill(folder, "everywhere")
+@pytest.mark.parametrize("when", ["now", "later"])
+def test_killed_before_every_file_operation_of_a_save(folder: Path, when: str) -> None:
+    counted = kill(folder, when, "everywhere")
     assert counted["operations"] > 50
     assert counted["step 3"] + counted["step 4"] == counted["operations"]
     assert counted["step 4"] > 5  # the rotation and the event come after the commit
 
 
-def test_a_full_disk_from_every_file_operation_on(folder: Path) -> None:
-    assert kill(folder, "full")["operations"] > 25
+@pytest.mark.parametrize("when", ["now", "later"])
+def test_a_full_disk_from_every_file_operation_on(folder: Path, when: str) -> None:
+    assert kill(folder, when, "full")["operations"] > 25
 
 
-def test_killed_at_random_moments(folder: Path) -> None:
-    assert kill(folder, "random", "10", "0")["kills"] == 10
+@pytest.mark.parametrize("when", ["now", "later"])
+def test_killed_at_random_moments(folder: Path, when: str) -> None:
+    assert kill(folder, when, "random", "10", "0")["kills"] == 10
 
 
 @pytest.mark.slow
-def test_killed_at_many_random_moments_on_a_real_disk(tmp_path: Path) -> None:
-    assert kill(tmp_path, "random", "60", "1")["kills"] == 60
+@pytest.mark.parametrize("when", ["now", "later"])
+def test_killed_at_many_random_moments_on_a_real_disk(tmp_path: Path, when: str) -> None:
+    assert kill(tmp_path, when, "random", "100", "1")["kills"] == 100

@@ -5,7 +5,7 @@ import math
 import random
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,15 @@ class Adapter:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def save(self, folder: Path) -> None:
-        save_file(self.model.state_dict(), folder / "adapter_model.safetensors")
-        (folder / "extra").mkdir()
-        (folder / "extra" / "adapter_config.json").write_text('{"r": 8}')
+    def snapshot(self, copy: bool) -> Callable[[Path], None]:
+        weights = {name: tensor.clone() if copy else tensor for name, tensor in self.model.state_dict().items()}
+
+        def write(folder: Path) -> None:
+            save_file(weights, folder / "adapter_model.safetensors")
+            (folder / "extra").mkdir()
+            (folder / "extra" / "adapter_config.json").write_text('{"r": 8}')
+
+        return write
 
     def load(self, folder: Path) -> None:
         assert json.loads((folder / "extra" / "adapter_config.json").read_text()) == {"r": 8}
@@ -64,8 +69,12 @@ def parts() -> Parts:
 
 @contextmanager
 def opened(run: Path, state: Parts | None = None, **config: Any) -> Iterator[CheckpointManager]:
+    """A manager that saves before it goes on and does not put up with a failure, unless told otherwise."""
+    settings = CheckpointConfig(**{"asynchronous": False, "max_failures": 1, **config})
     with Records(run, World(), RecordsConfig()) as records:
-        yield CheckpointManager(run, CheckpointConfig(**config), World(), records, parts() if state is None else state)
+        manager = CheckpointManager(run, settings, World(), records, parts() if state is None else state)
+        yield manager
+        manager.close()
 
 
 def names(run: Path) -> list[str]:

@@ -18,7 +18,7 @@ VERSIONS: dict[str, str | None] = {"torch": "2", "rawloop": None}
 def make_slot(folder: Path, **meta: Any) -> Path:
     slot = folder / "step-00000003"
     state = pack({"w": torch.randn(20), "b": torch.ones(3, dtype=torch.bfloat16), "n": 3})
-    write_slot(slot, Contents(3, meta, VERSIONS, {"model": state, "plain": pack({"x": 1.5})}, [{"rng": state}] * 2), {})
+    write_slot(slot, Contents(3, meta, VERSIONS, {"model": state, "plain": pack({"x": 1.5})}, [{"rng": state}] * 2, {}))
     return slot
 
 

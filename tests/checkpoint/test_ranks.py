@@ -49,7 +49,9 @@ class Ranks:
     def manager(self, counter: Counter) -> Iterator[CheckpointManager]:
         parts: dict[str, Stateful | FolderState] = {"counter": counter, "rng": RngState(0, self.world.rank)}
         with Records(self.run, self.world, RecordsConfig()) as records:
-            yield CheckpointManager(self.run, CheckpointConfig(keep_last=0), self.world, records, parts)
+            yield CheckpointManager(
+                self.run, CheckpointConfig(keep_last=0, asynchronous=False, max_failures=1), self.world, records, parts
+            )
 
     def save(self, step: int, fails: bool = False) -> str:
         """Save, and return what went wrong."""

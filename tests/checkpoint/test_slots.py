@@ -13,7 +13,7 @@ from rawloop.errors import CheckpointError
 
 def write(slot: Path, step: int, value: float = 0.0) -> Path:
     meta = {"best": {"metric": "eval_loss", "value": value, "step": step}}
-    write_slot(slot, Contents(step, meta, {}, {"x": pack({"step": step, "value": value})}, [{}]), {})
+    write_slot(slot, Contents(step, meta, {}, {"x": pack({"step": step, "value": value})}, [{}], {}))
     return slot
 
 

@@ -56,7 +56,7 @@ def go(config: RunConfig, world: World | None = None) -> list[str]:
     try:
         train(run)
     finally:
-        run.records.close()
+        run.close()
     return said
 
 

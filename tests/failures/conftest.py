@@ -238,7 +238,7 @@ def demo_run(demo_checkpoint: Path, demo_data: Path, tmp_path: Path) -> Callable
                 change(run)
             train(run)
         finally:
-            run.records.close()
+            run.close()
         return run
 
     return go

@@ -1,0 +1,200 @@
+"""Saving while training goes on: what is saved is what was there, failures are told, and nothing is left behind."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rawloop.checkpoint import CheckpointConfig, CheckpointManager, find_best, find_slots, verify
+from rawloop.contracts import FolderState, Stateful
+from rawloop.dist import World
+from rawloop.errors import CheckpointError
+from rawloop.records import Records, RecordsConfig, read_events
+
+
+class Weights:
+    """A state that training changes in place."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.zeros(1000)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensor": self.tensor, "step": self.tensor[0].item()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensor.copy_(state["tensor"])
+
+
+class Gate:
+    """Files that are written when the gate opens, or refused."""
+
+    folder = "adapter"
+
+    def __init__(self) -> None:
+        self.open, self.refuses, self.copies = threading.Event(), False, 0
+
+    def snapshot(self, copy: bool) -> Callable[[Path], None]:
+        assert copy
+        self.copies += 1
+        refuses = self.refuses
+
+        def write(folder: Path) -> None:
+            self.open.wait(30)
+            if refuses:
+                raise OSError(28, "No space left on device")
+            (folder / "file").write_text("x")
+
+        return write
+
+    def load(self, folder: Path) -> None:
+        assert (folder / "file").read_text() == "x"
+
+
+class Saving:
+    """A manager in a run, with its parts at hand."""
+
+    def __init__(self, run: Path, manager: CheckpointManager, weights: Weights, gate: Gate) -> None:
+        self.run, self.manager, self.weights, self.gate = run, manager, weights, gate
+
+    def names(self) -> list[str]:
+        return [slot.name[-1] for slot in find_slots(self.run)]
+
+    def told(self, kind: str) -> list[str]:
+        return [event["reason"] for event in read_events(self.run) if event["kind"] == kind]
+
+    def settle(self) -> None:
+        """Wait, then report, as the loop's next step does."""
+        self.manager.newest()
+        self.manager.poll()
+
+
+@pytest.fixture
+def saving(tmp_path: Path) -> Iterator[Saving]:
+    with opened(tmp_path) as saving:
+        yield saving
+
+
+@contextmanager
+def opened(run: Path) -> Iterator[Saving]:
+    weights, gate = Weights(), Gate()
+    parts: dict[str, Stateful | FolderState] = {"weights": weights, "adapter": gate}
+    with Records(run, World(), RecordsConfig()) as records:
+        manager = CheckpointManager(run, CheckpointConfig(keep_last=2), World(), records, parts)
+        yield Saving(run, manager, weights, gate)
+        gate.open.set()
+        manager.close()
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_asked_for(saving: Saving, tmp_path: Path) -> None:
+    saving.weights.tensor += 1
+    saving.manager.save(1)
+    assert saving.names() == []  # not written yet, and training goes on
+    saving.weights.tensor += 1
+    saving.manager.poll()
+    assert saving.told("save") == []
+    saving.gate.open.set()
+    saving.settle()
+    assert saving.names() == ["1"]
+    assert len(saving.told("save")) == 1
+    with opened(tmp_path) as again:
+        again.manager.load()
+        assert torch.equal(again.weights.tensor, torch.ones(1000))
+
+
+def test_two_slots_of_a_step_share_one_copy(saving: Saving) -> None:
+    saving.manager.save_best(1, "eval_loss", 0.5)
+    saving.weights.tensor += 1
+    saving.manager.save(1)
+    assert saving.gate.copies == 1
+    saving.gate.open.set()
+    saving.manager.save(2)
+    assert saving.gate.copies == 2
+    saving.manager.finish()
+    assert saving.names() == ["2", "1"]
+    files = [slot / "state" / "weights.safetensors" for slot in (saving.run / "best", find_slots(saving.run)[1])]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_save_waits_for_the_one_before(saving: Saving) -> None:
+    saving.manager.save(1)
+    timer = threading.Timer(0.3, saving.gate.open.set)
+    timer.start()
+    saving.manager.save(2)
+    assert saving.names()[-1] == "1"
+    timer.join()
+    saving.manager.finish()
+    assert saving.names() == ["2", "1"]
+    waited = [event["held"] for event in read_events(saving.run) if event["kind"] == "save"]
+    assert waited[1] > 0.2 > waited[0]
+
+
+def test_failures_are_told_and_end_the_run_when_there_are_too_many_in_a_row(saving: Saving) -> None:
+    saving.gate.open.set()
+    saving.manager.save(1)
+    saving.settle()
+    saving.gate.refuses = True
+    for step in (2, 3):
+        saving.manager.save(step)
+        saving.settle()
+    warnings = saving.told("warning")
+    assert len(warnings) == 2
+    assert warnings[1].startswith("cannot save step-00000003 at step 3 in ")
+    assert "no space is left on the disk. Still there: step-00000001; go on from it with --resume latest" in warnings[1]
+    assert warnings[1].endswith("; training goes on, and ends after 3 failed saves in a row")
+    assert saving.names() == ["1"]
+    assert verify(find_slots(saving.run)[0]).step == 1
+    saving.gate.refuses = False
+    saving.manager.save(4)
+    saving.settle()
+    saving.gate.refuses = True
+    for step in (5, 6):
+        saving.manager.save(step)
+        saving.settle()
+    saving.manager.save(7)
+    saving.manager.newest()
+    with pytest.raises(CheckpointError, match="cannot save step-00000007"):
+        saving.manager.poll()
+    assert saving.names() == ["4", "1"]
+    assert not [path for path in (saving.run / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_the_last_save_must_succeed(saving: Saving) -> None:
+    saving.gate.open.set()
+    saving.gate.refuses = True
+    saving.manager.save(1)
+    with pytest.raises(CheckpointError, match=r"cannot save step-00000001 .* Nothing was saved yet"):
+        saving.manager.finish()
+
+
+def test_a_best_slot_that_could_not_be_written_is_known(saving: Saving) -> None:
+    saving.gate.open.set()
+    saving.manager.save_best(1, "eval_loss", 0.5)
+    saving.settle()
+    assert saving.manager.best_failed is False
+    saving.gate.refuses = True
+    saving.manager.save_best(2, "eval_loss", 0.4)
+    saving.settle()
+    failed: bool = saving.manager.best_failed
+    assert failed
+    best = find_best(saving.run)
+    assert best is not None
+    assert verify(best).step == 1
+
+
+def test_closing_finishes_what_was_begun_and_tells_what_became_of_it(saving: Saving) -> None:
+    saving.manager.save(1)
+    timer = threading.Timer(0.2, saving.gate.open.set)
+    timer.start()
+    saving.manager.close()
+    timer.join()
+    assert verify(find_slots(saving.run)[0]).step == 1
+    assert len(saving.told("save")) == 1
+    saving.gate.refuses = True
+    for step in (2, 3, 4):
+        saving.manager.save(step)
+        saving.manager.close()  # the run is ending by an error of its own: this one does not hide it
+    assert len(saving.told("warning")) == 3
