@@ -18,12 +18,13 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from rawloop.errors import CheckpointError, UserError
 
 ALL_LINEAR = "all-linear"
+WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
 # Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
 SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
 
@@ -199,6 +200,14 @@ def _freeze(model: nn.Module, patterns: list[str]) -> None:
             names[name].requires_grad_(False)
 
 
+def write_model(model: Any, folder: Path) -> None:
+    """Write a model as it writes itself; of a plain module the weights, for its family's `load_model` to read."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        save_model(model, str(folder / WEIGHTS))
+
+
 class BaseFingerprint:
     """Tells one set of frozen weights from another: an adapter means nothing on a base that it was not trained on.
 
@@ -234,7 +243,7 @@ class BaseFingerprint:
 
 
 class ModelFiles:
-    """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/` from `save_pretrained`.
+    """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/`, by `save_pretrained` if it has that.
 
     What was written is opened again and compared with the weights in memory, by name, shape and value.
     """
@@ -255,7 +264,7 @@ class ModelFiles:
             self.model.save_pretrained(folder, save_embedding_layers=False)
             _compare(_tensors(folder), get_peft_model_state_dict(self.model, save_embedding_layers=False), folder)
         else:
-            self.model.save_pretrained(folder)
+            write_model(self.model, folder)
             stored, own = _tensors(folder), self.model.state_dict()  # stored names may differ from a module's own
             _compare({n: stored[n] for n in stored if n in own}, {n: own[n] for n in own if n in stored}, folder)
 
@@ -286,13 +295,15 @@ class ModelFiles:
                 )
 
     def _load_full(self, folder: Path) -> None:
-        """Load as a user would, because stored names may differ from a module's own, then copy by name."""
-        stored = self.load_model(str(folder)).state_dict()
-        own = self.model.state_dict()
+        """Copy by name what is stored; names that are not (tied, or stored under another) as a user would load them."""
+        own, files = self.model.state_dict(), _tensors(folder)
+        same = {name: files[name] for name in files if name in own}
+        stored = files if len(same) == len(own) else {**self.load_model(str(folder)).state_dict(), **same}
         _same_names(stored, own, folder)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
+        _compare(same, {name: own[name] for name in same}, folder)
 
 
 def merge_adapter(
@@ -328,7 +339,7 @@ def merge_adapter(
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:
-    """Return the folder or hub id of the model that an adapter was trained on, and its revision.
+    """Return the folder or hub id of the model that an adapter was trained on, empty if unknown, and its revision.
 
     Raises:
         UserError: the folder holds no adapter.
@@ -338,7 +349,7 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
             f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
         )
     config = PeftConfig.from_pretrained(adapter)
-    return str(config.base_model_name_or_path), config.revision
+    return config.base_model_name_or_path or "", config.revision
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

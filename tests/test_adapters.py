@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.adapters import (
+    WEIGHTS,
     AdapterConfig,
     BaseFingerprint,
     ModelFiles,
@@ -401,6 +403,59 @@ def test_a_full_model_is_stored_bit_for_bit_and_loads_plainly(
 
 
 # -- merging -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_several_dtypes_are_restored_as_they_were(
+    adapted: Callable[..., nn.Module], family: Family, tmp_path: Path
+) -> None:
+    """config.json names one dtype, and loading as a user would rounds all weights to it."""
+    model: Any = adapted(mode="full").bfloat16()
+    model.audio_lm_head.float()
+    with torch.no_grad():
+        model.audio_lm_head.weight += 1e-5
+    files = ModelFiles(model, family.load_model)
+    files.save(tmp_path)
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    files.load(tmp_path)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+class Tied(nn.Module):
+    """A module without `save_pretrained`, of which two names are one weight."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.embed, self.head, self.norm = nn.Embedding(16, size), nn.Linear(size, 16, bias=False), nn.BatchNorm1d(size)
+        self.head.weight = self.embed.weight
+
+
+def read_tied(path: str) -> nn.Module:
+    model = Tied()
+    load_safetensors(model, Path(path) / WEIGHTS)
+    return model
+
+
+def test_a_plain_module_is_stored_as_its_weights_and_buffers(tmp_path: Path) -> None:
+    model, fresh = Tied(), Tied()
+    model.norm(torch.randn(4, 8))
+    ModelFiles(model, read_tied).save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert not torch.equal(model.embed.weight, fresh.embed.weight)
+    ModelFiles(fresh, read_tied).load(tmp_path)
+    assert fresh.head.weight is fresh.embed.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name])
+
+
+def test_a_load_model_that_reads_another_file_is_found_out(tmp_path: Path) -> None:
+    ModelFiles(Tied(), read_tied).save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"weight read back differs"):
+        ModelFiles(Tied(), lambda _: Tied()).load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .* of another shape"):
+        ModelFiles(Tied(4), lambda _: Tied(4)).load(tmp_path)
 
 
 @pytest.mark.parametrize("keys", [{}, {"dora": True}, {"rslora": True}], ids=["lora", "dora", "rslora"])
