@@ -8,10 +8,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -19,12 +21,13 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rawloop.errors import CheckpointError, UserError
 
 ALL_LINEAR = "all-linear"
+WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
 # Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
 SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
 
@@ -200,6 +203,45 @@ def _freeze(model: nn.Module, patterns: list[str]) -> None:
             names[name].requires_grad_(False)
 
 
+def write_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a model as it writes itself; of a plain module the weights, for its family's `load_model` to read.
+
+    Args:
+        model: what is written.
+        folder: where to.
+        weights: its state, if it is to be another one than the model has now.
+    """
+    if not hasattr(model, "save_pretrained"):
+        kept, tied = _untied(model.state_dict() if weights is None else weights)
+        save_file(kept, folder / WEIGHTS, metadata={"format": "pt", **tied})
+    elif weights is not None and _takes_weights(model):
+        model.save_pretrained(folder, state_dict=weights)
+    else:
+        model.save_pretrained(folder)
+
+
+def _takes_weights(model: Any) -> bool:
+    """Whether a model can write a state that is not its own now."""
+    save = getattr(model, "save_pretrained", None)
+    return save is None or "state_dict" in signature(save).parameters
+
+
+def _untied(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights without those that are another one's memory, which safetensors refuses, and whose each of these is."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name, tensor in weights.items():
+        kept = first.setdefault(_memory(name, tensor), name)
+        if kept != name:
+            tied[name] = kept
+    return {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}, tied
+
+
+def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor have in common."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+
+
 class BaseFingerprint:
     """Tells one set of frozen weights from another: an adapter means nothing on a base that it was not trained on.
 
@@ -235,15 +277,15 @@ class BaseFingerprint:
 
 
 class ModelFiles:
-    """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/` from `save_pretrained`.
+    """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/`, by `save_pretrained` if it has that.
 
     What was written is opened again and compared with the weights in memory, by name, shape and value.
     """
 
     def __init__(self, model: nn.Module, load_model: Callable[[str], nn.Module]) -> None:
-        self.model: Any = model
+        self.model: Any = unwrapped(model)
         self.load_model = load_model
-        self.is_adapter = isinstance(model, PeftModel)
+        self.is_adapter = isinstance(self.model, PeftModel)
         self.folder = "adapter" if self.is_adapter else "model"
 
     def snapshot(self, copy: bool) -> Callable[[Path], None]:
@@ -251,12 +293,15 @@ class ModelFiles:
 
         What is returned writes them and raises a CheckpointError if what can be read back is not what was taken.
         """
-        weights: dict[str, Tensor] = self.model.state_dict()
-        if copy:
+        model, weights = self.model, self.model.state_dict()
+        if copy and not self.is_adapter and not _takes_weights(model):
+            model = deepcopy(model)
+            weights = model.state_dict()
+        elif copy:
             stored = self._of_adapter(weights) if self.is_adapter else weights
             taken = {id(tensor) for tensor in stored.values()}
             weights = weights | copied({name: tensor for name, tensor in weights.items() if id(tensor) in taken})
-        return partial(self._write, weights)
+        return partial(self._write, model, weights)
 
     def _of_adapter(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The adapter's weights, by its own names; taken out of `weights`, a state of the whole model, if given."""
@@ -265,12 +310,12 @@ class ModelFiles:
         )
         return found
 
-    def _write(self, weights: dict[str, Tensor], folder: Path) -> None:
+    def _write(self, model: Any, weights: dict[str, Tensor], folder: Path) -> None:
         if self.is_adapter:
-            self.model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             _compare(_tensors(folder), self._of_adapter(weights), folder)
         else:
-            self.model.save_pretrained(folder, state_dict=weights)
+            write_model(model, folder, weights)
             stored = _tensors(folder)  # its names may differ from a module's own
             _compare(
                 {n: stored[n] for n in stored if n in weights}, {n: weights[n] for n in weights if n in stored}, folder
@@ -302,13 +347,35 @@ class ModelFiles:
                 )
 
     def _load_full(self, folder: Path) -> None:
-        """Load as a user would, because stored names may differ from a module's own, then copy by name."""
-        stored = self.load_model(str(folder)).state_dict()
-        own = self.model.state_dict()
+        """Copy by name what is stored; names that are not (tied, or stored under another) as a user would load them."""
+        own, files = self.model.state_dict(), _tensors(folder)
+        same = {name: files[name] for name in files if name in own}
+        stored = files if len(same) == len(own) else {**self.load_model(str(folder)).state_dict(), **same}
         _same_names(stored, own, folder)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
+        _compare(same, {name: own[name] for name in same}, folder)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The adapter, or the model that writes itself, inside whatever wraps it: DDP, torch.compile, a user's module.
+
+    Raises:
+        UserError: what wraps an adapter has trained weights of its own, which would be in no checkpoint.
+    """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    for kind in (lambda module: isinstance(module, PeftModel), lambda module: hasattr(module, "save_pretrained")):
+        found = next(filter(kind, model.modules()), None)
+        outside = sorted(set(trained) - {id(p) for p in found.parameters()}) if found is not None else []
+        if found is not None and not outside:
+            return found
+        if isinstance(found, PeftModel):
+            raise UserError(
+                f"{trained[outside[0]]} is trained and stands outside of the adapter, whose files would not hold it: "
+                "name its module in adapter.modules_to_save, or freeze it"
+            )
+    return model
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -316,7 +383,7 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     made: dict[tuple[Any, ...], Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        key = _memory(name, tensor)
         if key not in made:
             made[key] = tensor.detach().to("cpu", copy=True)
         result[name] = made[key]
@@ -356,7 +423,7 @@ def merge_adapter(
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:
-    """Return the folder or hub id of the model that an adapter was trained on, and its revision.
+    """Return the folder or hub id of the model that an adapter was trained on, empty if unknown, and its revision.
 
     Raises:
         UserError: the folder holds no adapter.
@@ -366,7 +433,7 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
             f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
         )
     config = PeftConfig.from_pretrained(adapter)
-    return str(config.base_model_name_or_path), config.revision
+    return config.base_model_name_or_path or "", config.revision
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

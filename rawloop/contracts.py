@@ -141,16 +141,30 @@ class Piece(NamedTuple):
     targets: int
 
 
+class Context(NamedTuple):
+    """A batch in which what stands before some predictions is another, and their own inputs are as they were.
+
+    `later` has, per stream, a bool of (targets,): true for those predictions. They notice only what reaches them from
+    other positions.
+    """
+
+    batch: Batch
+    later: dict[str, Tensor]
+
+
 class Perturbed(NamedTuple):
-    """A batch whose inputs are other ones from some position of each row on.
+    """A batch whose inputs are other ones from some position of each row on, and others changed before it instead.
 
     `earlier` has, per stream, a bool of (targets,): true where a target's prediction may see only what stayed the same,
     which is where its own token stands no later than the first changed one. Find that token among the inputs by what it
     is, not by `Labels.positions`: only then do labels show that were not shifted.
+
+    `contexts` says by name what is changed before predictions that must notice it, such as tokens, or clips.
     """
 
     batch: Batch
     earlier: dict[str, Tensor]
+    contexts: Mapping[str, Context]
 
 
 @dataclass(frozen=True)
@@ -218,7 +232,9 @@ class Family(Protocol):
         ...
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change all inputs from the middle of each row's targets on: no earlier prediction may notice.
+        """Change all inputs from the middle of each row's targets on, or before it.
+
+        No earlier prediction may notice the one, and later ones must notice the other.
 
         Where streams have their targets at different places, rows take turns among them: the first row is cut in the
         middle of the first stream's targets, the second in the middle of the second's.

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.adapters import (
+    WEIGHTS,
     AdapterConfig,
     BaseFingerprint,
     ModelFiles,
@@ -401,6 +403,115 @@ def test_a_full_model_is_stored_bit_for_bit_and_loads_plainly(
 
 
 # -- merging -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_several_dtypes_are_restored_as_they_were(
+    adapted: Callable[..., nn.Module], family: Family, tmp_path: Path
+) -> None:
+    """config.json names one dtype, and loading as a user would rounds all weights to it."""
+    model: Any = adapted(mode="full").bfloat16()
+    model.audio_lm_head.float()
+    with torch.no_grad():
+        model.audio_lm_head.weight += 1e-5
+    files = ModelFiles(model, family.load_model)
+    files.snapshot(copy=False)(tmp_path)
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    files.load(tmp_path)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+class Tied(nn.Module):
+    """A module without `save_pretrained`, of which two names are one weight."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.embed, self.head, self.norm = nn.Embedding(16, size), nn.Linear(size, 16, bias=False), nn.BatchNorm1d(size)
+        self.head.weight = self.embed.weight
+
+
+def read_tied(path: str) -> nn.Module:
+    model = Tied()
+    load_safetensors(model, Path(path) / WEIGHTS)
+    return model
+
+
+def test_a_plain_module_is_stored_as_its_weights_and_buffers(tmp_path: Path) -> None:
+    model, fresh = Tied(), Tied()
+    model.norm(torch.randn(4, 8))
+    ModelFiles(model, read_tied).snapshot(copy=False)(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert not torch.equal(model.embed.weight, fresh.embed.weight)
+    ModelFiles(fresh, read_tied).load(tmp_path)
+    assert fresh.head.weight is fresh.embed.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name])
+
+
+class Wrapper(nn.Module):
+    """Somebody's module around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+
+def zero(model: nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_what_is_written_later_is_what_was_there(
+    adapted: Callable[..., nn.Module], family: Family, tmp_path: Path, mode: str
+) -> None:
+    model = adapted(mode=mode, rank=2, modules_to_save=[] if mode == "full" else HEADS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = [p.detach().clone() for p in trained]
+    write = ModelFiles(Wrapper(model), family.load_model).snapshot(copy=True)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.zero_()
+    write(tmp_path)
+    ModelFiles(torch.compile(model), family.load_model).load(tmp_path)  # type: ignore[arg-type]
+    assert all(torch.equal(parameter, value) for parameter, value in zip(trained, wanted, strict=True))
+
+
+class WritesItself(Tied):
+    """A module with a `save_pretrained` of its own, which knows no `state_dict`."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_model(self, str(folder / WEIGHTS))
+
+
+@pytest.mark.parametrize("kind", [Tied, WritesItself])
+def test_a_plain_module_is_written_later_as_it_was(kind: type[Tied], tmp_path: Path) -> None:
+    model = kind()
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    write = ModelFiles(model, read_tied).snapshot(copy=True)
+    zero(model)
+    write(tmp_path)
+    ModelFiles(model, read_tied).load(tmp_path)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+def test_trained_weights_outside_of_the_adapter_are_refused(adapted: Callable[..., nn.Module], family: Family) -> None:
+    module = Wrapper(adapted(**LORA))
+    module.head = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"^head\.bias is trained and stands outside of the adapter"):
+        ModelFiles(module, family.load_model)
+
+
+def test_a_load_model_that_reads_another_file_is_found_out(tmp_path: Path) -> None:
+    ModelFiles(Tied(), read_tied).snapshot(copy=False)(tmp_path)
+    with pytest.raises(CheckpointError, match=r"weight read back differs"):
+        ModelFiles(Tied(), lambda _: Tied()).load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .* of another shape"):
+        ModelFiles(Tied(4), lambda _: Tied(4)).load(tmp_path)
 
 
 @pytest.mark.parametrize("keys", [{}, {"dora": True}, {"rslora": True}], ids=["lora", "dora", "rslora"])

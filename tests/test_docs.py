@@ -1,6 +1,7 @@
 """README and docs are run: Python blocks, JSON examples, and the README's commands on the demo checkpoint."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import yaml
 
 from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
+from rawloop.records import read_events, read_metrics
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,3 +78,37 @@ def test_the_readmes_recipe_runs(demo_checkpoint: Path, tmp_path: Path) -> None:
     assert "eval_loss" in done.stdout
     assert (tmp_path / "models" / "voice" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "voice" / "best" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_the_family_of_the_page_is_trained_by_the_pages_commands(tmp_path: Path) -> None:
+    """The page's class, file and commands, letter by letter: the console script and torchrun both find the class."""
+    for language, name in (("python", "charlm.py"), ("yaml", "charlm.yaml"), ("console", "commands.sh")):
+        (code,) = (code for page, code in blocks(language) if page == "families.md")
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    for split, number in (("train", 8), ("eval", 5)):
+        records = [json.dumps({"text": f"{split} {k}: " + "la " * k}) + "\n" for k in range(number)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(records), encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    script = ["bash", "-euo", "pipefail", "commands.sh"]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[[train 7: la la la la la la la ]]" in done.stdout  # inspect
+    assert "resumed from runs/charlm/checkpoints/step-00000020 at step 20" in done.stdout
+    best = {}
+    for run, steps in (("charlm", [0, 10, 20, 30]), ("two", [0, 10, 20])):
+        metrics = read_metrics(tmp_path / "runs" / run)
+        losses = {line["step"]: float(line["eval_loss"] or "nan") for line in metrics if "eval_loss" in line}
+        best[run] = min(losses.values())
+        assert list(losses) == steps
+        assert losses[0] == pytest.approx(math.log(257), rel=0.05)
+        assert losses[20] < 0.6 * losses[0]
+        events = read_events(tmp_path / "runs" / run)
+        assert [e["reason"] for e in events if e["kind"] == "check"][1:] == [
+            "first loss: text 5.6284 CHANCE",
+            "causality: text PASS",
+        ]
+        assert not [e for e in events if e["kind"] in ("warning", "skip", "fallback")]
+    evaluated = json.loads(done.stdout[done.stdout.rindex("\n{") :])
+    assert evaluated["eval_loss"] == pytest.approx(best["charlm"], rel=1e-6)

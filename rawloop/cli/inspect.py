@@ -89,7 +89,7 @@ class View:
         """The batch as lines of text."""
         pieces = [self.family.pieces(example) for example in self.examples]
         lengths = [sum(piece.positions for piece in own) for own in pieces]
-        rows, width = self.batch.inputs["input_ids"].shape
+        rows, width = self._shape()
         targets = ", ".join(f"{stream} {count:,}" for stream, count in self.batch.targets.items())
         yield f"a batch of {rows} x {width} positions, {1 - sum(lengths) / (rows * width):.1%} of them padding"
         yield f"targets: {targets}; what is learnt stands in brackets: [codes] and [[text]]; all else is context"
@@ -152,6 +152,12 @@ class View:
             padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
             yield "    " + " ".join(self._marked(cell, "[" in cell) for cell in padded).rstrip()
 
+    def _shape(self) -> tuple[int, int]:
+        """Rows and positions, as the model's ids have them, whatever it calls them."""
+        named = (self.batch.inputs.get("input_ids"), *self.batch.inputs.values())
+        rows, width = next(t.shape for t in named if t is not None and t.dim() == 2 and not t.is_floating_point())
+        return rows, width
+
     def _codes(self, stream: str) -> Tensor | None:
         """The input that holds a stream's codes, (batch, frames, codebooks), if the model takes codes."""
         books = self._codebooks()[stream]
@@ -160,7 +166,7 @@ class View:
 
     def _labels(self, piece: Piece, row: int, column: int) -> Tensor:
         """Labels of a clip at the frames that they are predictions of, one position after those that predict."""
-        width = self.batch.inputs["input_ids"].shape[1]
+        width = self._shape()[1]
         positions, targets = self.batch.labels[piece.stream]
         frames = positions + 1 - row * width - column
         inside = (frames >= 0) & (frames < piece.positions)

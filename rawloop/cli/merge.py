@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rawloop.adapters import base_of, merge_adapter
+from rawloop.adapters import base_of, merge_adapter, write_model
 from rawloop.audio import import_torchaudio
 from rawloop.config import Parser, add_options
 from rawloop.errors import RawloopError, UserError
@@ -33,8 +33,11 @@ def run(argv: list[str]) -> None:
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")
     import_torchaudio()
-    path, revision = base_of(adapter)
-    chosen = {"path": values.model.path or path, "revision": values.model.revision or revision}
+    base, revision = base_of(adapter)
+    path = values.model.path or base
+    if not path:
+        raise UserError(f"--adapter is '{adapter}', which does not name its base model: pass --model.path")
+    chosen = {"path": path, "revision": values.model.revision or revision}
     config = ModelConfig(**{**values.model.as_dict(), **chosen})
     family = load_family(config)
     batch = family.probe()
@@ -65,7 +68,9 @@ def _write(merged: Any, output: Path, dtype: torch.dtype, config: ModelConfig) -
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        merged.to(dtype).save_pretrained(partial)
+        write_model(merged.to(dtype), partial)
+        if Path(config.path).is_file():  # weights that a family of the user's own reads
+            return partial
         # tokenizer, processor, chat template
         for file in sorted(local_folder(config.path, config.revision, KEPT).iterdir()):
             kept = any(file.match(pattern) for pattern in KEPT) and not file.name.endswith(".index.json")

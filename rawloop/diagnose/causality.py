@@ -1,7 +1,9 @@
 """The causality probe: what comes later must not move a prediction, and what comes before must.
 
 A leak makes a loss look splendid and a model useless: labels that were not shifted, a mask that shows the future. Both
-move a prediction when inputs change that it is not to see.
+move a prediction when inputs change that it is not to see. A model without attention learns, too, if only how often
+tokens follow each other. So the other half of the probe changes what stands before a prediction, and leaves its own
+input as it was.
 """
 
 from typing import Literal, NamedTuple
@@ -15,33 +17,28 @@ from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.diagnose.verdict import Autocast
 
 Outcome = Literal["PASS", "LEAK", "BLIND", "UNSEEN"]
-WHY = {
-    "PASS": "",
-    "LEAK": "a prediction moves with its own target or what follows it: labels not shifted, or a mask not causal",
-    "BLIND": "no prediction moves when what stands before it changes: the model does not see its inputs",
-    "UNSEEN": "no target stands before the change or none after it, or logits are not finite: nothing was shown",
-}
 
 
 class Movement(NamedTuple):
-    """How far logits moved at most, as a share of the largest logit, when the inputs changed from some position on.
+    """How far logits moved at most, as a share of the largest logit.
 
-    `earlier` and `later` count the targets that must stay and that must move. Up to `tolerance` is rounding.
+    `earlier` targets must stay when inputs behind them change, and moved by `moved_earlier`. `later` says of each kind
+    of context (tokens, clips) how many targets must move when it changes alone, and how far they did. Up to `tolerance`
+    is rounding.
     """
 
     earlier: int
-    later: int
     moved_earlier: float
-    moved_later: float
+    later: dict[str, tuple[int, float]]
     tolerance: float
 
     def join(self, other: "Movement") -> "Movement":
         """Both together, as those of two ranks."""
+        pairs = {what: (self.later.get(what, NONE), other.later.get(what, NONE)) for what in self.later | other.later}
         return Movement(
             self.earlier + other.earlier,
-            self.later + other.later,
             max(self.moved_earlier, other.moved_earlier),
-            max(self.moved_later, other.moved_later),
+            {what: (one[0] + two[0], max(one[1], two[1])) for what, (one, two) in pairs.items()},
             max(self.tolerance, other.tolerance),
         )
 
@@ -49,9 +46,27 @@ class Movement(NamedTuple):
         """What it shows."""
         if self.moved_earlier > self.tolerance:
             return "LEAK"
-        if self.later and self.moved_later <= self.tolerance:
+        if self._unnoticed():
             return "BLIND"
-        return "PASS" if self.earlier and self.later else "UNSEEN"
+        return "PASS" if self.earlier and any(count for count, _ in self.later.values()) else "UNSEEN"
+
+    def why(self) -> str:
+        """The outcome in words, empty for a pass."""
+        return {
+            "PASS": "",
+            "LEAK": "a prediction moves with its own target or what follows it: labels not shifted, or a mask not "
+            "causal",
+            "BLIND": f"no prediction moves when the {' or the '.join(self._unnoticed())} before its own input change: "
+            "nothing of them reaches it, through embeddings, encoder or attention",
+            "UNSEEN": "no target stands before the change or none after it, or logits are not finite: nothing was "
+            "shown",
+        }[self.outcome()]
+
+    def _unnoticed(self) -> list[str]:
+        return [what for what, (count, moved) in self.later.items() if count and moved <= self.tolerance]
+
+
+NONE = (0, 0.0)
 
 
 def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) -> dict[str, Movement]:
@@ -67,26 +82,33 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
         autocast: gives the context that training runs its forward passes in.
     """
     perturbed = family.perturb(batch)
+
+    def logits(one: Batch) -> dict[str, Tensor]:
+        with autocast():
+            return family.logits(model, one)
+
     with undisturbed(model, training=False), torch.no_grad():
-        with autocast():
-            before = family.logits(model, batch)
-        with autocast():
-            after = family.logits(model, perturbed.batch)
+        before, after = logits(batch), logits(perturbed.batch)
+        others = {what: logits(context.batch) for what, context in perturbed.contexts.items()}
     tolerance = _rounding(model, autocast)
-    return {
-        stream: _movement(before[stream], after[stream], perturbed.earlier[stream], tolerance)
-        for stream in family.streams
-    }
+    movements = {}
+    for stream in family.streams:
+        earlier = _moved(before[stream], after[stream], perturbed.earlier[stream])
+        later = {
+            what: _moved(before[stream], others[what][stream], context.later[stream])
+            for what, context in perturbed.contexts.items()
+        }
+        movements[stream] = Movement(*earlier, later, tolerance)
+    return movements
 
 
-def _movement(before: Tensor, after: Tensor, earlier: Tensor, tolerance: float) -> Movement:
-    if not len(before) or not bool(before.isfinite().all() & after.isfinite().all()):
-        return Movement(0, 0, 0.0, 0.0, tolerance)
+def _moved(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[int, float]:
+    """The number of chosen targets, and how far their logits moved; none if there is nothing to be compared."""
+    count = int(chosen.sum())
+    if not count or not bool(before.isfinite().all() & after.isfinite().all()):
+        return NONE
     size = max(float(before.abs().amax()), torch.finfo(torch.float32).tiny)
-    moved = (after - before).abs().flatten(1).amax(1) / size
-    stay, move = moved[earlier], moved[~earlier]
-    moved_earlier, moved_later = (float(part.amax()) if len(part) else 0.0 for part in (stay, move))
-    return Movement(len(stay), len(move), moved_earlier, moved_later, tolerance)
+    return count, float((after - before)[chosen].abs().amax()) / size
 
 
 def _rounding(model: nn.Module, autocast: Autocast) -> float:
@@ -99,11 +121,13 @@ def _rounding(model: nn.Module, autocast: Autocast) -> float:
 
 
 def lines(movements: dict[str, Movement]) -> list[str]:
-    """The probe's results as a table."""
-    rows: list[list[object]] = [["stream", "must stay", "moved by", "must move", "moved by", "result"]]
+    """The probe's results as a table: a row per stream, and one more per further context."""
+    rows: list[list[object]] = [["stream", "must stay", "moved by", "must move", "with", "moved by", "result"]]
     for stream, m in movements.items():
-        why = WHY[m.outcome()]
-        result = f"{m.outcome()}: {why}" if why else m.outcome()
-        rows.append([stream, m.earlier, f"{m.moved_earlier:.1e}", m.later, f"{m.moved_later:.1e}", result])
-    head = "causality probe: predictions when later inputs change, moved by a share of the largest logit"
-    return [head, *table("lrrrrl", rows)]
+        result = f"{m.outcome()}: {m.why()}" if m.why() else m.outcome()
+        head: list[object] = [stream, m.earlier, f"{m.moved_earlier:.1e}"]
+        for what, (count, moved) in m.later.items():
+            rows.append([*head, count, what, f"{moved:.1e}", result])
+            head, result = ["", "", ""], ""
+    title = "causality probe: predictions when other inputs change, moved by a share of the largest logit"
+    return [title, *table("lrrrlrl", rows)]

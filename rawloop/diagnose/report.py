@@ -87,7 +87,7 @@ class Report:
         for stream, movement in self.movements.items():
             outcome = movement.outcome()
             if outcome in ("LEAK", "BLIND") and outcome.lower() not in self.config.allow:
-                found.append(f"causality of '{stream}': {outcome}, {causality.WHY[outcome]}{_pass(outcome)}")
+                found.append(f"causality of '{stream}': {outcome}, {movement.why()}{_pass(outcome)}")
         return found
 
     def warnings(self) -> list[str]:

@@ -25,7 +25,8 @@ class ModelConfig:
     """The model to fine-tune.
 
     Args:
-        path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base.
+        path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base; a
+            family of your own makes of it what it likes.
         family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2, causal_lm, audio_chat); or
             your own as `package.module:Class`.
         codec: folder or hub id of the audio codec. Default: the one that the checkpoint's processor names.
@@ -60,26 +61,25 @@ def load_family(config: ModelConfig) -> Family:
     transformers has for causal language models of its type (LlamaForCausalLM for llama).
 
     Raises:
-        UserError: no such folder, no config.json in it, or no family for this kind of model.
+        UserError: no such folder, no config.json in it, or no family for this kind of model; or your own is none.
     """
-    check_path(config.path, "model.path")
     name = config.family
+    if ":" in name:
+        from rawloop.families.own import own_family
+
+        return own_family(name, config)  # which decides itself what model.path is
+    check_path(config.path, "model.path")
     if name == "auto":
         name, architectures = _architecture(config)
         if name not in FAMILIES and _is_causal_lm(name, architectures):
             name = "causal_lm"
-    target = FAMILIES.get(name, name)
-    module_name, _, class_name = target.partition(":")
-    if not class_name:
+    if name not in FAMILIES:
         raise UserError(
             f"no family for models of type '{name}'{nearest(name, FAMILIES)}: rawloop has {', '.join(FAMILIES)}; "
-            "your own goes into model.family as package.module:Class"
+            "your own goes into model.family as package.module:Class (docs/families.md)"
         )
-    try:
-        family_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"model.family is '{target}', which cannot be imported: {error}") from error
-    return cast(Family, family_class(config))
+    module_name, _, class_name = FAMILIES[name].partition(":")
+    return cast(Family, getattr(importlib.import_module(module_name), class_name)(config))
 
 
 def check_path(path: str, key: str) -> None:

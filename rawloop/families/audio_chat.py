@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
-from rawloop.contracts import IGNORE, Audio, Batch, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
+from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.audio_chat_examples import ChatEncoder, Example
@@ -27,9 +27,12 @@ from rawloop.families.shared import (
     exact,
     first_line,
     load_weights,
+    perturbed,
     refuse_missing,
+    rows_of,
     shifted,
     unwrapped,
+    with_inputs,
 )
 
 STREAM = "text"
@@ -157,24 +160,25 @@ class AudioChat:
         return {STREAM: math.log(self.text_settings.vocab_size)}
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Exchange every token from the middle target of each row on, itself included; clips keep their places.
+        """Change every token from the middle target of each row on, or before it; see `shared.perturbed`.
 
-        Features stay: a clip that stands behind the middle is still heard as it was.
+        Clips keep their places and what is heard in them. That is changed alone, by turning loud into quiet: what
+        stands behind a clip must notice, also where all text reaches it.
         """
-        ids = batch.inputs["input_ids"]
-        positions = batch.labels[STREAM].positions
-        rows, columns = positions // ids.shape[1], positions % ids.shape[1]
-        firsts = torch.stack([_middle(columns[rows == row]) for row in range(len(ids))]) + 1
-        behind = torch.arange(ids.shape[1], device=ids.device) >= firsts[:, None]
-        others = (ids + 1) % self.text_settings.vocab_size
-        others = torch.where(others == self.encoder.audio_token, (ids + 2) % self.text_settings.vocab_size, others)
-        changed = torch.where(behind & (ids != self.encoder.audio_token), others, ids)
-        inputs = {**batch.inputs, "input_ids": changed}
-        return Perturbed(Batch(inputs, batch.labels, batch.targets, batch.ids), {STREAM: columns < firsts[rows]})
+        ids, size = batch.inputs["input_ids"], self.text_settings.vocab_size
+        clips = ids == self.encoder.audio_token
+        other = (ids + 1) % size
+        other = torch.where(other == self.encoder.audio_token, (ids + 2) % size, other)
 
+        def change(where: Tensor) -> dict[str, Tensor]:
+            return {"input_ids": torch.where(where.view_as(ids) & ~clips, other, ids)}
 
-def _middle(columns: Tensor) -> Tensor:
-    return columns[len(columns) // 2]
+        changed = perturbed(batch, {STREAM: ids.flatten()}, rows_of(ids), "tokens", change)
+        quiet = {name: 1 - x for name, x in batch.inputs.items() if x.is_floating_point()}
+        if not quiet:
+            return changed
+        heard = {STREAM: clips.cumsum(1).flatten()[batch.labels[STREAM].positions] > 0}
+        return changed._replace(contexts={**changed.contexts, "clips": Context(with_inputs(batch, quiet), heard)})
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from rawloop.families.shared import (
     exact,
     load_settings,
     load_weights,
+    perturbed,
     refuse_missing,
+    rows_of,
     shifted,
     unwrapped,
 )
@@ -156,19 +158,14 @@ class CausalLM:
         return {"text": math.log(self.encoder.vocabulary)}
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change every document's tokens after its middle target's prediction: none up to there may notice."""
-        ids, positions = batch.inputs["input_ids"], batch.labels["text"].positions
-        document = documents(batch).to(ids.device)
-        places = torch.arange(ids.numel(), device=ids.device)
-        middles = torch.full_like(places[: int(document.max()) + 1], ids.numel())
-        for number in range(len(middles)):
-            own = positions[document[positions] == number]
-            if len(own):
-                middles[number] = own[(len(own) - 1) // 2]
-        changed = places > middles[document]
-        other = torch.where(changed, (ids.flatten() + 1) % self.encoder.vocabulary, ids.flatten()).view_as(ids)
-        inputs = {**batch.inputs, "input_ids": other}
-        return Perturbed(Batch(inputs, batch.labels, batch.targets, batch.ids), {"text": ~changed[positions]})
+        """Change every document's tokens from its middle target on, or before it; see `shared.perturbed`."""
+        ids = batch.inputs["input_ids"]
+        other = (ids + 1) % self.encoder.vocabulary
+
+        def change(where: Tensor) -> dict[str, Tensor]:
+            return {"input_ids": torch.where(where.view_as(ids), other, ids)}
+
+        return perturbed(batch, {"text": ids.flatten()}, documents(batch), "tokens", change)
 
     def _check_packing(self, model: Any) -> None:
         if self.config.attention not in PACKED_ATTENTION:
@@ -206,10 +203,9 @@ class CausalLM:
 
 def documents(batch: Batch) -> Tensor:
     """Number the documents of a batch from 0, for each position of the flattened (batch, sequence)."""
-    ids = batch.inputs["input_ids"]
     if "position_ids" in batch.inputs:
         return (batch.inputs["position_ids"].flatten() == 0).cumsum(0) - 1
-    return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+    return rows_of(batch.inputs["input_ids"])
 
 
 def target_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:

@@ -187,5 +187,5 @@ class HiggsAudioV2:
         return {stream: math.log(sizes[stream]) for stream in self.streams}
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change all inputs from the middle of each row's targets on; see `rawloop.families.higgs_views.perturb`."""
-        return higgs_views.perturb(batch, self.settings, self.streams)
+        """Change all inputs from the middle of each row's targets on, or before it; see `higgs_views.perturb`."""
+        return higgs_views.perturb(batch, self.settings)

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rawloop.contracts import IGNORE, Batch, Labels, Perturbed, Piece, Special
+from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Special
 from rawloop.families.higgs_examples import Example
+from rawloop.families.shared import perturbed, rows_of
 
 TEXT_STOPS = ("<|audio_eos|>", "<|eot_id|>")
-# Where a target's own token may stand, seen from the position that predicts it. One further is right; 0 is a label that
-# was never shifted, -1 one that was shifted to the wrong side, 2 one that was shifted twice.
-OFFSETS = (1, 0, -1, 2)
 
 
 def special_targets(settings: Any, tokenizer: Any, streams: Sequence[str]) -> list[Special]:
@@ -69,57 +67,25 @@ def _roles(ids: list[int], tokenizer: Any) -> list[str]:
     return [role or first for role in roles]  # the token that begins a text stands before the first header
 
 
-def perturb(batch: Batch, settings: Any, streams: Sequence[str]) -> Perturbed:
-    """Change every token and code from the middle of a stream's targets on; rows take turns among the streams.
-
-    `earlier` goes by where a target's own token stands, found by what it is: a label that was not shifted is predicted
-    from a position that sees the token itself, which the first changed one tells.
-    """
+def perturb(batch: Batch, settings: Any) -> Perturbed:
+    """Change every token and code from the middle of a stream's targets on, or before it; see `shared.perturbed`."""
     ids, frames, real = (batch.inputs[name] for name in ("input_ids", "audio_input_ids", "audio_input_ids_mask"))
-    places = _placeholders(ids, settings)
+    places, other_text = _placeholders(ids, settings), _other_text(ids, settings)
+    size = settings.codebook_size
     codes = frames.new_full((ids.numel(), frames.shape[2]), IGNORE)
     codes[places.flatten()] = frames[real]
-    tokens = {"audio": codes, "text": ids.reshape(-1, 1)}
-    own = {stream: labels.positions + _offset(tokens[stream], labels) for stream, labels in batch.labels.items()}
-    cuts = _cuts(own, ids, streams)
-    changed = torch.arange(ids.shape[1], device=ids.device) >= cuts[:, None]
-    size = settings.codebook_size
-    other = frames.clone()
-    # codes of changed placeholders, in the order in which the model fills them
-    other[real] = torch.where(changed[places][:, None], (frames[real] + size // 2) % size, frames[real])
-    text = torch.where(changed & ~places, _other_text(ids, settings), ids)
-    inputs = {**batch.inputs, "input_ids": text, "audio_input_ids": other}
-    length = ids.shape[1]
-    earlier = {stream: place % length <= cuts[place // length] for stream, place in own.items()}
-    return Perturbed(Batch(inputs, batch.labels, batch.targets, batch.ids), earlier)
+
+    def change(where: Tensor) -> dict[str, Tensor]:
+        where, other = where.view_as(ids), frames.clone()
+        # codes of changed placeholders, in the order in which the model fills them
+        other[real] = torch.where(where[places][:, None], (frames[real] + size // 2) % size, frames[real])
+        return {"input_ids": torch.where(where & ~places, other_text, ids), "audio_input_ids": other}
+
+    return perturbed(batch, {"audio": codes, "text": ids.flatten()}, rows_of(ids), "tokens and codes", change)
 
 
 def _placeholders(ids: Tensor, settings: Any) -> Tensor:
     return torch.eq(ids, settings.audio_token_id) | torch.eq(ids, settings.audio_delay_token_id)
-
-
-def _offset(tokens: Tensor, labels: Labels) -> int:
-    """How far from the predicting positions the targets' own tokens stand; 1 if the inputs hold them nowhere near."""
-    targets = labels.targets.view(len(labels.positions), -1)
-    for offset in OFFSETS:
-        own = tokens[(labels.positions + offset).clamp(0, len(tokens) - 1)]
-        if bool(((own == targets) | (targets == IGNORE)).all()):
-            return offset
-    return 1
-
-
-def _cuts(own: dict[str, Tensor], ids: Tensor, streams: Sequence[str]) -> Tensor:
-    """The column of each row from which on it changes: that of the middle target of the stream whose turn it is."""
-    rows, length = ids.shape
-    cuts = [length] * rows
-    for row in range(rows):
-        turn = row % len(streams)
-        for stream in (*streams[turn:], *streams[:turn]):
-            places = own[stream][own[stream] // length == row]
-            if len(places):
-                cuts[row] = int(places[(len(places) - 1) // 2]) % length
-                break
-    return torch.tensor(cuts, device=ids.device)
 
 
 def _other_text(ids: Tensor, settings: Any) -> Tensor:

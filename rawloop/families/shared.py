@@ -1,5 +1,9 @@
-"""What families have in common: loading without surprises, recomputed activations, exact logits, shifted labels."""
+"""What families have in common: loading without surprises, recomputed activations, exact logits, labels, other inputs.
 
+A family of your own may use all of it.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -7,12 +11,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from rawloop.contracts import IGNORE, Labels
+from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 
 # What transformers makes of a damaged folder.
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError)
+# Where a target's own token may stand, seen from the position that predicts it. One further is right; 0 is a label that
+# was never shifted, -1 one that was shifted to the wrong side, 2 one that was shifted twice.
+OFFSETS = (1, 0, -1, 2)
 
 
 def load_settings(config: ModelConfig) -> tuple[Any, Any]:
@@ -89,6 +96,71 @@ def shifted(labels: Tensor) -> Labels:
     flat = labels.flatten()
     positions = torch.nonzero(torch.ne(flat, IGNORE)).squeeze(1)
     return Labels(positions - 1, flat[positions])
+
+
+def perturbed(
+    batch: Batch,
+    tokens: Mapping[str, Tensor],
+    documents: Tensor,
+    what: str,
+    change: Callable[[Tensor], dict[str, Tensor]],
+) -> Perturbed:
+    """Change a batch from the middle of each document's targets on, or before it; documents take turns among streams.
+
+    The middle goes by where a target's own token stands, found by what it is: a label that was not shifted is predicted
+    from a position that sees the token itself, which the first changed one tells.
+
+    Args:
+        batch: with `Labels` whose positions index the flattened (batch, sequence).
+        tokens: what stands at each position, by stream: (positions,), or (positions, codebooks).
+        documents: (positions,) int64, the number of each position's document from 0 on, not falling; see `rows_of`.
+        what: what `change` changes, in words.
+        change: gives the inputs that are others where the (positions,) bool is true; all others stay.
+    """
+    own = {stream: _own_places(tokens[stream], labels) for stream, labels in batch.labels.items()}
+    cuts = _cuts(own, documents)
+    behind = torch.arange(len(documents), device=documents.device) >= cuts[documents]
+    later = {stream: behind[labels.positions] for stream, labels in batch.labels.items()}
+    return Perturbed(
+        with_inputs(batch, change(behind)),
+        {stream: places <= cuts[documents[places]] for stream, places in own.items()},
+        {what: Context(with_inputs(batch, change(~behind)), later)},
+    )
+
+
+def rows_of(ids: Tensor) -> Tensor:
+    """The number of each position's row in the flattened (batch, sequence): a document a row."""
+    return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+
+
+def with_inputs(batch: Batch, inputs: Mapping[str, Tensor]) -> Batch:
+    """The batch with some inputs exchanged."""
+    return Batch({**batch.inputs, **inputs}, batch.labels, batch.targets, batch.ids)
+
+
+def _own_places(tokens: Tensor, labels: Labels) -> Tensor:
+    """Where the targets' own tokens stand: one further than what predicts them if the inputs hold them nowhere near."""
+    rows, last = tokens.view(len(tokens), -1), len(tokens) - 1
+    targets = labels.targets.view(len(labels.positions), -1)
+    for offset in OFFSETS:
+        places = (labels.positions + offset).clamp(0, last)
+        if bool(((rows[places] == targets) | (targets == IGNORE)).all()):
+            return places
+    return (labels.positions + 1).clamp(0, last)
+
+
+def _cuts(own: Mapping[str, Tensor], documents: Tensor) -> Tensor:
+    """The position from which on each document changes: the middle target's of the stream whose turn it is."""
+    streams = tuple(own)
+    cuts = [len(documents)] * (int(documents.max()) + 1)
+    for number in range(len(cuts)):
+        turn = number % len(streams)
+        for stream in (*streams[turn:], *streams[:turn]):
+            places = own[stream][documents[own[stream]] == number]
+            if len(places):
+                cuts[number] = int(places[(len(places) - 1) // 2])
+                break
+    return torch.tensor(cuts, device=documents.device)
 
 
 def unwrapped(model: Any) -> Any:

@@ -30,7 +30,7 @@ def test_the_demo_passes_to_the_bit(family: HiggsAudioV2, module: LossModule, ba
     assert {stream: movement.outcome() for stream, movement in moved.items()} == {"audio": "PASS", "text": "PASS"}
     for movement in moved.values():
         assert movement.moved_earlier == 0.0
-        assert movement.moved_later > 0.1
+        assert movement.later["tokens and codes"][1] > 0.1
         assert movement.tolerance == torch.finfo(torch.float32).eps
     assert lines(moved)[2].split()[0] == "audio"
     assert lines(moved)[2].endswith("PASS")
@@ -75,6 +75,17 @@ def test_a_model_that_does_not_see_its_inputs_is_blind(family: HiggsAudioV2, mod
     assert outcomes(family, module, batch) == {"audio": "BLIND", "text": "BLIND"}
 
 
+def test_a_model_without_attention_is_blind(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
+    """Each prediction still sees its own input, which alone would move it."""
+    model: Any = module.model
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    moved = probe(family, model, batch, nullcontext)
+    assert {stream: movement.outcome() for stream, movement in moved.items()} == {"audio": "BLIND", "text": "BLIND"}
+    assert "BLIND: no prediction moves when the tokens and codes before its own input change" in lines(moved)[2]
+
+
 def test_what_is_not_finite_shows_nothing(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
     model: Any = module.model
     with torch.no_grad():
@@ -89,20 +100,31 @@ def test_a_stream_without_a_turn_is_not_said_to_pass(
     assert outcomes(family, module, family.collate(examples[:1])) == {"audio": "PASS", "text": "UNSEEN"}
 
 
+def movement(earlier: int, moved_earlier: float, later: int, moved_later: float, **others: Any) -> Movement:
+    return Movement(earlier, moved_earlier, {"tokens": (later, moved_later), **others}, 1e-6)
+
+
 def test_edges() -> None:
-    assert Movement(5, 5, 1e-6, 1e-6 + 1e-9, 1e-6).outcome() == "PASS"
-    assert Movement(5, 5, 1e-6 + 1e-9, 1.0, 1e-6).outcome() == "LEAK"
-    assert Movement(5, 5, 0.0, 1e-6, 1e-6).outcome() == "BLIND"
-    assert Movement(0, 5, 0.0, 1e-6, 1e-6).outcome() == "BLIND"
-    assert Movement(0, 5, 0.0, 1.0, 1e-6).outcome() == "UNSEEN"
-    assert Movement(5, 0, 0.0, 0.0, 1e-6).outcome() == "UNSEEN"
+    assert movement(5, 1e-6, 5, 1e-6 + 1e-9).outcome() == "PASS"
+    assert movement(5, 1e-6 + 1e-9, 5, 1.0).outcome() == "LEAK"
+    assert movement(5, 0.0, 5, 1e-6).outcome() == "BLIND"
+    assert movement(0, 0.0, 5, 1e-6).outcome() == "BLIND"
+    assert movement(0, 0.0, 5, 1.0).outcome() == "UNSEEN"
+    assert movement(5, 0.0, 0, 0.0).outcome() == "UNSEEN"
+    assert movement(5, 0.0, 5, 1.0, clips=(0, 0.0)).outcome() == "PASS"
+    assert movement(5, 0.0, 5, 1.0, clips=(1, 0.0)).outcome() == "BLIND"
+    assert "when the clips before its own" in movement(5, 0.0, 5, 1.0, clips=(1, 0.0)).why()
+    assert "when the tokens or the clips before" in movement(5, 0.0, 5, 0.0, clips=(1, 0.0)).why()
 
 
 def test_movements_of_two_ranks() -> None:
-    fine, leak = Movement(5, 5, 0.0, 1.0, 1e-6), Movement(2, 3, 0.5, 0.2, 1e-6)
-    assert fine.join(leak) == leak.join(fine) == Movement(7, 8, 0.5, 1.0, 1e-6)
+    fine, leak = movement(5, 0.0, 5, 1.0), movement(2, 0.5, 3, 0.2)
+    assert fine.join(leak) == leak.join(fine) == movement(7, 0.5, 8, 1.0)
     assert fine.join(leak).outcome() == "LEAK"
-    assert fine.join(Movement(0, 0, 0.0, 0.0, 1e-6)).outcome() == "PASS"
+    assert fine.join(movement(0, 0.0, 0, 0.0)).outcome() == "PASS"
+    deaf = movement(5, 0.0, 5, 1.0, clips=(2, 0.0))
+    assert fine.join(deaf) == deaf.join(fine) == movement(10, 0.0, 10, 1.0, clips=(2, 0.0))
+    assert fine.join(deaf).outcome() == "BLIND"
 
 
 def test_probing_leaves_no_trace(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:

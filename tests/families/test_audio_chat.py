@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from transformers import (
 
 from rawloop.adapters import AdapterConfig, add_adapter
 from rawloop.cli import main
-from rawloop.contracts import IGNORE, Audio, Family, Sample, Text, Turn
+from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
 from rawloop.demo import SPEECH
+from rawloop.diagnose import probe
 from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
@@ -292,7 +294,7 @@ def test_one_rank_without_audio_does_not_stop_the_other(
 
 def test_no_prediction_notices_a_change_behind_it(family: AudioChat, examples: list[Example]) -> None:
     model, batch = exact(family).eval(), family.collate(examples)
-    changed, earlier = family.perturb(batch)
+    changed, earlier, contexts = family.perturb(batch)
     same = batch.inputs["input_ids"] == changed.inputs["input_ids"]
     audio = family.encoder.audio_token
     assert torch.equal(batch.inputs["input_ids"] == audio, changed.inputs["input_ids"] == audio)
@@ -303,7 +305,55 @@ def test_no_prediction_notices_a_change_behind_it(family: AudioChat, examples: l
     rows = batch.labels["text"].positions // same.shape[1]
     for row, example in enumerate(examples):
         count = int((example.labels != IGNORE).sum())
-        assert int(earlier["text"][rows == row].sum()) == count // 2 + 1
+        assert int(earlier["text"][rows == row].sum()) == (count + 1) // 2
+    with torch.no_grad():
+        others = {what: family.logits(model, context.batch)["text"] for what, context in contexts.items()}
+    assert torch.equal(contexts["tokens"].later["text"], ~earlier["text"])
+    with_clip = torch.tensor([bool(example.features) for example in examples])
+    assert torch.equal(contexts["clips"].later["text"], with_clip[rows])
+    for what, other in others.items():
+        moved = (before - other).abs().amax(1) > 1e-12
+        assert moved[contexts[what].later["text"]].all()
+    assert torch.equal((before - others["clips"]).abs().amax(1) > 1e-12, with_clip[rows])
+
+
+@pytest.mark.parametrize(
+    ("further", "expected"),
+    [(0, "PASS"), (1, "LEAK"), (2, "LEAK"), (-1, "PASS")],
+    ids=["right", "un", "wrong", "twice"],
+)
+def test_labels_of_another_shift(
+    family: AudioChat, checkpoint: Path, examples: list[Example], further: int, expected: str
+) -> None:
+    """Not shifted, or to the wrong side, a prediction sees its own target; shifted twice it sees even less."""
+    batch = family.collate([examples[1], examples[-1]])
+    positions, targets = batch.labels["text"]
+    inside = positions + further < batch.inputs["input_ids"].numel()
+    labels = Labels(positions[inside] + further, targets[inside])
+    batch = Batch(batch.inputs, {"text": labels}, {"text": len(labels.targets)}, batch.ids)
+    assert probe(family, family.load_model(), batch, nullcontext)["text"].outcome() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_without_attention_or_ears_is_blind(
+    family: AudioChat, examples: list[Example], dtype: torch.dtype
+) -> None:
+    with_clip, without = family.collate(examples[1:2] * 2), family.collate(examples[:1])
+
+    def show(batch: Batch) -> tuple[str, list[str]]:
+        moved = probe(family, model, batch, nullcontext)["text"]
+        return moved.outcome(), [what for what, (_, size) in moved.later.items() if size <= moved.tolerance]
+
+    model: Any = family.load_model().to(dtype)
+    assert show(with_clip) == ("PASS", [])
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear.weight.zero_()
+        assert show(with_clip) == ("BLIND", ["clips"])
+        assert show(without) == ("PASS", [])
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    assert show(with_clip) == ("BLIND", ["tokens", "clips"])
+    assert show(without) == ("BLIND", ["tokens"])
 
 
 def test_pieces_are_the_example_as_people_read_it(family: AudioChat, examples: list[Example]) -> None:
@@ -496,6 +546,8 @@ def test_another_class_of_its_kind(tmp_path: Path, begin: str) -> None:
     assert [len(e.features.get("input_features", ())) for e in examples] == [1, 0, 2]
     assert all(int((e.input_ids == tokenizer.bos_token_id).sum()) == 1 for e in examples)
     assert difference(gradients(family, [examples]), gradients(family, [[e] for e in examples])) < 1e-12
+    moved = probe(family, family.load_model(), family.collate(examples[2:]), nullcontext)["text"]
+    assert (moved.outcome(), list(moved.later)) == ("PASS", ["tokens", "clips"])
     with pytest.raises(UserError, match="refuses it: Got 1 text but 2 audios"):
         family.example(said(*CLIPS[:2]), no_codes)
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from rawloop.adapters import AdapterConfig, add_adapter
-from rawloop.contracts import IGNORE, Batch, Sample, Special, Text, Turn
+from rawloop.contracts import IGNORE, Batch, Labels, Sample, Special, Text, Turn
+from rawloop.diagnose import probe
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.causal_lm import CausalLM, target_logits
+from rawloop.families.causal_lm import CausalLM, documents, target_logits
 from rawloop.families.text_examples import Example
 from rawloop.loop import weighted_mean
 
@@ -201,7 +203,7 @@ def test_what_is_changed_is_not_noticed_by_earlier_predictions(
 ) -> None:
     family = packed if packing else family
     batch = family.collate([family.example(sample) for sample in SAMPLES])
-    changed, earlier = family.perturb(batch)
+    changed, earlier, _ = family.perturb(batch)
     before, after = (family.logits(model, each)["text"] for each in (batch, changed))
     noticed = (before != after).any(1)
     assert torch.equal(noticed, ~earlier["text"])
@@ -216,9 +218,81 @@ def test_perturbing_finds_a_model_that_sees_the_future(family: CausalLM) -> None
     for layer in seeing.model.layers:
         layer.self_attn.is_causal = False
     batch = family.collate([family.example(sample) for sample in SAMPLES])
-    changed, earlier = family.perturb(batch)
+    changed, earlier, _ = family.perturb(batch)
     moved = (family.logits(seeing, batch)["text"] != family.logits(seeing, changed)["text"]).any(1)
     assert moved[earlier["text"]].any()
+
+
+def moved_on(batch: Batch, further: int) -> Batch:
+    """The batch with labels that are predicted from so much further right; those that leave their document are gone."""
+    positions, targets = batch.labels["text"]
+    document, moved = documents(batch), positions + further
+    inside = (moved >= 0) & (moved < len(document))
+    inside &= document[moved.clamp(0, len(document) - 1)] == document[positions]
+    return Batch(batch.inputs, {"text": Labels(moved[inside], targets[inside])}, {"text": int(inside.sum())}, batch.ids)
+
+
+def outcome(family: CausalLM, model: nn.Module, batch: Batch) -> str:
+    return probe(family, model, batch, nullcontext)["text"].outcome()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("further", "expected"),
+    [(0, "PASS"), (1, "LEAK"), (2, "LEAK"), (-1, "PASS")],
+    ids=["right", "un", "wrong", "twice"],
+)
+def test_labels_of_another_shift(
+    family: CausalLM, packed: CausalLM, model: nn.Module, packing: bool, further: int, expected: str
+) -> None:
+    """Not shifted, or to the wrong side, a prediction sees its own target; shifted twice it sees even less."""
+    family = packed if packing else family
+    batch = family.collate([family.example(sample) for sample in SAMPLES])
+    assert outcome(family, model, moved_on(batch, further)) == expected
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_that_repeat_are_no_leak(family: CausalLM, packed: CausalLM, model: nn.Module, packing: bool) -> None:
+    """Every token is like its neighbours: where a target's own stands cannot be seen, and is taken to be right."""
+    family = packed if packing else family
+    ids = torch.full((12,), 65)
+    example = Example("same", ids, torch.where(torch.arange(12) == 0, IGNORE, ids), ())
+    assert outcome(family, model, family.collate([example])) == "PASS"
+    assert outcome(family, model, family.collate([example, family.example(SAMPLES[0]), example])) == "PASS"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_model_without_attention_is_blind(family: CausalLM, packed: CausalLM, packing: bool) -> None:
+    family = packed if packing else family
+    blind: Any = family.load_model()
+    batch = family.collate([family.example(sample) for sample in SAMPLES])
+    with torch.no_grad():
+        blind.model.layers[0].self_attn.o_proj.weight.zero_()
+        assert outcome(family, blind, batch) == "PASS"  # the other layer attends
+        blind.model.layers[1].self_attn.o_proj.weight.zero_()
+    moved = probe(family, blind, batch, nullcontext)["text"]
+    assert moved.outcome() == "BLIND"
+    assert moved.later["tokens"][1] == 0.0
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_context_of_no_token_shows_nothing_and_one_of_one_token_does(
+    family: CausalLM, model: nn.Module, length: int
+) -> None:
+    ids = torch.arange(length) + 65
+    example = Example("short", ids, torch.where(ids == 65, IGNORE, ids), ())
+    moved = probe(family, model, family.collate([example]), nullcontext)["text"]
+    assert moved.outcome() == {2: "UNSEEN", 3: "PASS"}[length]
+    assert moved.later["tokens"][0] == length - 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite", "Cohere", "Mistral", "GPTNeoX", "Mamba", "Lfm2"])
+def test_random_weights_of_all_kinds_pass(family: CausalLM, kind: str, dtype: torch.dtype) -> None:
+    options = KINDS.get(kind) or PACKING_FAILS.get(kind, ({}, ""))[0]
+    options = {**options, "initializer_range": 0.02}
+    batch = family.collate([family.example(SAMPLES[2])] * 2)
+    assert outcome(family, build(kind, **options).to(dtype), batch) == "PASS"
 
 
 def test_chance_is_that_of_the_vocabulary(family: CausalLM) -> None:

@@ -372,7 +372,7 @@ def test_perturbing_changes_all_from_the_middle_on_and_nothing_before(
     family: HiggsAudioV2, codes: Callable[[Path], Tensor]
 ) -> None:
     batch = family.collate(two_of_each(family, codes))
-    other, earlier = family.perturb(batch)
+    other, earlier, contexts = family.perturb(batch)
     ids, changed = batch.inputs["input_ids"], batch.inputs["input_ids"] != other.inputs["input_ids"]
     audio = torch.isin(ids, torch.tensor([family.settings.audio_token_id, family.settings.audio_delay_token_id]))
     codes_changed = batch.inputs["audio_input_ids"] != other.inputs["audio_input_ids"]
@@ -393,19 +393,27 @@ def test_perturbing_changes_all_from_the_middle_on_and_nothing_before(
             mine = labels.positions // length == row
             assert torch.equal(earlier[stream][mine], labels.positions[mine] % length < cut)
     assert all(flags.any() and not flags.all() for flags in earlier.values())
+    ((what, (context, later)),) = contexts.items()
+    assert what == "tokens and codes"
+    assert torch.equal((context.inputs["input_ids"] == ids)[~audio], changed[~audio])
+    same_codes = context.inputs["audio_input_ids"] == batch.inputs["audio_input_ids"]
+    assert torch.equal(same_codes.all(2)[batch.inputs["audio_input_ids_mask"]], changed[audio])
+    assert all(torch.equal(later[stream], ~flags) for stream, flags in earlier.items())
 
 
 def test_a_perturbed_batch_shows_what_each_prediction_sees(
     family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]
 ) -> None:
     batch = family.collate(two_of_each(family, codes)[:2])
-    other, earlier = family.perturb(batch)
+    other, earlier, contexts = family.perturb(batch)
     with torch.no_grad():
         first, second = family.logits(model, batch), family.logits(model, other)
+        third = family.logits(model, contexts["tokens and codes"].batch)
     for stream, flags in earlier.items():
         assert torch.equal(first[stream][flags], second[stream][flags])
-        moved = (first[stream][~flags] != second[stream][~flags]).flatten(1).any(1)
-        assert moved.all()
+        for changed in (second, third):
+            moved = (first[stream][~flags] != changed[stream][~flags]).flatten(1).any(1)
+            assert moved.all()
 
 
 @pytest.mark.parametrize("further", [1, 2, -1])

@@ -1,0 +1,62 @@
+"""A family of the user's own, by import path: found in the folder that the command is started from, and looked over."""
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any, cast
+
+from rawloop.contracts import Family
+from rawloop.errors import RawloopError, UserError, nearest
+
+MEMBERS = (*Family.__annotations__, *(name for name in vars(Family) if not name.startswith("_")))
+
+
+def own_family(path: str, config: Any) -> Family:
+    """Import `package.module:Class`, call it with the model's config, and look whether a family came of it.
+
+    Whatever goes wrong in the user's own code is said in a line, with the place: a run has many processes, and one
+    traceback from each is no message.
+
+    Raises:
+        UserError: it cannot be imported, cannot be made, or lacks something that a family has.
+    """
+    module_name, _, class_name = path.partition(":")
+    asked = f"model.family is '{path}'"
+    # As `python -m` does, and torchrun with it: a script of the environment begins its search in its own folder.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(f"{asked}, which cannot be imported: {_told(error, module_name)}") from error
+        raise UserError(
+            f"{asked}, which cannot be imported: there is no module {error.name} in {os.getcwd()} or among the "
+            "installed packages; start from the folder that it lies in, or install it"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{asked}, which cannot be imported: {_told(error, module_name)}") from error
+    if not hasattr(module, class_name):
+        raise UserError(f"{asked}, and {module.__file__} has no {class_name}{nearest(class_name, vars(module))}")
+    try:
+        family = getattr(module, class_name)(config)
+    except RawloopError:
+        raise
+    except Exception as error:
+        raise UserError(f"{asked}, which cannot be made from model's config: {_told(error, module_name)}") from error
+    lacking = [name for name in MEMBERS if not hasattr(family, name)]
+    if lacking:
+        raise UserError(f"{asked}, which lacks {', '.join(lacking)}: see rawloop.contracts.Family and docs/families.md")
+    return cast(Family, family)
+
+
+def _told(error: Exception, module_name: str) -> str:
+    """What went wrong, and where in the user's own file, else in the file that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.removesuffix(".py").endswith(module_name.replace(".", os.sep))]
+    place = (own or frames)[-1]
+    file, line = place.filename, place.lineno
+    if isinstance(error, SyntaxError):  # which no frame of the file has met
+        file, line = error.filename or file, error.lineno
+    return f"{' '.join(traceback.format_exception_only(error)[-1].split())} ({file}, line {line})"

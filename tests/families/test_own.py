@@ -1,0 +1,161 @@
+"""A family of the user's own: found where the command is started, and refused in a line that says what to mend."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_model
+
+from rawloop.cli import main
+from rawloop.contracts import Family
+from rawloop.errors import CheckpointError, UserError
+from rawloop.families import ModelConfig, load_family
+from rawloop.families.own import MEMBERS
+
+ROOT = Path(__file__).parent.parent.parent
+WHOLE = """
+class Own:
+    streams, stream_weights = ("text",), {"text": 1.0}
+    def __init__(self, config):
+        self.path = config.path
+    load_model = check = example = collate = losses = logits = probe = None
+    special_targets = pieces = chance = perturb = None
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Give `write(code, name)`, which writes a module into the current folder; it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    # as the console script begins: the current folder is not among the places
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+
+    def written(code: str, name: str = "mine_for_tests.py") -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code, encoding="utf-8")
+        return file
+
+    yield written
+    for name in set(sys.modules) - before:
+        if name.startswith("mine_for_tests"):
+            del sys.modules[name]
+
+
+def load(family: str = "mine_for_tests:Own", path: str = "") -> Family:
+    return load_family(ModelConfig(path=path, family=family))
+
+
+def test_it_is_found_in_the_current_folder_and_reads_its_path_itself(write: Callable[..., Path]) -> None:
+    write(WHOLE)
+    assert getattr(load(path="any words"), "path") == "any words"  # noqa: B009
+    write(WHOLE, "mine_for_tests_package/inside.py")
+    assert type(load("mine_for_tests_package.inside:Own")).__name__ == "Own"
+
+
+def test_all_members_of_the_protocol_are_asked_for() -> None:
+    assert len(MEMBERS) == 13
+    assert {"streams", "stream_weights", "load_model", "perturb", "chance"} < set(MEMBERS)
+
+
+RAISES = """
+class Own:
+    def __init__(self, config):
+        self.helper()
+    def helper(self):
+        {}["vocabulary"]
+"""
+DEEP = """
+import json
+class Own:
+    def __init__(self, config):
+        json.loads("no")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, r"cannot be imported: there is no module mine_for_tests in .*; start from the folder that it lies in"),
+        (
+            "import no_such_module_anywhere",
+            r"ModuleNotFoundError: No module named 'no_such_.* \(.*mine_for_tests.py, line 1\)",
+        ),
+        ("from math import tau\nfrom math import tauu", r"cannot be imported: ImportError: .*tests.py, line 2\)"),
+        ("class Own:\n    pass\n1 / 0\n", r"cannot be imported: ZeroDivisionError: .*mine_for_tests.py, line 3\)"),
+        ("class Own(:\n    pass\n", r"cannot be imported: SyntaxError: .*mine_for_tests.py, line 1\)$"),
+        ("class Owm:\n    pass\n", r"mine_for_tests.py has no Own \(did you mean 'Owm'\?\)"),
+        (RAISES, r"cannot be made from model's config: KeyError: 'vocabulary' \(.*mine_for_tests.py, line 6\)"),
+        (DEEP, r"cannot be made from model's config: .*JSONDecodeError: .*mine_for_tests.py, line 5\)"),
+        ("class Own:\n    def __init__(self):\n        pass\n", r"cannot be made from model's config: TypeError: "),
+        (WHOLE.replace("= losses", "").replace("= perturb", ""), r"which lacks losses, perturb: see rawloop.contracts"),
+        (WHOLE.replace("streams, stream_weights", "streams, weights"), r"which lacks stream_weights: see"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    write: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    code: str | None,
+    message: str,
+) -> None:
+    if code is not None:
+        write(code)
+    with pytest.raises(UserError, match=message):
+        load()
+    sys.modules.pop("mine_for_tests", None)
+    assert main(["train", "--device=cpu", "--model.family=mine_for_tests:Own", "--output=run"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("rawloop train: model.family is 'mine_for_tests:Own'")
+    assert "\n" not in said
+
+
+def test_what_a_family_says_itself_is_left_as_it_is(write: Callable[..., Path]) -> None:
+    refuses = "    def __init__(self, config):\n        raise CheckpointError('my words')\n"
+    write(f"from rawloop.errors import CheckpointError\nclass Own:\n{refuses}")
+    with pytest.raises(CheckpointError, match=r"^my words$"):
+        load()
+
+
+STORED = """
+from mine_for_tests_page import ByteLM
+class Own(ByteLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.path = config.path
+    def load_model(self, path=None):
+        return super().load_model(path or self.path)
+"""
+
+
+def test_lora_on_a_plain_module_trains_resumes_and_merges(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    write(page.split("```python\n")[1].split("```")[0], "mine_for_tests_page.py")
+    write(STORED)
+    family = load(path="")
+    (tmp_path / "base").mkdir()
+    save_model(family.load_model(), str(tmp_path / "base" / "model.safetensors"))
+    write("".join(json.dumps({"text": f"{k}: " + "la " * k}) + "\n" for k in range(8)), "data.jsonl")
+    model = ["--model.family=mine_for_tests:Own", "--model.path=base"]
+    adapter = ["--adapter.mode=lora", "--adapter.target_modules=[head]", "--checks.expect_chance=true"]
+    data = ["--data.train=data.jsonl", "--data.eval=data.jsonl", "--train.batch_size=2", "--optim.lr=0.01"]
+    common = ["train", "--device=cpu", *model, *adapter, *data, "--checkpoint.save_every=2"]
+    assert main([*common, "--output=whole", "--train.max_steps=4"]) == 0
+    resume = "--resume=whole/checkpoints/step-00000002"
+    assert main([*common, "--output=resumed", "--train.max_steps=4", resume]) == 0
+    weights = "checkpoints/step-00000004/adapter/adapter_model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "resumed" / weights).read_bytes()
+    merge = ["merge", f"--adapter={Path('whole', weights).parent}", "--output=merged", model[0]]
+    capsys.readouterr()
+    assert main(merge) == 2
+    assert "which does not name its base model: pass --model.path" in capsys.readouterr().err
+    assert main([*merge, model[1]]) == 0
+    assert "logits differ by" in capsys.readouterr().out
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert {name for name in base if not torch.equal(base[name], merged[name])} == {"head.weight"}
