@@ -9,7 +9,8 @@ gradients, in DDP where there are two. Each gradient is held against that of one
 batch: the L2 norm of the difference over the L2 norm of that one, over all trained weights, which are all there are.
 
 In float64, norms and rotary tables are exchanged for modules that compute in float64: those of transformers go through
-float32 whatever the weights are. `--as-is` leaves them.
+float32 whatever the weights are, and a number that falls on the other side of a rounding there is off by 6e-8 at once.
+`--as-is` leaves them.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, LossModule, World, open_world
+from rawloop.dist import DDPConfig, World, open_world
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Meter, Run, TrainConfig, accumulate, take_window
@@ -184,7 +185,7 @@ def build_audio_chat(demo_model: Path, folder: Path) -> None:
 def sizes(tokenizer: Any) -> dict[str, Any]:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 1024}
-    return {"vocab_size": len(tokenizer), "pad_token_id": None, "initializer_range": 0.2, **layers, **heads}
+    return {"vocab_size": len(tokenizer), "pad_token_id": None, **layers, **heads}
 
 
 def save(model_class: Any, config: Any, folder: Path) -> None:
@@ -262,8 +263,8 @@ def gradient(run: Run, layout: Layout) -> tuple[dict[str, Tensor], float]:
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in run.policy.named_parameters()
     }
     run.policy.zero_grad(run.optimizer)
-    batches = windows.loader.batches
-    own = sum(len(batches.example(batches.samples[i]).input_ids) for group in windows.plan.micro_batches(0) for i in group)
+    groups = windows.loader.batches.examples(windows.plan.micro_batches(0))
+    own = sum(len(example.input_ids) for group in groups for example in group)
     filled, computed = run.world.sum([float(own), float(sum(batch.inputs["input_ids"].numel() for batch in window))])
     return found, 1 - filled / computed
 
@@ -313,28 +314,38 @@ class Cell(NamedTuple):
     measured: Measured
 
 
+def measure_all(
+    world: World, runs: dict[str, RunConfig], wanted: dict[str, list[Layout]], as_is: bool = False
+) -> list[Cell]:
+    """Measure the wanted layouts of each family in both dtypes. All ranks call this together."""
+    return [
+        Cell(family, layout, world.size, str(dtype).removeprefix("torch."), measured)
+        for family, config in runs.items()
+        for dtype in BOUNDS
+        for layout, measured in measure(world, config, dtype, wanted[family], as_is).items()
+    ]
+
+
 def measure_here(folder: Path) -> None:
     """Measure everything in the world that the environment describes; rank 0 writes its part of the table."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     runs, as_is = pickle.loads((folder / "job.pickle").read_bytes())
     with open_world("cpu") as world:
-        cells = [
-            Cell(family, layout, world.size, str(dtype).removeprefix("torch."), measured)
-            for family, config in runs.items()
-            for dtype in BOUNDS
-            for layout, measured in measure(world, config, dtype, layouts(family), as_is).items()
-        ]
+        cells = measure_all(world, runs, {family: layouts(family) for family in runs}, as_is)
         if world.is_main:
-            (folder / f"cells-{world.size}.pickle").write_bytes(pickle.dumps([tuple(cell) for cell in cells]))
+            (folder / f"cells-{world.size}.pickle").write_bytes(pickle.dumps(cells))
 
 
 def measure_in_processes(folder: Path, processes: int) -> list[Cell]:
     """Measure in so many processes, as torchrun starts them."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--job", str(folder)]
-    subprocess.run(command, check=True)
-    return [Cell(*cell) for cell in pickle.loads((folder / f"cells-{processes}.pickle").read_bytes())]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # a run's records go there
+    if done.returncode:
+        raise SystemExit(f"{done.stderr}\n{processes} processes: exit code {done.returncode}")
+    cells: list[Cell] = pickle.loads((folder / f"cells-{processes}.pickle").read_bytes())  # ours: both are __main__
+    return cells
 
 
 def table(cells: list[Cell]) -> str:
