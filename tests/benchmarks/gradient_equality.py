@@ -366,7 +366,7 @@ def too_far(cells: list[Cell]) -> list[str]:
     """A sentence for every number that is beyond its bound."""
     bounds = {str(dtype).removeprefix("torch."): bound for dtype, bound in BOUNDS.items()}
     return [
-        f"{c.family}, {c.layout.batch_size} x {c.layout.accumulation} {c.layout.order}, {c.processes} processes, "
+        f"{c.family}, {c.layout.batch_size} x {c.layout.accumulation} {c.layout.order}, {c.processes} process(es), "
         f"{c.dtype}: the gradient is off by {c.measured.difference:.2e}, more than {bounds[c.dtype]:.0e}"
         for c in cells
         if not c.measured.difference <= bounds[c.dtype]
