@@ -85,6 +85,7 @@ def test_a_window_that_is_a_mean_of_means_is_found_out(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_whole_table(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
