@@ -334,7 +334,7 @@ def measure_here(folder: Path) -> None:
     with open_world("cpu") as world:
         cells = measure_all(world, runs, {family: layouts(family) for family in runs}, as_is)
         if world.is_main:
-            (folder / f"cells-{world.size}.pickle").write_bytes(pickle.dumps(cells))
+            (folder / f"cells-{world.size}.json").write_text(json.dumps(cells))
 
 
 def measure_in_processes(folder: Path, processes: int) -> list[Cell]:
@@ -344,8 +344,11 @@ def measure_in_processes(folder: Path, processes: int) -> list[Cell]:
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # a run's records go there
     if done.returncode:
         raise SystemExit(f"{done.stderr}\n{processes} processes: exit code {done.returncode}")
-    cells: list[Cell] = pickle.loads((folder / f"cells-{processes}.pickle").read_bytes())  # ours: both are __main__
-    return cells
+    cells = json.loads((folder / f"cells-{processes}.json").read_text())
+    return [
+        Cell(family, Layout(*layout), size, dtype, Measured(*measured))
+        for family, layout, size, dtype, measured in cells
+    ]
 
 
 def table(cells: list[Cell]) -> str:
