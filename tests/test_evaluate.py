@@ -161,11 +161,16 @@ class Broken:
 def on_ranks(world: World, checkpoint: Path, data: Path) -> list[Any]:
     scene = open_scene(checkpoint, data)
     results: list[Any] = [evaluate(scene, 2, scene.samples[:number], world) for number in (5, 2, 1)]
+    others = [evaluate(scene, size, samples, world) for size in (1, 3, 8) for samples in orders(scene)]
     try:
         evaluator(scene, Broken(batches_of(scene, world=world), world.rank == 1), world).run()
     except RawloopError as error:
         results.append(str(error))
-    return results
+    return [*results, others]
+
+
+def orders(scene: Scene) -> list[list[Sample]]:
+    return [scene.samples, scene.samples[3:] + scene.samples[:3]]
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -184,6 +189,8 @@ def test_ranks_share_the_set_and_agree_on_the_number(
         everywhere = [{**result[place].metrics, "eval_seconds": 0} for result in results]
         assert all(metrics == everywhere[0] for metrics in everywhere)  # to the last bit: ranks decide by it
     problem = "the codes of clip.wav are not what was written"
+    alone = evaluate(scene).metrics["eval_loss"]
+    assert all(close(other.metrics["eval_loss"], alone) for result in results for other in result[4])
     assert [result[3] for result in results] == [f"rank 1: {problem}", problem, f"rank 1: {problem}"][:size]
 
 
