@@ -365,7 +365,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         UserError: what wraps an adapter has trained weights of its own, which would be in no checkpoint.
     """
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    for kind in (lambda module: isinstance(module, PeftModel), lambda module: hasattr(module, "save_pretrained")):
+    for kind in (lambda module: isinstance(module, PeftModel), lambda module: hasattr(type(module), "save_pretrained")):
         found = next(filter(kind, model.modules()), None)
         outside = sorted(set(trained) - {id(p) for p in found.parameters()}) if found is not None else []
         if found is not None and not outside:
