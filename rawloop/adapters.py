@@ -367,12 +367,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     for kind in (lambda module: isinstance(module, PeftModel), lambda module: hasattr(type(module), "save_pretrained")):
         found = next(filter(kind, model.modules()), None)
-        outside = sorted(set(trained) - {id(p) for p in found.parameters()}) if found is not None else []
+        inside = {id(p) for p in found.parameters()} if found is not None else set()
+        outside = sorted(name for key, name in trained.items() if key not in inside)
         if found is not None and not outside:
             return found
         if isinstance(found, PeftModel):
             raise UserError(
-                f"{trained[outside[0]]} is trained and stands outside of the adapter, whose files would not hold it: "
+                f"{outside[0]} is trained and stands outside of the adapter, whose files would not hold it: "
                 "name its module in adapter.modules_to_save, or freeze it"
             )
     return model
