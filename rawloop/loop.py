@@ -269,6 +269,8 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
     """
     state = run.state
     if run.evaluator and run.evaluator.due(state.step, last):
+        if run.checkpoints:  # data workers are forked, and would inherit the locks of a thread that is writing
+            note(run, run.checkpoints.settle)
         evaluation = run.evaluator.run()
         note(run, lambda: run.records.metrics(state.step, evaluation.metrics))
         if not evaluation.valid and run.world.is_main:

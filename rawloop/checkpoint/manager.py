@@ -192,7 +192,7 @@ class CheckpointManager:
             self._saves.start(slot, step, partial(_write, slot, contents, finish, self.folder, self._last_size))
             self._saves.newest.held = time.perf_counter() - begun
         if not self.config.asynchronous:
-            self.world.together(self._wait, only_main=True)
+            self.world.together(self.settle, only_main=True)
 
     def _take(self, step: int) -> Contents:
         """Take the state of all parts on all ranks; two slots of one step hold the same, and share the copy."""
@@ -218,7 +218,7 @@ class CheckpointManager:
     def _collect(self) -> dict[str, Packed]:
         """Take the state of every part; packing it copies from the device, so other ranks pack only their own."""
         if self.world.is_main:
-            self._wait()
+            self.settle()
         states = {name: part.state_dict() for name, part in self.states.items()}
         wanted = states if self.world.is_main else self.per_rank
         return {name: pack(states[name], copy=self.config.asynchronous) for name in wanted}
@@ -234,7 +234,8 @@ class CheckpointManager:
         if self.world.is_main and not self._saves:
             self._taken = None
 
-    def _wait(self) -> None:
+    def settle(self) -> None:
+        """Wait for the saves under way, and report them; see `poll`."""
         self._saves.wait()
         self.poll()
 
@@ -247,14 +248,14 @@ class CheckpointManager:
         self.world.together(self._finish, only_main=True)
 
     def _finish(self) -> None:
-        self._wait()
+        self.settle()
         if self._failures:
             raise self._failures[-1]
 
     def close(self) -> None:
         """Wait for the saves under way, when a run ends by an error of its own; what becomes of them is an event."""
         try:
-            self._wait()
+            self.settle()
         except CheckpointError:
             return  # told by its event
 
