@@ -368,7 +368,7 @@ class Meter:
         """Write the mean losses since the last line, over all ranks, and start over."""
         run, state = self.run, self.run.state
         means = self._means()
-        loss = sum(run.weights[stream] * means[f"loss/{stream}"] for stream in self.totals)
+        loss = sum(run.weights[s] * means[f"loss/{s}"] for s in self.totals if f"loss/{s}" in means)
         values: dict[str, float | str] = {
             "loss": loss,
             **means,
@@ -385,7 +385,7 @@ class Meter:
         self._start_over()
 
     def _means(self) -> dict[str, float]:
-        """Mean nats per target of every stream and part, over all ranks, in one reduction."""
+        """Mean nats per target of every stream and part that had any, over all ranks, in one reduction."""
         names, sums, counts = [], [], []
         for stream, total in self.totals.items():
             parts = self.parts[stream].tolist() if stream in self.parts else []
@@ -394,4 +394,4 @@ class Meter:
             counts += self.targets[stream]
         reduced = self.run.world.sum([*sums, *map(float, counts)])
         pairs = zip(names, reduced[: len(names)], reduced[len(names) :], strict=True)
-        return {name: value / count if count else math.nan for name, value, count in pairs}
+        return {name: value / count for name, value, count in pairs if count}

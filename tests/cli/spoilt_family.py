@@ -122,3 +122,28 @@ class NotFinite(Spoilt):
 
     def spoil_losses(self, losses: dict[str, StreamLoss], model: nn.Module) -> Any:
         return {name: loss._replace(total=loss.total * torch.nan) for name, loss in losses.items()}
+
+
+class AllMasked(Spoilt):
+    """Labels of which nothing is left."""
+
+    def example(self, sample: Any, codes: Any = None) -> Any:
+        made = super().example(sample, codes)
+        return replace(made, labels=torch.full_like(made.labels, IGNORE)) if self.masks(sample.id) else made
+
+    def masks(self, name: str) -> bool:
+        return True
+
+
+class WindowMasked(AllMasked):
+    """A window of two samples without targets."""
+
+    def masks(self, name: str) -> bool:
+        return name in ("train-6", "bad")
+
+
+class EvaluationMasked(AllMasked):
+    """An evaluation set without targets."""
+
+    def masks(self, name: str) -> bool:
+        return name.startswith("eval")
