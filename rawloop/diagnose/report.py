@@ -112,7 +112,7 @@ class Report:
             return []
         return [
             f"{len(silent)} of {self.census.samples} samples have no target in any stream, so that nothing is learnt "
-            f"from them: {', '.join(silent)}; mend their labels, or leave them out"
+            f"from them: {', '.join(dict.fromkeys(silent))}; mend their labels, or leave them out"
         ]
 
     def loss_warnings(self) -> list[str]:
