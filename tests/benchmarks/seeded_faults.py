@@ -3,10 +3,10 @@
     python tests/benchmarks/seeded_faults.py [--doctor] [--only WORD ...]
 
 Each fault is a change of a line or two. It is applied to a copy of the package and its tests; the tests named beside
-it must fail there, and pass in an untouched copy. With --doctor, `rawloop doctor` is run on the demo as well, and the
-rows that fail are shown: what a user sees without any of our tests. A fault whose old text does not stand in its file
-exactly once ends the script before anything is run: the list is then out of date. Prints a table for
-docs/correctness.md.
+it must fail there, and pass in an untouched copy. With --doctor, `rawloop doctor` is run as well, on the demo or on a
+small text model, and the rows that fail are shown: what a user sees without any of our tests. A fault whose old text
+does not stand in its file exactly once ends the script before anything is run: the list is then out of date. Prints a
+table for docs/correctness.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import yaml
@@ -57,7 +57,7 @@ FAULTS = (
         "return Labels(positions, flat[positions])",
         (
             "families/test_causal_lm.py::test_losses_equal_the_models_own",
-            "families/test_audio_chat.py::test_losses_equal_the_models_own",
+            "families/test_audio_chat.py::test_a_batch_scores_each_target_from_the_position_before_it",
         ),
     ),
     Fault(
@@ -355,52 +355,81 @@ def failing(folder: Path, tests: Sequence[str]) -> tuple[set[str], set[str]]:
     return ran, failed
 
 
-def write_demo(folder: Path) -> Path:
-    """Build the demo with an untouched copy, and a config for the doctor; returns the config's file."""
+KEEP_TEXT = """
+import shutil
+
+def test_keep(text_checkpoint, text_data):
+    shutil.copytree(text_checkpoint, {model!r})
+    shutil.copytree(text_data, {data!r})
+"""
+
+
+def write_demos(folder: Path) -> Path:
+    """Write what the doctor examines, by an untouched copy: the demo, and the text model of the tests.
+
+    Returns:
+        a folder with `speech.yaml` and `text.yaml`.
+    """
+    model, data = folder / "text" / "model", folder / "text" / "data"
     with copy() as clean:
-        done = call(clean, "-m", "rawloop", "demo", "--folder", str(folder))
-        if done.returncode:
-            raise RuntimeError(done.stderr)
+        (clean / "tests" / "test_keep.py").write_text(KEEP_TEXT.format(model=str(model), data=str(data)))
+        for arguments in (
+            ("-m", "rawloop", "demo", "--folder", str(folder / "demo")),
+            ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_keep.py"),
+        ):
+            done = call(clean, *arguments)
+            if done.returncode:
+                raise RuntimeError(done.stdout + done.stderr)
+    speech = folder / "demo" / "speech"
+    write_config(
+        folder / "speech.yaml",
+        {"path": str(folder / "demo" / "model"), "stream_weights": {"text": 0.5}},
+        {"train": str(speech / "train"), "eval": str(speech / "eval"), "codes": str(folder / "demo" / "codes")},
+        ["audio_lm_head", "text_lm_head"],
+    )
+    files = {"train": str(data / "train.jsonl"), "eval": str(data / "eval.jsonl")}
+    write_config(folder / "text.yaml", {"path": str(model)}, files, [])
+    return folder
+
+
+def write_config(file: Path, model: dict[str, Any], data: dict[str, str], trained: list[str]) -> None:
+    """Write a config for the doctor."""
     settings = {
-        "output": str(folder / "run"),
+        "output": str(file.with_suffix("")),
         "device": "cpu",
-        "model": {"path": str(folder / "model"), "stream_weights": {"text": 0.5}},
-        "adapter": {"rank": 4, "modules_to_save": ["audio_lm_head", "text_lm_head"]},
-        "data": {
-            "train": str(folder / "speech" / "train"),
-            "eval": str(folder / "speech" / "eval"),
-            "codes": str(folder / "codes"),
-        },
+        "model": model,
+        "adapter": {"rank": 4, "modules_to_save": trained},
+        "data": data,
         "checks": {"expect_chance": True},
         "evaluation": {"batch_size": 3},
     }
-    (folder / "doctor.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return folder / "doctor.yaml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
-def rows_that_fail(folder: Path, config: Path) -> list[str]:
-    """Ask the doctor of a copy; returns the names of its rows that fail.
+def rows_that_fail(folder: Path, demos: Path, name: str) -> list[str]:
+    """Ask the doctor of a copy about `speech` or `text`; returns the names of its rows that fail.
 
     Raises:
         RuntimeError: it gave no table.
     """
-    done = call(folder, "-m", "rawloop", "doctor", "--config", str(config))
+    done = call(folder, "-m", "rawloop", "doctor", "--config", str(demos / f"{name}.yaml"))
     rows = re.findall(r"^(passed|FAILED|skipped) +(.{34}) ", done.stdout, re.MULTILINE)
     if not rows:
         raise RuntimeError(done.stderr)
     return [name.strip() for result, name in rows if result == "FAILED"]
 
 
-def examine(faults: Sequence[Fault], config: Path | None) -> Iterator[tuple[Fault, set[str], list[str]]]:
+def examine(faults: Sequence[Fault], demos: Path | None) -> Iterator[tuple[Fault, set[str], list[str]]]:
     """Seed each fault; yields the tests and the rows of the doctor that noticed it."""
     for fault in faults:
         with copy() as folder:
             seed(fault, folder)
             _, failed = failing(folder, fault.tests)
-            yield fault, failed, [] if config is None else rows_that_fail(folder, config)
+            name = "text" if fault.file in (CAUSAL_LM, TEXT_EXAMPLES) else "speech"
+            yield fault, failed, [] if demos is None else rows_that_fail(folder, demos, name)
 
 
-def refuse_if_red(faults: Sequence[Fault], config: Path | None) -> None:
+def refuse_if_red(faults: Sequence[Fault], demos: Path | None) -> None:
     """Refuse to go on where tests fail, or the doctor finds something, without any fault."""
     wanted = {test for fault in faults for test in fault.tests}
     with copy() as clean:
@@ -409,8 +438,9 @@ def refuse_if_red(faults: Sequence[Fault], config: Path | None) -> None:
             raise RuntimeError(
                 f"without any fault, these fail: {sorted(failed)}, and these are not there: {wanted - ran}"
             )
-        if config is not None and (rows := rows_that_fail(clean, config)):
-            raise RuntimeError(f"without any fault, the doctor's rows fail: {rows}")
+        for name in () if demos is None else ("speech", "text"):
+            if rows := rows_that_fail(clean, demos, name):  # type: ignore[arg-type]
+                raise RuntimeError(f"without any fault, rows of the doctor fail on {name}: {rows}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -425,11 +455,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     faults = [fault for fault in FAULTS if any(word in fault.name for word in options.only)]
     missed = []
-    with tempfile.TemporaryDirectory(prefix="seeded-faults-demo-") as demo:
-        config = write_demo(Path(demo)) if options.doctor else None
-        refuse_if_red(faults, config)
+    with tempfile.TemporaryDirectory(prefix="seeded-faults-demo-") as folder:
+        demos = write_demos(Path(folder)) if options.doctor else None
+        refuse_if_red(faults, demos)
         print("| seeded fault | the doctor's rows that fail | tests that fail |\n|---|---|---|")
-        for fault, failed, rows in examine(faults, config):
+        for fault, failed, rows in examine(faults, demos):
             tests = "<br>".join(f"`{test}`" for test in fault.tests if test in failed)
             print(f"| {fault.name} | {', '.join(rows) or '-'} | {tests or '-'} |", flush=True)
             missed += [f"{fault.name}: {test}" for test in fault.tests if test not in failed]
