@@ -12,6 +12,8 @@ import torch
 from rawloop.contracts import Batch, Family, Special
 from rawloop.diagnose.table import table
 
+GIVEN = frozenset(("system", "scene", "user"))
+
 
 @dataclass
 class Census:
@@ -48,6 +50,14 @@ class Census:
             for special, counts in self.specials.items()
             if special.required and not all(counts)
         ]
+
+    def prompts(self) -> dict[str, int]:
+        """Targets by role where there should be none: what a system, a scene or a user says is given, not learnt."""
+        found: dict[str, int] = {}
+        for (role, _), (_, targets) in self.roles.items():
+            if targets and not GIVEN.isdisjoint(role.split("+")):
+                found[role] = found.get(role, 0) + targets
+        return found
 
     def lines(self) -> list[str]:
         """The census as two tables."""

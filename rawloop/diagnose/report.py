@@ -102,18 +102,25 @@ class Report:
         ]
 
     def warnings(self) -> list[str]:
-        """What is likely wrong and does not stop the run: samples without targets, an unexpected loss of chance."""
+        """What is likely wrong and does not stop the run: samples without targets, prompts, unexpected chance."""
         return [*self.label_warnings(), *self.loss_warnings()]
 
     def label_warnings(self) -> list[str]:
-        """Samples from which nothing is learnt."""
-        silent = self.census.silent
-        if not silent:
-            return []
-        return [
-            f"{len(silent)} of {self.census.samples} samples have no target in any stream, so that nothing is learnt "
-            f"from them: {', '.join(dict.fromkeys(silent))}; mend their labels, or leave them out"
-        ]
+        """Samples from which nothing is learnt, and prompts that are."""
+        found = []
+        silent, prompts = self.census.silent, self.census.prompts()
+        if silent:
+            found.append(
+                f"{len(silent)} of {self.census.samples} samples have no target in any stream, so that nothing is "
+                f"learnt from them: {', '.join(dict.fromkeys(silent))}; mend their labels, or leave them out"
+            )
+        if prompts:
+            turns = ", ".join(f"{count:,} in {role} turns" for role, count in prompts.items())
+            found.append(
+                f"prompts are learnt: there are targets where nothing is to be said ({turns}); mask them, or look at "
+                "them with `rawloop inspect`"
+            )
+        return found
 
     def loss_warnings(self) -> list[str]:
         """A first loss of chance that nobody expects."""

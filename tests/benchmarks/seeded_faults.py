@@ -407,16 +407,17 @@ def write_config(file: Path, model: dict[str, Any], data: dict[str, str], traine
 
 
 def rows_that_fail(folder: Path, demos: Path, name: str) -> list[str]:
-    """Ask the doctor of a copy about `speech` or `text`; returns the names of its rows that fail.
+    """Ask the doctor of a copy about `speech` or `text`; returns the names of its rows that fail or warn.
 
     Raises:
         RuntimeError: it gave no table.
     """
     done = call(folder, "-m", "rawloop", "doctor", "--config", str(demos / f"{name}.yaml"))
-    rows = re.findall(r"^(passed|FAILED|skipped) +(.{34}) ", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^(passed|FAILED|skipped) +(.{34}) (.*)", done.stdout, re.MULTILINE)
     if not rows:
         raise RuntimeError(done.stderr)
-    return [name.strip() for result, name in rows if result == "FAILED"]
+    failed = [name.strip() for result, name, _ in rows if result == "FAILED"]
+    return failed + [f"{name.strip()} (warns)" for result, name, said in rows if "; warning: " in said]
 
 
 def examine(faults: Sequence[Fault], demos: Path | None) -> Iterator[tuple[Fault, set[str], list[str]]]:
@@ -458,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="seeded-faults-demo-") as folder:
         demos = write_demos(Path(folder)) if options.doctor else None
         refuse_if_red(faults, demos)
-        print("| seeded fault | the doctor's rows that fail | tests that fail |\n|---|---|---|")
+        print("| seeded fault | rows of the doctor | tests |\n|---|---|---|")
         for fault, failed, rows in examine(faults, demos):
             tests = "<br>".join(f"`{test}`" for test in fault.tests if test in failed)
             print(f"| {fault.name} | {', '.join(rows) or '-'} | {tests or '-'} |", flush=True)
