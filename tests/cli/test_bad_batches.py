@@ -276,6 +276,7 @@ def test_an_evaluation_set_without_targets_is_refused(ranks: Ranks, write: Calla
         "evaluation.enabled to false"
     )
     assert [first.code, *(done.code for done in others)] == [2] * size
+    assert all("rawloop train" not in done.err for done in others)
     assert not steps(config)
 
 
