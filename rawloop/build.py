@@ -5,6 +5,7 @@ restored last, because building things draws from them.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +29,12 @@ from rawloop.contracts import Batch, CodecFamily, Family, PackingFamily, Sample
 from rawloop.data import DataConfig, codes_folder
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.codes import CodeCache
+from rawloop.data.limits import Limits
 from rawloop.data.prepare import prepare
 from rawloop.data.samples import check_lengths, read_samples
 from rawloop.diagnose import Report, run_checks
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import RawloopError, UserError, happening
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
 from rawloop.loop import Run, TrainState
@@ -146,12 +148,15 @@ class Ready:
         """Make the first examples of this rank, a list per micro-batch."""
         groups: list[list[Any]] = []
         while len(groups) < batches:
-            groups += self.train.batches.examples(self.plan.micro_batches(len(groups) // self.plan.accumulation))
-        return groups[:batches]
+            window = self.plan.micro_batches(len(groups) // self.plan.accumulation)
+            groups += [self.train.batches.made(indices)[0] for indices in window[: batches - len(groups)]]
+        return groups
 
     def first_loss(self) -> Tensor:
         """The sum of the first micro-batch's losses, for the precision policy's trial."""
-        losses = self.module(self.first_batch.to(self.policy.device))
+        samples = ", ".join(self.first_batch.ids)
+        with happening(f"in the trial of one pass, on the samples {samples}", name_own=True):
+            losses = self.module(self.first_batch.to(self.policy.device))
         return torch.stack([loss.total for loss in losses.values()]).sum()
 
 
@@ -183,7 +188,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     evaluator = None
     if config.evaluation.enabled:
         evaluator = build_evaluator(config, family, module, policy, cache, eval_samples, world)
-    train = _loader(config, family, cache, train_samples, world)
+    train = _loader(config, family, model, cache, train_samples, world)
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
@@ -198,13 +203,30 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
     """
     if config.resume is not None or not config.checks.enabled:
         return None
-    examples = partial(ready.examples, config.checks.batches)
-    report = run_checks(config.checks, ready.family, ready.module, examples, ready.policy, world)
+    report = _report(config, world, ready)
     say(report.text())
     if report.problems():
         world.together(partial(report.write_census, folder), only_main=True)
         world.together(report.stop_if_wrong, only_main=True)
     return report
+
+
+def _report(config: RunConfig, world: World, ready: Ready) -> Report:
+    examples = partial(ready.examples, config.checks.batches)
+    return run_checks(config.checks, ready.family, ready.module, examples, ready.policy, world)
+
+
+def check_run(config: RunConfig, world: World) -> Report:
+    """Run the checks of a new run and nothing else: what they find is returned, whatever it is, and written nowhere.
+
+    Raises:
+        UserError: anything in config, data or model that cannot work.
+    """
+    ready = world.together(partial(_prepare_run, config, world, lambda line: None, None))
+    assert ready is not None
+    ready.module.train()
+    preflight(ready.policy, ready.first_loss)
+    return _report(config, world, ready)
 
 
 def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig) -> Run:
@@ -350,15 +372,40 @@ def build_evaluator(
     world: World,
 ) -> Evaluator:
     """Build the evaluator over this rank's share of the samples."""
-    loader = _loader(config, family, cache, samples, world)
+    loader = _loader(config, family, module.model, cache, samples, world)
     size = config.evaluation.batch_size
     batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
     return Evaluator(config.evaluation, module, batches, policy, world, family.stream_weights)
 
 
-def _loader(config: RunConfig, family: Family, cache: CodeCache | None, samples: list[Sample], world: World) -> Loader:
-    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate)
+def _loader(
+    config: RunConfig, family: Family, model: nn.Module, cache: CodeCache | None, samples: list[Sample], world: World
+) -> Loader:
+    limits = limits_of(family, model)
+    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, limits.fault)
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
+
+
+def limits_of(family: Family, model: nn.Module) -> Limits:
+    """What batches of a model may hold: ids that have an embedding, targets that the family's heads can name.
+
+    A token beyond the embedding is no mistake where the family's own probe has it: some models put audio in its place
+    before they look anything up.
+    """
+    classes = {stream: round(math.exp(nats)) for stream, nats in family.chance().items()}
+    table = _embedding(model)
+    ids = family.probe().inputs.get("input_ids")
+    known = int(ids.max()) + 1 if ids is not None else 0
+    return Limits(None if table is None else max(len(table), known), classes)
+
+
+def _embedding(model: nn.Module) -> Tensor | None:
+    """The weight of the input embedding, of models that have one."""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return weight if isinstance(weight, Tensor) else None
 
 
 def no_codes(path: Path) -> Tensor:

@@ -7,7 +7,7 @@ part works alone.
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,6 +23,7 @@ from rawloop.contracts import Batch, Losses, StreamLoss
 from rawloop.errors import RawloopError, UserError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=RawloopError)
 
 
 @dataclass
@@ -115,8 +116,12 @@ class World:
         raised = error
         if raised is None or self.rank != rank:
             raised = kind(message if rank == 0 else f"rank {rank}: {message}")
-        raised.speaks = self.is_main
-        raise raised
+        raise self.alike(raised)
+
+    def alike(self, error: E) -> E:
+        """Mark an error that all ranks raise alike: rank 0 alone tells it."""
+        error.speaks = self.is_main
+        return error
 
     def wrap(self, module: "LossModule", config: DDPConfig) -> nn.Module:
         """Wrap `module` in DDP, or return it as it is in a single process."""
@@ -186,8 +191,24 @@ class LossModule(nn.Module):
         self.losses = losses
 
     def forward(self, batch: Batch) -> dict[str, StreamLoss]:
-        """Score one micro-batch that is on the model's device."""
-        return self.losses(self.model, batch)
+        """Score one micro-batch that is on the model's device.
+
+        Raises:
+            UserError: a stream that has targets got no loss.
+        """
+        losses = self.losses(self.model, batch)
+        for stream, count in batch.targets.items():
+            scored = losses.get(stream) if isinstance(losses, Mapping) else None
+            total = getattr(scored, "total", None)
+            if count and not isinstance(total, torch.Tensor):
+                given = f"losses for {list(losses)}" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
+                raise UserError(
+                    f"there is no loss for the {count} targets of the stream '{stream}': the family's `losses` gave "
+                    f"{given if scored is None else f'a total that is a {type(total).__name__}'}; it must return a "
+                    "StreamLoss with a tensor for each stream. A model that swallows labels under a name that it does "
+                    "not know returns a loss of None"
+                )
+        return losses
 
 
 def bare_module(module: nn.Module) -> nn.Module:

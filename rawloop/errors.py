@@ -5,7 +5,8 @@ Any other `RawloopError` is a failure of the run or of the world (disk full, cor
 Everything else is a bug in rawloop and keeps its traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -32,6 +33,20 @@ class InterruptedUpdate(TrainingError):
 
 class CheckpointError(RawloopError):
     """A checkpoint cannot be written, or what is on disk is not what was written."""
+
+
+@contextmanager
+def happening(where: str, *, name_own: bool = False) -> Iterator[None]:
+    """Let an error say where it happened: a bug in a note under its traceback; our own, if asked to, in its message."""
+    try:
+        yield
+    except RawloopError as error:
+        if name_own:
+            error.args = (f"{error} ({where})",)
+        raise
+    except Exception as error:
+        error.add_note(where)
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import LossModule, World
-from rawloop.errors import TrainingError, UserError
+from rawloop.errors import UserError, happening
 from rawloop.seed import preserved_rng
 
 
@@ -103,7 +103,7 @@ class Evaluator:
             `eval_loss/<stream>/<part>`, `eval_targets/<stream>`, `eval_seconds`.
 
         Raises:
-            TrainingError: a stream has no target in the whole evaluation set.
+            UserError: a stream has no target in the whole evaluation set.
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
@@ -123,7 +123,8 @@ class Evaluator:
         names: list[str] = []
         counts: dict[str, int] = {}
         for batch in self.batches:
-            with self.policy.autocast():
+            place = f"in the evaluation, on rank {self.world.rank}, in the batch of the samples {', '.join(batch.ids)}"
+            with happening(place, name_own=True), self.policy.autocast():
                 losses = self.module(batch.to(self.world.device))
             named = dict(_named(losses))
             names = list(named)
@@ -148,8 +149,11 @@ class Evaluator:
                 counts[name] = counts.get(name, 0) + share_counts[name]
         for stream in self.weights:
             if not counts.get(stream):
-                raise TrainingError(
-                    f"the evaluation set has no target in the stream '{stream}': its loss does not exist"
+                raise self.world.alike(
+                    UserError(
+                        f"the evaluation set has no target in the stream '{stream}': its loss does not exist; mend "
+                        "data.eval, or set evaluation.enabled to false"
+                    )
                 )
         means = {name: sums[name] / counts[name] for name in sums if counts[name]}
         metrics = {"eval_loss": sum(weight * means[stream] for stream, weight in self.weights.items())}

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, bare_module, no_sync
-from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError, nearest
+from rawloop.errors import InterruptedUpdate, RawloopError, UserError, happening, nearest
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.optim import set_lr
 from rawloop.precision import PrecisionPolicy, StepResult, preflight
@@ -174,7 +174,9 @@ def train(run: Run) -> TrainState:
 def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int], meter: "Meter") -> None:
     """Add the gradients of all micro-batches; the last one always synchronises the ranks."""
     for micro_step, batch in enumerate(window, start=1):
-        with no_sync(run.module, micro_step < len(window)):
+        samples = ", ".join(batch.ids)
+        place = f"at step {run.state.step}, on rank {run.world.rank}, in the micro-batch of the samples {samples}"
+        with happening(place, name_own=True), no_sync(run.module, micro_step < len(window)):
             meter.add(forward_backward(run, batch, targets))
 
 
@@ -216,9 +218,10 @@ def weighted_mean(
     """The training loss of a micro-batch: sum over streams of weight x (sum of nats / targets of the whole window).
 
     `targets` counts over all micro-batches and ranks, so batch size, accumulation and world size do not change the
-    gradient beyond rounding. DDP averages gradients over `ranks`, so their number is multiplied back.
+    gradient beyond rounding. DDP averages gradients over `ranks`, so their number is multiplied back. A stream without
+    any target in the window adds nothing; it stays in the sum, so that its weights get gradients of zero, as DDP needs.
     """
-    factors = {stream: ranks * weights[stream] / targets[stream] for stream in losses if targets[stream]}
+    factors = {stream: ranks * weights[stream] / (targets[stream] or 1) for stream in losses}
     terms = [losses[stream].total * factor for stream, factor in factors.items()]
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
@@ -227,12 +230,17 @@ def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], 
     """Take the next window and agree, in one reduction, on its target counts over all ranks.
 
     Raises:
-        RawloopError: a sample is unusable on some rank; raised on every rank, naming rank and sample.
+        RawloopError: a sample is unusable on some rank, or its data has come to an end; raised on every rank, naming
+            rank and sample.
+        UserError: no rank has any target.
     """
     error = run.trouble
     window: list[Batch] = []
     try:
         window = next(windows)
+    except StopIteration:
+        ended = f"the training data came to an end before window {run.state.window}, {run.total_steps} steps are asked"
+        error = error or UserError(f"{ended} for: windows must come without end, on every rank (begin anew at theirs)")
     except RawloopError as caught:
         error = error or caught
     own = [float(sum(batch.targets[stream] for batch in window)) for stream in run.weights]
@@ -241,9 +249,13 @@ def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], 
         run.world.together(lambda: _raise(error))
     targets = {stream: int(count) for stream, count in zip(run.weights, counts, strict=True)}
     if not any(targets.values()):
-        names = ", ".join(name for batch in window for name in batch.ids)
-        raise TrainingError(
-            f"window {run.state.window} has no target in any stream on any rank (samples here: {names})"
+        shares = run.world.gather([name for batch in window for name in batch.ids])
+        names = ", ".join(name for share in shares for name in share)
+        raise run.world.alike(
+            UserError(
+                f"window {run.state.window} has no target in any stream: every label of its samples ({names}) is "
+                "masked; look at them with `rawloop inspect --sample ID`, mend their labels, or leave them out"
+            )
         )
     return window, targets
 
@@ -374,7 +386,7 @@ class Meter:
         """Write the mean losses since the last line, over all ranks, and start over."""
         run, state = self.run, self.run.state
         means = self._means()
-        loss = sum(run.weights[stream] * means[f"loss/{stream}"] for stream in self.totals)
+        loss = sum(run.weights[s] * means[f"loss/{s}"] for s in self.totals if f"loss/{s}" in means)
         values: dict[str, float | str] = {
             "loss": loss,
             **means,
@@ -391,7 +403,7 @@ class Meter:
         self._start_over()
 
     def _means(self) -> dict[str, float]:
-        """Mean nats per target of every stream and part, over all ranks, in one reduction."""
+        """Mean nats per target of every stream and part that had any, over all ranks, in one reduction."""
         names, sums, counts = [], [], []
         for stream, total in self.totals.items():
             parts = self.parts[stream].tolist() if stream in self.parts else []
@@ -400,4 +412,4 @@ class Meter:
             counts += self.targets[stream]
         reduced = self.run.world.sum([*sums, *map(float, counts)])
         pairs = zip(names, reduced[: len(names)], reduced[len(names) :], strict=True)
-        return {name: value / count if count else math.nan for name, value, count in pairs}
+        return {name: value / count for name, value, count in pairs if count}

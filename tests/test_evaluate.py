@@ -16,7 +16,7 @@ from rawloop.data.batches import EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
 from rawloop.dist import LossModule, World
-from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluation, EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
@@ -296,7 +296,7 @@ def test_a_stream_without_targets_has_no_loss(scene: Scene) -> None:
                 labels = {**batch.labels, "text": text._replace(positions=text.positions[:0], targets=text.targets[:0])}
                 yield Batch(batch.inputs, labels, {**batch.targets, "text": 0}, batch.ids)
 
-    with pytest.raises(TrainingError, match="evaluation set has no target in the stream 'text'"):
+    with pytest.raises(UserError, match="evaluation set has no target in the stream 'text'"):
         evaluator(scene, Silent()).run()
     with pytest.raises(UserError, match="the evaluation set is empty"):
         batches_of(scene, samples=[])

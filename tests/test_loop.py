@@ -29,7 +29,7 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.loop import Run, TrainConfig, train
-from rawloop.optim import OptimConfig
+from rawloop.optim import OptimConfig, lr_at
 from rawloop.precision import PrecisionConfig
 from rawloop.records import read_events, read_metrics
 
@@ -196,6 +196,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(base: RunConfig, tmp_path
     assert len(event["samples"]) == 4
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["lr"] for line in lines] == [lr_at(step, 6, base.optim) for step in range(6)]  # waited for it
     assert math.isnan(float(lines[1]["loss"] or 0))  # the poisoned loss is shown, not hidden
     assert all(math.isfinite(float(line["loss"] or 0)) for line in lines[2:])
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
@@ -465,6 +466,20 @@ def test_the_loss_of_a_log_line_is_the_mean_since_the_last(base: RunConfig, tmp_
     assert pairs == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2], rel=1e-6)
     parts = [losses(tmp_path / "each", f"loss/audio/{k}")[0] for k in range(8)]
     assert sum(parts) / 8 == pytest.approx(losses(tmp_path / "each", "loss/audio")[0], rel=1e-6)
+
+
+def test_the_weight_of_a_stream_scales_its_gradient(base: RunConfig, tmp_path: Path) -> None:
+    alone = AdapterConfig(mode="full", freeze=["model.*", "audio_lm_head.*"])  # text_lm_head learns from text only
+    plain = replace(base, adapter=alone, checks=ChecksConfig(enabled=False), train=TrainConfig(2, 1, max_steps=1))
+    plain = replace(plain, evaluation=EvaluationConfig(enabled=False), checkpoint=CheckpointConfig(0))
+    for weight in (1.0, 0.25):
+        model = replace(base.model, stream_weights={"text": weight})
+        go(replace(plain, output=str(tmp_path / str(weight)), model=model))
+    whole, quarter = (read_metrics(tmp_path / name)[0] for name in ("1.0", "0.25"))
+    assert quarter["grad_norm"] == pytest.approx(0.25 * float(whole["grad_norm"] or 0), rel=1e-5)
+    assert quarter["loss/text"] == whole["loss/text"]
+    difference = float(whole["loss"] or 0) - float(quarter["loss"] or 0)
+    assert difference == pytest.approx(0.75 * float(whole["loss/text"] or 0), rel=1e-5)
 
 
 def train_variants(world: World, configs: list[RunConfig]) -> None:

@@ -24,15 +24,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rawloop.audio import import_torchaudio
-from rawloop.build import build_run
+from rawloop.build import build_run, check_run
 from rawloop.checkpoint import find_slots
 from rawloop.checkpoint.disk import readable
 from rawloop.config import RunConfig, parse, to_yaml
+from rawloop.diagnose import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
 from rawloop.loop import Meter, Run, accumulate, take_window
 
 PART = "internal: measure gradients and the evaluation loss into this folder, as one of several processes"
+CENSUS, LOSS, CAUSALITY = 0, 1, 2  # places of the checks in a report's events
 STEPS, HALF = 4, 2  # steps of the run that is killed and resumed, and the step after which it is killed
 PATIENCE = 600.0  # seconds for a process that the doctor starts
 # Largest relative difference of gradients and evaluation losses between groupings of the same samples, by mode: some
@@ -71,9 +73,13 @@ def run(argv: list[str]) -> None:
 
 def examine(config: RunConfig, world: World, folder: Path) -> Iterator[Finding]:
     """Yield the findings one by one, printing each as it comes. What needs a check that failed is skipped."""
+    reports: list[Report] = []
     checks: list[tuple[str, Callable[[], str]]] = [
         ("environment", lambda: environment(config, world)),
-        ("data, model, labels, first pass", lambda: one_by_one(config, world, folder)),
+        ("data, model, first pass", lambda: one_by_one(config, world, folder, reports)),
+        ("label census", lambda: labels(reports)),
+        ("first loss", lambda: first_loss(reports)),
+        ("causality probe", lambda: causality(reports)),
         ("4 x 1 equals 1 x 4", lambda: equal_groupings(config, world, folder)),
         ("2 processes equal 1", lambda: equal_processes(config, world, folder)),
         ("killed and resumed, bit for bit", lambda: killed_and_resumed(config, world, folder)),
@@ -124,6 +130,7 @@ def small(config: RunConfig, output: Path, batch_size: int, accumulation: int) -
         resume=None,
         adapter=replace(config.adapter, dropout=0.0),
         train=replace(config.train, batch_size=batch_size, accumulation=accumulation, max_steps=STEPS, log_every=1),
+        checks=replace(config.checks, enabled=False),  # they have rows of their own
         evaluation=replace(config.evaluation, every=10**9, patience=0),
         checkpoint=replace(config.checkpoint, save_every=HALF, keep_last=0),
         records=replace(config.records, tensorboard=False, wandb=False, progress=False),
@@ -161,11 +168,53 @@ def read_measure(folder: Path) -> tuple[dict[str, Tensor], float | None, str]:
     return load_file(folder / "gradients.safetensors"), found["eval_loss"], found["mode"]
 
 
-def one_by_one(config: RunConfig, world: World, folder: Path) -> str:
-    """Read, check, load, and run one window forward and backward; 4 x 1 is what the others are compared with."""
-    gradients, loss = measure(small(config, folder / "run-4x1", 4, 1), world, folder / "4x1")
+def one_by_one(config: RunConfig, world: World, folder: Path, reports: list[Report]) -> str:
+    """Read, load, and run one window forward and backward; 4 x 1 is what the others are compared with.
+
+    `reports` gets what the checks before step 0 found, if the config has them, for the rows that judge it.
+    """
+    start = small(config, folder / "run-4x1", 4, 1)
+    gradients, loss = measure(start, world, folder / "4x1")
+    if config.checks.enabled:
+        reports.append(check_run(replace(start, checks=config.checks), world))
     measured = "evaluation is off" if loss is None else f"eval_loss {loss:.4f}"
     return f"{len(gradients)} trained weights have a gradient; {measured}"
+
+
+def labels(reports: list[Report]) -> str:
+    """What of the data is learnt: see `rawloop.diagnose.census`."""
+    report = the_report(reports)
+    return judged(report, CENSUS, report.wrong_labels(), report.label_warnings())
+
+
+def first_loss(reports: list[Report]) -> str:
+    """Whether the first loss is what it can be: see `rawloop.diagnose.verdict`."""
+    report = the_report(reports)
+    return judged(report, LOSS, report.wrong_losses(), report.loss_warnings())
+
+
+def causality(reports: list[Report]) -> str:
+    """Whether predictions see their past and nothing else: see `rawloop.diagnose.causality`."""
+    report = the_report(reports)
+    return judged(report, CAUSALITY, report.wrong_causality(), [])
+
+
+def the_report(reports: list[Report]) -> Report:
+    """What the checks before step 0 found."""
+    if not reports:
+        raise Skipped("checks.enabled is false")
+    return reports[0]
+
+
+def judged(report: Report, place: int, wrong: list[str], warnings: list[str]) -> str:
+    """The sentence of one of the checks, with its warnings.
+
+    Raises:
+        RawloopError: it found something that stops a run.
+    """
+    if wrong:
+        raise RawloopError("; ".join(wrong))
+    return "; warning: ".join([report.events()[place][0], *warnings])
 
 
 def equal_groupings(config: RunConfig, world: World, folder: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rawloop.contracts import Batch, Sample
+from rawloop.data.limits import no_fault
 from rawloop.errors import RawloopError, UserError
 from rawloop.seed import derive_seed
 
@@ -85,25 +86,63 @@ def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 class MicroBatches(Dataset[Batch | RawloopError]):
-    """Makes a whole micro-batch from a list of sample indices, in the main process or in a worker."""
+    """Makes a whole micro-batch from a list of sample indices, in the main process or in a worker.
+
+    Args:
+        samples: the data set.
+        example: encodes one sample.
+        collate: pads examples to a micro-batch.
+        fault: says what is wrong with a micro-batch, or None, such as `Limits.fault`.
+    """
 
     def __init__(
-        self, samples: Sequence[Sample], example: Callable[[Sample], Any], collate: Callable[[list[Any]], Batch]
+        self,
+        samples: Sequence[Sample],
+        example: Callable[[Sample], Any],
+        collate: Callable[[list[Any]], Batch],
+        fault: Callable[[Batch], str | None] = no_fault,
     ) -> None:
-        self.samples, self.example, self.collate = samples, example, collate
+        self.samples, self.example, self.collate, self.fault = samples, example, collate, fault
 
     def __getitem__(self, indices: list[int]) -> Batch | RawloopError:
         """Return the micro-batch, or the error: raised in a worker it would arrive wrapped in a traceback."""
         try:
-            return self.collate(self.examples([indices])[0])
+            return self.made(indices)[1]
         except RawloopError as error:
             return error
         except OSError as error:
-            return RawloopError(f"the codes of {[self.samples[i].id for i in indices]} cannot be read: {error}")
+            return RawloopError(f"the codes of the samples {self._names(indices)} cannot be read: {error}")
 
-    def examples(self, groups: list[list[int]]) -> list[list[Any]]:
-        """Return the examples of some micro-batches, not collated."""
-        return [[self.example(self.samples[index]) for index in indices] for indices in groups]
+    def made(self, indices: list[int]) -> tuple[list[Any], Batch]:
+        """Return the examples of some samples, and the micro-batch that they make.
+
+        Raises:
+            UserError: a sample cannot be made into an example, or holds what the model cannot take.
+        """
+        try:
+            examples = [self.example(self.samples[index]) for index in indices]
+            batch = self.collate(examples)
+            fault = self.fault(batch)
+        except (RawloopError, OSError):
+            raise
+        except Exception as error:  # a bug in somebody's family: its traceback says in which samples
+            error.add_note(f"while making a batch of the samples {self._names(indices)}")
+            raise
+        if fault is not None:
+            raise UserError(self._blame(indices, examples, fault))
+        return examples, batch
+
+    def _blame(self, indices: list[int], examples: list[Any], fault: str) -> str:
+        """Find the sample that is at fault: the first that is wrong also when it is alone."""
+        for index, example in zip(indices, examples, strict=True):
+            alone = self.fault(self.collate([example]))
+            if alone is not None:
+                sample = self.samples[index]
+                return f"sample '{sample.id}' ({sample.source}): {alone}"
+        return f"the batch of the samples {self._names(indices)}: {fault}"
+
+    def _names(self, indices: list[int]) -> str:
+        return ", ".join(self.samples[index].id for index in indices)
 
 
 class Loader:

@@ -12,19 +12,23 @@ import torch
 from rawloop.contracts import Batch, Family, Special
 from rawloop.diagnose.table import table
 
+GIVEN = frozenset(("system", "scene", "user"))
+
 
 @dataclass
 class Census:
     """Counts over some samples.
 
     `roles` has positions and targets by (role, stream); `codebooks` how many targets a position of a stream can have;
-    `specials` how often each special token is a target, per codebook of its stream.
+    `specials` how often each special token is a target, per codebook of its stream; `silent` names the samples that
+    have no target in any stream, from which nothing is learnt.
     """
 
     samples: int = 0
     roles: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     codebooks: dict[str, int] = field(default_factory=dict)
     specials: dict[Special, list[int]] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Census") -> "Census":
         """Both samples together, as those of two ranks."""
@@ -36,6 +40,7 @@ class Census:
         for special, counts in other.specials.items():
             known_counts = total.specials.get(special, [0] * len(counts))
             total.specials[special] = [a + b for a, b in zip(known_counts, counts, strict=True)]
+        total.silent = [*self.silent, *other.silent]
         return total
 
     def missing(self) -> list[str]:
@@ -45,6 +50,14 @@ class Census:
             for special, counts in self.specials.items()
             if special.required and not all(counts)
         ]
+
+    def prompts(self) -> dict[str, int]:
+        """Targets by role where there should be none: what a system, a scene or a user says is given, not learnt."""
+        found: dict[str, int] = {}
+        for (role, _), (_, targets) in self.roles.items():
+            if targets and not GIVEN.isdisjoint(role.split("+")):
+                found[role] = found.get(role, 0) + targets
+        return found
 
     def lines(self) -> list[str]:
         """The census as two tables."""
@@ -57,7 +70,8 @@ class Census:
             wanted = "" if not special.required else "required" if all(counts) else "required, MISSING"
             specials.append([special.name, special.stream, special.id, _short(counts), wanted])
         head = f"label census of {self.samples} samples"
-        return [head, *table("llrrr", roles), "", *table("llrll", specials)]
+        silent = [f"no target in any stream: {', '.join(self.silent)}"] if self.silent else []
+        return [head, *table("llrrr", roles), *silent, "", *table("llrll", specials)]
 
     def as_json(self) -> dict[str, Any]:
         """What goes into census.json."""
@@ -66,21 +80,30 @@ class Census:
             for (role, stream), (positions, targets) in self.roles.items()
         ]
         specials = [{**special._asdict(), "targets": counts} for special, counts in self.specials.items()]
-        return {"samples": self.samples, "codebooks": self.codebooks, "roles": roles, "specials": specials}
+        return {
+            "samples": self.samples,
+            "without_targets": self.silent,
+            "codebooks": self.codebooks,
+            "roles": roles,
+            "specials": specials,
+        }
 
 
 def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch]) -> Census:
-    """Count the targets of examples and of the batches that they were collated to."""
+    """Count the targets of examples and of the batches that they were collated to, in the same order."""
     census = Census()
     for batch in batches:
         for stream, labels in batch.labels.items():
             census.codebooks[stream] = labels.targets.shape[1] if labels.targets.dim() == 2 else 1
-    for example in examples:
+    for example, name in zip(examples, (name for batch in batches for name in batch.ids), strict=True):
         census.samples += 1
+        learnt = 0
         for piece in family.pieces(example):
             positions, targets = census.roles.get((piece.role, piece.stream), (0, 0))
             census.roles[piece.role, piece.stream] = (positions + piece.positions, targets + piece.targets)
             census.codebooks.setdefault(piece.stream, 1)  # a stream without weight has positions and no labels
+            learnt += piece.targets
+        census.silent += [] if learnt else [name]
     for special in family.special_targets():
         counts = torch.zeros(census.codebooks[special.stream], dtype=torch.int64)
         for batch in batches:

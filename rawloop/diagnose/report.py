@@ -71,27 +71,58 @@ class Report:
 
     def problems(self) -> list[str]:
         """What stops the run, a sentence each with the key that lets it pass."""
-        found = []
+        return [*self.wrong_labels(), *self.wrong_losses(), *self.wrong_causality()]
+
+    def wrong_labels(self) -> list[str]:
+        """What the census found that stops the run."""
         missing = self.census.missing()
-        if missing and not self.config.allow_missing_targets:
-            found.append(
-                f"{'; '.join(missing)}: never a target in {self.census.samples} samples, so that the model does not "
-                "learn it, or unlearns it, and generation never stops: mend the labels, look at them with `rawloop "
-                "inspect`, or train all the same with --checks.allow_missing_targets true"
-            )
-        found += [
+        if not missing or self.config.allow_missing_targets:
+            return []
+        return [
+            f"{'; '.join(missing)}: never a target in {self.census.samples} samples, so that the model does not "
+            "learn it, or unlearns it, and generation never stops: mend the labels, look at them with `rawloop "
+            "inspect`, or train all the same with --checks.allow_missing_targets true"
+        ]
+
+    def wrong_losses(self) -> list[str]:
+        """What the first loss shows that stops the run."""
+        return [
             f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.kind}, {v.why}{_pass(v.kind)}"
             for v in self.verdicts
             if v.kind in ("LEAK", "DEAD") and v.kind.lower() not in self.config.allow
         ]
-        for stream, movement in self.movements.items():
-            outcome = movement.outcome()
-            if outcome in ("LEAK", "BLIND") and outcome.lower() not in self.config.allow:
-                found.append(f"causality of '{stream}': {outcome}, {movement.why()}{_pass(outcome)}")
-        return found
+
+    def wrong_causality(self) -> list[str]:
+        """What the causality probe found that stops the run."""
+        return [
+            f"causality of '{stream}': {movement.outcome()}, {movement.why()}{_pass(movement.outcome())}"
+            for stream, movement in self.movements.items()
+            if movement.outcome() in ("LEAK", "BLIND") and movement.outcome().lower() not in self.config.allow
+        ]
 
     def warnings(self) -> list[str]:
-        """What is likely wrong and does not stop the run: a first loss of chance that nobody expects."""
+        """What is likely wrong and does not stop the run: samples without targets, prompts, unexpected chance."""
+        return [*self.label_warnings(), *self.loss_warnings()]
+
+    def label_warnings(self) -> list[str]:
+        """Samples from which nothing is learnt, and prompts that are."""
+        found = []
+        silent, prompts = self.census.silent, self.census.prompts()
+        if silent:
+            found.append(
+                f"{len(silent)} of {self.census.samples} samples have no target in any stream, so that nothing is "
+                f"learnt from them: {', '.join(dict.fromkeys(silent))}; mend their labels, or leave them out"
+            )
+        if prompts:
+            turns = ", ".join(f"{count:,} in {role} turns" for role, count in prompts.items())
+            found.append(
+                f"prompts are learnt: there are targets where nothing is to be said ({turns}); mask them, or look at "
+                "them with `rawloop inspect`"
+            )
+        return found
+
+    def loss_warnings(self) -> list[str]:
+        """A first loss of chance that nobody expects."""
         if self.config.expect_chance:
             return []
         guesses = [v for v in self.verdicts if v.kind == "CHANCE" and "/" not in v.name]

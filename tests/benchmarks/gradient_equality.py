@@ -263,7 +263,7 @@ def gradient(run: Run, layout: Layout) -> tuple[dict[str, Tensor], float]:
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in run.policy.named_parameters()
     }
     run.policy.zero_grad(run.optimizer)
-    groups = windows.loader.batches.examples(windows.plan.micro_batches(0))
+    groups = [windows.loader.batches.made(indices)[0] for indices in windows.plan.micro_batches(0)]
     own = sum(len(example.input_ids) for group in groups for example in group)
     filled, computed = run.world.sum([float(own), float(sum(batch.inputs["input_ids"].numel() for batch in window))])
     return found, 1 - filled / computed

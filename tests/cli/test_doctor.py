@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from rawloop.cli import doctor, main
 from rawloop.errors import RawloopError
+from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 
 
 @pytest.mark.slow
@@ -18,17 +19,101 @@ def test_a_sound_config_passes_everything(config: Path, tmp_path: Path, capfd: p
     before = sorted(tmp_path.rglob("*"))
     assert main(["doctor", "--config", str(config)]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["passed"] * 5
+    assert [line.split()[0] for line in lines] == ["passed"] * 8
     assert sorted(tmp_path.rglob("*")) == before
+    assert "label census                       census of 16 samples: every required token is a target" in lines[2]
+    assert "first loss                         first loss: audio 6.9" in lines[3]
+    assert "causality probe                    causality: audio PASS, text PASS" in lines[4]
 
 
 def test_the_first_failure_says_what_and_the_rest_waits(config: Path, door: Callable[..., Any]) -> None:
     done = door("doctor", "--config", config, "--adapter.target_modules", "[qproj]")
     assert done.code == 1
     rows = [line.split()[0] for line in done.out.splitlines()]
-    assert rows == ["passed", "FAILED", "skipped", "skipped", "skipped"]
+    assert rows == ["passed", "FAILED", *["skipped"] * 6]
     assert "adapter.target_modules has 'qproj', which matches no layer" in done.out
-    assert "1 of 5 checks failed: data, model, labels, first pass" in done.err
+    assert "1 of 8 checks failed: data, model, first pass" in done.err
+
+
+@pytest.fixture
+def rows(door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[list[str]], Any]]:
+    """Give `rows(*arguments)`: the three rows of the checks before step 0, without what needs other processes."""
+    for name in ("equal_groupings", "equal_processes", "killed_and_resumed"):
+        monkeypatch.setattr(doctor, name, lambda *_: "left out")
+
+    def run(*arguments: str | Path) -> tuple[list[list[str]], Any]:
+        done = door("doctor", *arguments)
+        lines = done.out.splitlines()
+        assert len(lines) == 8
+        assert all(line.startswith("passed") for line in (*lines[:2], *lines[5:]))  # they show whatever the rest found
+        return [[line[:8].strip(), line[9:43].strip(), line[44:]] for line in lines[2:5]], done
+
+    return run
+
+
+Rows = Callable[..., tuple[list[list[str]], Any]]
+
+
+def test_labels_without_a_stop_token_fail_their_row_and_the_others_show(
+    rows: Rows, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = HiggsAudioV2.example
+
+    def example(self: HiggsAudioV2, *arguments: Any, **named: Any) -> Any:
+        made = honest(self, *arguments, **named)
+        made.audio_labels[made.audio_labels == 1025] = -100
+        return made
+
+    monkeypatch.setattr(HiggsAudioV2, "example", example)
+    (census, loss, probe), done = rows("--config", config)
+    assert census[:2] == ["FAILED", "label census"]
+    assert census[2].startswith("'EOS' (id 1025 of the stream 'audio') in any codebook: never a target in 16 samples")
+    assert census[2].endswith("or train all the same with --checks.allow_missing_targets true")
+    assert loss[:2] == ["passed", "first loss"]
+    assert probe == ["passed", "causality probe", "causality: audio PASS, text PASS"]
+    assert (done.code, done.err.splitlines()[-1]) == (1, "rawloop doctor: 1 of 8 checks failed: label census")
+    (census, _, _), done = rows("--config", config, "--checks.allow_missing_targets", "true")
+    assert census[0] == "passed"
+    assert census[2].startswith("census of 16 samples: missing among the targets: 'EOS'")
+    assert done.code == 0
+
+
+def test_labels_that_were_not_shifted_and_a_dead_head_fail_rows_of_their_own(
+    rows: Rows, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, load = HiggsAudioV2.collate, HiggsAudioV2.load_model
+
+    def collate(self: HiggsAudioV2, examples: list[Any]) -> Any:
+        batch = honest(self, examples)
+        batch.labels = {s: pair._replace(positions=pair.positions + 1) for s, pair in batch.labels.items()}
+        return batch
+
+    def load_model(self: HiggsAudioV2, *arguments: Any) -> Any:
+        model: Any = load(self, *arguments)
+        torch.nn.init.constant_(model.text_lm_head.weight, float("nan"))
+        return model
+
+    monkeypatch.setattr(HiggsAudioV2, "collate", collate)
+    monkeypatch.setattr(HiggsAudioV2, "load_model", load_model)
+    found, done = rows("--config", config, "--evaluation.enabled", "false")
+    assert [row[0] for row in found] == ["passed", "FAILED", "FAILED"]
+    assert "first loss of 'text' is nan, chance is 6.6619: DEAD, its loss is not finite" in found[1][2]
+    assert "(to train all the same: --checks.allow '[dead]')" in found[1][2]
+    assert found[2][2].startswith("causality of 'audio': LEAK, a prediction moves with its own target")
+    assert "2 of 8 checks failed: first loss, causality probe" in done.err
+
+
+def test_what_is_no_reason_to_stop_is_a_warning_in_its_row(rows: Rows, config: Path) -> None:
+    (_, loss, _), done = rows("--config", config, "--checks.expect_chance", "false")
+    assert loss[0] == "passed"
+    assert "; warning: first loss of 'audio' is 6.9" in loss[2]
+    assert done.code == 0
+
+
+def test_checks_that_are_switched_off_are_skipped(rows: Rows, config: Path) -> None:
+    found, done = rows("--config", config, "--checks.enabled", "false")
+    assert [row[::2] for row in found] == [["skipped", "checks.enabled is false"]] * 3
+    assert done.code == 0
 
 
 def written(folder: Path, gradient: list[float], loss: Any, mode: str = "fp32", name: str = "w") -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rawloop.contracts import Special
-from rawloop.diagnose import Census, take_census
+from rawloop.diagnose import Census, ChecksConfig, Report, take_census
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 
@@ -105,3 +105,38 @@ def test_what_stands_in_census_json(family: HiggsAudioV2, examples: list[Any]) -
     frames = sum(len(example.audio_input_ids) for example in examples)
     (audio,) = (role for role in content["roles"] if role["stream"] == "audio")
     assert (audio["role"], audio["positions"]) == ("assistant", frames)
+
+
+def report_of(census: Census) -> Report:
+    return Report(ChecksConfig(expect_chance=True), census, [], {}, 0.0)
+
+
+def test_samples_without_targets_are_named(family: HiggsAudioV2, examples: list[Any]) -> None:
+    for example in (examples[1], examples[6]):
+        example.labels.fill_(-100)
+        example.audio_labels.fill_(-100)
+    census = census_of(family, examples)
+    assert census.silent == [examples[1].id, examples[6].id]
+    names = f"{examples[1].id}, {examples[6].id}"
+    assert f"no target in any stream: {names}" in census.lines()
+    assert census.as_json()["without_targets"] == census.silent
+    assert report_of(census).warnings() == [
+        f"2 of 8 samples have no target in any stream, so that nothing is learnt from them: {names}; mend their "
+        "labels, or leave them out"
+    ]
+    examples[1].audio_labels[3, 0] = 7  # one target is enough
+    assert census_of(family, examples).silent == [examples[6].id]
+
+
+def test_prompts_that_are_learnt_are_a_warning(family: HiggsAudioV2, examples: list[Any]) -> None:
+    assert census_of(family, examples).prompts() == {}
+    assert report_of(census_of(family, examples)).warnings() == []
+    for example in examples:
+        example.labels.copy_(example.input_ids)
+    census = census_of(family, examples)
+    assert list(census.prompts()) == ["system", "scene", "user"]
+    assert census.prompts()["user"] == census.roles["user", "text"][0]
+    (said,) = report_of(census).warnings()
+    assert said.startswith("prompts are learnt: there are targets where nothing is to be said (320 in system turns, ")
+    several = Census(1, {("system+user", "text"): (9, 2), ("assistant", "text"): (5, 5), ("text", "text"): (5, 4)})
+    assert several.prompts() == {"system+user": 2}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from rawloop import PrecisionConfig, PrecisionPolicy
-from rawloop.errors import TrainingError
+from rawloop.errors import UserError
 
 Rows = list[dict[str, list[int]]]
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_rawloop_counts_a_row_without_targets_as_no_data(
     assert evaluation.valid
     assert evaluation.metrics["eval_targets/text"] == 45
     assert evaluation.metrics["eval_loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-6)
-    with pytest.raises(TrainingError, match="the evaluation set has no target in the stream 'text'"):
+    with pytest.raises(UserError, match="the evaluation set has no target in the stream 'text'"):
         evaluator(model, masked[:1], policy).run()
 
 
