@@ -357,7 +357,7 @@ def build_evaluator(
 
 
 def _loader(config: RunConfig, family: Family, cache: CodeCache | None, samples: list[Sample], world: World) -> Loader:
-    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate)
+    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, config.seed)
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
 
 
