@@ -98,7 +98,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
     Args:
         samples: the data set.
         example: encodes one sample. What it draws at random depends on `seed`, epoch and index of the sample alone.
-        collate: puts examples together. What it draws depends on `seed` and on which they are.
+        collate: puts examples together. What it draws goes on from its last sample's.
         seed: of the run.
     """
 
@@ -115,9 +115,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         """Return the micro-batch, or the error: raised in a worker it would arrive wrapped in a traceback."""
         try:
             with lent_streams() as seed:
-                examples = [self._example(draw, seed) for draw in draws]
-                seed(derive_seed("batch", self.seed, *(number for draw in draws for number in draw)))
-                return self.collate(examples)
+                return self.collate([self._example(draw, seed) for draw in draws])
         except RawloopError as error:
             return error
         except OSError as error:
