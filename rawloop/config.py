@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
@@ -29,6 +30,28 @@ from rawloop.precision import PrecisionConfig
 from rawloop.records import RecordsConfig
 
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
+
+# What HF Trainer calls it, and what it is here.
+OF_HF_TRAINER = MappingProxyType(
+    {
+        "eval_steps": "evaluation.every",
+        "early_stopping_patience": "evaluation.patience",
+        "gradient_accumulation_steps": "train.accumulation",
+        "gradient_checkpointing": "model.activation_checkpointing",
+        "learning_rate": "optim.lr",
+        "logging_steps": "train.log_every",
+        "lr_scheduler_type": "optim.schedule",
+        "max_grad_norm": "optim.max_norm",
+        "metric_for_best_model": "evaluation.best_metric",
+        "num_train_epochs": "train.epochs",
+        "output_dir": "output",
+        "per_device_eval_batch_size": "evaluation.batch_size",
+        "per_device_train_batch_size": "train.batch_size",
+        "resume_from_checkpoint": "resume",
+        "save_steps": "checkpoint.save_every",
+        "save_total_limit": "checkpoint.keep_last",
+    }
+)
 
 
 @dataclass
@@ -272,7 +295,10 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
 
 
 def _near(key: str, known: set[str]) -> str:
-    """A clause that names the keys of the same name in other groups, or else the nearest one."""
+    """A clause that names the keys of the same name in other groups, or what HF Trainer means, or the nearest one."""
+    own = OF_HF_TRAINER.get(key.rpartition(".")[2])
+    if own is not None:
+        return f" (what HF Trainer calls {key.rpartition('.')[2]} is '{own}' here)"
     ends = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
     if ends:
         return " (did you mean '" + "' or '".join(ends) + "'?)"
