@@ -61,6 +61,8 @@ class RunConfig:
     Args:
         output: folder of the run: config, metrics, events, checkpoints, best.
         resume: `latest` continues the run in `output`; a path continues from that checkpoint.
+        resume_force: keys whose change a resume refuses and that are to change all the same, such as '[seed]'
+            (docs/checkpoints.md).
         seed: seed of weights, data order and dropout.
         device: auto, cuda, mps or cpu.
         model: the model.
@@ -78,6 +80,7 @@ class RunConfig:
 
     output: str = "runs/run"
     resume: str | None = None
+    resume_force: list[str] = field(default_factory=list)
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -97,6 +100,8 @@ class RunConfig:
             raise UserError("output is empty: name the folder of the run")
         if self.resume == "":
             raise UserError("resume is empty: say 'latest', or name a checkpoint's folder")
+        if self.resume_force and self.resume is None:
+            raise UserError(f"resume_force is {self.resume_force}, and nothing is resumed: add --resume latest")
 
 
 class Parser(ArgumentParser):
@@ -291,10 +296,10 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
     if members:
         raise UserError(f"'{key}' {place} is a group: give values to its keys, such as {', '.join(members[:3])}")
     if key not in known and not _below(key, known):
-        raise UserError(f"unknown key '{key}' {place}{_near(key, known)}{more}")
+        raise UserError(f"unknown key '{key}' {place}{near(key, known)}{more}")
 
 
-def _near(key: str, known: set[str]) -> str:
+def near(key: str, known: set[str]) -> str:
     """A clause that names the keys of the same name in other groups, or what HF Trainer means, or the nearest one."""
     own = OF_HF_TRAINER.get(key.rpartition(".")[2])
     if own is not None:

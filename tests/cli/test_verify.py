@@ -70,9 +70,10 @@ def test_a_run_that_is_whole(door: Door, run: Path) -> None:
         ("checkpoints/step-00000020", lambda slot: flip(slot / "state" / "x.json"), "state/x.json has changed since"),
         ("checkpoints/step-00000010", lambda slot: (slot / "state" / "y.json").unlink(), "state/y.json is missing"),
         ("best", lambda slot: flip(slot / "MANIFEST.json"), "MANIFEST.json"),
+        ("best", lambda slot: (slot / "MANIFEST.json").unlink(), "never completed"),
         ("checkpoints/discarded/step-00000030", lambda slot: (slot / "MANIFEST.json").unlink(), "never completed"),
     ],
-    ids=["flipped bit", "missing file", "flipped manifest", "no manifest"],
+    ids=["flipped bit", "missing file", "flipped manifest", "best without manifest", "no manifest"],
 )
 def test_damage_is_named(door: Door, run: Path, slot: str, damage: Callable[[Path], None], reason: str) -> None:
     damage(run / slot)
