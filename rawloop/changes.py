@@ -143,8 +143,8 @@ def _check_forced(forced: set[str], changed: Mapping[str, str]) -> None:
         if key not in known_keys() | {WORLD_SIZE}:
             raise UserError(f"resume_force has '{key}', which is no key{near(key, known_keys())}")
         if key not in changed and key != "data.train":  # whose files may have changed: seen when they are read
-            names = f": {', '.join(changed)} have" if changed else ", nor has any other key"
-            raise UserError(f"resume_force has '{key}', which has not changed{near(key, set(changed))}{names}")
+            names = ", ".join(changed) or "nothing"
+            raise UserError(f"resume_force has '{key}', which has not changed{near(key, set(changed))}: {names} has")
 
 
 def _shown(value: Any) -> str:

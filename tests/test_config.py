@@ -9,7 +9,17 @@ import pytest
 import yaml
 
 from rawloop.cli import main
-from rawloop.config import ALIASES, OF_HF_TRAINER, Parser, RunConfig, add_options, field_help, known_keys, parse, to_yaml
+from rawloop.config import (
+    ALIASES,
+    OF_HF_TRAINER,
+    Parser,
+    RunConfig,
+    add_options,
+    field_help,
+    known_keys,
+    parse,
+    to_yaml,
+)
 from rawloop.errors import UserError
 
 
