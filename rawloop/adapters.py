@@ -297,7 +297,7 @@ def _config_hash(model: nn.Module) -> str | None:
 
     Taken of what is loaded, not of a file: a hub id has no folder here.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
     values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}

@@ -49,7 +49,7 @@ def run(argv: list[str]) -> None:
     batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, config.seed)
     (examples,) = batches.examples([draws])
     color = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
-    view = View(family, [samples[draw.index] for draw in draws], examples, family.collate(examples), color)
+    view = View(family, [samples[draw.sample] for draw in draws], examples, family.collate(examples), color)
     print("\n".join(view.lines()), flush=True)
 
 

@@ -20,9 +20,9 @@ from rawloop.seed import derive_seed, lent_streams
 
 
 class Draw(NamedTuple):
-    """A place in the data order: which sample, and in which pass over the data."""
+    """A place in the data order: the index of the sample, and the pass over the data."""
 
-    index: int
+    sample: int
     epoch: int
 
 
@@ -127,8 +127,8 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             return [[self._example(draw, seed) for draw in draws] for draws in groups]
 
     def _example(self, draw: Draw, seed: Callable[[int], None]) -> Any:
-        seed(derive_seed("sample", self.seed, draw.epoch, draw.index))
-        return self.example(self.samples[draw.index])
+        seed(derive_seed("sample", self.seed, draw.epoch, draw.sample))
+        return self.example(self.samples[draw.sample])
 
 
 class Loader:

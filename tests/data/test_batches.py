@@ -24,7 +24,7 @@ def loader(workers: int = 0) -> Loader:
 
 
 def window_ids(plan: BatchPlan, window: int) -> list[int]:
-    return [draw.index for micro in plan.micro_batches(window) for draw in micro]
+    return [draw.sample for micro in plan.micro_batches(window) for draw in micro]
 
 
 def test_every_epoch_sees_every_sample_once() -> None:
@@ -118,12 +118,12 @@ def noisy_loader(workers: int = 0, seed: int = 3) -> Loader:
 
 def drawn(plans: list[BatchPlan], workers: int = 0, first: int = 0, last: int = 12) -> dict[Draw, list[float]]:
     """What every sample drew in some windows, all ranks together."""
-    found = {}
+    found: dict[Draw, list[float]] = {}
     for plan in plans:
         batches = chain.from_iterable(islice(TrainWindows(noisy_loader(workers), plan).start(first), last - first))
         draws = chain.from_iterable(plan.micro_batches(window) for window in range(first, last))
         for batch, micro in zip(batches, draws, strict=True):
-            assert batch.ids == [str(draw.index) for draw in micro]
+            assert batch.ids == [str(draw.sample) for draw in micro]
             found |= dict(zip(micro, batch.inputs["x"].tolist(), strict=True))
     return found
 
