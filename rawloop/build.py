@@ -436,9 +436,7 @@ def _position(state: TrainState) -> str:
     """What the number of the window, which is kept, means in another data order."""
     before = {**state.data, **{key: then for key, (then, _) in state.differed.items()}}
     then, now = (state.window * data["window_size"] / data["num_samples"] for data in (before, state.data))
-    return (
-        f"the data order is another one, of which window {state.window} is next: epoch {then:.2f} then, {now:.2f} now"
-    )
+    return f"the data order is another one, its window {state.window} is next: epoch {then:.2f} then, {now:.2f} now"
 
 
 def _open_records(run: Run, config: RunConfig, folder: Path) -> None:

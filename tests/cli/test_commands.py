@@ -400,11 +400,11 @@ def test_what_is_forced_by_name_is_taken(door: Door, trained: Path, tmp_path: Pa
     more_samples = [{**sample, "id": f"{sample['id']}-again"} for sample in samples[:2]]
     (more / "metadata.json").write_text(json.dumps({"samples": [*samples, *more_samples]}))
     again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", "--train.max_steps", "4")
-    new = ("--data.train", str(more))
+    new = ["--data.train", str(more)]
     said = door(*again, *new).err.splitlines()[-1]
     assert "num_samples 8 -> 10" in said
     assert "or force the key that has changed it, such as --resume_force '[data.train]'" in said
-    new += ("--precision.mode", "bf16", "--adapter.alpha", "16", "--seed", "5", "--evaluation.best_mode", "max")
+    new += ["--precision.mode", "bf16", "--adapter.alpha", "16", "--seed", "5", "--evaluation.best_mode", "max"]
     force = "[data.train, precision.mode, adapter.alpha, seed, evaluation.best_mode]"
     done = door(*again, *new, "--resume_force", force)
     assert done.code == 0, done.err
@@ -412,7 +412,7 @@ def test_what_is_forced_by_name_is_taken(door: Door, trained: Path, tmp_path: Pa
         f"data.train {demo_data / 'train'} -> {more} (forced)",
         "seed 0 -> 5 (forced)",
         "num_samples 8 -> 10",
-        "the data order is another one, of which window 3 is next: epoch 0.75 then, 0.60 now",
+        "the data order is another one, its window 3 is next: epoch 0.75 then, 0.60 now",
     ):
         assert line in done.out.splitlines()
     assert "resume_force: []" in (run / "config.yaml").read_text()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import audit, slots
+from rawloop.checkpoint import audit, slots, verify
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.errors import CheckpointError
@@ -111,13 +111,13 @@ def test_a_slot_that_is_deleted_or_replaced_meanwhile_is_not_damaged(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process that trains deletes and replaces slots while they are read here."""
-    real, calls = audit.verify, []
+    calls: list[Path] = []
 
     def disturbed(slot: Path) -> Any:
         calls.append(slot)
         if len(calls) == 1:
             meddle(slot)
-        return real(slot)
+        return verify(slot)
 
     def replace(slot: Path) -> None:
         write(slot, 15)
