@@ -4,9 +4,10 @@ The only module that knows PEFT.
 """
 
 import hashlib
+import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -246,12 +247,20 @@ class BaseFingerprint:
     """Tells one set of frozen weights from another: an adapter means nothing on a base that it was not trained on.
 
     The digest runs over names, shapes and the first numbers of every frozen weight, so it costs no reading of
-    gigabytes. It is taken before the precision policy casts anything.
+    gigabytes. It is taken before the precision policy casts anything. Where the weights came from and the hash of the
+    model's config are kept beside it, for people: the same weights may lie elsewhere today.
+
+    Args:
+        model: with its adapter, if it has one.
+        path: folder or hub id that it was loaded from.
+        revision: of the hub repository.
     """
 
     SAMPLE = 64  # numbers per weight
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, path: str = "", revision: str | None = None) -> None:
+        self.origin = {"path": path, "revision": revision, "config": _config_hash(model)}
+        self.notice = ""  # what of a checkpoint's differs although the weights are the same
         digest = hashlib.sha256()
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -260,8 +269,8 @@ class BaseFingerprint:
         self.digest = digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the digest."""
-        return {"digest": self.digest}
+        """Return the digest, and where the weights came from."""
+        return {"digest": self.digest, **self.origin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare the digest.
@@ -271,18 +280,41 @@ class BaseFingerprint:
         """
         if state["digest"] != self.digest:
             raise UserError(
-                "the frozen weights are not those that the checkpoint was trained on: point model.path (and "
-                "model.revision) at the same base model, and freeze the same weights"
+                f"the frozen weights are not those that the checkpoint was trained on: it was {_origin(state)}, this "
+                f"is {_origin(self.origin)}: point model.path (and model.revision) at the same base model, and freeze "
+                "the same weights"
             )
+        if state["config"] != self.origin["config"]:
+            self.notice = f"the base model's config has changed, its weights have not: {_origin(state)} then"
+
+
+def _origin(state: Mapping[str, Any]) -> str:
+    return f"'{state['path']}' (revision {state['revision']}, config {str(state['config'])[:12]})"
+
+
+def _config_hash(model: nn.Module) -> str | None:
+    """SHA-256 of a transformers model's config, without where it was loaded from and by which version; None for others.
+
+    Taken of what is loaded, not of a file: a hub id has no folder here.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class ModelFiles:
     """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/`, by `save_pretrained` if it has that.
 
-    What was written is opened again and compared with the weights in memory, by name, shape and value.
+    What was written is opened again and compared with the weights in memory, by name, shape and value. `forced` names
+    keys of `AdapterConfig` that may be others than the stored adapter's.
     """
 
-    def __init__(self, model: nn.Module, load_model: Callable[[str], nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, load_model: Callable[[str], nn.Module], forced: Collection[str] = frozenset()
+    ) -> None:
+        self.forced = forced
         self.model: Any = unwrapped(model)
         self.load_model = load_model
         self.is_adapter = isinstance(self.model, PeftModel)
@@ -341,7 +373,7 @@ class ModelFiles:
         stored, own = PeftConfig.from_pretrained(folder), self.model.peft_config["default"]
         for key, name in SCALE.items():
             then, now = getattr(stored, name), getattr(own, name)
-            if then != now:
+            if then != now and key not in self.forced:
                 raise CheckpointError(
                     f"{folder} was trained with adapter.{key} {then}, this run has {now}: set it back"
                 )

@@ -7,7 +7,7 @@ restored last, because building things draws from them.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
 from rawloop.audio import import_torchaudio
+from rawloop.changes import PART, SettingsState, compare, may_differ, stored_settings
 from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder, find_best, find_slots
 from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.manifest import NAME as MANIFEST
@@ -61,6 +62,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     folder = Path(config.output).expanduser()
     if config.resume is not None:
         world.together(partial(check_resume, folder, config.resume), only_main=True)
+        world.together(partial(check_settings, folder, config, world.size), only_main=True)
     claim_run_folder(folder, world, resume=config.resume is not None)
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
     slot = _slot_to_resume(folder, config.resume) if config.resume is not None else None
@@ -111,6 +113,20 @@ def check_resume(folder: Path, resume: str) -> None:
             f"resume is '{resume}', a checkpoint of another run than the one in output '{folder}', whose best and "
             "later checkpoints it would replace: pass another --output"
         )
+
+
+def check_settings(folder: Path, config: RunConfig, world_size: int) -> None:
+    """Refuse changed settings that would make another run of it, before anything is loaded or written.
+
+    Restoring compares once more: it may pass over this checkpoint for an older one.
+
+    Raises:
+        UserError: see `compare`.
+    """
+    slot = _slot_to_resume(folder, config.resume) if config.resume is not None else None
+    stored = stored_settings(slot) if slot is not None else None
+    if stored is not None:
+        compare(stored, config, world_size)
 
 
 def _slot_to_resume(folder: Path, resume: str) -> Path | None:
@@ -235,11 +251,16 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
-    state = TrainState(data=ready.plan.identity())
-    best = BestTracker(config.evaluation.best_metric, config.evaluation.best_mode, config.evaluation.patience)
+    forced = set(config.resume_force)
+    state = TrainState(data=ready.plan.identity(), may_differ=may_differ(config.resume_force))
+    evaluation = config.evaluation
+    other_best = bool(forced & {"evaluation.best_metric", "evaluation.best_mode"})
+    best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience, start_over=other_best)
+    settings = SettingsState(config, world.size)
     parts: dict[str, Any] = {
+        PART: settings,
         "base": ready.base,
-        "model": ModelFiles(ready.model, ready.family.load_model),
+        "model": ModelFiles(ready.model, ready.family.load_model, {key.removeprefix("adapter.") for key in forced}),
         "optimizer": NamedOptimizerState(optimizer, policy.named_parameters),
         "precision": policy,
         "train": state,
@@ -353,10 +374,11 @@ def build_model(
     """
     if not world.is_main:
         transformers.utils.logging.disable_progress_bar()
-    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision)
+    start_over = "precision.mode" in config.resume_force
+    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision, start_over=start_over)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
-    base = BaseFingerprint(model)
+    base = BaseFingerprint(model, config.model.path, config.model.revision)
     model = policy.prepare(model)
     seed_all(config.seed, world.rank)
     return model, policy, base
@@ -382,7 +404,8 @@ def _loader(
     config: RunConfig, family: Family, model: nn.Module, cache: CodeCache | None, samples: list[Sample], world: World
 ) -> Loader:
     limits = limits_of(family, model)
-    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, limits.fault)
+    example = partial(family.example, codes=cache or no_codes)
+    batches = MicroBatches(samples, example, family.collate, limits.fault, config.seed)
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
 
 
@@ -421,6 +444,7 @@ def _restore(run: Run, config: RunConfig, say: Say) -> None:
         restored = run.checkpoints.load(
             config.resume if config.resume == "latest" else Path(config.resume).expanduser()
         )
+        run.world.together(partial(_tell_changes, run, config, say), only_main=True)
         run.records.rewind(restored.step)
         say(f"resumed from {restored.slot} at step {restored.step}")
         if run.best and run.world.from_main(find_best(folder) is None):
@@ -429,8 +453,42 @@ def _restore(run: Run, config: RunConfig, say: Say) -> None:
     run.world.together(partial(_open_records, run, config, folder), only_main=True)
 
 
+def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
+    """Say what is taken of changed settings, and what follows from it.
+
+    Raises:
+        UserError: data.train is forced, and neither it nor what is in it has changed.
+    """
+    assert run.checkpoints is not None
+    settings, base = run.checkpoints.states[PART], run.checkpoints.states["base"]
+    assert isinstance(settings, SettingsState)
+    assert isinstance(base, BaseFingerprint)
+    lines = list(settings.taken)
+    named = {line.partition(" ")[0] for line in lines}
+    if "data.train" in config.resume_force and not named & {"data.train"} and "num_samples" not in run.state.differed:
+        raise UserError("resume_force has 'data.train', and neither it nor its number of samples has changed")
+    lines += [f"{key} {then} -> {now}" for key, (then, now) in run.state.differed.items() if key not in named]
+    if run.state.differed:
+        lines.append(_position(run.state))
+    if "data.eval" in named and run.best and run.best.value is not None:
+        lines.append(f"the best {run.best.metric} so far, {run.best.value:.6g}, was measured on the data.eval of then")
+    lines += [base.notice] if base.notice else []
+    for line in lines:
+        say(line)
+    if lines:
+        reason = f"settings have changed: {'; '.join(lines)}"
+        run.records.event("restore", step=run.state.step, reason=reason, changes=lines)
+
+
+def _position(state: TrainState) -> str:
+    """What the number of the window, which is kept, means in another data order."""
+    before = {**state.data, **{key: then for key, (then, _) in state.differed.items()}}
+    then, now = (state.window * data["window_size"] / data["num_samples"] for data in (before, state.data))
+    return f"the data order is another one, its window {state.window} is next: epoch {then:.2f} then, {now:.2f} now"
+
+
 def _open_records(run: Run, config: RunConfig, folder: Path) -> None:
-    replace_text(folder / "config.yaml", to_yaml(config))
+    replace_text(folder / "config.yaml", to_yaml(replace(config, resume_force=[])))  # that is done
     step = run.state.step
     run.records.event("precision", step=step, reason=run.policy.reason, mode=run.policy.name)
     run.records.event("start", step=step, reason=f"training to step {run.total_steps}", **_environment(run))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
@@ -30,6 +31,28 @@ from rawloop.records import RecordsConfig
 
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
+# What HF Trainer calls it, and what it is here.
+OF_HF_TRAINER = MappingProxyType(
+    {
+        "eval_steps": "evaluation.every",
+        "early_stopping_patience": "evaluation.patience",
+        "gradient_accumulation_steps": "train.accumulation",
+        "gradient_checkpointing": "model.activation_checkpointing",
+        "learning_rate": "optim.lr",
+        "logging_steps": "train.log_every",
+        "lr_scheduler_type": "optim.schedule",
+        "max_grad_norm": "optim.max_norm",
+        "metric_for_best_model": "evaluation.best_metric",
+        "num_train_epochs": "train.epochs",
+        "output_dir": "output",
+        "per_device_eval_batch_size": "evaluation.batch_size",
+        "per_device_train_batch_size": "train.batch_size",
+        "resume_from_checkpoint": "resume",
+        "save_steps": "checkpoint.save_every",
+        "save_total_limit": "checkpoint.keep_last",
+    }
+)
+
 
 @dataclass
 class RunConfig:
@@ -38,6 +61,8 @@ class RunConfig:
     Args:
         output: folder of the run: config, metrics, events, checkpoints, best.
         resume: `latest` continues the run in `output`; a path continues from that checkpoint.
+        resume_force: keys whose change a resume refuses and that are to change all the same, such as '[seed]'
+            (docs/checkpoints.md).
         seed: seed of weights, data order and dropout.
         device: auto, cuda, mps or cpu.
         model: the model.
@@ -55,6 +80,7 @@ class RunConfig:
 
     output: str = "runs/run"
     resume: str | None = None
+    resume_force: list[str] = field(default_factory=list)
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -74,6 +100,8 @@ class RunConfig:
             raise UserError("output is empty: name the folder of the run")
         if self.resume == "":
             raise UserError("resume is empty: say 'latest', or name a checkpoint's folder")
+        if self.resume_force and self.resume is None:
+            raise UserError(f"resume_force is {self.resume_force}, and nothing is resumed: add --resume latest")
 
 
 class Parser(ArgumentParser):
@@ -268,11 +296,14 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
     if members:
         raise UserError(f"'{key}' {place} is a group: give values to its keys, such as {', '.join(members[:3])}")
     if key not in known and not _below(key, known):
-        raise UserError(f"unknown key '{key}' {place}{_near(key, known)}{more}")
+        raise UserError(f"unknown key '{key}' {place}{near(key, known)}{more}")
 
 
-def _near(key: str, known: set[str]) -> str:
-    """A clause that names the keys of the same name in other groups, or else the nearest one."""
+def near(key: str, known: set[str]) -> str:
+    """A clause that names the keys of the same name in other groups, or what HF Trainer means, or the nearest one."""
+    own = OF_HF_TRAINER.get(key.rpartition(".")[2])
+    if own is not None:
+        return f" (what HF Trainer calls {key.rpartition('.')[2]} is '{own}' here)"
     ends = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
     if ends:
         return " (did you mean '" + "' or '".join(ends) + "'?)"

@@ -200,7 +200,10 @@ class Family(Protocol):
         ...
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Any:
-        """Encode one sample; `codes(path)` gives a clip's (frames, codebooks) int64 codes."""
+        """Encode one sample; `codes(path)` gives a clip's (frames, codebooks) int64 codes.
+
+        It may draw at random, from the global streams of torch (CPU), python and numpy: they are seeded per sample.
+        """
         ...
 
     def collate(self, examples: list[Any]) -> Batch:

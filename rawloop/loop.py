@@ -55,17 +55,23 @@ class TrainConfig:
 
 @dataclass
 class TrainState:
-    """Where the run stands. `step` counts applied updates, `window` the windows of data taken, `skipped` the rest."""
+    """Where the run stands. `step` counts applied updates, `window` the windows of data taken, `skipped` the rest.
+
+    `data` is the identity of the data order, in which `window` is a position; what of it `may_differ` from a
+    checkpoint's was forced. What did is in `differed`: then, now.
+    """
 
     step: int = 0
     window: int = 0
     skipped: int = 0
     samples: int = 0
-    data: dict[str, int] = field(default_factory=dict)  # identity of the data order, in which `window` is a position
+    data: dict[str, int] = field(default_factory=dict)
+    may_differ: frozenset[str] = frozenset()
+    differed: dict[str, tuple[Any, int]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters and what the data order depends on."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in ("may_differ", "differed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counters.
@@ -73,15 +79,14 @@ class TrainState:
         Raises:
             UserError: the data order is another one, so that samples would be seen twice or never.
         """
-        changed = [
-            f"{key} {state['data'].get(key)} -> {value}"
-            for key, value in self.data.items()
-            if state["data"].get(key) != value
-        ]
-        if changed:
+        pairs = {key: (state["data"].get(key), value) for key, value in self.data.items()}
+        self.differed = {key: (then, now) for key, (then, now) in pairs.items() if then != now}
+        refused = [f"{k} {then} -> {now}" for k, (then, now) in self.differed.items() if k not in self.may_differ]
+        if refused:
             raise UserError(
-                f"the data order differs from the checkpoint's ({', '.join(changed)}; window_size is processes x "
-                "train.batch_size x train.accumulation): resume with what it was trained with"
+                f"the data order differs from the checkpoint's ({', '.join(refused)}; window_size is processes x "
+                "train.batch_size x train.accumulation): resume with what it was trained with, or force the key that "
+                "has changed it, such as --resume_force '[data.train]'"
             )
         self.step, self.window = state["step"], state["window"]
         self.skipped, self.samples = state["skipped"], state["samples"]

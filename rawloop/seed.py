@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,6 +130,32 @@ class RngState:
     def start_afresh(self, step: int) -> None:
         """Derive the streams from (seed, step, rank), for a rank that the checkpoint has no state of."""
         _seed_everything(derive_seed("resumed", self.seed, step, self.rank))
+
+
+@contextmanager
+def lent_streams() -> Iterator[Callable[[int], None]]:
+    """Lend torch's CPU stream, python's and numpy's global one, and put them back as they were found.
+
+    What it gives seeds them: as often as you like, from a seed of up to 64 bits. It stands around every micro-batch
+    that is made, so states stay in the libraries' own form, and devices are left alone. What a library seeds from the
+    operating system (`numpy.random.default_rng()` without a seed) is not reached.
+    """
+    stream, numpy = torch.default_generator, _numpy()
+    found = stream.get_state(), random.getstate(), numpy.random.get_state(legacy=False) if numpy is not None else None
+
+    def seed(number: int) -> None:
+        stream.manual_seed(number)
+        random.seed(number)
+        if numpy is not None:
+            numpy.random.seed([number & 0xFFFFFFFF, number >> 32])
+
+    try:
+        yield seed
+    finally:
+        stream.set_state(found[0])
+        random.setstate(found[1])
+        if numpy is not None:
+            numpy.random.set_state(found[2])
 
 
 @contextmanager

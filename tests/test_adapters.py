@@ -583,5 +583,23 @@ def test_frozen_weights_have_a_fingerprint(adapted: Callable[..., nn.Module]) ->
     changed = adapted(**LORA)
     with torch.no_grad():
         changed.get_parameter("base_model.model.model.norm.weight").add_(1e-3)
-    with pytest.raises(UserError, match="frozen weights are not those that the checkpoint was trained on"):
-        BaseFingerprint(changed).load_state_dict(third.state_dict())
+    stored = BaseFingerprint(adapted(**LORA), "owner/base", "abc").state_dict()
+    assert stored == {"digest": third.digest, "path": "owner/base", "revision": "abc", "config": stored["config"]}
+    known = str(stored["config"])[:12]
+    said = rf"it was 'owner/base' \(revision abc, config {known}\), this is 'other' \(revision None, config {known}\)"
+    with pytest.raises(UserError, match=f"frozen weights are not those that the checkpoint was trained on: {said}"):
+        BaseFingerprint(changed, "other").load_state_dict(stored)
+
+
+def test_another_config_of_the_same_weights_is_noticed(adapted: Callable[..., nn.Module]) -> None:
+    model = adapted(**LORA)
+    stored = BaseFingerprint(model, "owner/base").state_dict()
+    again = BaseFingerprint(adapted(**LORA), "elsewhere")
+    again.load_state_dict(stored)
+    assert again.notice == ""  # only its place is another
+    model.config.bos_token_id = 7  # type: ignore[union-attr]
+    other = BaseFingerprint(model, "elsewhere")
+    other.load_state_dict(stored)
+    assert other.notice.startswith("the base model's config has changed, its weights have not: 'owner/base' (revision")
+    plain = BaseFingerprint(nn.Linear(2, 2).requires_grad_(False))
+    assert plain.state_dict()["config"] is None

@@ -9,7 +9,17 @@ import pytest
 import yaml
 
 from rawloop.cli import main
-from rawloop.config import ALIASES, Parser, RunConfig, add_options, field_help, known_keys, parse, to_yaml
+from rawloop.config import (
+    ALIASES,
+    OF_HF_TRAINER,
+    Parser,
+    RunConfig,
+    add_options,
+    field_help,
+    known_keys,
+    parse,
+    to_yaml,
+)
 from rawloop.errors import UserError
 
 
@@ -132,6 +142,15 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(
     assert "rawloop train --help" in line
     nested = given.replace(".", ":\n  ") + ": 1\n"
     assert refusal("--config", write(nested)) == f"unknown key '{given}' in {tmp_path / 'run.yaml'} {hint}"
+
+
+@pytest.mark.parametrize("group", ["checkpoint.", ""])
+def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], group: str) -> None:
+    line = refusal(f"--{group}save_total_limit", "3")
+    assert "(what HF Trainer calls save_total_limit is 'checkpoint.keep_last' here)" in line
+    assert "'checkpoint.keep_last' here" in refusal("--config", write("checkpoint: {save_total_limit: 3}\n"))
+    assert set(OF_HF_TRAINER.values()) <= known_keys()
+    assert not set(OF_HF_TRAINER) & {key.rpartition(".")[2] for key in known_keys()}
 
 
 def test_a_mistyped_alias_is_refused_with_the_right_one() -> None:

@@ -390,9 +390,10 @@ def test_saving_beside_training_and_before_it_write_the_same_and_train_the_same(
         paths = [
             path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".json", ".safetensors")
         ]
-        files.append({str(path.relative_to(folder)): path.read_bytes() for path in paths})
+        settings = ("config.json", "MANIFEST.json")  # of which asynchronous saving is one, and their digests
+        files.append({str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name not in settings})
         files[-1]["losses"] = repr(losses(folder)).encode()
-    assert len(files[0]) > 40
+    assert len(files[0]) > 30
     assert files[0] == files[1]
 
 
@@ -633,8 +634,8 @@ def test_what_one_rank_cannot_do_is_raised_on_all(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"train": TrainConfig(1, 2, max_steps=6)}, "window_size 4 -> 2"),
-        ({"seed": 1}, "seed 0 -> 1"),
+        ({"train": TrainConfig(1, 2, max_steps=6)}, "the data order differs from the checkpoint's .window_size 4 -> 2"),
+        ({"seed": 1}, "other settings, which must not change within a run: seed 0 -> 1"),
     ],
 )
 def test_resuming_into_another_data_order_is_refused(
@@ -642,7 +643,7 @@ def test_resuming_into_another_data_order_is_refused(
 ) -> None:
     plain = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
     go(replace(plain, train=replace(base.train, max_steps=2)))
-    with pytest.raises(UserError, match=f"data order differs from the checkpoint's .{named}"):
+    with pytest.raises(UserError, match=named):
         go(replace(plain, **change, resume="latest"))
 
 

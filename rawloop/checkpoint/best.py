@@ -15,9 +15,13 @@ class BestTracker:
         metric: name of the metric.
         mode: whether smaller (min) or larger (max) is better.
         patience: evaluations in a row that may fail to be the best until `exhausted`; 0 never is.
+        start_over: forget the value of a checkpoint that tracked another metric, instead of refusing it.
     """
 
-    def __init__(self, metric: str = "eval_loss", mode: Mode = "min", patience: int = 0) -> None:
+    def __init__(
+        self, metric: str = "eval_loss", mode: Mode = "min", patience: int = 0, start_over: bool = False
+    ) -> None:
+        self.start_over = start_over
         self.metric = metric
         self.mode = mode
         self.patience = patience
@@ -66,6 +70,9 @@ class BestTracker:
             CheckpointError: the checkpoint tracked another metric, whose value means nothing here.
         """
         if (state["metric"], state["mode"]) != (self.metric, self.mode):
+            if self.start_over:
+                self.forget()
+                return
             raise CheckpointError(
                 f"the checkpoint tracks the best {state['metric']} ({state['mode']}), this run is configured for "
                 f"{self.metric} ({self.mode}): set evaluation.best_metric and best_mode back, or start a run of its own"

@@ -34,7 +34,9 @@ class CheckpointConfig:
 
     Args:
         save_every: optimizer steps between two checkpoints; 0 writes none but the one at the end.
-        keep_last: newest checkpoints to keep; 0 keeps all. The best one has a slot of its own and is not counted.
+        keep_last: newest checkpoints to keep; 0 keeps all. The best one has a slot of its own and is not counted, nor
+            are those of `keep_every`.
+        keep_every: never delete the checkpoint of a step that is a multiple of this; 0 spares none.
         save_at_end: write a checkpoint after the last step, whatever `save_every` says.
         asynchronous: copy the state in host memory and let training go on while it is written. Off: train on when it
             is on the disk, which saves the memory of the copy.
@@ -43,13 +45,14 @@ class CheckpointConfig:
 
     save_every: int = 500
     keep_last: int = 3
+    keep_every: int = 0
     save_at_end: bool = True
     asynchronous: bool = True
     max_failures: int = 3
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("save_every", "keep_last"):
+        for name in ("save_every", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}: it must be 0 or more")
         if self.max_failures < 1:
@@ -165,7 +168,7 @@ class CheckpointManager:
             CheckpointError: `max_failures` in a row could not be written; what was saved before is untouched.
         """
         slot = self.folder / slots.CHECKPOINTS / slots.slot_name(step)
-        self._store(slot, step, dict(meta or {}), partial(_rotate, self.folder, step, self.config.keep_last))
+        self._store(slot, step, dict(meta or {}), partial(_rotate, self.folder, step, self.config))
         self._settled_step = step
         return slot
 
@@ -362,9 +365,9 @@ def _failure(slot: Path, step: int, run: Path, error: Exception) -> CheckpointEr
     return CheckpointError(f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {kept}{left}")
 
 
-def _rotate(run: Path, step: int, keep_last: int) -> list[str]:
+def _rotate(run: Path, step: int, config: CheckpointConfig) -> list[str]:
     try:
-        slots.rotate(run, step, keep_last)
+        slots.rotate(run, step, config.keep_last, config.keep_every)
     except OSError as error:  # the save itself has succeeded
         return [f"an old checkpoint cannot be deleted: {in_words(error)}"]
     return []

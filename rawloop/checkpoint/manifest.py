@@ -111,6 +111,20 @@ def verify(slot: Path) -> Manifest:
     return manifest
 
 
+def whole_file(slot: Path, name: str) -> bytes:
+    """Return the contents of one file of a slot, as they were written, without looking at the others.
+
+    Raises:
+        CheckpointError: it is not in the manifest, or differs from what that says.
+        OSError: it cannot be read.
+    """
+    record = read_manifest(slot).files.get(name)
+    data = (slot / name).read_bytes()
+    if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
+        raise CheckpointError(f"{slot}: {name} is not what was written")
+    return data
+
+
 def _difference(path: Path, record: FileRecord) -> str | None:
     if not path.exists():
         return "is missing"

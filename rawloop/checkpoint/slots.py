@@ -184,12 +184,15 @@ def _free_name(path: Path) -> Path:
     return free
 
 
-def rotate(run: Path, step: int, keep_last: int) -> list[Path]:
-    """Delete the oldest slots so that `keep_last` remain, the one of `step` among them. Returns the deleted ones."""
+def rotate(run: Path, step: int, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Delete the oldest slots so that `keep_last` remain, the one of `step` among them. Returns the deleted ones.
+
+    Slots whose step is a multiple of `keep_every` are neither deleted nor counted; 0 sets none apart.
+    """
     if keep_last == 0:
         return []
-    older = [slot for slot in find_slots(run) if step_of(slot) < step]
-    surplus = older[keep_last - 1 :]
+    counted = [slot for slot in find_slots(run) if not (keep_every and step_of(slot) % keep_every == 0)]
+    surplus = [slot for slot in counted if step_of(slot) <= step][keep_last:]
     for slot in surplus:
         remove_tree(slot)
     return surplus

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "fine-tune a model; start it with torchrun for several processes",
     "evaluate": "evaluate a model or a checkpoint of a run",
     "merge": "merge a LoRA adapter into its base model",
+    "verify": "check every file of a run's checkpoints against its digest",
     "doctor": "check on your own model and data that training does what it says",
 }
 

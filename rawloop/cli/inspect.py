@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from rawloop.audio import import_torchaudio
 from rawloop.build import build_family, load_samples, no_codes, open_codes
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
-from rawloop.data.batches import BatchPlan
+from rawloop.data.batches import BatchPlan, Draw, MicroBatches
 from rawloop.diagnose.table import table
 from rawloop.errors import UserError, nearest
 
@@ -43,10 +44,12 @@ def run(argv: list[str]) -> None:
     import_torchaudio()
     family = build_family(config)
     cache = open_codes(config.data, family)
-    samples = chosen(load_samples(config, family, cache, split, _complain), config, split, options["sample"])
-    examples = [family.example(sample, cache or no_codes) for sample in samples]
+    samples = load_samples(config, family, cache, split, _complain)
+    draws = chosen(samples, config, split, options["sample"])
+    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, seed=config.seed)
+    examples, batch = batches.made(draws)
     color = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
-    view = View(family, samples, examples, family.collate(examples), color)
+    view = View(family, [samples[draw.sample] for draw in draws], examples, batch, color)
     print("\n".join(view.lines()), flush=True)
 
 
@@ -54,14 +57,14 @@ def _complain(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | None) -> list[Sample]:
-    """Return the sample of that name, or those of the first batch of the split.
+def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | None) -> list[Draw]:
+    """Return the place of the sample of that name, or those of the first batch of the split.
 
     Raises:
         UserError: no sample has the name.
     """
     if name is not None:
-        found = [sample for sample in samples if sample.id == name]
+        found = [Draw(index, epoch=0) for index, sample in enumerate(samples) if sample.id == name]
         if not found:
             ids = [sample.id for sample in samples]
             raise UserError(
@@ -70,9 +73,9 @@ def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | Non
             )
         return found
     if split == "eval":
-        return samples[: config.evaluation.batch_size]
+        return [Draw(index, epoch=0) for index in range(min(len(samples), config.evaluation.batch_size))]
     plan = BatchPlan(len(samples), config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle)
-    return [samples[index] for index in plan.micro_batches(0)[0]]
+    return plan.micro_batches(0)[0]
 
 
 @dataclass

@@ -1,14 +1,15 @@
 """Which samples stand in which micro-batch: a pure function of (seed, window), and the loaders that follow it.
 
 A *window* is the accumulation group of one optimizer step. Because its contents depend on nothing else, resuming is
-O(1) and does not depend on the number of workers, and a changed world size keeps the same global windows.
+O(1) and does not depend on the number of workers, and a changed world size keeps the same global windows. What a family
+draws at random while it makes an example is a pure function too, of (seed, epoch, index of the sample).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,12 +17,19 @@ from torch.utils.data import DataLoader, Dataset
 from rawloop.contracts import Batch, Sample
 from rawloop.data.limits import no_fault
 from rawloop.errors import RawloopError, UserError
-from rawloop.seed import derive_seed
+from rawloop.seed import derive_seed, lent_streams
+
+
+class Draw(NamedTuple):
+    """A place in the data order: the index of the sample, and the pass over the data."""
+
+    sample: int
+    epoch: int
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Tells rank and window -> sample indices.
+    """Tells rank and window -> samples.
 
     The samples run on from epoch to epoch, each epoch a permutation of all of them, and window k takes the k-th slice
     of `world_size * batch_size * accumulation`. So no tail is dropped, and every window is full on every rank.
@@ -65,18 +73,18 @@ class BatchPlan:
             "shuffle": int(self.shuffle),
         }
 
-    def micro_batches(self, window: int) -> list[list[int]]:
-        """Return this rank's sample indices of one window, a list per micro-batch."""
+    def micro_batches(self, window: int) -> list[list[Draw]]:
+        """Return this rank's samples of one window, a list per micro-batch."""
         start = window * self.window_size
         stride = self.world_size * self.batch_size
         firsts = [start + micro * stride + self.rank * self.batch_size for micro in range(self.accumulation)]
         return [[self._sample(first + i) for i in range(self.batch_size)] for first in firsts]
 
-    def _sample(self, position: int) -> int:
+    def _sample(self, position: int) -> Draw:
         epoch, offset = divmod(position, self.num_samples)
         if not self.shuffle:
-            return offset
-        return int(_permutation(self.num_samples, self.seed, epoch)[offset])
+            return Draw(offset, epoch)
+        return Draw(int(_permutation(self.num_samples, self.seed, epoch)[offset]), epoch)
 
 
 @lru_cache(maxsize=2)
@@ -86,13 +94,14 @@ def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 class MicroBatches(Dataset[Batch | RawloopError]):
-    """Makes a whole micro-batch from a list of sample indices, in the main process or in a worker.
+    """Makes a whole micro-batch of some samples, in the main process or in a worker.
 
     Args:
         samples: the data set.
-        example: encodes one sample.
-        collate: pads examples to a micro-batch.
+        example: encodes one sample. What it draws at random depends on `seed`, epoch and index of the sample alone.
+        collate: pads examples to a micro-batch. What it draws goes on from its last sample's.
         fault: says what is wrong with a micro-batch, or None, such as `Limits.fault`.
+        seed: of the run.
     """
 
     def __init__(
@@ -101,58 +110,65 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         example: Callable[[Sample], Any],
         collate: Callable[[list[Any]], Batch],
         fault: Callable[[Batch], str | None] = no_fault,
+        seed: int = 0,
     ) -> None:
         self.samples, self.example, self.collate, self.fault = samples, example, collate, fault
+        self.seed = seed
 
-    def __getitem__(self, indices: list[int]) -> Batch | RawloopError:
+    def __getitem__(self, draws: list[Draw]) -> Batch | RawloopError:
         """Return the micro-batch, or the error: raised in a worker it would arrive wrapped in a traceback."""
         try:
-            return self.made(indices)[1]
+            return self.made(draws)[1]
         except RawloopError as error:
             return error
         except OSError as error:
-            return RawloopError(f"the codes of the samples {self._names(indices)} cannot be read: {error}")
+            return RawloopError(f"the codes of the samples {self._names(draws)} cannot be read: {error}")
 
-    def made(self, indices: list[int]) -> tuple[list[Any], Batch]:
+    def made(self, draws: list[Draw]) -> tuple[list[Any], Batch]:
         """Return the examples of some samples, and the micro-batch that they make.
 
         Raises:
             UserError: a sample cannot be made into an example, or holds what the model cannot take.
         """
         try:
-            examples = [self.example(self.samples[index]) for index in indices]
-            batch = self.collate(examples)
+            with lent_streams() as seed:
+                examples = [self._example(draw, seed) for draw in draws]
+                batch = self.collate(examples)
             fault = self.fault(batch)
         except (RawloopError, OSError):
             raise
         except Exception as error:  # a bug in somebody's family: its traceback says in which samples
-            error.add_note(f"while making a batch of the samples {self._names(indices)}")
+            error.add_note(f"while making a batch of the samples {self._names(draws)}")
             raise
         if fault is not None:
-            raise UserError(self._blame(indices, examples, fault))
+            raise UserError(self._blame(draws, examples, fault))
         return examples, batch
 
-    def _blame(self, indices: list[int], examples: list[Any], fault: str) -> str:
+    def _example(self, draw: Draw, seed: Callable[[int], None]) -> Any:
+        seed(derive_seed("sample", self.seed, draw.epoch, draw.sample))
+        return self.example(self.samples[draw.sample])
+
+    def _blame(self, draws: list[Draw], examples: list[Any], fault: str) -> str:
         """Find the sample that is at fault: the first that is wrong also when it is alone."""
-        for index, example in zip(indices, examples, strict=True):
+        for draw, example in zip(draws, examples, strict=True):
             alone = self.fault(self.collate([example]))
             if alone is not None:
-                sample = self.samples[index]
+                sample = self.samples[draw.sample]
                 return f"sample '{sample.id}' ({sample.source}): {alone}"
-        return f"the batch of the samples {self._names(indices)}: {fault}"
+        return f"the batch of the samples {self._names(draws)}: {fault}"
 
-    def _names(self, indices: list[int]) -> str:
-        return ", ".join(self.samples[index].id for index in indices)
+    def _names(self, draws: list[Draw]) -> str:
+        return ", ".join(self.samples[draw.sample].id for draw in draws)
 
 
 class Loader:
-    """Iterates micro-batches of given indices, re-iterable for evaluation, in windows for training."""
+    """Iterates micro-batches of given samples, re-iterable for evaluation, in windows for training."""
 
     def __init__(self, batches: MicroBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
         self.batches, self.num_workers, self.pin_memory = batches, num_workers, pin_memory
 
-    def iterate(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
-        """Yield a micro-batch for each list of indices.
+    def iterate(self, draws: Iterator[list[Draw]]) -> Iterator[Batch]:
+        """Yield a micro-batch for each list of samples.
 
         Raises:
             RawloopError: a sample cannot be made into an example; the message names it.
@@ -160,7 +176,7 @@ class Loader:
         loader: DataLoader[Any] = DataLoader(
             self.batches,
             batch_size=None,
-            sampler=indices,  # any iterable will do
+            sampler=draws,  # any iterable will do
             num_workers=self.num_workers,
             collate_fn=_same,
             pin_memory=self.pin_memory,
@@ -189,26 +205,29 @@ class TrainWindows:
 
     def start(self, window: int) -> Iterator[list[Batch]]:
         """Yield this rank's windows, beginning with number `window`."""
-        stream = self.loader.iterate(self._indices(window))
+        stream = self.loader.iterate(self._draws(window))
         while True:
             yield [next(stream) for _ in range(self.plan.accumulation)]
 
-    def _indices(self, window: int) -> Iterator[list[int]]:
+    def _draws(self, window: int) -> Iterator[list[Draw]]:
         while True:
             yield from self.plan.micro_batches(window)
             window += 1
 
 
 class EvalBatches:
-    """One rank's share of the evaluation set, in a fixed order: over all ranks every sample stands exactly once."""
+    """One rank's share of the evaluation set, in a fixed order: over all ranks every sample stands exactly once.
+
+    Every evaluation is epoch 0, so whatever is drawn at random in it is the same each time.
+    """
 
     def __init__(self, loader: Loader, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if num_samples < 1:
             raise UserError("the evaluation set is empty: give data.eval samples, or set evaluation.enabled to false")
-        own = list(range(rank, num_samples, world_size))
+        own = [Draw(index, epoch=0) for index in range(rank, num_samples, world_size)]
         self.loader = loader
-        self.indices = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        self.draws = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate the share from its beginning."""
-        return self.loader.iterate(iter(self.indices))
+        return self.loader.iterate(iter(self.draws))

@@ -58,6 +58,7 @@ class PrecisionPolicy:
         resume: what `state_dict` returned, of a run that will go on: in the mode that it had fallen back to, if it
             had. Call `load_state_dict` with it as well, when weights and optimizer are loaded.
         say: is given what the user should know, a sentence at a time.
+        start_over: begin the mode anew, over restored weights, where a loaded state is of another one.
 
     Raises:
         UserError: the device does not compute the wanted mode, or the settings contradict each other.
@@ -71,7 +72,9 @@ class PrecisionPolicy:
         grad_scaler: Any = None,
         resume: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = warn,
+        start_over: bool = False,
     ) -> None:
+        self.start_over = start_over
         self.config, self.device, self.agree, self.say = config, device, agree, say
         self.choice = Choice(config, describe(device), resume)
         self.model: nn.Module | None = None
@@ -339,10 +342,13 @@ class PrecisionPolicy:
         """Restore what `state_dict` returned, after the model's weights.
 
         Raises:
-            UserError: the state is of another mode; its optimizer state would not fit.
+            UserError: the state is of another mode, and `start_over` is not set.
             CheckpointError: its masters are of other weights.
         """
         if state["mode"] != self.name:
+            if self.start_over:
+                self.trained.follow_weights()
+                return
             raise UserError(
                 f"the checkpoint was trained with precision.mode '{state['mode']}', this run has '{self.name}': "
                 f"resume with --precision.mode {state['mode']}"

@@ -175,6 +175,13 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     assert (event["step"], event["value"], event["metric"]) == (5, 1.5, "eval_loss")
 
 
+def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
+    with opened(tmp_path, keep_last=1, keep_every=2) as manager:
+        for step in range(1, 6):
+            manager.save(step)
+    assert names(tmp_path) == ["step-00000005", "step-00000004", "step-00000002"]
+
+
 def test_a_value_that_is_not_finite_is_never_written_as_the_best(tmp_path: Path) -> None:
     with opened(tmp_path) as manager, pytest.raises(AssertionError, match="never the best"):
         manager.save_best(1, "eval_loss", math.nan)

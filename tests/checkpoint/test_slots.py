@@ -66,6 +66,26 @@ def test_rotation_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -
     assert steps(tmp_path) == left
 
 
+@pytest.mark.parametrize(
+    ("keep", "every", "left"),
+    [
+        (1, 40, [80, 70, 40]),
+        (2, 40, [80, 70, 60, 40]),
+        (1, 70, [80, 70]),
+        (1, 1000, [80]),
+        (0, 40, [80, 70, 60, 50, 40, 30]),
+        (1, 10, [80, 70, 60, 50, 40, 30]),
+    ],
+)
+def test_rotation_spares_multiples_and_does_not_count_them(
+    tmp_path: Path, keep: int, every: int, left: list[int]
+) -> None:
+    for step in (30, 40, 50, 60, 70, 80):
+        write_step(tmp_path, step)
+        slots.rotate(tmp_path, step, keep, every)
+    assert steps(tmp_path) == left
+
+
 def test_rotation_never_deletes_what_was_just_written_or_is_later(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         write_step(tmp_path, step)

@@ -328,19 +328,109 @@ def test_a_finished_run_can_be_made_longer(door: Door, write_config: Write, tmp_
     assert shared == [line for line in metrics_of(tmp_path / "whole") if line["step"] != 3 or "loss" in line]
 
 
-def test_another_precision_or_adapter_cannot_resume(door: Door, trained: Path, tmp_path: Path) -> None:
+def unchanged(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What must be left as it was; an event may say what was tried."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "events.jsonl")
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_settings_that_make_another_run_cannot_resume(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained / "run", run)
+    before = unchanged(run)
     again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")
     for arguments, problem in (
-        (("--precision.mode", "bf16"), "resume with --precision.mode fp32"),
-        (("--adapter.rank", "8"), "16 of another shape"),
-        (("--adapter.alpha", "16"), "adapter.alpha 8.0, this run has 16.0"),
+        ("--precision.mode bf16", "resume with --precision.mode fp32"),
+        ("--adapter.rank 8 --optim.lr 1", "within a run: adapter.rank 4 -> 8: set them back, start a run of its own"),
+        (
+            "--seed 1 --data.max_seconds 20 --adapter.alpha 16 --model.stream_weights {text: 0.5}",
+            'seed 0 -> 1, model.stream_weights {} -> {"text": 0.5}, adapter.alpha 8.0 -> 16.0, data.max_seconds 30.0 '
+            "-> 20.0: set them back, start a run of its own, or force them by name, --resume_force "
+            "'[seed, model.stream_weights, adapter.alpha, data.max_seconds]'",
+        ),
+        ("--seed 1 --adapter.dropout 0.1 --resume_force [seed]", "within a run: adapter.dropout 0.0 -> 0.1: set"),
+        ("--evaluation.best_mode max", "evaluation.best_mode min -> max: "),
+        ("--train.batch_size 1", "window_size 2 -> 1; window_size is processes x"),
+        ("--optim.lr 1 --resume_force [optim.l]", "has 'optim.l', which is no key (did you mean 'optim.lr'?)"),
+        (
+            "--optim.lr 1 --resume_force [optim.eps]",
+            "has 'optim.eps', which has not changed (did you mean 'optim.lr'?)",
+        ),
+        ("--resume_force [seed]", "resume_force has 'seed', which has not changed: output has"),
+        ("--resume_force [data.train]", "has 'data.train', and neither it nor its number of samples has changed"),
     ):
-        done = door(*again, *arguments)
-        assert done.code in (1, 2)
-        assert problem in done.err.splitlines()[-1]
-    assert metrics_of(run) == metrics_of(trained / "run")
+        words = arguments.replace("{text: 0.5}", "{text:~0.5}").split()
+        done = door(*again, *(word.replace("~", " ") for word in words))
+        assert done.code == 2
+        assert problem in done.err.splitlines()[-1], done.err
+        assert unchanged(run) == before
+    done = door(*again[:-2], "--resume_force", "[seed]")
+    assert done.err.startswith("rawloop train: resume_force is ['seed'], and nothing is resumed: add --resume latest")
+
+
+def test_what_may_change_is_taken_and_said(door: Door, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    new = "--optim.lr 1e-4 --train.max_steps 4 --train.batch_size 1 --train.accumulation 2 --evaluation.every 4"
+    done = door("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", *new.split())
+    assert done.code == 0, done.err
+    expected = [
+        f"output {trained / 'run'} -> {run}",
+        "train.batch_size 2 -> 1",
+        "train.accumulation 1 -> 2",
+        "train.max_steps 3 -> 4",
+        "optim.lr 0.003 -> 0.0001",
+        "evaluation.every 2 -> 4",
+    ]
+    printed = done.out.splitlines()
+    place = printed.index(expected[0])
+    assert printed[place : place + 6] == expected
+    (event,) = [event for event in read_events(run) if event["kind"] == "restore" and "changes" in event]
+    assert (event["step"], event["changes"]) == (3, expected)
+    stored = json.loads((run / "checkpoints" / "step-00000004" / "state" / "config.json").read_text())
+    assert (stored["config"]["optim"]["lr"], stored["world_size"]) == (1e-4, 1)
+    assert metrics_of(run)[: len(metrics_of(trained / "run"))] == metrics_of(trained / "run")
+
+
+def test_what_is_forced_by_name_is_taken(door: Door, trained: Path, tmp_path: Path, demo_data: Path) -> None:
+    run, more = tmp_path / "run", tmp_path / "more"
+    shutil.copytree(trained / "run", run)
+    shutil.copytree(demo_data / "train", more)
+    samples = json.loads((more / "metadata.json").read_text())["samples"]
+    more_samples = [{**sample, "id": f"{sample['id']}-again"} for sample in samples[:2]]
+    (more / "metadata.json").write_text(json.dumps({"samples": [*samples, *more_samples]}))
+    again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", "--train.max_steps", "4")
+    new = ["--data.train", str(more)]
+    said = door(*again, *new).err.splitlines()[-1]
+    assert "num_samples 8 -> 10" in said
+    assert "or force the key that has changed it, such as --resume_force '[data.train]'" in said
+    new += ["--precision.mode", "bf16", "--adapter.alpha", "16", "--seed", "5", "--evaluation.best_mode", "max"]
+    force = "[data.train, precision.mode, adapter.alpha, seed, evaluation.best_mode]"
+    done = door(*again, *new, "--resume_force", force)
+    assert done.code == 0, done.err
+    for line in (
+        f"data.train {demo_data / 'train'} -> {more} (forced)",
+        "seed 0 -> 5 (forced)",
+        "num_samples 8 -> 10",
+        "the data order is another one, its window 3 is next: epoch 0.75 then, 0.60 now",
+    ):
+        assert line in done.out.splitlines()
+    assert "resume_force: []" in (run / "config.yaml").read_text()
+    best = json.loads((run / "best.json").read_text())
+    assert (best["step"], best["value"]) == (4, losses_of(run)[4])  # of the other metric it is the first
+    # what was forced once is the run's own from then on
+    assert door(*again, *new, "--train.max_steps", "5").code == 0
+
+
+def test_a_resume_passes_over_damaged_settings(door: Door, trained: Path, tmp_path: Path) -> None:
+    """A flipped bit in what is compared first must not refuse the settings of a sound, older checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    stored = run / "checkpoints" / "step-00000003" / "state" / "config.json"
+    stored.write_text(stored.read_text().replace('"seed": 0', '"seed": 8'))
+    done = door("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")
+    assert done.code == 0, done.err
+    assert "step-00000002 at step 2" in done.out
     assert weights_of(run, 3) == weights_of(trained / "run", 3)
 
 

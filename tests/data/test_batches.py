@@ -1,16 +1,19 @@
 """The data order is a pure function, complete, and the same for any world size and number of workers."""
 
 import math
+import random
 import re
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
+import numpy
 import pytest
 import torch
 
 from rawloop.contracts import Batch, Labels, Sample
-from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
+from rawloop.data.batches import BatchPlan, Draw, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.errors import RawloopError, UserError
 
@@ -27,7 +30,7 @@ def loader(workers: int = 0) -> Loader:
 
 
 def window_ids(plan: BatchPlan, window: int) -> list[int]:
-    return [index for micro in plan.micro_batches(window) for index in micro]
+    return [draw.sample for micro in plan.micro_batches(window) for draw in micro]
 
 
 def test_every_epoch_sees_every_sample_once() -> None:
@@ -106,7 +109,7 @@ def test_a_bug_says_in_which_samples_it_showed(workers: int) -> None:
     buggy = Loader(MicroBatches(SAMPLES, lambda sample: [0] * 7 if sample.id < "3" else [][0], collate), workers)
     said = ""
     try:
-        list(buggy.iterate(iter([[2, 3]])))
+        list(buggy.iterate(iter([[Draw(2, 0), Draw(3, 0)]])))
     except IndexError as error:  # not pytest.raises, which would hold the frames, and they the worker
         said = "".join(traceback.format_exception(error))
     assert "while making a batch of the samples 2, 3" in said
@@ -168,8 +171,8 @@ def test_a_fault_is_blamed_on_its_sample_whatever_the_batch_looks_like() -> None
 
     samples = [Sample(str(i), (), source=f"line {i}") for i in range(23)]
     batches = MicroBatches(samples, lambda sample: int(sample.id), packed, Limits(10, {"s": 5}).fault)
-    assert isinstance(batches[[0, 9]], Batch)
-    error = batches[[3, 12, 13]]
+    assert isinstance(batches[[Draw(0, 0), Draw(9, 0)]], Batch)
+    error = batches[[Draw(i, 0) for i in (3, 12, 13)]]
     assert isinstance(error, UserError)
     assert str(error).startswith("sample '12' (line 12): its 'input_ids' has the token 12")
 
@@ -178,5 +181,94 @@ def test_a_fault_that_no_sample_has_alone_is_told_with_all_of_them() -> None:
     def crowded(examples: list[int]) -> Batch:
         return text([[len(examples) * 4]], [0], [1])
 
-    error = MicroBatches(SAMPLES, lambda sample: 0, crowded, Limits(10, {"s": 5}).fault)[[3, 4, 5]]
+    error = MicroBatches(SAMPLES, lambda sample: 0, crowded, Limits(10, {"s": 5}).fault)[
+        [Draw(i, 0) for i in (3, 4, 5)]
+    ]
     assert str(error).startswith("the batch of the samples 3, 4, 5: its 'input_ids' has the token 12")
+
+
+# -- what is drawn at random while a sample is made ----------------------------------------------------------------
+
+
+def noisy(sample: Sample) -> tuple[int, list[float]]:
+    """An example as an augmenting family makes it; an odd number of gaussians leaves one cached in each library."""
+    return int(sample.id), [torch.randn(1).item(), random.gauss(0, 1), random.random(), float(numpy.random.randn())]
+
+
+def collate_noisy(examples: list[tuple[int, list[float]]]) -> Batch:
+    numbers = torch.tensor([values for _, values in examples], dtype=torch.float64)
+    ids = [str(index) for index, _ in examples]
+    return Batch({"x": numbers, "noise": torch.rand(2)}, {}, {"s": len(examples)}, ids)
+
+
+def noisy_loader(workers: int = 0, seed: int = 3) -> Loader:
+    return Loader(MicroBatches(SAMPLES, noisy, collate_noisy, seed=seed), workers)
+
+
+def drawn(plans: list[BatchPlan], workers: int = 0, first: int = 0, last: int = 12) -> dict[Draw, list[float]]:
+    """What every sample drew in some windows, all ranks together."""
+    found: dict[Draw, list[float]] = {}
+    for plan in plans:
+        batches = chain.from_iterable(islice(TrainWindows(noisy_loader(workers), plan).start(first), last - first))
+        draws = chain.from_iterable(plan.micro_batches(window) for window in range(first, last))
+        for batch, micro in zip(batches, draws, strict=True):
+            assert batch.ids == [str(draw.sample) for draw in micro]
+            found |= dict(zip(micro, batch.inputs["x"].tolist(), strict=True))
+    return found
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone() -> None:
+    straight = drawn([BatchPlan(23, 2, 2, seed=3)])
+    assert {draw.epoch for draw in straight} == {0, 1, 2}
+    assert len({tuple(values) for values in straight.values()}) == len(straight) == 48  # each epoch anew
+    assert all(len({values[k] for values in straight.values()}) == 48 for k in range(4))  # in each library
+    assert drawn([BatchPlan(23, 2, 2, seed=3)], workers=2) == straight
+    assert drawn([BatchPlan(23, 1, 2, 2, rank, seed=3) for rank in range(2)]) == straight
+    resumed = drawn([BatchPlan(23, 2, 2, seed=3)], workers=2, first=5)
+    assert resumed == {draw: straight[draw] for draw in resumed}
+    assert len(resumed) == 28
+    batches = noisy_loader(seed=4).batches
+    other = batches.made(list(straight))[0]
+    assert all(a != b for (_, a), b in zip(other, straight.values(), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_collator_draws_is_the_same_wherever_it_runs(workers: int) -> None:
+    def noises(first: int, workers: int) -> list[list[float]]:
+        windows = TrainWindows(noisy_loader(workers), BatchPlan(23, 2, seed=3)).start(first)
+        return [batch.inputs["noise"].tolist() for (batch,) in islice(windows, 8 - first)]
+
+    straight = noises(0, 0)
+    assert noises(3, workers) == straight[3:]
+    assert len({tuple(noise) for noise in straight}) == 8
+
+
+def test_evaluation_draws_the_same_each_time_on_any_number_of_ranks() -> None:
+    def values(shares: list[EvalBatches]) -> Iterator[tuple[str, tuple[float, ...]]]:
+        for batch in chain.from_iterable(shares):
+            yield from zip(batch.ids, map(tuple, batch.inputs["x"].tolist()), strict=True)
+
+    whole = EvalBatches(noisy_loader(), 23, 4)
+    first = dict(values([whole]))
+    assert dict(values([whole])) == first
+    assert dict(values([EvalBatches(noisy_loader(2), 23, 2, rank, 2) for rank in range(2)])) == first
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_training_streams_do_not_notice_what_samples_draw(fails: bool) -> None:
+    def example(sample: Sample) -> tuple[int, list[float]]:
+        made = noisy(sample)
+        if fails:
+            raise UserError("bad")
+        return made
+
+    def own() -> tuple[float, ...]:
+        return torch.randn(1).item(), random.gauss(0, 1), float(numpy.random.randn())
+
+    torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
+    expected = [own() for _ in range(2)]
+    torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
+    seen = [own()]
+    batches = MicroBatches(SAMPLES, example, collate_noisy)
+    assert isinstance(batches[[Draw(0, 0), Draw(1, 0)]], UserError if fails else Batch)
+    assert [*seen, own()] == expected

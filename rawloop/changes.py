@@ -1,0 +1,171 @@
+"""Which settings may change when a run is resumed: one table of all keys, and the comparison with the checkpoint's.
+
+Every checkpoint holds the config of the run that wrote it. What may change is taken and said; what would make another
+run of it is refused before anything is written, unless it is forced by name (`resume_force`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rawloop.checkpoint.manifest import whole_file
+from rawloop.checkpoint.pack import Packed, unpack
+from rawloop.checkpoint.writer import STATE
+from rawloop.config import RunConfig, known_keys, near
+from rawloop.errors import CheckpointError, UserError
+
+WORLD_SIZE = "world_size"  # no key of the config, and compared like one
+PART = "config"  # of a checkpoint
+
+
+def _keys(*groups: str) -> frozenset[str]:
+    """`optim lr eps` -> optim.lr, optim.eps; a dash stands for keys without a group."""
+    split = [group.split() for group in groups]
+    return frozenset(name if group == "-" else f"{group}.{name}" for group, *names in split for name in names)
+
+
+# Taken as they are.
+FREE = _keys(
+    "- output resume resume_force device",
+    "model attention activation_checkpointing trust_remote_code",
+    "data allow_outside on_bad_sample num_workers",
+    "train epochs max_steps log_every",
+    "optim lr weight_decay beta1 beta2 eps schedule warmup_steps max_norm",
+    "precision fallback tf32 max_skips max_nonfinite_losses",
+    "precision.loss_scale init floor ceiling growth_interval hysteresis",
+    "checks enabled batches expect_chance allow_missing_targets allow",
+    "ddp find_unused_parameters broadcast_buffers gradient_as_bucket_view static_graph timeout",
+    "evaluation enabled every batch_size patience",
+    "checkpoint save_every keep_last keep_every save_at_end asynchronous max_failures",
+    "records tensorboard wandb wandb_project progress",
+)
+# Taken where what they stand for is found to be the same, and what finds it.
+CHECKED = MappingProxyType(
+    {
+        "model.path": "the fingerprint of the frozen weights (part `base`)",
+        "model.codec": "the hash of the codec in the cache of codes",
+        "data.train": "the number of samples (part `train`)",
+        "data.eval": "nothing; that the best value was measured on other samples is said",
+        "data.codes": "the hash of the codec in the cache of codes",
+        "train.batch_size": "the samples of a step over all ranks (part `train`)",
+        "train.accumulation": "the samples of a step over all ranks (part `train`)",
+        WORLD_SIZE: "the samples of a step over all ranks (part `train`)",
+        "precision.mode": "the mode in which training goes on (part `precision`)",
+        "precision.trainable_dtype": "the masters (part `precision`)",
+        "precision.masters": "the masters (part `precision`)",
+    }
+)
+# Refused: the model, the samples or the numbers would be other ones.
+FIXED = _keys(
+    "- seed",
+    "model family revision stream_weights",
+    "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze",
+    "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
+    "evaluation best_metric best_mode",
+)
+UNCOMPARED = frozenset({"resume", "resume_force"})  # they say how to resume, and end with it
+# What `TrainState` compares, and the keys whose force lets it differ.
+POSITION = MappingProxyType(
+    {
+        "window_size": frozenset({"train.batch_size", "train.accumulation", WORLD_SIZE}),
+        "num_samples": frozenset({"data.train", "data.max_seconds", "data.min_seconds", "data.task"}),
+        "seed": frozenset({"seed"}),
+        "shuffle": frozenset({"data.shuffle"}),
+    }
+)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config by dotted keys; the value of `model.stream_weights` is one, though a dict."""
+    groups = {key.rpartition(".")[0] for key in known_keys()}
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        values |= flat(value, f"{key}.") if key in groups and isinstance(value, dict) else {key: value}
+    return values
+
+
+class SettingsState:
+    """The config as a part of a checkpoint. Loading it compares, and keeps in `taken` a line for each change."""
+
+    def __init__(self, config: RunConfig, world_size: int) -> None:
+        self.config, self.world_size = config, world_size
+        self.taken: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the resolved config, nested, and the number of ranks."""
+        return {"config": dataclasses.asdict(self.config), WORLD_SIZE: self.world_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare; see `compare`."""
+        self.taken = compare(state, self.config, self.world_size)
+
+
+def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> list[str]:
+    """Compare a checkpoint's settings with the present ones.
+
+    Args:
+        stored: what `SettingsState.state_dict` returned then. A key that it lacks had its default.
+        config: the present config.
+        world_size: the present number of ranks.
+
+    Returns:
+        a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`.
+
+    Raises:
+        UserError: settings have changed that must not and are not forced, all of them named; or a key is forced that
+            there is not, or that has not changed.
+    """
+    then = {**flat(dataclasses.asdict(RunConfig())), **flat(stored["config"]), WORLD_SIZE: stored[WORLD_SIZE]}
+    now = {**flat(dataclasses.asdict(config)), WORLD_SIZE: world_size}
+    changed = {
+        key: f"{key} {_shown(then[key])} -> {_shown(now[key])}"
+        for key in now
+        if key not in UNCOMPARED and then[key] != now[key]
+    }
+    forced = set(config.resume_force)
+    _check_forced(forced, changed)
+    refused = [key for key in changed if key in FIXED - forced]
+    if refused:
+        raise UserError(
+            f"the checkpoint was trained with other settings, which must not change within a run: "
+            f"{', '.join(changed[key] for key in refused)}: set them back, start a run of its own, or force them by "
+            f"name, --resume_force '[{', '.join(refused)}]'"
+        )
+    return [f"{line} (forced)" if key in forced else line for key, line in changed.items()]
+
+
+def _check_forced(forced: set[str], changed: Mapping[str, str]) -> None:
+    for key in sorted(forced):
+        if key not in known_keys() | {WORLD_SIZE}:
+            raise UserError(f"resume_force has '{key}', which is no key{near(key, known_keys())}")
+        if key not in changed and key != "data.train":  # whose files may have changed: seen when they are read
+            names = ", ".join(changed) or "nothing"
+            raise UserError(f"resume_force has '{key}', which has not changed{near(key, set(changed))}: {names} has")
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def may_differ(forced: list[str]) -> frozenset[str]:
+    """What of the data's identity may differ, as the keys are forced that decide it."""
+    return frozenset(item for item, keys in POSITION.items() if keys & set(forced))
+
+
+def stored_settings(slot: Path) -> dict[str, Any] | None:
+    """The settings in a checkpoint, read before the whole of it is verified.
+
+    None if they are damaged or not there, which restoring will find and name, or pass over.
+    """
+    try:
+        return _of_run(unpack(Packed(json.loads(whole_file(slot, f"{STATE}/{PART}.json")), {})))
+    except (CheckpointError, OSError, ValueError):
+        return None
+
+
+def _of_run(state: Any) -> dict[str, Any] | None:
+    return state if isinstance(state, dict) and {"config", WORLD_SIZE} <= set(state) else None

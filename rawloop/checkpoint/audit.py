@@ -1,0 +1,102 @@
+"""Looking at every checkpoint of a run, whole or not. Read-only, so it may look beside the process that trains.
+
+That process deletes and replaces slots meanwhile: what is found wrong with a slot counts only if it is still the same
+folder afterwards.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, verify
+from rawloop.checkpoint.run_folder import MARKS
+from rawloop.checkpoint.slots import BEST, CHECKPOINTS, DISCARDED, find_best, find_slots, step_of
+from rawloop.errors import CheckpointError, UserError
+
+UNFINISHED = "being written, or left by a save that was killed; never taken for a checkpoint"
+GONE = "deleted or replaced while this was looking"
+
+
+class Found(NamedTuple):
+    """What became of looking at one slot. `manifest` is None where it cannot be read; `seconds` is what it took."""
+
+    slot: Path
+    verdict: Literal["whole", "DAMAGED", "unfinished", "gone"]
+    reason: str
+    seconds: float
+    manifest: Manifest | None
+
+    @property
+    def step(self) -> int:
+        """The step of the slot, -1 if neither manifest nor name say it."""
+        return self.manifest.step if self.manifest else step_of(self.slot)
+
+
+def slots_to_examine(folder: Path) -> list[Path]:
+    """Return every slot of a run: by step, newest first, the best, discarded ones, and unfinished ones. Or the one.
+
+    Raises:
+        UserError: the folder is neither a run nor a slot.
+    """
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is no folder: name a run's folder, or one of its checkpoints")
+    try:
+        if _is_slot(folder):
+            return [folder]
+        return list(_slots_of_run(folder))
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be read: {error.strerror}") from error
+
+
+def _is_slot(folder: Path) -> bool:
+    named = step_of(folder) >= 0 or folder.name == BEST
+    return (folder / NAME).exists() or (named and not any((folder / mark).exists() for mark in MARKS))
+
+
+def _slots_of_run(run: Path) -> Iterator[Path]:
+    if not any((run / mark).exists() for mark in MARKS):
+        advice = f": name the run, '{run.parent}'" if run.name == CHECKPOINTS else ", nor a checkpoint"
+        raise UserError(f"'{run}' is no run{advice}")
+    yield from find_slots(run)
+    best = find_best(run)
+    if best is not None:
+        yield best
+    discarded = run / CHECKPOINTS / DISCARDED
+    yield from sorted(path for path in discarded.glob("*") if path.is_dir())
+    for folder in (run / CHECKPOINTS, run):
+        yield from sorted(path for path in folder.glob(".tmp-*") if path.is_dir())
+
+
+def examine(slot: Path) -> Found:
+    """Check every file of a slot by size and digest."""
+    begun = time.perf_counter()
+    if slot.name.startswith(".tmp-"):
+        return Found(slot, "unfinished", UNFINISHED, 0.0, None)
+    while True:
+        before = _identity(slot)
+        if before is None:
+            return Found(slot, "gone", GONE, time.perf_counter() - begun, None)
+        try:
+            manifest = verify(slot)
+            return Found(slot, "whole", "", time.perf_counter() - begun, manifest)
+        except CheckpointError as error:
+            if _identity(slot) == before:
+                reason = str(error).removeprefix(f"{slot}: ")
+                return Found(slot, "DAMAGED", reason, time.perf_counter() - begun, _manifest(slot))
+
+
+def _identity(slot: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from another one of its name; None if there is none."""
+    try:
+        found = slot.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _manifest(slot: Path) -> Manifest | None:
+    try:
+        return read_manifest(slot)
+    except CheckpointError:
+        return None

@@ -1,0 +1,47 @@
+"""`rawloop verify RUN`: is every checkpoint of a run still what was written? No format notices a flipped bit by itself.
+
+Read-only, and safe beside a training that goes on.
+"""
+
+from pathlib import Path
+
+from rawloop.checkpoint.audit import Found, examine, slots_to_examine
+from rawloop.checkpoint.disk import readable
+from rawloop.config import Parser
+from rawloop.errors import CheckpointError
+
+
+def run(argv: list[str]) -> None:
+    """Print a line per checkpoint as it is read.
+
+    Raises:
+        UserError: the folder is neither a run nor a checkpoint (exit code 2).
+        CheckpointError: a checkpoint is damaged (exit code 1).
+    """
+    parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
+    parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
+    folder = Path(parser.parse_args(argv).run).expanduser()
+    slots = slots_to_examine(folder)
+    names = [str(slot.relative_to(folder)) if slot != folder else slot.name for slot in slots]
+    width = max(map(len, [*names, "checkpoint"]))
+    print(f"{'checkpoint':<{width}} {'step':>9} {'files':>6} {'size':>10} {'seconds':>8}  verdict", flush=True)
+    counts: dict[str, list[str]] = {}
+    for name, slot in zip(names, slots, strict=True):
+        found = examine(slot)
+        counts.setdefault(found.verdict, []).append(name)
+        print(f"{name:<{width}} {line(found)}", flush=True)
+    damaged = counts.get("DAMAGED", [])
+    if damaged:
+        whole = len(counts.get("whole", []))
+        raise CheckpointError(f"{len(damaged)} damaged ({', '.join(damaged)}), {whole} whole")
+    print(f"{len(counts.get('whole', []))} whole, none damaged", flush=True)
+
+
+def line(found: Found) -> str:
+    """What the table says of a slot, after its name."""
+    step = str(found.step) if found.step >= 0 else "-"
+    files, size = "-", "-"
+    if found.manifest is not None:
+        files, size = str(len(found.manifest.files)), readable(found.manifest.size)
+    reason = f": {found.reason}" if found.reason else ""
+    return f"{step:>9} {files:>6} {size:>10} {found.seconds:>8.2f}  {found.verdict}{reason}"

@@ -1,0 +1,136 @@
+"""`rawloop verify`: which damage it sees, what it takes for no damage, its exit codes, and that it writes nothing."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rawloop.checkpoint import audit, slots, verify
+from rawloop.checkpoint.pack import pack
+from rawloop.checkpoint.writer import Contents, write_slot
+from rawloop.errors import CheckpointError
+
+Door = Callable[..., Any]
+
+
+def write(slot: Path, step: int) -> Path:
+    meta = {"best": {"metric": "eval_loss", "value": 1.0, "step": step}}
+    write_slot(slot, Contents(step, meta, {}, {"x": pack({"step": step}), "y": pack([1.5])}, [{}], {}))
+    return slot
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with two checkpoints, a best one, a discarded one, and a save under way."""
+    folder = tmp_path / "run"
+    for step in (10, 20):
+        write(folder / "checkpoints" / slots.slot_name(step), step)
+    write(folder / "best", 10)
+    write(folder / "checkpoints" / "discarded" / "step-00000030", 30)
+    (folder / "checkpoints" / ".tmp-step-00000040" / "state").mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    return folder
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    """The cells of each line of the table, by the name that it begins with."""
+    return {line.split()[0]: line.split(maxsplit=5)[1:] for line in out.splitlines()[1:]}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def contents(folder: Path) -> dict[Path, tuple[float, bytes | None]]:
+    return {p: (p.stat().st_mtime, p.read_bytes() if p.is_file() else None) for p in sorted(folder.rglob("*"))}
+
+
+def test_a_run_that_is_whole(door: Door, run: Path) -> None:
+    before = contents(run)
+    done = door("verify", run)
+    assert (done.code, done.err) == (0, "")
+    table = rows(done.out)
+    names = ["checkpoints/step-00000020", "checkpoints/step-00000010", "best", "checkpoints/discarded/step-00000030"]
+    assert list(table) == [*names, "checkpoints/.tmp-step-00000040", "4"]
+    assert [table[name][0] for name in names] == ["20", "10", "10", "30"]
+    assert all(table[name][1] == "2" and table[name][4] != "-" for name in names)
+    assert all(done.out.splitlines()[k].endswith("  whole") for k in range(1, 5))
+    assert "  unfinished: being written, or left by a save that was killed" in done.out
+    assert done.out.endswith("4 whole, none damaged\n")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("slot", "damage", "reason"),
+    [
+        ("checkpoints/step-00000020", lambda slot: flip(slot / "state" / "x.json"), "state/x.json has changed since"),
+        ("checkpoints/step-00000010", lambda slot: (slot / "state" / "y.json").unlink(), "state/y.json is missing"),
+        ("best", lambda slot: flip(slot / "MANIFEST.json"), "MANIFEST.json"),
+        ("best", lambda slot: (slot / "MANIFEST.json").unlink(), "never completed"),
+        ("checkpoints/discarded/step-00000030", lambda slot: (slot / "MANIFEST.json").unlink(), "never completed"),
+    ],
+    ids=["flipped bit", "missing file", "flipped manifest", "best without manifest", "no manifest"],
+)
+def test_damage_is_named(door: Door, run: Path, slot: str, damage: Callable[[Path], None], reason: str) -> None:
+    damage(run / slot)
+    for given, whole in ((run, 3), (run / slot, 0)):
+        done = door("verify", given)
+        assert done.code == 1
+        (row,) = [line for line in done.out.splitlines() if "DAMAGED" in line]
+        name = slot if given == run else Path(slot).name
+        assert row.startswith(f"{name} ")
+        assert reason in row
+        assert done.err == f"rawloop verify: 1 damaged ({name}), {whole} whole\n"
+    assert door("verify", run / "checkpoints" / "step-00000010").code == (1 if slot.endswith("10") else 0)
+
+
+def test_what_is_no_run_is_refused(door: Door, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for given, said in (
+        (tmp_path / "none", f"'{tmp_path}/none' is no folder: name a run's folder, or one of its checkpoints"),
+        (run / "config.yaml", f"'{run}/config.yaml' is no folder: name a run's folder, or one of its checkpoints"),
+        (tmp_path / "empty", f"'{tmp_path}/empty' is no run, nor a checkpoint"),
+        (run / "checkpoints", f"'{run}/checkpoints' is no run: name the run, '{run}'"),
+    ):
+        done = door("verify", given)
+        assert (done.code, done.err) == (2, f"rawloop verify: {said}\n")
+    assert door("verify").code == 2
+
+
+def test_a_run_that_has_saved_nothing_yet_is_whole(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    done = door("verify", tmp_path)
+    assert (done.code, done.out.splitlines()[-1]) == (0, "0 whole, none damaged")
+
+
+def test_a_slot_that_is_deleted_or_replaced_meanwhile_is_not_damaged(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that trains deletes and replaces slots while they are read here."""
+    calls: list[Path] = []
+
+    def disturbed(slot: Path) -> Any:
+        calls.append(slot)
+        if len(calls) == 1:
+            meddle(slot)
+        return verify(slot)
+
+    def replace(slot: Path) -> None:
+        write(slot, 15)
+        raise CheckpointError("state/x.json has changed since it was written")
+
+    def delete(slot: Path) -> None:
+        shutil.rmtree(slot)
+        raise CheckpointError("state/x.json is missing")
+
+    monkeypatch.setattr(audit, "verify", disturbed)
+    meddle = replace
+    found = audit.examine(run / "best")
+    assert (found.verdict, found.step, len(calls)) == ("whole", 15, 2)
+    calls.clear()
+    meddle = delete
+    assert audit.examine(run / "best").verdict == "gone"
