@@ -454,19 +454,13 @@ def _restore(run: Run, config: RunConfig, say: Say) -> None:
 
 
 def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
-    """Say what is taken of changed settings, and what follows from it.
-
-    Raises:
-        UserError: data.train is forced, and neither it nor what is in it has changed.
-    """
+    """Say what is taken of changed settings, and what follows from it."""
     assert run.checkpoints is not None
     settings, base = run.checkpoints.states[PART], run.checkpoints.states["base"]
     assert isinstance(settings, SettingsState)
     assert isinstance(base, BaseFingerprint)
     lines = list(settings.taken)
     named = {line.partition(" ")[0] for line in lines}
-    if "data.train" in config.resume_force and not named & {"data.train"} and "num_samples" not in run.state.differed:
-        raise UserError("resume_force has 'data.train', and neither it nor its number of samples has changed")
     lines += [f"{key} {then} -> {now}" for key, (then, now) in run.state.differed.items() if key not in named]
     if run.state.differed:
         lines.append(_position(run.state))

@@ -113,11 +113,12 @@ def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> li
         world_size: the present number of ranks.
 
     Returns:
-        a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`.
+        a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`, and for each key that is forced and
+        has not changed: as when a command that forces is started again after a kill.
 
     Raises:
         UserError: settings have changed that must not and are not forced, all of them named; or a key is forced that
-            there is not, or that has not changed.
+            there is not.
     """
     then = {**flat(dataclasses.asdict(RunConfig())), **flat(stored["config"]), WORLD_SIZE: stored[WORLD_SIZE]}
     now = {**flat(dataclasses.asdict(config)), WORLD_SIZE: world_size}
@@ -127,7 +128,7 @@ def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> li
         if key not in UNCOMPARED and then[key] != now[key]
     }
     forced = set(config.resume_force)
-    _check_forced(forced, changed)
+    _check_forced(forced)
     refused = [key for key in changed if key in FIXED - forced]
     if refused:
         raise UserError(
@@ -135,16 +136,15 @@ def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> li
             f"{', '.join(changed[key] for key in refused)}: set them back, start a run of its own, or force them by "
             f"name, --resume_force '[{', '.join(refused)}]'"
         )
-    return [f"{line} (forced)" if key in forced else line for key, line in changed.items()]
+    lines = [f"{line} (forced)" if key in forced else line for key, line in changed.items()]
+    idle = sorted(forced - set(changed) - {"data.train"})  # whose files may have changed: seen when they are read
+    return lines + [f"resume_force has {key}, which has not changed" for key in idle]
 
 
-def _check_forced(forced: set[str], changed: Mapping[str, str]) -> None:
+def _check_forced(forced: set[str]) -> None:
     for key in sorted(forced):
         if key not in known_keys() | {WORLD_SIZE}:
             raise UserError(f"resume_force has '{key}', which is no key{near(key, known_keys())}")
-        if key not in changed and key != "data.train":  # whose files may have changed: seen when they are read
-            names = ", ".join(changed) or "nothing"
-            raise UserError(f"resume_force has '{key}', which has not changed{near(key, set(changed))}: {names} has")
 
 
 def _shown(value: Any) -> str:
