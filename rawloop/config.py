@@ -37,7 +37,8 @@ class RunConfig:
 
     Args:
         output: folder of the run: config, metrics, events, checkpoints, best.
-        resume: `latest` continues the run in `output`; a path continues from that checkpoint.
+        resume: `latest` continues the run in `output`; `auto` does if it has a checkpoint, and starts it from the
+            beginning if not, which is what a job that is requeued should say; a path continues from that checkpoint.
         seed: seed of weights, data order and dropout.
         device: auto, cuda, mps or cpu.
         model: the model.
@@ -73,7 +74,7 @@ class RunConfig:
         if not self.output:
             raise UserError("output is empty: name the folder of the run")
         if self.resume == "":
-            raise UserError("resume is empty: say 'latest', or name a checkpoint's folder")
+            raise UserError("resume is empty: say 'latest' or 'auto', or name a checkpoint's folder")
 
 
 class Parser(ArgumentParser):

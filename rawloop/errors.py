@@ -2,6 +2,7 @@
 
 A `UserError` is a mistake in a config, a data file or a command line: one message, exit code 2, no traceback.
 Any other `RawloopError` is a failure of the run or of the world (disk full, corrupt file, diverged loss): exit code 1.
+`Preempted` is no failure: somebody wanted the run to stop, and it can go on: exit code 75.
 Everything else is a bug in rawloop and keeps its traceback.
 """
 
@@ -32,6 +33,12 @@ class InterruptedUpdate(TrainingError):
 
 class CheckpointError(RawloopError):
     """A checkpoint cannot be written, or what is on disk is not what was written."""
+
+
+class Preempted(RawloopError):
+    """Stopped by a signal or a stop file, with everything on disk that is needed to go on. A scheduler may requeue."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rawloop.contracts import Batch, Sample
 from rawloop.errors import RawloopError, UserError
+from rawloop.preempt import ignored
 from rawloop.seed import derive_seed
 
 
@@ -124,6 +125,7 @@ class Loader:
             sampler=indices,  # any iterable will do
             num_workers=self.num_workers,
             collate_fn=_same,
+            worker_init_fn=_in_worker,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its own: iter() would draw from the training's random stream
         )
@@ -136,6 +138,10 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             raise RawloopError(f"a data worker died, out of memory perhaps: {error}") from error
+
+
+def _in_worker(number: int) -> None:
+    ignored()
 
 
 def _same(item: Any) -> Any:
