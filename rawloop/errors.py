@@ -40,6 +40,10 @@ class Preempted(RawloopError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a clause naming the nearest of `known`, such as ` (did you mean 'lr'?)`, or an empty string."""

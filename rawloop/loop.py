@@ -271,9 +271,7 @@ def leave(run: Run, reason: str) -> NoReturn:
     if run.world.is_main:
         run.records.event("stop", step=step, reason=f"stopped by {reason}")
     kept = f"checkpoint: {slot}; go on from it with --resume latest" if slot else "nothing is saved"
-    error = Preempted(f"stopped by {reason} at step {step}; {kept}")
-    error.speaks = run.world.is_main
-    raise error
+    raise Preempted(f"stopped by {reason} at step {step}; {kept}", speaks=run.world.is_main)
 
 
 def note(run: Run, write: Callable[[], None]) -> None:
@@ -314,7 +312,7 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
 
 
 def evaluate(run: Run, last: bool) -> Evaluation | None:
-    """Evaluate if due. A run that is stopped meanwhile is left as it was before, so that it is done after the resume."""
+    """Evaluate if due. A run that is stopped meanwhile is left as before, so that it is done after the resume."""
     if run.evaluator is None or not run.evaluator.due(run.state.step, last):
         return None
     try:

@@ -4,7 +4,9 @@ Nothing stops here. A signal only sets a flag, because it may come in the middle
 asks `wanted()` at a place where everything is in order, agrees with the other ranks, and raises `Preempted`.
 """
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +62,19 @@ def agreed(reasons: Sequence[str | None]) -> str | None:
     return reason if len(found) == len(reasons) else f"{reason} on rank {rank}"
 
 
-def ignored() -> None:
-    """Leave the signals to the main process: for its helpers, which a scheduler or torchrun signals as well."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def left_to_the_parent() -> None:
+    """In a helper process: obey SIGTERM only if it comes from the parent, and SIGUSR1 never.
+
+    A scheduler and torchrun send them to helpers too, and a data worker that dies of one breaks the step in which its
+    parent was to notice its own. A helper that ignored SIGTERM would outlive a parent that ends it when it exits.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere a signal does not say whom it is from
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rawloop.contracts import Batch, Sample
 from rawloop.errors import RawloopError, UserError
-from rawloop.preempt import ignored
+from rawloop.preempt import left_to_the_parent
 from rawloop.seed import derive_seed
 
 
@@ -141,7 +141,7 @@ class Loader:
 
 
 def _in_worker(number: int) -> None:
-    ignored()
+    left_to_the_parent()
 
 
 def _same(item: Any) -> Any:
