@@ -29,6 +29,8 @@ class Beginning(NamedTuple):
     resume: str | None
     own: bool
     restarted: bool
+
+
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "best.json", CHECKPOINTS, BEST)
 
 
