@@ -283,8 +283,12 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        # After a restart torchrun's store still holds the addresses of the dead: look under a name of our own.
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=limit))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"restart-{world.restarts}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except ValueError as error:
         raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
     except dist.DistError as error:

@@ -41,7 +41,7 @@ def base(demo_checkpoint: Path, demo_data: Path) -> RunConfig:
         device="cpu",
         model=ModelConfig(path=str(demo_checkpoint / "model")),
         adapter=AdapterConfig(rank=4, dropout=0.1),
-        data=DataConfig(*(str(demo_data / split) for split in ("train", "eval", "codes"))),
+        data=DataConfig(str(demo_data / "train"), str(demo_data / "eval"), str(demo_data / "codes")),
         train=TrainConfig(batch_size=1, max_steps=4, log_every=1),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
         checks=ChecksConfig(enabled=False),
