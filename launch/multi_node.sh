@@ -9,7 +9,7 @@
 #   RDZV_ENDPOINT=h:p      host and port of one of the machines, reachable from all of them
 #   RDZV_ID=run7           any name that all machines share and no other run uses
 #   NPROC=8                processes on this machine (default: its GPUs, or 1)
-#   PYTHON, OMP_NUM_THREADS as in single_node.sh
+#   PYTHON, OMP_NUM_THREADS, MAX_RESTARTS, SHUTDOWN_TIMEOUT and the exit code as in single_node.sh
 #
 # Under SLURM, one task per node; the batch script sets all three and srun starts the rest:
 #
@@ -35,7 +35,9 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
-exec "$python" -m torch.distributed.run \
-    --nnodes="$NNODES" --nproc-per-node="$nproc" \
+# A scheduler sends SIGUSR1 to every process of a job. It would end torchrun; being ignored is inherited.
+trap '' USR1
+exec "$python" "$root/launch/torchrun.py" \
+    --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
     --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
-    -m rawloop train --config "$@"
+    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop train --config "$@"

@@ -6,6 +6,11 @@
 #   NPROC=2                number of processes (default: the number of GPUs that CUDA_VISIBLE_DEVICES leaves)
 #   PYTHON=python3         the interpreter that has rawloop (default: .venv/bin/python, which setup.sh makes)
 #   OMP_NUM_THREADS=8      CPU threads per process (default: the cores, shared out evenly)
+#   MAX_RESTARTS=3         start all processes again so many times when one has died; they go on from the newest
+#                          checkpoint by themselves (default: 0)
+#   SHUTDOWN_TIMEOUT=300   seconds from SIGTERM to SIGKILL for the processes (torchrun's default: 30)
+#
+# The exit code is rawloop's: 75 after SIGTERM, SIGUSR1 or a file named STOP in the run folder (docs/checkpoints.md).
 set -euo pipefail
 if [ $# -eq 0 ]; then
     echo "usage: bash launch/single_node.sh CONFIG [OVERRIDES...]" >&2
@@ -23,5 +28,9 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
+# A scheduler sends SIGUSR1 to every process of a job. It would end torchrun; being ignored is inherited.
+trap '' USR1
 # --standalone: a rendezvous of its own on a free port, so that several runs fit on one machine.
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$nproc" -m rawloop train --config "$@"
+exec "$python" "$root/launch/torchrun.py" \
+    --standalone --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
+    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop train --config "$@"

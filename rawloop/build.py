@@ -20,10 +20,20 @@ from torch import Tensor, nn
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
 from rawloop.audio import import_torchaudio
 from rawloop.changes import PART, SettingsState, compare, may_differ, stored_settings
-from rawloop.checkpoint import BestTracker, CheckpointManager, claim_run_folder, find_best, find_slots
+from rawloop.checkpoint import (
+    BestTracker,
+    CheckpointManager,
+    claim_run_folder,
+    find_best,
+    find_slots,
+    mark_launch,
+    remove_stop_file,
+    where_to_begin,
+)
 from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.reader import check_slot
+from rawloop.checkpoint.run_folder import Beginning
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, CodecFamily, Family, PackingFamily, Sample
@@ -41,6 +51,7 @@ from rawloop.families import load_family
 from rawloop.loop import Run, TrainState
 from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
 from rawloop.precision import PrecisionPolicy, preflight
+from rawloop.preempt import Preemption
 from rawloop.records import Records
 from rawloop.seed import RngState, seed_all
 
@@ -58,14 +69,12 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     Raises:
         UserError: anything in config, data or model that cannot work, before anything is trained or written over.
         CheckpointError: the checkpoint to resume from is damaged or does not fit.
+        Preempted: this launch was told to stop before its processes were started again.
     """
     folder = Path(config.output).expanduser()
-    if config.resume is not None:
-        world.together(partial(check_resume, folder, config.resume), only_main=True)
-        world.together(partial(check_settings, folder, config, world.size), only_main=True)
-    claim_run_folder(folder, world, resume=config.resume is not None)
+    beginning = _claim(folder, config, world, say)
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
-    slot = _slot_to_resume(folder, config.resume) if config.resume is not None else None
+    slot = _slot_to_resume(folder, beginning.resume) if beginning.resume is not None else None
     precision = world.from_main(stored_precision(slot))
     ready = world.together(partial(_prepare_run, config, world, say, precision))
     assert ready is not None
@@ -80,18 +89,34 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     say(f"precision: {ready.policy.name} ({ready.policy.reason})")
     ddp, notice = settle_unused(config.ddp, world, unused)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
-    report = _check(config, folder, world, ready, say)
+    report = _check(config, folder, world, ready, say) if beginning.resume is None else None
     run = _assemble(config, folder, world, ready, ddp)
     if notice and world.is_main:
         run.records.event("warning", step=0, reason=notice)
     try:
-        _restore(run, config, say)
+        _restore(run, config, beginning, say)
         if report is not None:
             world.together(partial(report.record, run.records), only_main=True)
     except BaseException:
         run.records.close()
         raise
     return run
+
+
+def _claim(folder: Path, config: RunConfig, world: World, say: Say) -> Beginning:
+    """Decide what the run begins from, and make the folder its own."""
+    beginning = where_to_begin(folder, config.resume, world)
+    if beginning.resume is not None:
+        world.together(partial(check_resume, folder, beginning.resume), only_main=True)
+        world.together(partial(check_settings, folder, beginning.resume, config, world.size), only_main=True)
+    claim_run_folder(folder, world, resume=beginning.own)
+    if beginning.restarted:
+        return beginning
+    world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
+    removed = remove_stop_file(folder, world)
+    if removed:
+        say(removed)
+    return beginning
 
 
 def check_resume(folder: Path, resume: str) -> None:
@@ -115,7 +140,7 @@ def check_resume(folder: Path, resume: str) -> None:
         )
 
 
-def check_settings(folder: Path, config: RunConfig, world_size: int) -> None:
+def check_settings(folder: Path, resume: str, config: RunConfig, world_size: int) -> None:
     """Refuse changed settings that would make another run of it, before anything is loaded or written.
 
     Restoring compares once more: it may pass over this checkpoint for an older one.
@@ -123,7 +148,7 @@ def check_settings(folder: Path, config: RunConfig, world_size: int) -> None:
     Raises:
         UserError: see `compare`.
     """
-    slot = _slot_to_resume(folder, config.resume) if config.resume is not None else None
+    slot = _slot_to_resume(folder, resume)
     stored = stored_settings(slot) if slot is not None else None
     if stored is not None:
         compare(stored, config, world_size)
@@ -217,7 +242,7 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
     So the same command, with a key that lets a finding pass, can be given again. A run that is stopped leaves its
     census behind.
     """
-    if config.resume is not None or not config.checks.enabled:
+    if not config.checks.enabled:
         return None
     report = _report(config, world, ready)
     say(report.text())
@@ -304,11 +329,14 @@ def build_family(config: RunConfig) -> Family:
     return family
 
 
-def prepare_codes(config: DataConfig, family: Family, device: torch.device) -> str:
+def prepare_codes(
+    config: DataConfig, family: Family, device: torch.device, preemption: Preemption | None = None
+) -> str:
     """Encode the clips of both splits that the cache does not have yet, and return a line about it.
 
     Raises:
         BadClips: clips that cannot be used, each named with its reason.
+        Preempted: a signal ended it; what was encoded is kept.
     """
     import_torchaudio()
     if not isinstance(family, CodecFamily):
@@ -318,7 +346,7 @@ def prepare_codes(config: DataConfig, family: Family, device: torch.device) -> s
     for sample in samples:
         family.check(sample)
     codec, encode = family.load_codec(device)
-    report = prepare(samples, encode, codec, codes_folder(config), config)
+    report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
     counts = f"{report.encoded} encoded now, {report.reused} already there, {len(report.bad)} left out"
     return f"codes of {report.clips} clips in {report.folder}: {counts}"
 
@@ -436,20 +464,23 @@ def no_codes(path: Path) -> Tensor:
     raise AssertionError(f"codes of {path} were asked for by a family that has no codec")
 
 
-def _restore(run: Run, config: RunConfig, say: Say) -> None:
-    """Restore the run if the config asks for it, and make its folder ready. Random streams are restored last of all."""
+def _restore(run: Run, config: RunConfig, beginning: Beginning, say: Say) -> None:
+    """Restore the run if it is resumed, and make its folder ready. Random streams are restored last of all."""
     assert run.checkpoints is not None
     folder = run.checkpoints.folder
-    if config.resume is not None:
-        restored = run.checkpoints.load(
-            config.resume if config.resume == "latest" else Path(config.resume).expanduser()
-        )
+    resume = beginning.resume
+    if resume is None and beginning.own:
+        say(f"no checkpoint in {folder} yet: starting from the beginning")
+        run.records.rewind(-1)
+    if resume is not None:
+        restored = run.checkpoints.load(resume if resume == "latest" else Path(resume).expanduser())
         run.world.together(partial(_tell_changes, run, config, say), only_main=True)
-        run.records.rewind(restored.step)
+        run.records.rewind(restored.step, evaluated=run.state.visited == restored.step)
         say(f"resumed from {restored.slot} at step {restored.step}")
         if run.best and run.world.from_main(find_best(folder) is None):
             run.best.forget()  # the best slot stayed with the run that this one continues
     run.checkpoints.start(run.state.step)
+    run.world.together(partial(mark_launch, folder, run.world, "begun"), only_main=True)
     run.world.together(partial(_open_records, run, config, folder), only_main=True)
 
 

@@ -60,7 +60,8 @@ class RunConfig:
 
     Args:
         output: folder of the run: config, metrics, events, checkpoints, best.
-        resume: `latest` continues the run in `output`; a path continues from that checkpoint.
+        resume: `latest` continues the run in `output`; `auto` does if it has a checkpoint, and starts it from the
+            beginning if not, which is what a job that is requeued should say; a path continues from that checkpoint.
         resume_force: keys whose change a resume refuses and that are to change all the same, such as '[seed]'
             (docs/checkpoints.md).
         seed: seed of weights, data order and dropout.
@@ -99,7 +100,7 @@ class RunConfig:
         if not self.output:
             raise UserError("output is empty: name the folder of the run")
         if self.resume == "":
-            raise UserError("resume is empty: say 'latest', or name a checkpoint's folder")
+            raise UserError("resume is empty: say 'latest' or 'auto', or name a checkpoint's folder")
         if self.resume_force and self.resume is None:
             raise UserError(f"resume_force is {self.resume_force}, and nothing is resumed: add --resume latest")
 

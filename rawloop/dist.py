@@ -1,4 +1,5 @@
-"""Ranks and collectives: the only reader of RANK, WORLD_SIZE and LOCAL_RANK, the only user of torch.distributed.
+"""Ranks and collectives: the only reader of the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, those of torchrun's
+restarts), the only user of torch.distributed.
 
 A `World` is passed to whoever needs it. `World()` is a single process on the CPU and needs no process group, so every
 part works alone.
@@ -54,12 +55,18 @@ class DDPConfig:
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`: its rank, its rank on this machine, and its device."""
+    """One process among `size`: its rank, its rank on this machine, and its device.
+
+    `launch` names the launcher's run, "" without torchrun; `restarts` counts how often it has started its processes
+    again after one of them had died.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    launch: str = ""
+    restarts: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -259,6 +266,14 @@ def read_ranks() -> tuple[int, int, int]:
         raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
 
 
+def read_launch() -> tuple[str, int]:
+    """Return (name of the launch, number of restarts) as torchrun sets them; ("", 0) without torchrun."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not count.isdecimal():
+        raise UserError(f"TORCHELASTIC_RESTART_COUNT is '{count}': it must be a whole number")
+    return os.environ.get("TORCHELASTIC_RUN_ID", ""), int(count)
+
+
 def is_lost_rank(error: Exception) -> bool:
     """Whether an error says that another rank has gone, so that its own message is the one to read."""
     signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -282,15 +297,19 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         RawloopError: the other processes cannot be met.
     """
     rank, size, local_rank = read_ranks()
-    world = World(rank, size, local_rank, choose_device(device, local_rank, size))
+    world = World(rank, size, local_rank, choose_device(device, local_rank, size), *read_launch())
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size == 1:
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        # After a restart torchrun's store still holds the addresses of the dead: look under a name of our own.
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=limit))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"restart-{world.restarts}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except ValueError as error:
         raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
     except dist.DistError as error:

@@ -2,6 +2,7 @@
 
 A `UserError` is a mistake in a config, a data file or a command line: one message, exit code 2, no traceback.
 Any other `RawloopError` is a failure of the run or of the world (disk full, corrupt file, diverged loss): exit code 1.
+`Preempted` is no failure: somebody wanted the run to stop, and it can go on: exit code 75.
 Everything else is a bug in rawloop and keeps its traceback.
 """
 
@@ -47,6 +48,16 @@ def happening(where: str, *, name_own: bool = False) -> Iterator[None]:
     except Exception as error:
         error.add_note(where)
         raise
+
+
+class Preempted(RawloopError):
+    """Stopped by a signal or a stop file, with everything on disk that is needed to go on. A scheduler may requeue."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

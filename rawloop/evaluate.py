@@ -6,7 +6,7 @@ invalid, never best.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import LossModule, World
-from rawloop.errors import UserError, happening
+from rawloop.errors import Preempted, UserError, happening
+from rawloop.preempt import agreed
 from rawloop.seed import preserved_rng
 
 
@@ -59,6 +60,18 @@ class Evaluation(NamedTuple):
     bad_ids: list[str]
 
 
+class Share(NamedTuple):
+    """One rank's part of an evaluation: sums and target counts by name (`audio`, `audio/0`, ...).
+
+    `bad_ids` are of batches that are not finite; `stopped` says by what the share was cut short, if it was.
+    """
+
+    sums: dict[str, float]
+    counts: dict[str, int]
+    bad_ids: list[str]
+    stopped: str | None = None
+
+
 class Policy(Protocol):
     """What evaluation needs of a precision policy."""
 
@@ -95,8 +108,11 @@ class Evaluator:
         """Whether to evaluate at this step: at the start, every `every` steps, and at the end."""
         return last or step % self.config.every == 0
 
-    def run(self) -> Evaluation:
+    def run(self, wanted: Callable[[], str | None] = lambda: None) -> Evaluation:
         """Evaluate now, on all ranks together. The training mode and all random streams are left as they were.
+
+        Args:
+            wanted: says before each batch by what the run is to be stopped; not None on any rank ends the evaluation.
 
         Returns:
             metrics: `eval_loss` (the weighted sum of the streams' means, nats), `eval_loss/<stream>`,
@@ -104,25 +120,31 @@ class Evaluator:
 
         Raises:
             UserError: a stream has no target in the whole evaluation set.
+            Preempted: it was cut short; raised on every rank, with the reason as its message.
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
         with _evaluation_mode(self.module), torch.no_grad(), preserved_rng():
-            share = self.world.together(self._own_share)
+            share = self.world.together(lambda: self._own_share(wanted))
         assert share is not None
         shares = self.world.gather(share)
-        metrics = self._means([(sums, counts) for sums, counts, _ in shares])
-        bad = sorted(name for _, _, ids in shares for name in ids)
+        stopped = agreed([share.stopped for share in shares])
+        if stopped is not None:
+            raise Preempted(stopped)
+        metrics = self._means([(share.sums, share.counts) for share in shares])
+        bad = sorted(name for share in shares for name in share.bad_ids)
         metrics["eval_seconds"] = time.perf_counter() - start
         return Evaluation(metrics, valid=not bad, bad_ids=bad)
 
-    def _own_share(self) -> tuple[dict[str, float], dict[str, int], list[str]]:
-        """Sums and target counts by name (`audio`, `audio/0`, ...), and the ids of batches that are not finite."""
+    def _own_share(self, wanted: Callable[[], str | None]) -> Share:
         rows: list[Tensor] = []
         ids: list[list[str]] = []
         names: list[str] = []
         counts: dict[str, int] = {}
         for batch in self.batches:
+            stopped = wanted()
+            if stopped is not None:
+                return Share({}, {}, [], stopped)
             place = f"in the evaluation, on rank {self.world.rank}, in the batch of the samples {', '.join(batch.ids)}"
             with happening(place, name_own=True), self.policy.autocast():
                 losses = self.module(batch.to(self.world.device))
@@ -134,11 +156,11 @@ class Evaluator:
             for name, (_, count) in named.items():
                 counts[name] = counts.get(name, 0) + count
         if not rows:
-            return {}, {}, []
+            return Share({}, {}, [])
         table = torch.stack(rows).cpu().double()
         finite = torch.isfinite(table).all(1).tolist()
         bad = [name for batch_ids, good in zip(ids, finite, strict=True) if not good for name in batch_ids]
-        return dict(zip(names, table.sum(0).tolist(), strict=True)), counts, bad
+        return Share(dict(zip(names, table.sum(0).tolist(), strict=True)), counts, bad)
 
     def _means(self, shares: Sequence[tuple[dict[str, float], dict[str, int]]]) -> dict[str, float]:
         sums: dict[str, float] = {}

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, bare_module, no_sync
-from rawloop.errors import InterruptedUpdate, RawloopError, UserError, happening, nearest
+from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, UserError, happening, nearest
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.optim import set_lr
 from rawloop.precision import PrecisionPolicy, StepResult, preflight
+from rawloop.preempt import Preemption, agreed
 from rawloop.records import Records
 
 
@@ -57,6 +58,9 @@ class TrainConfig:
 class TrainState:
     """Where the run stands. `step` counts applied updates, `window` the windows of data taken, `skipped` the rest.
 
+    `visited` is the last step whose evaluation is done, if one was due. It is behind `step` in the checkpoint of a run
+    that was stopped while it evaluated: then the resumed run begins with that evaluation.
+
     `data` is the identity of the data order, in which `window` is a position; what of it `may_differ` from a
     checkpoint's was forced. What did is in `differed`: then, now.
     """
@@ -65,6 +69,7 @@ class TrainState:
     window: int = 0
     skipped: int = 0
     samples: int = 0
+    visited: int = -1
     data: dict[str, int] = field(default_factory=dict)
     may_differ: frozenset[str] = frozenset()
     differed: dict[str, tuple[Any, int]] = field(default_factory=dict)
@@ -90,6 +95,7 @@ class TrainState:
             )
         self.step, self.window = state["step"], state["window"]
         self.skipped, self.samples = state["skipped"], state["samples"]
+        self.visited = state["visited"]
 
 
 class Windows(Protocol):
@@ -104,7 +110,7 @@ class Windows(Protocol):
 
 @dataclass
 class Run:
-    """Everything that a run is made of, finished and ready. `evaluator`, `checkpoints` and `best` may be absent.
+    """Everything that a run is made of, finished and ready. What is None by default may be absent.
 
     `module` is what is called: a `LossModule`, in DDP or not. `lr(step)` is the learning rate of the update that leads
     from `step` to `step + 1`. `weights` has each stream's weight in the loss. `wrap` makes `module` anew, in DDP or
@@ -124,6 +130,7 @@ class Run:
     evaluator: Evaluator | None = None
     checkpoints: CheckpointManager | None = None
     best: BestTracker | None = None
+    preemption: Preemption | None = None
     max_norm: float = 1.0
     log_every: int = 10
     wrap: Callable[[], nn.Module] | None = None
@@ -141,20 +148,19 @@ def train(run: Run) -> TrainState:
 
     Raises:
         TrainingError: training cannot go on correctly.
+        Preempted: `run.preemption` wants a stop on any rank; where the run stands is on the disk.
         RawloopError: any rank's error, on all ranks.
     """
     state = run.state
     windows = run.windows.start(state.window)
     meter = Meter(run)
-    visited = state.step if state.step else -1  # a resumed run has already evaluated and saved where it stands
     stopped = stop_early(run)  # it may have been before this resume
     run.module.train()
     with run.records.progress(run.total_steps, state.step) as progress:
         while True:
             last = state.step >= run.total_steps or stopped
-            if state.step != visited:
+            if state.step != state.visited:
                 last = evaluate_and_save(run, last)
-                visited = state.step
                 meter.restart_clock()
             if last:
                 run.world.together(lambda: _raise(run.trouble))
@@ -232,26 +238,30 @@ def weighted_mean(
 
 
 def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], dict[str, int]]:
-    """Take the next window and agree, in one reduction, on its target counts over all ranks.
+    """Take the next window and agree, in one reduction, on its target counts over all ranks, and on going on at all.
 
     Raises:
+        Preempted: some rank is to stop; raised on every rank, before the window is used.
         RawloopError: a sample is unusable on some rank, or its data has come to an end; raised on every rank, naming
             rank and sample.
         UserError: no rank has any target.
     """
     error = run.trouble
+    stop = run.preemption.wanted() if run.preemption else None
     window: list[Batch] = []
     try:
-        window = next(windows)
+        window = next(windows) if stop is None else []
     except StopIteration:
         ended = f"the training data came to an end before window {run.state.window}, {run.total_steps} steps are asked"
         error = error or UserError(f"{ended} for: windows must come without end, on every rank (begin anew at theirs)")
     except RawloopError as caught:
         error = error or caught
     own = [float(sum(batch.targets[stream] for batch in window)) for stream in run.weights]
-    failed, *counts = run.world.sum([float(error is not None), *own])
+    failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *own])
     if failed:
         run.world.together(lambda: _raise(error))
+    if stopping:
+        leave(run, agreed(run.world.gather(stop)) or "")
     targets = {stream: int(count) for stream, count in zip(run.weights, counts, strict=True)}
     if not any(targets.values()):
         shares = run.world.gather([name for batch in window for name in batch.ids])
@@ -263,6 +273,21 @@ def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], 
             )
         )
     return window, targets
+
+
+def leave(run: Run, reason: str) -> NoReturn:
+    """Bring where the run stands to the disk, and end it on all ranks.
+
+    Raises:
+        Preempted: always, unless something else is wrong.
+    """
+    step = run.state.step
+    slot = run.checkpoints.secure(step) if run.checkpoints else None
+    run.world.together(lambda: _raise(run.trouble))
+    if run.world.is_main:
+        run.records.event("stop", step=step, reason=f"stopped by {reason}")
+    kept = f"checkpoint: {slot}; go on from it with --resume latest" if slot else "nothing is saved"
+    raise Preempted(f"stopped by {reason} at step {step}; {kept}", speaks=run.world.is_main)
 
 
 def note(run: Run, write: Callable[[], None]) -> None:
@@ -285,10 +310,11 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
         whether the run ends here: it is the last step, or the evaluation has not improved for long enough.
     """
     state = run.state
-    if run.evaluator and run.evaluator.due(state.step, last):
-        if run.checkpoints:  # data workers are forked, and would inherit the locks of a thread that is writing
-            note(run, run.checkpoints.settle)
-        evaluation = run.evaluator.run()
+    evaluation = evaluate(run, last)
+    state.visited = state.step
+    if run.checkpoints:
+        run.checkpoints.changed()
+    if evaluation is not None:
         note(run, lambda: run.records.metrics(state.step, evaluation.metrics))
         if not evaluation.valid and run.world.is_main:
             reason = f"evaluation is not finite in the batches of {', '.join(evaluation.bad_ids)}: it is never the best"
@@ -299,6 +325,18 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
     if run.checkpoints and run.checkpoints.due(state.step, last):
         run.checkpoints.save(state.step)
     return last
+
+
+def evaluate(run: Run, last: bool) -> Evaluation | None:
+    """Evaluate if due. A run that is stopped meanwhile is left as before, so that it is done after the resume."""
+    if run.evaluator is None or not run.evaluator.due(run.state.step, last):
+        return None
+    if run.checkpoints:  # data workers are forked, and would inherit the locks of a thread that is writing
+        note(run, run.checkpoints.settle)
+    try:
+        return run.evaluator.run(run.preemption.wanted if run.preemption else lambda: None)
+    except Preempted as stop:
+        leave(run, str(stop))
 
 
 def keep_if_best(run: Run, evaluation: Evaluation) -> None:

@@ -32,7 +32,6 @@ EventKind = Literal[
     "save",
     "restore",
     "best",
-    "preempt",
     "bad_sample",
     "warning",
 ]
@@ -223,19 +222,23 @@ class Records:
         if self.world.is_main:
             tqdm.write(f"[{kind}] step {step}: {reason}" if step >= 0 else f"[{kind}] {reason}", file=sys.stderr)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, evaluated: bool = True) -> None:
         """Take metrics later than `step` out of `metrics.jsonl`: a continuation from there will write its own.
 
-        They are moved to `metrics.discarded.jsonl`. Events stay: they did happen.
+        They are moved to `metrics.discarded.jsonl`. Events stay: they did happen. `evaluated` says that the evaluation
+        of `step` itself is not repeated.
         """
-        self.world.together(lambda: self._rewind(step), only_main=True)
+        self.world.together(lambda: self._rewind(step, evaluated), only_main=True)
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, evaluated: bool) -> None:
+        def stays(line: dict[str, Any]) -> bool:
+            return bool(line["step"] < step or (line["step"] == step and (evaluated or "eval_loss" not in line)))
+
         assert self._metrics is not None
         self._close_sinks()
         self._purge_step = step + 1
         lines = list(_read_lines(self.folder / METRICS))
-        later = [line for line in lines if line["step"] > step]
+        later = [line for line in lines if not stays(line)]
         if not later:
             return
         discarded = self._lines(DISCARDED)
@@ -243,9 +246,12 @@ class Records:
             discarded.append(line)
         discarded.close()
         self._metrics.close()
-        _replace_lines(self.folder / METRICS, [line for line in lines if line["step"] <= step])
+        _replace_lines(self.folder / METRICS, [line for line in lines if stays(line)])
         self._metrics = self._lines(METRICS)
-        reason = f"moved {len(later)} line(s) of metrics later than step {step} to {DISCARDED}"
+        where = f"later than step {step}" if evaluated else f"from the evaluation of step {step} on"
+        if step < 0:
+            where = "of a start that came to no checkpoint"
+        reason = f"moved {len(later)} line(s) of metrics {where} to {DISCARDED}"
         self.event("restore", step=step, reason=reason)
 
     def progress(self, total: int | None, initial: int = 0) -> "tqdm[Any]":

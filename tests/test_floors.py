@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rawloop"
 
 FLOORS = (
-    ("ground", ("errors", "contracts", "dist", "records", "seed", "hashing", "audio")),
+    ("ground", ("errors", "contracts", "dist", "preempt", "records", "seed", "hashing", "audio")),
     (
         "parts",
         ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "optim", "diagnose", "demo"),
@@ -39,7 +39,7 @@ ONLY_IN = {
     "transformers.HiggsAudio*": ("families", "demo/checkpoint.py"),
     "transformers.models": ("families", "demo/checkpoint.py"),
 }
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
 
 
 @dataclass
@@ -240,6 +240,7 @@ BROKEN = {
     "build.py: from transformers import HiggsAudioV2Config": "HiggsAudioV2Config belongs into families or demo",
     "loop.py: import os; os.environ['RANK']": "loop.py:1: RANK is read by dist.py only",
     "cli/a.py: import os; os.getenv('WORLD_SIZE')": "cli/a.py:1: WORLD_SIZE is read by dist.py only",
+    "build.py: import os; os.getenv('TORCHELASTIC_RESTART_COUNT')": "TORCHELASTIC_RESTART_COUNT is read by dist.py",
     "data/a.py: import rawloop.data.b | data/b.py: from rawloop.data import c | data/c.py: from . import a": (
         "rawloop.data.a: is part of an import cycle"
     ),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +199,87 @@ def test_two_nodes_train_together(config: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
     assert "seed: 3" in (tmp_path / "run" / "config.yaml").read_text()
     assert sorted("trained 2 steps" in log.read_text() for log in logs) == [False, True]
+
+
+@pytest.mark.parametrize(("left", "code"), [("75", 75), ("2", 2), ("1", None), ("0", None), ("", None)])
+def test_the_exit_code_is_that_of_the_workers(left: str, code: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: list[str]) -> None:
+        assert arguments == ["--standalone"]
+        if left:
+            Path(os.environ.pop("RAWLOOP_EXIT_CODE_FILE")).write_text(left)
+        raise RuntimeError("a worker has failed")
+
+    launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
+    monkeypatch.setitem(launcher["run"].__globals__, "main", fail)
+    monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
+    if code is not None:
+        assert launcher["run"](["--standalone"]) == code
+        return
+    with pytest.raises(RuntimeError, match="a worker has failed"):
+        launcher["run"](["--standalone"])
+
+
+@pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
+def test_what_the_scripts_hand_to_torchrun(script: str, tmp_path: Path) -> None:
+    code = "import signal, sys; print(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN, *sys.argv[1:])"
+    python = executable(tmp_path / "python", f"#!/bin/sh\nexec '{sys.executable}' -c '{code}' \"$@\"\n")
+    settings = {"PYTHON": str(python), "NPROC": "1", **RENDEZVOUS}
+    plain = bash(LAUNCH / script, "x.yaml", "--optim.lr", "1", env=settings).stdout.split()
+    assert plain[:2] == ["True", str(LAUNCH / "torchrun.py")]
+    assert "--max-restarts=0" in plain
+    assert not [word for word in plain if word.startswith("--shutdown-timeout")]
+    assert plain[-7:] == ["-m", "rawloop", "train", "--config", "x.yaml", "--optim.lr", "1"]
+    more = bash(LAUNCH / script, "x.yaml", env={**settings, "MAX_RESTARTS": "3", "SHUTDOWN_TIMEOUT": "90"})
+    assert {"--max-restarts=3", "--shutdown-timeout=90"} < set(more.stdout.split())
+
+
+def start_single_node(config: Path, output: Path, **settings: str) -> "psutil.Popen":
+    """Start two processes by the script; what they print goes to a file beside the run's folder."""
+    command = ["bash", str(LAUNCH / "single_node.sh"), str(config), "--output", str(output)]
+    command += ["--train.max_steps", "12", "--checkpoint.save_every", "4", "--data.num_workers", "1"]
+    environment = {**os.environ, "NPROC": "2", "PYTHON": sys.executable, **settings}
+    with output.with_suffix(".log").open("wb") as log:
+        return psutil.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def wait_for_step(output: Path, step: int) -> None:
+    deadline, metrics = time.monotonic() + 100, output / "metrics.jsonl"
+    while not metrics.exists() or f'"step": {step}, "loss"' not in metrics.read_text():
+        assert time.monotonic() < deadline, output.with_suffix(".log").read_text()
+        time.sleep(0.01)
+
+
+def metrics_of(output: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_stopped_killed_and_restarted(config: Path, tmp_path: Path) -> None:
+    whole, stopped, killed = (tmp_path / name for name in ("whole", "stopped", "killed"))
+    assert start_single_node(config, whole).wait(timeout=200) == 0
+    launcher = start_single_node(config, stopped)
+    wait_for_step(stopped, 6)
+    launcher.terminate()
+    assert launcher.wait(timeout=25) == 75, stopped.with_suffix(".log").read_text()  # before torchrun kills
+    said = stopped.with_suffix(".log").read_text()
+    (found,) = re.findall(
+        r"^rawloop train: stopped by SIGTERM at step (\d+); checkpoint: (.*); go on", said, re.MULTILINE
+    )
+    assert 6 <= int(found[0]) < 12
+    assert (Path(found[1]) / "MANIFEST.json").is_file()
+
+    launcher = start_single_node(config, killed, MAX_RESTARTS="1")
+    wait_for_step(killed, 6)
+    workers = [child for child in launcher.children() if "rawloop" in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].kill()
+    assert launcher.wait(timeout=200) == 0, killed.with_suffix(".log").read_text()
+    assert "resumed from " in killed.with_suffix(".log").read_text()
+    assert metrics_of(killed) == metrics_of(whole)
+    final = "checkpoints/step-00000012/adapter/adapter_model.safetensors"
+    assert (killed / final).read_bytes() == (whole / final).read_bytes()
 
 
 @pytest.fixture

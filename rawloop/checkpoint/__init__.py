@@ -3,7 +3,7 @@
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointConfig, CheckpointManager, Restored
 from rawloop.checkpoint.manifest import Manifest, read_manifest, verify
-from rawloop.checkpoint.run_folder import claim_run_folder
+from rawloop.checkpoint.run_folder import claim_run_folder, mark_launch, remove_stop_file, where_to_begin
 from rawloop.checkpoint.slots import Latest, find_best, find_latest, find_slots
 
 __all__ = [
@@ -17,6 +17,9 @@ __all__ = [
     "find_best",
     "find_latest",
     "find_slots",
+    "mark_launch",
     "read_manifest",
+    "remove_stop_file",
     "verify",
+    "where_to_begin",
 ]

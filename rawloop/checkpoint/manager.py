@@ -94,7 +94,7 @@ class CheckpointManager:
     `per_rank`, of which every rank's is. A `FolderState` writes its files on rank 0. Where saving is asynchronous,
     `save` returns when the state is copied, and `poll` tells what became of it; a save waits for the one before.
 
-    `start`, `save`, `save_best`, `finish` and `load` must be called on every rank.
+    `start`, `save`, `save_best`, `secure`, `finish` and `load` must be called on every rank.
     """
 
     def __init__(
@@ -158,6 +158,10 @@ class CheckpointManager:
         if last and self.config.save_at_end:
             return True
         return self.config.save_every > 0 and step > 0 and step % self.config.save_every == 0
+
+    def changed(self) -> None:
+        """Say that the state differs from what was saved or restored last, even if the step is still the same."""
+        self._settled_step = -1
 
     def save(self, step: int, *, meta: Mapping[str, Any] | None = None) -> Path:
         """Write the checkpoint of `step`, then delete the oldest ones. Returns its folder.
@@ -254,6 +258,20 @@ class CheckpointManager:
         self.settle()
         if self._failures:
             raise self._failures[-1]
+
+    def secure(self, step: int) -> Path:
+        """Return the checkpoint of `step`, which is whole and on the disk; write it now if it is not there.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.world.together(self.settle, only_main=True)
+        slot = self.folder / slots.CHECKPOINTS / slots.slot_name(step)
+        there = step == self._settled_step and not self._failures and slot.is_dir()
+        if not self.world.from_main(there):
+            self.save(step)
+            self.finish()
+        return slot
 
     def close(self) -> None:
         """Wait for the saves under way, when a run ends by an error of its own; what becomes of them is an event."""

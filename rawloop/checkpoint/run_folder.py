@@ -1,10 +1,35 @@
-"""Claiming an output folder, so that one run never writes over another."""
+"""Claiming an output folder, so that one run never writes over another.
 
+torchrun starts its processes again when one of them has died. What they find in the folder then is of their own launch
+if the mark says so, and they may go on with it unasked; a folder that was refused at first is refused again.
+"""
+
+import json
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.slots import BEST, CHECKPOINTS, find_slots
 from rawloop.dist import World
-from rawloop.errors import UserError
+from rawloop.errors import Preempted, UserError
+from rawloop.preempt import STOP_FILE
+
+# How far the processes of a launch came: the folder is theirs, what lies in it is of this run, they were told to stop.
+Stage = Literal["claimed", "begun", "stopped"]
+LAUNCH = ".launch"
+
+
+class Beginning(NamedTuple):
+    """What a run begins from: `latest`, the folder of a slot, or None for a fresh start.
+
+    `own`: what lies in its folder is of this run, though there may be no checkpoint yet. `restarted`: torchrun has
+    started its processes again.
+    """
+
+    resume: str | None
+    own: bool
+    restarted: bool
+
 
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "best.json", CHECKPOINTS, BEST)
 
@@ -31,3 +56,59 @@ def _claim(folder: Path, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output is '{folder}', which cannot be made: {error.strerror}") from error
+
+
+def mark_launch(folder: Path, world: World, stage: Stage) -> None:
+    """Note for a restart of this launch's processes how far they came. Only rank 0 does, and only under torchrun."""
+    if world.launch and world.is_main:
+        replace_text(folder / LAUNCH, json.dumps({"launch": world.launch, "stage": stage}))
+
+
+def earlier_stage(folder: Path, world: World) -> Stage | None:
+    """Return how far this launch's processes came in the folder before they were restarted, if they were."""
+    if not world.restarts:
+        return None
+    try:
+        mark = json.loads((folder / LAUNCH).read_bytes())
+    except FileNotFoundError:
+        return None
+    stage: Stage | None = mark["stage"] if mark["launch"] == world.launch else None
+    return stage
+
+
+def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
+    """Decide what a run begins from; rank 0 does, for all.
+
+    Args:
+        folder: of the run.
+        resume: what the user says: `latest`, `auto`, a slot's folder, or None.
+        world: knows whether this is a restart by torchrun.
+
+    Raises:
+        Preempted: the processes of this launch were told to stop, and torchrun has started them again.
+    """
+    beginning = world.from_main(world.together(lambda: _begin(folder, resume, world), only_main=True))
+    assert beginning is not None
+    return beginning
+
+
+def _begin(folder: Path, resume: str | None, world: World) -> Beginning:
+    stage = earlier_stage(folder, world)
+    if stage == "stopped":
+        raise Preempted("was told to stop before torchrun started it again; go on with --resume latest")
+    if find_slots(folder) and (resume == "auto" or stage == "begun"):
+        return Beginning("latest", True, stage is not None)
+    own = resume is not None or stage is not None
+    return Beginning(None if resume == "auto" else resume, own, stage is not None)
+
+
+def remove_stop_file(folder: Path, world: World) -> str | None:
+    """Remove a stop file that was left by an earlier run, and return a sentence about it on rank 0."""
+    return world.together(lambda: _remove_stop_file(folder), only_main=True)
+
+
+def _remove_stop_file(folder: Path) -> str | None:
+    if not (folder / STOP_FILE).exists():
+        return None
+    (folder / STOP_FILE).unlink()
+    return f"removed {folder / STOP_FILE}, which stopped an earlier run"

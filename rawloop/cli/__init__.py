@@ -1,11 +1,14 @@
 """The door: `rawloop COMMAND`. One small module per command, imported when it is called.
 
 A mistake of the user's ends in one line and exit code 2, any other failure that rawloop can name in one line and exit
-code 1. Only a bug shows a traceback.
+code 1. A command that a signal or a stop file has ended, and that can go on, has exit code 75. Only a bug shows a
+traceback.
 """
 
 import importlib
+import os
 import sys
+from pathlib import Path
 
 from rawloop.errors import RawloopError, nearest
 
@@ -19,6 +22,10 @@ COMMANDS = {
     "verify": "check every file of a run's checkpoints against its digest",
     "doctor": "check on your own model and data that training does what it says",
 }
+
+
+# A file for the exit code, named by launch/torchrun.py: of what its workers return, torchrun keeps only that it failed.
+EXIT_CODE_FILE = "RAWLOOP_EXIT_CODE_FILE"
 
 
 def help_text() -> str:
@@ -43,6 +50,22 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    code = call(command, rest)
+    if EXIT_CODE_FILE in os.environ:
+        leave_exit_code(Path(os.environ[EXIT_CODE_FILE]), code)
+    return code
+
+
+def leave_exit_code(file: Path, code: int) -> None:
+    """Write the exit code down for the launcher of this machine; the first of its processes does."""
+    from rawloop.dist import read_ranks
+
+    if read_ranks()[2] == 0:
+        file.write_text(str(code))
+
+
+def call(command: str, rest: list[str]) -> int:
+    """Run a command, say in one line why it failed if it did, and return its exit code."""
     try:
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:

@@ -7,12 +7,14 @@ from rawloop.config import parse
 from rawloop.dist import choose_device, read_ranks
 from rawloop.errors import UserError
 from rawloop.families import load_family
+from rawloop.preempt import watched
 
 
 def run(argv: list[str]) -> None:
     """Encode data.train and data.eval of a run's config into its cache.
 
     Raises:
+        Preempted: SIGTERM or SIGUSR1 came; what was encoded is kept (exit code 75).
         RawloopError: some clips cannot be used and `data.on_bad_sample` is stop (exit code 1, after all others).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,4 +22,5 @@ def run(argv: list[str]) -> None:
     if read_ranks()[1] > 1:
         raise UserError("rawloop prepare is one process: start it without torchrun")
     device = choose_device(config.device, 0)
-    print(prepare_codes(config.data, load_family(config.model), device), flush=True)
+    with watched() as preemption:
+        print(prepare_codes(config.data, load_family(config.model), device, preemption), flush=True)

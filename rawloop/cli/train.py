@@ -4,23 +4,34 @@ import os
 from pathlib import Path
 
 from rawloop.build import build_run
-from rawloop.checkpoint import find_latest
+from rawloop.checkpoint import find_latest, mark_launch
 from rawloop.config import parse
 from rawloop.dist import World, open_world
+from rawloop.errors import Preempted
 from rawloop.loop import Run, train
+from rawloop.preempt import STOP_FILE, watched
 from rawloop.records import read_metrics
 
 
 def run(argv: list[str]) -> None:
-    """Read the config, build the run, train, and say what came of it."""
+    """Read the config, build the run, train, and say what came of it.
+
+    Raises:
+        Preempted: it was told to stop by SIGTERM, SIGUSR1 or a file named STOP in its folder (exit code 75).
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
     config, _ = parse(argv, "rawloop train")
-    with open_world(config.device, config.ddp.timeout) as world:
+    folder = Path(config.output).expanduser()
+    with watched(folder / STOP_FILE) as preemption, open_world(config.device, config.ddp.timeout) as world:
         built = build_run(config, world, lambda line: _say(world, line))
+        built.preemption = preemption
         try:
             train(built)
             if world.is_main:
-                print(summary(built, Path(config.output).expanduser()), flush=True)
+                print(summary(built, folder), flush=True)
+        except Preempted:
+            mark_launch(folder, world, "stopped")
+            raise
         finally:
             built.close()
 

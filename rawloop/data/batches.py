@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from rawloop.contracts import Batch, Sample
 from rawloop.data.limits import no_fault
 from rawloop.errors import RawloopError, UserError
+from rawloop.preempt import left_to_the_parent
 from rawloop.seed import derive_seed, lent_streams
 
 
@@ -179,6 +180,7 @@ class Loader:
             sampler=draws,  # any iterable will do
             num_workers=self.num_workers,
             collate_fn=_same,
+            worker_init_fn=_in_worker,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its own: iter() would draw from the training's random stream
         )
@@ -191,6 +193,10 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             raise RawloopError(f"a data worker died, out of memory perhaps: {error}") from error
+
+
+def _in_worker(number: int) -> None:
+    left_to_the_parent()
 
 
 def _same(item: Any) -> Any:

@@ -14,8 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,9 @@ from rawloop.audio import BadAudio, load_audio
 from rawloop.contracts import CodecInfo, Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
-from rawloop.errors import RawloopError
+from rawloop.errors import Preempted, RawloopError
 from rawloop.hashing import sha256_file
+from rawloop.preempt import Preemption, watched
 
 Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
@@ -91,6 +93,7 @@ def prepare(
     progress: bool = True,
     shard_clips: int = 4096,
     shard_seconds: float = 120.0,
+    preemption: Preemption | None = None,
 ) -> PrepareReport:
     """Encode every distinct clip of `samples` and cache its codes in `folder`.
 
@@ -103,12 +106,14 @@ def prepare(
         progress: show a progress bar, and name bad clips as they are found, on stderr.
         shard_clips: a shard is written at the latest after so many clips
         shard_seconds: or after so many seconds, so that a kill costs no more than these.
+        preemption: says when to stop; without it SIGTERM and SIGUSR1 are watched for here.
 
     Returns:
         What was done; also written to `folder/report.json`.
 
     Raises:
         BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others have been encoded.
+        Preempted: SIGTERM or SIGUSR1 came in; what was encoded until then is kept. SIGINT: KeyboardInterrupt, likewise.
         RawloopError: the disk is full, the cache is damaged, or the codec gave something that is no codes.
         UserError: the folder cannot be written, or another `rawloop prepare` writes to it.
     """
@@ -118,8 +123,15 @@ def prepare(
     clips = _clips(samples)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
     started = time.monotonic()
-    with _signals_held() as asked, open_writer(folder, codec, shard_clips, shard_seconds) as writer:
-        _encode_all(_Loader(writer, codec, config), list(clips), encode, report, asked, progress)
+    with (
+        _interrupt_held() as interrupted,
+        nullcontext(preemption) if preemption else watched() as stop,
+        open_writer(folder, codec, shard_clips, shard_seconds) as writer,
+    ):
+        asked = partial(_asked, interrupted, stop)
+        done = _encode_all(_Loader(writer, codec, config), list(clips), encode, report, asked, progress)
+    if done < len(clips):
+        raise Preempted(f"stopped by {stop.wanted()}; what was encoded is kept: run `rawloop prepare` again to go on")
     report.seconds = time.monotonic() - started
     _close(report, samples, [(writer.rows[path], sample) for path, sample in clips.items()])
     write_file(folder / REPORT, json.dumps(asdict(report), indent=1).encode())
@@ -194,16 +206,19 @@ class _Loader:
 
 
 def _encode_all(
-    load: _Loader, paths: list[str], encode: Encode, report: PrepareReport, asked: list[int], progress: bool
-) -> None:
-    """Encode the clips that have no codes, until all are done or a signal has come in."""
+    load: _Loader, paths: list[str], encode: Encode, report: PrepareReport, asked: Callable[[], bool], progress: bool
+) -> int:
+    """Encode the clips that have no codes, until all are done or a signal has come in. Returns how many are done."""
+    done = 0
     bar = tqdm(total=len(paths), desc="encoding", unit="clip", disable=not progress)
     with bar, _decoders() as pool:
-        for clip in takewhile(lambda clip: not asked, _ahead(pool, load, paths)):
+        for clip in takewhile(lambda clip: not asked(), _ahead(pool, load, paths)):
             _take(clip, encode, load.writer, report)
+            done += 1
             if clip.row.bad and progress:
                 bar.write(f"{clip.row.path}: {clip.row.bad}", file=sys.stderr)
             bar.update()
+    return done
 
 
 def _take(clip: Clip, encode: Encode, writer: ShardWriter, report: PrepareReport) -> None:
@@ -265,31 +280,32 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[st
         yield waiting.popleft().result()
 
 
-@contextmanager
-def _signals_held() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in the list instead of obeying them; obey at the end of the block.
+def _asked(interrupted: list[int], stop: Preemption) -> bool:
+    return bool(interrupted) or stop.wanted() is not None
 
-    Whoever looks at the list between two clips can stop there. At the second signal of a kind the process does at once
-    what it would have done without us.
+
+@contextmanager
+def _interrupt_held() -> Iterator[list[int]]:
+    """Note SIGINT in the list instead of obeying it; obey at the end of the block.
+
+    Whoever looks at the list between two clips can stop there. At the second one the process does at once what it would
+    have done without us.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may set signal handlers, and only there do signals arrive
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(signal.SIGINT, before)
 
-    for number in before:
-        signal.signal(number, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
     if asked:
-        signal.raise_signal(asked[0])
-        name = signal.Signals(asked[0]).name
-        raise RawloopError(f"stopped by {name}; what was encoded is kept: run `rawloop prepare` again to go on")
+        signal.raise_signal(signal.SIGINT)
+        raise RawloopError("stopped by SIGINT; what was encoded is kept: run `rawloop prepare` again to go on")

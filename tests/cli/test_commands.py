@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,61 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert {done.code for done in resumed} == {0}, resumed
     assert "resumed from " in resumed[0].out
     assert_same_run(killed, whole, 10)
+
+
+def stop_after(path: Path, number: signal.Signals) -> Callable[[list[int]], None]:
+    """Give a function that signals processes as soon as a file or folder is there."""
+
+    def stop(children: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        for child in children:
+            os.kill(child, number)
+
+    return stop
+
+
+def test_a_train_that_is_told_to_stop_ends_with_75_and_a_line(
+    ranks: Ranks, write_config: Write, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, train={"max_steps": 200}, checkpoint={"save_every": 3})
+    then = stop_after(tmp_path / "run" / "checkpoints" / "step-00000003", signal.SIGUSR1)
+    (done,) = ranks("train", "--config", config, size=1, then=then)
+    assert done.code == 75, done
+    line = done.err.splitlines()[-1]
+    found = re.fullmatch(r"rawloop train: stopped by SIGUSR1 at step (\d+); checkpoint: (.*); go on from it .*", line)
+    assert found, line
+    assert find_slots(tmp_path / "run")[0] == Path(found[2])
+    assert int(found[1]) == int(found[2][-8:])
+
+
+def test_the_exit_code_is_written_down_by_the_first_process_of_a_machine(
+    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", str(tmp_path / "code"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert door("train", "--config", tmp_path / "none.yaml").code == 2
+    assert not (tmp_path / "code").exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert door("train", "--config", tmp_path / "none.yaml").code == 2
+    assert (tmp_path / "code").read_text() == "2"
+
+
+def test_a_prepare_that_is_told_to_stop_ends_with_75_and_keeps_what_it_has(
+    ranks: Ranks, door: Door, trained: Path, tmp_path: Path
+) -> None:
+    arguments = ("prepare", "--config", trained / "run.yaml", "--data.codes", tmp_path / "codes")
+    (done,) = ranks(*arguments, size=1, then=stop_after(tmp_path / "codes", signal.SIGTERM))
+    assert done.code == 75, done
+    assert done.err.splitlines()[-1] == (
+        "rawloop prepare: stopped by SIGTERM; what was encoded is kept: run `rawloop prepare` again to go on"
+    )
+    again = door(*arguments)
+    assert again.code == 0
+    encoded, reused = (int(number) for number in re.findall(r"(\d+) (?:encoded now|already there)", again.out))
+    clips = int(again.out.split()[2])
+    assert (encoded + reused, reused < clips) == (clips, True)
 
 
 def test_a_finished_run_can_be_resumed_without_harm(door: Door, trained: Path, tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Whether somebody wants the run to stop: a scheduler by SIGTERM or SIGUSR1, a user by a file named STOP.
+
+Nothing stops here. A signal only sets a flag, because it may come in the middle of an update or a save; whoever works
+asks `wanted()` at a place where everything is in order, agrees with the other ranks, and raises `Preempted`.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "STOP"
+
+
+class Preemption:
+    """Says whether to stop. `stop_file` is looked for when asked, one `stat` a time."""
+
+    def __init__(self, stop_file: Path | None = None) -> None:
+        self.stop_file = stop_file
+        self.received: str | None = None  # the first signal's name; later ones change nothing
+
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        """Note a signal; this is the handler."""
+        self.received = self.received or signal.Signals(number).name
+
+    def wanted(self) -> str | None:
+        """Return by what the run is to be stopped, or None."""
+        if self.received is None and self.stop_file is not None and self.stop_file.exists():
+            return f"the file {self.stop_file}"
+        return self.received
+
+
+@contextmanager
+def watched(stop_file: Path | None = None) -> Iterator[Preemption]:
+    """Note SIGTERM and SIGUSR1 inside the block instead of dying of them. The old handlers are put back at its end.
+
+    Python lets only the main thread set handlers: in any other thread only the stop file counts.
+    """
+    preemption = Preemption(stop_file)
+    if threading.current_thread() is not threading.main_thread():
+        yield preemption
+        return
+    before = {number: signal.signal(number, preemption.note) for number in SIGNALS}
+    try:
+        yield preemption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def agreed(reasons: Sequence[str | None]) -> str | None:
+    """Return why all ranks stop: the first rank's reason, and which rank that is where not all have one."""
+    found = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
+    if not found:
+        return None
+    rank, reason = found[0]
+    return reason if len(found) == len(reasons) else f"{reason} on rank {rank}"
+
+
+def left_to_the_parent() -> None:
+    """In a helper process: obey SIGTERM only if it comes from the parent, and SIGUSR1 never.
+
+    A scheduler and torchrun send them to helpers too, and a data worker that dies of one breaks the step in which its
+    parent was to notice its own. A helper that ignored SIGTERM would outlive a parent that ends it when it exits.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere a signal does not say whom it is from
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
