@@ -5,8 +5,9 @@ one of its checkpoints was reached through all stops before it. Their checkpoint
 Then the other way round: whatever is left out of a checkpoint's restoration makes the two differ.
 """
 
-import json
+import copy
 import math
+import pickle
 import random
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, TrainState, train
 from rawloop.optim import NamedOptimizerState, OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.masters import Trained
 from rawloop.precision.scaler import LossScaleConfig
 from rawloop.records import read_events, read_metrics
 from rawloop.seed import RngState
@@ -156,10 +158,14 @@ def content(run: Path) -> dict[str, bytes]:
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
-def numbers(run: Path) -> list[str]:
-    """The lines of metrics.jsonl, without the times taken."""
+def numbers(run: Path, torn: int = 0) -> list[str]:
+    """The lines of metrics.jsonl, without the times taken.
+
+    A stop among skipped windows tears the mean of the line over these: the losses of step `torn` are left out.
+    """
     times = ("samples_per_second", "eval_seconds")
-    return [repr({key: value for key, value in line.items() if key not in times}) for line in read_metrics(run)]
+    lines = [{key: value for key, value in line.items() if key not in times} for line in read_metrics(run)]
+    return [repr({key: line[key] for key in line if line["step"] != torn or "loss" not in key}) for line in lines]
 
 
 def skips(run: Path) -> list[tuple[Any, ...]]:
@@ -167,11 +173,11 @@ def skips(run: Path) -> list[tuple[Any, ...]]:
     return [(event["step"], event["reason"], event["samples"]) for event in events]
 
 
-def different(first: Path, second: Path) -> list[str]:
+def different(first: Path, second: Path, torn: int = 0) -> list[str]:
     """The names of the files that differ between two runs, `metrics` and `skips` among them."""
     ours, theirs = content(first), content(second)
     names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-    names += ["metrics"] * (numbers(first) != numbers(second))
+    names += ["metrics"] * (numbers(first, torn) != numbers(second, torn))
     return names + ["skips"] * (skips(first) != skips(second))
 
 
@@ -277,3 +283,153 @@ def test_stopped_after_every_step(
 ) -> None:
     resumes = compare(case, base, folder, run_ranks, STEPS)
     print(f"{case}: {resumes} resumes, {STEPS} checkpoints each the same, {len(skips(folder / 'straight'))} skips")
+
+
+# -- whatever is left out is noticed -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run of 10 steps that is stopped before window `stop`, where the numbers in question are not those of a start.
+
+    `gradients` and `losses` are the windows in which these are not finite.
+    """
+
+    precision: PrecisionConfig
+    stop: int
+    gradients: frozenset[int] = frozenset()
+    losses: frozenset[int] = frozenset()
+    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig(rank=2, dropout=0.1))
+
+    def config(self, base: RunConfig, output: Path) -> RunConfig:
+        return replace(
+            base,
+            output=str(output),
+            precision=self.precision,
+            adapter=self.adapter,
+            train=TrainConfig(batch_size=1, max_steps=10, log_every=1),
+            evaluation=EvaluationConfig(every=2, batch_size=5, best_mode="max"),  # falls: never better than at first
+        )
+
+    def straight(self, run: Run) -> None:
+        Hostile(run, self.gradients, self.losses)
+
+    def stopped(self, run: Run) -> None:
+        self.straight(run)
+        stop_before(run, lambda state: state.window == self.stop, save=True)
+
+
+SCALE = LossScaleConfig(init=2.0**10, growth_interval=4)
+FULL = AdapterConfig(mode="full")
+SCENARIOS = {
+    "after good steps": Scenario(PrecisionConfig("amp_fp16", loss_scale=SCALE), 6, frozenset({1, 2, 9})),
+    "among bad steps": Scenario(
+        PrecisionConfig("native_fp16", loss_scale=replace(SCALE, hysteresis=3)), 7, frozenset({5, 6, 7})
+    ),
+    "before giving up": Scenario(PrecisionConfig("amp_fp16", ["fp32"], max_skips=4), 7, frozenset({5, 6, 7, 8})),
+    "among bad losses": Scenario(
+        PrecisionConfig("amp_fp16", ["fp32"], max_nonfinite_losses=3), 7, losses=frozenset({5, 6, 7})
+    ),
+    "with masters": Scenario(PrecisionConfig("native_fp16", loss_scale=SCALE), 6, frozenset({2}), adapter=FULL),
+    "with residuals": Scenario(
+        PrecisionConfig("native_fp16", masters="residual", loss_scale=SCALE), 6, frozenset({2}), adapter=FULL
+    ),
+}
+GOOD = "after good steps"
+LEFT_OUT: list[tuple[str, type[Any], tuple[str, ...]]] = [
+    (GOOD, ModelFiles, ()),
+    ("with masters", ModelFiles, ()),
+    (GOOD, NamedOptimizerState, ()),
+    (GOOD, NamedOptimizerState, ("step",)),
+    (GOOD, NamedOptimizerState, ("exp_avg",)),
+    (GOOD, NamedOptimizerState, ("exp_avg_sq",)),
+    ("with masters", Trained, ()),
+    ("with residuals", Trained, ()),
+    (GOOD, PrecisionPolicy, ("scaler", "scale")),
+    (GOOD, PrecisionPolicy, ("scaler", "good_steps")),
+    ("among bad steps", PrecisionPolicy, ("scaler", "scale")),
+    ("among bad steps", PrecisionPolicy, ("scaler", "bad_steps")),
+    ("before giving up", PrecisionPolicy, ("skips_in_a_row",)),
+    ("among bad losses", PrecisionPolicy, ("bad_losses_in_a_row",)),
+    (GOOD, TrainState, ("step",)),
+    (GOOD, TrainState, ("window",)),
+    (GOOD, TrainState, ("skipped",)),
+    (GOOD, TrainState, ("samples",)),
+    (GOOD, BestTracker, ("value",)),
+    (GOOD, BestTracker, ("step",)),
+    (GOOD, BestTracker, ("worse_in_a_row",)),
+    (GOOD, RngState, ("torch",)),
+    (GOOD, RngState, ("python",)),
+    (GOOD, RngState, ("numpy",)),
+]
+
+
+def leave_out(patch: pytest.MonkeyPatch, part: type[Any], path: tuple[str, ...]) -> None:
+    """Let a part keep what it was built with, all of it or what stands at `path` of its state."""
+    name = "load" if part is ModelFiles else "load_state_dict"
+    load = getattr(part, name)
+
+    def without(self: Any, state: Any) -> None:
+        if path:
+            state = copy.deepcopy(state)
+            fresh = self.state_dict()
+            if part is NamedOptimizerState:  # has nothing before its first step
+                fresh = {name: {path[0]: torch.zeros_like(values[path[0]])} for name, values in state.items()}
+            places = [(state, fresh)] if part is not NamedOptimizerState else [(state[n], fresh[n]) for n in state]
+            for target, source in places:
+                for key in path[:-1]:
+                    target, source = target[key], source[key]
+                assert pickle.dumps(target[path[-1]]) != pickle.dumps(source[path[-1]]), "it is as in a new run"
+                target[path[-1]] = source[path[-1]]
+            load(self, state)
+
+    patch.setattr(part, name, without)
+
+
+class Runs:
+    """The straight and the stopped run of each scenario, made when they are first asked for."""
+
+    def __init__(self, base: RunConfig, folder: Path) -> None:
+        self.base, self.folder = base, folder
+
+    def made(self, name: str) -> tuple[Path, Path]:
+        scenario, folder = SCENARIOS[name], self.folder / name
+        if not folder.exists():
+            go(scenario.config(self.base, folder / "straight"), scenario.straight)
+            go(scenario.config(self.base, folder / "stopped"), scenario.stopped)
+        return folder / "straight", folder / "stopped"
+
+    def resumed(self, name: str, output: Path) -> list[str]:
+        """Resume a copy of the stopped run, and return what differs from the straight one, after the stop."""
+        straight, stopped = self.made(name)
+        shutil.copytree(stopped, output)
+        steps = len(list((output / "checkpoints").iterdir()))
+        go(SCENARIOS[name].config(self.base, output), SCENARIOS[name].straight)
+        torn = steps + 1 if name.startswith(("among", "before")) else 0
+        return [path for path in different(straight, output, torn) if f"step-{steps:08d}" not in path]
+
+
+@pytest.fixture(scope="module")
+def runs(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(base, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_with_nothing_left_out_nothing_differs(runs: Runs, tmp_path: Path, name: str) -> None:
+    assert runs.resumed(name, tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "part", "path"), LEFT_OUT, ids=lambda value: str(value))
+def test_whatever_is_left_out_is_noticed(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part: type[Any], path: tuple[str, ...]
+) -> None:
+    runs.made(name)
+    leave_out(monkeypatch, part, path)
+    found = runs.resumed(name, tmp_path / "run")
+    assert found
+    weights = [file for file in found if "adapter" in file or "/model/" in file]
+    where = [*["weights"] * bool(weights), *(kind for kind in ("metrics", "skips") if kind in found)]
+    states = sorted({Path(file).stem for file in found if "/state/" in file})
+    print(f"LEFT OUT {part.__name__}{list(path)} {name}: noticed in {', '.join([*where, *states])}")
