@@ -433,3 +433,66 @@ def test_whatever_is_left_out_is_noticed(
     where = [*["weights"] * bool(weights), *(kind for kind in ("metrics", "skips") if kind in found)]
     states = sorted({Path(file).stem for file in found if "/state/" in file})
     print(f"LEFT OUT {part.__name__}{list(path)} {name}: noticed in {', '.join([*where, *states])}")
+
+
+# -- another number of processes ---------------------------------------------------------------------------------------
+
+
+def train_on(world: World, config: RunConfig, until: int) -> list[list[str]]:
+    """Go on to step `until`; return the ids of this rank's samples, a list for each window."""
+    seen: list[list[str]] = []
+
+    def watch(run: Run) -> None:
+        start = run.windows.start
+
+        def windows(window: int) -> Iterator[list[Batch]]:
+            for batches in start(window):
+                if run.state.step == until:
+                    raise Stop
+                seen.append([name for batch in batches for name in batch.ids])
+                yield batches
+
+        run.windows.start = windows  # type: ignore[method-assign]
+
+    go(config, watch, world)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_two_processes_then_one_then_two_train_as_one_does(
+    base: RunConfig,
+    text_checkpoint: Path,
+    folder: Path,
+    run_ranks: Callable[..., list[Any]],
+    adapter: Any,
+) -> None:
+    plain = replace(
+        base,
+        model=ModelConfig(path=str(text_checkpoint)),  # without dropout, which every rank draws for itself
+        adapter=AdapterConfig(mode=adapter, rank=4),
+        evaluation=EvaluationConfig(every=1, batch_size=5),
+    )
+    one, two = TrainConfig(2, 2, max_steps=18, log_every=1), TrainConfig(1, 2, max_steps=18, log_every=1)
+    expected = train_on(World(), replace(plain, train=one, output=str(folder / "one")), 18)
+    mixed = replace(plain, train=two, output=str(folder / "mixed"))
+    windows: list[list[str]] = []
+    for processes, until in ((2, 6), (1, 12), (2, 18)):
+        if processes == 2:
+            shares = run_ranks(train_on, mixed, until)
+        else:
+            shares = [train_on(World(), replace(mixed, train=one), until)]
+        windows += [[name for share in shares_of_window for name in share] for shares_of_window in zip(*shares)]
+    assert len(windows) == len(expected) == 18
+    assert [sorted(window) for window in windows] == [sorted(window) for window in expected]
+    ours, theirs = read_metrics(folder / "mixed"), read_metrics(folder / "one")
+    worst = 0.0
+    for line, other in zip(ours, theirs, strict=True):
+        assert line["step"] == other["step"]
+        for key in {"loss", "eval_loss"} & set(line):
+            worst = max(worst, abs(float(line[key] or 0) / float(other[key] or 0) - 1))
+    print(f"{adapter}: the same samples in 18 steps, losses within {worst:.1e}")
+    assert worst < 2e-6
+    afresh = [event for event in read_events(folder / "mixed") if "starts afresh" in event["reason"]]
+    assert [event["rank"] for event in afresh] == [1]
