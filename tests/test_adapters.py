@@ -20,6 +20,7 @@ from rawloop.adapters import (
     ModelFiles,
     add_adapter,
     base_of,
+    copied,
     count_parameters,
     merge_adapter,
 )
@@ -585,3 +586,14 @@ def test_frozen_weights_have_a_fingerprint(adapted: Callable[..., nn.Module]) ->
         changed.get_parameter("base_model.model.model.norm.weight").add_(1e-3)
     with pytest.raises(UserError, match="frozen weights are not those that the checkpoint was trained on"):
         BaseFingerprint(changed).load_state_dict(third.state_dict())
+
+
+def test_copies_are_written_over_earlier_ones_but_not_over_each_other() -> None:
+    tied = torch.ones(3)
+    first = copied({"a": tied, "b": tied}, {})
+    assert first["a"] is first["b"]
+    second = copied({"a": torch.full((3,), 2.0), "b": torch.full((3,), 3.0)}, first)
+    assert second["a"] is first["a"]
+    assert second["a"].tolist() == [2.0] * 3
+    assert second["b"].tolist() == [3.0] * 3
+    assert copied({"a": torch.zeros(2)}, second)["a"].tolist() == [0.0] * 2
