@@ -318,12 +318,14 @@ class ModelFiles:
         self.model: Any = unwrapped(model)
         self.load_model = load_model
         self.is_adapter = isinstance(self.model, PeftModel)
+        self._copies: dict[str, Tensor] = {}  # of the last snapshot; the next is written over them
         self.folder = "adapter" if self.is_adapter else "model"
 
     def snapshot(self, copy: bool) -> Callable[[Path], None]:
         """Take the weights; of an adapter, base weights are not copied, as training does not change them.
 
-        What is returned writes them and raises a CheckpointError if what can be read back is not what was taken.
+        What is returned writes them and raises a CheckpointError if what can be read back is not what was taken. It is
+        of no use after the next call, whose copies take the place of its own.
         """
         model, weights = self.model, self.model.state_dict()
         if copy and not self.is_adapter and not _takes_weights(model):
@@ -332,7 +334,10 @@ class ModelFiles:
         elif copy:
             stored = self._of_adapter(weights) if self.is_adapter else weights
             taken = {id(tensor) for tensor in stored.values()}
-            weights = weights | copied({name: tensor for name, tensor in weights.items() if id(tensor) in taken})
+            self._copies = copied(
+                {name: tensor for name, tensor in weights.items() if id(tensor) in taken}, self._copies
+            )
+            weights = weights | self._copies
         return partial(self._write, model, weights)
 
     def _of_adapter(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -411,16 +416,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, of which those of the same memory share theirs again: tied weights are told by that."""
+def copied(tensors: Mapping[str, Tensor], spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, of which those of the same memory share theirs again: tied weights are told by that.
+
+    `spare` are copies that may be written over.
+    """
     made: dict[tuple[Any, ...], Tensor] = {}
-    result = {}
+    result: dict[str, Tensor] = {}
+    reused: set[int] = set()  # weights that were tied at the last copy and no longer are must not share one
     for name, tensor in tensors.items():
         key = _memory(name, tensor)
         if key not in made:
-            made[key] = tensor.detach().to("cpu", copy=True)
+            free = spare.get(name)
+            made[key] = _copy(tensor.detach(), None if id(free) in reused else free)
+            reused.add(id(made[key]))
         result[name] = made[key]
     return result
+
+
+def _copy(tensor: Tensor, spare: Tensor | None) -> Tensor:
+    if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
+        return tensor.to("cpu", copy=True)
+    return spare.copy_(tensor)
 
 
 def merge_adapter(

@@ -20,6 +20,7 @@ from rawloop.adapters import (
     ModelFiles,
     add_adapter,
     base_of,
+    copied,
     count_parameters,
     merge_adapter,
 )
@@ -603,3 +604,14 @@ def test_another_config_of_the_same_weights_is_noticed(adapted: Callable[..., nn
     assert other.notice.startswith("the base model's config has changed, its weights have not: 'owner/base' (revision")
     plain = BaseFingerprint(nn.Linear(2, 2).requires_grad_(False))
     assert plain.state_dict()["config"] is None
+
+
+def test_copies_are_written_over_earlier_ones_but_not_over_each_other() -> None:
+    tied = torch.ones(3)
+    first = copied({"a": tied, "b": tied}, {})
+    assert first["a"] is first["b"]
+    second = copied({"a": torch.full((3,), 2.0), "b": torch.full((3,), 3.0)}, first)
+    assert second["a"] is first["a"]
+    assert second["a"].tolist() == [2.0] * 3
+    assert second["b"].tolist() == [3.0] * 3
+    assert copied({"a": torch.zeros(2)}, second)["a"].tolist() == [0.0] * 2

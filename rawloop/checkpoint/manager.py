@@ -19,7 +19,7 @@ from rawloop.checkpoint import slots
 from rawloop.checkpoint.background import Save, Saves, Written
 from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
 from rawloop.checkpoint.manifest import Manifest, installed_versions, read_manifest
-from rawloop.checkpoint.pack import Packed, pack, unpack
+from rawloop.checkpoint.pack import NOTHING, Packed, pack, unpack
 from rawloop.checkpoint.reader import agree_on_latest, changes, check_parts, check_slot
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
@@ -119,6 +119,7 @@ class CheckpointManager:
         self._last_size = 0  # bytes; not known before the first save
         self._saves = Saves()
         self._taken: Contents | None = None
+        self._copies: dict[str, Packed] = {}  # of the last save; the next is written over them
         self._failures: list[CheckpointError] = []  # in a row
         self.best_failed = False  # the best slot could not be written, on rank 0
         _check_names(state, [part.folder for part in self.folders.values()])
@@ -228,7 +229,12 @@ class CheckpointManager:
             self.settle()
         states = {name: part.state_dict() for name, part in self.states.items()}
         wanted = states if self.world.is_main else self.per_rank
-        return {name: pack(states[name], copy=self.config.asynchronous) for name in wanted}
+        if not self.config.asynchronous:
+            return {name: pack(states[name]) for name in wanted}
+        spare = {name: packed.tensors for name, packed in self._copies.items()}
+        self._copies = {}  # one that is half written over is of no use to anybody
+        self._copies = {name: pack(states[name], copy=True, spare=spare.get(name, NOTHING)) for name in wanted}
+        return self._copies
 
     def poll(self) -> None:
         """Report the saves that have ended since; without waiting for any. Only rank 0 has something to report.

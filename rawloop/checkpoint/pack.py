@@ -6,6 +6,8 @@ for bit, or packing it is refused with the place where it stands.
 
 import json
 import struct
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,9 @@ DTYPES = {
 }
 
 
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
 class Packed(NamedTuple):
     """A state in two halves: a tree of JSON values, and the tensors it refers to, on the CPU, by path."""
 
@@ -39,18 +44,19 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def pack(state: Any, copy: bool = False) -> Packed:
+def pack(state: Any, copy: bool = False, spare: Mapping[str, Tensor] = NOTHING) -> Packed:
     """Split `state` into JSON and tensors.
 
     Takes dicts with string keys, lists, tuples, tensors, int, float, bool, str and None. A tensor becomes a plain,
-    contiguous CPU tensor; one that is already so is copied only if `copy` says so.
+    contiguous CPU tensor; one that is already so is copied only if `copy` says so. `spare` has memory by path that
+    a copy may be written over, such as the tensors of an earlier copy: memory that is fresh costs five times as much.
 
     Raises:
         TypeError: anything else is in there; the message names its path.
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    return Packed(tree, {path: _plain(tensor, path, copy) for path, tensor in tensors.items()})
+    return Packed(tree, {path: _plain(tensor, path, copy, spare.get(path)) for path, tensor in tensors.items()})
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -81,12 +87,21 @@ def _pack_dict(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> 
     return items
 
 
-def _plain(tensor: Tensor, path: str, copy: bool) -> Tensor:
+def _plain(tensor: Tensor, path: str, copy: bool, spare: Tensor | None) -> Tensor:
     plain = tensor.detach()
     if type(plain) is not Tensor or plain.layout != torch.strided or plain.dtype not in DTYPES:
         kind = f"{_type(plain)} ({plain.layout}, {plain.dtype})"
         raise TypeError(f"state{_shown(path)} is a {kind}: only dense tensors of common dtypes can be stored")
-    return plain.to("cpu", copy=copy).resolve_conj().resolve_neg().contiguous()
+    if not copy:
+        return plain.to("cpu").resolve_conj().resolve_neg().contiguous()
+    return copy_to(plain, spare)
+
+
+def copy_to(tensor: Tensor, spare: Tensor | None) -> Tensor:
+    """Return a contiguous copy on the CPU, in the memory of `spare` if that fits."""
+    if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
+        return tensor.to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
+    return spare.copy_(tensor)
 
 
 def _escaped(key: str) -> str:

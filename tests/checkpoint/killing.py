@@ -147,13 +147,17 @@ def look(run: Path, at_least: int, at_most: int) -> int:
     return step
 
 
-def prepare(run: Path) -> None:
-    """Make a run with checkpoints and a best one, standing at step FIRST."""
+def prepare(run: Path) -> float:
+    """Make a run with checkpoints and a best one, standing at step FIRST. Returns the seconds of its slowest save."""
     part = Part(0)
+    seconds = []
     with opened(run, part) as manager:
         manager.start(0)
         for step in range(1, FIRST + 1):
+            begun = time.perf_counter()
             save_both(manager, part, step)
+            seconds.append(time.perf_counter() - begun)
+    return max(seconds)
 
 
 def at_file_operation(run: Path, number: int, strike: Callable[[], None], onwards: bool) -> None:
@@ -212,37 +216,49 @@ def everywhere(folder: Path, strike: Callable[[], None], onwards: bool, later: b
 
 
 def at_random(folder: Path, rounds: int, seed: int, later: bool) -> dict[str, Any]:
-    """Kill a process that saves without a pause at random moments; each goes on where the last one was killed."""
+    """Kill a process that saves, every other time aimed into a save; each goes on where the last one was killed.
+
+    The kill is aimed by the byte with which the process announces its first save, and falls within the time that one
+    takes. The other times it falls anywhere from the start of a process that saves without a pause.
+    """
     rng = random.Random(seed)
     run = folder / "run"
-    prepare(run)
+    duration = prepare(run)
     reached = FIRST
-    leftovers: Counter[str] = Counter()
-    for _ in range(rounds):
-        reader, writer = os.pipe()
+    counted: Counter[str] = Counter()
+    for number in range(rounds):
+        aimed = number % 2 == 1
+        (reader, writer), (announced, announce) = os.pipe(), os.pipe()
 
-        def work(start: int = reached, writer: int = writer) -> None:
+        def work(start: int = reached, writer: int = writer, announce: int = announce) -> None:
             part = Part(start)
             with opened(run, part, later) as manager:
                 manager.start(start)
+                os.write(announce, b"!")
                 for step in range(start + 1, start + 100_000):
                     save_both(manager, part, step)
                     os.write(writer, (step - later).to_bytes(8, "big"))  # the save before it is on the disk now
 
         pid = child(work)
         os.close(writer)
-        time.sleep(rng.uniform(0.01, 0.12))
+        os.close(announce)
+        if aimed:
+            os.read(announced, 1)
+        time.sleep(rng.uniform(0, duration) if aimed else rng.uniform(0.01, 0.12))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(announced)
         with os.fdopen(reader, "rb") as pipe:
             data = pipe.read()
         committed = max(reached, int.from_bytes(data[-8:], "big")) if data else reached
-        for path in (*run.iterdir(), *(run / "checkpoints").iterdir()):
-            if path.name.startswith("."):
-                leftovers[path.name.split("-")[0]] += 1
+        names = [path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if path.name[0] == "."]
+        counted.update(name.split("-")[0] for name in names)
+        counted["aimed"] += aimed
+        counted["in a save"] += bool(names)
+        counted["aimed, in a save"] += aimed and bool(names)
         look(run, committed, committed + 1 + later)
         reached = committed + 2 + later
-    return {"kills": rounds, "steps": reached, "leftovers": dict(leftovers)}
+    return {"kills": rounds, "steps": reached, **counted}
 
 
 def main() -> None:

@@ -198,3 +198,18 @@ def test_closing_finishes_what_was_begun_and_tells_what_became_of_it(saving: Sav
         saving.manager.save(step)
         saving.manager.close()  # the run is ending by an error of its own: this one does not hide it
     assert len(saving.told("warning")) == 3
+
+
+def test_the_memory_of_a_copy_is_used_again_once_it_is_written(saving: Saving) -> None:
+    saving.gate.open.set()
+    places = []
+    for step in (1, 2, 3):
+        saving.weights.tensor += 1
+        saving.manager.save(step)
+        places.append(saving.manager._copies["weights"].tensors["/tensor"].data_ptr())
+    saving.manager.finish()
+    assert len(set(places)) == 1
+    assert saving.names() == ["3", "2"]
+    for slot, value in zip(find_slots(saving.run), (3, 2), strict=True):
+        saving.manager.load(slot)
+        assert torch.equal(saving.weights.tensor, torch.full((1000,), float(value)))

@@ -1,0 +1,498 @@
+"""A run that is stopped and resumed after every step is the run that was not stopped, bit for bit.
+
+Two runs save after every step. One goes straight through; the other is stopped and resumed after each step, so every
+one of its checkpoints was reached through all stops before it. Their checkpoints are the same files, byte for byte.
+Then the other way round: whatever is left out of a checkpoint's restoration makes the two differ.
+"""
+
+import copy
+import math
+import pickle
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rawloop.adapters import AdapterConfig, ModelFiles
+from rawloop.build import build_run
+from rawloop.checkpoint import BestTracker, CheckpointConfig
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch, StreamLoss
+from rawloop.data import DataConfig
+from rawloop.diagnose import ChecksConfig
+from rawloop.dist import LossModule, World, bare_module
+from rawloop.evaluate import EvaluationConfig
+from rawloop.families import ModelConfig
+from rawloop.loop import Run, TrainConfig, TrainState, train
+from rawloop.optim import NamedOptimizerState, OptimConfig
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.masters import Trained
+from rawloop.precision.scaler import LossScaleConfig
+from rawloop.records import read_events, read_metrics
+from rawloop.seed import RngState
+
+STEPS = 40
+POISON = frozenset({2, 3, 11, 12, 13, 20, 31, 32})  # windows whose gradient is infinite
+
+
+class Amplify(torch.autograd.Function):
+    """The loss as it is; its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * ctx.factor, None
+
+
+class Hostile:
+    """A family's losses in training, with noise from every random stream, and not finite in some windows.
+
+    In a world of two, rank 1 alone has the windows that are not finite.
+    """
+
+    def __init__(self, run: Run, gradients: frozenset[int], losses: frozenset[int]) -> None:
+        self.run, self.gradients, self.bad = run, gradients, losses
+        module = bare_module(run.module)
+        assert isinstance(module, LossModule)
+        self.losses, module.losses = module.losses, self
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+        result = self.losses(model, batch)
+        if not model.training:
+            return result
+        noise = torch.rand(()).item() + random.random() + float(np.random.rand())
+        hit = self.run.world.rank == self.run.world.size - 1
+        window = self.run.state.window
+        for stream, loss in result.items():
+            total = loss.total * (1 + noise / 8)
+            if hit and window in self.gradients:
+                total = Amplify.apply(total, math.inf)  # type: ignore[no-untyped-call]
+            if hit and window in self.bad:
+                total = total * math.nan
+            result[stream] = loss._replace(total=total)
+        return result
+
+
+@pytest.fixture(scope="module")
+def base(text_checkpoint: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of a Llama as small as they come, that saves after every step."""
+    folder = tmp_path_factory.mktemp("smallest")
+    shutil.copytree(text_checkpoint, folder, dirs_exist_ok=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig.from_pretrained(text_checkpoint, **sizes, num_key_value_heads=1, attention_dropout=0.1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return RunConfig(
+        device="cpu",
+        model=ModelConfig(path=str(folder)),
+        adapter=AdapterConfig(rank=2, dropout=0.1),
+        data=DataConfig(train=str(text_data / "train.jsonl"), eval=str(text_data / "eval.jsonl")),
+        train=TrainConfig(batch_size=1, max_steps=STEPS, log_every=1),
+        optim=OptimConfig(lr=3e-3, warmup_steps=5),
+        precision=PrecisionConfig(mode="fp32"),
+        checks=ChecksConfig(enabled=False),
+        evaluation=EvaluationConfig(every=4, batch_size=5),
+        checkpoint=CheckpointConfig(save_every=1, keep_last=0),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: thousands of small files are forced to the disk here."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as name:
+        yield Path(name)
+
+
+class Stop(Exception):
+    """Ends a run between two windows, as a signal would."""
+
+
+def stop_before(run: Run, arrived: Callable[[TrainState], bool], save: bool = False) -> None:
+    """Let the run end before the first window at which the state has `arrived`; with a checkpoint of that moment."""
+    start = run.windows.start
+
+    def windows(window: int) -> Iterator[list[Batch]]:
+        stream = start(window)
+        while not arrived(run.state):
+            yield next(stream)
+        assert run.checkpoints is not None
+        if save:
+            run.checkpoints.finish()
+            run.checkpoints.save(run.state.step)
+        raise Stop
+
+    run.windows.start = windows  # type: ignore[method-assign]
+
+
+def go(config: RunConfig, change: Callable[[Run], None], world: World | None = None) -> None:
+    """Train until the end or a `Stop`; resume if the folder holds a run."""
+    resume = "latest" if (Path(config.output) / "checkpoints").exists() else None
+    run = build_run(replace(config, resume=resume), world or World(), lambda line: None)
+    try:
+        change(run)
+        train(run)
+    except Stop:
+        pass
+    finally:
+        run.close()
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Every file of every checkpoint of a run, the best one included."""
+    paths = [*(run / "checkpoints").rglob("*"), *(run / "best").rglob("*"), run / "best.json"]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+
+
+def numbers(run: Path, torn: int = 0) -> list[str]:
+    """The lines of metrics.jsonl, without the times taken.
+
+    A stop among skipped windows tears the mean of the line over these: the losses of step `torn` are left out.
+    """
+    times = ("samples_per_second", "eval_seconds")
+    lines = [{key: value for key, value in line.items() if key not in times} for line in read_metrics(run)]
+    return [repr({key: line[key] for key in line if line["step"] != torn or "loss" not in key}) for line in lines]
+
+
+def skips(run: Path) -> list[tuple[Any, ...]]:
+    events = [event for event in read_events(run) if event["kind"] == "skip"]
+    return [(event["step"], event["reason"], event["samples"]) for event in events]
+
+
+def different(first: Path, second: Path, torn: int = 0) -> list[str]:
+    """The names of the files that differ between two runs, `metrics` and `skips` among them."""
+    ours, theirs = content(first), content(second)
+    names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    names += ["metrics"] * (numbers(first, torn) != numbers(second, torn))
+    return names + ["skips"] * (skips(first) != skips(second))
+
+
+class Case(NamedTuple):
+    """One row of the product; each pair of values of two columns stands in some row."""
+
+    mode: str
+    adapter: str
+    world: int
+    workers: int
+    accumulation: int
+    asynchronous: bool
+
+    def config(self, base: RunConfig, output: Path) -> RunConfig:
+        mode, _, masters = self.mode.partition("+")
+        scale = LossScaleConfig(init=2.0**20, growth_interval=4, hysteresis=2)
+        precision: Any = PrecisionConfig(mode=mode, masters=masters or "fp32")  # type: ignore[arg-type]
+        if mode.endswith("fp16"):
+            precision = replace(precision, loss_scale=scale)
+        adapter = base.adapter if self.adapter == "lora" else AdapterConfig(mode="full")
+        return replace(
+            base,
+            output=str(output),
+            precision=precision,
+            adapter=adapter,
+            data=replace(base.data, num_workers=self.workers),
+            train=replace(base.train, accumulation=self.accumulation),
+            checkpoint=replace(base.checkpoint, asynchronous=self.asynchronous),
+        )
+
+
+CASES = [
+    Case("fp32", "lora", 1, 0, 1, True),
+    Case("fp32", "full", 2, 2, 4, False),
+    Case("bf16", "lora", 2, 0, 4, True),
+    Case("bf16", "full", 1, 2, 1, False),
+    Case("amp_fp16", "lora", 1, 2, 4, False),
+    Case("amp_fp16", "full", 2, 0, 1, True),
+    Case("native_fp16", "lora", 2, 2, 1, True),
+    Case("native_fp16", "full", 1, 0, 4, False),
+    Case("native_fp16+residual", "full", 1, 2, 4, True),
+    Case("native_fp16+residual", "full", 2, 0, 1, False),
+]
+STOPS = (3, 20)  # from which the run then goes to its end
+
+
+def test_the_cases_have_every_pair_of_values() -> None:
+    columns = list(zip(*CASES, strict=True))
+    for i, first in enumerate(columns):
+        for second in columns[i + 1 :]:
+            wanted = {(a, b) for a in first for b in second} - {("native_fp16+residual", "lora")}
+            assert wanted == set(zip(first, second, strict=True))
+
+
+def stop_everywhere(world: World, configs: dict[str, RunConfig], steps: int) -> int:
+    """Train straight, in as many pieces as there are steps, and in two pieces. Returns the number of resumes."""
+
+    def until(step: int) -> Callable[[Run], None]:
+        def change(run: Run) -> None:
+            Hostile(run, POISON, frozenset())
+            stop_before(run, lambda state: state.step == step)
+
+        return change
+
+    go(configs["straight"], until(steps), world)
+    for step in range(1, steps + 1):
+        go(configs["pieces"], until(step), world)
+    stops = [stop for stop in STOPS if stop < steps]
+    for stop in stops:
+        for step in (stop, steps):
+            go(replace(configs["pieces"], output=f"{configs['straight'].output}-{stop}"), until(step), world)
+    return steps - 1 + len(stops)
+
+
+def compare(case: Case, base: RunConfig, folder: Path, run_ranks: Callable[..., list[Any]], steps: int) -> int:
+    base = replace(base, train=replace(base.train, max_steps=steps))
+    configs = {name: case.config(base, folder / name) for name in ("straight", "pieces")}
+    if case.world == 1:
+        resumes = stop_everywhere(World(), configs, steps)
+    else:
+        resumes = run_ranks(stop_everywhere, configs, steps, timeout=600)[0]
+    straight = folder / "straight"
+    assert len(list((straight / "checkpoints").iterdir())) == steps
+    assert len(skips(straight)) >= sum(window < steps for window in POISON)
+    stopped = ["pieces", *(f"straight-{stop}" for stop in STOPS if stop < steps)]
+    for name in stopped:
+        assert different(straight, folder / name) == [], name
+    return resumes
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+def test_stopped_after_each_of_some_steps(
+    base: RunConfig, folder: Path, run_ranks: Callable[..., list[Any]], case: Case
+) -> None:
+    assert compare(case, base, folder, run_ranks, 5) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stopped_after_every_step(
+    base: RunConfig, folder: Path, run_ranks: Callable[..., list[Any]], case: Case
+) -> None:
+    resumes = compare(case, base, folder, run_ranks, STEPS)
+    print(f"{case}: {resumes} resumes, {STEPS} checkpoints each the same, {len(skips(folder / 'straight'))} skips")
+
+
+# -- whatever is left out is noticed -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run of 10 steps that is stopped before window `stop`, where the numbers in question are not those of a start.
+
+    `gradients` and `losses` are the windows in which these are not finite.
+    """
+
+    precision: PrecisionConfig
+    stop: int
+    gradients: frozenset[int] = frozenset()
+    losses: frozenset[int] = frozenset()
+    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig(rank=2, dropout=0.1))
+
+    def config(self, base: RunConfig, output: Path) -> RunConfig:
+        return replace(
+            base,
+            output=str(output),
+            precision=self.precision,
+            adapter=self.adapter,
+            train=TrainConfig(batch_size=1, max_steps=10, log_every=1),
+            evaluation=EvaluationConfig(every=2, batch_size=5, best_mode="max"),  # falls: never better than at first
+        )
+
+    def straight(self, run: Run) -> None:
+        Hostile(run, self.gradients, self.losses)
+
+    def stopped(self, run: Run) -> None:
+        self.straight(run)
+        stop_before(run, lambda state: state.window == self.stop, save=True)
+
+
+SCALE = LossScaleConfig(init=2.0**10, growth_interval=4)
+FULL = AdapterConfig(mode="full")
+SCENARIOS = {
+    "after good steps": Scenario(PrecisionConfig("amp_fp16", loss_scale=SCALE), 6, frozenset({1, 2, 9})),
+    "among bad steps": Scenario(
+        PrecisionConfig("native_fp16", loss_scale=replace(SCALE, hysteresis=3)), 7, frozenset({5, 6, 7})
+    ),
+    "before giving up": Scenario(PrecisionConfig("amp_fp16", ["fp32"], max_skips=4), 7, frozenset({5, 6, 7, 8})),
+    "among bad losses": Scenario(
+        PrecisionConfig("amp_fp16", ["fp32"], max_nonfinite_losses=3), 7, losses=frozenset({5, 6, 7})
+    ),
+    "with masters": Scenario(PrecisionConfig("native_fp16", loss_scale=SCALE), 6, frozenset({2}), adapter=FULL),
+    "with residuals": Scenario(
+        PrecisionConfig("native_fp16", masters="residual", loss_scale=SCALE), 6, frozenset({2}), adapter=FULL
+    ),
+}
+GOOD = "after good steps"
+LEFT_OUT: list[tuple[str, type[Any], tuple[str, ...]]] = [
+    (GOOD, ModelFiles, ()),
+    ("with masters", ModelFiles, ()),
+    (GOOD, NamedOptimizerState, ()),
+    (GOOD, NamedOptimizerState, ("step",)),
+    (GOOD, NamedOptimizerState, ("exp_avg",)),
+    (GOOD, NamedOptimizerState, ("exp_avg_sq",)),
+    ("with masters", Trained, ()),
+    ("with residuals", Trained, ()),
+    (GOOD, PrecisionPolicy, ("scaler", "scale")),
+    (GOOD, PrecisionPolicy, ("scaler", "good_steps")),
+    ("among bad steps", PrecisionPolicy, ("scaler", "scale")),
+    ("among bad steps", PrecisionPolicy, ("scaler", "bad_steps")),
+    ("before giving up", PrecisionPolicy, ("skips_in_a_row",)),
+    ("among bad losses", PrecisionPolicy, ("bad_losses_in_a_row",)),
+    (GOOD, TrainState, ("step",)),
+    (GOOD, TrainState, ("window",)),
+    (GOOD, TrainState, ("skipped",)),
+    (GOOD, TrainState, ("samples",)),
+    (GOOD, BestTracker, ("value",)),
+    (GOOD, BestTracker, ("step",)),
+    (GOOD, BestTracker, ("worse_in_a_row",)),
+    (GOOD, RngState, ("torch",)),
+    (GOOD, RngState, ("python",)),
+    (GOOD, RngState, ("numpy",)),
+]
+
+
+def leave_out(patch: pytest.MonkeyPatch, part: type[Any], path: tuple[str, ...]) -> None:
+    """Let a part keep what it was built with, all of it or what stands at `path` of its state."""
+    name = "load" if part is ModelFiles else "load_state_dict"
+    load = getattr(part, name)
+
+    def without(self: Any, state: Any) -> None:
+        if path:
+            state = copy.deepcopy(state)
+            fresh = self.state_dict()
+            if part is NamedOptimizerState:  # has nothing before its first step
+                fresh = {name: {path[0]: torch.zeros_like(values[path[0]])} for name, values in state.items()}
+            places = [(state, fresh)] if part is not NamedOptimizerState else [(state[n], fresh[n]) for n in state]
+            for target, source in places:
+                for key in path[:-1]:
+                    target, source = target[key], source[key]
+                assert pickle.dumps(target[path[-1]]) != pickle.dumps(source[path[-1]]), "it is as in a new run"
+                target[path[-1]] = source[path[-1]]
+            load(self, state)
+
+    patch.setattr(part, name, without)
+
+
+class Runs:
+    """The straight and the stopped run of each scenario, made when they are first asked for."""
+
+    def __init__(self, base: RunConfig, folder: Path) -> None:
+        self.base, self.folder = base, folder
+
+    def made(self, name: str) -> tuple[Path, Path]:
+        scenario, folder = SCENARIOS[name], self.folder / name
+        if not folder.exists():
+            go(scenario.config(self.base, folder / "straight"), scenario.straight)
+            go(scenario.config(self.base, folder / "stopped"), scenario.stopped)
+        return folder / "straight", folder / "stopped"
+
+    def resumed(self, name: str, output: Path) -> list[str]:
+        """Resume a copy of the stopped run, and return what differs from the straight one, after the stop."""
+        straight, stopped = self.made(name)
+        shutil.copytree(stopped, output)
+        steps = len(list((output / "checkpoints").iterdir()))
+        go(SCENARIOS[name].config(self.base, output), SCENARIOS[name].straight)
+        torn = steps + 1 if name.startswith(("among", "before")) else 0
+        return [path for path in different(straight, output, torn) if f"step-{steps:08d}" not in path]
+
+
+@pytest.fixture(scope="module")
+def runs(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(base, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_with_nothing_left_out_nothing_differs(runs: Runs, tmp_path: Path, name: str) -> None:
+    assert runs.resumed(name, tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "part", "path"), LEFT_OUT, ids=lambda value: str(value))
+def test_whatever_is_left_out_is_noticed(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part: type[Any], path: tuple[str, ...]
+) -> None:
+    runs.made(name)
+    leave_out(monkeypatch, part, path)
+    found = runs.resumed(name, tmp_path / "run")
+    assert found
+    weights = [file for file in found if "adapter" in file or "/model/" in file]
+    where = [*["weights"] * bool(weights), *(kind for kind in ("metrics", "skips") if kind in found)]
+    states = sorted({Path(file).stem for file in found if "/state/" in file})
+    print(f"LEFT OUT {part.__name__}{list(path)} {name}: noticed in {', '.join([*where, *states])}")
+
+
+# -- another number of processes ---------------------------------------------------------------------------------------
+
+
+def train_on(world: World, config: RunConfig, until: int) -> list[list[str]]:
+    """Go on to step `until`; return the ids of this rank's samples, a list for each window."""
+    seen: list[list[str]] = []
+
+    def watch(run: Run) -> None:
+        start = run.windows.start
+
+        def windows(window: int) -> Iterator[list[Batch]]:
+            for batches in start(window):
+                if run.state.step == until:
+                    raise Stop
+                seen.append([name for batch in batches for name in batch.ids])
+                yield batches
+
+        run.windows.start = windows  # type: ignore[method-assign]
+
+    go(config, watch, world)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_two_processes_then_one_then_two_train_as_one_does(
+    base: RunConfig,
+    text_checkpoint: Path,
+    folder: Path,
+    run_ranks: Callable[..., list[Any]],
+    adapter: Any,
+) -> None:
+    plain = replace(
+        base,
+        model=ModelConfig(path=str(text_checkpoint)),  # without dropout, which every rank draws for itself
+        adapter=AdapterConfig(mode=adapter, rank=4),
+        evaluation=EvaluationConfig(every=1, batch_size=5),
+    )
+    one, two = TrainConfig(2, 2, max_steps=18, log_every=1), TrainConfig(1, 2, max_steps=18, log_every=1)
+    expected = train_on(World(), replace(plain, train=one, output=str(folder / "one")), 18)
+    mixed = replace(plain, train=two, output=str(folder / "mixed"))
+    windows: list[list[str]] = []
+    for processes, until in ((2, 6), (1, 12), (2, 18)):
+        if processes == 2:
+            shares = run_ranks(train_on, mixed, until)
+        else:
+            shares = [train_on(World(), replace(mixed, train=one), until)]
+        windows += [[name for share in shares_of_window for name in share] for shares_of_window in zip(*shares)]
+    assert len(windows) == len(expected) == 18
+    assert [sorted(window) for window in windows] == [sorted(window) for window in expected]
+    ours, theirs = read_metrics(folder / "mixed"), read_metrics(folder / "one")
+    worst = 0.0
+    for line, other in zip(ours, theirs, strict=True):
+        assert line["step"] == other["step"]
+        for key in {"loss", "eval_loss"} & set(line):
+            worst = max(worst, abs(float(line[key] or 0) / float(other[key] or 0) - 1))
+    print(f"{adapter}: the same samples in 18 steps, losses within {worst:.1e}")
+    assert worst < 2e-6
+    afresh = [event for event in read_events(folder / "mixed") if "starts afresh" in event["reason"]]
+    assert [event["rank"] for event in afresh] == [1]
