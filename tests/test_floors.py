@@ -21,7 +21,7 @@ FLOORS = (
         ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "optim", "diagnose", "demo"),
     ),
     ("frame", ("loop",)),
-    ("assembly", ("config", "changes", "build")),
+    ("assembly", ("config", "changes", "resume", "build")),
     ("door", ("cli", "__main__", "__init__")),
 )
 FLOOR_OF = {room: level for level, (_, rooms) in enumerate(FLOORS) for room in rooms}

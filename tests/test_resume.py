@@ -6,6 +6,7 @@ Then the other way round: whatever is left out of a checkpoint's restoration mak
 """
 
 import copy
+import json
 import math
 import pickle
 import random
@@ -38,6 +39,7 @@ from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.precision.masters import Trained
 from rawloop.precision.scaler import LossScaleConfig
 from rawloop.records import read_events, read_metrics
+from rawloop.resume import stored_precision
 from rawloop.seed import RngState
 
 STEPS = 40
@@ -155,7 +157,19 @@ def go(config: RunConfig, change: Callable[[Run], None], world: World | None = N
 def content(run: Path) -> dict[str, bytes]:
     """Every file of every checkpoint of a run, the best one included."""
     paths = [*(run / "checkpoints").rglob("*"), *(run / "best").rglob("*"), run / "best.json"]
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    return {path.relative_to(run).as_posix(): comparable(path) for path in paths if path.is_file()}
+
+
+def comparable(path: Path) -> bytes:
+    """A file's bytes, without what a config says of where a run is and how it was begun, and what follows from that."""
+    if path.name == "config.json" and path.parent.name == "state":
+        stored = json.loads(path.read_bytes())
+        return repr(stored | {"config": stored["config"] | {"output": None, "resume": None}}).encode()
+    if path.name == "MANIFEST.json":
+        manifest = json.loads(path.read_bytes())
+        del manifest["sha256"], manifest["files"]["state/config.json"]
+        return repr(manifest).encode()
+    return path.read_bytes()
 
 
 def numbers(run: Path, torn: int = 0) -> list[str]:
@@ -496,3 +510,14 @@ def test_two_processes_then_one_then_two_train_as_one_does(
     assert worst < 2e-6
     afresh = [event for event in read_events(folder / "mixed") if "starts afresh" in event["reason"]]
     assert [event["rank"] for event in afresh] == [1]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"mode": "bf16"}', None])
+def test_a_precision_that_cannot_be_read_is_left_to_restoring(content: bytes | None, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    if content is not None:
+        (tmp_path / "state/precision.json").write_bytes(content)
+    assert stored_precision(tmp_path) is None
+    (tmp_path / "state/precision.json").write_text('{"mode": "bf16", "reason": "x", "history": []}')
+    assert stored_precision(tmp_path) == {"mode": "bf16", "reason": "x", "history": []}
+    assert stored_precision(None) is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rawloop.adapters import ModelFiles
 from rawloop.audio import import_torchaudio
-from rawloop.build import build_evaluator, build_family, build_model, load_samples, open_codes, stored_precision
+from rawloop.build import build_evaluator, build_family, build_model, load_samples, open_codes
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
@@ -19,6 +19,7 @@ from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.records import honest
+from rawloop.resume import stored_precision
 
 HELP = "best, latest, or the folder of a checkpoint of this config's run; without it the base model is evaluated"
 
