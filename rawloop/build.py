@@ -87,6 +87,8 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     ddp, notice = settle_unused(config.ddp, world, unused)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say) if beginning.resume is None else None
+    if not beginning.restarted:  # from here on something of the run stands in its folder
+        world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
     run = _assemble(config, folder, world, ready, ddp)
     if notice and world.is_main:
         run.records.event("warning", step=0, reason=notice)
@@ -106,10 +108,7 @@ def _claim(folder: Path, wanted: str | None, world: World, say: Say) -> Beginnin
     if beginning.resume is not None:
         world.together(partial(check_resume, folder, beginning.resume), only_main=True)
     claim_run_folder(folder, world, resume=beginning.own)
-    if beginning.restarted:
-        return beginning
-    world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
-    removed = remove_stop_file(folder, world)
+    removed = remove_stop_file(folder, world) if not world.restarts else None
     if removed:
         say(removed)
     return beginning
