@@ -78,6 +78,8 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     ddp, notice = settle_unused(config.ddp, world, unused)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say) if beginning.resume is None else None
+    if not beginning.restarted:  # from here on something of the run stands in its folder
+        world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
     run = _assemble(config, folder, world, ready, ddp)
     if notice and world.is_main:
         run.records.event("warning", step=0, reason=notice)

@@ -40,10 +40,7 @@ def claim(folder: Path, config: RunConfig, world: World, say: Say) -> Beginning:
         world.together(partial(check_resume, folder, beginning.resume), only_main=True)
         world.together(partial(check_settings, folder, beginning.resume, config, world.size), only_main=True)
     claim_run_folder(folder, world, resume=beginning.own)
-    if beginning.restarted:
-        return beginning
-    world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
-    removed = remove_stop_file(folder, world)
+    removed = remove_stop_file(folder, world) if not world.restarts else None
     if removed:
         say(removed)
     return beginning
