@@ -21,6 +21,7 @@ from rawloop.changes import PART, SettingsState, may_differ
 from rawloop.checkpoint import (
     BestTracker,
     CheckpointManager,
+    mark_launch,
 )
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, CodecFamily, Family, PackingFamily, Sample
