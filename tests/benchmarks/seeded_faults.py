@@ -172,8 +172,8 @@ FAULTS = (
     Fault(
         "targets counted on one rank only",
         LOOP,
-        "failed, *counts = run.world.sum([float(error is not None), *own])",
-        "failed, *counts = run.world.sum([float(error is not None)]) + own",
+        "failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *own])",
+        "failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None)]) + own",
         ("test_loop.py::test_two_processes_equal_one",),
     ),
     Fault(
@@ -237,8 +237,8 @@ FAULTS = (
     Fault(
         "evaluation samples doubled to fill the ranks",
         BATCHES,
-        "own = list(range(rank, num_samples, world_size))",
-        "own = [i % num_samples for i in range(rank, num_samples + -num_samples % world_size, world_size)]",
+        "for index in range(rank, num_samples, world_size)]",
+        "for index in (i % num_samples for i in range(rank, num_samples + -num_samples % world_size, world_size))]",
         (
             "data/test_batches.py::test_evaluation_shares_hold_every_sample_exactly_once",
             "test_evaluate.py::test_ranks_share_the_set_and_agree_on_the_number",
