@@ -141,7 +141,7 @@ def with_inputs(batch: Batch, inputs: Mapping[str, Tensor]) -> Batch:
 def _own_places(tokens: Tensor, labels: Labels) -> Tensor:
     """Where the targets' own tokens stand: one further than what predicts them if the inputs hold them nowhere near."""
     rows, last = tokens.view(len(tokens), -1), len(tokens) - 1
-    targets = labels.targets.view(len(labels.positions), -1)
+    targets = labels.targets.view(len(labels.positions), rows.shape[1])
     for offset in OFFSETS:
         places = (labels.positions + offset).clamp(0, last)
         if bool(((rows[places] == targets) | (targets == IGNORE)).all()):

@@ -165,7 +165,7 @@ def test_a_forward_pass_that_fails_in_one_process(ranks: Ranks, write: Callable[
 def test_the_trial_of_one_pass_names_its_samples(ranks: Ranks, write: Callable[..., Path]) -> None:
     first, second = run(ranks, write("NoLoss", 1, 2), 2)
     assert told(second.err).endswith("(in the trial of one pass, on the samples bad)")
-    assert told(first.err).startswith(LOST)
+    assert "rawloop train" not in first.err  # it is told that another rank has more to say
     assert (first.code, second.code) == (1, 2)
 
 

@@ -1,5 +1,6 @@
 """The data order is a pure function, complete, and the same for any world size and number of workers."""
 
+import gc
 import math
 import random
 import re
@@ -112,6 +113,7 @@ def test_a_bug_says_in_which_samples_it_showed(workers: int) -> None:
         list(buggy.iterate(iter([[Draw(2, 0), Draw(3, 0)]])))
     except IndexError as error:  # not pytest.raises, which would hold the frames, and they the worker
         said = "".join(traceback.format_exception(error))
+    gc.collect()  # the frames of the error are a cycle, too, until then
     assert "while making a batch of the samples 2, 3" in said
 
 
