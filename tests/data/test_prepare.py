@@ -289,8 +289,9 @@ def test_folder_of_another_codec_with_the_same_beginning(
 
 
 WORKER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has switched off in what runs beside it
 from rawloop.contracts import Audio, CodecInfo, Sample, Turn
 from rawloop.data.prepare import prepare
 
