@@ -66,7 +66,8 @@ FIXED = _keys(
     "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
     "evaluation best_metric best_mode",
 )
-UNCOMPARED = frozenset({"resume", "resume_force"})  # they say how to resume, and end with it
+# Where a run is and how it was begun: checkpoints do not depend on it, so that equal runs have equal ones.
+NOT_KEPT = frozenset({"output", "resume", "resume_force"})
 # What `TrainState` compares, and the keys whose force lets it differ.
 POSITION = MappingProxyType(
     {
@@ -96,8 +97,9 @@ class SettingsState:
         self.taken: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the resolved config, nested, and the number of ranks."""
-        return {"config": dataclasses.asdict(self.config), WORLD_SIZE: self.world_size}
+        """Return the resolved config, nested, but for `NOT_KEPT`, and the number of ranks."""
+        kept = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_KEPT}
+        return {"config": kept, WORLD_SIZE: self.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare; see `compare`."""
@@ -125,7 +127,7 @@ def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> li
     changed = {
         key: f"{key} {_shown(then[key])} -> {_shown(now[key])}"
         for key in now
-        if key not in UNCOMPARED and then[key] != now[key]
+        if key not in NOT_KEPT and then[key] != now[key]
     }
     forced = set(config.resume_force)
     _check_forced(forced)

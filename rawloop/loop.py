@@ -163,9 +163,7 @@ def train(run: Run) -> TrainState:
                 last = evaluate_and_save(run, last)
                 meter.restart_clock()
             if last:
-                run.world.together(lambda: _raise(run.trouble))
-                if run.checkpoints:
-                    run.checkpoints.finish()
+                finish(run)
                 return state
 
             window, targets = take_window(windows, run)
@@ -180,6 +178,13 @@ def train(run: Run) -> TrainState:
                 advance(run, result, window, meter, progress)
             else:
                 skip(run, result, window)
+
+
+def finish(run: Run) -> None:
+    """Raise on all ranks what one could not write, and wait until the last checkpoint is on the disk."""
+    run.world.together(lambda: _raise(run.trouble))
+    if run.checkpoints:
+        run.checkpoints.finish()
 
 
 def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int], meter: "Meter") -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rawloop.changes import CHECKED, FIXED, FREE, POSITION, UNCOMPARED, WORLD_SIZE, SettingsState, compare, flat
+from rawloop.changes import CHECKED, FIXED, FREE, NOT_KEPT, POSITION, WORLD_SIZE, SettingsState, compare, flat
 from rawloop.config import RunConfig, known_keys
 from rawloop.data.batches import BatchPlan
 from rawloop.errors import UserError
@@ -15,7 +15,7 @@ from rawloop.families import ModelConfig
 def test_every_key_of_a_config_is_decided_on_once() -> None:
     decided = [*FREE, *CHECKED, *FIXED]
     assert sorted(decided) == sorted({*known_keys(), WORLD_SIZE})
-    assert UNCOMPARED <= FREE
+    assert NOT_KEPT <= FREE
 
 
 def test_what_identifies_the_data_can_be_forced_by_keys_that_there_are() -> None:
@@ -37,7 +37,7 @@ def changed(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize("key", sorted({*known_keys(), WORLD_SIZE}))
 def test_each_key_is_taken_or_refused_as_the_table_says(key: str) -> None:
     stored = changed(key)
-    if key in UNCOMPARED:
+    if key in NOT_KEPT:
         assert compare(stored, RunConfig(), 2) == []
         return
     if key in FIXED:

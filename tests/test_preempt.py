@@ -1,6 +1,5 @@
 """Stopping from outside: nothing is lost, all ranks stop together, and what goes on ends as if nothing had happened."""
 
-import json
 import os
 import signal
 import threading
@@ -73,19 +72,7 @@ def state(folder: Path, step: int) -> dict[str, bytes]:
     """All of a checkpoint but its manifest, which holds the folder's own digests, and the best slot's number."""
     slot = folder / "checkpoints" / f"step-{step:08d}"
     assert slot.is_dir()
-    return {str(file.relative_to(slot)): comparable(file) for file in sorted(slot.rglob("*")) if file.is_file()}
-
-
-def comparable(path: Path) -> bytes:
-    """A file's bytes, without what a config says of where a run is and how it was begun, and what follows from that."""
-    if path.name == "config.json" and path.parent.name == "state":
-        stored = json.loads(path.read_bytes())
-        return repr(stored | {"config": stored["config"] | {"output": None, "resume": None}}).encode()
-    if path.name == "MANIFEST.json":
-        manifest = json.loads(path.read_bytes())
-        del manifest["sha256"], manifest["files"]["state/config.json"]
-        return repr(manifest).encode()
-    return path.read_bytes()
+    return {str(file.relative_to(slot)): file.read_bytes() for file in sorted(slot.rglob("*")) if file.is_file()}
 
 
 def slots(folder: Path) -> list[int]:

@@ -6,7 +6,6 @@ Then the other way round: whatever is left out of a checkpoint's restoration mak
 """
 
 import copy
-import json
 import math
 import pickle
 import random
@@ -157,19 +156,7 @@ def go(config: RunConfig, change: Callable[[Run], None], world: World | None = N
 def content(run: Path) -> dict[str, bytes]:
     """Every file of every checkpoint of a run, the best one included."""
     paths = [*(run / "checkpoints").rglob("*"), *(run / "best").rglob("*"), run / "best.json"]
-    return {path.relative_to(run).as_posix(): comparable(path) for path in paths if path.is_file()}
-
-
-def comparable(path: Path) -> bytes:
-    """A file's bytes, without what a config says of where a run is and how it was begun, and what follows from that."""
-    if path.name == "config.json" and path.parent.name == "state":
-        stored = json.loads(path.read_bytes())
-        return repr(stored | {"config": stored["config"] | {"output": None, "resume": None}}).encode()
-    if path.name == "MANIFEST.json":
-        manifest = json.loads(path.read_bytes())
-        del manifest["sha256"], manifest["files"]["state/config.json"]
-        return repr(manifest).encode()
-    return path.read_bytes()
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def numbers(run: Path, torn: int = 0) -> list[str]:

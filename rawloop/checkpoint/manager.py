@@ -6,6 +6,7 @@ happens in between, what was saved before stays, and nothing half-written is eve
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -191,7 +192,7 @@ class CheckpointManager:
         self._store(slot, step, {**(meta or {}), "best": best}, partial(_note_best, self.folder))
         return slot
 
-    def _store(self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]] = lambda: []) -> None:
+    def _store(self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]]) -> None:
         assert not pack(meta).tensors, f"meta takes JSON values, not tensors: {list(meta)}"
         begun = time.perf_counter()
         contents = self._take(step)
@@ -283,8 +284,9 @@ class CheckpointManager:
         """Wait for the saves under way, when a run ends by an error of its own; what becomes of them is an event."""
         try:
             self.settle()
-        except CheckpointError:
-            return  # told by its event
+        except CheckpointError as error:
+            if error not in self._failures:  # those are told by their events, of which this one could not be written
+                print(f"rawloop: {error}", file=sys.stderr, flush=True)
 
     def _settle(self, save: Save) -> None:
         try:

@@ -12,7 +12,7 @@ import torch
 from rawloop.checkpoint import CheckpointConfig, CheckpointManager, find_best, find_slots, verify
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
-from rawloop.errors import CheckpointError
+from rawloop.errors import CheckpointError, RawloopError
 from rawloop.records import Records, RecordsConfig, read_events
 
 
@@ -198,6 +198,23 @@ def test_closing_finishes_what_was_begun_and_tells_what_became_of_it(saving: Sav
         saving.manager.save(step)
         saving.manager.close()  # the run is ending by an error of its own: this one does not hide it
     assert len(saving.told("warning")) == 3
+
+
+def test_closing_is_not_silent_where_the_event_cannot_be_written_either(
+    saving: Saving, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any, **fields: Any) -> None:
+        raise RawloopError("cannot write events.jsonl")
+
+    saving.gate.open.set()
+    saving.gate.refuses = True
+    saving.manager.save(1)
+    event, saving.manager.records.event = saving.manager.records.event, refuse  # type: ignore[method-assign]
+    saving.manager.close()
+    saving.manager.records.event = event  # type: ignore[method-assign]
+    said = capsys.readouterr().err
+    assert "rawloop: cannot save step-00000001" in said
+    assert "The event could not be written either: cannot write events.jsonl" in said
 
 
 def test_the_memory_of_a_copy_is_used_again_once_it_is_written(saving: Saving) -> None:
