@@ -35,7 +35,7 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
-# A scheduler sends SIGUSR1 to every process of a job. It would end torchrun; being ignored is inherited.
+# A scheduler sends SIGUSR1 to every process of a job. It would end python, until torchrun.py lets it wait.
 trap '' USR1
 exec "$python" "$root/launch/torchrun.py" \
     --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \

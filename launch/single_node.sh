@@ -28,7 +28,7 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
-# A scheduler sends SIGUSR1 to every process of a job. It would end torchrun; being ignored is inherited.
+# A scheduler sends SIGUSR1 to every process of a job. It would end python, until torchrun.py lets it wait.
 trap '' USR1
 # --standalone: a rendezvous of its own on a free port, so that several runs fit on one machine.
 exec "$python" "$root/launch/torchrun.py" \

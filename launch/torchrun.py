@@ -2,18 +2,22 @@
 
 The workers' first process on this machine writes its code into a file; torchrun itself keeps only that one has failed.
 A crash leaves no code, and torchrun's own ending stands.
+
+SLURM sends SIGUSR1 to every process of a job. torchrun would die of it, and so would a worker that is still importing;
+one that ignored it would not learn of it. So it is blocked here, and workers inherit that: it waits until they take it.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch.distributed.run import main
-
 
 def run(arguments: list[str]) -> int:
     """Run torchrun; return the exit code that the workers left, if it has failed."""
+    from torch.distributed.run import main  # starts threads, which must inherit what is blocked
+
     with TemporaryDirectory() as folder:
         file = Path(folder) / "code"
         os.environ["RAWLOOP_EXIT_CODE_FILE"] = str(file)
@@ -28,5 +32,12 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
+def let_sigusr1_wait() -> None:
+    """Block SIGUSR1 in this process and in those that it starts. Ignored, as the scripts leave it, it would be lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 if __name__ == "__main__":
+    let_sigusr1_wait()
     sys.exit(run(sys.argv[1:]))

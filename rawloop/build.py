@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
 from rawloop.audio import import_torchaudio
-from rawloop.changes import PART, SettingsState, may_differ
+from rawloop.changes import PART, START_OVER, SettingsState, may_differ
 from rawloop.checkpoint import (
     BestTracker,
     CheckpointManager,
@@ -37,6 +37,7 @@ from rawloop.errors import RawloopError, UserError, happening
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
 from rawloop.loop import Run, TrainState
+from rawloop.meter import Meter
 from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
 from rawloop.precision import PrecisionPolicy, preflight
 from rawloop.preempt import Preemption
@@ -204,6 +205,7 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
     evaluation = config.evaluation
     other_best = bool(forced & {"evaluation.best_metric", "evaluation.best_mode"})
     best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience, start_over=other_best)
+    meter = Meter()
     settings = SettingsState(config, world.size)
     parts: dict[str, Any] = {
         PART: settings,
@@ -212,6 +214,7 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
         "optimizer": NamedOptimizerState(optimizer, policy.named_parameters),
         "precision": policy,
         "train": state,
+        "meter": meter,
         "best": best,
         "rng": RngState(config.seed, world.rank),
     }
@@ -227,6 +230,7 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
         records=records,
         world=world,
         state=state,
+        meter=meter,
         evaluator=ready.evaluator,
         checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts),
         best=best,
@@ -325,7 +329,7 @@ def build_model(
     """
     if not world.is_main:
         transformers.utils.logging.disable_progress_bar()
-    start_over = "precision.mode" in config.resume_force
+    start_over = bool(START_OVER & set(config.resume_force))
     policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision, start_over=start_over)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)

@@ -58,6 +58,8 @@ CHECKED = MappingProxyType(
         "precision.masters": "the masters (part `precision`)",
     }
 )
+# Whose force lets the precision begin anew over the checkpoint's weights.
+START_OVER = _keys("precision mode trainable_dtype masters")
 # Refused: the model, the samples or the numbers would be other ones.
 FIXED = _keys(
     "- seed",

@@ -7,7 +7,6 @@ evaluating and saving have one call site each.
 
 import gc
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -21,6 +20,7 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, bare_module, no_sync
 from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, UserError, happening, nearest
 from rawloop.evaluate import Evaluation, Evaluator
+from rawloop.meter import Meter
 from rawloop.optim import set_lr
 from rawloop.precision import PrecisionPolicy, StepResult, preflight
 from rawloop.preempt import Preemption, agreed
@@ -127,6 +127,7 @@ class Run:
     records: Records
     world: World = field(default_factory=World)
     state: TrainState = field(default_factory=TrainState)
+    meter: Meter = field(default_factory=Meter)
     evaluator: Evaluator | None = None
     checkpoints: CheckpointManager | None = None
     best: BestTracker | None = None
@@ -153,7 +154,7 @@ def train(run: Run) -> TrainState:
     """
     state = run.state
     windows = run.windows.start(state.window)
-    meter = Meter(run)
+    run.meter.restart_clock(state.samples)
     stopped = stop_early(run)  # it may have been before this resume
     run.module.train()
     with run.records.progress(run.total_steps, state.step) as progress:
@@ -161,21 +162,21 @@ def train(run: Run) -> TrainState:
             last = state.step >= run.total_steps or stopped
             if state.step != state.visited:
                 last = evaluate_and_save(run, last)
-                meter.restart_clock()
+                run.meter.restart_clock(state.samples)
             if last:
                 finish(run)
                 return state
 
             window, targets = take_window(windows, run)
             set_lr(run.optimizer, run.lr(state.step))
-            accumulate(run, window, targets, meter)
+            accumulate(run, window, targets)
             result = update(run)
 
             if run.checkpoints:
                 note(run, run.checkpoints.poll)
             state.window += 1
             if result.applied:
-                advance(run, result, window, meter, progress)
+                advance(run, result, window, progress)
             else:
                 skip(run, result, window)
 
@@ -187,13 +188,13 @@ def finish(run: Run) -> None:
         run.checkpoints.finish()
 
 
-def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int], meter: "Meter") -> None:
+def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> None:
     """Add the gradients of all micro-batches; the last one always synchronises the ranks."""
     for micro_step, batch in enumerate(window, start=1):
         samples = ", ".join(batch.ids)
         place = f"at step {run.state.step}, on rank {run.world.rank}, in the micro-batch of the samples {samples}"
         with happening(place, name_own=True), no_sync(run.module, micro_step < len(window)):
-            meter.add(forward_backward(run, batch, targets))
+            run.meter.add(forward_backward(run, batch, targets))
 
 
 def update(run: Run) -> StepResult:
@@ -210,14 +211,35 @@ def update(run: Run) -> StepResult:
         raise InterruptedUpdate(f"{error}; {advice}") from error
 
 
-def advance(run: Run, result: StepResult, window: list[Batch], meter: "Meter", progress: Any) -> None:
+def advance(run: Run, result: StepResult, window: list[Batch], progress: Any) -> None:
     """Count an applied update, and write a line about the steps since the last one if it is due."""
     state = run.state
     state.step += 1
     state.samples += sum(len(batch.ids) for batch in window) * run.world.size
     progress.update(1)
     if state.step % run.log_every == 0 or state.step >= run.total_steps:
-        meter.log(result, progress)
+        log(run, result, progress)
+
+
+def log(run: Run, result: StepResult, progress: Any) -> None:
+    """Write a line with the mean losses since the last one, over all ranks."""
+    state = run.state
+    means = run.meter.take(run.world)
+    loss = sum(run.weights[s] * means[f"loss/{s}"] for s in run.weights if f"loss/{s}" in means)
+    values: dict[str, float | str] = {
+        "loss": loss,
+        **means,
+        "grad_norm": result.grad_norm,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "epoch": state.samples / run.windows.num_samples,
+        "skipped": float(state.skipped),
+        "precision": run.policy.name,
+        **({"loss_scale": run.policy.scaler.scale} if run.policy.scaler else {}),
+        "samples_per_second": run.meter.speed(state.samples),
+    }
+    note(run, lambda: run.records.metrics(state.step, values))
+    progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    run.meter.restart_clock(state.samples)
 
 
 def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict[str, StreamLoss]:
@@ -401,63 +423,3 @@ def rewrap(run: Run, change: str, batch: Batch) -> None:
     if run.world.is_main:
         note(run, lambda: run.records.event("fallback", step=step, reason=policy.reason, change=change))
     note(run, lambda: run.records.metrics(step, {"precision": policy.name, "fallback": change}))
-
-
-class Meter:
-    """Sums the losses between log lines on the device and reads them there only when a line is written."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.parts: dict[str, Tensor] = {}
-        self.targets: dict[str, list[int]] = {}  # of the stream, then of each part
-        self.since, self.samples = time.perf_counter(), self.run.state.samples
-
-    def restart_clock(self) -> None:
-        """Leave out of the speed what has passed since the last line: an evaluation, a save."""
-        self.since, self.samples = time.perf_counter(), self.run.state.samples
-
-    def add(self, losses: Mapping[str, StreamLoss]) -> None:
-        """Add one micro-batch."""
-        for stream, loss in losses.items():
-            total, counts = loss.total.detach(), [loss.targets, *loss.part_targets]
-            seen = stream in self.totals
-            self.totals[stream] = self.totals[stream] + total if seen else total
-            self.targets[stream] = [a + b for a, b in zip(self.targets[stream], counts)] if seen else counts
-            if loss.parts is not None:
-                self.parts[stream] = self.parts[stream] + loss.parts if seen else loss.parts
-
-    def log(self, result: StepResult, progress: Any) -> None:
-        """Write the mean losses since the last line, over all ranks, and start over."""
-        run, state = self.run, self.run.state
-        means = self._means()
-        loss = sum(run.weights[s] * means[f"loss/{s}"] for s in self.totals if f"loss/{s}" in means)
-        values: dict[str, float | str] = {
-            "loss": loss,
-            **means,
-            "grad_norm": result.grad_norm,
-            "lr": run.optimizer.param_groups[0]["lr"],
-            "epoch": state.samples / run.windows.num_samples,
-            "skipped": float(state.skipped),
-            "precision": run.policy.name,
-            **({"loss_scale": run.policy.scaler.scale} if run.policy.scaler else {}),
-            "samples_per_second": (state.samples - self.samples) / (time.perf_counter() - self.since),
-        }
-        note(run, lambda: run.records.metrics(state.step, values))
-        progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self._start_over()
-
-    def _means(self) -> dict[str, float]:
-        """Mean nats per target of every stream and part that had any, over all ranks, in one reduction."""
-        names, sums, counts = [], [], []
-        for stream, total in self.totals.items():
-            parts = self.parts[stream].tolist() if stream in self.parts else []
-            names += [f"loss/{stream}", *(f"loss/{stream}/{part}" for part in range(len(parts)))]
-            sums += [total.item(), *parts]
-            counts += self.targets[stream]
-        reduced = self.run.world.sum([*sums, *map(float, counts)])
-        pairs = zip(names, reduced[: len(names)], reduced[len(names) :], strict=True)
-        return {name: value / count for name, value, count in pairs if count}

@@ -37,18 +37,21 @@ class Preemption:
 
 @contextmanager
 def watched(stop_file: Path | None = None) -> Iterator[Preemption]:
-    """Note SIGTERM and SIGUSR1 inside the block instead of dying of them. The old handlers are put back at its end.
+    """Note SIGTERM and SIGUSR1 inside the block instead of dying of them. At its end all is put back as it was.
 
-    Python lets only the main thread set handlers: in any other thread only the stop file counts.
+    Signals that were blocked until now, as the scripts in `launch/` leave SIGUSR1, are let in. Python lets only the
+    main thread set handlers: in any other thread only the stop file counts.
     """
     preemption = Preemption(stop_file)
     if threading.current_thread() is not threading.main_thread():
         yield preemption
         return
     before = {number: signal.signal(number, preemption.note) for number in SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield preemption
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("ground", ("errors", "contracts", "dist", "preempt", "records", "seed", "hashing", "audio")),
     (
         "parts",
-        ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "optim", "diagnose", "demo"),
+        ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "meter", "optim", "diagnose", "demo"),
     ),
     ("frame", ("loop",)),
     ("assembly", ("config", "changes", "resume", "build")),

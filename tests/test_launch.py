@@ -210,13 +210,33 @@ def test_the_exit_code_is_that_of_the_workers(left: str, code: int | None, monke
         raise RuntimeError("a worker has failed")
 
     launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
-    monkeypatch.setitem(launcher["run"].__globals__, "main", fail)
+    monkeypatch.setattr("torch.distributed.run.main", fail)
     monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
     if code is not None:
         assert launcher["run"](["--standalone"]) == code
         return
     with pytest.raises(RuntimeError, match="a worker has failed"):
         launcher["run"](["--standalone"])
+
+
+def test_a_worker_told_to_stop_while_it_is_still_importing_learns_of_it(tmp_path: Path) -> None:
+    """torchrun is told too, and neither dies of it nor ends its worker."""
+    worker = executable(
+        tmp_path / "worker.py",
+        f"""import os, signal
+os.kill(os.getppid(), signal.SIGUSR1)
+os.kill(os.getpid(), signal.SIGUSR1)
+from rawloop.preempt import watched
+with watched() as preemption:
+    open({str(tmp_path / "told")!r}, "w").write(str(preemption.wanted()))
+os.kill(os.getpid(), signal.SIGUSR1)
+""",
+    )
+    python = executable(tmp_path / "python", f"#!/bin/sh\nexec '{sys.executable}' $1 --standalone {worker}\n")
+    settings = {"PYTHON": str(python), "NPROC": "1", "PYTHONPATH": str(LAUNCH.parent)}
+    result = bash(LAUNCH / "single_node.sh", "x.yaml", env=settings)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "told").read_text() == "SIGUSR1"
 
 
 @pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])

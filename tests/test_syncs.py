@@ -31,7 +31,8 @@ from rawloop.contracts import Batch, Labels, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.evaluate import EvaluationConfig, Evaluator
-from rawloop.loop import Meter, Run, train
+from rawloop.loop import Run, train
+from rawloop.meter import Meter
 from rawloop.optim import OptimConfig, build_optimizer
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
@@ -301,7 +302,7 @@ def bytes_of_rawloop() -> int:
 
 def test_the_meter_holds_no_graph(tmp_path: Path) -> None:
     run = build(tmp_path, steps=1)
-    meter = Meter(run)
+    meter = Meter()
     with run.records:
         for (batch,) in islice(run.windows.start(0), 2):
             meter.add(run.module(batch))

@@ -31,7 +31,7 @@ from rawloop.config import RunConfig, parse, to_yaml
 from rawloop.diagnose import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
-from rawloop.loop import Meter, Run, accumulate, take_window
+from rawloop.loop import Run, accumulate, take_window
 
 PART = "internal: measure gradients and the evaluation loss into this folder, as one of several processes"
 CENSUS, LOSS, CAUSALITY = 0, 1, 2  # places of the checks in a report's events
@@ -157,7 +157,7 @@ def first_gradients(built: Run) -> dict[str, Tensor]:
     """Gradients of the first window over all ranks, without dropout."""
     window, targets = take_window(built.windows.start(0), built)
     built.module.eval()
-    accumulate(built, window, targets, Meter(built))
+    accumulate(built, window, targets)
     scale = built.policy.scaler.scale if built.policy.scaler else 1.0
     weights = built.policy.trained.weights.items()
     return {name: (p.grad.float() / scale).cpu().contiguous() for name, p in weights if p.grad is not None}

@@ -7,6 +7,14 @@ from rawloop.errors import UserError
 from rawloop.precision.modes import AUTO_FALLBACK, MODES, Hardware, Name, PrecisionConfig, Weights, choose_auto
 
 
+def refusal(then: str, now: str) -> str:
+    """What to say of a checkpoint of the mode `then` in a run of the mode `now`."""
+    return (
+        f"the checkpoint was trained with precision.mode '{then}', this run has '{now}': resume with --precision.mode "
+        f"{then}, or begin the mode anew over its weights with --resume_force '[precision.mode]'"
+    )
+
+
 class Choice:
     """The mode `name`, the `reason` for it, the modes `left` after it, and the `history` of those that were left.
 
@@ -14,12 +22,20 @@ class Choice:
         config: the wanted mode and its fallbacks.
         hardware: what the device is.
         resume: a policy's state, of a run that goes on in the mode that it had fallen back to.
+        start_over: whether the mode may be another one than that of `resume`.
 
     Raises:
-        UserError: the hardware computes neither the mode nor any of its fallbacks natively.
+        UserError: the hardware computes neither the mode nor any of its fallbacks natively, or it is not in them that
+            the run goes on.
     """
 
-    def __init__(self, config: PrecisionConfig, hardware: Hardware, resume: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: PrecisionConfig,
+        hardware: Hardware,
+        resume: Mapping[str, Any] | None = None,
+        start_over: bool = False,
+    ) -> None:
         self.config, self.hardware = config, hardware
         self.name: str = config.mode
         self.reason = f"precision.mode is '{config.mode}'"
@@ -32,6 +48,11 @@ class Choice:
             )
         if resume is not None and resume["history"]:
             self._resume(resume)
+        # What `auto` is and whether a fallback is needed is known later; loading the state looks again.
+        if resume is not None and not start_over and self.name != "auto":
+            other = resume["mode"] not in (self.name, *self.left)
+            if other and resume["mode"] in MODES:  # a word that is none of them is damage, which loading finds
+                raise UserError(refusal(resume["mode"], self.name))
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on in the mode that a run fell back to, if this config is the run's, or has followed it there."""

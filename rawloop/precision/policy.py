@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.casting import cast, cast_frozen, check_trainable
-from rawloop.precision.choice import Choice
+from rawloop.precision.choice import Choice, refusal
 from rawloop.precision.gradients import connected, measure
 from rawloop.precision.masters import HALF, Trained
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
@@ -58,7 +58,7 @@ class PrecisionPolicy:
         resume: what `state_dict` returned, of a run that will go on: in the mode that it had fallen back to, if it
             had. Call `load_state_dict` with it as well, when weights and optimizer are loaded.
         say: is given what the user should know, a sentence at a time.
-        start_over: begin the mode anew, over restored weights, where a loaded state is of another one.
+        start_over: begin anew, over restored weights, where a loaded state is of another mode or has other masters.
 
     Raises:
         UserError: the device does not compute the wanted mode, or the settings contradict each other.
@@ -76,7 +76,7 @@ class PrecisionPolicy:
     ) -> None:
         self.start_over = start_over
         self.config, self.device, self.agree, self.say = config, device, agree, say
-        self.choice = Choice(config, describe(device), resume)
+        self.choice = Choice(config, describe(device), resume, start_over)
         self.model: nn.Module | None = None
         self.trained = Trained([], torch.float32, device)
         self.scaler: LossScaler | None = None
@@ -346,15 +346,15 @@ class PrecisionPolicy:
             CheckpointError: its masters are of other weights.
         """
         if state["mode"] != self.name:
-            if self.start_over:
-                self.trained.follow_weights()
-                return
-            raise UserError(
-                f"the checkpoint was trained with precision.mode '{state['mode']}', this run has '{self.name}': "
-                f"resume with --precision.mode {state['mode']}"
-            )
+            if not self.start_over:
+                raise UserError(refusal(state["mode"], self.name))
+            self.trained.take_over(state["masters"])
+            return
         self.choice.history = list(state["history"])
         self.skips_in_a_row, self.bad_losses_in_a_row = state["skips_in_a_row"], state["bad_losses_in_a_row"]
-        self.trained.load_state_dict(state["masters"])
+        if self.start_over and not self.trained.fits(state["masters"]):
+            self.trained.take_over(state["masters"])
+        else:
+            self.trained.load_state_dict(state["masters"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])

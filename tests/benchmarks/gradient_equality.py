@@ -56,7 +56,7 @@ from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig, World, open_world
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
-from rawloop.loop import Meter, Run, TrainConfig, accumulate, take_window
+from rawloop.loop import Run, TrainConfig, accumulate, take_window
 from rawloop.precision import PrecisionConfig
 
 FAMILIES = ("higgs_audio_v2", "causal_lm", "audio_chat")
@@ -258,7 +258,7 @@ def gradient(run: Run, layout: Layout) -> tuple[dict[str, Tensor], float]:
     """The gradient of the window, by weight, and its share of padding over all ranks."""
     windows = cut(run, layout)
     window, targets = take_window(windows.start(0), run)
-    accumulate(run, window, targets, Meter(run))
+    accumulate(run, window, targets)
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in run.policy.named_parameters()
     }

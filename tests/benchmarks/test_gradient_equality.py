@@ -73,9 +73,9 @@ def test_a_window_that_is_a_mean_of_means_is_found_out(
 ) -> None:
     """What most loops do: each micro-batch's loss is the mean over its own targets, divided by their number."""
 
-    def own_counts(run: Any, window: list[Any], targets: Any, meter: Any) -> None:
+    def own_counts(run: Any, window: list[Any], targets: Any) -> None:
         for batch in window:
-            accumulate(run, [batch], {s: n * len(window) for s, n in batch.targets.items()}, meter)
+            accumulate(run, [batch], {s: n * len(window) for s, n in batch.targets.items()})
 
     monkeypatch.setattr(benchmark, "accumulate", own_counts)
     cells = benchmark.measure_all(World(), {"causal_lm": runs["causal_lm"]}, few)

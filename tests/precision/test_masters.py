@@ -15,9 +15,9 @@ CPU = torch.device("cpu")
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def values() -> list[Tensor]:
+def values(seed: int = 0) -> list[Tensor]:
     """Numbers of all sizes: subnormal in FP16, ordinary, up to where FP16 ends."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     sizes = [1e-8, 1e-6, 1e-3, 1.0, 1e3, 6e4]
     return [size * (2 * torch.rand(50, generator=generator) - 1) for size in sizes]
 
@@ -120,6 +120,26 @@ def test_a_state_of_another_kind_is_refused_where_there_is_something_to_lose() -
         second.load_state_dict(first.state_dict())
     lora: list[Any] = [kind(named(values()), torch.float32, CPU) for kind in (Masters, Residuals)]
     lora[1].load_state_dict(lora[0].state_dict())
+
+
+@pytest.mark.parametrize("now", [torch.float32, torch.float16])
+@pytest.mark.parametrize("after", list(KINDS.values()))
+@pytest.mark.parametrize("before", [Masters, Residuals])
+def test_what_another_mode_has_kept_is_taken_over(
+    before: type[Trained], after: type[Trained], now: torch.dtype
+) -> None:
+    old, new = before(named(values()), torch.float16, CPU), after(named(values(seed=1)), now, CPU)
+    for name, weight in new.weights.items():  # what the model's file has: rounded values
+        weight.data.copy_(old.weights[name].detach())
+    new.take_over(old.state_dict())
+    assert not new.written()
+    for name, weight in old.weights.items():
+        kept = weight.detach().float() if now == torch.float16 and after is Trained else old.value(name)
+        rounded = 2.0**-11 * (kept - kept.half().float()).abs() + 2.0**-36  # of the residual; subnormal ones
+        far = rounded if now == torch.float16 and after is Residuals else torch.zeros(())
+        assert ((new.value(name) - kept).abs() <= far).all()
+        assert torch.equal(new.weights[name].detach(), kept.to(now))
+        assert not torch.equal(old.value(name), weight.detach().float())
 
 
 @pytest.mark.parametrize("dtype", HALVES)
