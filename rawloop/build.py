@@ -30,7 +30,7 @@ from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, T
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
 from rawloop.data.prepare import prepare
-from rawloop.data.samples import check_lengths, read_samples
+from rawloop.data.samples import check_lengths, fingerprint, read_samples
 from rawloop.diagnose import Report, run_checks
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
 from rawloop.errors import RawloopError, UserError, happening
@@ -105,6 +105,7 @@ class Ready:
     module: LossModule
     base: BaseFingerprint
     plan: BatchPlan
+    samples: str  # which ones, by their fingerprint
     train: Loader
     evaluator: Evaluator | None
     first_batch: Batch
@@ -157,7 +158,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
-    return Ready(family, model, policy, module, base, plan, train, evaluator, first)
+    return Ready(family, model, policy, module, base, plan, fingerprint(train_samples), train, evaluator, first)
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
@@ -201,7 +202,8 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
     policy.adopt(optimizer)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
     forced = set(config.resume_force)
-    state = TrainState(data=ready.plan.identity(), may_differ=may_differ(config.resume_force))
+    data: dict[str, int | str] = {**ready.plan.identity(), "samples": ready.samples}
+    state = TrainState(data=data, may_differ=may_differ(config.resume_force))
     evaluation = config.evaluation
     other_best = bool(forced & {"evaluation.best_metric", "evaluation.best_mode"})
     best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience, start_over=other_best)

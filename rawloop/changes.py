@@ -47,7 +47,7 @@ CHECKED = MappingProxyType(
     {
         "model.path": "the fingerprint of the frozen weights (part `base`)",
         "model.codec": "the hash of the codec in the cache of codes",
-        "data.train": "the number of samples (part `train`)",
+        "data.train": "the number of samples and their digest (part `train`)",
         "data.eval": "nothing; that the best value was measured on other samples is said",
         "data.codes": "the hash of the codec in the cache of codes",
         "train.batch_size": "the samples of a step over all ranks (part `train`)",
@@ -70,11 +70,14 @@ FIXED = _keys(
 )
 # Where a run is and how it was begun: checkpoints do not depend on it, so that equal runs have equal ones.
 NOT_KEPT = frozenset({"output", "resume", "resume_force"})
+# Which samples there are.
+SAMPLES = _keys("data train task refs_in_scene default_scene max_seconds min_seconds")
 # What `TrainState` compares, and the keys whose force lets it differ.
 POSITION = MappingProxyType(
     {
         "window_size": frozenset({"train.batch_size", "train.accumulation", WORLD_SIZE}),
-        "num_samples": frozenset({"data.train", "data.max_seconds", "data.min_seconds", "data.task"}),
+        "num_samples": SAMPLES,
+        "samples": SAMPLES,
         "seed": frozenset({"seed"}),
         "shuffle": frozenset({"data.shuffle"}),
     }

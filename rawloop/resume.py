@@ -143,7 +143,7 @@ def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
 def _position(state: TrainState) -> str:
     """What the number of the window, which is kept, means in another data order."""
     before = {**state.data, **{key: then for key, (then, _) in state.differed.items()}}
-    then, now = (state.window * data["window_size"] / data["num_samples"] for data in (before, state.data))
+    then, now = (state.window * int(d["window_size"]) / int(d["num_samples"]) for d in (before, state.data))
     return f"the data order is another one, its window {state.window} is next: epoch {then:.2f} then, {now:.2f} now"
 
 

@@ -473,6 +473,24 @@ def test_what_is_forced_by_name_is_taken(door: Door, trained: Path, tmp_path: Pa
     assert door(*again, *new, "--train.max_steps", "5").code == 0
 
 
+def test_texts_that_have_changed_are_other_data(door: Door, trained: Path, tmp_path: Path, demo_data: Path) -> None:
+    run, changed = tmp_path / "run", tmp_path / "changed"
+    shutil.copytree(trained / "run", run)
+    shutil.copytree(demo_data / "train", changed)
+    metadata = json.loads((changed / "metadata.json").read_text())
+    again = ["train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", "--train.max_steps", "4"]
+    again += ["--data.train", changed]
+    metadata["samples"][0].pop("transcript_file")
+    metadata["samples"][0]["transcript"] = "Something else."
+    (changed / "metadata.json").write_text(json.dumps(metadata))
+    refused = door(*again)
+    assert refused.code == 2
+    assert re.search(r"the data order differs .*\(samples [0-9a-f]{16} -> [0-9a-f]{16}; ", refused.err)
+    done = door(*again, "--resume_force", "[data.train]")
+    assert done.code == 0, done.err
+    assert re.search(r"^samples [0-9a-f]{16} -> [0-9a-f]{16}$", done.out, re.MULTILINE)
+
+
 def test_a_resume_passes_over_damaged_settings(door: Door, trained: Path, tmp_path: Path) -> None:
     """A flipped bit in what is compared first must not refuse the settings of a sound, older checkpoint."""
     run = tmp_path / "run"
