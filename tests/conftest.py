@@ -38,6 +38,9 @@ SET_BY_LIBRARIES = ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR")  # torch sets the latt
 def pytest_configure() -> None:
     """Settle the environment before any test file imports torch; child processes inherit it."""
     os.environ.update(SETTINGS)
+    inherited = os.environ.get("PYTHONPATH", "")  # scripts that tests start are to use the package that is tested
+    if str(ROOT) not in inherited.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), inherited]))
     for name in RANK_NAMES:  # tests started by a launcher are no ranks of it
         os.environ.pop(name, None)
 

@@ -6,6 +6,7 @@ if the mark says so, and they may go on with it unasked; a folder that was refus
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal, NamedTuple
 
 from rawloop.checkpoint.disk import replace_text
@@ -38,7 +39,7 @@ def claim_run_folder(folder: Path, world: World, *, resume: bool) -> None:
     """Make `folder` if need be, and check that nothing of another run is in there. Call it on every rank.
 
     Raises:
-        UserError: it holds a run and `resume` is false, it is a file, or it cannot be made.
+        UserError: it holds a run and `resume` is false, it is a file, or it cannot be made or written into.
     """
     world.together(lambda: _claim(folder, resume), only_main=True)
 
@@ -56,6 +57,22 @@ def _claim(folder: Path, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output is '{folder}', which cannot be made: {error.strerror}") from error
+    for place in (folder, folder / CHECKPOINTS):
+        _check_writable(folder, place)
+
+
+def _check_writable(folder: Path, place: Path) -> None:
+    """Find out before a model is loaded for minutes; a file without a name leaves nothing behind."""
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except FileNotFoundError:
+        pass  # there are no checkpoints yet
+    except OSError as error:
+        raise UserError(
+            f"output is '{folder}', and nothing can be written into {place}: {error.strerror}; mend its permissions, "
+            "or pass another --output and go on from this run with --resume CHECKPOINT"
+        ) from error
 
 
 def mark_launch(folder: Path, world: World, stage: Stage) -> None:

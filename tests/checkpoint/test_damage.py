@@ -1,8 +1,11 @@
 """Damage to the checkpoints of a real run: all of it is found, and the run goes on from what is whole."""
 
+import ctypes
+import os
 import random
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from rawloop.config import RunConfig
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import World
-from rawloop.errors import CheckpointError
+from rawloop.errors import CheckpointError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig, train
@@ -23,11 +26,12 @@ from rawloop.precision import PrecisionConfig
 from rawloop.records import read_events
 
 
-def go(config: RunConfig) -> int:
-    """Train, and return the step from which it was."""
+def go(config: RunConfig, before: Callable[[], None] = lambda: None) -> int:
+    """Train, after `before`, and return the step from which it was."""
     run = build_run(config, World(), lambda line: None)
     start = run.state.step
     try:
+        before()
         train(run)
     finally:
         run.close()
@@ -114,3 +118,94 @@ def test_a_manifest_of_another_run_does_not_fit(trained: RunConfig, tmp_path: Pa
     assert go(replace(trained, output=str(run), resume="latest")) == 3
     told = [event["reason"] for event in read_events(run) if event["kind"] == "warning"]
     assert any("has changed since it was written" in text or "were written" in text for text in told)
+
+
+# -- folders that cannot be written into -------------------------------------------------------------------------------
+
+VERSION = 0x20080522  # of capset(2), with 64 bits of capabilities
+OVERRIDES = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+
+
+class Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class Sets(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+@pytest.fixture
+def permissions_count() -> Iterator[None]:
+    """Take from root, in this thread and those that it starts, what lets it pass over permissions."""
+    if os.getuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root passes over permissions here")
+    libc, header, sets = ctypes.CDLL(None), Header(VERSION, 0), (Sets * 2)()
+    assert libc.capget(ctypes.byref(header), sets) == 0
+    before = sets[0].effective
+    sets[0].effective = before & ~OVERRIDES
+    assert libc.capset(ctypes.byref(header), sets) == 0
+    yield
+    sets[0].effective = before
+    assert libc.capset(ctypes.byref(header), sets) == 0
+
+
+def lock(folder: Path, *, locked: bool) -> None:
+    """Make a folder and all that is in it read-only, or writable again."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o555 if path.is_dir() else 0o444) if locked else 0o755)
+
+
+@pytest.mark.usefixtures("permissions_count")
+def test_a_read_only_folder_is_told_before_a_model_is_loaded_and_can_be_resumed_from(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "locked" / "run"
+    shutil.copytree(trained.output, run)
+    lock(run.parent, locked=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("rawloop.build.load_family", None)  # not needed
+        with pytest.raises(UserError, match=r"^output is '.*/locked/new', which cannot be made: Permission denied"):
+            go(replace(trained, output=str(run.parent / "new")))
+        with pytest.raises(UserError, match=r"^output is '.*', and nothing can be written into .*/run: Permission den"):
+            go(replace(trained, output=str(run), resume="latest"))
+        lock(run.parent, locked=False)
+        lock(run / "checkpoints", locked=True)
+        with pytest.raises(UserError, match=r"and nothing can be written into .*/run/checkpoints: Permission denied"):
+            go(replace(trained, output=str(run), resume="latest"))
+    lock(run, locked=True)
+    slot = run / "checkpoints" / "step-00000004"
+    other = replace(
+        trained, output=str(tmp_path / "other"), resume=str(slot), train=replace(trained.train, max_steps=5)
+    )
+    assert go(other) == 4
+    assert verify(tmp_path / "other" / "checkpoints" / "step-00000005").step == 5
+    assert all(verify(each) for each in (run / "checkpoints").iterdir())
+    lock(run.parent, locked=False)
+
+
+@pytest.mark.usefixtures("permissions_count")
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_folder_that_becomes_read_only_ends_the_run_after_some_saves_and_loses_none(
+    trained: RunConfig, tmp_path: Path, asynchronous: bool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.output, run)
+    longer = replace(
+        trained,
+        output=str(run),
+        resume="latest",
+        train=replace(trained.train, max_steps=12),
+        checkpoint=replace(trained.checkpoint, asynchronous=asynchronous),
+    )
+    slots = sorted(path.name for path in (run / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match=r"no permission to write there .*Still there: step-00000004, "):
+        go(longer, before=lambda: (run / "checkpoints").chmod(0o555))
+    told = [event["reason"] for event in read_events(run) if event["kind"] == "warning" and "cannot" in event["reason"]]
+    assert "; training goes on, and ends after 3 failed saves in a row" in told[0]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == slots
+    (run / "checkpoints").chmod(0o755)
+    assert go(longer) == 4
+    assert verify(run / "checkpoints" / "step-00000012").step == 12
