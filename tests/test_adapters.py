@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.adapters import (
-    WEIGHTS,
     AdapterConfig,
     BaseFingerprint,
     ModelFiles,
@@ -24,6 +23,7 @@ from rawloop.adapters import (
     count_parameters,
     merge_adapter,
 )
+from rawloop.adapters.files import WEIGHTS
 from rawloop.contracts import Batch, Family
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples

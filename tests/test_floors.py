@@ -266,7 +266,7 @@ def test_types_count_as_imports() -> None:
         "data/a.py: from rawloop.data.b import x | data/b.py: | data/__init__.py: from .a import y",
         "loop.py: from rawloop.optim import Plan, f; plan = Plan; f(plan.autocast()) | optim.py:",
         "dist.py: import torch.distributed as dist; import os; os.environ['RANK']",
-        "adapters.py: import peft | families/higgs_audio_v2.py: from transformers import HiggsAudioV2Processor",
+        "adapters/lora.py: import peft | families/higgs_audio_v2.py: from transformers import HiggsAudioV2Processor",
         "precision/policy.py: import torch; torch.autocast('cpu'); torch.amp.GradScaler()",
         "data/a.py: import rawloop.data.b | data/b.py: def f(): import rawloop.data.a",
         "loop.py: print('RANK is not set, peft and torch.distributed are words in a sentence')",

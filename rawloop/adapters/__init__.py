@@ -1,0 +1,19 @@
+"""What of a model is trained (LoRA, or all of it), and its files. The only room that knows PEFT."""
+
+from rawloop.adapters.files import ModelFiles, copied, unwrapped, write_model
+from rawloop.adapters.fingerprint import BaseFingerprint
+from rawloop.adapters.lora import AdapterConfig, add_adapter, count_parameters
+from rawloop.adapters.merge import base_of, merge_adapter
+
+__all__ = [
+    "AdapterConfig",
+    "BaseFingerprint",
+    "ModelFiles",
+    "add_adapter",
+    "base_of",
+    "copied",
+    "count_parameters",
+    "merge_adapter",
+    "unwrapped",
+    "write_model",
+]

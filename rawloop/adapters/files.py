@@ -1,0 +1,231 @@
+"""The files that a checkpoint keeps of the model: written, opened again, and compared."""
+
+from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rawloop.adapters.lora import SCALE
+from rawloop.errors import CheckpointError, UserError
+
+WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
+
+
+class ModelFiles:
+    """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/`, by `save_pretrained` if it has that.
+
+    What was written is opened again and compared with the weights in memory, by name, shape and value. `forced` names
+    keys of `AdapterConfig` that may be others than the stored adapter's.
+    """
+
+    def __init__(
+        self, model: nn.Module, load_model: Callable[[str], nn.Module], forced: Collection[str] = frozenset()
+    ) -> None:
+        self.forced = forced
+        self.model: Any = unwrapped(model)
+        self.load_model = load_model
+        self.is_adapter = isinstance(self.model, PeftModel)
+        self._copies: dict[str, Tensor] = {}  # of the last snapshot; the next is written over them
+        self.folder = "adapter" if self.is_adapter else "model"
+
+    def snapshot(self, copy: bool) -> Callable[[Path], None]:
+        """Take the weights; of an adapter, base weights are not copied, as training does not change them.
+
+        What is returned writes them and raises a CheckpointError if what can be read back is not what was taken. It is
+        of no use after the next call, whose copies take the place of its own.
+        """
+        model, weights = self.model, self.model.state_dict()
+        if copy and not self.is_adapter and not _takes_weights(model):
+            model = deepcopy(model)
+            weights = model.state_dict()
+        elif copy:
+            stored = self._of_adapter(weights) if self.is_adapter else weights
+            taken = {id(tensor) for tensor in stored.values()}
+            self._copies = copied(
+                {name: tensor for name, tensor in weights.items() if id(tensor) in taken}, self._copies
+            )
+            weights = weights | self._copies
+        return partial(self._write, model, weights)
+
+    def _of_adapter(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The adapter's weights, by its own names; taken out of `weights`, a state of the whole model, if given."""
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            self.model, state_dict=weights, save_embedding_layers=False
+        )
+        return found
+
+    def _write(self, model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+        if self.is_adapter:
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+            _compare(tensors_of(folder), self._of_adapter(weights), folder)
+        else:
+            write_model(model, folder, weights)
+            stored = tensors_of(folder)  # its names may differ from a module's own
+            _compare(
+                {n: stored[n] for n in stored if n in weights}, {n: weights[n] for n in weights if n in stored}, folder
+            )
+
+    def load(self, folder: Path) -> None:
+        """Put the stored weights into the model.
+
+        Raises:
+            CheckpointError: names or shapes do not fit.
+        """
+        if not self.is_adapter:
+            self._load_full(folder)
+            return
+        stored = tensors_of(folder)
+        same_names(stored, self._of_adapter(), folder)
+        self._check_scale(folder)
+        set_peft_model_state_dict(self.model, stored)
+        _compare(stored, self._of_adapter(), folder)
+
+    def _check_scale(self, folder: Path) -> None:
+        """Equal weights under another scale are another model, and nothing in their shapes shows it."""
+        stored, own = PeftConfig.from_pretrained(folder), self.model.peft_config["default"]
+        for key, name in SCALE.items():
+            then, now = getattr(stored, name), getattr(own, name)
+            if then != now and key not in self.forced:
+                raise CheckpointError(
+                    f"{folder} was trained with adapter.{key} {then}, this run has {now}: set it back"
+                )
+
+    def _load_full(self, folder: Path) -> None:
+        """Copy by name what is stored; names that are not (tied, or stored under another) as a user would load them."""
+        own, files = self.model.state_dict(), tensors_of(folder)
+        same = {name: files[name] for name in files if name in own}
+        stored = files if len(same) == len(own) else {**self.load_model(str(folder)).state_dict(), **same}
+        same_names(stored, own, folder)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+        _compare(same, {name: own[name] for name in same}, folder)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The adapter, or the model that writes itself, inside whatever wraps it: DDP, torch.compile, a user's module.
+
+    Raises:
+        UserError: what wraps an adapter has trained weights of its own, which would be in no checkpoint.
+    """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    for kind in (lambda module: isinstance(module, PeftModel), lambda module: hasattr(type(module), "save_pretrained")):
+        found = next(filter(kind, model.modules()), None)
+        inside = {id(p) for p in found.parameters()} if found is not None else set()
+        outside = sorted(name for key, name in trained.items() if key not in inside)
+        if found is not None and not outside:
+            return found
+        if isinstance(found, PeftModel):
+            raise UserError(
+                f"{outside[0]} is trained and stands outside of the adapter, whose files would not hold it: "
+                "name its module in adapter.modules_to_save, or freeze it"
+            )
+    return model
+
+
+def copied(tensors: Mapping[str, Tensor], spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, of which those of the same memory share theirs again: tied weights are told by that.
+
+    `spare` are copies that may be written over.
+    """
+    made: dict[tuple[Any, ...], Tensor] = {}
+    result: dict[str, Tensor] = {}
+    reused: set[int] = set()  # weights that were tied at the last copy and no longer are must not share one
+    for name, tensor in tensors.items():
+        key = _memory(name, tensor)
+        if key not in made:
+            free = spare.get(name)
+            made[key] = _copy(tensor.detach(), None if id(free) in reused else free)
+            reused.add(id(made[key]))
+        result[name] = made[key]
+    return result
+
+
+def _copy(tensor: Tensor, spare: Tensor | None) -> Tensor:
+    if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
+        return tensor.to("cpu", copy=True)
+    return spare.copy_(tensor)
+
+
+def write_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a model as it writes itself; of a plain module the weights, for its family's `load_model` to read.
+
+    Args:
+        model: what is written.
+        folder: where to.
+        weights: its state, if it is to be another one than the model has now.
+    """
+    if not hasattr(model, "save_pretrained"):
+        kept, tied = _untied(model.state_dict() if weights is None else weights)
+        save_file(kept, folder / WEIGHTS, metadata={"format": "pt", **tied})
+    elif weights is not None and _takes_weights(model):
+        model.save_pretrained(folder, state_dict=weights)
+    else:
+        model.save_pretrained(folder)
+
+
+def _takes_weights(model: Any) -> bool:
+    """Whether a model can write a state that is not its own now."""
+    save = getattr(model, "save_pretrained", None)
+    return save is None or "state_dict" in signature(save).parameters
+
+
+def _untied(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights without those that are another one's memory, which safetensors refuses, and whose each of these is."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name, tensor in weights.items():
+        kept = first.setdefault(_memory(name, tensor), name)
+        if kept != name:
+            tied[name] = kept
+    return {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}, tied
+
+
+def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor have in common."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a folder's safetensors files.
+
+    Raises:
+        CheckpointError: there are none, or one cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors file")
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+
+
+def same_names(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
+    """Hold names and shapes of what is stored in a folder against those of a model.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    shapes = [name for name in set(stored) & set(wanted) if stored[name].shape != wanted[name].shape]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f"{folder} does not fit the model: {len(missing)} weights missing {missing[:3]}, {len(extra)} unknown "
+            f"{extra[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}; were rank or targets changed?"
+        )
+
+
+def _compare(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
+    same_names(stored, wanted, folder)
+    for name, tensor in wanted.items():
+        if not torch.equal(stored[name], tensor.detach().cpu()):
+            raise CheckpointError(f"{folder}: {name} read back differs from the weight in memory")

@@ -1,0 +1,191 @@
+"""LoRA through PEFT, full fine-tuning, and freezing by pattern: what of a model is trained."""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from rawloop.errors import UserError
+
+ALL_LINEAR = "all-linear"
+# Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
+SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained: a LoRA adapter beside frozen weights, or the weights themselves.
+
+    Args:
+        mode: lora or full.
+        rank: rank of the LoRA matrices.
+        alpha: LoRA scale; updates are multiplied by alpha / rank (alpha / sqrt(rank) with rslora).
+        dropout: dropout on the input of the LoRA branch.
+        target_modules: names of the linear layers that get LoRA. A name matches every layer whose path ends with it,
+            so `mlp.up_proj` is narrower than `up_proj`. Or the single entry all-linear.
+        modules_to_save: modules trained in full beside LoRA and stored with the adapter, such as audio_lm_head.
+        dora: weight-decomposed LoRA (DoRA).
+        rslora: rank-stabilised scale, alpha / sqrt(rank).
+        freeze: patterns (`*` matches anything) of parameter names that are not trained, such as model.embed_tokens.*
+    """
+
+    mode: Literal["lora", "full"] = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    modules_to_save: list[str] = field(default_factory=list)
+    dora: bool = False
+    rslora: bool = False
+    freeze: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("lora", "full"):
+            raise UserError(f"adapter.mode is '{self.mode}': it must be lora or full")
+        if self.mode == "lora" and not self.target_modules:
+            raise UserError(
+                "adapter.target_modules is empty: name the layers that get LoRA, or set adapter.mode to full"
+            )
+        if ALL_LINEAR in self.target_modules[1:] or self.target_modules[:-1].count(ALL_LINEAR):
+            raise UserError(f"adapter.target_modules has '{ALL_LINEAR}' beside others: it must stand alone")
+        if self.rank < 1:
+            raise UserError(f"adapter.rank is {self.rank}: it must be 1 or more")
+        if not 0.0 < self.alpha < math.inf:
+            raise UserError(f"adapter.alpha is {self.alpha}: it must be above 0, or LoRA changes nothing")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
+
+
+def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], revision: str | None = None) -> nn.Module:
+    """Make the model trainable as the config asks, and return it (wrapped by PEFT for LoRA).
+
+    Args:
+        model: the loaded base model.
+        config: LoRA or full, and what is frozen.
+        notices: gets a line for everything the user should know, such as a target that matches two kinds of layer.
+        revision: of the base model on the hub, kept with the adapter.
+
+    Raises:
+        UserError: a target, module or pattern matches nothing; near matches are named.
+    """
+    if config.mode == "full":
+        model.requires_grad_(True)
+        result = model
+    else:
+        _check_targets(model, config, notices)
+        result = _with_lora(model, config, revision)
+    _freeze(result, config.freeze)
+    trainable, total = count_parameters(result)
+    notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
+    return result
+
+
+def _with_lora(model: nn.Module, config: AdapterConfig, revision: str | None) -> nn.Module:
+    targets: Any = config.target_modules
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        modules_to_save=_paths(model, config.modules_to_save) or None,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
+    )
+    try:
+        with quiet():
+            return cast(nn.Module, get_peft_model(model, lora, revision=revision))
+    except ValueError as error:
+        raise UserError(f"PEFT refuses what adapter asks for: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence two warnings of PEFT: of a name that transformers gives up, and of missing weights, an error here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        yield
+
+
+def _paths(model: nn.Module, modules: list[str]) -> list[str]:
+    """Whole paths of the modules to save, where PEFT would take more: to it, `mlp` is an end of `audio_mlp` too."""
+    names = [name for name, _ in model.named_modules()]
+    paths: list[str] = []
+    for module in modules:
+        matched = _outermost(_matching(module, names))
+        paths += [module] if len(matched) == sum(name.endswith(module) for name in names) else matched
+    return paths
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    """Leave out what lies inside another match: a module and its child of the same name would both be copied."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of trainable and of all parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    saved: list[str] = []
+    for module in config.modules_to_save:
+        matched = _matching(module, names)
+        if not matched:
+            raise _no_match("adapter.modules_to_save", module, names)
+        saved += matched
+    for target in config.target_modules:
+        matched = linear if target == ALL_LINEAR else _matching(target, linear)
+        if not matched:
+            raise _no_match("adapter.target_modules", target, linear)
+        both = [name for name in matched if any(f"{name}.".startswith(f"{path}.") for path in saved)]
+        if both and target != ALL_LINEAR:
+            raise UserError(
+                f"adapter.target_modules has '{target}', which is {both[0]}, and adapter.modules_to_save trains that "
+                "in full: take it out of one of them"
+            )
+        _note_kinds(target, [name for name in matched if name not in both], notices)
+
+
+def _note_kinds(target: str, matched: list[str], notices: list[str]) -> None:
+    """Say so when a target matches layers of several kinds, such as the text's and the audio's MLPs."""
+    kinds = sorted({".".join(name.split(".")[-2:]) for name in matched})
+    if len(kinds) > 1 and "." not in target:
+        advice = "" if target == ALL_LINEAR else ": name one of these to have only that kind"
+        notices.append(f"target '{target}' matches {len(matched)} layers, which are {', '.join(kinds)}{advice}")
+
+
+def _matching(target: str, names: Iterable[str]) -> list[str]:
+    """PEFT's rule for lists: the whole path, or its end after a dot."""
+    return [name for name in names if name == target or name.endswith("." + target)]
+
+
+def _no_match(key: str, target: str, names: list[str]) -> UserError:
+    ends = {".".join(name.split(".")[-depth:]) for name in names for depth in (1, 2)}
+    near = get_close_matches(target, sorted(ends), n=3, cutoff=0.4) or sorted(end for end in ends if "." not in end)[:8]
+    return UserError(f"{key} has '{target}', which matches no layer of the model; near: {', '.join(near)}")
+
+
+def _freeze(model: nn.Module, patterns: list[str]) -> None:
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        # PEFT puts base_model.model. before every name; patterns are written against the model's own names.
+        matched = [
+            n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.removeprefix("base_model.model."), pattern)
+        ]
+        if not matched:
+            near = get_close_matches(pattern.strip("*."), list(names), n=3, cutoff=0.3)
+            raise UserError(f"adapter.freeze has '{pattern}', which matches no parameter; near: {', '.join(near)}")
+        for name in matched:
+            names[name].requires_grad_(False)
