@@ -33,10 +33,10 @@ from rawloop.data.prepare import prepare
 from rawloop.data.samples import check_lengths, fingerprint, read_samples
 from rawloop.diagnose import Report, run_checks
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
-from rawloop.errors import RawloopError, UserError, happening
+from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
-from rawloop.loop import Run, TrainState
+from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.meter import Meter
 from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
 from rawloop.precision import PrecisionPolicy, preflight
@@ -120,10 +120,7 @@ class Ready:
 
     def first_loss(self) -> Tensor:
         """The sum of the first micro-batch's losses, for the precision policy's trial."""
-        samples = ", ".join(self.first_batch.ids)
-        with happening(f"in the trial of one pass, on the samples {samples}", name_own=True):
-            losses = self.module(self.first_batch.to(self.policy.device))
-        return torch.stack([loss.total for loss in losses.values()]).sum()
+        return trial_loss(self.module, self.first_batch, self.policy.device)
 
 
 def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None) -> Ready:

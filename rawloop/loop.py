@@ -9,6 +9,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -406,6 +407,13 @@ def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
         rewrap(run, result.fell_back, window[0])
 
 
+def trial_loss(module: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """The sum of a micro-batch's losses, for the trial of a precision mode; an error names the samples."""
+    with happening(f"in the trial of one pass, on the samples {', '.join(batch.ids)}", name_own=True):
+        losses = module(batch.to(device))
+    return torch.stack([loss.total for loss in losses.values()]).sum()
+
+
 def rewrap(run: Run, change: str, batch: Batch) -> None:
     """Go on in the mode that all ranks have fallen back to: weights may be of another dtype, so DDP is built anew.
 
@@ -417,7 +425,7 @@ def rewrap(run: Run, change: str, batch: Batch) -> None:
     bare, run.module = bare_module(run.module), nn.Identity()
     gc.collect()
     entered = policy.name
-    preflight(policy, lambda: torch.stack([loss.total for loss in bare(batch.to(run.world.device)).values()]).sum())
+    preflight(policy, partial(trial_loss, bare, batch, run.world.device))
     if policy.name != entered:
         change = f"{change} -> {policy.choice.trail().partition(f'{entered} -> ')[2]}"
     run.module = run.wrap() if run.wrap is not None else bare
