@@ -122,7 +122,7 @@ def restore(run: Run, config: RunConfig, beginning: Beginning, say: Say) -> None
 def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
     """Say what is taken of changed settings, and what follows from it."""
     assert run.checkpoints is not None
-    settings, base = run.checkpoints.states[PART], run.checkpoints.states["base"]
+    settings, base = run.checkpoints.parts.states[PART], run.checkpoints.parts.states["base"]
     assert isinstance(settings, SettingsState)
     assert isinstance(base, BaseFingerprint)
     lines = list(settings.taken)

@@ -400,7 +400,7 @@ def test_saving_beside_training_and_before_it_write_the_same_and_train_the_same(
 def test_a_best_model_that_could_not_be_written_is_not_the_best(base: RunConfig, tmp_path: Path) -> None:
     def refuse_best(run: Run) -> None:
         assert run.checkpoints is not None
-        part = run.checkpoints.folders["model"]
+        part = run.checkpoints.parts.folders["model"]
         snapshot = part.snapshot
 
         def refused(copy: bool) -> Callable[[Path], None]:

@@ -5,22 +5,22 @@ happens in between, what was saved before stays, and nothing half-written is eve
 """
 
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from rawloop.checkpoint import slots
 from rawloop.checkpoint.background import Save, Saves, Written
+from rawloop.checkpoint.capture import Capture, Parts
 from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
-from rawloop.checkpoint.manifest import Manifest, installed_versions, read_manifest
-from rawloop.checkpoint.pack import NOTHING, Packed, pack, unpack
+from rawloop.checkpoint.manifest import Manifest, read_manifest
+from rawloop.checkpoint.pack import pack, unpack
 from rawloop.checkpoint.reader import agree_on_latest, changes, check_parts, check_slot
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
@@ -60,16 +60,6 @@ class CheckpointConfig:
             raise UserError(f"checkpoint.max_failures is {self.max_failures}: it must be 1 or more")
 
 
-class PerRank(Stateful, Protocol):
-    """A part whose state differs from rank to rank (random streams): it has `per_rank = True`."""
-
-    per_rank: bool
-
-    def start_afresh(self, step: int) -> None:
-        """Derive a state for a rank that the checkpoint has none of, because the world was smaller."""
-        ...
-
-
 class Restored(NamedTuple):
     """What was loaded: the slot, its step, the caller's own `meta`, and the number of ranks that wrote it."""
 
@@ -77,15 +67,6 @@ class Restored(NamedTuple):
     step: int
     meta: dict[str, Any]
     world_size: int
-
-
-def _check_names(state: Mapping[str, Stateful | FolderState], homes: list[str]) -> None:
-    for name in [*state, *homes]:
-        assert re.fullmatch(r"\w[\w.-]*", name), f"{name!r} cannot be the name of a file"
-    assert len({*homes, STATE}) == len(homes) + 1, f"folders of parts must differ: {homes}"
-    for name, part in state.items():
-        kinds = isinstance(part, Stateful) + isinstance(part, FolderState)
-        assert kinds == 1, f"{name!r} must be Stateful or a FolderState, and not both: {type(part)}"
 
 
 class CheckpointManager:
@@ -110,20 +91,13 @@ class CheckpointManager:
         self.config = config
         self.world = world
         self.records = records
-        self.folders = {name: part for name, part in state.items() if isinstance(part, FolderState)}
-        self.states = {name: part for name, part in state.items() if isinstance(part, Stateful)}
-        self.per_rank = {
-            name: cast(PerRank, part) for name, part in self.states.items() if getattr(part, "per_rank", False)
-        }
+        self.parts = Parts(state)
+        self._capture = Capture(self.parts, world, copy=config.asynchronous)
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
-        self._versions = installed_versions()
         self._last_size = 0  # bytes; not known before the first save
         self._saves = Saves()
-        self._taken: Contents | None = None
-        self._copies: dict[str, Packed] = {}  # of the last save; the next is written over them
         self._failures: list[CheckpointError] = []  # in a row
         self.best_failed = False  # the best slot could not be written, on rank 0
-        _check_names(state, [part.folder for part in self.folders.values()])
 
     def start(self, step: int) -> None:
         """Make the run folder ready for training on from `step` (0 in a new run); after `load`, if there is one.
@@ -195,47 +169,13 @@ class CheckpointManager:
     def _store(self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]]) -> None:
         assert not pack(meta).tensors, f"meta takes JSON values, not tensors: {list(meta)}"
         begun = time.perf_counter()
-        contents = self._take(step)
+        contents = self._capture.take(step, self.settle)
         if self.world.is_main:
             contents = replace(contents, meta=meta)
             self._saves.start(slot, step, partial(_write, slot, contents, finish, self.folder, self._last_size))
             self._saves.newest.held = time.perf_counter() - begun
         if not self.config.asynchronous:
             self.world.together(self.settle, only_main=True)
-
-    def _take(self, step: int) -> Contents:
-        """Take the state of all parts on all ranks; two slots of one step hold the same, and share the copy."""
-        there = self._taken is not None and self._taken.step == step
-        if self.world.from_main(there):  # rank 0 lets go of it once it is written
-            assert there
-            return cast(Contents, self._taken)
-        self._taken = None  # one copy at a time
-        states = self.world.together(self._collect)
-        assert states is not None
-        every_rank = self.world.gather((step, {name: states[name] for name in self.per_rank}))
-        steps = [rank_step for rank_step, _ in every_rank]
-        assert steps == [step] * self.world.size, f"ranks save different steps: {steps}"
-        shared = {name: packed for name, packed in states.items() if name not in self.per_rank}
-        folders = {}
-        if self.world.is_main:
-            copy = self.config.asynchronous
-            folders = {name: (part.folder, part.snapshot(copy)) for name, part in self.folders.items()}
-        taken = Contents(step, {}, self._versions, shared, [own for _, own in every_rank], folders)
-        self._taken = taken if self.config.asynchronous else None
-        return taken
-
-    def _collect(self) -> dict[str, Packed]:
-        """Take the state of every part; packing it copies from the device, so other ranks pack only their own."""
-        if self.world.is_main:
-            self.settle()
-        states = {name: part.state_dict() for name, part in self.states.items()}
-        wanted = states if self.world.is_main else self.per_rank
-        if not self.config.asynchronous:
-            return {name: pack(states[name]) for name in wanted}
-        spare = {name: packed.tensors for name, packed in self._copies.items()}
-        self._copies = {}  # one that is half written over is of no use to anybody
-        self._copies = {name: pack(states[name], copy=True, spare=spare.get(name, NOTHING)) for name in wanted}
-        return self._copies
 
     def poll(self) -> None:
         """Report the saves that have ended since; without waiting for any. Only rank 0 has something to report.
@@ -246,7 +186,7 @@ class CheckpointManager:
         for save in self._saves.ended():
             self._settle(save)
         if self.world.is_main and not self._saves:
-            self._taken = None
+            self._capture.let_go()
 
     def settle(self) -> None:
         """Wait for the saves under way, and report them; see `poll`."""
@@ -344,20 +284,20 @@ class CheckpointManager:
         self._settled_step = manifest.step
         self._last_size = manifest.size
         if self.world.is_main:
-            reason = f"restored {slot}{changes(manifest.versions, self._versions)}"
+            reason = f"restored {slot}{changes(manifest.versions, self._capture.versions)}"
             self.records.event("restore", step=manifest.step, reason=reason)
         return Restored(slot, manifest.step, manifest.meta, manifest.world_size)
 
     def _restore(self, slot: Path) -> Manifest:
         """Restore weights first and random streams last, because building the former may draw from the latter."""
         manifest = read_manifest(slot)
-        check_parts(slot, manifest, {*self.states, *self.folders})
-        for name, folder_part in self.folders.items():
+        check_parts(slot, manifest, {*self.parts.states, *self.parts.folders})
+        for name, folder_part in self.parts.folders.items():
             folder_part.load(slot / manifest.folders[name])
-        for name, part in self.states.items():
-            if name not in self.per_rank:
+        for name, part in self.parts.states.items():
+            if name not in self.parts.per_rank:
                 part.load_state_dict(unpack(read_packed(slot / STATE, name)))
-        for name, rank_part in self.per_rank.items():
+        for name, rank_part in self.parts.per_rank.items():
             if self.world.rank < manifest.world_size:
                 rank_part.load_state_dict(unpack(read_packed(slot / STATE, rank_file(name, self.world.rank))))
                 continue

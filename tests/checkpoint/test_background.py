@@ -223,7 +223,7 @@ def test_the_memory_of_a_copy_is_used_again_once_it_is_written(saving: Saving) -
     for step in (1, 2, 3):
         saving.weights.tensor += 1
         saving.manager.save(step)
-        places.append(saving.manager._copies["weights"].tensors["/tensor"].data_ptr())
+        places.append(saving.manager._capture._copies["weights"].tensors["/tensor"].data_ptr())
     saving.manager.finish()
     assert len(set(places)) == 1
     assert saving.names() == ["3", "2"]

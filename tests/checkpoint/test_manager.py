@@ -257,7 +257,7 @@ def test_missing_and_extra_parts_are_listed_and_nothing_is_restored(tmp_path: Pa
 
 def test_a_changed_version_is_said(tmp_path: Path) -> None:
     with opened(tmp_path) as manager:
-        manager._versions = {**manager._versions, "peft": "0.0.1"}
+        manager._capture.versions["peft"] = "0.0.1"
         manager.save(1)
     with opened(tmp_path) as manager:
         manager.load()
