@@ -297,12 +297,15 @@ class CheckpointManager:
         for name, part in self.parts.states.items():
             if name not in self.parts.per_rank:
                 part.load_state_dict(unpack(read_packed(slot / STATE, name)))
+        known = self.world.rank < manifest.world_size
         for name, rank_part in self.parts.per_rank.items():
-            if self.world.rank < manifest.world_size:
+            if known:
                 rank_part.load_state_dict(unpack(read_packed(slot / STATE, rank_file(name, self.world.rank))))
-                continue
-            rank_part.start_afresh(manifest.step)
-            reason = f"{name} of this rank starts afresh: {manifest.world_size} rank(s) wrote the checkpoint"
+            else:
+                rank_part.start_afresh(manifest.step)
+        if not known and self.parts.per_rank:
+            names = ", ".join(self.parts.per_rank)
+            reason = f"what this rank has of its own ({names}) starts afresh: {manifest.world_size} rank(s) wrote it"
             self.records.event("restore", step=manifest.step, reason=reason)
         return manifest
 
