@@ -18,10 +18,14 @@ STOP_FILE = "STOP"
 
 
 class Preemption:
-    """Says whether to stop. `stop_file` is looked for when asked, one `stat` a time."""
+    """Says whether to stop.
 
-    def __init__(self, stop_file: Path | None = None) -> None:
-        self.stop_file = stop_file
+    `stop_file` is looked for when asked, one `stat` a time, and so is `signal_file`, which launch/torchrun.py makes
+    when it is told: its name is the signal's.
+    """
+
+    def __init__(self, stop_file: Path | None = None, signal_file: Path | None = None) -> None:
+        self.stop_file, self.signal_file = stop_file, signal_file
         self.received: str | None = None  # the first signal's name; later ones change nothing
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
@@ -30,19 +34,21 @@ class Preemption:
 
     def wanted(self) -> str | None:
         """Return by what the run is to be stopped, or None."""
+        if self.received is None and self.signal_file is not None and self.signal_file.exists():
+            self.received = self.signal_file.name
         if self.received is None and self.stop_file is not None and self.stop_file.exists():
             return f"the file {self.stop_file}"
         return self.received
 
 
 @contextmanager
-def watched(stop_file: Path | None = None) -> Iterator[Preemption]:
+def watched(stop_file: Path | None = None, signal_file: Path | None = None) -> Iterator[Preemption]:
     """Note SIGTERM and SIGUSR1 inside the block instead of dying of them. At its end all is put back as it was.
 
     Signals that were blocked until now, as the scripts in `launch/` leave SIGUSR1, are let in. Python lets only the
-    main thread set handlers: in any other thread only the stop file counts.
+    main thread set handlers: in any other thread only files count.
     """
-    preemption = Preemption(stop_file)
+    preemption = Preemption(stop_file, signal_file)
     if threading.current_thread() is not threading.main_thread():
         yield preemption
         return

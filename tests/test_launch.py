@@ -202,7 +202,9 @@ def test_two_nodes_train_together(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("left", "code"), [("75", 75), ("2", 2), ("1", None), ("0", None), ("", None)])
-def test_the_exit_code_is_that_of_the_workers(left: str, code: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_code_is_that_of_the_workers(
+    left: str, code: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fail(arguments: list[str]) -> None:
         assert arguments == ["--standalone"]
         if left:
@@ -213,28 +215,31 @@ def test_the_exit_code_is_that_of_the_workers(left: str, code: int | None, monke
     monkeypatch.setattr("torch.distributed.run.main", fail)
     monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
     if code is not None:
-        assert launcher["run"](["--standalone"]) == code
+        assert launcher["run"](["--standalone"], tmp_path) == code
         return
     with pytest.raises(RuntimeError, match="a worker has failed"):
-        launcher["run"](["--standalone"])
+        launcher["run"](["--standalone"], tmp_path)
 
 
-def test_a_worker_told_to_stop_while_it_is_still_importing_learns_of_it(tmp_path: Path) -> None:
-    """torchrun is told too, and neither dies of it nor ends its worker."""
+@pytest.mark.parametrize("told", ["os.getpid()", "os.getppid()"], ids=["worker", "torchrun"])
+def test_a_worker_told_to_stop_while_it_is_still_importing_learns_of_it(told: str, tmp_path: Path) -> None:
+    """Neither it nor torchrun dies of the signal, which may be sent to the one or to the other."""
     worker = executable(
         tmp_path / "worker.py",
-        f"""import os, signal
-os.kill(os.getppid(), signal.SIGUSR1)
-os.kill(os.getpid(), signal.SIGUSR1)
+        f"""import os, signal, time
+from pathlib import Path
+os.kill({told}, signal.SIGUSR1)
 from rawloop.preempt import watched
-with watched() as preemption:
-    open({str(tmp_path / "told")!r}, "w").write(str(preemption.wanted()))
+with watched(None, Path(os.environ["RAWLOOP_SIGNAL_FILE"])) as preemption:
+    deadline = time.monotonic() + 10
+    while preemption.wanted() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    Path({str(tmp_path / "told")!r}).write_text(str(preemption.wanted()))
 os.kill(os.getpid(), signal.SIGUSR1)
 """,
     )
     python = executable(tmp_path / "python", f"#!/bin/sh\nexec '{sys.executable}' $1 --standalone {worker}\n")
-    settings = {"PYTHON": str(python), "NPROC": "1", "PYTHONPATH": str(LAUNCH.parent)}
-    result = bash(LAUNCH / "single_node.sh", "x.yaml", env=settings)
+    result = bash(LAUNCH / "single_node.sh", "x.yaml", env={"PYTHON": str(python), "NPROC": "1"})
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "told").read_text() == "SIGUSR1"
 

@@ -12,6 +12,8 @@ from rawloop.loop import Run, train
 from rawloop.preempt import STOP_FILE, watched
 from rawloop.records import read_metrics
 
+SIGNAL_FILE = "RAWLOOP_SIGNAL_FILE"  # what launch/torchrun.py makes when it is told to stop by SIGUSR1
+
 
 def run(argv: list[str]) -> None:
     """Read the config, build the run, train, and say what came of it.
@@ -22,7 +24,11 @@ def run(argv: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
     config, _ = parse(argv, "rawloop train")
     folder = Path(config.output).expanduser()
-    with watched(folder / STOP_FILE) as preemption, open_world(config.device, config.ddp.timeout) as world:
+    told = os.environ.get(SIGNAL_FILE)
+    with (
+        watched(folder / STOP_FILE, Path(told) if told else None) as preemption,
+        open_world(config.device, config.ddp.timeout) as world,
+    ):
         built = build_run(config, world, lambda line: _say(world, line))
         built.preemption = preemption
         try:
@@ -45,11 +51,12 @@ def summary(run: Run, folder: Path) -> str:
     """Return where everything lies and how the evaluation loss moved."""
     assert run.checkpoints is not None
     lines = [f"trained {run.state.step} steps, {run.state.samples:,} samples, {run.state.skipped} updates skipped"]
-    losses = [(line["step"], line["eval_loss"]) for line in read_metrics(folder) if "eval_loss" in line]
-    if losses and run.best and run.best.value is not None:
-        (step, first), value = losses[0], run.best.value
-        moved = f", {100 * (value - first) / first:+.1f}%" if isinstance(first, float) else ""
-        lines.append(f"eval_loss {first:.4f} at step {step} -> {value:.4f} at step {run.best.step} (best{moved})")
+    name = run.best.metric if run.best else ""
+    measured = [(line["step"], float(line[name] or 0)) for line in read_metrics(folder) if name in line]
+    if measured and run.best and run.best.value is not None:
+        (step, first), value = measured[0], run.best.value
+        moved = f", {100 * (value - first) / first:+.1f}%" if first else ""
+        lines.append(f"{name} {first:.4f} at step {step} -> {value:.4f} at step {run.best.step} (best{moved})")
         lines.append(f"best:        {folder / 'best'}")
         slot = folder / "best"
     else:
