@@ -42,7 +42,7 @@ from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
 from rawloop.precision import PrecisionPolicy, preflight
 from rawloop.preempt import Preemption
 from rawloop.records import Records
-from rawloop.resume import claim, restore, slot_to_resume, stored_precision
+from rawloop.resume import Claim, claim, restore, stored_precision
 from rawloop.seed import RngState, seed_all
 
 Say = Callable[[str], None]
@@ -62,10 +62,18 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
         Preempted: this launch was told to stop before its processes were started again.
     """
     folder = Path(config.output).expanduser()
-    beginning = claim(folder, config, world, say)
+    claimed = claim(folder, config, world, say)
+    try:
+        return _build_run(config, folder, world, say, claimed)
+    except BaseException:
+        if claimed.lock:
+            claimed.lock.release(begun=(folder / "events.jsonl").exists())
+        raise
+
+
+def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed: Claim) -> Run:
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
-    slot = slot_to_resume(folder, beginning.resume) if beginning.resume is not None else None
-    precision = world.from_main(stored_precision(slot))
+    precision = world.from_main(stored_precision(claimed.slot))
     ready = world.together(partial(_prepare_run, config, world, say, precision))
     assert ready is not None
     modes = world.gather(ready.policy.name)
@@ -79,14 +87,15 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     say(f"precision: {ready.policy.name} ({ready.policy.reason})")
     ddp, notice = settle_unused(config.ddp, world, unused)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
-    report = _check(config, folder, world, ready, say) if beginning.resume is None else None
-    if not beginning.restarted:  # from here on something of the run stands in its folder
+    report = _check(config, folder, world, ready, say) if claimed.slot is None else None
+    if not claimed.beginning.restarted:  # from here on something of the run stands in its folder
         world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
     run = _assemble(config, folder, world, ready, ddp)
+    run.lock = claimed.lock
     if notice and world.is_main:
         run.records.event("warning", step=0, reason=notice)
     try:
-        restore(run, config, beginning, say)
+        restore(run, config, claimed, say)
         if report is not None:
             world.together(partial(report.record, run.records), only_main=True)
     except BaseException:

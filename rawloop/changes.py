@@ -6,16 +6,16 @@ run of it is refused before anything is written, unless it is forced by name (`r
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rawloop.checkpoint.manifest import whole_file
 from rawloop.checkpoint.pack import Packed, unpack
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, known_keys, near
-from rawloop.errors import CheckpointError, UserError
+from rawloop.errors import UserError
 
 WORLD_SIZE = "world_size"  # no key of the config, and compared like one
 PART = "config"  # of a checkpoint
@@ -68,6 +68,10 @@ FIXED = _keys(
     "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
     "evaluation best_metric best_mode",
 )
+# Of these, not even by force: the stored weights are of another shape, or of another model.
+SHAPES = _keys("model family", "adapter mode rank target_modules modules_to_save dora")
+# Whose product is the number of samples in a step.
+WINDOW = (WORLD_SIZE, "train.batch_size", "train.accumulation")
 # Where a run is and how it was begun: checkpoints do not depend on it, so that equal runs have equal ones.
 NOT_KEPT = frozenset({"output", "resume", "resume_force"})
 # Which samples there are.
@@ -75,7 +79,7 @@ SAMPLES = _keys("data train task refs_in_scene default_scene max_seconds min_sec
 # What `TrainState` compares, and the keys whose force lets it differ.
 POSITION = MappingProxyType(
     {
-        "window_size": frozenset({"train.batch_size", "train.accumulation", WORLD_SIZE}),
+        "window_size": frozenset(WINDOW),
         "num_samples": SAMPLES,
         "samples": SAMPLES,
         "seed": frozenset({"seed"}),
@@ -136,16 +140,46 @@ def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> li
     }
     forced = set(config.resume_force)
     _check_forced(forced)
-    refused = [key for key in changed if key in FIXED - forced]
-    if refused:
-        raise UserError(
-            f"the checkpoint was trained with other settings, which must not change within a run: "
-            f"{', '.join(changed[key] for key in refused)}: set them back, start a run of its own, or force them by "
-            f"name, --resume_force '[{', '.join(refused)}]'"
-        )
+    _check_fixed(changed, forced)
+    _check_window(then, now, forced)
     lines = [f"{line} (forced)" if key in forced else line for key, line in changed.items()]
     idle = sorted(forced - set(changed) - {"data.train"})  # whose files may have changed: seen when they are read
     return lines + [f"resume_force has {key}, which has not changed" for key in idle]
+
+
+def _check_fixed(changed: Mapping[str, str], forced: set[str]) -> None:
+    refused = [key for key in changed if key in SHAPES or key in FIXED - forced]
+    if not refused:
+        return
+    free, stuck = ([key for key in refused if (key in SHAPES) == known] for known in (False, True))
+    advice = "set them back, or start a run of its own"
+    if free:
+        advice = f"set them back, start a run of its own, or force them by name, --resume_force '[{', '.join(free)}]'"
+    if stuck:
+        advice += f" ({', '.join(stuck)} cannot be forced: the stored weights would not fit)"
+    raise UserError(
+        "the checkpoint was trained with other settings, which must not change within a run: "
+        f"{', '.join(changed[key] for key in refused)}: {advice}"
+    )
+
+
+def _check_window(then: Mapping[str, Any], now: Mapping[str, Any], forced: set[str]) -> None:
+    """Refuse another number of samples in a step, which is another data order, before a model is loaded for it."""
+    had, has = (math.prod(values[key] for key in WINDOW) for values in (then, now))
+    if had == has or forced & set(WINDOW):
+        return
+    told = [
+        f"{values[WORLD_SIZE]} process(es) x train.batch_size {values['train.batch_size']} x train.accumulation "
+        f"{values['train.accumulation']}"
+        for values in (then, now)
+    ]
+    rest = now[WORLD_SIZE] * now["train.batch_size"]
+    mend = f"set train.accumulation to {had // rest}" if had % rest == 0 else f"choose them so that it is {had} again"
+    names = ", ".join(key for key in WINDOW if then[key] != now[key])
+    raise UserError(
+        f"a step of the checkpoint's run took {had} samples ({told[0]}), and would now take {has} ({told[1]}), in "
+        f"another data order: {mend}, or force it by name, --resume_force '[{names}]'"
+    )
 
 
 def _check_forced(forced: set[str]) -> None:
@@ -164,14 +198,9 @@ def may_differ(forced: list[str]) -> frozenset[str]:
 
 
 def stored_settings(slot: Path) -> dict[str, Any] | None:
-    """The settings in a checkpoint, read before the whole of it is verified.
-
-    None if they are damaged or not there, which restoring will find and name, or pass over.
-    """
-    try:
-        return _of_run(unpack(Packed(json.loads(whole_file(slot, f"{STATE}/{PART}.json")), {})))
-    except (CheckpointError, OSError, ValueError):
-        return None
+    """The settings in a checkpoint that is verified; None if it has none."""
+    file = slot / STATE / f"{PART}.json"
+    return _of_run(unpack(Packed(json.loads(file.read_bytes()), {}))) if file.exists() else None
 
 
 def _of_run(state: Any) -> dict[str, Any] | None:

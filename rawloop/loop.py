@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rawloop.checkpoint import BestTracker, CheckpointManager
+from rawloop.checkpoint import BestTracker, CheckpointManager, RunLock
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, bare_module, no_sync
 from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, UserError, happening, nearest
@@ -137,13 +137,17 @@ class Run:
     max_norm: float = 1.0
     log_every: int = 10
     wrap: Callable[[], nn.Module] | None = None
+    lock: RunLock | None = None  # of the run's folder, on rank 0
     trouble: RawloopError | None = None  # a record that could not be written, until the ranks agree to stop
 
     def close(self) -> None:
-        """Wait for a save that is under way, and close the records."""
+        """Wait for a save that is under way, close the records, and let others train into the folder."""
         if self.checkpoints:
             self.checkpoints.close()
         self.records.close()
+        if self.lock:
+            self.lock.release()
+            self.lock = None
 
 
 def train(run: Run) -> TrainState:
@@ -155,7 +159,7 @@ def train(run: Run) -> TrainState:
         RawloopError: any rank's error, on all ranks.
     """
     state = run.state
-    windows = run.windows.start(state.window)
+    windows = begun(run)
     run.meter.restart_clock(state.samples)
     stopped = stop_early(run)  # it may have been before this resume
     run.module.train()
@@ -183,9 +187,16 @@ def train(run: Run) -> TrainState:
                 skip(run, result, window)
 
 
+def begun(run: Run) -> Iterator[list[Batch]]:
+    """The windows from the next one on. Data workers are forked at the first, when no thread may hold a lock."""
+    if run.checkpoints:
+        note(run, run.checkpoints.settle)
+    yield from run.windows.start(run.state.window)
+
+
 def finish(run: Run) -> None:
     """Raise on all ranks what one could not write, and wait until the last checkpoint is on the disk."""
-    run.world.together(lambda: _raise(run.trouble))
+    raise_trouble(run)
     if run.checkpoints:
         run.checkpoints.finish()
 
@@ -311,8 +322,9 @@ def leave(run: Run, reason: str) -> NoReturn:
         Preempted: always, unless something else is wrong.
     """
     step = run.state.step
+    raise_trouble(run)
     slot = run.checkpoints.secure(step) if run.checkpoints else None
-    run.world.together(lambda: _raise(run.trouble))
+    raise_trouble(run)
     if run.world.is_main:
         run.records.event("stop", step=step, reason=f"stopped by {reason}")
     kept = f"checkpoint: {slot}; go on from it with --resume latest" if slot else "nothing is saved"
@@ -352,8 +364,14 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
             keep_if_best(run, evaluation)
             last = stop_early(run) or last
     if run.checkpoints and run.checkpoints.due(state.step, last):
+        raise_trouble(run)
         run.checkpoints.save(state.step)
     return last
+
+
+def raise_trouble(run: Run) -> None:
+    """Raise on all ranks what one could not write: a checkpoint must not say that lines stand that do not."""
+    run.world.together(lambda: _raise(run.trouble))
 
 
 def evaluate(run: Run, last: bool) -> Evaluation | None:
@@ -376,12 +394,12 @@ def keep_if_best(run: Run, evaluation: Evaluation) -> None:
             f"evaluation.best_metric is '{run.best.metric}', which the evaluation does not measure"
             f"{nearest(run.best.metric, evaluation.metrics)}: it measures {', '.join(evaluation.metrics)}"
         )
-    if run.checkpoints and run.world.from_main(run.checkpoints.best_failed):
-        run.best.forget()  # its model does not exist
-        run.checkpoints.best_failed = False
+    if run.checkpoints and run.checkpoints.best_failed():
+        run.best.fall_back(run.checkpoints.kept_best())
     value = evaluation.metrics[run.best.metric]
     if run.best.consider(run.state.step, value, evaluation.valid) and run.checkpoints:
-        run.checkpoints.save_best(run.state.step, run.best.metric, value)
+        raise_trouble(run)
+        run.checkpoints.save_best(run.state.step, run.best.metric, value, mode=run.best.mode)
 
 
 def stop_early(run: Run) -> bool:

@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -222,17 +222,20 @@ class Records:
         if self.world.is_main:
             tqdm.write(f"[{kind}] step {step}: {reason}" if step >= 0 else f"[{kind}] {reason}", file=sys.stderr)
 
-    def rewind(self, step: int, evaluated: bool = True) -> None:
+    def rewind(self, step: int, evaluated: bool = True, entered: Sequence[str] = ()) -> None:
         """Take metrics later than `step` out of `metrics.jsonl`: a continuation from there will write its own.
 
         They are moved to `metrics.discarded.jsonl`. Events stay: they did happen. `evaluated` says that the evaluation
-        of `step` itself is not repeated.
+        of `step` itself is not repeated; `entered` names the precision modes that were fallen back to until then.
         """
-        self.world.together(lambda: self._rewind(step, evaluated), only_main=True)
+        self.world.together(lambda: self._rewind(step, evaluated, entered), only_main=True)
 
-    def _rewind(self, step: int, evaluated: bool) -> None:
+    def _rewind(self, step: int, evaluated: bool, entered: Sequence[str]) -> None:
         def stays(line: dict[str, Any]) -> bool:
-            return bool(line["step"] < step or (line["step"] == step and (evaluated or "eval_loss" not in line)))
+            if line["step"] != step:
+                return bool(line["step"] < step)
+            to_come = "fallback" in line and line["precision"] not in entered
+            return not to_come and (evaluated or "eval_loss" not in line)
 
         assert self._metrics is not None
         self._close_sinks()

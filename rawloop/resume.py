@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from rawloop.adapters import BaseFingerprint
 from rawloop.changes import PART, SettingsState, compare, stored_settings
 from rawloop.checkpoint import (
+    RunLock,
     claim_run_folder,
     find_best,
     find_slots,
@@ -21,9 +22,8 @@ from rawloop.checkpoint import (
     where_to_begin,
 )
 from rawloop.checkpoint.disk import replace_text
-from rawloop.checkpoint.manifest import NAME as MANIFEST
-from rawloop.checkpoint.reader import check_slot
-from rawloop.checkpoint.run_folder import Beginning
+from rawloop.checkpoint.reader import Chosen, choose
+from rawloop.checkpoint.run_folder import Beginning, is_inside
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
 from rawloop.dist import World
@@ -33,90 +33,105 @@ from rawloop.loop import Run, TrainState
 Say = Callable[[str], None]
 
 
-def claim(folder: Path, config: RunConfig, world: World, say: Say) -> Beginning:
-    """Decide what the run begins from, and make the folder its own."""
+@dataclass
+class Claim:
+    """A run folder that is this process's, and what the run in it begins from.
+
+    `chosen` is the slot to go on from, verified; None for a fresh start. `lock` is rank 0's.
+    """
+
+    beginning: Beginning
+    chosen: Chosen | None
+    lock: RunLock | None
+
+    @property
+    def slot(self) -> Path | None:
+        """The slot to go on from."""
+        return self.chosen.slot if self.chosen else None
+
+
+def claim(folder: Path, config: RunConfig, world: World, say: Say) -> Claim:
+    """Decide what the run begins from, and make the folder its own. Nothing is written before all is found right."""
     beginning = where_to_begin(folder, config.resume, world)
+    chosen = None
     if beginning.resume is not None:
         world.together(partial(check_resume, folder, beginning.resume), only_main=True)
-        world.together(partial(check_settings, folder, beginning.resume, config, world.size), only_main=True)
-    claim_run_folder(folder, world, resume=beginning.own)
+        chosen = choose(folder, beginning.resume, world)
+        world.together(partial(check_settings, chosen.slot, config, world.size), only_main=True)
+    lock = claim_run_folder(folder, world, resume=beginning.own)
     removed = remove_stop_file(folder, world) if not world.restarts else None
-    if removed:
-        say(removed)
-    return beginning
+    for notice in (removed, lock.notice if lock else None):
+        if notice:
+            say(notice)
+    return Claim(beginning, chosen, lock)
 
 
 def check_resume(folder: Path, resume: str) -> None:
-    """Refuse to resume from nothing, or over another run, before anything is written.
+    """Refuse to resume over another run, before anything is written.
 
     Raises:
-        UserError: there is no such checkpoint, or it is of another run than the one in the output folder.
-        CheckpointError: it is damaged.
+        UserError: the checkpoint is of another run than the one in the output folder.
     """
-    if resume == "latest":
-        if not find_slots(folder):
-            raise UserError(f"resume is 'latest', but '{folder}' has no checkpoint: start without --resume")
-        return
-    slot = Path(resume).expanduser()
-    if not (slot / MANIFEST).is_file():
-        check_slot(slot)
-    if find_slots(folder) and not slot.resolve().is_relative_to(folder.resolve()):
+    if resume != "latest" and not is_inside(folder, resume) and find_slots(folder):
         raise UserError(
             f"resume is '{resume}', a checkpoint of another run than the one in output '{folder}', whose best and "
-            "later checkpoints it would replace: pass another --output"
+            "later checkpoints it would replace: pass another --output, or go on with that run by --resume latest"
         )
 
 
-def check_settings(folder: Path, resume: str, config: RunConfig, world_size: int) -> None:
+def check_settings(slot: Path, config: RunConfig, world_size: int) -> None:
     """Refuse changed settings that would make another run of it, before anything is loaded or written.
-
-    Restoring compares once more: it may pass over this checkpoint for an older one.
 
     Raises:
         UserError: see `compare`.
     """
-    slot = slot_to_resume(folder, resume)
-    stored = stored_settings(slot) if slot is not None else None
+    stored = stored_settings(slot)
     if stored is not None:
         compare(stored, config, world_size)
 
 
-def slot_to_resume(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` means, not verified yet; None if `latest` finds none."""
-    return next(iter(find_slots(folder)), None) if resume == "latest" else Path(resume).expanduser()
-
-
 def stored_precision(slot: Path | None) -> dict[str, Any] | None:
-    """What a checkpoint says of its precision mode: a run that fell back goes on in the mode that it fell back to.
+    """What a verified checkpoint says of its precision mode: a run that fell back goes on in what it fell back to.
 
-    It must be known before weights are cast, which is before a checkpoint is verified; None if it cannot be read, which
-    restoring will find and name.
+    It must be known before weights are cast. None without a checkpoint, or if it has none of this.
     """
-    try:
-        state = json.loads((slot / STATE / "precision.json").read_bytes()) if slot else None
-    except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) and {"mode", "reason", "history"} <= set(state) else None
+    file = slot / STATE / "precision.json" if slot else None
+    return json.loads(file.read_bytes()) if file and file.exists() else None
 
 
-def restore(run: Run, config: RunConfig, beginning: Beginning, say: Say) -> None:
+def restore(run: Run, config: RunConfig, claim: Claim, say: Say) -> None:
     """Restore the run if it is resumed, and make its folder ready. Random streams are restored last of all."""
     assert run.checkpoints is not None
-    folder = run.checkpoints.folder
-    resume = beginning.resume
-    if resume is None and beginning.own:
+    folder, step = run.checkpoints.folder, None
+    if claim.chosen is None and claim.beginning.own:
         say(f"no checkpoint in {folder} yet: starting from the beginning")
-        run.records.rewind(-1)
-    if resume is not None:
-        restored = run.checkpoints.load(resume if resume == "latest" else Path(resume).expanduser())
+        step = -1
+    if claim.chosen is not None:
+        restored = run.checkpoints.restore(claim.chosen)
         run.world.together(partial(_tell_changes, run, config, say), only_main=True)
-        run.records.rewind(restored.step, evaluated=run.state.visited == restored.step)
         say(f"resumed from {restored.slot} at step {restored.step}")
-        if run.best and run.world.from_main(find_best(folder) is None):
-            run.best.forget()  # the best slot stayed with the run that this one continues
+        _agree_with_best_slot(run, folder)
+        step = restored.step
     run.checkpoints.start(run.state.step)
+    if step is not None:  # after checkpoints that are given up are aside: the next resume mends a kill in between
+        run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.choice.history])
     run.world.together(partial(mark_launch, folder, run.world, "begun"), only_main=True)
     run.world.together(partial(_open_records, run, config, folder), only_main=True)
+
+
+def _agree_with_best_slot(run: Run, folder: Path) -> None:
+    """Take the best slot at its word, unless it is of an evaluation still to come, and so of what is given up.
+
+    It is not the one that the checkpoint speaks of if that one could not be written, or stayed with another run.
+    """
+    assert run.checkpoints is not None
+    if run.best is None:
+        return
+    kept = run.checkpoints.kept_best()
+    if run.world.from_main(find_best(folder) is None):
+        run.best.forget()
+    elif kept is not None and kept["step"] <= run.state.visited:
+        run.best.fall_back(kept)
 
 
 def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:

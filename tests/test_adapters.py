@@ -315,14 +315,28 @@ def test_the_adapter_knows_its_base(trained: tuple[nn.Module, Path], demo_checkp
     assert base_of(trained[1]) == (str(demo_checkpoint / "model"), None)
 
 
+def test_the_adapters_files_are_as_the_umask_says_and_in_one_order(trained: tuple[nn.Module, Path]) -> None:
+    """Colleagues read them; and a set's order, which differs from process to process, makes equal runs differ."""
+    probe = trained[1].parent / "probe"
+    probe.touch()
+    modes = {path.stat().st_mode for path in (probe, *trained[1].iterdir())}
+    assert len(modes) == 1
+    targets = json.loads((trained[1] / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) == 4
+    assert targets == sorted(targets)
+
+
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"rank": 8}, "16 of another shape"),
-        ({"target_modules": ["q_proj", "v_proj"]}, "0 weights missing [], 8 unknown"),
-        ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "mlp.up_proj"]}, "4 weights missing"),
-        ({"modules_to_save": []}, "2 unknown ['base_model.model.audio_lm_head.weight'"),
-        ({"dora": True}, "8 weights missing"),
+        ({"rank": 8}, "16 weight(s) of another shape (base_model.model"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "model: 8 weight(s) unknown"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "mlp.up_proj"]}, "4 weight(s) missing"),
+        (
+            {"modules_to_save": []},
+            "model: 2 weight(s) unknown (base_model.model.audio_lm_head.weight, base_model.model.text_lm_head.weight); were",
+        ),
+        ({"dora": True}, "8 weight(s) missing"),
         ({"alpha": 64.0}, "adapter.alpha 32.0, this run has 64.0"),
         ({"rslora": True}, "adapter.rslora False, this run has True"),
     ],
@@ -352,7 +366,7 @@ def test_damaged_adapters_are_refused(
 ) -> None:
     files = ModelFiles(adapted(**LORA), family.load_model)
     folder = copy_of(lose_one)
-    with pytest.raises(CheckpointError, match=r"1 weights missing \['base_model.model.audio_lm_head.weight'\]"):
+    with pytest.raises(CheckpointError, match=r"1 weight\(s\) missing \(base_model.model.audio_lm_head.weight\)"):
         files.load(folder)
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -552,7 +566,7 @@ def test_merging_what_is_no_adapter_of_this_model_is_refused(
 
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         base_of(tmp_path)
-    with pytest.raises(CheckpointError, match=r"1 weights missing .*q_proj\.lora_A"):
+    with pytest.raises(CheckpointError, match=r"1 weight\(s\) missing .*q_proj\.lora_A"):
         merge(copy_of(lambda weights: {n: w for n, w in weights.items() if "0.self_attn.q_proj.lora_A" not in n}))
     head = "base_model.model.audio_lm_head.weight"
     for change in (lose_one, lambda weights: {**weights, head: weights[head][:100]}):

@@ -5,11 +5,24 @@ from typing import Any
 
 import pytest
 
-from rawloop.changes import CHECKED, FIXED, FREE, NOT_KEPT, POSITION, WORLD_SIZE, SettingsState, compare, flat
+from rawloop.changes import (
+    CHECKED,
+    FIXED,
+    FREE,
+    NOT_KEPT,
+    POSITION,
+    SHAPES,
+    WINDOW,
+    WORLD_SIZE,
+    SettingsState,
+    compare,
+    flat,
+)
 from rawloop.config import RunConfig, known_keys
 from rawloop.data.batches import BatchPlan
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
+from rawloop.loop import TrainConfig
 
 
 def test_every_key_of_a_config_is_decided_on_once() -> None:
@@ -30,7 +43,7 @@ def changed(key: str) -> dict[str, Any]:
     place = state if key == WORLD_SIZE else state["config"]
     for group in groups:
         place = place[group]
-    place[name] = "another"
+    place[name] = "another" if key not in WINDOW else 7
     return state
 
 
@@ -40,14 +53,24 @@ def test_each_key_is_taken_or_refused_as_the_table_says(key: str) -> None:
     if key in NOT_KEPT:
         assert compare(stored, RunConfig(), 2) == []
         return
-    if key in FIXED:
+    if key in SHAPES:
+        for forced in ([], [key]):
+            with pytest.raises(
+                UserError, match=rf"{key} another -> .*own \({key} cannot be forced: the stored weights"
+            ):
+                compare(stored, replace(RunConfig(), resume="latest", resume_force=forced), 2)
+        return
+    if key in WINDOW:
+        with pytest.raises(UserError, match=rf"run took \d+ samples .*force it by name, --resume_force '\[{key}\]'$"):
+            compare(stored, RunConfig(), 2)
+    elif key in FIXED:
         with pytest.raises(UserError, match=rf"{key} another -> .*force them by name, --resume_force '\[{key}\]'$"):
             compare(stored, RunConfig(), 2)
     else:
         (line,) = compare(stored, RunConfig(), 2)
         assert line.startswith(f"{key} another -> ")
-    forced = replace(RunConfig(), resume="latest", resume_force=[key])
-    (line,) = compare(stored, forced, 2)
+    by_name = replace(RunConfig(), resume="latest", resume_force=[key])
+    (line,) = compare(stored, by_name, 2)
     assert line.endswith(" (forced)")
 
 
@@ -60,6 +83,27 @@ def test_equal_settings_and_keys_of_other_versions_are_no_change() -> None:
     later = RunConfig()
     later.optim.warmup_steps = 5
     assert compare(state, later, 2) == ["optim.warmup_steps 0 -> 5"]
+
+
+def test_a_step_of_another_number_of_samples_is_told_in_numbers() -> None:
+    stored = SettingsState(replace(RunConfig(), train=TrainConfig(4, 2, max_steps=1)), 2).state_dict()
+    assert len(compare(stored, replace(RunConfig(), train=TrainConfig(2, 8, max_steps=1)), 1)) == 3
+    with pytest.raises(UserError) as told:
+        compare(stored, replace(RunConfig(), train=TrainConfig(4, 2, max_steps=1)), 1)
+    assert str(told.value) == (
+        "a step of the checkpoint's run took 16 samples (2 process(es) x train.batch_size 4 x train.accumulation 2), "
+        "and would now take 8 (1 process(es) x train.batch_size 4 x train.accumulation 2), in another data order: set "
+        "train.accumulation to 4, or force it by name, --resume_force '[world_size]'"
+    )
+    with pytest.raises(UserError, match="choose them so that it is 16 again, or force it"):
+        compare(stored, replace(RunConfig(), train=TrainConfig(3, 1, max_steps=1)), 1)
+
+
+def test_what_can_be_forced_is_offered_beside_what_cannot() -> None:
+    config = RunConfig()
+    stored = SettingsState(replace(config, seed=1, adapter=replace(config.adapter, rank=4)), 1).state_dict()
+    with pytest.raises(UserError, match=r"by name, --resume_force '\[seed\]' \(adapter.rank cannot be forced"):
+        compare(stored, config, 1)
 
 
 def test_weights_of_streams_are_one_value() -> None:

@@ -6,11 +6,14 @@ Then the other way round: whatever is left out of a checkpoint's restoration mak
 """
 
 import copy
+import json
 import math
 import pickle
 import random
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +27,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters import AdapterConfig, ModelFiles
 from rawloop.build import build_run
-from rawloop.checkpoint import BestTracker, CheckpointConfig
+from rawloop.checkpoint import BestTracker, CheckpointConfig, find_slots, read_manifest
+from rawloop.checkpoint import writer as slot_writer
+from rawloop.checkpoint.manifest import write_manifest
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import LossModule, World, bare_module
-from rawloop.errors import CheckpointError, UserError
+from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, TrainState, train
@@ -40,7 +45,6 @@ from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.precision.masters import Trained
 from rawloop.precision.scaler import LossScaleConfig
 from rawloop.records import read_events, read_metrics
-from rawloop.resume import stored_precision
 from rawloop.seed import RngState
 
 STEPS = 40
@@ -522,12 +526,205 @@ def test_two_processes_then_one_then_two_train_as_one_does(
     assert [event["rank"] for event in afresh] == [1]
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"mode": "bf16"}', None])
-def test_a_precision_that_cannot_be_read_is_left_to_restoring(content: bytes | None, tmp_path: Path) -> None:
-    (tmp_path / "state").mkdir()
-    if content is not None:
-        (tmp_path / "state/precision.json").write_bytes(content)
-    assert stored_precision(tmp_path) is None
-    (tmp_path / "state/precision.json").write_text('{"mode": "bf16", "reason": "x", "history": []}')
-    assert stored_precision(tmp_path) == {"mode": "bf16", "reason": "x", "history": []}
-    assert stored_precision(None) is None
+# -- which checkpoint is gone on from, and what becomes of the others --------------------------------------------------
+
+
+@pytest.fixture
+def short(base: RunConfig, tmp_path: Path) -> RunConfig:
+    """Four steps, all saved and evaluated."""
+    train = TrainConfig(1, 1, max_steps=4, log_every=1)
+    return replace(base, output=str(tmp_path / "run"), train=train, evaluation=EvaluationConfig(every=1, batch_size=5))
+
+
+def finished(config: RunConfig, change: Callable[[Run], None] = lambda run: None) -> Run:
+    run = build_run(config, World(), lambda line: None)
+    try:
+        change(run)
+        train(run)
+    finally:
+        run.close()
+    return run
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "precision.json"])
+def test_damage_after_a_fallback_is_passed_over_for_a_checkpoint_before_it(short: RunConfig, name: str) -> None:
+    """Which mode the weights are cast for is told by the checkpoint that is gone on from, not by the newest."""
+    precision = PrecisionConfig("amp_fp16", ["fp32"], max_nonfinite_losses=2, loss_scale=SCALE)
+    config = replace(short, precision=precision, evaluation=EvaluationConfig(enabled=False))
+    run = finished(config, lambda run: void(Hostile(run, frozenset(), frozenset({2, 3}))))
+    assert run.policy.name == "fp32"
+    for step in (3, 4):
+        flip(Path(config.output) / f"checkpoints/step-{step:08d}/state" / name)
+    resumed = build_run(replace(config, resume="latest"), World(), lambda line: None)
+    try:
+        assert (resumed.state.step, resumed.policy.name) == (2, "amp_fp16")
+        told = [event["reason"] for event in read_events(Path(config.output)) if "passed over" in event["reason"]]
+        assert len(told) == 2
+    finally:
+        resumed.close()
+
+
+def void(_: object) -> None:
+    """Drop a value."""
+
+
+def test_the_line_of_a_fallback_to_come_is_written_once(short: RunConfig, tmp_path: Path) -> None:
+    """Killed after it, a run goes on from the checkpoint of the same step, before it."""
+    precision = PrecisionConfig("amp_fp16", ["fp32"], max_nonfinite_losses=2, loss_scale=SCALE)
+    config = replace(short, precision=precision)
+
+    def hostile(run: Run) -> None:
+        Hostile(run, frozenset(), frozenset({2, 3}))
+
+    def killed(run: Run) -> None:
+        hostile(run)
+        stop_before(run, lambda state: state.window == 4)
+
+    go(replace(config, output=str(tmp_path / "whole")), hostile)
+    go(config, killed)
+    assert numbers(Path(config.output)) == numbers(tmp_path / "whole")[: len(numbers(Path(config.output)))]
+    go(config, hostile)
+    assert numbers(Path(config.output)) == numbers(tmp_path / "whole")
+
+
+def weights_of(slot: Path) -> bytes:
+    return (slot / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["checkpoints/discarded/step-00000004", "best"])
+def test_a_run_that_goes_on_from_elsewhere_is_gone_on_with_whenever_it_ends(short: RunConfig, where: str) -> None:
+    folder = Path(short.output)
+    finished(short)
+    first = weights_of(folder / "checkpoints" / "step-00000004")
+    other = replace(short, optim=replace(short.optim, lr=1e-3), resume=str(folder / "checkpoints" / "step-00000002"))
+    finished(other)
+    newest = folder / "checkpoints" / "step-00000004"
+    assert weights_of(newest) != first
+    slot = folder / where
+    expected = first if where != "best" else weights_of(slot)
+    step = 4 if where != "best" else json.loads((folder / "best.json").read_text())["step"]
+    longer = replace(short, train=replace(short.train, max_steps=6), checkpoint=CheckpointConfig(100, 1))
+    with pytest.raises(KeyboardInterrupt):  # before the first window
+        finished(replace(longer, resume=str(slot)), interrupt)
+    assert [path.name for path in find_slots(folder)] == [f"step-{step:08d}"]
+    assert weights_of(find_slots(folder)[0]) == expected
+    run = finished(replace(longer, resume="latest"))
+    assert run.state.step == 6
+
+
+def interrupt(run: Run) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_best_model_that_could_not_be_written_does_not_cost_the_one_before(short: RunConfig) -> None:
+    """The values fall, rise again, and the disk is full in between: what is in the slot is compared with."""
+    folder, values = Path(short.output), {0: 5.0, 1: 3.0, 2: 4.5, 3: 6.0, 4: 5.5}
+
+    def full_at(*steps: int) -> Callable[[Run], None]:
+        def change(run: Run) -> None:
+            assert run.checkpoints is not None
+            assert run.evaluator is not None
+            part, evaluate = run.checkpoints.parts.folders["model"], run.evaluator.run
+            snapshot = part.snapshot
+
+            def refused(copy: bool) -> Callable[[Path], None]:
+                write = snapshot(copy)
+                return write if run.state.step not in steps else full
+
+            def full(folder: Path) -> None:
+                raise OSError(28, "No space left on device")
+
+            def measured(stop: Callable[[], str | None]) -> Any:
+                evaluation = evaluate(stop)
+                return evaluation._replace(metrics={**evaluation.metrics, "eval_loss": values[run.state.step]})
+
+            part.snapshot = refused  # type: ignore[method-assign]
+            run.evaluator.run = measured  # type: ignore[assignment, method-assign]
+
+        return change
+
+    config = replace(short, checkpoint=CheckpointConfig(100, save_at_end=False, max_failures=9))
+    run = finished(config, full_at(1))
+    # 4.5 beat the 5.0 that had been kept; 6.0 and 5.5 did not beat it
+    assert json.loads((folder / "best.json").read_text())["value"] == 4.5
+    assert run.best is not None
+    assert (run.best.value, run.best.step) == (4.5, 2)
+    again = replace(config, output=f"{folder}-again")
+    with pytest.raises(CheckpointError, match="cannot save best at step 2"):
+        finished(again, full_at(1, 2))
+    assert json.loads((Path(again.output) / "best.json").read_text())["value"] == 5.0
+
+
+def test_a_resumed_run_takes_the_best_slot_at_its_word(short: RunConfig) -> None:
+    """A better value has been seen, and its model could not be written before the run was killed."""
+    folder = Path(short.output)
+    finished(short)
+    written = json.loads((folder / "best.json").read_text())
+    assert written["step"] == 4
+    shutil.rmtree(folder / "best")
+    shutil.copytree(folder / "checkpoints" / "step-00000003", folder / "best")
+    manifest = read_manifest(folder / "best")
+    meta = {"best": {"metric": "eval_loss", "mode": "min", "value": 9.0, "step": 3}}
+    (folder / "best" / "MANIFEST.json").unlink()
+    write_manifest(folder / "best", replace(manifest, meta=meta))
+    run = build_run(replace(short, resume="latest"), World(), lambda line: None)
+    run.close()
+    assert run.best is not None
+    assert (run.best.value, run.best.step) == (9.0, 3)
+    earlier = replace(short, resume=str(folder / "checkpoints" / "step-00000002"))
+    run = build_run(earlier, World(), lambda line: None)
+    run.close()
+    assert run.best is not None
+    assert run.best.step == 2  # the slot is of what is given up; it stays until it is surpassed
+
+
+def test_data_workers_are_forked_when_nothing_is_being_written(
+    short: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best model of step 0 may still be: a worker would inherit the locks of the thread."""
+    write = slot_writer.write_slot
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return write(*arguments)
+
+    monkeypatch.setattr("rawloop.checkpoint.manager.write_slot", slow)
+    seen = []
+
+    def look(run: Run) -> None:
+        start = run.windows.start
+
+        def windows(window: int) -> Iterator[list[Batch]]:
+            assert run.checkpoints is not None
+            seen.append([thread.name for thread in threading.enumerate() if "rawloop-save" in thread.name])
+            return start(window)
+
+        run.windows.start = windows  # type: ignore[method-assign]
+
+    finished(replace(short, train=replace(short.train, max_steps=1)), look)
+    assert seen == [[]]
+
+
+def test_no_checkpoint_says_that_lines_stand_that_could_not_be_written(short: RunConfig) -> None:
+    def refuse(run: Run) -> None:
+        write = run.records.metrics
+
+        def metrics(step: int, values: Any) -> None:
+            if step == 3:
+                raise RawloopError("cannot write metrics.jsonl: no space is left on the disk")
+            write(step, values)
+
+        run.records.metrics = metrics  # type: ignore[method-assign]
+
+    with pytest.raises(RawloopError, match="cannot write metrics"):
+        finished(short, refuse)
+    assert [path.name for path in find_slots(Path(short.output))] == ["step-00000002", "step-00000001"]
+    finished(replace(short, resume="latest"))
+    finished(replace(short, output=f"{short.output}-whole"))
+    assert numbers(Path(short.output)) == numbers(Path(f"{short.output}-whole"))

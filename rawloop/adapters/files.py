@@ -1,5 +1,6 @@
 """The files that a checkpoint keeps of the model: written, opened again, and compared."""
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from functools import partial
@@ -65,6 +66,8 @@ class ModelFiles:
     def _write(self, model: Any, weights: dict[str, Tensor], folder: Path) -> None:
         if self.is_adapter:
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+            _in_order(folder / "adapter_config.json")
+            _readable_as_the_umask_says(folder)
             _compare(tensors_of(folder), self._of_adapter(weights), folder)
         else:
             write_model(model, folder, weights)
@@ -170,6 +173,25 @@ def write_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = No
         model.save_pretrained(folder, state_dict=weights)
     else:
         model.save_pretrained(folder)
+    _readable_as_the_umask_says(folder)
+
+
+def _in_order(path: Path) -> None:
+    """PEFT keeps the targets in a set, whose order differs from process to process: equal runs have equal files."""
+    config = json.loads(path.read_text())
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _readable_as_the_umask_says(folder: Path) -> None:
+    """Safetensors makes files that only their owner can read."""
+    probe = folder / ".umask"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _takes_weights(model: Any) -> bool:
@@ -219,9 +241,14 @@ def same_names(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Pat
     shapes = [name for name in set(stored) & set(wanted) if stored[name].shape != wanted[name].shape]
     if missing or extra or shapes:
         raise CheckpointError(
-            f"{folder} does not fit the model: {len(missing)} weights missing {missing[:3]}, {len(extra)} unknown "
-            f"{extra[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}; were rank or targets changed?"
+            f"{folder} does not fit the model: {_some(missing, 'missing')}{_some(extra, 'unknown')}"
+            f"{_some(sorted(shapes), 'of another shape')}were rank or targets changed?"
         )
+
+
+def _some(names: list[str], what: str) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} weight(s) {what} ({', '.join(names[:3])}{more}); " if names else ""
 
 
 def _compare(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:

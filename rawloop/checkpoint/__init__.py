@@ -3,7 +3,7 @@
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointConfig, CheckpointManager, Restored
 from rawloop.checkpoint.manifest import Manifest, read_manifest, verify
-from rawloop.checkpoint.run_folder import claim_run_folder, mark_launch, remove_stop_file, where_to_begin
+from rawloop.checkpoint.run_folder import RunLock, claim_run_folder, mark_launch, remove_stop_file, where_to_begin
 from rawloop.checkpoint.slots import Latest, find_best, find_latest, find_slots
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Latest",
     "Manifest",
     "Restored",
+    "RunLock",
     "claim_run_folder",
     "find_best",
     "find_latest",

@@ -1,6 +1,7 @@
 """Which evaluation was the best so far. The number is part of every checkpoint, so a resumed run knows it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from rawloop.errors import CheckpointError
@@ -52,6 +53,16 @@ class BestTracker:
         """Start over: no value has been seen whose model still exists."""
         self.value = self.step = None
         self.worse_in_a_row = 0
+
+    def fall_back(self, kept: Mapping[str, Any] | None) -> None:
+        """Take the best slot at its word: `kept` is what its manifest says of it, None if there is none.
+
+        A better value has been seen since, whose model could not be written.
+        """
+        if kept is None or (kept["metric"], kept.get("mode", self.mode)) != (self.metric, self.mode):
+            self.value = self.step = None
+        else:
+            self.value, self.step = kept["value"], kept["step"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return metric, mode, value, step and the count of evaluations since. Patience is the config's."""

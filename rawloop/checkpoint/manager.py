@@ -21,7 +21,7 @@ from rawloop.checkpoint.capture import Capture, Parts
 from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
 from rawloop.checkpoint.manifest import Manifest, read_manifest
 from rawloop.checkpoint.pack import pack, unpack
-from rawloop.checkpoint.reader import agree_on_latest, changes, check_parts, check_slot
+from rawloop.checkpoint.reader import Chosen, changes, check_parts, choose
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
@@ -94,25 +94,44 @@ class CheckpointManager:
         self.parts = Parts(state)
         self._capture = Capture(self.parts, world, copy=config.asynchronous)
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
+        self._elsewhere = False  # restored from a slot that is not this run's own of that step
         self._last_size = 0  # bytes; not known before the first save
         self._saves = Saves()
         self._failures: list[CheckpointError] = []  # in a row
-        self.best_failed = False  # the best slot could not be written, on rank 0
+        self._best_failure: CheckpointError | None = None  # the last best slot could not be written; known to rank 0
 
     def start(self, step: int) -> None:
         """Make the run folder ready for training on from `step` (0 in a new run); after `load`, if there is one.
 
-        Removes what dead saves have left and moves checkpoints later than `step` aside.
+        Removes what dead saves have left and moves checkpoints later than `step` aside. A state that came from
+        elsewhere (the best slot, a discarded one, another run) is saved first, so that the run can be gone on with
+        whenever it ends, and a slot of another continuation is not taken for its own.
+
+        Raises:
+            CheckpointError: it could not be saved.
         """
+        self.world.together(lambda: self._make_ready(step), only_main=True)
+        if self._elsewhere:
+            self.save(step)
+            self.finish()
         self.world.together(lambda: self._start(step), only_main=True)
 
-    def _start(self, step: int) -> None:
+    def _make_ready(self, step: int) -> None:
         (self.folder / slots.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         sync(self.folder)
         for sentence in slots.clean_up(self.folder):
             self.records.event("warning", step=step, reason=sentence)
+        if self._elsewhere and self._slot(step).exists():
+            self._tell_moved(step, slots.set_one_aside(self.folder, self._slot(step)))
+
+    def _tell_moved(self, step: int, moved: Path) -> None:
+        self.records.event(
+            "warning", step=step, reason=f"going on from step {step}: moved one that was given up to {moved}"
+        )
+
+    def _start(self, step: int) -> None:
         for moved in slots.set_aside(self.folder, step):
-            self.records.event("warning", step=step, reason=f"going on from step {step}: moved a later one to {moved}")
+            self._tell_moved(step, moved)
         try:
             best = slots.note_best(self.folder)
         except CheckpointError as error:
@@ -147,21 +166,25 @@ class CheckpointManager:
         Raises:
             CheckpointError: `max_failures` in a row could not be written; what was saved before is untouched.
         """
-        slot = self.folder / slots.CHECKPOINTS / slots.slot_name(step)
-        self._store(slot, step, dict(meta or {}), partial(_rotate, self.folder, step, self.config))
+        slot = self._slot(step)
+        marks = {"keep": True} if slots.is_kept(step, self.config.keep_every) else {}
+        self._store(slot, step, {**(meta or {}), **marks}, partial(_rotate, self.folder, step, self.config))
         self._settled_step = step
         return slot
 
-    def save_best(self, step: int, metric_name: str, value: float, *, meta: Mapping[str, Any] | None = None) -> Path:
+    def save_best(
+        self, step: int, metric_name: str, value: float, *, mode: str = "min", meta: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write the whole state into the best slot and note it in `best.json`. Returns the slot's folder.
 
-        The previous best is replaced only when the next one is complete.
+        The previous best is replaced only when the next one is complete. `mode` says whether smaller (min) or larger
+        (max) values are better.
 
         Raises:
             CheckpointError: see `save`; the previous best is untouched.
         """
         assert math.isfinite(value), f"{metric_name} is {value} at step {step}: that is never the best"
-        best = {"metric": metric_name, "value": value, "step": step}
+        best = {"metric": metric_name, "mode": mode, "value": value, "step": step}
         slot = self.folder / slots.BEST
         self._store(slot, step, {**(meta or {}), "best": best}, partial(_note_best, self.folder))
         return slot
@@ -197,14 +220,29 @@ class CheckpointManager:
         """Wait for the saves under way. All ranks call this at the end of a run.
 
         Raises:
-            CheckpointError: the last save has failed.
+            CheckpointError: the last save has failed, or that of the best model.
         """
         self.world.together(self._finish, only_main=True)
 
     def _finish(self) -> None:
+        self._last_succeeded()
+        if self._best_failure is not None:
+            raise self._best_failure
+
+    def _last_succeeded(self) -> None:
         self.settle()
         if self._failures:
             raise self._failures[-1]
+
+    def best_failed(self) -> bool:
+        """Whether the best slot could not be written the last time, on all ranks alike."""
+        return self.world.from_main(self._best_failure is not None)
+
+    def kept_best(self) -> dict[str, Any] | None:
+        """What the manifest of the best slot says of it: metric, mode, value and step; None if there is none, or it
+        is damaged. All ranks call this.
+        """
+        return self.world.from_main(slots.kept_best(self.folder) if self.world.is_main else None)
 
     def secure(self, step: int) -> Path:
         """Return the checkpoint of `step`, which is whole and on the disk; write it now if it is not there.
@@ -213,11 +251,11 @@ class CheckpointManager:
             CheckpointError: it could not be written.
         """
         self.world.together(self.settle, only_main=True)
-        slot = self.folder / slots.CHECKPOINTS / slots.slot_name(step)
+        slot = self._slot(step)
         there = step == self._settled_step and not self._failures and slot.is_dir()
         if not self.world.from_main(there):
             self.save(step)
-            self.finish()
+            self.world.together(self._last_succeeded, only_main=True)
         return slot
 
     def close(self) -> None:
@@ -233,10 +271,13 @@ class CheckpointManager:
             written = save.result()
         except CheckpointError as error:
             self._failures.append(error)
-            self.best_failed |= save.slot.name == slots.BEST
+            if save.slot.name == slots.BEST:
+                self._best_failure = error
             self._tell_failure(save, error)
             return
         self._failures.clear()
+        if save.slot.name == slots.BEST:
+            self._best_failure = None
         self._last_size = written.manifest.size
         for sentence in written.notes:
             self.records.event("warning", step=written.manifest.step, reason=sentence)
@@ -259,7 +300,7 @@ class CheckpointManager:
         manifest, seconds = written.manifest, written.seconds
         text = f"wrote {save.slot.name} ({readable(manifest.size)} in {seconds:.2f} s)"
         if save.slot.name == slots.BEST:
-            kind, more = "best", {name: value for name, value in manifest.meta["best"].items() if name != "step"}
+            kind, more = "best", {name: manifest.meta["best"][name] for name in ("metric", "value")}
             text = f"{more['metric']} is {more['value']:.6g}, the best so far: {text}"
         numbers = {"seconds": seconds, "held": save.held, "bytes": manifest.size}
         self.records.event(kind, step=manifest.step, reason=text, **numbers, **more)
@@ -274,19 +315,30 @@ class CheckpointManager:
             UserError: there is no checkpoint, or no such folder.
             CheckpointError: no checkpoint is whole, or it does not hold exactly the parts of this run.
         """
-        if which == "latest":
-            slot = agree_on_latest(self.folder, self.world, self.records)
-        else:
-            slot = Path(which)
-            self.world.together(lambda: check_slot(slot))
+        return self.restore(choose(self.folder, which, self.world))
+
+    def restore(self, chosen: Chosen) -> Restored:
+        """Restore every part from a slot that `choose` has verified, and tell which ones it has passed over.
+
+        Raises:
+            CheckpointError: it does not hold exactly the parts of this run.
+        """
+        for slot, why in chosen.passed_over.items() if self.world.is_main else ():
+            self.records.event("warning", step=slots.step_of(slot), reason=f"passed over a checkpoint: {why}")
+        slot = chosen.slot
         manifest = self.world.together(lambda: self._restore(slot))
         assert manifest is not None
-        self._settled_step = manifest.step
+        own = self._slot(manifest.step)
+        self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()
+        self._settled_step = -1 if self._elsewhere else manifest.step
         self._last_size = manifest.size
         if self.world.is_main:
             reason = f"restored {slot}{changes(manifest.versions, self._capture.versions)}"
             self.records.event("restore", step=manifest.step, reason=reason)
         return Restored(slot, manifest.step, manifest.meta, manifest.world_size)
+
+    def _slot(self, step: int) -> Path:
+        return self.folder / slots.CHECKPOINTS / slots.slot_name(step)
 
     def _restore(self, slot: Path) -> Manifest:
         """Restore weights first and random streams last, because building the former may draw from the latter."""

@@ -5,6 +5,7 @@ No format that torch reads notices a flipped bit by itself; the digests here do,
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,9 +99,12 @@ def verify(slot: Path) -> Manifest:
     """Check every file of a slot against the manifest, by size and digest, and return the manifest.
 
     Raises:
-        CheckpointError: names the first file that is missing or differs, and how.
+        CheckpointError: names the first file that is missing or differs, and how; or its name is another step's.
     """
     manifest = read_manifest(slot)
+    named = re.fullmatch(r"(?:\.old-)?step-(\d+)", slot.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{slot}: its manifest is that of step {manifest.step}: it was renamed, or copied")
     for name, record in manifest.files.items():
         try:
             problem = _difference(slot / name, record)
@@ -109,20 +113,6 @@ def verify(slot: Path) -> Manifest:
         if problem:
             raise CheckpointError(f"{slot}: {name} {problem}")
     return manifest
-
-
-def whole_file(slot: Path, name: str) -> bytes:
-    """Return the contents of one file of a slot, as they were written, without looking at the others.
-
-    Raises:
-        CheckpointError: it is not in the manifest, or differs from what that says.
-        OSError: it cannot be read.
-    """
-    record = read_manifest(slot).files.get(name)
-    data = (slot / name).read_bytes()
-    if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
-        raise CheckpointError(f"{slot}: {name} is not what was written")
-    return data
 
 
 def _difference(path: Path, record: FileRecord) -> str | None:

@@ -1,35 +1,44 @@
 """Choosing a slot to restore: the newest that every rank finds whole, or the one the user named. Read-only."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from rawloop.checkpoint import slots
-from rawloop.checkpoint.manifest import Manifest, verify
+from rawloop.checkpoint.manifest import NAME, Manifest, verify
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
-from rawloop.records import Records
 
 
-def agree_on_latest(run: Path, world: World, records: Records) -> Path:
-    """Return the newest slot that every rank finds whole. Each one passed over is an event.
+class Chosen(NamedTuple):
+    """The slot to restore, whose every file every rank has verified, and newer ones that are damaged, with reasons."""
+
+    slot: Path
+    passed_over: dict[Path, str]
+
+
+def choose(run: Path, which: str | Path, world: World) -> Chosen:
+    """Verify the slot that is asked for; of `latest`, take the newest that every rank finds whole. Reads only.
 
     Raises:
-        UserError: the run has no checkpoint.
-        CheckpointError: none of its checkpoints is whole.
+        UserError: there is no checkpoint, or no such folder.
+        CheckpointError: the named one is damaged, or none of the run is whole. On all ranks alike.
     """
+    if which != "latest":
+        named = Path(which).expanduser()
+        world.together(lambda: check_slot(named))
+        return Chosen(named, {})
     candidates = world.from_main(slots.find_slots(run))
     if not candidates:
-        raise UserError(f"resume is 'latest', but '{run}' has no checkpoint: start without --resume")
-    reasons = []
+        raise UserError(f"resume is 'latest', but '{run}' has no checkpoint: start without --resume, or say 'auto'")
+    passed_over: dict[Path, str] = {}
     for slot in candidates:
         reason = _why_not(slot, world)
         if reason is None:
-            return slot
-        reasons.append(reason)
-        if world.is_main:
-            records.event("warning", step=slots.step_of(slot), reason=f"passed over a checkpoint: {reason}")
+            return Chosen(slot, passed_over)
+        passed_over[slot] = reason
     best = slots.find_best(run)
     advice = f"; the best one is a slot of its own, try --resume {best}" if best else ""
-    raise CheckpointError(f"no checkpoint of '{run}' is whole{advice}: " + "; ".join(reasons))
+    raise CheckpointError(f"no checkpoint of '{run}' is whole{advice}: " + "; ".join(passed_over.values()))
 
 
 def _why_not(slot: Path, world: World) -> str | None:
@@ -47,12 +56,22 @@ def _why_not(slot: Path, world: World) -> str | None:
 
 
 def check_slot(slot: Path) -> None:
-    """Refuse a path that the user gave and that is no whole checkpoint."""
-    if (slot / slots.CHECKPOINTS).is_dir():
-        names = ", ".join(path.name for path in slots.find_slots(slot)) or "none"
-        raise UserError(f"resume is '{slot}', which is a run: name one of its checkpoints ({names}), or say 'latest'")
+    """Refuse a path that the user gave and that is no whole checkpoint.
+
+    Raises:
+        UserError: it is none.
+        CheckpointError: it is damaged.
+    """
+    advice = "name a checkpoint's folder, such as RUN/checkpoints/step-00000500 or RUN/best, or say 'latest' or 'auto'"
     if not slot.is_dir():
-        raise UserError(f"resume is '{slot}', which is no folder: name a checkpoint's folder, or say 'latest'")
+        raise UserError(f"resume is '{slot}', which is no folder: {advice}")
+    for run, what in ((slot, "a run"), (slot.parent, "the folder of a run's checkpoints")):
+        if (run / slots.CHECKPOINTS).is_dir() and slot in (run, run / slots.CHECKPOINTS):
+            names = ", ".join(path.name for path in slots.find_slots(run)) or "none"
+            raise UserError(f"resume is '{slot}', which is {what}: name one of them ({names}), or say 'latest'")
+    if not (slot / NAME).exists() and slot.name != slots.BEST and slots.step_of(slot) < 0:
+        what = "a part of a checkpoint" if (slot.parent / NAME).exists() else "no checkpoint"
+        raise UserError(f"resume is '{slot}', which is {what}: {advice}")
     verify(slot)
 
 

@@ -4,7 +4,10 @@ torchrun starts its processes again when one of them has died. What they find in
 if the mark says so, and they may go on with it unasked; a folder that was refused at first is refused again.
 """
 
+import fcntl
 import json
+import os
+import socket
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal, NamedTuple
@@ -18,6 +21,7 @@ from rawloop.preempt import STOP_FILE
 # How far the processes of a launch came: the folder is theirs, what lies in it is of this run, they were told to stop.
 Stage = Literal["claimed", "begun", "stopped"]
 LAUNCH = ".launch"
+LOCK = ".lock"
 
 
 class Beginning(NamedTuple):
@@ -35,16 +39,70 @@ class Beginning(NamedTuple):
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "best.json", CHECKPOINTS, BEST)
 
 
-def claim_run_folder(folder: Path, world: World, *, resume: bool) -> None:
-    """Make `folder` if need be, and check that nothing of another run is in there. Call it on every rank.
+class RunLock:
+    """Keeps a second process from training into a folder, as long as this one lives or until it is released.
+
+    The kernel lets go of it when the process ends, however it ends. It is per process, so data workers do not hold it,
+    and a second lock of the same process is none. Where the file system has no locks, `notice` says so.
 
     Raises:
-        UserError: it holds a run and `resume` is false, it is a file, or it cannot be made or written into.
+        UserError: another process holds it, or the folder cannot be written into.
     """
-    world.together(lambda: _claim(folder, resume), only_main=True)
+
+    def __init__(self, folder: Path) -> None:
+        self.notice: str | None = None
+        self._path, self._made = folder / LOCK, not (folder / LOCK).exists()
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _not_writable(folder, folder, error) from error
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # what a held lock is differs between systems
+            holder = os.read(self._file, 300).decode(errors="replace").strip() or "another process"
+            os.close(self._file)
+            raise UserError(
+                f"output is '{folder}', into which {holder} is training now: wait for it, end it, or pass another "
+                "--output"
+            ) from None
+        except OSError as error:
+            self.notice = f"nothing keeps a second run from training into {folder}: no file locks ({error.strerror})"
+            return
+        os.truncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self, begun: bool = True) -> None:
+        """Let others train into the folder, of which nothing is left if the run has not `begun`."""
+        if self._made and not begun:
+            self._path.unlink(missing_ok=True)
+        os.close(self._file)
 
 
-def _claim(folder: Path, resume: bool) -> None:
+def claim_run_folder(folder: Path, world: World, *, resume: bool) -> RunLock | None:
+    """Make `folder` if need be, check that nothing of another run is in there, and lock it. Call it on every rank.
+
+    Returns:
+        the lock, on rank 0; to be released at the end of the run.
+
+    Raises:
+        UserError: it holds a run and `resume` is false, it is a file, it cannot be made or written into, or another
+            process is training into it.
+    """
+    return world.together(lambda: _claim(folder, resume), only_main=True)
+
+
+def _claim(folder: Path, resume: bool) -> RunLock:
+    lock = RunLock(folder) if (folder / LOCK).is_file() else None  # who trains there now is said first
+    try:
+        _check(folder, resume)
+        return lock or RunLock(folder)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _check(folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output is '{folder}', which is a file: name a folder")
     found = [name for name in MARKS if (folder / name).exists()]
@@ -69,10 +127,14 @@ def _check_writable(folder: Path, place: Path) -> None:
     except FileNotFoundError:
         pass  # there are no checkpoints yet
     except OSError as error:
-        raise UserError(
-            f"output is '{folder}', and nothing can be written into {place}: {error.strerror}; mend its permissions, "
-            "or pass another --output and go on from this run with --resume CHECKPOINT"
-        ) from error
+        raise _not_writable(folder, place, error) from error
+
+
+def _not_writable(folder: Path, place: Path, error: OSError) -> UserError:
+    return UserError(
+        f"output is '{folder}', and nothing can be written into {place}: {error.strerror}; mend its permissions, "
+        "or pass another --output and go on from this run with --resume CHECKPOINT"
+    )
 
 
 def mark_launch(folder: Path, world: World, stage: Stage) -> None:
@@ -93,6 +155,16 @@ def earlier_stage(folder: Path, world: World) -> Stage | None:
     return stage
 
 
+def forget_earlier_launch(folder: Path, world: World) -> None:
+    """Remove the mark of an earlier launch of this name: schedulers give a job that is put back its old id."""
+    try:
+        mark = json.loads((folder / LAUNCH).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not world.restarts and mark["launch"] == world.launch:
+        (folder / LAUNCH).unlink()
+
+
 def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
     """Decide what a run begins from; rank 0 does, for all.
 
@@ -110,13 +182,21 @@ def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
 
 
 def _begin(folder: Path, resume: str | None, world: World) -> Beginning:
+    forget_earlier_launch(folder, world)
     stage = earlier_stage(folder, world)
     if stage == "stopped":
         raise Preempted("was told to stop before torchrun started it again; go on with --resume latest")
-    if find_slots(folder) and (resume == "auto" or stage == "begun"):
+    elsewhere = resume is not None and resume not in ("latest", "auto") and not is_inside(folder, resume)
+    # What a claimed folder has, though it is gone on from elsewhere, is the copy that was saved of that at once.
+    if find_slots(folder) and (resume == "auto" or stage == "begun" or (stage == "claimed" and elsewhere)):
         return Beginning("latest", True, stage is not None)
     own = resume is not None or stage is not None
     return Beginning(None if resume == "auto" else resume, own, stage is not None)
+
+
+def is_inside(folder: Path, resume: str) -> bool:
+    """Whether a slot's path leads into a run's folder."""
+    return Path(resume).expanduser().resolve().is_relative_to(folder.resolve())
 
 
 def remove_stop_file(folder: Path, world: World) -> str | None:

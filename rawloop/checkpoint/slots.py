@@ -8,7 +8,7 @@ slot moved aside for the moment in which another takes its place.
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rawloop.checkpoint.disk import remove_tree, replace_text, sync
 from rawloop.checkpoint.manifest import Manifest, read_manifest, verify
@@ -76,6 +76,13 @@ def note_best(run: Path) -> Manifest | None:
     return manifest
 
 
+def kept_best(run: Path) -> dict[str, Any] | None:
+    """What the manifest of the best slot says of it: metric, mode, value and step; None without a readable one."""
+    slot = find_best(run)
+    manifest = _manifest(slot) if slot is not None else None
+    return dict(manifest.meta["best"]) if manifest is not None else None
+
+
 def find_latest(run: Path) -> Latest:
     """Look for the newest checkpoint whose every file is as it was written."""
     damaged: dict[Path, str] = {}
@@ -111,23 +118,36 @@ def put_in_place(temporary: Path, slot: Path) -> None:
 
 
 def _retire(old: Path, successor: Path) -> None:
-    """Delete a slot that has been replaced, but not one of a later step: that one was not surpassed, it was given up.
+    """Delete a slot that has been replaced, unless it was given up and not surpassed: then move it to the discarded.
 
-    This happens when a run goes on from an earlier checkpoint than its last and finds another best.
+    That is a slot of a later step, or a best one whose value its successor does not reach. It happens when a run goes
+    on from an earlier checkpoint than its last.
     """
-    if _manifest_step(old) > _manifest_step(successor):
-        discarded = _run_of(successor) / CHECKPOINTS / DISCARDED
-        discarded.mkdir(parents=True, exist_ok=True)
-        old.rename(_free_name(discarded / f"{successor.name}-{slot_name(_manifest_step(old))}"))
+    if _surpassed(_manifest(old), _manifest(successor)):
+        remove_tree(old)
         return
-    remove_tree(old)
+    discarded = _run_of(successor) / CHECKPOINTS / DISCARDED
+    discarded.mkdir(parents=True, exist_ok=True)
+    step = slot_name(read_manifest(old).step)
+    old.rename(_free_name(discarded / (f"{BEST}-{step}" if successor.name == BEST else step)))
 
 
-def _manifest_step(slot: Path) -> int:
+def _manifest(slot: Path) -> Manifest | None:
     try:
-        return read_manifest(slot).step
+        return read_manifest(slot)
     except CheckpointError:  # a damaged slot has nothing to lose
-        return -1
+        return None
+
+
+def _surpassed(old: Manifest | None, successor: Manifest | None) -> bool:
+    if old is None or successor is None:
+        return old is None
+    if old.step > successor.step:
+        return False
+    then, now = old.meta.get("best"), successor.meta.get("best")
+    if not then or not now or then["metric"] != now["metric"]:
+        return True
+    return bool(then["value"] <= now["value"] if now.get("mode") == "max" else then["value"] >= now["value"])
 
 
 def _run_of(slot: Path) -> Path:
@@ -162,17 +182,18 @@ def _settle(path: Path) -> str:
 
 
 def set_aside(run: Path, after: int) -> list[Path]:
-    """Move slots of later steps to `checkpoints/discarded/`: they belong to a continuation that was given up.
+    """Move slots of steps later than `after` to `checkpoints/discarded/`: of a continuation that was given up.
 
     Left in place, the next `--resume latest` would take one of them for the newest.
     """
-    moved = []
-    for slot in find_slots(run):
-        if step_of(slot) > after:
-            moved.append(_free_name(run / CHECKPOINTS / DISCARDED / slot.name))
-            moved[-1].parent.mkdir(exist_ok=True)
-            slot.rename(moved[-1])
-    return moved
+    return [set_one_aside(run, slot) for slot in find_slots(run) if step_of(slot) > after]
+
+
+def set_one_aside(run: Path, slot: Path) -> Path:
+    """Move a slot to `checkpoints/discarded/`, and return where it lies there."""
+    moved = _free_name(run / CHECKPOINTS / DISCARDED / slot.name)
+    moved.parent.mkdir(exist_ok=True)
+    return slot.rename(moved)
 
 
 def _free_name(path: Path) -> Path:
@@ -187,12 +208,24 @@ def _free_name(path: Path) -> Path:
 def rotate(run: Path, step: int, keep_last: int, keep_every: int = 0) -> list[Path]:
     """Delete the oldest slots so that `keep_last` remain, the one of `step` among them. Returns the deleted ones.
 
-    Slots whose step is a multiple of `keep_every` are neither deleted nor counted; 0 sets none apart.
+    Slots that `is_kept` says of are neither deleted nor counted, by the `keep_every` of today or of when they were
+    written.
     """
     if keep_last == 0:
         return []
-    counted = [slot for slot in find_slots(run) if not (keep_every and step_of(slot) % keep_every == 0)]
+    counted = [slot for slot in find_slots(run) if not is_kept(step_of(slot), keep_every)]
     surplus = [slot for slot in counted if step_of(slot) <= step][keep_last:]
-    for slot in surplus:
+    deleted = [slot for slot in surplus if not _was_to_be_kept(slot)]
+    for slot in deleted:
         remove_tree(slot)
-    return surplus
+    return deleted
+
+
+def is_kept(step: int, keep_every: int) -> bool:
+    """Whether the checkpoint of a step is one of those that are kept for ever; 0 sets none apart."""
+    return keep_every > 0 and step > 0 and step % keep_every == 0
+
+
+def _was_to_be_kept(slot: Path) -> bool:
+    manifest = _manifest(slot)
+    return manifest is not None and bool(manifest.meta.get("keep"))

@@ -174,11 +174,11 @@ def test_a_best_slot_that_could_not_be_written_is_known(saving: Saving) -> None:
     saving.gate.open.set()
     saving.manager.save_best(1, "eval_loss", 0.5)
     saving.settle()
-    assert saving.manager.best_failed is False
+    assert not saving.manager.best_failed()
     saving.gate.refuses = True
     saving.manager.save_best(2, "eval_loss", 0.4)
     saving.settle()
-    failed: bool = saving.manager.best_failed
+    failed: bool = saving.manager.best_failed()
     assert failed
     best = find_best(saving.run)
     assert best is not None

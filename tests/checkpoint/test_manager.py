@@ -167,7 +167,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
         manager.save_best(5, "eval_loss", 1.5)
         manager.save(6)
     assert names(tmp_path) == ["step-00000006", "step-00000005"]
-    best = {"metric": "eval_loss", "value": 1.5, "step": 5, "folder": "best"}
+    best = {"metric": "eval_loss", "mode": "min", "value": 1.5, "step": 5, "folder": "best"}
     assert json.loads((tmp_path / "best.json").read_text()) == best
     with opened(tmp_path) as manager:
         assert manager.load(tmp_path / "best").step == 5
@@ -177,9 +177,26 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
 
 def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
     with opened(tmp_path, keep_last=1, keep_every=2) as manager:
-        for step in range(1, 6):
+        for step in range(6):
             manager.save(step)
     assert names(tmp_path) == ["step-00000005", "step-00000004", "step-00000002"]
+    with opened(tmp_path, keep_last=1) as manager:  # without keep_every: what was kept for ever still is
+        manager.save(6)
+    assert names(tmp_path) == ["step-00000006", "step-00000004", "step-00000002"]
+
+
+def test_a_best_slot_that_was_not_surpassed_is_set_aside(tmp_path: Path) -> None:
+    """As when a run goes on from before it with other settings."""
+    with opened(tmp_path) as manager:
+        manager.save_best(6, "eval_loss", 1.0)
+        manager.save_best(8, "eval_loss", 1.5)
+        manager.save_best(8, "eval_loss", 1.25)  # surpasses
+        manager.save_best(9, "accuracy", 0.5, mode="max")  # of another metric
+        manager.save_best(9, "accuracy", 0.25, mode="max")
+        manager.save_best(3, "accuracy", 0.75, mode="max")
+    left = sorted(path.name for path in (tmp_path / "checkpoints" / "discarded").iterdir())
+    assert left == ["best-step-00000006", "best-step-00000009", "best-step-00000009-2"]
+    assert manager.kept_best() == {"metric": "accuracy", "mode": "max", "value": 0.75, "step": 3}
 
 
 def test_a_value_that_is_not_finite_is_never_written_as_the_best(tmp_path: Path) -> None:
@@ -239,8 +256,18 @@ def test_paths_that_are_no_checkpoint_are_the_users_mistake(tmp_path: Path) -> N
         with pytest.raises(UserError, match="is no folder"):
             manager.load(str(tmp_path / "step-1"))
         manager.save(4)
-        with pytest.raises(UserError, match=r"is a run: name one of its checkpoints \(step-00000004\)"):
+        with pytest.raises(UserError, match=r"is a run: name one of them \(step-00000004\)"):
             manager.load(tmp_path)
+        with pytest.raises(UserError, match=r"a run's checkpoints: name one of them \(step-00000004\)"):
+            manager.load(tmp_path / "checkpoints")
+        with pytest.raises(UserError, match=r"state', which is a part of a checkpoint: name a checkpoint's"):
+            manager.load(tmp_path / "checkpoints" / "step-00000004" / "state")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=r"empty', which is no checkpoint: name a checkpoint's folder, such"):
+            manager.load(tmp_path / "empty")
+        (tmp_path / "checkpoints" / "step-00000004").rename(tmp_path / "checkpoints" / "step-00000009")
+        with pytest.raises(CheckpointError, match="its manifest is that of step 4: it was renamed, or copied"):
+            manager.load()
 
 
 def test_missing_and_extra_parts_are_listed_and_nothing_is_restored(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
 """Claiming a run folder: nothing of another run is ever written over."""
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
-from rawloop.checkpoint import claim_run_folder
+from rawloop.checkpoint import claim_run_folder, mark_launch, where_to_begin
 from rawloop.dist import World
 from rawloop.errors import UserError
 
@@ -36,3 +41,48 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         claim_run_folder(tmp_path / "x", World(), resume=False)
     with pytest.raises(UserError, match="cannot be made"):
         claim_run_folder(tmp_path / "x" / "y", World(), resume=True)
+
+
+def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = (
+        "import sys; from pathlib import Path; from rawloop.checkpoint import claim_run_folder; "
+        "from rawloop.dist import World; claim_run_folder(Path(sys.argv[1]), World(), resume=False); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, run], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"into which process {other.pid} on .* is training now: wait for it"):
+                claim_run_folder(run, World(), resume=resume)
+        other.kill()
+    lock = claim_run_folder(run, World(), resume=False)  # the kernel has let go of it
+    assert lock is not None
+    assert lock.notice is None
+    lock.release()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(file: int, command: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    lock = claim_run_folder(tmp_path, World(), resume=False)
+    assert lock is not None
+    assert (
+        lock.notice == f"nothing keeps a second run from training into {tmp_path}: no file locks (No locks available)"
+    )
+    lock.release()
+
+
+def test_a_job_that_is_put_back_under_its_old_id_is_no_restart(tmp_path: Path) -> None:
+    """Its marks are of the launch before: what that one was told, and that the folder was its own, count no more."""
+    first, again = World(launch="4711"), World(launch="4711", restarts=1)
+    for stage in ("stopped", "begun"):
+        mark_launch(tmp_path, first, stage)
+        assert where_to_begin(tmp_path, None, first) == (None, False, False)
+        assert where_to_begin(tmp_path, None, again) == (None, False, False)
+    mark_launch(tmp_path, first, "claimed")
+    where_to_begin(tmp_path, None, World(launch="another"))
+    assert where_to_begin(tmp_path, None, again) == (None, True, True)

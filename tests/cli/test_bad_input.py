@@ -85,7 +85,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--checks.allow", "[chance]"], r"checks\.allow is 'chance' .*: it must be one of 'leak', 'dead', 'bl"),
         (["--records.wandb", "true"], r"records\.wandb is true, but the package wandb is not installed"),
         (["--resume", "latest"], r"resume is 'latest', but '.*/run' has no checkpoint: start without --resume"),
-        (["--resume", "TMP/none"], r"resume is '.*/none', which is no folder: name a checkpoint's folder, or say 'la"),
+        (["--resume", "TMP/none"], r"resume is '.*/none', which is no folder: name a checkpoint's folder, such as"),
         (["--resume", ""], r"resume is empty: say 'latest' or 'auto', or name a checkpoint's folder"),
         (["--output", "TMP/run.yaml"], r"output is '.*/run\.yaml', which is a file: name a folder"),
         (["--output", "TMP/run.yaml/x"], r"output is '.*', which cannot be made: Not a directory"),

@@ -385,8 +385,9 @@ def test_a_finished_run_can_be_made_longer(door: Door, write_config: Write, tmp_
 
 
 def unchanged(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """What must be left as it was; an event may say what was tried."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "events.jsonl")
+    """What must be left as it was; an event may say what was tried, and the lock who did."""
+    kept = {"events.jsonl", ".lock"}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in kept)
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
@@ -397,7 +398,10 @@ def test_settings_that_make_another_run_cannot_resume(door: Door, trained: Path,
     again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")
     for arguments, problem in (
         ("--precision.mode bf16", "resume with --precision.mode fp32"),
-        ("--adapter.rank 8 --optim.lr 1", "within a run: adapter.rank 4 -> 8: set them back, start a run of its own"),
+        (
+            "--adapter.rank 8 --optim.lr 1",
+            "adapter.rank 4 -> 8: set them back, or start a run of its own (adapter.rank",
+        ),
         (
             "--seed 1 --data.max_seconds 20 --adapter.alpha 16 --model.stream_weights {text: 0.5}",
             'seed 0 -> 1, model.stream_weights {} -> {"text": 0.5}, adapter.alpha 8.0 -> 16.0, data.max_seconds 30.0 '
@@ -406,7 +410,7 @@ def test_settings_that_make_another_run_cannot_resume(door: Door, trained: Path,
         ),
         ("--seed 1 --adapter.dropout 0.1 --resume_force [seed]", "within a run: adapter.dropout 0.0 -> 0.1: set"),
         ("--evaluation.best_mode max", "evaluation.best_mode min -> max: "),
-        ("--train.batch_size 1", "window_size 2 -> 1; window_size is processes x"),
+        ("--train.batch_size 1", "run took 2 samples (1 process(es) x train.batch_size 2 x train.accumulation 1), and"),
         ("--optim.lr 1 --resume_force [optim.l]", "has 'optim.l', which is no key (did you mean 'optim.lr'?)"),
     ):
         words = arguments.replace("{text: 0.5}", "{text:~0.5}").split()
