@@ -79,6 +79,22 @@ def test_train_says_where_everything_is_and_how_the_loss_moved(door: Door, confi
     assert {event["kind"] for event in read_events(run)} >= {"precision", "start", "save", "best"}
 
 
+def test_a_train_without_a_terminal_says_a_line_per_log_step_and_evaluation(
+    door: Door, config: Path, tmp_path: Path
+) -> None:
+    done = door("train", "--config", config, "--records.progress", "true")
+    assert done.code == 0
+    lines = [line for line in done.err.splitlines() if line.startswith("step ")]
+    losses = losses_of(tmp_path / "run")
+    trained = {line["step"]: line["loss"] for line in metrics_of(tmp_path / "run") if "loss" in line}
+    wanted = [f"step 0/3  eval_loss {losses[0]:.4f}"]
+    for step in (1, 2, 3):
+        wanted.append(f"step {step}/3  loss {trained[step]:.4f}  grad_norm ")
+        wanted += [f"step {step}/3  eval_loss {losses[step]:.4f}"] if step in losses else []
+    assert len(lines) == len(wanted)
+    assert all(line.startswith(start) for line, start in zip(lines, wanted, strict=True)), lines
+
+
 def test_the_config_in_the_run_folder_repeats_the_run(door: Door, trained: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert door("train", "--config", trained / "run" / "config.yaml", "--output", again).code == 0
