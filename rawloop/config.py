@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 
 from rawloop.adapters import AdapterConfig
 from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.slots import CHECKPOINTS
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig
@@ -27,9 +28,12 @@ from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig
-from rawloop.records import RecordsConfig
+from rawloop.records import METRICS, RecordsConfig
 
+RUN_MARKS = (METRICS, CHECKPOINTS)  # one of them stands beside the config that a run has written into its folder
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
+
+PATHS = "Paths are relative to the folder that the command is started in."
 
 # What HF Trainer calls it, and what it is here.
 OF_HF_TRAINER = MappingProxyType(
@@ -175,13 +179,16 @@ def known_keys() -> set[str]:
     return set(_flatten(dataclasses.asdict(RunConfig())))
 
 
-def parse(argv: list[str], prog: str, extra: Mapping[str, str] | None = None) -> tuple[RunConfig, dict[str, Any]]:
+def parse(
+    argv: list[str], prog: str, extra: Mapping[str, str] | None = None, about: str = ""
+) -> tuple[RunConfig, dict[str, Any]]:
     """Read a run's config from `--config FILE` and overrides such as `--optim.lr 1e-5`.
 
     Args:
         argv: the command's arguments. A later file overrides an earlier one, and an option overrides all files.
         prog: name of the command, for its help.
         extra: further string options of the command, name -> help.
+        about: what the command does, for its help.
 
     Returns:
         the config, and the values of the further options (None where not given).
@@ -189,7 +196,8 @@ def parse(argv: list[str], prog: str, extra: Mapping[str, str] | None = None) ->
     Raises:
         UserError: an unknown key, a wrong type, a file that is not there or not YAML.
     """
-    parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=field_help(RunConfig)[0])
+    head = f"{about[:1].upper()}{about[1:]}. {PATHS}" if about else PATHS
+    parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=head)
     parser.add_argument("--config", action="config", help="YAML file with the keys below; options override it")
     for name, text in (extra or {}).items():
         parser.add_argument_group(f"--{name} {name.upper()}", text)  # taken out by hand: it may be called like a group
@@ -210,6 +218,26 @@ def parse(argv: list[str], prog: str, extra: Mapping[str, str] | None = None) ->
         return _built(RunConfig, values), options
     except UserError as error:
         raise UserError(f"{error}{_where(str(error), origins)}") from error
+
+
+def moved_run(argv: list[str], config: RunConfig) -> str | None:
+    """A sentence about a run's own config whose `output` is another folder than its own: it was copied or moved.
+
+    None where `--output` is given, and of all other configs.
+    """
+    rest = list(argv)
+    files = [Path(file) for file in _take(rest, "config")]
+    if any(argument.partition("=")[0] == "--output" for argument in rest):
+        return None
+    named = [file for file in files if "output" in _file_keys(file, known_keys())]
+    folder = named[-1].parent if named else None
+    if folder is None or not any((folder / mark).exists() for mark in RUN_MARKS):
+        return None
+    if folder.resolve() == Path(config.output).expanduser().resolve():
+        return None
+    return (
+        f"--config is a run's own, in {folder}, and its output is {config.output}: pass --output {folder} to work there"
+    )
 
 
 def _built(owner: type, values: dict[str, Any]) -> Any:

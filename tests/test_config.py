@@ -8,7 +8,7 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from rawloop.cli import main
+from rawloop.cli import COMMANDS, main
 from rawloop.config import (
     ALIASES,
     OF_HF_TRAINER,
@@ -17,6 +17,7 @@ from rawloop.config import (
     add_options,
     field_help,
     known_keys,
+    moved_run,
     parse,
     to_yaml,
 )
@@ -116,6 +117,30 @@ def test_the_resolved_config_reads_back_as_it_was(write: Callable[..., Path]) ->
     config.model.stream_weights = {"text": 0.25}
     assert read("--config", write(to_yaml(config))) == config
     assert read("--config", write(to_yaml(RunConfig()))) == RunConfig()
+
+
+def test_the_config_of_a_run_that_was_copied_is_told_apart(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*arguments: str | Path) -> str | None:
+        words = [str(argument) for argument in arguments]
+        return moved_run(words, parse(words, "rawloop train")[0])
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "v"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    own, copied = (write("output: runs/a\nseed: 3\n", f"runs/{name}/config.yaml") for name in ("a", "v"))
+    more = write("seed: 4\n", "more.yaml")
+    line = "--config is a run's own, in runs/v, and its output is runs/a: pass --output runs/v to work there"
+    relative = copied.relative_to(tmp_path)
+    assert told("--config", relative) == told(f"--config={relative}", "--config", more, "--seed", "1") == line
+    assert told("--config", copied, "--output", "runs/a") is told("--config", copied, "--output=runs/c") is None
+    assert told("--config", copied, "--config", write("output: runs/c\n")) is None
+    assert told("--config", own) is told("--config", own.relative_to(tmp_path)) is told() is None
+    (tmp_path / "runs" / "v" / "checkpoints").rmdir()
+    assert told("--config", relative) is None  # no run's folder
+    (tmp_path / "runs" / "v" / "metrics.jsonl").touch()
+    assert told("--config", relative) == line
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
@@ -273,6 +298,16 @@ def test_help_shows_every_key_with_its_text(capsys: pytest.CaptureFixture[str]) 
         assert f"--{key} " in shown
     assert "5 to 10% of a step" in words
     assert "<class" not in shown
+
+
+@pytest.mark.parametrize("command", ["prepare", "inspect", "train", "evaluate", "doctor"])
+def test_help_begins_with_what_the_command_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    text = COMMANDS[command]
+    head = f"{text[0].upper()}{text[1:]}. Paths are relative to the folder that the command is started in."
+    assert words.startswith(f"usage: rawloop {command} [--config FILE] [--KEY VALUE ...] {head}")
 
 
 def test_aliases_stand_for_options_that_exist() -> None:
