@@ -47,6 +47,10 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--optim.lr", "abc"], r"optim\.lr is 'abc' \(from the command line\): it must be a number"),
         (["--model.path", "TMP/none"], r"model\.path is '.*/none': no such folder, and not a hub id \(owner/name\)"),
         (["--model.path", "owner/none"], r"model\.path is 'owner/none': no such folder, and the hub gave no such mod"),
+        (
+            ["--model.codec", "owner/none"],
+            r"^model\.codec is 'owner/none': no such folder, and the hub gave no such model \(.*\): .*`hf download own",
+        ),
         (["--model.path", "TMP/run"], r"model\.path is '.*/run', a folder without config\.json: point it at"),
         (["--model.path", "TMP/run.yaml"], r"model\.path is '.*', a file: give the folder that holds the model"),
         (["--model.family", "higs_audio_v2"], r"'higs_audio_v2' \(did you mean 'higgs_audio_v2'\?\)"),
@@ -258,6 +262,12 @@ def test_merge(refusal: Refusal, tmp_path: Path) -> None:
     )
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "run")
     assert said == f"--output is '{tmp_path}/run', which exists: name a folder that does not"
+
+
+def test_prepare_without_the_codec(refusal: Refusal, config: Path) -> None:
+    said = refusal("prepare", "--config", config, "--model.codec", "owner/none")
+    assert said.startswith("model.codec is 'owner/none': no such folder, and the hub gave no such model (")
+    assert said.endswith("where there is a network, `hf download owner/none`, and set model.codec to its folder")
 
 
 def test_prepare_under_torchrun(refusal: Refusal, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
