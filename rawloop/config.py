@@ -35,15 +35,23 @@ ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation
 
 PATHS = "Paths are relative to the folder that the command is started in."
 
-# What HF Trainer calls it, and what it is here.
+# What HF Trainer and PEFT call it, and what it is here.
 OF_HF_TRAINER = MappingProxyType(
     {
-        "eval_steps": "evaluation.every",
+        "bf16": "precision.mode",
+        "data_seed": "seed",
+        "do_eval": "evaluation.enabled",
         "early_stopping_patience": "evaluation.patience",
+        "eval_steps": "evaluation.every",
+        "fp16": "precision.mode",
         "gradient_accumulation_steps": "train.accumulation",
         "gradient_checkpointing": "model.activation_checkpointing",
+        "greater_is_better": "evaluation.best_mode",
         "learning_rate": "optim.lr",
         "logging_steps": "train.log_every",
+        "lora_alpha": "adapter.alpha",
+        "lora_dropout": "adapter.dropout",
+        "lora_r": "adapter.rank",
         "lr_scheduler_type": "optim.schedule",
         "max_grad_norm": "optim.max_norm",
         "metric_for_best_model": "evaluation.best_metric",
@@ -52,8 +60,28 @@ OF_HF_TRAINER = MappingProxyType(
         "per_device_eval_batch_size": "evaluation.batch_size",
         "per_device_train_batch_size": "train.batch_size",
         "resume_from_checkpoint": "resume",
+        "run_name": "output",
         "save_steps": "checkpoint.save_every",
         "save_total_limit": "checkpoint.keep_last",
+    }
+)
+# What has no counterpart, or another meaning here, in a few words.
+NOT_AS_HF_TRAINER = MappingProxyType(
+    {
+        "deepspeed": "there is none; several processes train by DDP, which torchrun starts",
+        "disable_tqdm": "'records.progress' set to false is that",
+        "eval_strategy": "'evaluation.every' is a number of steps",
+        "evaluation_strategy": "'evaluation.every' is a number of steps",
+        "fsdp": "there is none; several processes train by DDP, which torchrun starts",
+        "ignore_data_skip": "there is none; a resumed run goes on with the samples that were next, and skips none",
+        "load_best_model_at_end": "there is none; the best model is always kept, in best/ of the run's folder",
+        "logging_dir": "there is none; TensorBoard's files lie in tensorboard/ of the run's folder, 'output'",
+        "logging_strategy": "'train.log_every' is a number of steps",
+        "overwrite_output_dir": "there is none; go on in the folder of a run with --resume auto, or delete it",
+        "report_to": "'records.tensorboard' and 'records.wandb' are true or false",
+        "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
+        "save_strategy": "'checkpoint.save_every' is a number of steps",
+        "warmup_ratio": "'optim.warmup_steps' is a number of steps",
     }
 )
 
@@ -113,12 +141,14 @@ class Parser(ArgumentParser):
     """jsonargparse's parser, with every complaint turned into one `UserError` line that says where a value stands."""
 
     origin = "the command line"
+    meant: Mapping[str, str] = MappingProxyType({})  # options of other commands -> the one of this command
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         names = [name for action in self._actions for name in action.option_strings]
-        raise UserError(explain(message, self.origin) + (nearest(unknown[1], names) if unknown else ""))
+        hint = nearest(self.meant.get(unknown[1], unknown[1]), names) if unknown else ""
+        raise UserError(explain(message, self.origin) + hint)
 
 
 WRONG_TYPE = re.compile(
@@ -329,10 +359,13 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
 
 
 def near(key: str, known: set[str]) -> str:
-    """A clause that names the keys of the same name in other groups, or what HF Trainer means, or the nearest one."""
-    own = OF_HF_TRAINER.get(key.rpartition(".")[2])
-    if own is not None:
-        return f" (what HF Trainer calls {key.rpartition('.')[2]} is '{own}' here)"
+    """A clause: what HF Trainer calls so, or the keys of the same name in other groups, or the nearest one."""
+    for name in reversed(key.split(".")):
+        if name in OF_HF_TRAINER:
+            whose = "PEFT" if name.startswith("lora_") else "HF Trainer"
+            return f" (what {whose} calls {name} is '{OF_HF_TRAINER[name]}' here)"
+        if name in NOT_AS_HF_TRAINER:
+            return f" (HF Trainer's {name}: {NOT_AS_HF_TRAINER[name]})"
     ends = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
     if ends:
         return " (did you mean '" + "' or '".join(ends) + "'?)"

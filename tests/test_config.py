@@ -1,6 +1,7 @@
 """How a run's config is read: files, options, their order, and one clear line for every mistake in them."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_type_hints
@@ -11,6 +12,7 @@ import yaml
 from rawloop.cli import COMMANDS, main
 from rawloop.config import (
     ALIASES,
+    NOT_AS_HF_TRAINER,
     OF_HF_TRAINER,
     Parser,
     RunConfig,
@@ -176,6 +178,41 @@ def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], g
     assert "'checkpoint.keep_last' here" in refusal("--config", write("checkpoint: {save_total_limit: 3}\n"))
     assert set(OF_HF_TRAINER.values()) <= known_keys()
     assert not set(OF_HF_TRAINER) & {key.rpartition(".")[2] for key in known_keys()}
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("fp16", "what HF Trainer calls fp16 is 'precision.mode' here"),
+        ("bf16", "what HF Trainer calls bf16 is 'precision.mode' here"),
+        ("greater_is_better", "what HF Trainer calls greater_is_better is 'evaluation.best_mode' here"),
+        ("lora_r", "what PEFT calls lora_r is 'adapter.rank' here"),
+        ("data_seed", "what HF Trainer calls data_seed is 'seed' here"),
+        ("run_name", "what HF Trainer calls run_name is 'output' here"),
+        ("do_eval", "what HF Trainer calls do_eval is 'evaluation.enabled' here"),
+        ("disable_tqdm", "HF Trainer's disable_tqdm: 'records.progress' set to false is that"),
+        ("save_strategy", "HF Trainer's save_strategy: 'checkpoint.save_every' is a number of steps"),
+        ("report_to", "HF Trainer's report_to: 'records.tensorboard' and 'records.wandb' are true or false"),
+        ("warmup_ratio", "HF Trainer's warmup_ratio: 'optim.warmup_steps' is a number of steps"),
+        ("load_best_model_at_end", "HF Trainer's load_best_model_at_end: there is none; the best model is always kept"),
+        ("deepspeed", "HF Trainer's deepspeed: there is none; several processes train by DDP"),
+        ("deepspeed.stage", "HF Trainer's deepspeed: there is none; several processes train by DDP"),
+        *(
+            (name, f"HF Trainer's {name}: there is none; ")
+            for name in ("logging_dir", "overwrite_output_dir", "save_only_model", "ignore_data_skip")
+        ),
+    ],
+)
+def test_names_from_elsewhere_are_answered_in_a_few_words(write: Callable[..., Path], name: str, answer: str) -> None:
+    assert f" ({answer}" in refusal(f"--{name}", "1")
+    assert f" ({answer}" in refusal("--config", write(name.replace(".", ":\n  ") + ": 1\n"))
+    assert "did you mean" not in refusal(f"--{name}", "1")
+
+
+def test_answers_to_names_from_elsewhere_are_true() -> None:
+    words = " ".join(NOT_AS_HF_TRAINER.values())
+    assert set(re.findall(r"'([\w.]+)'", words)) <= known_keys()
+    assert not set(NOT_AS_HF_TRAINER) & {*OF_HF_TRAINER, *(key.rpartition(".")[2] for key in known_keys())}
 
 
 def test_a_mistyped_alias_is_refused_with_the_right_one() -> None:
