@@ -255,11 +255,23 @@ def test_evaluate(refusal: Refusal, config: Path, tmp_path: Path) -> None:
 
 def test_merge(refusal: Refusal, tmp_path: Path) -> None:
     assert refusal("merge") == "the following arguments are required: adapter, output"
-    assert refusal("merge", "--adaptor", "x").endswith("--adaptor x (did you mean '--adapter'?)")
+    for option in ("adaptor", "checkpoint", "config"):
+        assert refusal("merge", f"--{option}", "x").endswith(f"--{option} x (did you mean '--adapter'?)")
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "merged")
     assert said == (
         f"--adapter is '{tmp_path}/none', which has no adapter_config.json: give a checkpoint's adapter folder"
     )
+    adapter, model = tmp_path / "v" / "best" / "adapter", tmp_path / "full" / "best" / "model"
+    for file in (adapter / "adapter_config.json", model / "config.json"):
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    for folder in (tmp_path / "v" / "best", tmp_path / "v"):
+        said = refusal("merge", "--adapter", folder, "--output", tmp_path / "merged")
+        assert said == f"--adapter is '{folder}', which has no adapter_config.json: did you mean {adapter}?"
+    for folder in (model, tmp_path / "full" / "best", tmp_path / "full"):
+        said = refusal("merge", "--adapter", folder, "--output", tmp_path / "merged")
+        whole = f"{model} is a whole model already: it needs no merging, use it as it is"
+        assert said == f"--adapter is '{folder}', and {whole}"
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "run")
     assert said == f"--output is '{tmp_path}/run', which exists: name a folder that does not"
 
