@@ -371,6 +371,21 @@ def test_a_train_that_is_told_to_stop_ends_with_75_and_a_line(
     assert int(found[1]) == int(found[2][-8:])
 
 
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [("train", ": go on with --resume auto"), ("prepare", ": run it again to go on"), ("evaluate", "")],
+)
+def test_an_interrupted_command_says_how_to_go_on(
+    door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, how: str
+) -> None:
+    (tmp_path / "interrupting_family.py").write_text("def make(config):\n    raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = door(command, "--config", config, "--model.family", "interrupting_family:make")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == f"rawloop {command}: interrupted; what was saved is whole{how}"
+
+
 def test_the_exit_code_is_written_down_by_the_first_process_of_a_machine(
     door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
