@@ -1,7 +1,8 @@
 """torchrun, except that it ends with the exit code of its workers: 75 must reach the scheduler, torchrun makes it 1.
 
 The workers' first process on this machine writes its code into a file; torchrun itself keeps only that one has failed.
-A crash leaves no code, and torchrun's own ending stands.
+A crash leaves no code: then a line says of each process that has failed how it ended, and the exit code is 1. A
+traceback of torchrun's own would hide what the process itself has said.
 
 SLURM sends SIGUSR1 to every process of a job. torchrun would die of it, and so would a worker that is still importing;
 one that ignored it would not learn of it. So it is blocked here, and workers inherit that: it waits until they take it.
@@ -14,10 +15,12 @@ import sys
 import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 
 def run(arguments: list[str], folder: Path) -> int:
-    """Run torchrun; return the exit code that the workers left in `folder`, if it has failed."""
+    """Run torchrun; return the exit code that the workers left in `folder`, if it has failed, or 1."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main  # starts threads, which must inherit what is blocked
 
     file = folder / "code"
@@ -27,10 +30,34 @@ def run(arguments: list[str], folder: Path) -> int:
     except Exception as error:
         code = file.read_text() if file.exists() else "0"
         if code in ("0", "1"):
-            raise
+            if not isinstance(error, ChildFailedError):
+                raise
+            print("\n".join(failed(error)), file=sys.stderr)
+            return 1
         print(f"torchrun: {type(error).__name__}; exit code {code} of the workers stands", file=sys.stderr)
         return int(code)
     return 0
+
+
+def failed(error: Any) -> list[str]:
+    """A line per process that has failed by itself; torchrun then ends the others, which are no cause of anything."""
+    _, first = error.get_first_failure()
+    told = signal.SIGTERM if first.exitcode != -signal.SIGTERM else 0
+    own = {
+        rank: failure
+        for rank, failure in sorted(error.failures.items())
+        if failure.exitcode != -told and failure.timestamp <= first.timestamp + 1
+    }
+    return [f"torchrun: rank {rank} (process {f.pid}) {ending(f.exitcode)}" for rank, f in own.items()]
+
+
+def ending(exitcode: int) -> str:
+    """How a process ended, from its exit code, which is minus the signal that has killed it."""
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}: its own message is above"
+    known = {number.value: number.name for number in signal.Signals}
+    cause = ": out of memory, or pre-empted?" if exitcode == -signal.SIGKILL else ""
+    return f"was killed by {known.get(-exitcode, f'signal {-exitcode}')}{cause}"
 
 
 def pass_sigusr1_on(file: Path) -> None:

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 
 from rawloop.adapters import AdapterConfig
 from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.slots import CHECKPOINTS
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig
@@ -27,19 +28,30 @@ from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig
-from rawloop.records import RecordsConfig
+from rawloop.records import METRICS, RecordsConfig
 
+RUN_MARKS = (METRICS, CHECKPOINTS)  # one of them stands beside the config that a run has written into its folder
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
-# What HF Trainer calls it, and what it is here.
+PATHS = "Paths are relative to the folder that the command is started in."
+
+# What HF Trainer and PEFT call it, and what it is here.
 OF_HF_TRAINER = MappingProxyType(
     {
-        "eval_steps": "evaluation.every",
+        "bf16": "precision.mode",
+        "data_seed": "seed",
+        "do_eval": "evaluation.enabled",
         "early_stopping_patience": "evaluation.patience",
+        "eval_steps": "evaluation.every",
+        "fp16": "precision.mode",
         "gradient_accumulation_steps": "train.accumulation",
         "gradient_checkpointing": "model.activation_checkpointing",
+        "greater_is_better": "evaluation.best_mode",
         "learning_rate": "optim.lr",
         "logging_steps": "train.log_every",
+        "lora_alpha": "adapter.alpha",
+        "lora_dropout": "adapter.dropout",
+        "lora_r": "adapter.rank",
         "lr_scheduler_type": "optim.schedule",
         "max_grad_norm": "optim.max_norm",
         "metric_for_best_model": "evaluation.best_metric",
@@ -48,8 +60,28 @@ OF_HF_TRAINER = MappingProxyType(
         "per_device_eval_batch_size": "evaluation.batch_size",
         "per_device_train_batch_size": "train.batch_size",
         "resume_from_checkpoint": "resume",
+        "run_name": "output",
         "save_steps": "checkpoint.save_every",
         "save_total_limit": "checkpoint.keep_last",
+    }
+)
+# What has no counterpart, or another meaning here, in a few words.
+NOT_AS_HF_TRAINER = MappingProxyType(
+    {
+        "deepspeed": "there is none; several processes train by DDP, which torchrun starts",
+        "disable_tqdm": "'records.progress' set to false is that",
+        "eval_strategy": "'evaluation.every' is a number of steps",
+        "evaluation_strategy": "'evaluation.every' is a number of steps",
+        "fsdp": "there is none; several processes train by DDP, which torchrun starts",
+        "ignore_data_skip": "there is none; a resumed run goes on with the samples that were next, and skips none",
+        "load_best_model_at_end": "there is none; the best model is always kept, in best/ of the run's folder",
+        "logging_dir": "there is none; TensorBoard's files lie in tensorboard/ of the run's folder, 'output'",
+        "logging_strategy": "'train.log_every' is a number of steps",
+        "overwrite_output_dir": "there is none; go on in the folder of a run with --resume auto, or delete it",
+        "report_to": "'records.tensorboard' and 'records.wandb' are true or false",
+        "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
+        "save_strategy": "'checkpoint.save_every' is a number of steps",
+        "warmup_ratio": "'optim.warmup_steps' is a number of steps",
     }
 )
 
@@ -109,12 +141,14 @@ class Parser(ArgumentParser):
     """jsonargparse's parser, with every complaint turned into one `UserError` line that says where a value stands."""
 
     origin = "the command line"
+    meant: Mapping[str, str] = MappingProxyType({})  # options of other commands -> the one of this command
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         names = [name for action in self._actions for name in action.option_strings]
-        raise UserError(explain(message, self.origin) + (nearest(unknown[1], names) if unknown else ""))
+        hint = nearest(self.meant.get(unknown[1], unknown[1]), names) if unknown else ""
+        raise UserError(explain(message, self.origin) + hint)
 
 
 WRONG_TYPE = re.compile(
@@ -175,13 +209,16 @@ def known_keys() -> set[str]:
     return set(_flatten(dataclasses.asdict(RunConfig())))
 
 
-def parse(argv: list[str], prog: str, extra: Mapping[str, str] | None = None) -> tuple[RunConfig, dict[str, Any]]:
+def parse(
+    argv: list[str], prog: str, extra: Mapping[str, str] | None = None, about: str = ""
+) -> tuple[RunConfig, dict[str, Any]]:
     """Read a run's config from `--config FILE` and overrides such as `--optim.lr 1e-5`.
 
     Args:
         argv: the command's arguments. A later file overrides an earlier one, and an option overrides all files.
         prog: name of the command, for its help.
         extra: further string options of the command, name -> help.
+        about: what the command does, for its help.
 
     Returns:
         the config, and the values of the further options (None where not given).
@@ -189,7 +226,8 @@ def parse(argv: list[str], prog: str, extra: Mapping[str, str] | None = None) ->
     Raises:
         UserError: an unknown key, a wrong type, a file that is not there or not YAML.
     """
-    parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=field_help(RunConfig)[0])
+    head = f"{about[:1].upper()}{about[1:]}. {PATHS}" if about else PATHS
+    parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=head)
     parser.add_argument("--config", action="config", help="YAML file with the keys below; options override it")
     for name, text in (extra or {}).items():
         parser.add_argument_group(f"--{name} {name.upper()}", text)  # taken out by hand: it may be called like a group
@@ -210,6 +248,26 @@ def parse(argv: list[str], prog: str, extra: Mapping[str, str] | None = None) ->
         return _built(RunConfig, values), options
     except UserError as error:
         raise UserError(f"{error}{_where(str(error), origins)}") from error
+
+
+def moved_run(argv: list[str], config: RunConfig) -> str | None:
+    """A sentence about a run's own config whose `output` is another folder than its own: it was copied or moved.
+
+    None where `--output` is given, and of all other configs.
+    """
+    rest = list(argv)
+    files = [Path(file) for file in _take(rest, "config")]
+    if any(argument.partition("=")[0] == "--output" for argument in rest):
+        return None
+    named = [file for file in files if "output" in _file_keys(file, known_keys())]
+    folder = named[-1].parent if named else None
+    if folder is None or not any((folder / mark).exists() for mark in RUN_MARKS):
+        return None
+    if folder.resolve() == Path(config.output).expanduser().resolve():
+        return None
+    return (
+        f"--config is a run's own, in {folder}, and its output is {config.output}: pass --output {folder} to work there"
+    )
 
 
 def _built(owner: type, values: dict[str, Any]) -> Any:
@@ -301,10 +359,13 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
 
 
 def near(key: str, known: set[str]) -> str:
-    """A clause that names the keys of the same name in other groups, or what HF Trainer means, or the nearest one."""
-    own = OF_HF_TRAINER.get(key.rpartition(".")[2])
-    if own is not None:
-        return f" (what HF Trainer calls {key.rpartition('.')[2]} is '{own}' here)"
+    """A clause: what HF Trainer calls so, or the keys of the same name in other groups, or the nearest one."""
+    for name in reversed(key.split(".")):
+        if name in OF_HF_TRAINER:
+            whose = "PEFT" if name.startswith("lora_") else "HF Trainer"
+            return f" (what {whose} calls {name} is '{OF_HF_TRAINER[name]}' here)"
+        if name in NOT_AS_HF_TRAINER:
+            return f" (HF Trainer's {name}: {NOT_AS_HF_TRAINER[name]})"
     ends = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
     if ends:
         return " (did you mean '" + "' or '".join(ends) + "'?)"

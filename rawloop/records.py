@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read: numbers in `metrics.jsonl`, decisions in `events.jsonl`, and a progress bar.
+"""What a run leaves behind to be read: numbers in `metrics.jsonl`, decisions in `events.jsonl`, and its progress.
 
 The two files are the truth; TensorBoard and W&B only receive copies. A line is on its way to the disk before the call
 returns, and a line torn by a crash is cut off, with a word about it, when the run goes on.
@@ -41,6 +41,15 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+# What a line of progress shows of the metrics, and how. Only lines with one of the two losses are shown.
+LOSSES = ("loss", "eval_loss")
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval_loss {:.4f}",
+    "grad_norm": "grad_norm {:.3g}",
+    "lr": "lr {:.3g}",
+    "samples_per_second": "{:.1f} samples/s",
+}
 
 
 @dataclass
@@ -51,7 +60,7 @@ class RecordsConfig:
         tensorboard: also write TensorBoard files into the run folder (needs the package tensorboard).
         wandb: also send metrics to Weights & Biases (needs the package wandb).
         wandb_project: project that the run appears in there.
-        progress: show a progress bar on rank 0.
+        progress: show a progress bar on rank 0; where stderr is no terminal, a line per log step and per evaluation.
     """
 
     tensorboard: bool = False
@@ -143,6 +152,12 @@ def honest(value: Any) -> Any:
     return value
 
 
+def progress_line(step: int, total: int | None, values: Mapping[str, Value]) -> str:
+    """Return what a log file shows of a line of metrics: `step 120/60000  loss 4.3520  lr 1.2e-05`."""
+    shown = [text.format(values[name]) for name, text in SHOWN.items() if isinstance(values.get(name), float | int)]
+    return "  ".join([f"step {step}" if total is None else f"step {step}/{total}", *shown])
+
+
 class Records:
     """Metrics, events and progress of one run. Every rank has one; only rank 0 writes metrics and shows progress.
 
@@ -162,6 +177,8 @@ class Records:
         self._events: Lines | None = None
         self._sinks: list[TensorBoard | WeightsAndBiases] | None = None
         self._bar: tqdm[Any] | None = None
+        self._total: int | None = None
+        self._lines_shown = False  # for a log file, in which a bar would be one long line of itself
         self._purge_step: int | None = None
         world.together(self._open, only_main=True)
 
@@ -195,6 +212,8 @@ class Records:
         if self._metrics is None:
             return
         self._metrics.append({"step": step, **honest(values)})
+        if self._lines_shown and any(name in values for name in LOSSES):
+            print(progress_line(step, self._total, values), file=sys.stderr, flush=True)
         if self._sinks is None:
             self._sinks = list(self._open_sinks())
         for sink in self._sinks:
@@ -260,11 +279,11 @@ class Records:
     def progress(self, total: int | None, initial: int = 0) -> "tqdm[Any]":
         """Return a progress bar over optimizer steps: `update(n)`, `set_postfix(...)`, `close()`.
 
-        It does nothing on other ranks. Where stderr is no terminal it writes a line every half minute at most.
+        It does nothing on other ranks, nor where stderr is no terminal: there `metrics` says a line of its own.
         """
-        shown = self.world.is_main and self.config.progress
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(total=total, initial=initial, disable=not shown, mininterval=interval, unit="step")
+        shown, terminal = self.world.is_main and self.config.progress, sys.stderr.isatty()
+        self._total, self._lines_shown = total, shown and not terminal
+        self._bar = tqdm(total=total, initial=initial, disable=not (shown and terminal), mininterval=0.5, unit="step")
         return self._bar
 
     def __enter__(self) -> Self:

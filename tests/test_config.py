@@ -1,6 +1,7 @@
 """How a run's config is read: files, options, their order, and one clear line for every mistake in them."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_type_hints
@@ -8,15 +9,17 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from rawloop.cli import main
+from rawloop.cli import COMMANDS, main
 from rawloop.config import (
     ALIASES,
+    NOT_AS_HF_TRAINER,
     OF_HF_TRAINER,
     Parser,
     RunConfig,
     add_options,
     field_help,
     known_keys,
+    moved_run,
     parse,
     to_yaml,
 )
@@ -118,6 +121,30 @@ def test_the_resolved_config_reads_back_as_it_was(write: Callable[..., Path]) ->
     assert read("--config", write(to_yaml(RunConfig()))) == RunConfig()
 
 
+def test_the_config_of_a_run_that_was_copied_is_told_apart(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*arguments: str | Path) -> str | None:
+        words = [str(argument) for argument in arguments]
+        return moved_run(words, parse(words, "rawloop train")[0])
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "v"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    own, copied = (write("output: runs/a\nseed: 3\n", f"runs/{name}/config.yaml") for name in ("a", "v"))
+    more = write("seed: 4\n", "more.yaml")
+    line = "--config is a run's own, in runs/v, and its output is runs/a: pass --output runs/v to work there"
+    relative = copied.relative_to(tmp_path)
+    assert told("--config", relative) == told(f"--config={relative}", "--config", more, "--seed", "1") == line
+    assert told("--config", copied, "--output", "runs/a") is told("--config", copied, "--output=runs/c") is None
+    assert told("--config", copied, "--config", write("output: runs/c\n")) is None
+    assert told("--config", own) is told("--config", own.relative_to(tmp_path)) is told() is None
+    (tmp_path / "runs" / "v" / "checkpoints").rmdir()
+    assert told("--config", relative) is None  # no run's folder
+    (tmp_path / "runs" / "v" / "metrics.jsonl").touch()
+    assert told("--config", relative) == line
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -151,6 +178,41 @@ def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], g
     assert "'checkpoint.keep_last' here" in refusal("--config", write("checkpoint: {save_total_limit: 3}\n"))
     assert set(OF_HF_TRAINER.values()) <= known_keys()
     assert not set(OF_HF_TRAINER) & {key.rpartition(".")[2] for key in known_keys()}
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("fp16", "what HF Trainer calls fp16 is 'precision.mode' here"),
+        ("bf16", "what HF Trainer calls bf16 is 'precision.mode' here"),
+        ("greater_is_better", "what HF Trainer calls greater_is_better is 'evaluation.best_mode' here"),
+        ("lora_r", "what PEFT calls lora_r is 'adapter.rank' here"),
+        ("data_seed", "what HF Trainer calls data_seed is 'seed' here"),
+        ("run_name", "what HF Trainer calls run_name is 'output' here"),
+        ("do_eval", "what HF Trainer calls do_eval is 'evaluation.enabled' here"),
+        ("disable_tqdm", "HF Trainer's disable_tqdm: 'records.progress' set to false is that"),
+        ("save_strategy", "HF Trainer's save_strategy: 'checkpoint.save_every' is a number of steps"),
+        ("report_to", "HF Trainer's report_to: 'records.tensorboard' and 'records.wandb' are true or false"),
+        ("warmup_ratio", "HF Trainer's warmup_ratio: 'optim.warmup_steps' is a number of steps"),
+        ("load_best_model_at_end", "HF Trainer's load_best_model_at_end: there is none; the best model is always kept"),
+        ("deepspeed", "HF Trainer's deepspeed: there is none; several processes train by DDP"),
+        ("deepspeed.stage", "HF Trainer's deepspeed: there is none; several processes train by DDP"),
+        *(
+            (name, f"HF Trainer's {name}: there is none; ")
+            for name in ("logging_dir", "overwrite_output_dir", "save_only_model", "ignore_data_skip")
+        ),
+    ],
+)
+def test_names_from_elsewhere_are_answered_in_a_few_words(write: Callable[..., Path], name: str, answer: str) -> None:
+    assert f" ({answer}" in refusal(f"--{name}", "1")
+    assert f" ({answer}" in refusal("--config", write(name.replace(".", ":\n  ") + ": 1\n"))
+    assert "did you mean" not in refusal(f"--{name}", "1")
+
+
+def test_answers_to_names_from_elsewhere_are_true() -> None:
+    words = " ".join(NOT_AS_HF_TRAINER.values())
+    assert set(re.findall(r"'([\w.]+)'", words)) <= known_keys()
+    assert not set(NOT_AS_HF_TRAINER) & {*OF_HF_TRAINER, *(key.rpartition(".")[2] for key in known_keys())}
 
 
 def test_a_mistyped_alias_is_refused_with_the_right_one() -> None:
@@ -273,6 +335,16 @@ def test_help_shows_every_key_with_its_text(capsys: pytest.CaptureFixture[str]) 
         assert f"--{key} " in shown
     assert "5 to 10% of a step" in words
     assert "<class" not in shown
+
+
+@pytest.mark.parametrize("command", ["prepare", "inspect", "train", "evaluate", "doctor"])
+def test_help_begins_with_what_the_command_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    text = COMMANDS[command]
+    head = f"{text[0].upper()}{text[1:]}. Paths are relative to the folder that the command is started in."
+    assert words.startswith(f"usage: rawloop {command} [--config FILE] [--KEY VALUE ...] {head}")
 
 
 def test_aliases_stand_for_options_that_exist() -> None:

@@ -221,6 +221,52 @@ def test_the_exit_code_is_that_of_the_workers(
         launcher["run"](["--standalone"], tmp_path)
 
 
+@pytest.mark.parametrize("left", ["1", "0", ""])
+def test_processes_that_left_no_code_are_named_in_a_line_each(
+    left: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def fail(arguments: list[str]) -> None:
+        if left:
+            Path(os.environ["RAWLOOP_EXIT_CODE_FILE"]).write_text(left)
+        codes = {3: -signal.SIGSEGV, 0: 1, 1: -signal.SIGKILL, 2: -99, 4: -signal.SIGTERM, 5: -signal.SIGKILL}
+        failures = {rank: ProcessFailure(rank, 120 + rank, code, "none") for rank, code in codes.items()}
+        failures[5].timestamp += 30  # ended by torchrun, as it had not heeded SIGTERM, of which 4 has ended
+        raise ChildFailedError("rawloop", failures)
+
+    launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
+    assert launcher["run"]([], tmp_path) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "torchrun: rank 0 (process 120) ended with exit code 1: its own message is above",
+        "torchrun: rank 1 (process 121) was killed by SIGKILL: out of memory, or pre-empted?",
+        "torchrun: rank 2 (process 122) was killed by signal 99",
+        "torchrun: rank 3 (process 123) was killed by SIGSEGV",
+    ]
+
+
+def test_a_process_that_is_killed_is_told_without_a_traceback(tmp_path: Path) -> None:
+    worker = executable(
+        tmp_path / "worker.py",
+        """import os, signal, time
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+""",
+    )
+    python = executable(
+        tmp_path / "python", f"#!/bin/sh\nexec '{sys.executable}' $1 --standalone --nproc-per-node=2 {worker}\n"
+    )
+    result = bash(LAUNCH / "single_node.sh", "x.yaml", env={"PYTHON": str(python), "NPROC": "2"})
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("torchrun: ")]
+    assert re.fullmatch(r"torchrun: rank 1 \(process \d+\) was killed by SIGKILL: out of memory, or pre-empted\?", line)
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) < 6, result.stderr
+
+
 @pytest.mark.parametrize("told", ["os.getpid()", "os.getppid()"], ids=["worker", "torchrun"])
 def test_a_worker_told_to_stop_while_it_is_still_importing_learns_of_it(told: str, tmp_path: Path) -> None:
     """Neither it nor torchrun dies of the signal, which may be sent to the one or to the other."""

@@ -2,9 +2,13 @@
 
 import json
 import math
+import pty
 import resource
 import sys
+import termios
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -192,16 +196,62 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert not (tmp_path / "run").exists()
 
 
-def test_progress_shows_on_rank_0_only_and_ends_with_the_records(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@contextmanager
+def terminal() -> Iterator[Callable[[], str]]:
+    """Make stderr a terminal; gives a function that returns what it has shown since."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with open(theirs, "w") as stderr, open(ours, "rb", buffering=0) as screen, redirect_stderr(stderr):
+
+        def shown() -> str:
+            print("\0", end="", file=stderr, flush=True)  # so that there is an end to read to
+            data = b""
+            while not data.endswith(b"\0"):
+                data += screen.read(4096)
+            return data[:-1].decode()
+
+        yield shown
+
+
+VALUES = {"loss": 4.352, "loss/text": 1.0, "grad_norm": 0.83, "lr": 1.2e-5, "samples_per_second": 12.34}
+
+
+def test_a_terminal_has_a_bar_on_rank_0_that_ends_with_the_records(tmp_path: Path) -> None:
     before = threading.active_count()
-    with make(tmp_path) as records:
-        bar = records.progress(10, initial=4)
-        bar.update(6)
-        assert bar.n == 10
-    assert "10/10" in capsys.readouterr().err
-    assert threading.active_count() == before
-    with make(tmp_path, progress=False) as records:
-        records.progress(10).update(10)
-    assert "/10" not in capsys.readouterr().err
+    with terminal() as shown:
+        with make(tmp_path) as records:
+            bar = records.progress(10, initial=4)
+            bar.update(6)
+            records.metrics(10, VALUES)
+            assert bar.n == 10
+        said = shown()
+        assert "10/10" in said
+        assert "step 10/10" not in said
+        assert threading.active_count() == before
+        with make(tmp_path, progress=False) as records, make(tmp_path, rank=1) as other:
+            records.progress(10).update(10)
+            other.progress(10).update(10)
+        assert shown() == ""
+
+
+def test_a_log_file_has_a_line_per_log_step_and_evaluation_and_no_bar(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with make(tmp_path) as records, make(tmp_path, rank=1) as other:
+        for each in (records, other):
+            each.metrics(1, VALUES)  # before there is any progress
+            with each.progress(60000, initial=110) as bar:
+                bar.update(10)
+                bar.set_postfix(loss="4.3520", refresh=False)
+                each.metrics(120, VALUES)
+                each.metrics(120, {"eval_loss": 5.098, "eval_loss/text": 5.098, "eval_seconds": 1.0})
+                each.metrics(120, {"precision": "fp32", "fallback": "amp_fp16 -> fp32"})
+                each.metrics(121, {"loss": math.nan, "grad_norm": math.inf})
+    assert capfd.readouterr().err.splitlines() == [
+        "step 120/60000  loss 4.3520  grad_norm 0.83  lr 1.2e-05  12.3 samples/s",
+        "step 120/60000  eval_loss 5.0980",
+        "step 121/60000  loss nan  grad_norm inf",
+    ]
+    with make(tmp_path, progress=False) as records, records.progress(10):
+        records.metrics(1, VALUES)
+    assert capfd.readouterr().err == ""

@@ -24,6 +24,8 @@ COMMANDS = {
 }
 
 
+# How to go on with a command that was ended in the middle; others are only run again.
+GO_ON = {"train": ": go on with --resume auto", "prepare": ": run it again to go on"}
 # A file for the exit code, named by launch/torchrun.py: of what its workers return, torchrun keeps only that it failed.
 EXIT_CODE_FILE = "RAWLOOP_EXIT_CODE_FILE"
 
@@ -79,13 +81,14 @@ def call(command: str, rest: list[str]) -> int:
             raise
         reason = str(error).splitlines()[0]
         print(
-            f"rawloop {command}: another rank has ended, and its message says why ({reason}); what was saved is whole: "
-            "go on with --resume latest",
+            f"rawloop {command}: another rank has ended, and its message says why ({reason}); what was saved is whole"
+            f"{GO_ON.get(command, '')}",
             file=sys.stderr,
             flush=True,
         )
         return 1
     except KeyboardInterrupt:
-        print(f"rawloop {command}: interrupted; what was saved is whole", file=sys.stderr, flush=True)
+        saved = f"what was saved is whole{GO_ON.get(command, '')}"
+        print(f"rawloop {command}: interrupted; {saved}", file=sys.stderr, flush=True)
         return 130
     return 0

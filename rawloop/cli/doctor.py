@@ -27,6 +27,7 @@ from rawloop.audio import import_torchaudio
 from rawloop.build import build_run, check_run
 from rawloop.checkpoint import find_slots
 from rawloop.checkpoint.disk import readable
+from rawloop.cli import COMMANDS
 from rawloop.config import RunConfig, parse, to_yaml
 from rawloop.diagnose import Report
 from rawloop.dist import World, open_world
@@ -57,7 +58,7 @@ def run(argv: list[str]) -> None:
         RawloopError: something failed; the table says what.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, options = parse(argv, "rawloop doctor", {"part": PART})
+    config, options = parse(argv, "rawloop doctor", {"part": PART}, COMMANDS["doctor"])
     with open_world(config.device, config.ddp.timeout) as world:
         if options["part"] is not None:
             measure(config, world, Path(options["part"]))

@@ -5,6 +5,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rawloop.adapters import ModelFiles
 from rawloop.audio import import_torchaudio
@@ -12,12 +13,14 @@ from rawloop.build import build_evaluator, build_family, build_model, load_sampl
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
+from rawloop.checkpoint.manifest import read_manifest
 from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.writer import STATE
-from rawloop.config import RunConfig, parse
+from rawloop.cli import COMMANDS
+from rawloop.config import RunConfig, moved_run, parse
 from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
-from rawloop.evaluate import Evaluation, Evaluator
+from rawloop.evaluate import Evaluator
 from rawloop.records import honest
 from rawloop.resume import stored_precision
 
@@ -25,33 +28,58 @@ HELP = "best, latest, or the folder of a checkpoint of this config's run; withou
 
 
 def run(argv: list[str]) -> None:
-    """Evaluate and print the metrics as one JSON object.
+    """Evaluate, and print one JSON object: what was evaluated, and its metrics.
 
     Raises:
         RawloopError: a batch gave no finite loss; its samples are named.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, options = parse(argv, "rawloop evaluate", {"checkpoint": HELP})
+    config, options = parse(argv, "rawloop evaluate", {"checkpoint": HELP}, COMMANDS["evaluate"])
     with open_world(config.device, config.ddp.timeout) as world:
-        evaluation = _evaluate(config, options["checkpoint"], world)
+        notice = moved_run(argv, config)
+        if notice:
+            _tell(notice, world)
+        subject, evaluator = _together(config, options["checkpoint"], world)
+        _tell(f"evaluating {subject.in_words()}", world)
+        evaluation = evaluator.run()
         if world.is_main:
-            print(json.dumps(honest(evaluation.metrics), indent=1, allow_nan=False), flush=True)
+            found = {**subject._asdict(), **honest(evaluation.metrics)}
+            print(json.dumps(found, indent=1, allow_nan=False), flush=True)
         if not evaluation.valid:
             raise RawloopError(f"the loss is not finite in batches of {', '.join(evaluation.bad_ids)}")
 
 
-def _evaluate(config: RunConfig, checkpoint: str | None, world: World) -> Evaluation:
-    evaluator = world.together(partial(_build, config, checkpoint, world))
-    assert evaluator is not None
-    return evaluator.run()
+def _tell(line: str, world: World) -> None:
+    if world.is_main:
+        print(f"rawloop evaluate: {line}", file=sys.stderr, flush=True)
 
 
-def _build(config: RunConfig, checkpoint: str | None, world: World) -> Evaluator:
+class Subject(NamedTuple):
+    """What is evaluated: a checkpoint's folder and its step, or neither, which is the base model."""
+
+    checkpoint: str | None
+    step: int | None
+
+    def in_words(self) -> str:
+        """For a line on the console."""
+        if self.checkpoint is None:
+            return "the base model: no --checkpoint is given"
+        return f"{self.checkpoint} (step {self.step})"
+
+
+def _together(config: RunConfig, checkpoint: str | None, world: World) -> tuple[Subject, Evaluator]:
+    built = world.together(partial(_build, config, checkpoint, world))
+    assert built is not None
+    return built
+
+
+def _build(config: RunConfig, checkpoint: str | None, world: World) -> tuple[Subject, Evaluator]:
     import_torchaudio()
     family = build_family(config)
     cache = open_codes(config.data, family)
     samples = load_samples(config, family, cache, "eval", _quiet)
     slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)
+    subject = Subject(None, None) if slot is None else Subject(str(slot), read_manifest(slot).step)
     model, policy, base = build_model(config, world, family, [], stored_precision(slot))
     if slot is not None:
         files = ModelFiles(model, family.load_model)
@@ -61,7 +89,7 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Evaluator
             )
         base.load_state_dict(unpack(read_packed(slot / STATE, "base")))
         files.load(slot / files.folder)
-    return build_evaluator(config, family, LossModule(model, family.losses), policy, cache, samples, world)
+    return subject, build_evaluator(config, family, LossModule(model, family.losses), policy, cache, samples, world)
 
 
 def slot_of(run_folder: Path, checkpoint: str) -> Path:

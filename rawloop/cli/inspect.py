@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rawloop.audio import import_torchaudio
 from rawloop.build import build_family, load_samples, no_codes, open_codes
+from rawloop.cli import COMMANDS
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
 from rawloop.data.batches import BatchPlan, Draw, MicroBatches
@@ -37,7 +38,7 @@ def run(argv: list[str]) -> None:
         UserError: there is no such split or sample, or a sample cannot be trained.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, options = parse(argv, "rawloop inspect", OPTIONS)
+    config, options = parse(argv, "rawloop inspect", OPTIONS, COMMANDS["inspect"])
     split = options["split"] or "train"
     if split not in ("train", "eval"):
         raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")

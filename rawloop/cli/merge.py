@@ -24,6 +24,7 @@ def run(argv: list[str]) -> None:
         RawloopError: the merged logits differ from those of base plus adapter by more than `BOUND`; nothing is written.
     """
     parser = Parser(prog="rawloop merge", description="Merge a LoRA adapter into its base model.")
+    parser.meant = {"--checkpoint": "--adapter", "--config": "--adapter"}
     parser.add_argument("--adapter", type=str, required=True, help="folder with adapter_config.json")
     parser.add_argument("--output", type=str, required=True, help="folder for the merged model; must not exist yet")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the written weights")
@@ -32,6 +33,7 @@ def run(argv: list[str]) -> None:
     adapter, output = Path(values.adapter).expanduser(), Path(values.output).expanduser()
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")
+    check_folder(adapter)
     import_torchaudio()
     base, revision = base_of(adapter)
     path = values.model.path or base
@@ -60,6 +62,27 @@ def run(argv: list[str]) -> None:
     partial.rename(output)
     print(f"merged {adapter} into {config.path}: logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})")
     print(f"model: {output} ({values.dtype}; read back, its logits differ by {rounding:.1e})")
+
+
+def check_folder(adapter: Path) -> None:
+    """Refuse a folder beside the adapter's that people take for it, naming the right one.
+
+    Raises:
+        UserError: it is a checkpoint's or a run's folder, or holds a whole model.
+    """
+    if (adapter / "adapter_config.json").is_file():
+        return
+    for inside in ("adapter", "best/adapter"):
+        if (adapter / inside / "adapter_config.json").is_file():
+            raise UserError(
+                f"--adapter is '{adapter}', which has no adapter_config.json: did you mean {adapter / inside}?"
+            )
+    for inside in (".", "model", "best/model"):
+        if (adapter / inside / "config.json").is_file():
+            raise UserError(
+                f"--adapter is '{adapter}', and {adapter / inside} is a whole model already: it needs no merging, use "
+                "it as it is"
+            )
 
 
 def _write(merged: Any, output: Path, dtype: torch.dtype, config: ModelConfig) -> Path:

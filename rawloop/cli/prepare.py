@@ -3,6 +3,7 @@
 import os
 
 from rawloop.build import prepare_codes
+from rawloop.cli import COMMANDS
 from rawloop.config import parse
 from rawloop.dist import choose_device, read_ranks
 from rawloop.errors import UserError
@@ -18,7 +19,7 @@ def run(argv: list[str]) -> None:
         RawloopError: some clips cannot be used and `data.on_bad_sample` is stop (exit code 1, after all others).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, _ = parse(argv, "rawloop prepare")
+    config, _ = parse(argv, "rawloop prepare", about=COMMANDS["prepare"])
     if read_ranks()[1] > 1:
         raise UserError("rawloop prepare is one process: start it without torchrun")
     device = choose_device(config.device, 0)

@@ -1,11 +1,13 @@
 """`rawloop train`: fine-tune a model. `torchrun --nproc_per_node=N -m rawloop train --config FILE` for N processes."""
 
 import os
+import sys
 from pathlib import Path
 
 from rawloop.build import build_run
 from rawloop.checkpoint import find_latest, mark_launch
-from rawloop.config import parse
+from rawloop.cli import COMMANDS
+from rawloop.config import moved_run, parse
 from rawloop.dist import World, open_world
 from rawloop.errors import Preempted
 from rawloop.loop import Run, train
@@ -22,13 +24,16 @@ def run(argv: list[str]) -> None:
         Preempted: it was told to stop by SIGTERM, SIGUSR1 or a file named STOP in its folder (exit code 75).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
-    config, _ = parse(argv, "rawloop train")
+    config, _ = parse(argv, "rawloop train", about=COMMANDS["train"])
     folder = Path(config.output).expanduser()
     told = os.environ.get(SIGNAL_FILE)
     with (
         watched(folder / STOP_FILE, Path(told) if told else None) as preemption,
         open_world(config.device, config.ddp.timeout) as world,
     ):
+        notice = moved_run(argv, config)
+        if notice and world.is_main:
+            print(f"rawloop train: {notice}", file=sys.stderr, flush=True)
         built = build_run(config, world, lambda line: _say(world, line))
         built.preemption = preemption
         try:

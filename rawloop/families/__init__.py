@@ -111,10 +111,7 @@ def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except OSError as error:
-        raise UserError(
-            f"model.path is '{config.path}': no such folder, and the hub gave no such model "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+        raise _not_given("model.path", config.path, error) from error
     return str(loaded.model_type), loaded.architectures or []
 
 
@@ -141,11 +138,27 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def local_folder(path: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return a checkpoint's folder on this machine; of a hub id, the files that match `patterns` are fetched."""
+def local_folder(path: str, revision: str | None, patterns: list[str], key: str = "model.path") -> Path:
+    """Return a checkpoint's folder on this machine; of a hub id, the files that match `patterns` are fetched.
+
+    Raises:
+        UserError: the hub does not give it, and it is not here from an earlier time; the message names `key`.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except OSError as error:
+        raise _not_given(key, path, error) from error
+
+
+def _not_given(key: str, path: str, error: OSError) -> UserError:
+    """The hub did not give a model; of what its library says about that the first line is enough."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{key} is '{path}': no such folder, and the hub gave no such model ({reason}): mend the name, or fetch it "
+        f"where there is a network, `hf download {path}`, and set {key} to its folder"
+    )

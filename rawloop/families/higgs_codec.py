@@ -1,6 +1,7 @@
 """The codec of Higgs Audio v2, as `rawloop prepare` runs it: the same steps as the processor's, once per clip."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ def codec_path(config: ModelConfig) -> str:
     return str(path)
 
 
+def codec_folder(path: str) -> Path:
+    """Return the codec's folder on this machine; it is fetched from the hub if need be.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    return local_folder(path, None, FILES, "model.codec")
+
+
 def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
     """Load the codec in float32.
 
@@ -43,6 +53,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
         UserError: it cannot be loaded, or it is not a codec of Higgs Audio v2.
     """
     path = codec_path(config)
+    folder = codec_folder(path)
     try:
         codec: Any = HiggsAudioV2TokenizerModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
         extractor: Any = DacFeatureExtractor.from_pretrained(config.path, revision=config.revision)
@@ -50,7 +61,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
         raise UserError(f"the codec '{path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     settings = codec.config
     info = CodecInfo(
-        hash=hash_folder(local_folder(path, None, FILES)),
+        hash=hash_folder(folder),
         sample_rate=settings.sample_rate,
         codebooks=settings.num_quantizers,
         codebook_size=settings.codebook_size,
@@ -68,4 +79,4 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
 
 def codec_hash(config: ModelConfig) -> str:
     """Return the content hash of the codec without loading it."""
-    return hash_folder(local_folder(codec_path(config), None, FILES))
+    return hash_folder(codec_folder(codec_path(config)))

@@ -47,6 +47,10 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--optim.lr", "abc"], r"optim\.lr is 'abc' \(from the command line\): it must be a number"),
         (["--model.path", "TMP/none"], r"model\.path is '.*/none': no such folder, and not a hub id \(owner/name\)"),
         (["--model.path", "owner/none"], r"model\.path is 'owner/none': no such folder, and the hub gave no such mod"),
+        (
+            ["--model.codec", "owner/none"],
+            r"^model\.codec is 'owner/none': no such folder, and the hub gave no such model \(.*\): .*`hf download own",
+        ),
         (["--model.path", "TMP/run"], r"model\.path is '.*/run', a folder without config\.json: point it at"),
         (["--model.path", "TMP/run.yaml"], r"model\.path is '.*', a file: give the folder that holds the model"),
         (["--model.family", "higs_audio_v2"], r"'higs_audio_v2' \(did you mean 'higgs_audio_v2'\?\)"),
@@ -251,13 +255,31 @@ def test_evaluate(refusal: Refusal, config: Path, tmp_path: Path) -> None:
 
 def test_merge(refusal: Refusal, tmp_path: Path) -> None:
     assert refusal("merge") == "the following arguments are required: adapter, output"
-    assert refusal("merge", "--adaptor", "x").endswith("--adaptor x (did you mean '--adapter'?)")
+    for option in ("adaptor", "checkpoint", "config"):
+        assert refusal("merge", f"--{option}", "x").endswith(f"--{option} x (did you mean '--adapter'?)")
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "merged")
     assert said == (
         f"--adapter is '{tmp_path}/none', which has no adapter_config.json: give a checkpoint's adapter folder"
     )
+    adapter, model = tmp_path / "v" / "best" / "adapter", tmp_path / "full" / "best" / "model"
+    for file in (adapter / "adapter_config.json", model / "config.json"):
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    for folder in (tmp_path / "v" / "best", tmp_path / "v"):
+        said = refusal("merge", "--adapter", folder, "--output", tmp_path / "merged")
+        assert said == f"--adapter is '{folder}', which has no adapter_config.json: did you mean {adapter}?"
+    for folder in (model, tmp_path / "full" / "best", tmp_path / "full"):
+        said = refusal("merge", "--adapter", folder, "--output", tmp_path / "merged")
+        whole = f"{model} is a whole model already: it needs no merging, use it as it is"
+        assert said == f"--adapter is '{folder}', and {whole}"
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "run")
     assert said == f"--output is '{tmp_path}/run', which exists: name a folder that does not"
+
+
+def test_prepare_without_the_codec(refusal: Refusal, config: Path) -> None:
+    said = refusal("prepare", "--config", config, "--model.codec", "owner/none")
+    assert said.startswith("model.codec is 'owner/none': no such folder, and the hub gave no such model (")
+    assert said.endswith("where there is a network, `hf download owner/none`, and set model.codec to its folder")
 
 
 def test_prepare_under_torchrun(refusal: Refusal, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,22 @@ def test_train_says_where_everything_is_and_how_the_loss_moved(door: Door, confi
     assert {event["kind"] for event in read_events(run)} >= {"precision", "start", "save", "best"}
 
 
+def test_a_train_without_a_terminal_says_a_line_per_log_step_and_evaluation(
+    door: Door, config: Path, tmp_path: Path
+) -> None:
+    done = door("train", "--config", config, "--records.progress", "true")
+    assert done.code == 0
+    lines = [line for line in done.err.splitlines() if line.startswith("step ")]
+    losses = losses_of(tmp_path / "run")
+    trained = {line["step"]: line["loss"] for line in metrics_of(tmp_path / "run") if "loss" in line}
+    wanted = [f"step 0/3  eval_loss {losses[0]:.4f}"]
+    for step in (1, 2, 3):
+        wanted.append(f"step {step}/3  loss {trained[step]:.4f}  grad_norm ")
+        wanted += [f"step {step}/3  eval_loss {losses[step]:.4f}"] if step in losses else []
+    assert len(lines) == len(wanted)
+    assert all(line.startswith(start) for line, start in zip(lines, wanted, strict=True)), lines
+
+
 def test_the_config_in_the_run_folder_repeats_the_run(door: Door, trained: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert door("train", "--config", trained / "run" / "config.yaml", "--output", again).code == 0
@@ -139,27 +155,53 @@ def test_unshuffled_training_begins_with_the_first_samples(
 
 
 def test_evaluate_gives_the_losses_that_the_run_recorded(door: Door, trained: Path) -> None:
-    recorded = losses_of(trained / "run")
+    recorded, slots = losses_of(trained / "run"), trained / "run" / "checkpoints"
     before = sorted(path for path in (trained / "run").rglob("*"))
 
-    def evaluate(*arguments: str | Path) -> float:
+    def evaluate(checkpoint: Path | None, step: int | None, *arguments: str | Path) -> float:
         done = door("evaluate", "--config", trained / "run.yaml", *arguments)
         assert done.code == 0, done
-        value: float = json.loads(done.out)["eval_loss"]  # nothing else is printed
+        found = json.loads(done.out)  # nothing else is printed
+        assert list(found)[:3] == ["checkpoint", "step", "eval_loss"]
+        assert (found["checkpoint"], found["step"]) == (checkpoint and str(checkpoint), step)
+        what = f"{checkpoint} (step {step})" if checkpoint else "the base model: no --checkpoint is given"
+        assert f"rawloop evaluate: evaluating {what}" in done.err.splitlines()
+        value: float = found["eval_loss"]
         return value
 
-    assert evaluate() == recorded[0]
-    assert evaluate("--checkpoint", "latest") == recorded[3]
-    assert evaluate("--checkpoint", "best") == min(recorded.values())
-    assert evaluate("--checkpoint", trained / "run" / "checkpoints" / "step-00000002") == recorded[2]
-    assert math.isclose(evaluate("--checkpoint", "best", "--evaluation.batch_size", "1"), recorded[3], rel_tol=1e-6)
+    best = trained / "run" / "best"
+    assert evaluate(None, None) == recorded[0]
+    assert evaluate(slots / "step-00000003", 3, "--checkpoint", "latest") == recorded[3]
+    assert evaluate(best, 3, "--checkpoint", "best") == min(recorded.values())
+    assert evaluate(slots / "step-00000002", 2, "--checkpoint", slots / "step-00000002") == recorded[2]
+    small = evaluate(best, 3, "--checkpoint", "best", "--evaluation.batch_size", "1")
+    assert math.isclose(small, recorded[3], rel_tol=1e-6)
     assert sorted(path for path in (trained / "run").rglob("*")) == before
 
 
 def test_evaluate_on_two_ranks_gives_the_same(ranks: Ranks, trained: Path) -> None:
     first, second = ranks("evaluate", "--config", trained / "run.yaml", "--checkpoint", "best")
     assert (first.code, second.code, second.out) == (0, 0, ""), (first, second)
+    assert "rawloop evaluate: evaluating " in first.err
+    assert "rawloop evaluate: " not in second.err
     assert math.isclose(json.loads(first.out)["eval_loss"], losses_of(trained / "run")[3], rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_run_that_was_copied_is_told_from_the_one_that_its_config_names(
+    ranks: Ranks, trained: Path, tmp_path: Path, command: str
+) -> None:
+    old, copied = tmp_path / "old", tmp_path / "copied"
+    for folder in (old, copied):
+        shutil.copytree(trained / "run", folder)
+        config = (folder / "config.yaml").read_text().replace(f"output: {trained / 'run'}", f"output: {old}")
+        (folder / "config.yaml").write_text(config)
+    more = ["--resume", "latest"] if command == "train" else ["--checkpoint", "best"]
+    first, second = ranks(command, "--config", copied / "config.yaml", "--train.batch_size", "1", *more)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    line = f"rawloop {command}: --config is a run's own, in {copied}, and its output is {old}: pass "
+    assert f"{line}--output {copied} to work there" in first.err.splitlines()
+    assert line not in second.err
 
 
 def test_evaluate_verifies_what_it_loads(door: Door, trained: Path, tmp_path: Path) -> None:
@@ -327,6 +369,21 @@ def test_a_train_that_is_told_to_stop_ends_with_75_and_a_line(
     assert found, line
     assert find_slots(tmp_path / "run")[0] == Path(found[2])
     assert int(found[1]) == int(found[2][-8:])
+
+
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [("train", ": go on with --resume auto"), ("prepare", ": run it again to go on"), ("evaluate", "")],
+)
+def test_an_interrupted_command_says_how_to_go_on(
+    door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, how: str
+) -> None:
+    (tmp_path / "interrupting_family.py").write_text("def make(config):\n    raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = door(command, "--config", config, "--model.family", "interrupting_family:make")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == f"rawloop {command}: interrupted; what was saved is whole{how}"
 
 
 def test_the_exit_code_is_written_down_by_the_first_process_of_a_machine(
