@@ -5,6 +5,7 @@ restored last, because building things draws from them.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -335,7 +336,7 @@ def build_model(
     Returns:
         the model, its precision policy, and what identifies the weights that the adapter stands on.
     """
-    if not world.is_main:
+    if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks
         transformers.utils.logging.disable_progress_bar()
     start_over = bool(START_OVER & set(config.resume_force))
     policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision, start_over=start_over)

@@ -166,7 +166,12 @@ def _open_records(run: Run, config: RunConfig, folder: Path) -> None:
     replace_text(folder / "config.yaml", to_yaml(replace(config, resume_force=[])))  # that is done
     step = run.state.step
     run.records.event("precision", step=step, reason=run.policy.reason, mode=run.policy.name)
-    run.records.event("start", step=step, reason=f"training to step {run.total_steps}", **_environment(run))
+    reason = f"training to step {run.total_steps}"
+    if step >= run.total_steps:
+        reason = f"nothing is left to train: {run.total_steps} steps are asked for, {step} are done"
+    if run.world.restarts:
+        reason += f"; torchrun has started the processes again ({run.world.restarts})"
+    run.records.event("start", step=step, reason=reason, restarts=run.world.restarts, **_environment(run))
 
 
 def _environment(run: Run) -> dict[str, Any]:
