@@ -354,6 +354,9 @@ def test_a_restart_without_a_checkpoint_of_its_own_begins_where_the_command_says
     with pytest.raises(KeyboardInterrupt):
         go(config, World(launch="a"), stopped_at(4))
     assert slots(tmp_path) == [3]  # what came from elsewhere is saved at once
+    mark_launch(tmp_path, World(launch="a"), "claimed")  # as if it had died right after that
+    with pytest.raises(KeyboardInterrupt):
+        go(config, World(launch="a", restarts=1), stopped_at(4))
     shutil.rmtree(tmp_path / "checkpoints")  # as if it had died before
     go(config, World(launch="a", restarts=1))
     assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [4]

@@ -8,6 +8,7 @@ Then the other way round: whatever is left out of a checkpoint's restoration mak
 import copy
 import json
 import math
+import os
 import pickle
 import random
 import shutil
@@ -605,7 +606,8 @@ def test_a_run_that_goes_on_from_elsewhere_is_gone_on_with_whenever_it_ends(shor
     other = replace(short, optim=replace(short.optim, lr=1e-3), resume=str(folder / "checkpoints" / "step-00000002"))
     finished(other)
     newest = folder / "checkpoints" / "step-00000004"
-    assert weights_of(newest) != first
+    second = weights_of(newest)
+    assert second != first
     slot = folder / where
     expected = first if where != "best" else weights_of(slot)
     step = 4 if where != "best" else json.loads((folder / "best.json").read_text())["step"]
@@ -616,6 +618,18 @@ def test_a_run_that_goes_on_from_elsewhere_is_gone_on_with_whenever_it_ends(shor
     assert weights_of(find_slots(folder)[0]) == expected
     run = finished(replace(longer, resume="latest"))
     assert run.state.step == 6
+    aside = [weights_of(path) for path in (folder / "checkpoints" / "discarded").glob("step-*")]
+    assert {first, second} <= {*aside, expected}  # nothing is lost of either branch
+
+
+def test_a_run_that_has_ended_holds_no_lock(short: RunConfig) -> None:
+    def held() -> list[str]:
+        return [path for path in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if path.endswith(".lock")]
+
+    seen: list[list[str]] = []
+    finished(short, lambda run: seen.append(held()))
+    assert seen == [[str(Path(short.output).resolve() / ".lock")]]
+    assert held() == []
 
 
 def interrupt(run: Run) -> None:
@@ -655,7 +669,7 @@ def test_a_best_model_that_could_not_be_written_does_not_cost_the_one_before(sho
     assert json.loads((folder / "best.json").read_text())["value"] == 4.5
     assert run.best is not None
     assert (run.best.value, run.best.step) == (4.5, 2)
-    again = replace(config, output=f"{folder}-again")
+    again = replace(config, output=f"{folder}-again", checkpoint=CheckpointConfig(1, max_failures=9))
     with pytest.raises(CheckpointError, match="cannot save best at step 2"):
         finished(again, full_at(1, 2))
     assert json.loads((Path(again.output) / "best.json").read_text())["value"] == 5.0
@@ -711,7 +725,12 @@ def test_data_workers_are_forked_when_nothing_is_being_written(
     assert seen == [[]]
 
 
-def test_no_checkpoint_says_that_lines_stand_that_could_not_be_written(short: RunConfig) -> None:
+@pytest.mark.parametrize("evaluation", [EvaluationConfig(enabled=False), EvaluationConfig(every=1)], ids=["off", "on"])
+def test_no_checkpoint_says_that_lines_stand_that_could_not_be_written(
+    short: RunConfig, evaluation: EvaluationConfig
+) -> None:
+    short = replace(short, evaluation=evaluation)
+
     def refuse(run: Run) -> None:
         write = run.records.metrics
 

@@ -120,8 +120,7 @@ def put_in_place(temporary: Path, slot: Path) -> None:
 def _retire(old: Path, successor: Path) -> None:
     """Delete a slot that has been replaced, unless it was given up and not surpassed: then move it to the discarded.
 
-    That is a slot of a later step, or a best one whose value its successor does not reach. It happens when a run goes
-    on from an earlier checkpoint than its last.
+    That happens when a run goes on from an earlier checkpoint than its last.
     """
     if _surpassed(_manifest(old), _manifest(successor)):
         remove_tree(old)
@@ -140,13 +139,12 @@ def _manifest(slot: Path) -> Manifest | None:
 
 
 def _surpassed(old: Manifest | None, successor: Manifest | None) -> bool:
+    """Whether nothing is lost with `old`: its value is reached, or, of what cannot be compared, its step."""
     if old is None or successor is None:
         return old is None
-    if old.step > successor.step:
-        return False
     then, now = old.meta.get("best"), successor.meta.get("best")
     if not then or not now or then["metric"] != now["metric"]:
-        return True
+        return old.step <= successor.step
     return bool(then["value"] <= now["value"] if now.get("mode") == "max" else then["value"] >= now["value"])
 
 

@@ -193,9 +193,9 @@ def test_a_best_slot_that_was_not_surpassed_is_set_aside(tmp_path: Path) -> None
         manager.save_best(8, "eval_loss", 1.25)  # surpasses
         manager.save_best(9, "accuracy", 0.5, mode="max")  # of another metric
         manager.save_best(9, "accuracy", 0.25, mode="max")
-        manager.save_best(3, "accuracy", 0.75, mode="max")
+        manager.save_best(3, "accuracy", 0.75, mode="max")  # surpasses, though of an earlier step
     left = sorted(path.name for path in (tmp_path / "checkpoints" / "discarded").iterdir())
-    assert left == ["best-step-00000006", "best-step-00000009", "best-step-00000009-2"]
+    assert left == ["best-step-00000006", "best-step-00000009"]
     assert manager.kept_best() == {"metric": "accuracy", "mode": "max", "value": 0.75, "step": 3}
 
 
