@@ -81,7 +81,8 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+# FP16 autocast is slow on the CPU, and tests/test_resume.py has the mode too
+@pytest.mark.parametrize("mode", ["fp32", "bf16", pytest.param("amp_fp16", marks=pytest.mark.slow), "native_fp16"])
 def test_resume_equals_uninterrupted_bit_for_bit(base: RunConfig, tmp_path: Path, mode: Any) -> None:
     total, stops = (6, (2, 4)) if mode == "fp32" else (4, (2,))  # FP16 products are slow on a CPU
     straight = replace(base, output=str(tmp_path / "straight"), precision=PrecisionConfig(mode=mode))

@@ -194,9 +194,10 @@ def test_a_best_slot_that_was_not_surpassed_is_set_aside(tmp_path: Path) -> None
         manager.save_best(9, "accuracy", 0.5, mode="max")  # of another metric
         manager.save_best(9, "accuracy", 0.25, mode="max")
         manager.save_best(3, "accuracy", 0.75, mode="max")  # surpasses, though of an earlier step
+        manager.save_best(2, "wer", 0.5)  # of another metric, and earlier
     left = sorted(path.name for path in (tmp_path / "checkpoints" / "discarded").iterdir())
-    assert left == ["best-step-00000006", "best-step-00000009"]
-    assert manager.kept_best() == {"metric": "accuracy", "mode": "max", "value": 0.75, "step": 3}
+    assert left == ["best-step-00000003", "best-step-00000006", "best-step-00000009"]
+    assert manager.kept_best() == {"metric": "wer", "mode": "min", "value": 0.5, "step": 2}
 
 
 def test_a_value_that_is_not_finite_is_never_written_as_the_best(tmp_path: Path) -> None:
