@@ -360,8 +360,6 @@ LEFT_OUT: list[tuple[str, type[Any], tuple[str, ...]]] = [
     (GOOD, TrainState, ("skipped",)),
     (GOOD, TrainState, ("samples",)),
     ("among bad steps", Meter, ()),
-    (GOOD, BestTracker, ("value",)),
-    (GOOD, BestTracker, ("step",)),
     (GOOD, BestTracker, ("worse_in_a_row",)),
     (GOOD, RngState, ("torch",)),
     (GOOD, RngState, ("python",)),
@@ -636,6 +634,33 @@ def interrupt(run: Run) -> None:
     raise KeyboardInterrupt
 
 
+def measuring(run: Run, values: dict[int, float]) -> None:
+    """Let the evaluation of each step come out at these."""
+    assert run.evaluator is not None
+    evaluate = run.evaluator.run
+
+    def measured(stop: Callable[[], str | None]) -> Any:
+        evaluation = evaluate(stop)
+        return evaluation._replace(metrics={**evaluation.metrics, "eval_loss": values[run.state.step]})
+
+    run.evaluator.run = measured  # type: ignore[assignment, method-assign]
+
+
+@pytest.mark.parametrize("left_out", ["value", "step", None])
+def test_a_best_value_left_out_is_noticed_where_the_slot_is_of_what_is_given_up(
+    short: RunConfig, monkeypatch: pytest.MonkeyPatch, left_out: str | None
+) -> None:
+    """Elsewhere the slot says it again."""
+    folder, values = Path(short.output), {0: 5.0, 1: 3.0, 2: 4.0, 3: 3.5, 4: 1.0}
+    finished(short, lambda run: measuring(run, values))
+    best = folder / "checkpoints" / "step-00000003" / "state" / "best.json"
+    expected = best.read_bytes()
+    if left_out:
+        leave_out(monkeypatch, BestTracker, (left_out,))
+    finished(replace(short, resume=str(folder / "checkpoints" / "step-00000002")), lambda run: measuring(run, values))
+    assert (best.read_bytes() == expected) == (left_out is None)
+
+
 def test_a_best_model_that_could_not_be_written_does_not_cost_the_one_before(short: RunConfig) -> None:
     """The values fall, rise again, and the disk is full in between: what is in the slot is compared with."""
     folder, values = Path(short.output), {0: 5.0, 1: 3.0, 2: 4.5, 3: 6.0, 4: 5.5}
@@ -643,8 +668,7 @@ def test_a_best_model_that_could_not_be_written_does_not_cost_the_one_before(sho
     def full_at(*steps: int) -> Callable[[Run], None]:
         def change(run: Run) -> None:
             assert run.checkpoints is not None
-            assert run.evaluator is not None
-            part, evaluate = run.checkpoints.parts.folders["model"], run.evaluator.run
+            part = run.checkpoints.parts.folders["model"]
             snapshot = part.snapshot
 
             def refused(copy: bool) -> Callable[[Path], None]:
@@ -654,12 +678,8 @@ def test_a_best_model_that_could_not_be_written_does_not_cost_the_one_before(sho
             def full(folder: Path) -> None:
                 raise OSError(28, "No space left on device")
 
-            def measured(stop: Callable[[], str | None]) -> Any:
-                evaluation = evaluate(stop)
-                return evaluation._replace(metrics={**evaluation.metrics, "eval_loss": values[run.state.step]})
-
             part.snapshot = refused  # type: ignore[method-assign]
-            run.evaluator.run = measured  # type: ignore[assignment, method-assign]
+            measuring(run, values)
 
         return change
 
