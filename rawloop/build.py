@@ -100,7 +100,8 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
         if report is not None:
             world.together(partial(report.record, run.records), only_main=True)
     except BaseException:
-        run.records.close()
+        run.lock = None  # released by who took it
+        run.close()
         raise
     return run
 
@@ -220,7 +221,7 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
         PART: settings,
         "base": ready.base,
         "model": ModelFiles(ready.model, ready.family.load_model, {key.removeprefix("adapter.") for key in forced}),
-        "optimizer": NamedOptimizerState(optimizer, policy.named_parameters),
+        "optimizer": NamedOptimizerState(optimizer, policy.named_parameters, cast=bool(START_OVER & forced)),
         "precision": policy,
         "train": state,
         "meter": meter,

@@ -133,7 +133,7 @@ class Evaluator:
             raise Preempted(stopped)
         metrics = self._means([(share.sums, share.counts) for share in shares])
         bad = sorted(name for share in shares for name in share.bad_ids)
-        metrics["eval_seconds"] = time.perf_counter() - start
+        metrics["eval_seconds"] = self.world.from_main(time.perf_counter() - start)  # one number on all ranks
         return Evaluation(metrics, valid=not bad, bad_ids=bad)
 
     def _own_share(self, wanted: Callable[[], str | None]) -> Share:

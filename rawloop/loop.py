@@ -142,12 +142,14 @@ class Run:
 
     def close(self) -> None:
         """Wait for a save that is under way, close the records, and let others train into the folder."""
-        if self.checkpoints:
-            self.checkpoints.close()
-        self.records.close()
-        if self.lock:
-            self.lock.release()
-            self.lock = None
+        try:
+            if self.checkpoints:
+                self.checkpoints.close()
+            self.records.close()
+        finally:
+            if self.lock:
+                self.lock.release()
+                self.lock = None
 
 
 def train(run: Run) -> TrainState:

@@ -94,9 +94,14 @@ class NamedOptimizerState:
     Positions shift when a parameter is frozen or added; names say what is missing.
     """
 
-    def __init__(self, optimizer: Optimizer, named: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
-        """`named` tells what the optimizer holds, by name, whenever it is asked: a fallback may have changed it."""
-        self.optimizer, self.named = optimizer, named
+    def __init__(
+        self, optimizer: Optimizer, named: Callable[[], Iterable[tuple[str, nn.Parameter]]], cast: bool = False
+    ) -> None:
+        """`named` tells what the optimizer holds, by name, whenever it is asked: a fallback may have changed it.
+
+        `cast` says that running means are to take the dtype that the parameters have today.
+        """
+        self.optimizer, self.named, self.cast = optimizer, named, cast
 
     @property
     def names(self) -> dict[str, nn.Parameter]:
@@ -125,7 +130,15 @@ class NamedOptimizerState:
             if not values:
                 continue
             parameter = names[name]
-            self.optimizer.state[parameter] = {key: _placed(value, parameter, name) for key, value in values.items()}
+            state = {key: _placed(value, parameter, name) for key, value in values.items()}
+            if self.cast:
+                state = {key: value.to(parameter.dtype) if _averages(value) else value for key, value in state.items()}
+            self.optimizer.state[parameter] = state
+
+
+def _averages(value: Any) -> bool:
+    """Whether it is a running mean, not a step counter."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.is_floating_point()
 
 
 def _placed(value: Any, parameter: nn.Parameter, name: str) -> Any:

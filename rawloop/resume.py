@@ -17,6 +17,7 @@ from rawloop.checkpoint import (
     claim_run_folder,
     find_best,
     find_slots,
+    lock_run_folder,
     mark_launch,
     remove_stop_file,
     where_to_begin,
@@ -51,14 +52,27 @@ class Claim:
 
 
 def claim(folder: Path, config: RunConfig, world: World, say: Say) -> Claim:
-    """Decide what the run begins from, and make the folder its own. Nothing is written before all is found right."""
+    """Decide what the run begins from, and make the folder its own. Nothing is written before all is found right.
+
+    The lock comes first: until then another process may save, rotate, or begin a run there.
+    """
+    lock = world.together(partial(lock_run_folder, folder), only_main=True)
+    try:
+        return _claim(folder, config, world, say, lock)
+    except BaseException:
+        if lock:
+            lock.release(begun=False)
+        raise
+
+
+def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLock | None) -> Claim:
     beginning = where_to_begin(folder, config.resume, world)
     chosen = None
     if beginning.resume is not None:
         world.together(partial(check_resume, folder, beginning.resume), only_main=True)
         chosen = choose(folder, beginning.resume, world)
         world.together(partial(check_settings, chosen.slot, config, world.size), only_main=True)
-    lock = claim_run_folder(folder, world, resume=beginning.own)
+    lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
     removed = remove_stop_file(folder, world) if not world.restarts else None
     for notice in (removed, lock.notice if lock else None):
         if notice:
@@ -120,18 +134,15 @@ def restore(run: Run, config: RunConfig, claim: Claim, say: Say) -> None:
 
 
 def _agree_with_best_slot(run: Run, folder: Path) -> None:
-    """Take the best slot at its word, unless it is of an evaluation still to come, and so of what is given up.
-
-    It is not the one that the checkpoint speaks of if that one could not be written, or stayed with another run.
-    """
+    """Believe of the best value that its model exists only as far as the best slot bears it out."""
     assert run.checkpoints is not None
     if run.best is None:
         return
     kept = run.checkpoints.kept_best()
-    if run.world.from_main(find_best(folder) is None):
-        run.best.forget()
-    elif kept is not None and kept["step"] <= run.state.visited:
-        run.best.fall_back(kept)
+    if run.checkpoints.branched():
+        run.best.forget()  # the best slot stayed with the run that this one continues
+    elif kept is not None or run.world.from_main(find_best(folder) is None):  # else it is damaged, which is said
+        run.best.agree_with(kept)
 
 
 def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:

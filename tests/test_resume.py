@@ -12,9 +12,12 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters import AdapterConfig, ModelFiles
 from rawloop.build import build_run
-from rawloop.checkpoint import BestTracker, CheckpointConfig, find_slots, read_manifest
+from rawloop.checkpoint import BestTracker, CheckpointConfig, find_slots, read_manifest, verify
 from rawloop.checkpoint import writer as slot_writer
 from rawloop.checkpoint.manifest import write_manifest
 from rawloop.config import RunConfig
@@ -525,6 +528,38 @@ def test_two_processes_then_one_then_two_train_as_one_does(
     assert [event["rank"] for event in afresh] == [1]
 
 
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("fp32", "native_fp16 fp16 fp32"),
+        ("fp32", "bf16 bf16 none"),
+        ("bf16 bf16 residual", "bf16 bf16 none"),
+        ("bf16 bf16 none", "bf16 bf16 fp32"),
+        ("bf16 bf16 fp32", "native_fp16 fp16 residual"),
+    ],
+)
+@pytest.mark.parametrize("adapter", [AdapterConfig(rank=2), AdapterConfig(mode="full")], ids=["lora", "full"])
+def test_weights_and_running_means_are_rounded_to_a_forced_precision(
+    short: RunConfig, adapter: AdapterConfig, then: str, now: str
+) -> None:
+    def precision(text: str) -> PrecisionConfig:
+        settings: dict[str, Any] = dict(zip(("mode", "trainable_dtype", "masters"), text.split(), strict=False))
+        if settings["mode"] == "native_fp16":
+            settings["loss_scale"] = SCALE
+        return PrecisionConfig(**settings)
+
+    off = EvaluationConfig(enabled=False)
+    config = replace(short, adapter=adapter, evaluation=off, precision=precision(then))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that updates are lost without masters
+        finished(config)
+        force = ["precision.mode", "precision.masters", "precision.trainable_dtype"]
+        longer = replace(config, train=replace(config.train, max_steps=6), precision=precision(now))
+        run = finished(replace(longer, resume="latest", resume_force=force))
+        assert (run.state.step, run.policy.name) == (6, now.split()[0])
+        assert finished(replace(longer, resume="latest")).state.step == 6
+
+
 # -- which checkpoint is gone on from, and what becomes of the others --------------------------------------------------
 
 
@@ -620,13 +655,50 @@ def test_a_run_that_goes_on_from_elsewhere_is_gone_on_with_whenever_it_ends(shor
     assert {first, second} <= {*aside, expected}  # nothing is lost of either branch
 
 
+def test_a_state_from_elsewhere_that_cannot_be_saved_costs_nothing(
+    short: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best slot is of the newest checkpoint's step, and the only one that is kept."""
+    folder, newest = Path(short.output), "step-00000004"
+    finished(replace(short, checkpoint=CheckpointConfig(1, 1)))
+    assert json.loads((folder / "best.json").read_text())["step"] == 4
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rawloop.checkpoint.manager.write_slot", full)
+    with pytest.raises(CheckpointError, match="cannot save step-00000004"):
+        build_run(replace(short, resume=str(folder / "best")), World(), lambda line: None)
+    assert [path.name for path in find_slots(folder)] == [newest]
+    assert verify(folder / "checkpoints" / newest).step == 4
+
+
+def test_who_trains_in_a_folder_is_said_before_what_is_wrong_with_the_settings(short: RunConfig) -> None:
+    finished(short)
+    code = (
+        "import sys; from pathlib import Path; from rawloop.checkpoint import lock_run_folder; "
+        "lock_run_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, short.output], **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for config in (replace(short, resume="latest", seed=3), replace(short, resume="auto"), short):
+            with pytest.raises(UserError, match=rf"into which process {other.pid} on .* is training now"):
+                build_run(config, World(), lambda line: None)
+        other.kill()
+    finished(replace(short, resume="latest"))
+
+
 def test_a_run_that_has_ended_holds_no_lock(short: RunConfig) -> None:
+    lock = str(Path(short.output).resolve() / ".lock")
+
     def held() -> list[str]:
-        return [path for path in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if path.endswith(".lock")]
+        return [path for path in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if path == lock]
 
     seen: list[list[str]] = []
     finished(short, lambda run: seen.append(held()))
-    assert seen == [[str(Path(short.output).resolve() / ".lock")]]
+    assert seen == [[lock]]
     assert held() == []
 
 
@@ -715,7 +787,7 @@ def test_a_resumed_run_takes_the_best_slot_at_its_word(short: RunConfig) -> None
     run = build_run(earlier, World(), lambda line: None)
     run.close()
     assert run.best is not None
-    assert run.best.step == 2  # the slot is of what is given up; it stays until it is surpassed
+    assert run.best.step is None  # a worse one took its place later: what was the best then was never written
 
 
 def test_data_workers_are_forked_when_nothing_is_being_written(

@@ -89,7 +89,7 @@ class ModelFiles:
         same_names(stored, self._of_adapter(), folder)
         self._check_scale(folder)
         set_peft_model_state_dict(self.model, stored)
-        _compare(stored, self._of_adapter(), folder)
+        _compare(_rounded(stored, self._of_adapter()), self._of_adapter(), folder)
 
     def _check_scale(self, folder: Path) -> None:
         """Equal weights under another scale are another model, and nothing in their shapes shows it."""
@@ -110,7 +110,7 @@ class ModelFiles:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
-        _compare(same, {name: own[name] for name in same}, folder)
+        _compare(_rounded(same, own), {name: own[name] for name in same}, folder)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -229,6 +229,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
+
+
+def _rounded(stored: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored, in the dtypes of a model that may be of another precision today."""
+    return {name: tensor.to(own[name].dtype) for name, tensor in stored.items()}
 
 
 def same_names(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:

@@ -64,6 +64,22 @@ class BestTracker:
         else:
             self.value, self.step = kept["value"], kept["step"]
 
+    def agree_with(self, kept: Mapping[str, Any] | None) -> None:
+        """Fall back from a value that the best slot does not bear out, when a run is resumed; `kept` as in `fall_back`.
+
+        A slot of an earlier step, or of a later one with a worse value, which would not have taken the place of a
+        better one, says that the model of this value was never written. A later and better one is of what was given
+        up, or still to come.
+        """
+        if self.value is None or self.step is None:
+            return
+        if kept is None or kept["metric"] != self.metric:
+            self.fall_back(None)
+        elif kept["step"] < self.step:
+            self.fall_back(kept)
+        elif kept["value"] > self.value if self.mode == "min" else kept["value"] < self.value:
+            self.fall_back(None)
+
     def state_dict(self) -> dict[str, Any]:
         """Return metric, mode, value, step and the count of evaluations since. Patience is the config's."""
         return {

@@ -94,6 +94,7 @@ class CheckpointManager:
         self.parts = Parts(state)
         self._capture = Capture(self.parts, world, copy=config.asynchronous)
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
+        self._branched = False  # restored from another run's folder
         self._elsewhere = False  # restored from a slot that is not this run's own of that step
         self._last_size = 0  # bytes; not known before the first save
         self._saves = Saves()
@@ -113,7 +114,8 @@ class CheckpointManager:
         self.world.together(lambda: self._make_ready(step), only_main=True)
         if self._elsewhere:
             self.save(step)
-            self.finish()
+            self.world.together(self._last_succeeded, only_main=True)
+            self._elsewhere = False
         self.world.together(lambda: self._start(step), only_main=True)
 
     def _make_ready(self, step: int) -> None:
@@ -121,17 +123,11 @@ class CheckpointManager:
         sync(self.folder)
         for sentence in slots.clean_up(self.folder):
             self.records.event("warning", step=step, reason=sentence)
-        if self._elsewhere and self._slot(step).exists():
-            self._tell_moved(step, slots.set_one_aside(self.folder, self._slot(step)))
-
-    def _tell_moved(self, step: int, moved: Path) -> None:
-        self.records.event(
-            "warning", step=step, reason=f"going on from step {step}: moved one that was given up to {moved}"
-        )
 
     def _start(self, step: int) -> None:
         for moved in slots.set_aside(self.folder, step):
-            self._tell_moved(step, moved)
+            reason = f"going on from step {step}: moved a checkpoint of what was given up to {moved}"
+            self.records.event("warning", step=step, reason=reason)
         try:
             best = slots.note_best(self.folder)
         except CheckpointError as error:
@@ -194,7 +190,7 @@ class CheckpointManager:
         begun = time.perf_counter()
         contents = self._capture.take(step, self.settle)
         if self.world.is_main:
-            contents = replace(contents, meta=meta)
+            contents = replace(contents, meta=meta, gives_up=self._elsewhere)
             self._saves.start(slot, step, partial(_write, slot, contents, finish, self.folder, self._last_size))
             self._saves.newest.held = time.perf_counter() - begun
         if not self.config.asynchronous:
@@ -227,7 +223,8 @@ class CheckpointManager:
     def _finish(self) -> None:
         self._last_succeeded()
         if self._best_failure is not None:
-            raise self._best_failure
+            what = str(self._best_failure).partition(". Still there")[0]
+            raise CheckpointError(f"all steps are done and saved, but not the best model: {what}")
 
     def _last_succeeded(self) -> None:
         self.settle()
@@ -237,6 +234,10 @@ class CheckpointManager:
     def best_failed(self) -> bool:
         """Whether the best slot could not be written the last time, on all ranks alike."""
         return self.world.from_main(self._best_failure is not None)
+
+    def branched(self) -> bool:
+        """Whether the state was restored from another run's folder."""
+        return self._branched
 
     def kept_best(self) -> dict[str, Any] | None:
         """What the manifest of the best slot says of it: metric, mode, value and step; None if there is none, or it
@@ -330,6 +331,7 @@ class CheckpointManager:
         assert manifest is not None
         own = self._slot(manifest.step)
         self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()
+        self._branched = not slot.resolve().is_relative_to(self.folder.resolve())
         self._settled_step = -1 if self._elsewhere else manifest.step
         self._last_size = manifest.size
         if self.world.is_main:

@@ -29,7 +29,8 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         return Chosen(named, {})
     candidates = world.from_main(slots.find_slots(run))
     if not candidates:
-        raise UserError(f"resume is 'latest', but '{run}' has no checkpoint: start without --resume, or say 'auto'")
+        advice = "start without --resume, or say 'auto'"
+        raise world.alike(UserError(f"resume is 'latest', but '{run}' has no checkpoint: {advice}"))
     passed_over: dict[Path, str] = {}
     for slot in candidates:
         reason = _why_not(slot, world)
@@ -38,7 +39,8 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         passed_over[slot] = reason
     best = slots.find_best(run)
     advice = f"; the best one is a slot of its own, try --resume {best}" if best else ""
-    raise CheckpointError(f"no checkpoint of '{run}' is whole{advice}: " + "; ".join(passed_over.values()))
+    reasons = "; ".join(passed_over.values())
+    raise world.alike(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))
 
 
 def _why_not(slot: Path, world: World) -> str | None:

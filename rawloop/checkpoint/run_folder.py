@@ -78,8 +78,23 @@ class RunLock:
         os.close(self._file)
 
 
-def claim_run_folder(folder: Path, world: World, *, resume: bool) -> RunLock | None:
+def lock_run_folder(folder: Path) -> RunLock | None:
+    """Lock a run folder, if there is one yet.
+
+    Raises:
+        UserError: see `RunLock`.
+    """
+    return RunLock(folder) if folder.is_dir() else None
+
+
+def claim_run_folder(folder: Path, world: World, *, resume: bool, lock: RunLock | None = None) -> RunLock | None:
     """Make `folder` if need be, check that nothing of another run is in there, and lock it. Call it on every rank.
+
+    Args:
+        folder: of the run.
+        world: the ranks.
+        resume: whether what is in there is of this run.
+        lock: rank 0's, if it holds one already.
 
     Returns:
         the lock, on rank 0; to be released at the end of the run.
@@ -88,18 +103,12 @@ def claim_run_folder(folder: Path, world: World, *, resume: bool) -> RunLock | N
         UserError: it holds a run and `resume` is false, it is a file, it cannot be made or written into, or another
             process is training into it.
     """
-    return world.together(lambda: _claim(folder, resume), only_main=True)
+    return world.together(lambda: _claim(folder, resume, lock), only_main=True)
 
 
-def _claim(folder: Path, resume: bool) -> RunLock:
-    lock = RunLock(folder) if (folder / LOCK).is_file() else None  # who trains there now is said first
-    try:
-        _check(folder, resume)
-        return lock or RunLock(folder)
-    except BaseException:
-        if lock:
-            lock.release()
-        raise
+def _claim(folder: Path, resume: bool, lock: RunLock | None) -> RunLock:
+    _check(folder, resume)
+    return lock or RunLock(folder)
 
 
 def _check(folder: Path, resume: bool) -> None:

@@ -96,10 +96,11 @@ def find_latest(run: Path) -> Latest:
     return Latest(None, damaged)
 
 
-def put_in_place(temporary: Path, slot: Path) -> None:
-    """Give a finished folder its final name; a slot of that name is removed only after that.
+def put_in_place(temporary: Path, slot: Path, gives_up: bool = False) -> None:
+    """Give a finished folder its final name; a slot of that name is removed only after that, or set aside.
 
-    Killed at any point, the one or the other is there, whole.
+    `gives_up` says that it is of another continuation, and so not surpassed. Killed at any point, the one or the other
+    is there, whole.
     """
     old = slot.with_name(f".old-{slot.name}")
     if slot.exists():
@@ -114,15 +115,15 @@ def put_in_place(temporary: Path, slot: Path) -> None:
         raise
     sync(slot.parent)
     if old.exists():
-        _retire(old, slot)
+        _retire(old, slot, gives_up)
 
 
-def _retire(old: Path, successor: Path) -> None:
+def _retire(old: Path, successor: Path, gives_up: bool = False) -> None:
     """Delete a slot that has been replaced, unless it was given up and not surpassed: then move it to the discarded.
 
     That happens when a run goes on from an earlier checkpoint than its last.
     """
-    if _surpassed(_manifest(old), _manifest(successor)):
+    if not gives_up and _surpassed(_manifest(old), _manifest(successor)):
         remove_tree(old)
         return
     discarded = _run_of(successor) / CHECKPOINTS / DISCARDED
@@ -184,14 +185,13 @@ def set_aside(run: Path, after: int) -> list[Path]:
 
     Left in place, the next `--resume latest` would take one of them for the newest.
     """
-    return [set_one_aside(run, slot) for slot in find_slots(run) if step_of(slot) > after]
-
-
-def set_one_aside(run: Path, slot: Path) -> Path:
-    """Move a slot to `checkpoints/discarded/`, and return where it lies there."""
-    moved = _free_name(run / CHECKPOINTS / DISCARDED / slot.name)
-    moved.parent.mkdir(exist_ok=True)
-    return slot.rename(moved)
+    moved = []
+    for slot in find_slots(run):
+        if step_of(slot) > after:
+            moved.append(_free_name(run / CHECKPOINTS / DISCARDED / slot.name))
+            moved[-1].parent.mkdir(exist_ok=True)
+            slot.rename(moved[-1])
+    return moved
 
 
 def _free_name(path: Path) -> Path:
@@ -211,12 +211,11 @@ def rotate(run: Path, step: int, keep_last: int, keep_every: int = 0) -> list[Pa
     """
     if keep_last == 0:
         return []
-    counted = [slot for slot in find_slots(run) if not is_kept(step_of(slot), keep_every)]
+    counted = [slot for slot in find_slots(run) if not is_kept(step_of(slot), keep_every) and not _marked(slot)]
     surplus = [slot for slot in counted if step_of(slot) <= step][keep_last:]
-    deleted = [slot for slot in surplus if not _was_to_be_kept(slot)]
-    for slot in deleted:
+    for slot in surplus:
         remove_tree(slot)
-    return deleted
+    return surplus
 
 
 def is_kept(step: int, keep_every: int) -> bool:
@@ -224,6 +223,6 @@ def is_kept(step: int, keep_every: int) -> bool:
     return keep_every > 0 and step > 0 and step % keep_every == 0
 
 
-def _was_to_be_kept(slot: Path) -> bool:
+def _marked(slot: Path) -> bool:
     manifest = _manifest(slot)
     return manifest is not None and bool(manifest.meta.get("keep"))

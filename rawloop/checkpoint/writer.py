@@ -30,6 +30,7 @@ class Contents:
     states: dict[str, Packed]
     per_rank: list[dict[str, Packed]]
     folders: dict[str, tuple[str, Callable[[Path], None]]]
+    gives_up: bool = False  # what stands in its place, and is of another continuation
 
     def files(self) -> dict[str, Packed]:
         """Return every state by the name of its file, without suffix."""
@@ -71,7 +72,7 @@ def write_slot(slot: Path, contents: Contents) -> Manifest:
     )
     write_manifest(temporary, manifest)
     sync_tree(temporary)
-    put_in_place(temporary, slot)
+    put_in_place(temporary, slot, gives_up=contents.gives_up)
     return manifest
 
 

@@ -1,11 +1,13 @@
 """`rawloop train`: fine-tune a model. `torchrun --nproc_per_node=N -m rawloop train --config FILE` for N processes."""
 
+import math
 import os
 import sys
 from pathlib import Path
 
 from rawloop.build import build_run
 from rawloop.checkpoint import find_latest, mark_launch
+from rawloop.checkpoint.slots import kept_best
 from rawloop.cli import COMMANDS
 from rawloop.config import moved_run, parse
 from rawloop.dist import World, open_world
@@ -57,12 +59,15 @@ def summary(run: Run, folder: Path) -> str:
     assert run.checkpoints is not None
     lines = [f"trained {run.state.step} steps, {run.state.samples:,} samples, {run.state.skipped} updates skipped"]
     name = run.best.metric if run.best else ""
+    kept = kept_best(folder)
     measured = [(line["step"], float(line[name] or 0)) for line in read_metrics(folder) if name in line]
     if measured and run.best and run.best.value is not None:
         (step, first), value = measured[0], run.best.value
-        moved = f", {100 * (value - first) / first:+.1f}%" if first else ""
+        moved = f", {100 * (value - first) / first:+.1f}%" if first and math.isfinite(first) else ""
         lines.append(f"{name} {first:.4f} at step {step} -> {value:.4f} at step {run.best.step} (best{moved})")
-        lines.append(f"best:        {folder / 'best'}")
+        other = kept is not None and kept["step"] != run.best.step
+        note = f" (of step {kept['step']}, of what was given up)" if kept is not None and other else ""
+        lines.append(f"best:        {folder / 'best'}{note}")
         slot = folder / "best"
     else:
         slot = find_latest(folder).slot or folder

@@ -1,11 +1,36 @@
 """Best tracking: only a valid, finite, better value wins."""
 
 import math
+from typing import Any
 
 import pytest
 
 from rawloop.checkpoint import BestTracker
+from rawloop.checkpoint.best import Mode
 from rawloop.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (None, (None, None)),
+        ({"metric": "eval_loss", "value": 3.0, "step": 6}, (3.0, 6)),
+        ({"metric": "eval_loss", "value": 4.0, "step": 5}, (4.0, 5)),  # the one that it should hold was never written
+        ({"metric": "eval_loss", "value": 2.0, "step": 9}, (3.0, 6)),  # to come again, or given up
+        ({"metric": "eval_loss", "value": 3.5, "step": 9}, (None, None)),  # would not have taken its place
+        ({"metric": "wer", "value": 3.0, "step": 6}, (None, None)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_value_is_believed_as_far_as_the_slot_bears_it_out(
+    kept: dict[str, Any] | None, left: tuple[float | None, int | None], mode: Mode
+) -> None:
+    sign = 1 if mode == "min" else -1
+    tracker = BestTracker("eval_loss", mode)
+    tracker.value, tracker.step, tracker.worse_in_a_row = sign * 3.0, 6, 2
+    tracker.agree_with(kept and {**kept, "mode": mode, "value": sign * kept["value"]})
+    assert (tracker.value, tracker.step) == (left[0] and sign * left[0], left[1])
+    assert tracker.worse_in_a_row == 2  # patience does not begin anew
 
 
 def test_only_a_better_valid_finite_value_wins() -> None:

@@ -183,6 +183,14 @@ def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
     with opened(tmp_path, keep_last=1) as manager:  # without keep_every: what was kept for ever still is
         manager.save(6)
     assert names(tmp_path) == ["step-00000006", "step-00000004", "step-00000002"]
+    with opened(tmp_path, keep_last=2) as manager:
+        for step in (7, 8):
+            manager.save(step)
+    assert names(tmp_path) == ["step-00000008", "step-00000007", "step-00000004", "step-00000002"]
+    (tmp_path / "checkpoints" / "step-00000007").rename(tmp_path / "checkpoints" / ".trash-step-00000007")
+    with opened(tmp_path, keep_last=2) as manager:
+        manager.save(9)  # those that are kept are not counted
+    assert names(tmp_path) == ["step-00000009", "step-00000008", "step-00000004", "step-00000002"]
 
 
 def test_a_best_slot_that_was_not_surpassed_is_set_aside(tmp_path: Path) -> None:
