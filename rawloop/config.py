@@ -25,6 +25,7 @@ from rawloop.dist import DDPConfig
 from rawloop.errors import UserError, nearest
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
+from rawloop.foreign_names import NOT_AS_HF_TRAINER, OF_HF_TRAINER
 from rawloop.loop import TrainConfig
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig
@@ -34,56 +35,6 @@ RUN_MARKS = (METRICS, CHECKPOINTS)  # one of them stands beside the config that 
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
 PATHS = "Paths are relative to the folder that the command is started in."
-
-# What HF Trainer and PEFT call it, and what it is here.
-OF_HF_TRAINER = MappingProxyType(
-    {
-        "bf16": "precision.mode",
-        "data_seed": "seed",
-        "do_eval": "evaluation.enabled",
-        "early_stopping_patience": "evaluation.patience",
-        "eval_steps": "evaluation.every",
-        "fp16": "precision.mode",
-        "gradient_accumulation_steps": "train.accumulation",
-        "gradient_checkpointing": "model.activation_checkpointing",
-        "greater_is_better": "evaluation.best_mode",
-        "learning_rate": "optim.lr",
-        "logging_steps": "train.log_every",
-        "lora_alpha": "adapter.alpha",
-        "lora_dropout": "adapter.dropout",
-        "lora_r": "adapter.rank",
-        "lr_scheduler_type": "optim.schedule",
-        "max_grad_norm": "optim.max_norm",
-        "metric_for_best_model": "evaluation.best_metric",
-        "num_train_epochs": "train.epochs",
-        "output_dir": "output",
-        "per_device_eval_batch_size": "evaluation.batch_size",
-        "per_device_train_batch_size": "train.batch_size",
-        "resume_from_checkpoint": "resume",
-        "run_name": "output",
-        "save_steps": "checkpoint.save_every",
-        "save_total_limit": "checkpoint.keep_last",
-    }
-)
-# What has no counterpart, or another meaning here, in a few words.
-NOT_AS_HF_TRAINER = MappingProxyType(
-    {
-        "deepspeed": "there is none; several processes train by DDP, which torchrun starts",
-        "disable_tqdm": "'records.progress' set to false is that",
-        "eval_strategy": "'evaluation.every' is a number of steps",
-        "evaluation_strategy": "'evaluation.every' is a number of steps",
-        "fsdp": "there is none; several processes train by DDP, which torchrun starts",
-        "ignore_data_skip": "there is none; a resumed run goes on with the samples that were next, and skips none",
-        "load_best_model_at_end": "there is none; the best model is always kept, in best/ of the run's folder",
-        "logging_dir": "there is none; TensorBoard's files lie in tensorboard/ of the run's folder, 'output'",
-        "logging_strategy": "'train.log_every' is a number of steps",
-        "overwrite_output_dir": "there is none; go on in the folder of a run with --resume auto, or delete it",
-        "report_to": "'records.tensorboard' and 'records.wandb' are true or false",
-        "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
-        "save_strategy": "'checkpoint.save_every' is a number of steps",
-        "warmup_ratio": "'optim.warmup_steps' is a number of steps",
-    }
-)
 
 
 @dataclass

@@ -12,8 +12,6 @@ import yaml
 from rawloop.cli import COMMANDS, main
 from rawloop.config import (
     ALIASES,
-    NOT_AS_HF_TRAINER,
-    OF_HF_TRAINER,
     Parser,
     RunConfig,
     add_options,
@@ -24,6 +22,7 @@ from rawloop.config import (
     to_yaml,
 )
 from rawloop.errors import UserError
+from rawloop.foreign_names import NOT_AS_HF_TRAINER, OF_HF_TRAINER
 
 
 @pytest.fixture
