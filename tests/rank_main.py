@@ -4,6 +4,7 @@ A script of its own rather than a fork: gloo and torch's thread pools do not sur
 its path, because tests are no package.
 """
 
+import faulthandler
 import importlib.util
 import pickle
 import sys
@@ -66,9 +67,11 @@ def packed(outcome: dict[str, Any]) -> bytes:
 def main(folder: Path, rank: int) -> None:
     """Read the job, run it, and write its outcome. The exit code is 1 where it is an error."""
     job = pickle.loads((folder / "job.pickle").read_bytes())
+    faulthandler.dump_traceback_later(0.9 * job["timeout"])  # where it hangs, before it is killed for that
     outcome = attempt(call, job)
     if outcome["kind"] == "result":  # of `call`, which is an outcome itself
         outcome = outcome["value"]
+    faulthandler.cancel_dump_traceback_later()
     (folder / f"rank{rank}.pickle").write_bytes(packed(outcome))
     sys.exit(outcome["kind"] == "error")
 
