@@ -6,9 +6,13 @@ draws at random while it makes an example is a pure function too, of (seed, epoc
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -174,6 +178,8 @@ class Loader:
         Raises:
             RawloopError: a sample cannot be made into an example; the message names it.
         """
+        if self.num_workers:
+            wait_for_libraries_threads()
         loader: DataLoader[Any] = DataLoader(
             self.batches,
             batch_size=None,
@@ -193,6 +199,30 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             raise RawloopError(f"a data worker died, out of memory perhaps: {error}") from error
+
+
+def wait_for_libraries_threads(limit: float = 2.0) -> None:
+    """Wait, for `limit` seconds at most, until no thread but Python's own is running: then a fork is safe.
+
+    A thread of a library that takes the GIL (gloo's, when it frees a tensor after a collective) holds the interpreter's
+    list of threads for a moment, without the GIL. Up to Python 3.11 at least, `fork` does not wait for that, and a
+    child that is forked in this moment waits for it for ever (`_PyThreadState_DeleteExcept`), and with it all ranks.
+    """
+    own = {threading.get_native_id(), *(thread.native_id for thread in threading.enumerate())}
+    deadline = time.monotonic() + limit
+    while running_threads(own) and time.monotonic() < deadline:
+        time.sleep(0.001)  # lets go of the GIL, which they may want
+
+
+def running_threads(own: Collection[int | None]) -> list[int]:
+    """The ids of this process's threads that are running or about to, without `own`. None are known off Linux."""
+    found = []
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]  # the name before it may hold anything
+            if state in "RD" and int(task.name) not in own:
+                found.append(int(task.name))
+    return found
 
 
 def _in_worker(number: int) -> None:

@@ -1,9 +1,12 @@
 """The data order is a pure function, complete, and the same for any world size and number of workers."""
 
 import gc
+import hashlib
 import math
 import random
 import re
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from rawloop.contracts import Batch, Labels, Sample
+from rawloop.data import batches
 from rawloop.data.batches import BatchPlan, Draw, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.errors import RawloopError, UserError
@@ -32,6 +36,33 @@ def loader(workers: int = 0) -> Loader:
 
 def window_ids(plan: BatchPlan, window: int) -> list[int]:
     return [draw.sample for micro in plan.micro_batches(window) for draw in micro]
+
+
+def test_workers_are_forked_when_no_library_s_thread_is_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that computes without the GIL stands for a library's; it is unknown where it is not enumerated."""
+    stop, ends = threading.Event(), []
+
+    def compute() -> None:
+        while not stop.is_set():
+            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 200_000)
+        ends.append(time.monotonic())
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    seen: set[int] = set()
+    while thread.native_id not in seen:
+        seen |= set(batches.running_threads({threading.get_native_id()}))
+    assert thread.native_id not in batches.running_threads({thread.native_id})
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.main_thread()])
+    begun = time.monotonic()
+    batches.wait_for_libraries_threads(limit=0.3)
+    assert time.monotonic() - begun >= 0.3
+    threading.Timer(0.1, stop.set).start()
+    batches.wait_for_libraries_threads(limit=30)
+    assert ends
+    assert ends[0] <= time.monotonic()
+    monkeypatch.undo()
+    thread.join()
 
 
 def test_every_epoch_sees_every_sample_once() -> None:
