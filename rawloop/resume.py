@@ -113,15 +113,15 @@ def stored_precision(slot: Path | None) -> dict[str, Any] | None:
     return json.loads(file.read_bytes()) if file and file.exists() else None
 
 
-def restore(run: Run, config: RunConfig, claim: Claim, say: Say) -> None:
+def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
     """Restore the run if it is resumed, and make its folder ready. Random streams are restored last of all."""
     assert run.checkpoints is not None
     folder, step = run.checkpoints.folder, None
-    if claim.chosen is None and claim.beginning.own:
+    if claimed.chosen is None and claimed.beginning.own:
         say(f"no checkpoint in {folder} yet: starting from the beginning")
         step = -1
-    if claim.chosen is not None:
-        restored = run.checkpoints.restore(claim.chosen)
+    if claimed.chosen is not None:
+        restored = run.checkpoints.restore(claimed.chosen)
         run.world.together(partial(_tell_changes, run, config, say), only_main=True)
         say(f"resumed from {restored.slot} at step {restored.step}")
         _agree_with_best_slot(run, folder)
@@ -139,7 +139,7 @@ def _agree_with_best_slot(run: Run, folder: Path) -> None:
     if run.best is None:
         return
     kept = run.checkpoints.kept_best()
-    if run.checkpoints.branched():
+    if run.checkpoints.branched:
         run.best.forget()  # the best slot stayed with the run that this one continues
     elif kept is not None or run.world.from_main(find_best(folder) is None):  # else it is damaged, which is said
         run.best.agree_with(kept)

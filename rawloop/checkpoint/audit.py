@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, verify
+from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, step_of, verify
 from rawloop.checkpoint.run_folder import MARKS
-from rawloop.checkpoint.slots import BEST, CHECKPOINTS, DISCARDED, find_best, find_slots, step_of
+from rawloop.checkpoint.slots import BEST, CHECKPOINTS, DISCARDED, find_best, find_slots
 from rawloop.errors import CheckpointError, UserError
 
 UNFINISHED = "being written, or left by a save that was killed; never taken for a checkpoint"

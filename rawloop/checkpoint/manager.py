@@ -19,7 +19,7 @@ from rawloop.checkpoint import slots
 from rawloop.checkpoint.background import Save, Saves, Written
 from rawloop.checkpoint.capture import Capture, Parts
 from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
-from rawloop.checkpoint.manifest import Manifest, read_manifest
+from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of
 from rawloop.checkpoint.pack import pack, unpack
 from rawloop.checkpoint.reader import Chosen, changes, check_parts, choose
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
@@ -94,7 +94,7 @@ class CheckpointManager:
         self.parts = Parts(state)
         self._capture = Capture(self.parts, world, copy=config.asynchronous)
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
-        self._branched = False  # restored from another run's folder
+        self.branched = False  # restored from another run's folder
         self._elsewhere = False  # restored from a slot that is not this run's own of that step
         self._last_size = 0  # bytes; not known before the first save
         self._saves = Saves()
@@ -235,10 +235,6 @@ class CheckpointManager:
         """Whether the best slot could not be written the last time, on all ranks alike."""
         return self.world.from_main(self._best_failure is not None)
 
-    def branched(self) -> bool:
-        """Whether the state was restored from another run's folder."""
-        return self._branched
-
     def kept_best(self) -> dict[str, Any] | None:
         """What the manifest of the best slot says of it: metric, mode, value and step; None if there is none, or it
         is damaged. All ranks call this.
@@ -325,13 +321,13 @@ class CheckpointManager:
             CheckpointError: it does not hold exactly the parts of this run.
         """
         for slot, why in chosen.passed_over.items() if self.world.is_main else ():
-            self.records.event("warning", step=slots.step_of(slot), reason=f"passed over a checkpoint: {why}")
+            self.records.event("warning", step=step_of(slot), reason=f"passed over a checkpoint: {why}")
         slot = chosen.slot
         manifest = self.world.together(lambda: self._restore(slot))
         assert manifest is not None
         own = self._slot(manifest.step)
         self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()
-        self._branched = not slot.resolve().is_relative_to(self.folder.resolve())
+        self.branched = not slot.resolve().is_relative_to(self.folder.resolve())
         self._settled_step = -1 if self._elsewhere else manifest.step
         self._last_size = manifest.size
         if self.world.is_main:

@@ -43,6 +43,12 @@ class Manifest:
         return sum(record.size for record in self.files.values())
 
 
+def step_of(slot: Path) -> int:
+    """Return the step of a slot from its name; -1 for a name that is not a step's."""
+    match = re.fullmatch(r"(?:\.old-)?step-(\d+)", slot.name)
+    return int(match[1]) if match else -1
+
+
 def installed_versions() -> dict[str, str | None]:
     """Return the versions of what wrote a checkpoint; None for what is not installed as a package."""
     found: dict[str, str | None] = {}
@@ -102,8 +108,7 @@ def verify(slot: Path) -> Manifest:
         CheckpointError: names the first file that is missing or differs, and how; or its name is another step's.
     """
     manifest = read_manifest(slot)
-    named = re.fullmatch(r"(?:\.old-)?step-(\d+)", slot.name)
-    if named and int(named[1]) != manifest.step:
+    if step_of(slot) not in (-1, manifest.step):
         raise CheckpointError(f"{slot}: its manifest is that of step {manifest.step}: it was renamed, or copied")
     for name, record in manifest.files.items():
         try:

@@ -153,25 +153,21 @@ def mark_launch(folder: Path, world: World, stage: Stage) -> None:
 
 
 def earlier_stage(folder: Path, world: World) -> Stage | None:
-    """Return how far this launch's processes came in the folder before they were restarted, if they were."""
-    if not world.restarts:
-        return None
-    try:
-        mark = json.loads((folder / LAUNCH).read_bytes())
-    except FileNotFoundError:
-        return None
-    stage: Stage | None = mark["stage"] if mark["launch"] == world.launch else None
-    return stage
+    """Return how far this launch's processes came in the folder before they were restarted, if they were.
 
-
-def forget_earlier_launch(folder: Path, world: World) -> None:
-    """Remove the mark of an earlier launch of this name: schedulers give a job that is put back its old id."""
+    The first processes of a launch remove a mark of its name: schedulers give a job that is put back its old id.
+    """
     try:
         mark = json.loads((folder / LAUNCH).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        return
-    if not world.restarts and mark["launch"] == world.launch:
+        return None
+    if mark["launch"] != world.launch:
+        return None
+    if not world.restarts:
         (folder / LAUNCH).unlink()
+        return None
+    stage: Stage = mark["stage"]
+    return stage
 
 
 def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
@@ -191,7 +187,6 @@ def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
 
 
 def _begin(folder: Path, resume: str | None, world: World) -> Beginning:
-    forget_earlier_launch(folder, world)
     stage = earlier_stage(folder, world)
     if stage == "stopped":
         raise Preempted("was told to stop before torchrun started it again; go on with --resume latest")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rawloop.checkpoint.disk import remove_tree, replace_text, sync
-from rawloop.checkpoint.manifest import Manifest, read_manifest, verify
+from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of, verify
 from rawloop.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
@@ -30,12 +30,6 @@ class Latest(NamedTuple):
 def slot_name(step: int) -> str:
     """Return the folder name of a step's slot."""
     return f"step-{step:08d}"
-
-
-def step_of(slot: Path) -> int:
-    """Return the step of a slot from its name; -1 for a name that is not a step's."""
-    match = re.fullmatch(r"(?:\.old-)?step-(\d+)", slot.name)
-    return int(match[1]) if match else -1
 
 
 def find_slots(run: Path) -> list[Path]:

@@ -60,7 +60,8 @@ def summary(run: Run, folder: Path) -> str:
     lines = [f"trained {run.state.step} steps, {run.state.samples:,} samples, {run.state.skipped} updates skipped"]
     name = run.best.metric if run.best else ""
     kept = kept_best(folder)
-    measured = [(line["step"], float(line[name] or 0)) for line in read_metrics(folder) if name in line]
+    lines_of = ((line["step"], line.get(name)) for line in read_metrics(folder))
+    measured = [(step, value) for step, value in lines_of if isinstance(value, (int, float))]
     if measured and run.best and run.best.value is not None:
         (step, first), value = measured[0], run.best.value
         moved = f", {100 * (value - first) / first:+.1f}%" if first and math.isfinite(first) else ""

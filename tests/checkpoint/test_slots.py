@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rawloop.checkpoint import slots
+from rawloop.checkpoint.manifest import step_of
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, temporary_of, write_slot
 from rawloop.errors import CheckpointError
@@ -22,7 +23,7 @@ def write_step(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    return [slots.step_of(slot) for slot in slots.find_slots(run)]
+    return [step_of(slot) for slot in slots.find_slots(run)]
 
 
 def value_in(slot: Path) -> float:
