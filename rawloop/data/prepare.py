@@ -37,6 +37,7 @@ Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
 DECODERS = 4  # threads that hash and decode ahead of the codec
 AHEAD = 16  # clips decoded ahead: at most 50 MB of waveforms
+LOG_SECONDS = 60.0  # between two states of the progress bar where stderr is no terminal
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,15 @@ def _encode_all(
 ) -> int:
     """Encode the clips that have no codes, until all are done or a signal has come in. Returns how many are done."""
     done = 0
-    bar = tqdm(total=len(paths), desc="encoding", unit="clip", disable=not progress)
+    every = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    bar = tqdm(
+        total=len(paths),
+        desc="encoding",
+        unit="clip",
+        disable=not progress,
+        mininterval=every,
+        maxinterval=max(every, 10.0),
+    )
     with bar, _decoders() as pool:
         for clip in takewhile(lambda clip: not asked(), _ahead(pool, load, paths)):
             _take(clip, encode, load.writer, report)

@@ -217,6 +217,18 @@ def test_bad_clips_are_named_as_they_are_found(
     assert "encoding: 100%" in error
 
 
+def test_a_log_file_does_not_get_every_state_of_the_bar(
+    clips: list[Path], encode: Encode, info: CodecInfo, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(waveform: Tensor) -> Tensor:
+        time.sleep(0.15)  # a terminal's bar is drawn every 0.1 s
+        return encode(waveform)
+
+    prepare(samples_of(clips), slow, info, cache)
+    states = [state for state in capsys.readouterr().err.split("\r") if state.strip()]
+    assert [state[:14] for state in states] == ["encoding:   0%", "encoding: 100%"]
+
+
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
