@@ -17,9 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
+
 
 def run(arguments: list[str], folder: Path) -> int:
     """Run torchrun; return the exit code that the workers left in `folder`, if it has failed, or 1."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main  # starts threads, which must inherit what is blocked
 
@@ -29,11 +32,13 @@ def run(arguments: list[str], folder: Path) -> int:
         main(arguments)
     except Exception as error:
         code = file.read_text() if file.exists() else "0"
-        if code in ("0", "1"):
-            if not isinstance(error, ChildFailedError):
-                raise
+        if code in ("0", "1") and isinstance(error, ChildFailedError):
             print("\n".join(failed(error)), file=sys.stderr)
             return 1
+        if code == "0" and isinstance(error, SignalException):
+            return stopped(error.sigval)
+        if code in ("0", "1") and not isinstance(error, SignalException):
+            raise
         print(f"torchrun: {type(error).__name__}; exit code {code} of the workers stands", file=sys.stderr)
         return int(code)
     return 0
@@ -49,6 +54,13 @@ def failed(error: Any) -> list[str]:
         if failure.exitcode != -told and failure.timestamp <= first.timestamp + 1
     }
     return [f"torchrun: rank {rank} (process {f.pid}) {ending(f.exitcode)}" for rank, f in own.items()]
+
+
+def stopped(number: int) -> int:
+    """Say that torchrun was told to stop, where no worker has left a code: it had not begun, or was killed."""
+    name = signal.Signals(number).name
+    print(f"torchrun: stopped by {name} before its processes said anything: start it again", file=sys.stderr)
+    return 130 if number == signal.SIGINT else TEMPORARY_FAILURE
 
 
 def ending(exitcode: int) -> str:
@@ -74,6 +86,9 @@ def pass_sigusr1_on(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(stopped(number))
+    )  # until torchrun has a handler of its own
     with TemporaryDirectory() as made:
         pass_sigusr1_on(Path(made) / "SIGUSR1")
         code = run(sys.argv[1:], Path(made))

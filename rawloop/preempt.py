@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from rawloop.errors import Preempted
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "STOP"
 
@@ -39,6 +41,30 @@ class Preemption:
         if self.received is None and self.stop_file is not None and self.stop_file.exists():
             return f"the file {self.stop_file}"
         return self.received
+
+
+def end_early(command: str, go_on: str, exit_code_file: str | None) -> None:
+    """Until signals are watched, end at once with exit code 75 on SIGTERM and SIGUSR1: nothing has begun yet.
+
+    For a process that is rawloop's own, at its very start; torch is imported for seconds. The handlers come back when
+    watching ends, and `ignore_signals` should follow.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        line = f"rawloop {command}: stopped by {signal.Signals(number).name} before it began{go_on}\n"
+        os.write(2, line.encode())
+        if exit_code_file:
+            Path(exit_code_file).write_text(str(Preempted.exit_code))
+        os._exit(Preempted.exit_code)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
+
+
+def ignore_signals() -> None:
+    """Let no later signal change the exit code of a process that ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ Value = float | int | str | None
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
+MEND = "rawloop writes no such line: mend it, or move the file aside"
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # What a line of progress shows of the metrics, and how. Only lines with one of the two losses are shown.
 LOSSES = ("loss", "eval_loss")
@@ -122,9 +123,12 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     *whole, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(whole, start=1):
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError as error:
-            raise RawloopError(f"{path} line {number} is not JSON: {error}") from error
+            raise RawloopError(f"{path} line {number} is not JSON: {error}; {MEND}") from error
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            raise RawloopError(f"{path} line {number} is no object with a whole number 'step': {line[:80]!r}; {MEND}")
+        yield found
 
 
 def read_metrics(folder: Path) -> list[dict[str, Value]]:

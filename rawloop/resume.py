@@ -156,8 +156,11 @@ def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
     lines += [f"{key} {then} -> {now}" for key, (then, now) in run.state.differed.items() if key not in named]
     if run.state.differed:
         lines.append(_position(run.state))
-    if "data.eval" in named and run.best and run.best.value is not None:
-        lines.append(f"the best {run.best.metric} so far, {run.best.value:.6g}, was measured on the data.eval of then")
+    for key in ("data.eval", "model.stream_weights"):
+        if key in named and run.best and run.best.value is not None:
+            lines.append(
+                f"the best {run.best.metric} so far, {run.best.value:.6g}, was measured with the {key} of then"
+            )
     lines += [base.notice] if base.notice else []
     for line in lines:
         say(line)

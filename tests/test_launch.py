@@ -247,6 +247,67 @@ def test_processes_that_left_no_code_are_named_in_a_line_each(
     ]
 
 
+@pytest.mark.parametrize(
+    ("left", "number", "code"),
+    [("", signal.SIGTERM, 75), ("0", signal.SIGTERM, 75), ("", signal.SIGINT, 130), ("1", signal.SIGTERM, 1)],
+)
+def test_torchrun_told_to_stop_has_a_line_and_a_code(
+    left: str,
+    number: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def fail(arguments: list[str]) -> None:
+        if left:
+            Path(os.environ["RAWLOOP_EXIT_CODE_FILE"]).write_text(left)
+        raise SignalException("got a signal", sigval=number)
+
+    launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
+    assert launcher["run"]([], tmp_path) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    said = "exit code 1 of the workers stands" if left == "1" else f"stopped by {number.name} before its processes said"
+    assert said in line
+
+
+@pytest.mark.parametrize("moment", ["torchrun imports", "the worker imports"])
+def test_sigterm_before_anything_has_begun_ends_with_75(moment: str, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    late = f"open({str(ready)!r}, 'w').close(); time.sleep(60)"
+    if moment == "torchrun imports":  # of which os is the first that this one can delay
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text(f"import time\n{late}\n")
+        python = f"PYTHONPATH={tmp_path} exec '{sys.executable}' $1 --standalone x"
+    else:
+        (tmp_path / "slow.py").write_text(
+            "import sys, time\nfrom rawloop.cli import main\n"
+            f"class Slow:\n    def find_spec(self, name, path=None, target=None):\n        if name == 'torch': {late}\n"
+            "sys.meta_path.insert(0, Slow())\nsys.argv[1:] = ['train']\nsys.exit(main())\n"
+        )
+        python = f"exec '{sys.executable}' $1 --standalone --nproc-per-node=2 {tmp_path / 'slow.py'}"
+    script = executable(tmp_path / "python", f"#!/bin/sh\n{python}\n")
+    environment = {**os.environ, "PYTHON": str(script), "NPROC": "2"}
+    process = subprocess.Popen(
+        ["bash", str(LAUNCH / "single_node.sh"), "x.yaml"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 75, error
+    assert "Traceback" not in error
+    assert "stopped by SIGTERM before it" in error
+
+
 def test_a_process_that_is_killed_is_told_without_a_traceback(tmp_path: Path) -> None:
     worker = executable(
         tmp_path / "worker.py",

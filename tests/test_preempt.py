@@ -3,11 +3,14 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import psutil
@@ -228,6 +231,36 @@ def test_a_signal_while_the_run_is_built_stops_it_at_its_first_step(base: RunCon
     with pytest.raises(Preempted, match="stopped by SIGTERM at step 0; checkpoint: "):
         go(config, change=lambda run: os.kill(os.getpid(), signal.SIGTERM))
     assert slots(tmp_path) == [0]
+
+
+def test_a_second_signal_changes_nothing_until_the_process_has_ended(tmp_path: Path) -> None:
+    script = """import sys, time, types
+from rawloop import cli
+from rawloop.errors import Preempted
+from rawloop.preempt import watched
+def run(rest):
+    with watched() as preemption:
+        print("watching", flush=True)
+        while preemption.wanted() is None:
+            time.sleep(0.01)
+        raise Preempted("stopped")
+sys.modules["rawloop.cli.train"] = types.SimpleNamespace(run=run)
+sys.argv[1:] = ["train"]
+code = cli.main()
+print("ending", flush=True)
+time.sleep(1)
+sys.exit(code)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=PIPE, stderr=PIPE, text=True)
+    try:
+        for awaited in ("watching\n", "ending\n"):
+            assert process.stdout
+            assert process.stdout.readline() == awaited
+            process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (75, "rawloop train: stopped\n")
 
 
 def test_handlers_are_put_back_and_other_threads_set_none() -> None:

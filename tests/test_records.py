@@ -129,6 +129,13 @@ def test_garbage_in_the_middle_is_an_error_with_its_line(tmp_path: Path) -> None
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["null", "5", "[1]", '{"loss": 1.0}', '{"step": "1"}'])
+def test_a_line_without_a_step_is_an_error_with_its_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(RawloopError, match=r"metrics\.jsonl line 2 is no object with a whole number 'step': .*mend it"):
+        read_metrics(tmp_path)
+
+
 def test_rewind_takes_later_lines_out_and_keeps_them_elsewhere(tmp_path: Path) -> None:
     with make(tmp_path) as records:
         for step in range(1, 7):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rawloop.adapters.files import same_names, tensors_of
 from rawloop.adapters.lora import quiet
-from rawloop.errors import UserError
+from rawloop.errors import RawloopError, UserError
 
 
 def merge_adapter(
@@ -50,10 +50,14 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
 
     Raises:
         UserError: the folder holds no adapter.
+        RawloopError: its adapter_config.json cannot be read.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
             f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
         )
-    config = PeftConfig.from_pretrained(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RawloopError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
     return config.base_model_name_or_path or "", config.revision

@@ -55,6 +55,8 @@ def _is_slot(folder: Path) -> bool:
 
 
 def _slots_of_run(run: Path) -> Iterator[Path]:
+    if (run.parent / NAME).exists():
+        raise UserError(f"'{run}' is a part of a checkpoint: name that, '{run.parent}'")
     if not any((run / mark).exists() for mark in MARKS):
         advice = f": name the run, '{run.parent}'" if run.name == CHECKPOINTS else ", nor a checkpoint"
         raise UserError(f"'{run}' is no run{advice}")

@@ -22,6 +22,7 @@ from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable
 from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of
 from rawloop.checkpoint.pack import pack, unpack
 from rawloop.checkpoint.reader import Chosen, changes, check_parts, choose
+from rawloop.checkpoint.run_folder import is_inside
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
@@ -327,7 +328,7 @@ class CheckpointManager:
         assert manifest is not None
         own = self._slot(manifest.step)
         self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()
-        self.branched = not slot.resolve().is_relative_to(self.folder.resolve())
+        self.branched = not is_inside(self.folder, str(slot))
         self._settled_step = -1 if self._elsewhere else manifest.step
         self._last_size = manifest.size
         if self.world.is_main:
@@ -380,7 +381,10 @@ def _failure(slot: Path, step: int, run: Path, error: Exception) -> CheckpointEr
     what = in_words(error) if isinstance(error, (OSError, SafetensorError)) else str(error)
     left = _remove_quietly(temporary_of(slot))
     whole = [path.name for path in slots.find_slots(run)]
-    kept = f"Still there: {', '.join(whole)}; go on from it with --resume latest" if whole else "Nothing was saved yet"
+    best = slots.readable_best(run)
+    kept = f"Still there: {best}; go on from it with --resume {best}" if best else "Nothing was saved yet"
+    if whole:
+        kept = f"Still there: {', '.join(whole)}; go on from it with --resume latest"
     return CheckpointError(f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {kept}{left}")
 
 

@@ -87,7 +87,7 @@ def read_manifest(slot: Path) -> Manifest:
         body = json.loads(raw)
     except FileNotFoundError:
         raise CheckpointError(f"{slot}: there is no {NAME}: the checkpoint was never completed") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: it cannot be read: {error}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         found = body.get("format") if isinstance(body, dict) else body
@@ -96,9 +96,14 @@ def read_manifest(slot: Path) -> Manifest:
     # rendering again and comparing bytes notices every change, even one that JSON does not care about
     if _render(body).encode() != raw:
         raise CheckpointError(f"{path}: its own digest does not agree: the file has changed since it was written")
-    files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
-    meta = unpack(Packed(body.pop("meta"), {}))
-    return Manifest(files=files, meta=meta, **body)
+    try:
+        files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
+        manifest = Manifest(files=files, meta=unpack(Packed(body.pop("meta"), {})), **body)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: rawloop has not written it so: {error}") from error
+    if type(manifest.step) is not int:
+        raise CheckpointError(f"{path}: rawloop has not written it so: its step is {manifest.step!r}")
+    return manifest
 
 
 def verify(slot: Path) -> Manifest:

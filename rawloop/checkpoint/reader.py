@@ -29,7 +29,12 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         return Chosen(named, {})
     candidates = world.from_main(slots.find_slots(run))
     if not candidates:
-        advice = "start without --resume, or say 'auto'"
+        best = world.from_main(slots.readable_best(run))
+        advice = (
+            f"the best one is a slot of its own, try --resume {best}"
+            if best
+            else "start without --resume, or say 'auto'"
+        )
         raise world.alike(UserError(f"resume is 'latest', but '{run}' has no checkpoint: {advice}"))
     passed_over: dict[Path, str] = {}
     for slot in candidates:
@@ -37,7 +42,7 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         if reason is None:
             return Chosen(slot, passed_over)
         passed_over[slot] = reason
-    best = slots.find_best(run)
+    best = slots.readable_best(run)
     advice = f"; the best one is a slot of its own, try --resume {best}" if best else ""
     reasons = "; ".join(passed_over.values())
     raise world.alike(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))

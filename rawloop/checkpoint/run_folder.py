@@ -10,12 +10,12 @@ import os
 import socket
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from rawloop.checkpoint.disk import replace_text
-from rawloop.checkpoint.slots import BEST, CHECKPOINTS, find_slots
+from rawloop.checkpoint.slots import BEST, CHECKPOINTS, find_slots, readable_best
 from rawloop.dist import World
-from rawloop.errors import Preempted, UserError
+from rawloop.errors import Preempted, RawloopError, UserError
 from rawloop.preempt import STOP_FILE
 
 # How far the processes of a launch came: the folder is theirs, what lies in it is of this run, they were told to stop.
@@ -119,6 +119,9 @@ def _check(folder: Path, resume: bool) -> None:
         advice = "pass --resume latest to go on with it, or another --output"
         if not find_slots(folder):
             advice = "it has no checkpoint to resume from: pass another --output, or delete the folder"
+            best = readable_best(folder)
+            if best:
+                advice = f"its only checkpoint is the best one: pass --resume {best}, or another --output"
         raise UserError(f"output is '{folder}', which already holds a run ({', '.join(found)}): {advice}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,17 +160,20 @@ def earlier_stage(folder: Path, world: World) -> Stage | None:
 
     The first processes of a launch remove a mark of its name: schedulers give a job that is put back its old id.
     """
+    file = folder / LAUNCH
     try:
-        mark = json.loads((folder / LAUNCH).read_bytes())
+        mark = json.loads(file.read_bytes())
+        launch, stage = mark["launch"], mark["stage"]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if mark["launch"] != world.launch:
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RawloopError(f"{file} is damaged ({error}): delete it, and start again") from error
+    if launch != world.launch:
         return None
     if not world.restarts:
-        (folder / LAUNCH).unlink()
+        file.unlink()
         return None
-    stage: Stage = mark["stage"]
-    return stage
+    return stage if stage in get_args(Stage) else None
 
 
 def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
@@ -200,7 +206,8 @@ def _begin(folder: Path, resume: str | None, world: World) -> Beginning:
 
 def is_inside(folder: Path, resume: str) -> bool:
     """Whether a slot's path leads into a run's folder."""
-    return Path(resume).expanduser().resolve().is_relative_to(folder.resolve())
+    slot = Path(resume).expanduser().resolve()
+    return any(slot.is_relative_to(place.resolve()) for place in (folder, folder / CHECKPOINTS, folder / BEST))
 
 
 def remove_stop_file(folder: Path, world: World) -> str | None:
@@ -209,7 +216,10 @@ def remove_stop_file(folder: Path, world: World) -> str | None:
 
 
 def _remove_stop_file(folder: Path) -> str | None:
-    if not (folder / STOP_FILE).exists():
+    file = folder / STOP_FILE
+    if file.is_dir():
+        raise UserError(f"{file} is a folder, which stops a run as a file of that name does: remove it")
+    if not file.exists():
         return None
-    (folder / STOP_FILE).unlink()
-    return f"removed {folder / STOP_FILE}, which stopped an earlier run"
+    file.unlink()
+    return f"removed {file}, which stopped an earlier run"

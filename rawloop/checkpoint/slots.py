@@ -53,6 +53,12 @@ def find_best(run: Path) -> Path | None:
     return None
 
 
+def readable_best(run: Path) -> Path | None:
+    """Return the best slot if its manifest can be read: one to advise to go on from."""
+    slot = find_best(run)
+    return slot if slot is not None and _manifest(slot) is not None else None
+
+
 def note_best(run: Path) -> Manifest | None:
     """Make `best.json` say what the manifest of the best slot says. Returns that manifest, None without a best slot.
 
@@ -65,7 +71,7 @@ def note_best(run: Path) -> Manifest | None:
     manifest = read_manifest(slot)
     text = json.dumps({**manifest.meta["best"], "folder": BEST}, indent=1) + "\n"
     path = run / "best.json"
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         replace_text(path, text)
     return manifest
 
@@ -112,31 +118,35 @@ def put_in_place(temporary: Path, slot: Path, gives_up: bool = False) -> None:
         _retire(old, slot, gives_up)
 
 
-def _retire(old: Path, successor: Path, gives_up: bool = False) -> None:
-    """Delete a slot that has been replaced, unless it was given up and not surpassed: then move it to the discarded.
+def _retire(old: Path, successor: Path, gives_up: bool = False) -> Path | None:
+    """Delete a slot that has been replaced, or move it to the discarded, and return where it is then.
 
-    That happens when a run goes on from an earlier checkpoint than its last.
+    It is moved if it was given up and not surpassed, as when a run goes on from an earlier checkpoint than its last,
+    or if its manifest cannot be read: its weights may be what somebody looks for.
     """
-    if not gives_up and _surpassed(_manifest(old), _manifest(successor)):
+    manifest = _manifest(old)
+    if manifest and not gives_up and _surpassed(manifest, _manifest(successor)):
         remove_tree(old)
-        return
+        return None
     discarded = _run_of(successor) / CHECKPOINTS / DISCARDED
     discarded.mkdir(parents=True, exist_ok=True)
-    step = slot_name(read_manifest(old).step)
-    old.rename(_free_name(discarded / (f"{BEST}-{step}" if successor.name == BEST else step)))
+    name = successor.name
+    if name == BEST and manifest:
+        name = f"{BEST}-{slot_name(manifest.step)}"
+    return old.rename(_free_name(discarded / name))
 
 
 def _manifest(slot: Path) -> Manifest | None:
     try:
         return read_manifest(slot)
-    except CheckpointError:  # a damaged slot has nothing to lose
+    except CheckpointError:
         return None
 
 
-def _surpassed(old: Manifest | None, successor: Manifest | None) -> bool:
+def _surpassed(old: Manifest, successor: Manifest | None) -> bool:
     """Whether nothing is lost with `old`: its value is reached, or, of what cannot be compared, its step."""
-    if old is None or successor is None:
-        return old is None
+    if successor is None:
+        return False
     then, now = old.meta.get("best"), successor.meta.get("best")
     if not then or not now or then["metric"] != now["metric"]:
         return old.step <= successor.step
@@ -166,7 +176,9 @@ def _settle(path: Path) -> str:
         path.rename(target)
         return f"put {target.name} back: it was being replaced when the run ended"
     if path.name.startswith(".old-"):
-        _retire(path, target)
+        kept = _retire(path, target)
+        if kept:
+            return f"moved {path.name}, left by a run that ended while saving, to {kept}"
     elif path.is_dir():
         remove_tree(path)
     else:

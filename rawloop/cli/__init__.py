@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from rawloop.errors import RawloopError, nearest
+from rawloop.preempt import end_early, ignore_signals
 
 COMMANDS = {
     "demo": "build the demo checkpoint and encode the bundled speech",
@@ -52,7 +53,12 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    own_process = argv is None and command in GO_ON
+    if own_process:
+        end_early(command, GO_ON[command], os.environ.get(EXIT_CODE_FILE))
     code = call(command, rest)
+    if own_process:
+        ignore_signals()
     if EXIT_CODE_FILE in os.environ:
         leave_exit_code(Path(os.environ[EXIT_CODE_FILE]), code)
     return code

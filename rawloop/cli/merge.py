@@ -8,6 +8,8 @@ import torch
 
 from rawloop.adapters import base_of, merge_adapter, write_model
 from rawloop.audio import import_torchaudio
+from rawloop.checkpoint import verify
+from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.config import Parser, add_options
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family, local_folder
@@ -21,6 +23,7 @@ def run(argv: list[str]) -> None:
     """Merge, compare, and write the merged model beside the base model's other files.
 
     Raises:
+        CheckpointError: the adapter is a checkpoint's, which is damaged.
         RawloopError: the merged logits differ from those of base plus adapter by more than `BOUND`; nothing is written.
     """
     parser = Parser(prog="rawloop merge", description="Merge a LoRA adapter into its base model.")
@@ -34,6 +37,8 @@ def run(argv: list[str]) -> None:
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")
     check_folder(adapter)
+    if (adapter.parent / MANIFEST).exists():
+        verify(adapter.parent)
     import_torchaudio()
     base, revision = base_of(adapter)
     path = values.model.path or base

@@ -1,5 +1,7 @@
 """The manifest: any change to any file of a slot, the manifest included, is found; an untouched slot is accepted."""
 
+import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,23 @@ def test_an_unreadable_file_is_a_reason_and_no_crash(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "MANIFEST.json").write_bytes(text.encode("latin1"))
     with pytest.raises(CheckpointError, match=r"MANIFEST\.json"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"step": "x"}, {"step": None}, {"files": None}, {"files": {"a": {}}}, {"new": 1}])
+def test_a_manifest_that_fits_its_digest_and_is_not_ours_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    slot = make_slot(tmp_path)
+    body = {**json.loads((slot / "MANIFEST.json").read_bytes()), **change}
+    del body["sha256"]
+    body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (slot / "MANIFEST.json").write_text(json.dumps(body, indent=1) + "\n")
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: rawloop has not written it so"):
+        read_manifest(slot)
+
+
+def test_a_manifest_of_brackets_is_a_reason_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "MANIFEST.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: it cannot be read"):
         read_manifest(tmp_path)
 
 

@@ -9,9 +9,12 @@ from subprocess import PIPE
 
 import pytest
 
-from rawloop.checkpoint import claim_run_folder, mark_launch, where_to_begin
+from rawloop.checkpoint import claim_run_folder, mark_launch, remove_stop_file, where_to_begin
+from rawloop.checkpoint.reader import choose
+from rawloop.checkpoint.run_folder import is_inside
+from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
-from rawloop.errors import UserError
+from rawloop.errors import RawloopError, UserError
 
 
 def test_a_fresh_folder_is_made_and_one_with_other_things_is_taken(tmp_path: Path) -> None:
@@ -33,6 +36,15 @@ def test_the_advice_is_to_resume_where_that_is_possible(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
     with pytest.raises(UserError, match="pass --resume latest to go on with it, or another --output"):
         claim_run_folder(tmp_path, World(), resume=False)
+
+
+def test_the_advice_is_to_resume_from_the_best_where_that_is_all(tmp_path: Path) -> None:
+    best = tmp_path / "best"
+    write_slot(best, Contents(5, {"best": {}}, {}, {}, [{}], {}))
+    with pytest.raises(UserError, match=f"its only checkpoint is the best one: pass --resume {best}, or another"):
+        claim_run_folder(tmp_path, World(), resume=False)
+    with pytest.raises(UserError, match=f"has no checkpoint: the best one is a slot of its own, try --resume {best}"):
+        choose(tmp_path, "latest", World())
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
@@ -86,3 +98,27 @@ def test_a_job_that_is_put_back_under_its_old_id_is_no_restart(tmp_path: Path) -
     mark_launch(tmp_path, first, "claimed")
     where_to_begin(tmp_path, None, World(launch="another"))
     assert where_to_begin(tmp_path, None, again) == (None, True, True)
+
+
+@pytest.mark.parametrize("text", ["", "x", "7", "[]", '{"launch": "4711"}', "\xff"])
+def test_a_damaged_mark_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".launch").write_bytes(text.encode("latin1"))
+    for world in (World(), World(launch="4711", restarts=1)):
+        with pytest.raises(RawloopError, match=r"\.launch is damaged \(.*\): delete it, and start again"):
+            where_to_begin(tmp_path, "auto", world)
+
+
+def test_a_folder_in_the_place_of_the_stop_file_is_the_users_to_remove(tmp_path: Path) -> None:
+    (tmp_path / "STOP").mkdir()
+    with pytest.raises(UserError, match="STOP is a folder, which stops a run as a file of that name does: remove it"):
+        remove_stop_file(tmp_path, World())
+
+
+def test_checkpoints_on_another_disk_are_of_the_run_that_links_to_them(tmp_path: Path) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    (disk / "step-00000001").mkdir(parents=True)
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    assert is_inside(run, str(run / "checkpoints" / "step-00000001"))
+    assert is_inside(run, str(run / "best"))
+    assert not is_inside(run, str(tmp_path / "other" / "best"))

@@ -111,6 +111,26 @@ def test_a_later_best_that_was_given_up_is_kept_aside(tmp_path: Path) -> None:
     assert value_in(tmp_path / "best") == 0.8
 
 
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_a_replaced_slot_whose_manifest_cannot_be_read_is_kept_aside(tmp_path: Path, gives_up: bool) -> None:
+    """Its weights may be whole, and all that there is of that step."""
+    for slot in (tmp_path / "best", tmp_path / "checkpoints" / "step-00000005"):
+        write(slot, 5, 1.0)
+        (slot / "MANIFEST.json").unlink()
+        slots.put_in_place(write(tmp_path / "made", 5, 0.5), slot, gives_up=gives_up)
+        assert value_in(slot) == 0.5
+        assert value_in(tmp_path / "checkpoints" / "discarded" / slot.name) == 1.0
+        assert not slot.with_name(f".old-{slot.name}").exists()
+
+
+def test_a_damaged_slot_of_a_replacement_that_was_killed_is_kept_aside(tmp_path: Path) -> None:
+    write(tmp_path / "best", 6, 0.5)
+    (write(tmp_path / ".old-best", 5, 1.0) / "MANIFEST.json").write_text("{")
+    kept = tmp_path / "checkpoints" / "discarded" / "best"
+    assert slots.clean_up(tmp_path) == [f"moved .old-best, left by a run that ended while saving, to {kept}"]
+    assert value_in(kept) == 1.0
+
+
 def test_a_replacement_that_fails_between_its_renames_is_undone_at_once(tmp_path: Path) -> None:
     slot = write(tmp_path / "best", 5, 1.0)
     with pytest.raises(FileNotFoundError):
@@ -182,9 +202,9 @@ def test_best_json_says_what_the_best_slot_says(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     write(tmp_path / "best", 5, 0.25)
     expected = {"metric": "eval_loss", "value": 0.25, "step": 5, "folder": "best"}
-    for stale in (None, '{"value": 1.0}', "torn {"):
+    for stale in (None, b'{"value": 1.0}', b"torn {", b"\xff\x80"):
         if stale is not None:
-            (tmp_path / "best.json").write_text(stale)
+            (tmp_path / "best.json").write_bytes(stale)
         slots.note_best(tmp_path)
         assert json.loads((tmp_path / "best.json").read_text()) == expected
     (tmp_path / "best" / "MANIFEST.json").write_text("")

@@ -220,6 +220,20 @@ def test_evaluate_verifies_what_it_loads(door: Door, trained: Path, tmp_path: Pa
     assert json.loads(done.out)["eval_loss"] == losses_of(run)[2]
 
 
+def test_evaluate_tells_damage_from_a_mistake(door: Door, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    (run / "best" / "MANIFEST.json").unlink()
+    for checkpoint, code, said in (
+        ("best", 1, "there is no MANIFEST.json: the checkpoint was never completed"),
+        (str(run / "best"), 1, "there is no MANIFEST.json: the checkpoint was never completed"),
+        (str(run), 2, "is no checkpoint's folder"),
+    ):
+        done = door("evaluate", "--config", trained / "run.yaml", "--output", run, "--checkpoint", checkpoint)
+        assert done.code == code
+        assert said in done.err.splitlines()[-1]
+
+
 # -- merge -------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +273,24 @@ def test_merge_writes_nothing_when_the_logits_differ(
     assert done.code == 1
     assert "more than 0e+00: nothing was written" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_does_not_take_a_damaged_checkpoint(door: Door, trained: Path, tmp_path: Path) -> None:
+    slot = tmp_path / "best"
+    shutil.copytree(trained / "run" / "best", slot)
+    weights = slot / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3000] ^= 4
+    weights.write_bytes(content)
+    done = door("merge", "--adapter", slot / "adapter", "--output", tmp_path / "merged")
+    assert done.code == 1
+    assert "adapter/adapter_model.safetensors has changed since it was written" in done.err
+    assert not (tmp_path / "merged").exists()
+    (slot / "MANIFEST.json").unlink()
+    (slot / "adapter" / "adapter_config.json").write_text('{"peft_type": ')
+    done = door("merge", "--adapter", slot / "adapter", "--output", tmp_path / "merged")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "adapter_config.json cannot be read" in done.err
 
 
 # -- prepare -----------------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def test_what_is_no_run_is_refused(door: Door, run: Path, tmp_path: Path) -> Non
         (tmp_path / "none", f"'{tmp_path}/none' is no folder: name a run's folder, or one of its checkpoints"),
         (run / "config.yaml", f"'{run}/config.yaml' is no folder: name a run's folder, or one of its checkpoints"),
         (tmp_path / "empty", f"'{tmp_path}/empty' is no run, nor a checkpoint"),
+        (run / "best" / "state", f"'{run}/best/state' is a part of a checkpoint: name that, '{run}/best'"),
         (run / "checkpoints", f"'{run}/checkpoints' is no run: name the run, '{run}'"),
     ):
         done = door("verify", given)
