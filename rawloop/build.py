@@ -204,12 +204,14 @@ def check_run(config: RunConfig, world: World) -> Report:
 
 
 def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig) -> Run:
+    forced = set(config.resume_force)
+    own = {key.removeprefix("adapter.") for key in forced}
+    model = ModelFiles(ready.model, ready.family.load_model, own)  # may refuse; records make a run of the folder
     policy, records = ready.policy, Records(folder, world, config.records)
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
-    forced = set(config.resume_force)
     data: dict[str, int | str] = {**ready.plan.identity(), "samples": ready.samples}
     state = TrainState(data=data, may_differ=may_differ(config.resume_force))
     evaluation = config.evaluation
@@ -220,7 +222,7 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
     parts: dict[str, Any] = {
         PART: settings,
         "base": ready.base,
-        "model": ModelFiles(ready.model, ready.family.load_model, {key.removeprefix("adapter.") for key in forced}),
+        "model": model,
         "optimizer": NamedOptimizerState(optimizer, policy.named_parameters, cast=bool(START_OVER & forced)),
         "precision": policy,
         "train": state,

@@ -327,9 +327,12 @@ def leave(run: Run, reason: str) -> NoReturn:
     raise_trouble(run)
     slot = run.checkpoints.secure(step) if run.checkpoints else None
     raise_trouble(run)
-    if run.world.is_main:
-        run.records.event("stop", step=step, reason=f"stopped by {reason}")
     kept = f"checkpoint: {slot}; go on from it with --resume latest" if slot else "nothing is saved"
+    try:
+        if run.world.is_main:
+            run.records.event("stop", step=step, reason=f"stopped by {reason}")
+    except RawloopError as error:  # the stop itself is done, and alike on all ranks
+        kept += f" (it is in no record: {error})"
     raise Preempted(f"stopped by {reason} at step {step}; {kept}", speaks=run.world.is_main)
 
 

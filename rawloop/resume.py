@@ -24,7 +24,7 @@ from rawloop.checkpoint import (
 )
 from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.reader import Chosen, choose
-from rawloop.checkpoint.run_folder import Beginning, is_inside
+from rawloop.checkpoint.run_folder import Beginning, check_nothing_has_begun, is_inside
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
 from rawloop.dist import World
@@ -72,7 +72,9 @@ def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLoc
         world.together(partial(check_resume, folder, beginning.resume), only_main=True)
         chosen = choose(folder, beginning.resume, world)
         world.together(partial(check_settings, chosen.slot, config, world.size), only_main=True)
+    was_there = lock is not None
     lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
+    world.together(lambda: None if was_there else check_nothing_has_begun(folder), only_main=True)
     removed = remove_stop_file(folder, world) if not world.restarts else None
     for notice in (removed, lock.notice if lock else None):
         if notice:

@@ -34,12 +34,13 @@ from rawloop.build import build_run
 from rawloop.checkpoint import BestTracker, CheckpointConfig, find_slots, read_manifest, verify
 from rawloop.checkpoint import writer as slot_writer
 from rawloop.checkpoint.manifest import write_manifest
+from rawloop.checkpoint.reader import choose
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import LossModule, World, bare_module
-from rawloop.errors import CheckpointError, RawloopError, UserError
+from rawloop.errors import CheckpointError, Preempted, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, TrainState, train
@@ -48,6 +49,7 @@ from rawloop.optim import NamedOptimizerState, OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.precision.masters import Trained
 from rawloop.precision.scaler import LossScaleConfig
+from rawloop.preempt import Preemption
 from rawloop.records import read_events, read_metrics
 from rawloop.seed import RngState
 
@@ -839,3 +841,52 @@ def test_no_checkpoint_says_that_lines_stand_that_could_not_be_written(
     finished(replace(short, resume="latest"))
     finished(replace(short, output=f"{short.output}-whole"))
     assert numbers(Path(short.output)) == numbers(Path(f"{short.output}-whole"))
+
+
+def test_a_folder_in_which_another_run_has_begun_meanwhile_is_refused(
+    short: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the checkpoint to branch from is verified, for minutes, another start makes the same new folder."""
+    finished(short)
+    new = replace(short, output=f"{short.output}-new", resume=f"{short.output}/checkpoints/step-00000002")
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr("rawloop.resume.choose", choose)
+        finished(new)
+        return choose(*arguments)
+
+    monkeypatch.setattr("rawloop.resume.choose", slow)
+    with pytest.raises(UserError, match="in which another process has begun a run just now"):
+        build_run(new, World(), lambda line: None)
+    names = [path.name for path in find_slots(Path(new.output))]
+    assert names[0] == "step-00000004"
+
+
+def test_a_stop_that_no_record_takes_is_a_stop(short: RunConfig) -> None:
+    """On rank 0 alone, another exit code than the other ranks' would come of it."""
+
+    def refuse(run: Run) -> None:
+        event = run.records.event
+        run.preemption = Preemption()
+        run.preemption.received = "SIGTERM"
+
+        def full(kind: Any, **fields: Any) -> None:
+            if kind == "stop":
+                raise RawloopError("cannot write events.jsonl: no space is left on the disk")
+            event(kind, **fields)
+
+        run.records.event = full  # type: ignore[method-assign]
+
+    with pytest.raises(Preempted, match=r"checkpoint: .*step-00000000; .* \(it is in no record: cannot write events"):
+        finished(short, refuse)
+
+
+def test_a_model_that_is_refused_leaves_no_run(short: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise UserError("a weight stands outside of the adapter")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rawloop.build.ModelFiles", refuse)
+        with pytest.raises(UserError, match="outside of the adapter"):
+            build_run(short, World(), lambda line: None)
+    finished(replace(short, train=replace(short.train, max_steps=1)))

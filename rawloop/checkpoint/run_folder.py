@@ -52,6 +52,15 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.notice: str | None = None
         self._path, self._made = folder / LOCK, not (folder / LOCK).exists()
+        self._lock(folder)
+        while self.notice is None and not self._is_in_place():  # its last holder has deleted it while it was opened
+            os.close(self._file)
+            self._lock(folder)
+        if self.notice is None:
+            os.truncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _lock(self, folder: Path) -> None:
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -67,9 +76,12 @@ class RunLock:
             ) from None
         except OSError as error:
             self.notice = f"nothing keeps a second run from training into {folder}: no file locks ({error.strerror})"
-            return
-        os.truncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def release(self, begun: bool = True) -> None:
         """Let others train into the folder, of which nothing is left if the run has not `begun`."""
@@ -104,6 +116,19 @@ def claim_run_folder(folder: Path, world: World, *, resume: bool, lock: RunLock 
             process is training into it.
     """
     return world.together(lambda: _claim(folder, resume, lock), only_main=True)
+
+
+def check_nothing_has_begun(folder: Path) -> None:
+    """Refuse a folder that was not there when it was decided what to begin from, and that holds a run now.
+
+    Raises:
+        UserError: another process has made it in the meantime.
+    """
+    if any((folder / name).exists() for name in MARKS):
+        raise UserError(
+            f"output is '{folder}', in which another process has begun a run just now: pass another --output, or go "
+            "on with that run by --resume latest"
+        )
 
 
 def _claim(folder: Path, resume: bool, lock: RunLock | None) -> RunLock:

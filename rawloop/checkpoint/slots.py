@@ -99,14 +99,14 @@ def find_latest(run: Path) -> Latest:
 def put_in_place(temporary: Path, slot: Path, gives_up: bool = False) -> None:
     """Give a finished folder its final name; a slot of that name is removed only after that, or set aside.
 
-    `gives_up` says that it is of another continuation, and so not surpassed. Killed at any point, the one or the other
-    is there, whole.
+    `gives_up` says that it is of another continuation, and so not surpassed. It is set aside at once: of a name beside
+    the new one, the next start would not know that. Killed at any point, the one or the other is there, whole.
     """
     old = slot.with_name(f".old-{slot.name}")
     if slot.exists():
         if old.exists():
-            remove_tree(old)
-        slot.rename(old)
+            _retire(old, slot)
+        old = slot.rename(_place_aside(slot, _manifest(slot)) if gives_up else old)
     try:
         temporary.rename(slot)
     except OSError:
@@ -114,26 +114,29 @@ def put_in_place(temporary: Path, slot: Path, gives_up: bool = False) -> None:
             old.rename(slot)
         raise
     sync(slot.parent)
-    if old.exists():
-        _retire(old, slot, gives_up)
+    if old.exists() and old.parent == slot.parent:
+        _retire(old, slot)
 
 
-def _retire(old: Path, successor: Path, gives_up: bool = False) -> Path | None:
+def _retire(old: Path, successor: Path) -> Path | None:
     """Delete a slot that has been replaced, or move it to the discarded, and return where it is then.
 
-    It is moved if it was given up and not surpassed, as when a run goes on from an earlier checkpoint than its last,
-    or if its manifest cannot be read: its weights may be what somebody looks for.
+    It is moved if it is not surpassed, as when a run goes on from an earlier checkpoint than its last, or if its
+    manifest cannot be read: its weights may be what somebody looks for.
     """
     manifest = _manifest(old)
-    if manifest and not gives_up and _surpassed(manifest, _manifest(successor)):
+    if manifest and _surpassed(manifest, _manifest(successor)):
         remove_tree(old)
         return None
-    discarded = _run_of(successor) / CHECKPOINTS / DISCARDED
+    return old.rename(_place_aside(successor, manifest))
+
+
+def _place_aside(slot: Path, manifest: Manifest | None) -> Path:
+    """Return a free name among the discarded for what has, or had, the name of `slot`."""
+    discarded = _run_of(slot) / CHECKPOINTS / DISCARDED
     discarded.mkdir(parents=True, exist_ok=True)
-    name = successor.name
-    if name == BEST and manifest:
-        name = f"{BEST}-{slot_name(manifest.step)}"
-    return old.rename(_free_name(discarded / name))
+    name = f"{BEST}-{slot_name(manifest.step)}" if slot.name == BEST and manifest else slot.name
+    return _free_name(discarded / name)
 
 
 def _manifest(slot: Path) -> Manifest | None:
@@ -144,12 +147,14 @@ def _manifest(slot: Path) -> Manifest | None:
 
 
 def _surpassed(old: Manifest, successor: Manifest | None) -> bool:
-    """Whether nothing is lost with `old`: its value is reached, or, of what cannot be compared, its step."""
+    """Whether nothing is lost with `old`: its value is reached, or, of what has none, its step."""
     if successor is None:
         return False
     then, now = old.meta.get("best"), successor.meta.get("best")
-    if not then or not now or then["metric"] != now["metric"]:
+    if not then or not now:
         return old.step <= successor.step
+    if (then["metric"], then.get("mode")) != (now["metric"], now.get("mode")):
+        return False
     return bool(then["value"] <= now["value"] if now.get("mode") == "max" else then["value"] >= now["value"])
 
 

@@ -35,7 +35,7 @@ def run(argv: list[str]) -> None:
     ):
         notice = moved_run(argv, config)
         if notice and world.is_main:
-            print(f"rawloop train: {notice}", file=sys.stderr, flush=True)
+            _tell(notice)
         built = build_run(config, world, lambda line: _say(world, line))
         built.preemption = preemption
         try:
@@ -43,10 +43,17 @@ def run(argv: list[str]) -> None:
             if world.is_main:
                 print(summary(built, folder), flush=True)
         except Preempted:
-            mark_launch(folder, world, "stopped")
+            try:
+                mark_launch(folder, world, "stopped")
+            except OSError as error:  # of a stop that is done and saved
+                _tell(f"that it was stopped is not noted ({error}): torchrun --max-restarts will start it again")
             raise
         finally:
             built.close()
+
+
+def _tell(line: str) -> None:
+    print(f"rawloop train: {line}", file=sys.stderr, flush=True)
 
 
 def _say(world: World, line: str) -> None:

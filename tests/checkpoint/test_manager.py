@@ -199,12 +199,12 @@ def test_a_best_slot_that_was_not_surpassed_is_set_aside(tmp_path: Path) -> None
         manager.save_best(6, "eval_loss", 1.0)
         manager.save_best(8, "eval_loss", 1.5)
         manager.save_best(8, "eval_loss", 1.25)  # surpasses
-        manager.save_best(9, "accuracy", 0.5, mode="max")  # of another metric
+        manager.save_best(9, "accuracy", 0.5, mode="max")  # of another metric: neither surpasses
         manager.save_best(9, "accuracy", 0.25, mode="max")
         manager.save_best(3, "accuracy", 0.75, mode="max")  # surpasses, though of an earlier step
-        manager.save_best(2, "wer", 0.5)  # of another metric, and earlier
+        manager.save_best(2, "wer", 0.5)  # of another metric
     left = sorted(path.name for path in (tmp_path / "checkpoints" / "discarded").iterdir())
-    assert left == ["best-step-00000003", "best-step-00000006", "best-step-00000009"]
+    assert left == [f"best-step-0000000{step}" for step in (3, 6, 8, 9)]
     assert manager.kept_best() == {"metric": "wer", "mode": "min", "value": 0.5, "step": 2}
 
 

@@ -1,15 +1,17 @@
 """Claiming a run folder: nothing of another run is ever written over."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
 
-from rawloop.checkpoint import claim_run_folder, mark_launch, remove_stop_file, where_to_begin
+from rawloop.checkpoint import RunLock, claim_run_folder, mark_launch, remove_stop_file, where_to_begin
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import is_inside
 from rawloop.checkpoint.writer import Contents, write_slot
@@ -73,6 +75,27 @@ def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
     assert lock is not None
     assert lock.notice is None
     lock.release()
+
+
+def test_a_lock_that_was_deleted_while_it_was_opened_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder was refused and left nothing. A lock on a file without a name would keep nobody out."""
+    lockf, deleted = fcntl.lockf, threading.Event()
+
+    def slow(file: int, command: int) -> None:
+        lockf(file, command)
+        if not deleted.is_set():
+            (tmp_path / ".lock").unlink()
+            deleted.set()
+
+    monkeypatch.setattr(fcntl, "lockf", slow)
+    lock = RunLock(tmp_path)
+    code = f"from pathlib import Path; from rawloop.checkpoint import RunLock; RunLock(Path({str(tmp_path)!r}))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    lock.release()
+    assert deleted.is_set()
+    assert f"into which process {os.getpid()} on " in other.stderr
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,42 @@ def test_a_replaced_slot_whose_manifest_cannot_be_read_is_kept_aside(tmp_path: P
         assert not slot.with_name(f".old-{slot.name}").exists()
 
 
+@pytest.mark.parametrize("name", ["best", "checkpoints/step-00000005"])
+def test_what_is_given_up_is_aside_before_anything_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Killed between the two renames: of a name beside its successor, the next start would call it surpassed."""
+    slot, rename = write(tmp_path / name, 5, 1.0), Path.rename
+
+    def kill(path: Path, target: Path) -> Path:
+        if path.name == "made":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", kill)
+    with pytest.raises(KeyboardInterrupt):
+        slots.put_in_place(write(tmp_path / "made", 5, 0.5), slot, gives_up=True)
+    slots.clean_up(tmp_path)
+    (kept,) = (tmp_path / "checkpoints" / "discarded").iterdir()
+    assert value_in(kept) == 1.0
+
+
+def test_what_could_not_be_set_aside_is_not_deleted_by_the_next_save(tmp_path: Path) -> None:
+    write(tmp_path / ".old-best", 4, 0.1)  # better than what follows, and a full disk kept it from its place
+    write(tmp_path / "best", 5, 1.0)
+    write(tmp_path / "best", 6, 0.9)
+    assert value_in(tmp_path / "checkpoints" / "discarded" / "best-step-00000004") == 0.1
+    assert value_in(tmp_path / "best") == 0.9
+
+
+@pytest.mark.parametrize("best", [{"metric": "accuracy", "mode": "max"}, {"metric": "eval_loss", "mode": "max"}])
+def test_the_best_by_another_measure_is_kept_aside(tmp_path: Path, best: dict[str, str]) -> None:
+    write(tmp_path / "best", 5, 1.0)
+    meta = {"best": {**best, "value": 2.0, "step": 6}}
+    write_slot(tmp_path / "best", Contents(6, meta, {}, {"x": pack({"step": 6, "value": 2.0})}, [{}], {}))
+    assert value_in(tmp_path / "checkpoints" / "discarded" / "best-step-00000005") == 1.0
+
+
 def test_a_damaged_slot_of_a_replacement_that_was_killed_is_kept_aside(tmp_path: Path) -> None:
     write(tmp_path / "best", 6, 0.5)
     (write(tmp_path / ".old-best", 5, 1.0) / "MANIFEST.json").write_text("{")

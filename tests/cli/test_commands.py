@@ -1,5 +1,6 @@
 """The commands on the demo: what train leaves behind, evaluate and merge read back, and a kill does not change."""
 
+import errno
 import json
 import math
 import os
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.checkpoint import find_slots, verify
+from rawloop.checkpoint.disk import replace_text
 from rawloop.cli import main, merge
 from rawloop.families import ModelConfig, load_family
+from rawloop.loop import train
 from rawloop.records import read_events, read_metrics
 
 Door = Callable[..., Any]
@@ -401,6 +404,29 @@ def test_a_train_that_is_told_to_stop_ends_with_75_and_a_line(
     assert found, line
     assert find_slots(tmp_path / "run")[0] == Path(found[2])
     assert int(found[1]) == int(found[2][-8:])
+
+
+def test_a_stop_that_cannot_be_noted_ends_with_75_and_says_so(
+    door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def full(path: Path, text: str) -> None:
+        if path.name == ".launch" and "stopped" in text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_text(path, text)
+
+    def stopped(run: Any) -> None:
+        (tmp_path / "run" / "STOP").touch()
+        train(run)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "4711")
+    monkeypatch.setattr("rawloop.checkpoint.run_folder.replace_text", full)
+    monkeypatch.setattr("rawloop.cli.train.train", stopped)
+    done = door("train", "--config", config, "--output", tmp_path / "run")
+    assert done.code == 75
+    *_, noted, last = done.err.splitlines()
+    assert "that it was stopped is not noted ([Errno 28] No space left on device)" in noted
+    assert "go on from it with --resume latest" in last
 
 
 @pytest.mark.parametrize(
