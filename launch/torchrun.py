@@ -86,9 +86,8 @@ def pass_sigusr1_on(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda number, _: sys.exit(stopped(number))
-    )  # until torchrun has a handler of its own
+    # until torchrun has a handler of its own
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(stopped(number)))
     with TemporaryDirectory() as made:
         pass_sigusr1_on(Path(made) / "SIGUSR1")
         code = run(sys.argv[1:], Path(made))

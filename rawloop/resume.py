@@ -74,7 +74,12 @@ def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLoc
         world.together(partial(check_settings, chosen.slot, config, world.size), only_main=True)
     was_there = lock is not None
     lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
-    world.together(lambda: None if was_there else check_nothing_has_begun(folder), only_main=True)
+    try:
+        world.together(lambda: None if was_there else check_nothing_has_begun(folder), only_main=True)
+    except UserError:
+        if lock:
+            lock.release(begun=False)
+        raise
     removed = remove_stop_file(folder, world) if not world.restarts else None
     for notice in (removed, lock.notice if lock else None):
         if notice:

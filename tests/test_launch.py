@@ -279,7 +279,7 @@ def test_torchrun_told_to_stop_has_a_line_and_a_code(
 def test_sigterm_before_anything_has_begun_ends_with_75(moment: str, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     late = f"open({str(ready)!r}, 'w').close(); time.sleep(60)"
-    if moment == "torchrun imports":  # of which os is the first that this one can delay
+    if moment == "torchrun imports":  # a torch of this test's, which is imported for a minute
         (tmp_path / "torch").mkdir()
         (tmp_path / "torch" / "__init__.py").write_text(f"import time\n{late}\n")
         python = f"PYTHONPATH={tmp_path} exec '{sys.executable}' $1 --standalone x"

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, step_of, verify
 from rawloop.checkpoint.run_folder import MARKS
-from rawloop.checkpoint.slots import BEST, CHECKPOINTS, DISCARDED, find_best, find_slots
+from rawloop.checkpoint.slots import CHECKPOINTS, DISCARDED, find_best, find_slots, is_slot_name
 from rawloop.errors import CheckpointError, UserError
 
 UNFINISHED = "being written, or left by a save that was killed; never taken for a checkpoint"
@@ -50,8 +50,7 @@ def slots_to_examine(folder: Path) -> list[Path]:
 
 
 def _is_slot(folder: Path) -> bool:
-    named = step_of(folder) >= 0 or folder.name == BEST
-    return (folder / NAME).exists() or (named and not any((folder / mark).exists() for mark in MARKS))
+    return (folder / NAME).exists() or (is_slot_name(folder) and not any((folder / mark).exists() for mark in MARKS))
 
 
 def _slots_of_run(run: Path) -> Iterator[Path]:

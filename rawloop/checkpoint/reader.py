@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rawloop.checkpoint import slots
-from rawloop.checkpoint.manifest import NAME, Manifest, step_of, verify
+from rawloop.checkpoint.manifest import NAME, Manifest, verify
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 
@@ -76,7 +76,7 @@ def check_slot(slot: Path) -> None:
         if (run / slots.CHECKPOINTS).is_dir() and slot in (run, run / slots.CHECKPOINTS):
             names = ", ".join(path.name for path in slots.find_slots(run)) or "none"
             raise UserError(f"resume is '{slot}', which is {what}: name one of them ({names}), or say 'latest'")
-    if not (slot / NAME).exists() and slot.name != slots.BEST and step_of(slot) < 0:
+    if not (slot / NAME).exists() and not slots.is_slot_name(slot):
         what = "a part of a checkpoint" if (slot.parent / NAME).exists() else "no checkpoint"
         raise UserError(f"resume is '{slot}', which is {what}: {advice}")
     verify(slot)

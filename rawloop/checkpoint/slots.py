@@ -32,6 +32,11 @@ def slot_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_slot_name(slot: Path) -> bool:
+    """Whether a folder has the name of a slot, so that one without a manifest is damaged and not something else."""
+    return step_of(slot) >= 0 or slot.name in (BEST, f".old-{BEST}")
+
+
 def find_slots(run: Path) -> list[Path]:
     """Return the slots of a run by step, newest first, whole or not.
 

@@ -13,9 +13,9 @@ from rawloop.build import build_evaluator, build_family, build_model, load_sampl
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
-from rawloop.checkpoint.manifest import read_manifest, step_of
+from rawloop.checkpoint.manifest import read_manifest
 from rawloop.checkpoint.pack import unpack
-from rawloop.checkpoint.slots import BEST
+from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import COMMANDS
 from rawloop.config import RunConfig, moved_run, parse
@@ -108,9 +108,7 @@ def slot_of(run_folder: Path, checkpoint: str) -> Path:
         raise UserError(
             f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"
         )
-    if not (slot / MANIFEST).is_file() and not (
-        slot.is_dir() and (step_of(slot) >= 0 or slot.name in (BEST, f".old-{BEST}"))
-    ):
+    if not (slot / MANIFEST).is_file() and not (slot.is_dir() and is_slot_name(slot)):
         raise UserError(
             f"--checkpoint is '{checkpoint}', which is no checkpoint's folder (it has no {MANIFEST}): say best or "
             "latest, or name a folder such as runs/x/checkpoints/step-00000500"

@@ -409,7 +409,6 @@ def test_a_train_that_is_told_to_stop_ends_with_75_and_a_line(
 def test_a_stop_that_cannot_be_noted_ends_with_75_and_says_so(
     door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     def full(path: Path, text: str) -> None:
         if path.name == ".launch" and "stopped" in text:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
