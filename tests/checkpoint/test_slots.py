@@ -144,8 +144,8 @@ def test_what_is_given_up_is_aside_before_anything_takes_its_place(
 
 
 def test_what_could_not_be_set_aside_is_not_deleted_by_the_next_save(tmp_path: Path) -> None:
-    write(tmp_path / ".old-best", 4, 0.1)  # better than what follows, and a full disk kept it from its place
     write(tmp_path / "best", 5, 1.0)
+    write(tmp_path / ".old-best", 4, 0.1)  # better than what follows, and a full disk kept it from its place
     write(tmp_path / "best", 6, 0.9)
     assert value_in(tmp_path / "checkpoints" / "discarded" / "best-step-00000004") == 0.1
     assert value_in(tmp_path / "best") == 0.9
