@@ -305,7 +305,9 @@ def test_sigterm_before_anything_has_begun_ends_with_75(moment: str, tmp_path: P
         process.kill()
     assert process.returncode == 75, error
     assert "Traceback" not in error
-    assert ("torchrun: " if moment[0] == "t" else "rawloop train: ") + "stopped by SIGTERM before it" in error
+    assert (
+        "torchrun: " if moment == "torchrun imports" else "rawloop train: "
+    ) + "stopped by SIGTERM before it" in error
 
 
 def test_a_process_that_is_killed_is_told_without_a_traceback(tmp_path: Path) -> None:
