@@ -24,6 +24,7 @@ from rawloop.adapters import (
     merge_adapter,
 )
 from rawloop.adapters.files import WEIGHTS
+from rawloop.adapters.fingerprint import checksum
 from rawloop.contracts import Batch, Family
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
@@ -599,11 +600,36 @@ def test_frozen_weights_have_a_fingerprint(adapted: Callable[..., nn.Module]) ->
     with torch.no_grad():
         changed.get_parameter("base_model.model.model.norm.weight").add_(1e-3)
     stored = BaseFingerprint(adapted(**LORA), "owner/base", "abc").state_dict()
-    assert stored == {"digest": third.digest, "path": "owner/base", "revision": "abc", "config": stored["config"]}
+    origin = {"path": "owner/base", "revision": "abc", "config": stored["config"]}
+    assert stored == {"digest": third.digest, "weights": third.weights, **origin}
     known = str(stored["config"])[:12]
     said = rf"it was 'owner/base' \(revision abc, config {known}\), this is 'other' \(revision None, config {known}\)"
     with pytest.raises(UserError, match=f"frozen weights are not those that the checkpoint was trained on: {said}"):
         BaseFingerprint(changed, "other").load_state_dict(stored)
+
+
+def test_one_number_anywhere_in_the_frozen_weights_is_noticed(adapted: Callable[..., nn.Module]) -> None:
+    stored = BaseFingerprint(adapted(**LORA)).state_dict()
+    changed = adapted(**LORA)
+    with torch.no_grad():
+        changed.get_parameter("base_model.model.model.embed_tokens.weight")[-1, -1] += 1e-3
+    other = BaseFingerprint(changed)
+    assert other.digest == stored["digest"]  # which is of the first numbers only
+    with pytest.raises(UserError, match="frozen weights are not those that the checkpoint was trained on"):
+        other.load_state_dict(stored)
+    del stored["weights"]  # as a checkpoint that was written before holds it
+    other.load_state_dict(stored)
+
+
+def test_a_fingerprint_is_of_the_base_with_or_without_adapter_in_any_dtype(family: Family) -> None:
+    model = family.load_model().bfloat16().requires_grad_(False)
+    base = BaseFingerprint(model).weights
+    assert BaseFingerprint(model.float()).weights == base
+    adapted = add_adapter(model, AdapterConfig(modules_to_save=["audio_lm_head"]), [])
+    assert BaseFingerprint(adapted).weights == base
+    adapted.requires_grad_(False)  # as merge loads it
+    assert BaseFingerprint(adapted).weights == base
+    assert checksum(torch.empty(0)) == "(0,) 00000000"
 
 
 def test_another_config_of_the_same_weights_is_noticed(adapted: Callable[..., nn.Module]) -> None:
