@@ -78,7 +78,7 @@ def checksum(tensor: Tensor) -> str:
     total = 0
     for block in torch.split(tensor.detach().flatten(), BLOCK):
         numbers = block.float() if block.is_floating_point() and block.itemsize < 4 else block
-        total = zlib.crc32(numbers.cpu().contiguous().view(torch.uint8).numpy(), total)
+        total = zlib.crc32(numbers.cpu().contiguous().view(torch.uint8).numpy().data, total)
     return f"{tuple(tensor.shape)} {total:08x}"
 
 
