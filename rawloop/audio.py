@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rawloop.errors import RawloopError, UserError
+from rawloop.segments import Segment, segment_of
 
 SILENCE_PEAK = 1e-3  # -60 dBFS: a clip that never exceeds it holds no speech that a codec could keep
 LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-1, 1]
@@ -25,6 +26,7 @@ MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd samp
 # How libsndfile's log tells a data chunk that is longer than the file; writers to a pipe leave a huge length behind.
 CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 STREAMED = 2**30  # bytes
+ROUNDED = 0.05  # seconds: published lists round times, so a segment may end so much behind its clip
 
 
 class BadAudio(RawloopError):
@@ -37,7 +39,7 @@ def load_audio(
     """Decode a clip, mix it to mono and resample it.
 
     Args:
-        path: wav, flac, ogg or mp3 file, of any sample rate and number of channels.
+        path: wav, flac, ogg or mp3 file, of any sample rate and number of channels, or a segment of one.
         sample_rate: of the result, in Hz.
         min_seconds: shorter clips are bad.
         max_seconds: longer clips are bad; the file's header is asked before anything is decoded.
@@ -48,7 +50,8 @@ def load_audio(
 
     Raises:
         BadAudio: cannot be opened or decoded; is empty, cut short, silent (peak below -60 dBFS), not finite, far beyond
-            full scale, too short, too long, or of a sample rate that cannot be converted.
+            full scale, too short, too long, a segment that does not lie in its clip, or of a sample rate that cannot be
+            converted.
         UserError: torchaudio is broken or missing.
     """
     waveform, rate = _decode(path, max_seconds)
@@ -71,10 +74,15 @@ def clip_seconds(path: Path, *, min_seconds: float = 0.0, max_seconds: float = m
     """Read a clip's length in seconds from its header, without decoding it: cheap enough for every clip of a data set.
 
     Raises:
-        BadAudio: cannot be opened, is no audio file, is empty, cut short (wav), too short or too long.
+        BadAudio: cannot be opened, is no audio file, is empty, cut short (wav), too short or too long, or a segment
+            that does not lie in its clip.
     """
-    with _opened(path) as file:
+    segment = segment_of(path)
+    with _opened(segment.file) as file:
         rate, frames, promised = int(file.samplerate), int(file.frames), _promised(file)
+    if not segment.whole:
+        first, last = _bounds(segment, frames, rate)
+        frames = promised = last - first
     _check_length(frames, rate, max_seconds)
     if frames < promised:
         raise _cut_short(promised / rate, frames / rate)
@@ -99,14 +107,35 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
-    with _opened(path) as file:
+    segment = segment_of(path)
+    with _opened(segment.file) as file:
         rate = int(file.samplerate)
+        if not segment.whole:
+            first, last = _bounds(segment, int(file.frames), rate)
+            _check_length(last - first, rate, max_seconds)
+            file.seek(first)
+            samples = file.read(last - first, dtype="float32", always_2d=True)
+            if len(samples) < last - first:
+                raise _cut_short(last / rate, (first + len(samples)) / rate)
+            return torch.from_numpy(samples).mean(dim=1), rate
         _check_length(file.frames, rate, max_seconds)
         promised = _promised(file)
         samples = file.read(dtype="float32", always_2d=True)
     if len(samples) < promised:
         raise _cut_short(promised / rate, len(samples) / rate)
     return torch.from_numpy(samples).mean(dim=1), rate
+
+
+def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
+    """Return the first sample of a segment and the one behind its last."""
+    first, last = round(segment.start * rate), frames if segment.end is None else round(segment.end * rate)
+    if first >= frames or last > frames + ROUNDED * rate:
+        end = "its end" if segment.end is None else f"{segment.end:g} s"
+        raise BadAudio(
+            f"is no segment of its clip: it runs from {segment.start:g} s to {end}, the clip lasts "
+            f"{frames / rate:.3f} s"
+        )
+    return first, min(last, frames)
 
 
 def _cut_short(promised: float, held: float) -> BadAudio:

@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rawloop"
 
 FLOORS = (
-    ("ground", ("errors", "contracts", "dist", "preempt", "records", "seed", "hashing", "audio")),
+    ("ground", ("errors", "contracts", "dist", "preempt", "records", "seed", "hashing", "segments", "audio")),
     (
         "parts",
         ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "meter", "optim", "diagnose", "demo"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from rawloop.contracts import CodecInfo, Sample
 from rawloop.data.shards import CODEC_FILE, Row, checksum, missing_shards, read_codec, read_rows, shard_file
 from rawloop.errors import RawloopError, UserError
-from rawloop.hashing import sha256_file
+from rawloop.segments import content_hash, segment_of
 
 PREPARE = "run `rawloop prepare`"
 NO_CODES, CHANGED, BAD = range(3)  # what can be wrong with a clip
@@ -141,7 +141,7 @@ class CodeCache:
         if self._contents is None:
             self._contents = {row.sha256: row for row in self._rows.values() if row.shard >= 0}
         try:
-            return self._contents.get(sha256_file(Path(path)))
+            return self._contents.get(content_hash(path))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -186,7 +186,7 @@ def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
 def _unchanged(row: Row) -> bool:
     """Whether the file is as it was when it was encoded. A file that is gone cannot have changed."""
     try:
-        now = os.stat(row.path)
+        now = os.stat(segment_of(row.path).file)
     except FileNotFoundError:
         return True
     except OSError as error:

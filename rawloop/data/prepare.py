@@ -30,8 +30,8 @@ from rawloop.contracts import CodecInfo, Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
 from rawloop.errors import Preempted, RawloopError
-from rawloop.hashing import sha256_file
 from rawloop.preempt import Preemption, watched
+from rawloop.segments import content_hash, segment_of
 
 Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
@@ -179,11 +179,11 @@ class _Loader:
     def __call__(self, path: str) -> Clip:
         old = self.writer.rows.get(path)
         try:
-            now = os.stat(path)
+            now = os.stat(segment_of(path).file)
             same = old is not None and (old.size, old.mtime_ns) == (now.st_size, now.st_mtime_ns)
             if old is not None and same and self.writer.find(old.sha256):
                 return Clip(old, known=True)
-            row = Row(path, now.st_size, now.st_mtime_ns, sha256_file(Path(path)))
+            row = Row(path, now.st_size, now.st_mtime_ns, content_hash(path))
         except OSError as error:
             return Clip(self._bad(Row(path, -1, -1), f"cannot be opened: {error.strerror}"))
         if self.writer.find(row.sha256):

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from rawloop.errors import UserError
+from rawloop.segments import MARK
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class Files:
         folder, name = os.path.split(path)
         if name in ("", ".", ".."):
             record.fail(f"'{value}' is a folder: name a file")
+        if MARK in name:
+            record.fail(f"'{value}' has {MARK} in its name, which stands for a segment: give 'offset' and 'duration'")
         if folder not in self._folders:
             real = os.path.realpath(folder)
             self._folders[folder] = real, self._inside(real)

@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from rawloop.audio import BadAudio, clip_seconds, load_audio
+from rawloop.segments import Segment
 
 Tone = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -237,3 +238,31 @@ def test_broken_torchaudio_and_the_command_that_mends_it(broken_torchaudio: Path
 def test_missing_torchaudio(tmp_path: Path) -> None:
     (tmp_path / "torchaudio.py").write_text("raise ModuleNotFoundError('no', name='torchaudio')")
     assert import_in_a_process(tmp_path).endswith("is not installed: mend it with `pip install torchaudio`")
+
+
+def test_a_segment_is_what_lies_between_its_times(tmp_path: Path) -> None:
+    ramp = torch.linspace(-0.5, 0.5, 24000)
+    for name, subtype in (("ramp.wav", "FLOAT"), ("ramp.flac", "PCM_24")):
+        path = tmp_path / name
+        soundfile.write(path, ramp.numpy(), 24000, subtype=subtype)
+        cut = Segment(path, 0.25, 0.5).path()
+        assert cut.name == f"{name}#t=0.25,0.5"
+        torch.testing.assert_close(load_audio(cut, 24000), ramp[6000:12000], rtol=0, atol=1e-6)
+        torch.testing.assert_close(load_audio(Segment(path, 0.75).path(), 24000), ramp[18000:], rtol=0, atol=1e-6)
+        assert clip_seconds(cut) == 0.25
+        assert len(load_audio(Segment(path, 0.5, 1.03).path(), 24000)) == 12000  # times that were rounded
+        for outside in (Segment(path, 0.5, 1.2), Segment(path, 1.0, 1.01), Segment(path, 2.0)):
+            with pytest.raises(BadAudio, match=r"no segment of its clip.* the clip lasts 1.000 s"):
+                load_audio(outside.path(), 24000)
+            with pytest.raises(BadAudio, match="no segment of its clip"):
+                clip_seconds(outside.path())
+
+
+def test_limits_hold_the_segment_and_not_its_recording(tone: Callable[..., Path]) -> None:
+    cut = Segment(tone("long.wav", seconds=3.0), 1.0, 1.5).path()
+    assert len(load_audio(cut, 24000, max_seconds=1.0)) == 12000
+    assert clip_seconds(cut, max_seconds=1.0) == 0.5
+    with pytest.raises(BadAudio, match=r"lasts 0.50 s, longer than data.max_seconds \(0.4 s\)"):
+        load_audio(cut, 24000, max_seconds=0.4)
+    with pytest.raises(BadAudio, match=r"shorter than data.min_seconds"):
+        clip_seconds(cut, min_seconds=1.0)

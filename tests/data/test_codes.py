@@ -17,6 +17,7 @@ from rawloop.data import DataConfig, codes_folder
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.errors import RawloopError, UserError
+from rawloop.segments import Segment
 
 Tone = Callable[..., Path]
 Encode = Callable[[Tensor], Tensor]
@@ -249,3 +250,28 @@ def test_names_that_are_not_utf8(tmp_path: Path, tone: Tone, encode: Encode, inf
     codes = CodeCache(tmp_path / "codes")
     codes.check([sample(odd)])
     assert codes.frames(odd) == 10
+
+
+def test_segments_of_one_recording_have_codes_of_their_own(
+    tmp_path: Path, tone: Tone, encode: Encode, info: CodecInfo
+) -> None:
+    talk = tone("data/talk.flac", seconds=1.0).resolve()
+    first, second, rest = (Segment(talk, *times).path() for times in ((0.0, 0.4), (0.4, 0.6), (0.6, None)))
+    cache = tmp_path / "codes"
+    report = prepare([sample(talk, first, second, rest)], encode, info, cache, progress=False)
+    assert (report.encoded, report.bad) == (4, [])
+    codes = CodeCache(cache)
+    codes.check([sample(first, second, rest)])
+    assert [codes.frames(path) for path in (talk, first, second, rest)] == [25, 10, 5, 10]
+    assert torch.equal(codes(second), encode(load_audio(second, 24000)))
+    assert prepare([sample(first, second, rest)], encode, info, cache, progress=False).encoded == 0
+
+    moved = talk.rename(talk.with_name("moved.flac"))
+    assert torch.equal(CodeCache(cache)(Segment(moved, 0.4, 0.6).path()), codes(second))
+    with pytest.raises(UserError, match=r"1 clip\(s\) without codes: .*moved.flac#t=0.4,0.7: "):
+        CodeCache(cache).check([sample(Segment(moved, 0.4, 0.7).path())])
+    tone("data/moved.flac", seconds=1.0, hertz=500)
+    prepare([sample(Segment(moved, 0.4, 0.6).path())], encode, info, cache, progress=False)
+    tone("data/moved.flac", seconds=1.0, hertz=900)
+    with pytest.raises(UserError, match=r"changed since they were encoded: .*moved.flac#t=0.4,0.6"):
+        CodeCache(cache).check([sample(Segment(moved, 0.4, 0.6).path())])
