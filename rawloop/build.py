@@ -25,14 +25,15 @@ from rawloop.checkpoint import (
     mark_launch,
 )
 from rawloop.config import RunConfig
-from rawloop.contracts import Batch, CodecFamily, Family, PackingFamily, Sample
+from rawloop.contracts import CodecFamily, Family, IdsFamily, PackingFamily, Sample
 from rawloop.data import DataConfig, codes_folder
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.codes import CodeCache
-from rawloop.data.limits import Limits
+from rawloop.data.limits import Limits, look_ups
 from rawloop.data.prepare import prepare
 from rawloop.data.samples import check_lengths, fingerprint, read_samples
 from rawloop.diagnose import Report, run_checks
+from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
@@ -119,7 +120,7 @@ class Ready:
     samples: str  # which ones, by their fingerprint
     train: Loader
     evaluator: Evaluator | None
-    first_batch: Batch
+    limits: Limits
 
     def examples(self, batches: int) -> list[list[Any]]:
         """Make the first examples of this rank, a list per micro-batch."""
@@ -130,8 +131,14 @@ class Ready:
         return groups
 
     def first_loss(self) -> Tensor:
-        """The sum of the first micro-batch's losses, for the precision policy's trial."""
-        return trial_loss(self.module, self.first_batch, self.policy.device)
+        """The sum of the first micro-batch's losses, for the precision policy's trial; first its ids are looked at.
+
+        Raises:
+            UserError: it holds what the model cannot take.
+        """
+        learn_limits(self.limits, self.family, self.model, self.policy)
+        first = self.train.batches.made(self.plan.micro_batches(0)[0])[1]
+        return trial_loss(self.module, first, self.policy.device)
 
 
 def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None) -> Ready:
@@ -159,14 +166,15 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     for notice in notices:
         say(notice)
     module = LossModule(model, family.losses)
+    limits = limits_of(family, model)
     evaluator = None
     if config.evaluation.enabled:
-        evaluator = build_evaluator(config, family, module, policy, cache, eval_samples, world)
-    train = _loader(config, family, model, cache, train_samples, world)
+        evaluator = build_evaluator(config, family, module, policy, limits, cache, eval_samples, world)
+    train = _loader(config, family, limits, cache, train_samples, world)
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
-    return Ready(family, model, policy, module, base, plan, fingerprint(train_samples), train, evaluator, first)
+    return Ready(family, model, policy, module, base, plan, fingerprint(train_samples), train, evaluator, limits)
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
@@ -356,37 +364,47 @@ def build_evaluator(
     family: Family,
     module: LossModule,
     policy: PrecisionPolicy,
+    limits: Limits,
     cache: CodeCache | None,
     samples: list[Sample],
     world: World,
 ) -> Evaluator:
     """Build the evaluator over this rank's share of the samples."""
-    loader = _loader(config, family, module.model, cache, samples, world)
+    loader = _loader(config, family, limits, cache, samples, world)
     size = config.evaluation.batch_size
     batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
     return Evaluator(config.evaluation, module, batches, policy, world, family.stream_weights)
 
 
 def _loader(
-    config: RunConfig, family: Family, model: nn.Module, cache: CodeCache | None, samples: list[Sample], world: World
+    config: RunConfig, family: Family, limits: Limits, cache: CodeCache | None, samples: list[Sample], world: World
 ) -> Loader:
-    limits = limits_of(family, model)
     example = partial(family.example, codes=cache or no_codes)
     batches = MicroBatches(samples, example, family.collate, limits.fault, config.seed)
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
 
 
 def limits_of(family: Family, model: nn.Module) -> Limits:
-    """What batches of a model may hold: ids that have an embedding, targets that the family's heads can name.
+    """What batches of a model may hold: ids that it has an embedding for, targets that the family's heads can name.
 
     A token beyond the embedding is no mistake where the family's own probe has it: some models put audio in its place
     before they look anything up.
     """
     classes = {stream: round(math.exp(nats)) for stream, nats in family.chance().items()}
-    table = _embedding(model)
-    ids = family.probe().inputs.get("input_ids")
-    known = int(ids.max()) + 1 if ids is not None else 0
-    return Limits(None if table is None else max(len(table), known), classes)
+    ids = dict(family.num_ids) if isinstance(family, IdsFamily) else {}
+    table, tokens = _embedding(model), family.probe().inputs.get("input_ids")
+    if table is not None:
+        ids["input_ids"] = max(len(table), int(tokens.max()) + 1 if tokens is not None else 0)
+    return Limits(ids, classes)
+
+
+def learn_limits(limits: Limits, family: Family, model: nn.Module, policy: PrecisionPolicy) -> None:
+    """Run the family's probe on the prepared model, to see which further inputs are ids of an embedding."""
+    found: dict[str, int] = {}
+    probe = family.probe().to(policy.device)
+    with undisturbed(model, training=False), torch.no_grad(), policy.autocast(), look_ups(model, probe.inputs, found):
+        family.logits(model, probe)
+    limits.ids.update({name: rows for name, rows in found.items() if name not in limits.ids})
 
 
 def _embedding(model: nn.Module) -> Tensor | None:

@@ -259,6 +259,17 @@ class CodecFamily(Protocol):
 
 
 @runtime_checkable
+class IdsFamily(Protocol):
+    """A family whose model works on ids before it looks them up, such as codes that it counts on from codebook to
+    codebook: there a wrong id is another codebook's, and no error.
+
+    `num_ids` is how many ids each such input may hold, by name. Inputs that go into an embedding as they are need none.
+    """
+
+    num_ids: Mapping[str, int]
+
+
+@runtime_checkable
 class PackingFamily(Protocol):
     """A family that can put the examples of a micro-batch into one row, where none of them sees another.
 

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from rawloop.adapters import AdapterConfig
-from rawloop.build import build_run, limits_of
+from rawloop.build import build_run, learn_limits, limits_of
 from rawloop.checkpoint import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.data import DataConfig
+from rawloop.data.codes import CodeCache
+from rawloop.data.samples import read_samples
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.errors import RawloopError, UserError
@@ -25,7 +28,7 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import TrainConfig, train
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import read_metrics
 
 HEAD = "base_model.model.text_lm_head.modules_to_save.default.weight"
@@ -192,7 +195,7 @@ def test_limits_are_those_of_the_loaded_model(demo_checkpoint: Path, text_checkp
         model: Any = family.load_model()
         limits = limits_of(family, model)
         assert list(limits.classes) == classes
-        assert limits.classes["text"] == limits.embeddings == model.get_input_embeddings().num_embeddings
+        assert limits.classes["text"] == limits.ids["input_ids"] == model.get_input_embeddings().num_embeddings
         assert limits.classes.get("audio", 1026) == 1026
         assert limits.fault(family.probe()) is None
 
@@ -206,8 +209,8 @@ class OwnEmbedding(nn.Module):
 
 def test_a_model_without_a_known_embedding_takes_any_token(text_checkpoint: Path) -> None:
     family = load_family(ModelConfig(path=str(text_checkpoint)))
-    assert limits_of(family, OwnEmbedding()).embeddings is None
-    assert limits_of(family, nn.Linear(2, 2)).embeddings is None
+    assert "input_ids" not in limits_of(family, OwnEmbedding()).ids
+    assert "input_ids" not in limits_of(family, nn.Linear(2, 2)).ids
 
 
 def test_a_token_of_the_familys_own_probe_is_let_pass_without_an_embedding(text_checkpoint: Path) -> None:
@@ -220,7 +223,40 @@ def test_a_token_of_the_familys_own_probe_is_let_pass_without_an_embedding(text_
     family = load_family(ModelConfig(path=str(text_checkpoint)))
     highest = int(family.probe().inputs["input_ids"].max())
     assert highest > 3
-    assert limits_of(family, Small()).embeddings == highest + 1
+    assert limits_of(family, Small()).ids["input_ids"] == highest + 1
+
+
+def learned(family: Any, model: Any) -> dict[str, int]:
+    """What is known of a model's inputs when its probe has run."""
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"), World().any)
+    limits = limits_of(family, policy.prepare(model))
+    learn_limits(limits, family, model, policy)
+    return limits.ids
+
+
+def test_a_code_beyond_its_codebook_is_found(demo_checkpoint: Path, demo_data: Path) -> None:
+    """The model adds the codebook's number times its size: an id of 1026 is another codebook's, and no error."""
+    family = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
+    limits = limits_of(family, family.load_model())
+    sample = read_samples(str(demo_data / "train"), DataConfig())[0]
+    example = family.example(sample, CodeCache(demo_data / "codes"))
+    assert limits.fault(family.collate([example])) is None
+    example.audio_input_ids[5, 3] = 1026
+    said = "its 'audio_input_ids' has the id 1026 in codebook 3 at frame 5, and the model knows 0 to 1025 there"
+    assert str(limits.fault(family.collate([example]))).startswith(said)
+    example.audio_labels[5, 3] = 1026
+    example.audio_input_ids[5, 3] = 0
+    place = int(torch.nonzero(example.input_ids == family.settings.audio_token_id)[0]) + 5  # type: ignore[attr-defined]
+    said = f"a target of the stream 'audio' of codebook 3 at position {place} is 1026, and"
+    assert str(limits.fault(family.collate([example]))).startswith(said)
+
+
+def test_positions_that_are_looked_up_are_ids_too(text_checkpoint: Path) -> None:
+    family = load_family(ModelConfig(path=str(text_checkpoint)))
+    family.packing = True  # type: ignore[attr-defined]
+    config = transformers.GPT2Config(vocab_size=261, n_positions=90, n_embd=16, n_layer=1, n_head=2)
+    assert learned(family, transformers.GPT2LMHeadModel(config)) == {"input_ids": 261, "position_ids": 90}
+    assert learned(family, family.load_model()) == {"input_ids": 261}  # rotary positions have no table
 
 
 def test_a_loss_for_a_stream_without_targets_may_be_left_out() -> None:

@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 from rawloop.adapters import ModelFiles
 from rawloop.audio import import_torchaudio
-from rawloop.build import build_evaluator, build_family, build_model, load_samples, open_codes
+from rawloop.build import (
+    build_evaluator,
+    build_family,
+    build_model,
+    learn_limits,
+    limits_of,
+    load_samples,
+    open_codes,
+)
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
@@ -90,7 +98,10 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> tuple[Sub
             )
         base.load_state_dict(unpack(read_packed(slot / STATE, "base")))
         files.load(slot / files.folder)
-    return subject, build_evaluator(config, family, LossModule(model, family.losses), policy, cache, samples, world)
+    limits = limits_of(family, model)
+    learn_limits(limits, family, model, policy)
+    module = LossModule(model, family.losses)
+    return subject, build_evaluator(config, family, module, policy, limits, cache, samples, world)
 
 
 def slot_of(run_folder: Path, checkpoint: str) -> Path:

@@ -5,26 +5,29 @@ whole process with a device-side assert. A NaN among features is a skipped step,
 the batch is made, at the cost of one pass over its numbers.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rawloop.contracts import IGNORE, Batch
 
 TOKENIZER = "use the tokenizer and codec that belong to the model"
+MASKS = ("mask", "bias")  # in the name of an input: minus infinity is how it says that nothing is to be seen there
 
 
-@dataclass(frozen=True)
+@dataclass
 class Limits:
     """What a model can take.
 
-    `embeddings` is the number of ids that `input_ids` may hold (None: not known), `classes` that of each stream's
-    targets.
+    `ids` is the number of ids that the model knows of each input that holds some, by name (one that is not here is not
+    known), `classes` that of each stream's targets.
     """
 
-    embeddings: int | None
+    ids: dict[str, int]
     classes: Mapping[str, int]
 
     def fault(self, batch: Batch) -> str | None:
@@ -37,40 +40,83 @@ class Limits:
         if not values.numel():
             return None
         if values.is_floating_point():
-            if bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):  # a NaN is both the least and the most
-                return None
-            return f"its '{name}' has numbers that are not finite: mend what they are made of, or leave the sample out"
-        if name != "input_ids" or self.embeddings is None:
+            return _fault_of_numbers(name, values)
+        size = self.ids.get(name)
+        wrong = _outside(values, size) if size is not None else None
+        if size is None or wrong is None:
             return None
-        least, most = (int(value) for value in torch.aminmax(values))
-        if least >= 0 and most < self.embeddings:
-            return None
-        return (
-            f"its 'input_ids' has the token {least if least < 0 else most}, and the model's embedding knows 0 to "
-            f"{self.embeddings - 1}: {TOKENIZER}"
-        )
+        place, found = wrong
+        return f"its '{name}' has the id {found}{_place(place)}, and the model knows 0 to {size - 1} there: {TOKENIZER}"
 
     def _fault_of_stream(self, stream: str, batch: Batch) -> str | None:
         labels = batch.labels.get(stream)
         if labels is None or stream not in batch.targets:
             return f"it has no labels or no count of targets for the stream '{stream}': collate must give both"
-        targets = labels.targets[labels.targets != IGNORE]
-        if len(targets) != batch.targets[stream]:
+        scored = labels.targets != IGNORE
+        count = int(scored.sum())
+        if count != batch.targets[stream]:
             return (
-                f"it counts {batch.targets[stream]} targets of the stream '{stream}', and {len(targets)} of its labels "
+                f"it counts {batch.targets[stream]} targets of the stream '{stream}', and {count} of its labels "
                 f"are not {IGNORE}: collate must count what is scored"
             )
-        if not len(targets):
+        if not count:
             return None
-        least, most = (int(value) for value in torch.aminmax(targets))
-        if least < 0 or most >= self.classes[stream]:
+        wrong = _outside(labels.targets.where(scored, 0), self.classes[stream])
+        if wrong is not None:
+            (row, *codebook), found = wrong
+            where = f"{f' of codebook {codebook[0]}' if codebook else ''} at position {int(labels.positions[row]) + 1}"
             return (
-                f"a target of the stream '{stream}' is {least if least < 0 else most}, and the model can say 0 to "
+                f"a target of the stream '{stream}'{where} is {found}, and the model can say 0 to "
                 f"{self.classes[stream] - 1}: {TOKENIZER}; what is no target is {IGNORE}"
             )
         if int(labels.positions.min()) < 0:
             return f"a target of the stream '{stream}' is the first of all: nothing stands before it to predict it from"
         return None
+
+
+def _fault_of_numbers(name: str, values: Tensor) -> str | None:
+    least, most = (float(value) for value in torch.aminmax(values))  # a NaN is both the least and the most
+    masks = any(word in name for word in MASKS)
+    if most < math.inf and (least > -math.inf or masks):
+        return None
+    allowed = "NaN or plus infinity" if masks else "numbers that are not finite"
+    return f"its '{name}' has {allowed}: mend what they are made of, or leave the sample out"
+
+
+def _outside(values: Tensor, size: int) -> tuple[list[int], int] | None:
+    """The first place whose value is below 0, or `size` or more, and that value."""
+    wrong = torch.nonzero((values < 0) | (values >= size))
+    if not len(wrong):
+        return None
+    place: list[int] = wrong[0].tolist()
+    return place, int(values[tuple(place)])
+
+
+def _place(place: list[int]) -> str:
+    """Where in its row an id stands, in words."""
+    return f" in codebook {place[2]} at frame {place[1]}" if len(place) == 3 else f" at position {place[-1]}"
+
+
+@contextmanager
+def look_ups(model: nn.Module, inputs: Mapping[str, Tensor], ids: dict[str, int]) -> Iterator[None]:
+    """While this is open, note in `ids` how many rows the embedding has that an input of the model is looked up in.
+
+    What a model makes of an input before it looks anything up is its own business, so that only inputs that an
+    embedding is given as they are count, and no id that `inputs` hold is ever beyond what is noted.
+    """
+    known = {(x.data_ptr(), x.numel()): name for name, x in inputs.items() if not x.is_floating_point() and x.numel()}
+
+    def note(embedding: nn.Module, given: tuple[Tensor, ...]) -> None:
+        name = known.get((given[0].data_ptr(), given[0].numel())) if given else None
+        if name is not None and isinstance(embedding, nn.Embedding):
+            rows = max(embedding.num_embeddings, int(inputs[name].max()) + 1)
+            ids[name] = min(ids.get(name, rows), rows)
+
+    with ExitStack() as hooks:
+        for part in model.modules():
+            if isinstance(part, nn.Embedding):
+                hooks.callback(part.register_forward_pre_hook(note).remove)
+        yield
 
 
 def no_fault(batch: Batch) -> str | None:

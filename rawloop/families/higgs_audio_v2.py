@@ -61,6 +61,7 @@ class HiggsAudioV2:
             raise UserError("model.stream_weights sets audio to 0: nothing would be learnt of speech; give it a weight")
         self.settings, self.tokenizer = load_settings(config)
         self._check_settings()
+        self.num_ids = {"audio_input_ids": self.settings.codebook_size}
         self.encoder = HiggsEncoder(self.settings, self.tokenizer)
         self._checked: set[tuple[str, ...]] = set()
 

@@ -153,28 +153,51 @@ def text(ids: list[list[int]], positions: list[int], targets: list[int], count: 
     return Batch({"input_ids": torch.tensor(ids)}, {"s": labels}, {"s": len(targets) if count is None else count}, [])
 
 
-def features(value: float) -> Batch:
+def features(value: float, name: str = "input_features") -> Batch:
     batch = text([[1, 2, 3]], [0], [2])
-    return replace(batch, inputs={**batch.inputs, "input_features": torch.tensor([[[0.0, value], [1.0, -1.0]]])})
+    return replace(batch, inputs={**batch.inputs, name: torch.tensor([[[0.0, value], [1.0, -1.0]]])})
 
 
+def codes(*ids: int) -> Batch:
+    """Two codebooks of some frames."""
+    batch = text([[1, 2, 3]], [0], [2])
+    return replace(batch, inputs={**batch.inputs, "audio_input_ids": torch.tensor(ids).view(1, -1, 2)})
+
+
+def code_targets(*targets: int) -> Batch:
+    batch = text([[1, 2, 3, 4]], [], [])
+    count = sum(target != -100 for target in targets)
+    labels = Labels(torch.tensor([0, 2])[: len(targets) // 2], torch.tensor(targets).view(-1, 2))
+    return replace(batch, labels={"s": labels}, targets={"s": count})
+
+
+LIMITS = Limits({"input_ids": 10, "audio_input_ids": 20}, {"s": 5})
 WRONG = {
-    r"^its 'input_ids' has the token 10, and the model's embedding knows 0 to 9: use": text([[1, 10]], [0], [1]),
-    r"^its 'input_ids' has the token -1, and": text([[1, -1]], [0], [1]),
-    r"^a target of the stream 's' is 5, and the model can say 0 to 4: use .*no target is -100$": text([[1]], [0], [5]),
-    r"^a target of the stream 's' is -7, and": text([[1]], [0, 0], [1, -7]),
+    r"^its 'input_ids' has the id 10 at position 1, and the model knows 0 to 9 there: use": text([[1, 10]], [0], [1]),
+    r"^its 'input_ids' has the id -1 at position 0, and": text([[-1, 1]], [0], [1]),
+    r"^its 'audio_input_ids' has the id 20 in codebook 1 at frame 2, and the model knows 0 to 19": codes(
+        *range(15, 21)
+    ),
+    r"^its 'audio_input_ids' has the id -1 in codebook 0 at frame 1, and": codes(0, 1, -1, 2),
+    r"^a target of the stream 's' at position 1 is 5, and the model can say 0 to 4: .*get is -100$": text(
+        [[1]], [0], [5]
+    ),
+    r"^a target of the stream 's' at position 2 is -7, and": text([[1]], [0, 1], [1, -7]),
+    r"^a target of the stream 's' of codebook 1 at position 3 is 7, and": code_targets(0, 4, -100, 7),
     r"^a target of the stream 's' is the first of all: nothing stands before it": text([[1, 2]], [-1, 0], [1, 2]),
     r"^it counts 3 targets of the stream 's', and 1 of its labels are not -100": text([[1, 2]], [0, 1], [1, -100], 3),
     r"^it has no labels or no count of targets for the stream 's'": replace(text([[1]], [0], [1]), labels={}),
     r"^it has no labels or no count": replace(text([[1]], [0], [1]), targets={}),
     r"^its 'input_features' has numbers that are not finite: mend what they": features(math.nan),
     r"^its 'input_features' has numbers": features(-math.inf),
+    r"^its 'attention_mask' has NaN or plus infinity: mend": features(math.nan, "attention_mask"),
+    r"^its 'decoder_attention_mask' has NaN or plus": features(math.inf, "decoder_attention_mask"),
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_what_a_model_cannot_take_is_found_in_the_batch(message: str) -> None:
-    fault = Limits(10, {"s": 5}).fault(WRONG[message])
+    fault = LIMITS.fault(WRONG[message])
     assert fault is not None
     assert re.search(message, fault), fault
 
@@ -187,15 +210,19 @@ def test_what_a_model_cannot_take_is_found_in_the_batch(message: str) -> None:
         replace(text([[1]], [0], [1]), inputs={}),
         replace(text([[1]], [], []), inputs={"input_features": torch.zeros(0, 3)}),
         features(1e38),
+        features(-math.inf, "attention_mask"),
+        features(torch.finfo(torch.float32).min, "attn_bias"),
+        codes(0, 19),
+        code_targets(0, -100, -100, 4),
         Batch({"frames": torch.tensor([[99]])}, {"s": Labels(torch.zeros(1, dtype=torch.int64), CODES)}, {"s": 2}, []),
     ],
 )
 def test_what_a_model_can_take_is_no_fault(batch: Batch) -> None:
-    assert Limits(10, {"s": 5}).fault(batch) is None
+    assert LIMITS.fault(batch) is None
 
 
 def test_ids_are_let_pass_where_the_size_of_the_embedding_is_not_known() -> None:
-    assert Limits(None, {"s": 5}).fault(text([[1, 999]], [0], [1])) is None
+    assert Limits({}, {"s": 5}).fault(text([[1, 999]], [0], [1])) is None
 
 
 def test_a_fault_is_blamed_on_its_sample_whatever_the_batch_looks_like() -> None:
@@ -203,21 +230,19 @@ def test_a_fault_is_blamed_on_its_sample_whatever_the_batch_looks_like() -> None
         return text([examples], list(range(len(examples))), [0] * len(examples))
 
     samples = [Sample(str(i), (), source=f"line {i}") for i in range(23)]
-    batches = MicroBatches(samples, lambda sample: int(sample.id), packed, Limits(10, {"s": 5}).fault)
+    batches = MicroBatches(samples, lambda sample: int(sample.id), packed, LIMITS.fault)
     assert isinstance(batches[[Draw(0, 0), Draw(9, 0)]], Batch)
     error = batches[[Draw(i, 0) for i in (3, 12, 13)]]
     assert isinstance(error, UserError)
-    assert str(error).startswith("sample '12' (line 12): its 'input_ids' has the token 12")
+    assert str(error).startswith("sample '12' (line 12): its 'input_ids' has the id 12")
 
 
 def test_a_fault_that_no_sample_has_alone_is_told_with_all_of_them() -> None:
     def crowded(examples: list[int]) -> Batch:
         return text([[len(examples) * 4]], [0], [1])
 
-    error = MicroBatches(SAMPLES, lambda sample: 0, crowded, Limits(10, {"s": 5}).fault)[
-        [Draw(i, 0) for i in (3, 4, 5)]
-    ]
-    assert str(error).startswith("the batch of the samples 3, 4, 5: its 'input_ids' has the token 12")
+    error = MicroBatches(SAMPLES, lambda sample: 0, crowded, LIMITS.fault)[[Draw(i, 0) for i in (3, 4, 5)]]
+    assert str(error).startswith("the batch of the samples 3, 4, 5: its 'input_ids' has the id 12")
 
 
 # -- what is drawn at random while a sample is made ----------------------------------------------------------------

@@ -121,6 +121,31 @@ def test_what_a_family_says_itself_is_left_as_it_is(write: Callable[..., Path]) 
         load()
 
 
+BEYOND = """
+from mine_for_tests_page import ByteLM
+class Own(ByteLM):
+    def example(self, sample, codes=None):
+        name, ids = super().example(sample)
+        ids[3] = 257 if "bad" in name else ids[3]
+        return name, ids
+"""
+
+
+def test_an_id_that_the_model_has_no_row_for_is_found_under_the_name_that_it_has(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    write(page.split("```python\n")[1].split("```")[0], "mine_for_tests_page.py")
+    write(BEYOND)
+    write("".join(json.dumps({"id": name, "text": "la la la"}) + "\n" for name in ("bad", "good")), "data.jsonl")
+    common = ["--device=cpu", "--model.family=mine_for_tests:Own", "--adapter.mode=full", "--data.train=data.jsonl"]
+    assert main(["train", *common, "--data.eval=data.jsonl", "--output=run"]) == 2
+    said = "sample 'bad' (data.jsonl line 1): its 'ids' has the id 257 at position 3, and the model knows 0 to 256"
+    assert said in capsys.readouterr().err
+    assert main(["evaluate", *common, "--data.eval=data.jsonl", "--output=run"]) == 2
+    assert said in capsys.readouterr().err
+
+
 STORED = """
 from mine_for_tests_page import ByteLM
 class Own(ByteLM):
