@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rawloop.adapters.compare import compare, compare_model, memory_of, same_names, tensors_of
 from rawloop.adapters.lora import SCALE
 from rawloop.errors import CheckpointError, UserError
 
@@ -68,13 +68,10 @@ class ModelFiles:
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             _in_order(folder / "adapter_config.json")
             _readable_as_the_umask_says(folder)
-            _compare(tensors_of(folder), self._of_adapter(weights), folder)
+            compare(tensors_of(folder), self._of_adapter(weights), folder)
         else:
             write_model(model, folder, weights)
-            stored = tensors_of(folder)  # its names may differ from a module's own
-            _compare(
-                {n: stored[n] for n in stored if n in weights}, {n: weights[n] for n in weights if n in stored}, folder
-            )
+            compare_model(tensors_of(folder), weights, model, folder)
 
     def load(self, folder: Path) -> None:
         """Put the stored weights into the model.
@@ -89,7 +86,7 @@ class ModelFiles:
         same_names(stored, self._of_adapter(), folder)
         self._check_scale(folder)
         set_peft_model_state_dict(self.model, stored)
-        _compare(_rounded(stored, self._of_adapter()), self._of_adapter(), folder)
+        compare(_rounded(stored, self._of_adapter()), self._of_adapter(), folder)
 
     def _check_scale(self, folder: Path) -> None:
         """Equal weights under another scale are another model, and nothing in their shapes shows it."""
@@ -110,7 +107,7 @@ class ModelFiles:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
-        _compare(_rounded(same, own), {name: own[name] for name in same}, folder)
+        compare_model(files, own, self.model, folder, rounded=True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -143,7 +140,7 @@ def copied(tensors: Mapping[str, Tensor], spare: Mapping[str, Tensor]) -> dict[s
     result: dict[str, Tensor] = {}
     reused: set[int] = set()  # weights that were tied at the last copy and no longer are must not share one
     for name, tensor in tensors.items():
-        key = _memory(name, tensor)
+        key = memory_of(name, tensor)
         if key not in made:
             free = spare.get(name)
             made[key] = _copy(tensor.detach(), None if id(free) in reused else free)
@@ -170,7 +167,7 @@ def write_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = No
         kept, tied = _untied(model.state_dict() if weights is None else weights)
         save_file(kept, folder / WEIGHTS, metadata={"format": "pt", **tied})
     elif weights is not None and _takes_weights(model):
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=dict(weights))  # transformers empties the dict that it is given
     else:
         model.save_pretrained(folder)
     _readable_as_the_umask_says(folder)
@@ -205,59 +202,12 @@ def _untied(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     first: dict[tuple[Any, ...], str] = {}
     tied = {}
     for name, tensor in weights.items():
-        kept = first.setdefault(_memory(name, tensor), name)
+        kept = first.setdefault(memory_of(name, tensor), name)
         if kept != name:
             tied[name] = kept
     return {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}, tied
 
 
-def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
-    """What two names of one tensor have in common."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a folder's safetensors files.
-
-    Raises:
-        CheckpointError: there are none, or one cannot be read.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no safetensors file")
-    try:
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from error
-
-
 def _rounded(stored: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is stored, in the dtypes of a model that may be of another precision today."""
     return {name: tensor.to(own[name].dtype) for name, tensor in stored.items()}
-
-
-def same_names(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
-    """Hold names and shapes of what is stored in a folder against those of a model.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
-    shapes = [name for name in set(stored) & set(wanted) if stored[name].shape != wanted[name].shape]
-    if missing or extra or shapes:
-        raise CheckpointError(
-            f"{folder} does not fit the model: {_some(missing, 'missing')}{_some(extra, 'unknown')}"
-            f"{_some(sorted(shapes), 'of another shape')}were rank or targets changed?"
-        )
-
-
-def _some(names: list[str], what: str) -> str:
-    more = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} weight(s) {what} ({', '.join(names[:3])}{more}); " if names else ""
-
-
-def _compare(stored: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
-    same_names(stored, wanted, folder)
-    for name, tensor in wanted.items():
-        if not torch.equal(stored[name], tensor.detach().cpu()):
-            raise CheckpointError(f"{folder}: {name} read back differs from the weight in memory")

@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from rawloop.adapters.files import same_names, tensors_of
+from rawloop.adapters.compare import same_names, tensors_of
 from rawloop.adapters.lora import quiet
 from rawloop.errors import RawloopError, UserError
 

@@ -247,7 +247,7 @@ def compare(first: Path, second: Path, cause: str) -> str:
         RawloopError: they differ by more than rounding.
     """
     (one, loss, mode), (other, other_loss, _) = read_measure(first), read_measure(second)
-    if set(one) != set(other):
+    if set(one) != set(other) or not one:
         raise RawloopError(f"gradients reach {len(one)} weights in one and {len(other)} in the other: {cause}")
     square = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
     size = sum(float(one[name].double().square().sum()) for name in one)
@@ -276,8 +276,10 @@ def killed_and_resumed(config: RunConfig, world: World, folder: Path) -> str:
 
 def different_files(first: Path, second: Path) -> list[str]:
     """The safetensors files of two slots that are not the same, by name."""
-    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
-    return [str(file) for file in files if (first / file).read_bytes() != (second / file).read_bytes()]
+    own, other = ({str(p.relative_to(slot)): p for p in slot.rglob("*.safetensors")} for slot in (first, second))
+    assert own, f"{first} holds no weights to compare"
+    differ = [name for name in own.keys() & other.keys() if own[name].read_bytes() != other[name].read_bytes()]
+    return sorted([*differ, *(own.keys() ^ other.keys())])
 
 
 def written(config: RunConfig, file: Path) -> Path:

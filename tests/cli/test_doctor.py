@@ -165,6 +165,10 @@ def test_files_that_differ_are_named(tmp_path: Path) -> None:
         (tmp_path / name / "state" / "same.safetensors").write_bytes(b"0")
         (tmp_path / name / "state" / "other.safetensors").write_bytes(byte)
     assert doctor.different_files(tmp_path / "a", tmp_path / "b") == ["state/other.safetensors"]
+    (tmp_path / "b" / "state" / "same.safetensors").unlink()
+    assert len(doctor.different_files(tmp_path / "a", tmp_path / "b")) == 2
+    with pytest.raises(AssertionError, match="no weights to compare"):
+        doctor.different_files(tmp_path / "none", tmp_path / "b")
 
 
 def test_the_last_words_of_a_process_are_ours_where_there_are_any() -> None:

@@ -1,0 +1,113 @@
+"""Holding stored weights against a model's: by name, shape and bits, and never by nothing at all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rawloop.errors import CheckpointError
+
+
+def memory_of(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor have in common."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a folder's safetensors files.
+
+    Raises:
+        CheckpointError: there are none, or one cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors file")
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+
+
+def same_names(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> None:
+    """Hold names and shapes of what is stored in a folder against those of a model.
+
+    Raises:
+        CheckpointError: they differ, or there are none.
+    """
+    if not (wanted or stored):
+        raise CheckpointError(f"{folder} holds no weight that could be compared with the model's")
+    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    shapes = [name for name in set(stored) & set(wanted) if stored[name].shape != wanted[name].shape]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f"{folder} does not fit the model: {_some(missing, 'missing')}{_some(extra, 'unknown')}"
+            f"{_some(sorted(shapes), 'of another shape')}were rank or targets changed?"
+        )
+
+
+def _some(names: list[str], what: str) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} weight(s) {what} ({', '.join(names[:3])}{more}); " if names else ""
+
+
+def compare(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> None:
+    """Compare bit for bit: a NaN, too, must be the NaN that was meant."""
+    same_names(stored, wanted, folder)
+    for name, tensor in wanted.items():
+        if stored[name].dtype != tensor.dtype or not torch.equal(_bits(stored[name]), _bits(tensor)):
+            raise CheckpointError(f"{folder}: {name} read back differs from the weight in memory")
+
+
+def compare_model(
+    stored: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, folder: Path, rounded: bool = False
+) -> None:
+    """Compare a whole model's files with its weights; `rounded` allows for a model of another precision today.
+
+    transformers stores some weights under other names, and splits or joins them. Of these the numbers are compared, in
+    whatever order. Frozen weights may be left out by a model that writes itself: `load_model` has them.
+    """
+    same = [name for name in own if name in stored]
+    known = {name: stored[name].to(own[name].dtype) if rounded else stored[name] for name in same}
+    others = [stored[name] for name in stored if name not in known]
+    written = {memory_of(name, own[name]) for name in same}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    rest = {
+        memory_of(name, tensor): (name, tensor)
+        for name, tensor in own.items()
+        if name not in ignored and memory_of(name, tensor) not in written
+    }
+    if same or not rest:
+        compare(known, {name: own[name] for name in same}, folder)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    dtypes = {tensor.dtype for _, tensor in rest.values()}
+    if rounded and len(dtypes) == 1:
+        others = [tensor.to(next(iter(dtypes))) for tensor in others]
+    choices = ([tensor for _, tensor in rest.values()], [t for name, t in rest.values() if name not in frozen])
+    if all(_numbers(others) != _numbers(choice) for choice in choices):
+        names = sorted(name for name, _ in rest.values())
+        raise CheckpointError(
+            f"{folder} does not hold the model: {_some(names, 'not found under their names')}and "
+            f"{len(others)} other(s) that are stored there are not the same numbers"
+        )
+
+
+def _numbers(tensors: list[Tensor]) -> dict[torch.dtype, tuple[int, int, int]]:
+    """By dtype, how many numbers there are, and the sums of their bits and of the squares of these, modulo 2^64."""
+    found: dict[torch.dtype, tuple[int, int, int]] = {}
+    for tensor in tensors:
+        size = tensor.element_size()
+        whole = torch.uint8 if size == 1 else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+        for bits in torch.split(_bits(tensor).view(whole), 1 << 22):
+            count, total, squares = found.get(tensor.dtype, (0, 0, 0))
+            wide = bits.long()
+            more = (int(wide.sum()), int((wide * wide).sum()))
+            found[tensor.dtype] = (count + len(bits), (total + more[0]) % 2**64, (squares + more[1]) % 2**64)
+    return found
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
