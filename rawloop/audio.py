@@ -5,32 +5,31 @@ libsndfile decodes (wav, flac, ogg, mp3), torchaudio resamples. `torchaudio.load
 
 import importlib.metadata
 import importlib.util
+import io
 import math
-import re
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from rawloop.errors import RawloopError, UserError
+from rawloop.containers import BadAudio as BadAudio
+from rawloop.containers import Held, cut_short, held
+from rawloop.errors import UserError
+from rawloop.hashing import open_regular
 from rawloop.segments import Segment, segment_of
 
 SILENCE_PEAK = 1e-3  # -60 dBFS: a clip that never exceeds it holds no speech that a codec could keep
 LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-1, 1]
 MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd sample rates would need gigabytes
-# How libsndfile's log tells a data chunk that is longer than the file; writers to a pipe leave a huge length behind.
-CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-STREAMED = 2**30  # bytes
+UNKNOWN = 2**62  # libsndfile says about 2**63 samples where a header does not say how many
 ROUNDED = 0.05  # seconds: published lists round times, so a segment may end so much behind its clip
-
-
-class BadAudio(RawloopError):
-    """A clip that cannot be used. The message is the reason alone, without the file's name."""
+BLOCK = 2**20  # samples decoded at a time, over all channels: 4 MB
 
 
 def load_audio(
@@ -42,7 +41,7 @@ def load_audio(
         path: wav, flac, ogg or mp3 file, of any sample rate and number of channels, or a segment of one.
         sample_rate: of the result, in Hz.
         min_seconds: shorter clips are bad.
-        max_seconds: longer clips are bad; the file's header is asked before anything is decoded.
+        max_seconds: longer clips are bad; the file's headers are asked before anything is decoded.
         frame_rate: of the codec, in frames per second; a clip shorter than one frame is bad.
 
     Returns:
@@ -50,8 +49,8 @@ def load_audio(
 
     Raises:
         BadAudio: cannot be opened or decoded; is empty, cut short, silent (peak below -60 dBFS), not finite, far beyond
-            full scale, too short, too long, a segment that does not lie in its clip, or of a sample rate that cannot be
-            converted.
+            full scale, too short, too long, or of a sample rate that cannot be converted; something stands behind its
+            end that the decoder would leave out, such as a second file; it is a segment that does not lie in its clip.
         UserError: torchaudio is broken or missing.
     """
     waveform, rate = _decode(path, max_seconds)
@@ -71,65 +70,81 @@ def load_audio(
 
 
 def clip_seconds(path: Path, *, min_seconds: float = 0.0, max_seconds: float = math.inf) -> float:
-    """Read a clip's length in seconds from its header, without decoding it: cheap enough for every clip of a data set.
+    """Read a clip's length in seconds from its headers, without decoding it.
 
     Raises:
-        BadAudio: cannot be opened, is no audio file, is empty, cut short (wav), too short or too long, or a segment
-            that does not lie in its clip.
+        BadAudio: cannot be opened, is no audio file, is empty, cut short, too short or too long, or a segment that does
+            not lie in its clip.
     """
     segment = segment_of(path)
-    with _opened(segment.file) as file:
-        rate, frames, promised = int(file.samplerate), int(file.frames), _promised(file)
-    if not segment.whole:
-        first, last = _bounds(segment, frames, rate)
-        frames = promised = last - first
+    with _opened(segment.file) as stream:
+        file, frames = _sound(stream, held(stream))
+        rate = int(file.samplerate)
+        file.close()
+    first, last = _bounds(segment, frames, rate)
+    frames = last - first
     _check_length(frames, rate, max_seconds)
-    if frames < promised:
-        raise _cut_short(promised / rate, frames / rate)
     if frames < min_seconds * rate:
         raise BadAudio(f"lasts {frames / rate:.3f} s, shorter than data.min_seconds ({min_seconds:g} s)")
     return frames / rate
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a file for libsndfile, and turn its errors into reasons."""
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a clip, and turn libsndfile's errors into reasons."""
     import soundfile
 
     try:
         # Opened by Python, whose words are better than libsndfile's "System error".
-        with open(path, "rb") as stream, soundfile.SoundFile(stream.fileno(), closefd=False) as file:
-            yield file
+        with open_regular(path) as stream:
+            yield stream
     except soundfile.LibsndfileError as error:
-        raise BadAudio(f"cannot be decoded: {error.error_string.strip().rstrip('.')}") from error
+        raise BadAudio(f"cannot be decoded: {_words(error)}") from error
     except OSError as error:
         raise BadAudio(f"cannot be opened: {error.strerror}") from error
 
 
+def _words(error: Any) -> str:
+    return str(error.error_string).strip().rstrip(".")
+
+
+def _sound(stream: BinaryIO, found: Held) -> tuple[Any, int]:
+    """Open a clip for libsndfile, and return it with its number of samples per channel."""
+    import soundfile
+
+    os.lseek(stream.fileno(), 0, os.SEEK_SET)  # stream.seek may only move inside its buffer
+    file = soundfile.SoundFile(stream.fileno(), closefd=False)
+    if found.header and not found.samples <= file.frames < UNKNOWN:  # it would stop there, or fail at the end
+        rest = os.pread(stream.fileno(), os.fstat(stream.fileno()).st_size, found.replaces)
+        file = soundfile.SoundFile(io.BytesIO(found.header + rest))
+    return file, found.samples or int(file.frames)
+
+
 def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
+    """Return a clip as mono, (samples,) float32, and its sample rate in Hz.
+
+    Channels are mixed block by block, and a header is asked before anything is decoded: small files can become big.
+    """
     segment = segment_of(path)
-    with _opened(segment.file) as file:
-        rate = int(file.samplerate)
-        if not segment.whole:
-            first, last = _bounds(segment, int(file.frames), rate)
+    with _opened(segment.file) as stream:
+        found = held(stream)
+        file, frames = _sound(stream, found)
+        with file:
+            rate = int(file.samplerate)
+            first, last = _bounds(segment, frames, rate)
             _check_length(last - first, rate, max_seconds)
-            file.seek(first)
-            samples = file.read(last - first, dtype="float32", always_2d=True)
-            if len(samples) < last - first:
-                raise _cut_short(last / rate, (first + len(samples)) / rate)
-            return torch.from_numpy(samples).mean(dim=1), rate
-        _check_length(file.frames, rate, max_seconds)
-        promised = _promised(file)
-        samples = file.read(dtype="float32", always_2d=True)
-    if len(samples) < promised:
-        raise _cut_short(promised / rate, len(samples) / rate)
-    return torch.from_numpy(samples).mean(dim=1), rate
+            if first and not found.slack:  # an mp3 is decoded from its beginning, as its frames lean on earlier ones
+                file.seek(first)
+            waveform = _mono(file, first, last)
+            if len(waveform) < last - first - found.slack:
+                raise cut_short(last / rate, (first + len(waveform)) / rate)
+    return waveform, rate
 
 
 def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
     """Return the first sample of a segment and the one behind its last."""
     first, last = round(segment.start * rate), frames if segment.end is None else round(segment.end * rate)
-    if first >= frames or last > frames + ROUNDED * rate:
+    if not segment.whole and (first >= frames or last > frames + ROUNDED * rate):
         end = "its end" if segment.end is None else f"{segment.end:g} s"
         raise BadAudio(
             f"is no segment of its clip: it runs from {segment.start:g} s to {end}, the clip lasts "
@@ -138,17 +153,22 @@ def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
     return first, min(last, frames)
 
 
-def _cut_short(promised: float, held: float) -> BadAudio:
-    return BadAudio(f"is cut short: its header promises {promised:.2f} s, it holds {held:.2f} s")
+def _mono(file: Any, first: int, end: int) -> Tensor:
+    """Decode the samples from `first` to `end`, and mix them block by block: (samples,) float32, fewer if it ends."""
+    import soundfile
 
-
-def _promised(file: Any) -> int:
-    """Return the number of samples that the header promises. libsndfile keeps quiet about a wav that was cut short."""
-    frames = int(file.frames)
-    cut = CUT_WAV.search(file.extra_info)
-    if cut is None or int(cut[1]) > STREAMED:
-        return frames
-    return frames * int(cut[1]) // max(int(cut[2]), 1)
+    blocks, place, size = [torch.zeros(0)], file.tell(), max(1, BLOCK // file.channels)
+    while place < end:
+        try:
+            samples = file.read(min(size, end - place), dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            seconds = place / file.samplerate
+            raise BadAudio(f"cannot be decoded beyond {seconds:.2f} s, as if cut short: {_words(error)}") from error
+        if not len(samples):
+            break
+        blocks.append(torch.from_numpy(samples[max(first - place, 0) :]).mean(dim=1))
+        place += len(samples)
+    return torch.cat(blocks)
 
 
 def _check_length(frames: int, rate: int, max_seconds: float) -> None:

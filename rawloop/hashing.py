@@ -3,11 +3,28 @@
 Everything is read in blocks, so that a file of many gigabytes costs no memory.
 """
 
+import errno
 import hashlib
+import os
+import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 
 from rawloop.errors import UserError
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading. A pipe, a socket or a device, which may never end or never begin, is not opened.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if code == errno.EISDIR else "Not a regular file", str(path))
+    return open(path, "rb")
 
 
 def sha256_file(path: Path) -> str:
@@ -16,7 +33,7 @@ def sha256_file(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -15,7 +15,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rawloop"
 
 FLOORS = (
-    ("ground", ("errors", "contracts", "dist", "preempt", "records", "seed", "hashing", "segments", "audio")),
+    (
+        "ground",
+        ("errors", "contracts", "dist", "preempt", "records", "seed", "hashing", "segments", "containers", "audio"),
+    ),
     (
         "parts",
         ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "meter", "optim", "diagnose", "demo"),
