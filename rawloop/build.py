@@ -214,7 +214,8 @@ def check_run(config: RunConfig, world: World) -> Report:
 def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig) -> Run:
     forced = set(config.resume_force)
     own = {key.removeprefix("adapter.") for key in forced}
-    model = ModelFiles(ready.model, ready.family.load_model, own)  # may refuse; records make a run of the folder
+    # It may refuse; records make a run of the folder.
+    model = ModelFiles(ready.model, ready.family.load_model, own, ready.base)
     policy, records = ready.policy, Records(folder, world, config.records)
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     optimizer = build_optimizer(policy.named_parameters(), config.optim)

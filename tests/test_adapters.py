@@ -575,7 +575,7 @@ def test_merging_what_is_no_adapter_of_this_model_is_refused(
             merge(copy_of(change))
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": ["c_attn"]}))
-    with pytest.raises(UserError, match=f"{tmp_path} does not fit the base model: No modules were targeted"):
+    with pytest.raises(UserError, match=f"{tmp_path} does not fit the base model: .*No modules were targeted"):
         merge(tmp_path)
 
 

@@ -54,25 +54,30 @@ def _some(names: list[str], what: str) -> str:
     return f"{len(names)} weight(s) {what} ({', '.join(names[:3])}{more}); " if names else ""
 
 
-def compare(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> None:
-    """Compare bit for bit: a NaN, too, must be the NaN that was meant."""
+def compare(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path, *, rounded: bool = False) -> None:
+    """Compare stored weights with a model's, bit for bit: a NaN, too, must be the NaN that was meant.
+
+    `rounded` allows for a model of another precision today.
+
+    Raises:
+        CheckpointError: names, shapes or bits differ, or there are no weights.
+    """
     same_names(stored, wanted, folder)
     for name, tensor in wanted.items():
-        if stored[name].dtype != tensor.dtype or not torch.equal(_bits(stored[name]), _bits(tensor)):
+        found = stored[name].to(tensor.dtype) if rounded else stored[name]
+        if found.dtype != tensor.dtype or not torch.equal(_bits(found), _bits(tensor)):
             raise CheckpointError(f"{folder}: {name} read back differs from the weight in memory")
 
 
 def compare_model(
-    stored: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, folder: Path, rounded: bool = False
+    stored: Mapping[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, folder: Path, *, rounded: bool = False
 ) -> None:
-    """Compare a whole model's files with its weights; `rounded` allows for a model of another precision today.
+    """Compare a whole model's files with its weights; see `compare`.
 
     transformers stores some weights under other names, and splits or joins them. Of these the numbers are compared, in
     whatever order. Frozen weights may be left out by a model that writes itself: `load_model` has them.
     """
     same = [name for name in own if name in stored]
-    known = {name: stored[name].to(own[name].dtype) if rounded else stored[name] for name in same}
-    others = [stored[name] for name in stored if name not in known]
     written = {memory_of(name, own[name]) for name in same}
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     rest = {
@@ -81,17 +86,18 @@ def compare_model(
         if name not in ignored and memory_of(name, tensor) not in written
     }
     if same or not rest:
-        compare(known, {name: own[name] for name in same}, folder)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        compare({name: stored[name] for name in same}, {name: own[name] for name in same}, folder, rounded=rounded)
+    others = [stored[name] for name in stored if name not in own]
     dtypes = {tensor.dtype for _, tensor in rest.values()}
     if rounded and len(dtypes) == 1:
         others = [tensor.to(next(iter(dtypes))) for tensor in others]
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     choices = ([tensor for _, tensor in rest.values()], [t for name, t in rest.values() if name not in frozen])
     if all(_numbers(others) != _numbers(choice) for choice in choices):
         names = sorted(name for name, _ in rest.values())
         raise CheckpointError(
-            f"{folder} does not hold the model: {_some(names, 'not found under their names')}and "
-            f"{len(others)} other(s) that are stored there are not the same numbers"
+            f"{folder} does not hold the model: {_some(names, 'not found under their names')}and the numbers of the "
+            f"{len(others)} that are stored under other names are not theirs"
         )
 
 

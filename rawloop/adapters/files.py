@@ -14,23 +14,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rawloop.adapters.compare import compare, compare_model, memory_of, same_names, tensors_of
+from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import SCALE
 from rawloop.errors import CheckpointError, UserError
 
 WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
+BASE = "base.json"  # beside an adapter: the fingerprint of its base model, which PEFT has no use for
 
 
 class ModelFiles:
     """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/`, by `save_pretrained` if it has that.
 
     What was written is opened again and compared with the weights in memory, by name, shape and value. `forced` names
-    keys of `AdapterConfig` that may be others than the stored adapter's.
+    keys of `AdapterConfig` that may be others than the stored adapter's. `base` goes into an adapter's folder, so that
+    it is known, wherever the folder is copied to, which weights it was trained on.
     """
 
     def __init__(
-        self, model: nn.Module, load_model: Callable[[str], nn.Module], forced: Collection[str] = frozenset()
+        self,
+        model: nn.Module,
+        load_model: Callable[[str], nn.Module],
+        forced: Collection[str] = frozenset(),
+        base: BaseFingerprint | None = None,
     ) -> None:
-        self.forced = forced
+        self.forced, self.base = forced, base
         self.model: Any = unwrapped(model)
         self.load_model = load_model
         self.is_adapter = isinstance(self.model, PeftModel)
@@ -67,6 +74,8 @@ class ModelFiles:
         if self.is_adapter:
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             _in_order(folder / "adapter_config.json")
+            if self.base is not None:
+                (folder / BASE).write_text(json.dumps(self.base.state_dict(), indent=1))
             _readable_as_the_umask_says(folder)
             compare(tensors_of(folder), self._of_adapter(weights), folder)
         else:
@@ -86,7 +95,7 @@ class ModelFiles:
         same_names(stored, self._of_adapter(), folder)
         self._check_scale(folder)
         set_peft_model_state_dict(self.model, stored)
-        compare(_rounded(stored, self._of_adapter()), self._of_adapter(), folder)
+        compare(stored, self._of_adapter(), folder, rounded=True)
 
     def _check_scale(self, folder: Path) -> None:
         """Equal weights under another scale are another model, and nothing in their shapes shows it."""
@@ -206,8 +215,3 @@ def _untied(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         if kept != name:
             tied[name] = kept
     return {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}, tied
-
-
-def _rounded(stored: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored, in the dtypes of a model that may be of another precision today."""
-    return {name: tensor.to(own[name].dtype) for name, tensor in stored.items()}

@@ -1,5 +1,6 @@
 """Merging an adapter into its base model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,13 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from rawloop.adapters.compare import same_names, tensors_of
+from rawloop.adapters.compare import compare, tensors_of
+from rawloop.adapters.files import BASE
+from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import quiet
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import CheckpointError, RawloopError, UserError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def merge_adapter(
@@ -29,35 +34,99 @@ def merge_adapter(
 
     Raises:
         UserError: the adapter is of another model.
-        CheckpointError: its weights are damaged or not complete.
+        CheckpointError: its weights are damaged, not complete, or not finite.
+        RawloopError: base plus adapter give logits that are not finite.
     """
     stored = tensors_of(adapter)
+    for name, tensor in stored.items():
+        _check_weight(adapter, name, tensor)
     try:
         with quiet():
             adapted: Any = PeftModel.from_pretrained(base, adapter)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter} does not fit the base model: {' '.join(str(error).split())[:300]}") from error
-    same_names(stored, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter)
+    except Exception as error:  # PEFT meets whatever stands in a file that anybody may have written
+        raise UserError(f"{adapter} does not fit the base model: {_in_a_line(error)}") from error
+    compare(stored, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter, rounded=True)
     with torch.no_grad():
         before = probe(adapted)
-        merged = adapted.merge_and_unload(safe_merge=True)
+        if not bool(before.isfinite().all()):
+            raise RawloopError(f"base plus adapter {adapter} give logits that are not finite: nothing was written")
+        try:
+            merged = adapted.merge_and_unload(safe_merge=True)
+        except Exception as error:  # as above
+            raise RawloopError(f"{adapter} cannot be merged: {_in_a_line(error)}") from error
         after = probe(merged)
     return merged, before, float((after - before).abs().max() / before.abs().max())
+
+
+def _check_weight(adapter: Path, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"{adapter}: {name} is stored as {tensor.dtype}: an adapter's weights are floats")
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(f"{adapter}: {name} holds NaN or infinity: merge the adapter of an earlier checkpoint")
+
+
+def check_base(adapter: Path, base: nn.Module, path: str, revision: str | None) -> str:
+    """Compare the base model with the fingerprint that stands beside an adapter.
+
+    Args:
+        adapter: folder in PEFT's format.
+        base: the base model in its stored dtype, of which nothing is trained.
+        path: folder or hub id that it was loaded from.
+        revision: of the hub repository.
+
+    Returns:
+        a sentence for the user, empty if there is nothing to say.
+
+    Raises:
+        UserError: the adapter was trained on other weights.
+        CheckpointError: the fingerprint cannot be read.
+    """
+    places = [adapter / BASE, adapter.resolve().parent / "state" / BASE]
+    file = next((place for place in places if place.is_file()), None)
+    stored = _fingerprint(file) if file else {}
+    if "weights" not in stored:
+        found = f"{file} has no checksum of it" if file else f"no {BASE} lies beside it"
+        return f"that {path} is the base model of {adapter} could not be checked: {found}"
+    own = BaseFingerprint(base.requires_grad_(False), path, revision)
+    own.load_state_dict({**stored, "digest": own.digest})  # the digest is of the model with its adapter
+    return own.notice
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_bytes())
+        return {**stored, **{key: stored[key] for key in ("path", "revision", "config")}}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {_in_a_line(error)}") from error
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:
     """Return the folder or hub id of the model that an adapter was trained on, empty if unknown, and its revision.
 
     Raises:
-        UserError: the folder holds no adapter.
+        UserError: the folder holds no LoRA adapter.
         RawloopError: its adapter_config.json cannot be read.
     """
-    if not (adapter / "adapter_config.json").is_file():
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
         raise UserError(
             f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
         )
     try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RawloopError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
-    return config.base_model_name_or_path or "", config.revision
+        values = json.loads(file.read_bytes())
+        kind, scale = values.get("peft_type"), [values.get(key) for key in ("r", "lora_alpha")]
+        config = PeftConfig.from_pretrained(adapter) if kind == "LORA" else None
+    except Exception as error:  # as above
+        raise RawloopError(f"{file} cannot be read: {_in_a_line(error)}") from error
+    if config is None:
+        raise UserError(f"{file} has the peft_type {kind!r}: rawloop merges adapters of type 'LORA'")
+    if not all(type(value) in (int, float) for value in scale):
+        raise RawloopError(f"{file} does not say the scale: r and lora_alpha are {scale}, and PEFT would guess them")
+    base, revision = config.base_model_name_or_path or "", config.revision
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        raise RawloopError(f"{file} names no base model: base_model_name_or_path is {base!r}, revision {revision!r}")
+    return base, revision
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,14 +1,19 @@
 """`rawloop merge`: a LoRA adapter into its base model, in float32, with the logits compared before and after."""
 
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from rawloop.adapters import base_of, merge_adapter, write_model
+from rawloop.adapters import base_of, check_base, merge_adapter, write_model
 from rawloop.audio import import_torchaudio
 from rawloop.checkpoint import verify
+from rawloop.checkpoint.disk import in_words
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.config import Parser, add_options
 from rawloop.errors import RawloopError, UserError
@@ -23,8 +28,10 @@ def run(argv: list[str]) -> None:
     """Merge, compare, and write the merged model beside the base model's other files.
 
     Raises:
+        UserError: the base model is not the one that the adapter was trained on.
         CheckpointError: the adapter is a checkpoint's, which is damaged.
-        RawloopError: the merged logits differ from those of base plus adapter by more than `BOUND`; nothing is written.
+        RawloopError: the merged logits differ from those of base plus adapter by more than `BOUND`, or the model cannot
+            be written; nothing is left of it.
     """
     parser = Parser(prog="rawloop merge", description="Merge a LoRA adapter into its base model.")
     parser.meant = {"--checkpoint": "--adapter", "--config": "--adapter"}
@@ -37,8 +44,9 @@ def run(argv: list[str]) -> None:
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")
     check_folder(adapter)
-    if (adapter.parent / MANIFEST).exists():
-        verify(adapter.parent)
+    slot = adapter.resolve().parent
+    if (slot / MANIFEST).exists():
+        verify(slot)
     import_torchaudio()
     base, revision = base_of(adapter)
     path = values.model.path or base
@@ -53,18 +61,26 @@ def run(argv: list[str]) -> None:
     def logits(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([rows.flatten() for rows in family.logits(model.eval(), batch).values()])
 
-    merged, before, difference = merge_adapter(family.load_model().float(), adapter, logits)
+    base_model = family.load_model()
+    said = check_base(adapter, base_model, path, chosen["revision"])
+    if said:
+        print(f"rawloop merge: {said}", file=sys.stderr, flush=True)
+    merged, before, difference = merge_adapter(base_model.float(), adapter, logits)
     if not difference <= BOUND:
         raise RawloopError(
             f"the merged model's logits differ from base plus adapter by {difference:.1e} of the largest logit, "
             f"more than {BOUND:.0e}: nothing was written"
         )
-    partial = _write(merged, output, DTYPES[values.dtype], config)
-    stored = logits(family.load_model(str(partial)).float())
-    rounding = float((stored - before).abs().max() / before.abs().max())
-    if values.dtype == "float32" and not rounding <= BOUND:
-        raise RawloopError(f"what was written to {partial} gives other logits ({rounding:.1e}): it is not to be used")
-    partial.rename(output)
+    with _unfinished(output) as partial:
+        _write(merged, partial, DTYPES[values.dtype], config)
+        stored = logits(family.load_model(str(partial)).float())
+        rounding = float((stored - before).abs().max() / before.abs().max())
+        if not rounding <= (BOUND if values.dtype == "float32" else 1.0):
+            raise RawloopError(
+                f"what was written gives other logits ({rounding:.1e} of the largest, in {values.dtype}): it was "
+                "removed, as it is not to be used"
+            )
+        partial.rename(output)
     print(f"merged {adapter} into {config.path}: logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})")
     print(f"model: {output} ({values.dtype}; read back, its logits differ by {rounding:.1e})")
 
@@ -90,20 +106,34 @@ def check_folder(adapter: Path) -> None:
             )
 
 
-def _write(merged: Any, output: Path, dtype: torch.dtype, config: ModelConfig) -> Path:
-    """Write the model under a temporary name, so that a half-written one is never found, and return its folder."""
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """A folder under a temporary name, so that a half-written one is never found; removed if it stays unfinished.
+
+    Raises:
+        UserError: it cannot be made.
+        RawloopError: the disk does not take what is written.
+    """
     partial = output.with_name(f".tmp-{output.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_model(merged.to(dtype), partial)
-        if Path(config.path).is_file():  # weights that a family of the user's own reads
-            return partial
-        # tokenizer, processor, chat template
-        for file in sorted(local_folder(config.path, config.revision, KEPT).iterdir()):
-            kept = any(file.match(pattern) for pattern in KEPT) and not file.name.endswith(".index.json")
-            if kept and not (partial / file.name).exists():
-                shutil.copy2(file, partial / file.name)
     except OSError as error:
-        raise UserError(f"--output is '{output}', which cannot be written: {error.strerror or error}") from error
-    return partial
+        raise UserError(f"--output is '{output}', which cannot be made: {error.strerror}") from error
+    try:
+        yield partial
+    except (OSError, SafetensorError) as error:
+        raise RawloopError(f"--output is '{output}', which cannot be written: {in_words(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(merged: Any, partial: Path, dtype: torch.dtype, config: ModelConfig) -> None:
+    """Write the model, and beside it the base model's tokenizer, processor and chat template."""
+    write_model(merged.to(dtype), partial)
+    if Path(config.path).is_file():  # weights that a family of the user's own reads
+        return
+    for file in sorted(local_folder(config.path, config.revision, KEPT).iterdir()):
+        kept = any(file.match(pattern) for pattern in KEPT) and not file.name.endswith(".index.json")
+        if kept and not (partial / file.name).exists():
+            shutil.copy2(file, partial / file.name)
