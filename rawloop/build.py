@@ -122,12 +122,17 @@ class Ready:
     evaluator: Evaluator | None
     limits: Limits
 
-    def examples(self, batches: int) -> list[list[Any]]:
-        """Make the first examples of this rank, a list per micro-batch."""
+    def examples(self, start: int, stop: int) -> list[list[Any]]:
+        """Make the examples of this rank's micro-batches from one number up to another, as far as the data goes.
+
+        Returns:
+            a list per micro-batch.
+        """
         groups: list[list[Any]] = []
-        while len(groups) < batches:
-            window = self.plan.micro_batches(len(groups) // self.plan.accumulation)
-            groups += [self.train.batches.made(indices)[0] for indices in window[: batches - len(groups)]]
+        for number in range(start, stop):
+            window, micro = divmod(number, self.plan.accumulation)
+            draws = [draw for draw in self.plan.micro_batches(window)[micro] if not draw.epoch]
+            groups += [self.train.batches.made(draws)[0]] if draws else []
         return groups
 
     def first_loss(self) -> Tensor:
@@ -194,8 +199,7 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
 
 
 def _report(config: RunConfig, world: World, ready: Ready) -> Report:
-    examples = partial(ready.examples, config.checks.batches)
-    return run_checks(config.checks, ready.family, ready.module, examples, ready.policy, world)
+    return run_checks(config.checks, ready.family, ready.module, ready.examples, ready.policy, world)
 
 
 def check_run(config: RunConfig, world: World) -> Report:

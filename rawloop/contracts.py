@@ -118,13 +118,16 @@ class StreamLoss(NamedTuple):
 class Special(NamedTuple):
     """A special token of a stream, such as its stop token. A `required` one must occur among the targets.
 
-    In a stream with codebooks `id` is looked for in each of them.
+    In a stream with codebooks `id` is looked for in each of them. `roles` are those of the pieces that end with it, if
+    only some samples do (`text` and not `assistant`): it is missed where a sample has such a piece, and each must have
+    it. Without any, some sample must have it.
     """
 
     stream: str
     name: str
     id: int
     required: bool
+    roles: tuple[str, ...] = ()
 
 
 class Piece(NamedTuple):

@@ -45,11 +45,24 @@ class Census:
 
     def missing(self) -> list[str]:
         """A clause for every required token that is never a target, in some codebook at least."""
-        return [
-            f"'{special.name}' (id {special.id} of the stream '{special.stream}'){_where(counts)}"
-            for special, counts in self.specials.items()
-            if special.required and not all(counts)
-        ]
+        lacking = self._lacking()
+        return [f"{_named(s)}{_where(self.specials[s])}" for s in lacking if s not in self._unseen(lacking)]
+
+    def unseen(self) -> list[str]:
+        """A clause for every required token that no sample of these ends with."""
+        return [f"{_named(s)}, which ends the role {' or '.join(s.roles)}" for s in self._unseen(self._lacking())]
+
+    def undecided(self) -> bool:
+        """Whether more samples could have a required token that these have not."""
+        lacking = self._lacking()
+        return any(not special.roles for special in lacking) or bool(self._unseen(lacking))
+
+    def _lacking(self) -> list[Special]:
+        return [special for special, counts in self.specials.items() if special.required and not all(counts)]
+
+    def _unseen(self, lacking: list[Special]) -> list[Special]:
+        here = {role for role, _ in self.roles}
+        return [special for special in lacking if special.roles and here.isdisjoint(special.roles)]
 
     def prompts(self) -> dict[str, int]:
         """Targets by role where there should be none: what a system, a scene or a user says is given, not learnt."""
@@ -65,9 +78,12 @@ class Census:
         for (role, stream), (positions, targets) in self.roles.items():
             masked = 1 - targets / (positions * self.codebooks[stream])
             roles.append([role, stream, f"{positions:,}", f"{targets:,}", f"{masked:.1%}"])
+        unseen = self._unseen(lacking := self._lacking())
+        missing = [special for special in lacking if special not in unseen]
         specials: list[list[object]] = [["special token", "stream", "id", "times a target", ""]]
         for special, counts in self.specials.items():
-            wanted = "" if not special.required else "required" if all(counts) else "required, MISSING"
+            wanted = "" if not special.required else "required"
+            wanted += ", MISSING" if special in missing else ", not seen" if special in unseen else ""
             specials.append([special.name, special.stream, special.id, _short(counts), wanted])
         head = f"label census of {self.samples} samples"
         silent = [f"no target in any stream: {', '.join(self.silent)}"] if self.silent else []
@@ -92,6 +108,8 @@ class Census:
 def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch]) -> Census:
     """Count the targets of examples and of the batches that they were collated to, in the same order."""
     census = Census()
+    if not batches:
+        return census
     for batch in batches:
         for stream, labels in batch.labels.items():
             census.codebooks[stream] = labels.targets.shape[1] if labels.targets.dim() == 2 else 1
@@ -111,6 +129,10 @@ def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch
             counts += found.view(len(found), census.codebooks[special.stream]).sum(0).cpu()
         census.specials[special] = counts.tolist()
     return census
+
+
+def _named(special: Special) -> str:
+    return f"'{special.name}' (id {special.id} of the stream '{special.stream}')"
 
 
 def _where(counts: Sequence[int]) -> str:

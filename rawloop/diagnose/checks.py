@@ -13,12 +13,18 @@ from typing import Any, Protocol
 
 import torch
 
-from rawloop.contracts import Family
+from rawloop.contracts import Batch, Family
 from rawloop.diagnose.causality import Movement, probe
 from rawloop.diagnose.census import Census, take_census
 from rawloop.diagnose.report import ChecksConfig, Report
 from rawloop.diagnose.verdict import Reading, judge, read_losses
 from rawloop.dist import LossModule, World
+
+# Samples of all ranks together up to which labels are counted, where the first ones do not tell whether a token that
+# must be learnt is a target.
+COUNTED = 512
+
+Examples = Callable[[int, int], Sequence[Sequence[Any]]]
 
 
 class Policy(Protocol):
@@ -35,7 +41,7 @@ def run_checks(
     config: ChecksConfig,
     family: Family,
     module: LossModule,
-    examples: Callable[[], Sequence[Sequence[Any]]],
+    examples: Examples,
     policy: Policy,
     world: World,
 ) -> Report:
@@ -45,7 +51,8 @@ def run_checks(
         config: what is expected and allowed.
         family: of the model.
         module: the raw model with its loss, prepared by the policy, not wrapped in DDP.
-        examples: gives this rank's examples, a list per micro-batch.
+        examples: gives this rank's examples of its micro-batches from one number up to another, a list for each; fewer
+            where the data ends.
         policy: gives the device, and the autocast context of training.
         world: the ranks.
 
@@ -53,10 +60,10 @@ def run_checks(
         RawloopError: some rank's examples cannot be made; raised on every rank.
     """
     start = time.perf_counter()
-    share = world.together(partial(_own_share, family, module, examples, policy))
+    share = world.together(partial(_own_share, family, module, examples, config.batches, policy))
     assert share is not None
     censuses, readings, movements = zip(*world.gather(share), strict=True)
-    total = reduce(add, censuses)
+    total = _decided(reduce(add, censuses), family, examples, config.batches, world)
     names = dict.fromkeys(name for own in readings for name in own)
     chance = family.chance()
     verdicts = [
@@ -64,15 +71,37 @@ def run_checks(
         for name in names
     ]
     moved = {stream: reduce(Movement.join, (own[stream] for own in movements)) for stream in family.streams}
-    return Report(config, total, verdicts, moved, round(time.perf_counter() - start, 3))
+    measured = sum(census.samples for census in censuses)
+    return Report(config, total, verdicts, moved, round(time.perf_counter() - start, 3), measured)
+
+
+def _decided(total: Census, family: Family, examples: Examples, start: int, world: World) -> Census:
+    """Count the labels of more micro-batches, as many again each time, until they tell; no model is needed for it."""
+    while total.undecided() and total.samples < COUNTED:
+        share = world.together(partial(_own_census, family, examples, start, 2 * start))
+        assert share is not None
+        more = reduce(add, world.gather(share))
+        if not more.samples:
+            break
+        total, start = total + more, 2 * start
+    return total
+
+
+def _own_census(family: Family, examples: Examples, start: int, stop: int) -> Census:
+    groups = examples(start, stop)
+    return _count(family, groups, [family.collate(list(group)) for group in groups])
+
+
+def _count(family: Family, groups: Sequence[Sequence[Any]], batches: Sequence[Batch]) -> Census:
+    return take_census(family, (example for group in groups for example in group), batches)
 
 
 def _own_share(
-    family: Family, module: LossModule, examples: Callable[[], Sequence[Sequence[Any]]], policy: Policy
+    family: Family, module: LossModule, examples: Examples, number: int, policy: Policy
 ) -> tuple[Census, dict[str, Reading], dict[str, Movement]]:
-    groups = examples()
+    groups = examples(0, number)
     batches = [family.collate(list(group)) for group in groups]
-    census = take_census(family, (example for group in groups for example in group), batches)
+    census = _count(family, groups, batches)
     on_device = [batch.to(policy.device) for batch in batches]
     readings = read_losses(family, module, on_device, policy.autocast)
     twice = family.collate([groups[0][0]] * len(family.streams))  # a row for each stream's turn

@@ -51,10 +51,11 @@ class Report:
     verdicts: list[Verdict]
     movements: dict[str, Movement]
     seconds: float
+    samples: int  # whose loss was measured; labels may have been counted of more
 
     def text(self) -> str:
         """All three as tables."""
-        loss = verdict.lines(self.verdicts, self.census.samples, self.config.expect_chance)
+        loss = verdict.lines(self.verdicts, self.samples, self.config.expect_chance)
         return "\n".join([*self.census.lines(), "", *loss, "", *causality.lines(self.movements)])
 
     def stop_if_wrong(self) -> None:
@@ -105,9 +106,14 @@ class Report:
         return [*self.label_warnings(), *self.loss_warnings()]
 
     def label_warnings(self) -> list[str]:
-        """Samples from which nothing is learnt, and prompts that are."""
+        """Samples from which nothing is learnt, prompts that are, and tokens that no sample has."""
         found = []
-        silent, prompts = self.census.silent, self.census.prompts()
+        silent, prompts, unseen = self.census.silent, self.census.prompts(), self.census.unseen()
+        if unseen:
+            found.append(
+                f"none of the {self.census.samples} samples that were looked at has {', or '.join(unseen)}: whether it "
+                "is learnt was not judged; look at a sample that has it with `rawloop inspect --sample ID`"
+            )
         if silent:
             found.append(
                 f"{len(silent)} of {self.census.samples} samples have no target in any stream, so that nothing is "
@@ -149,7 +155,12 @@ class Report:
     def events(self) -> list[tuple[str, dict[str, Any]]]:
         """A sentence and further values for each of the three checks."""
         missing = self.census.missing()
-        census = f"missing among the targets: {'; '.join(missing)}" if missing else "every required token is a target"
+        unseen = self.census.unseen()
+        census = "; ".join(
+            [f"missing among the targets: {'; '.join(missing)}"] * bool(missing)
+            + [f"not judged, as no sample has it: {'; '.join(unseen)}"] * bool(unseen)
+        )
+        census = census or "every required token is a target"
         loss = [f"{v.name} {v.loss:.4f} {v.kind}" for v in self.verdicts if "/" not in v.name]
         moved = {stream: {**m._asdict(), "outcome": m.outcome()} for stream, m in self.movements.items()}
         outcomes = ", ".join(f"{stream} {values['outcome']}" for stream, values in moved.items())

@@ -149,7 +149,8 @@ class AudioChat:
     def special_targets(self) -> Sequence[Special]:
         """The token that ends a turn: without it as a target a model forgets how to stop."""
         token = self.encoder.template.end_of_turn
-        return (Special(STREAM, self.processor.tokenizer.convert_ids_to_tokens(token), token, required=True),)
+        name = self.processor.tokenizer.convert_ids_to_tokens(token)
+        return (Special(STREAM, name, token, required=True, roles=("assistant",)),)
 
     def pieces(self, example: Example) -> Sequence[Piece]:
         """An example as people read it; see `ChatEncoder.pieces`."""

@@ -136,12 +136,13 @@ class CausalLM:
 
     def special_targets(self) -> Sequence[Special]:
         """End of text and end of turn, each required once `check` or `example` has seen a sample that ends with it."""
-        ends: dict[int, bool] = {}
+        ends: dict[int, list[str]] = {}
         if self.tokenizer.eos_token_id is not None:
-            ends[self.tokenizer.eos_token_id] = "text" in self._kinds
+            ends[self.tokenizer.eos_token_id] = ["text"] if "text" in self._kinds else []
         if "chat" in self._kinds:
-            ends[self.encoder.end_of_turn] = True
-        return [Special("text", self.tokenizer.convert_ids_to_tokens(i), i, needed) for i, needed in ends.items()]
+            ends.setdefault(self.encoder.end_of_turn, []).append("assistant")
+        name = self.tokenizer.convert_ids_to_tokens
+        return [Special("text", name(i), i, bool(roles), tuple(roles)) for i, roles in ends.items()]
 
     def pieces(self, example: Example) -> Sequence[Piece]:
         """An example as people read it: what is given, and what is to be said."""

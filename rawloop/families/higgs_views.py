@@ -16,12 +16,14 @@ TEXT_STOPS = ("<|audio_eos|>", "<|eot_id|>")
 
 def special_targets(settings: Any, tokenizer: Any, streams: Sequence[str]) -> list[Special]:
     """Stop tokens, which must be learnt, and the tokens beside them that must not be, for the census to show."""
+    said = ("assistant",)
     found = [
-        Special("audio", "EOS", settings.audio_stream_eos_id, required=True),
+        Special("audio", "EOS", settings.audio_stream_eos_id, required=True, roles=said),
         Special("audio", "BOS", settings.audio_stream_bos_id, required=False),
     ]
     if "text" in streams:
-        found += [Special("text", name, tokenizer.convert_tokens_to_ids(name), required=True) for name in TEXT_STOPS]
+        ids = zip(TEXT_STOPS, map(tokenizer.convert_tokens_to_ids, TEXT_STOPS), strict=True)
+        found += [Special("text", name, number, required=True, roles=said) for name, number in ids]
         delay = settings.audio_delay_token_id
         found.append(Special("text", tokenizer.convert_ids_to_tokens(delay), delay, required=False))
     return found

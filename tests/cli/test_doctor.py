@@ -21,7 +21,7 @@ def test_a_sound_config_passes_everything(config: Path, tmp_path: Path, capfd: p
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["passed"] * 8
     assert sorted(tmp_path.rglob("*")) == before
-    assert "label census                       census of 16 samples: every required token is a target" in lines[2]
+    assert "label census                       census of 8 samples: every required token is a target" in lines[2]
     assert "first loss                         first loss: audio 6.9" in lines[3]
     assert "causality probe                    causality: audio PASS, text PASS" in lines[4]
 
@@ -67,14 +67,14 @@ def test_labels_without_a_stop_token_fail_their_row_and_the_others_show(
     monkeypatch.setattr(HiggsAudioV2, "example", example)
     (census, loss, probe), done = rows("--config", config)
     assert census[:2] == ["FAILED", "label census"]
-    assert census[2].startswith("'EOS' (id 1025 of the stream 'audio') in any codebook: never a target in 16 samples")
+    assert census[2].startswith("'EOS' (id 1025 of the stream 'audio') in any codebook: never a target in 8 samples")
     assert census[2].endswith("or train all the same with --checks.allow_missing_targets true")
     assert loss[:2] == ["passed", "first loss"]
     assert probe == ["passed", "causality probe", "causality: audio PASS, text PASS"]
     assert (done.code, done.err.splitlines()[-1]) == (1, "rawloop doctor: 1 of 8 checks failed: label census")
     (census, _, _), done = rows("--config", config, "--checks.allow_missing_targets", "true")
     assert census[0] == "passed"
-    assert census[2].startswith("census of 16 samples: missing among the targets: 'EOS'")
+    assert census[2].startswith("census of 8 samples: missing among the targets: 'EOS'")
     assert done.code == 0
 
 

@@ -100,15 +100,15 @@ def test_what_stands_in_census_json(family: HiggsAudioV2, examples: list[Any]) -
     content = json.loads(json.dumps(census_of(family, examples).as_json()))
     assert content["samples"] == 8
     assert content["codebooks"] == {"audio": 8, "text": 1}
-    special = Special("audio", "EOS", 1025, required=True)
-    assert {**special._asdict(), "targets": [8] * 8} in content["specials"]
+    special = Special("audio", "EOS", 1025, required=True, roles=("assistant",))
+    assert {**special._asdict(), "roles": ["assistant"], "targets": [8] * 8} in content["specials"]
     frames = sum(len(example.audio_input_ids) for example in examples)
     (audio,) = (role for role in content["roles"] if role["stream"] == "audio")
     assert (audio["role"], audio["positions"]) == ("assistant", frames)
 
 
 def report_of(census: Census) -> Report:
-    return Report(ChecksConfig(expect_chance=True), census, [], {}, 0.0)
+    return Report(ChecksConfig(expect_chance=True), census, [], {}, 0.0, census.samples)
 
 
 def test_samples_without_targets_are_named(family: HiggsAudioV2, examples: list[Any]) -> None:

@@ -187,14 +187,14 @@ def check_rank(world: World, model: str, data: str, spoilt: str) -> tuple[str, s
     samples = read_samples(str(Path(data) / "train"), DataConfig())[world.rank :: 2]
     bad = world.rank == 1
 
-    def examples() -> list[list[Any]]:
+    def examples(start: int, stop: int) -> list[list[Any]]:
         if spoilt == "sample" and bad:
             raise UserError("sample 'x' is bad")
         made = [deepcopy(family.example(sample, cache)) for sample in samples]
         for example in made:
             if spoilt == "all" or (spoilt == "labels" and bad):
                 example.audio_labels[example.audio_labels == 1025] = -100
-        return [made[:2], made[2:]]
+        return [made[:2], made[2:]][start:stop]
 
     if spoilt == "weights" and bad:
         weight: Any = loaded.get_parameter("text_lm_head.weight")

@@ -111,10 +111,11 @@ def test_the_tokens_that_end_texts_and_turns_must_be_learnt_where_there_are_any(
     seen = load(text_checkpoint)
     eos, end = (seen.tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>"))
     assert seen.special_targets() == [Special("text", "</s>", eos, False)]
+    turn = Special("text", "<|im_end|>", end, True, ("assistant",))
     seen.check(SAMPLES[1])
-    assert seen.special_targets() == [Special("text", "</s>", eos, False), Special("text", "<|im_end|>", end, True)]
+    assert seen.special_targets() == [Special("text", "</s>", eos, False), turn]
     seen.check(SAMPLES[0])
-    assert [special.required for special in seen.special_targets()] == [True, True]
+    assert seen.special_targets() == [Special("text", "</s>", eos, True, ("text",)), turn]
     targets = seen.collate([seen.example(sample) for sample in SAMPLES]).labels["text"].targets
     assert (targets == eos).sum() == 4
     assert (targets == end).sum() == 5
