@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters import ModelFiles
+from rawloop.adapters.compare import tensors_of
 from rawloop.adapters.files import WEIGHTS
 from rawloop.errors import CheckpointError
 
@@ -115,3 +116,21 @@ def test_a_model_that_writes_itself_may_leave_out_what_is_frozen(tmp_path: Path)
 def test_a_model_without_any_weight_is_no_save(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weight that could be compared"):
         ModelFiles(nn.Identity(), lambda path: nn.Identity()).snapshot(copy=False)(tmp_path)
+
+
+def test_only_a_models_own_files_are_read(tmp_path: Path) -> None:
+    """What lies beside them is another's: two sets of weights, or files that a system leaves."""
+    model: Any = llama()
+    model.save_pretrained(tmp_path, max_shard_size="1KB")  # shards, and an index that names them
+    wanted = tensors_of(tmp_path)
+    assert wanted.keys() == model.state_dict().keys()
+    for name in ("zz.safetensors", "model-00001-of-00001.safetensors", "._model.safetensors"):
+        save_file({name: torch.zeros(1), **{name: tensor + 1 for name, tensor in wanted.items()}}, tmp_path / name)
+    torch.testing.assert_close(tensors_of(tmp_path), wanted, rtol=0, atol=0)
+    (tmp_path / "model-00001-of-00001.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    assert "zz.safetensors" not in tensors_of(tmp_path)
+    assert len(tensors_of(tmp_path)) == len(wanted) + 1
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 7}')
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is damaged"):
+        tensors_of(tmp_path)

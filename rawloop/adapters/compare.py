@@ -1,5 +1,6 @@
 """Holding stored weights against a model's: by name, shape and bits, and never by nothing at all."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,33 @@ def memory_of(name: str, tensor: Tensor) -> tuple[Any, ...]:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a folder's safetensors files.
+    """Return all tensors of a model's or an adapter's folder; what lies beside its own files is not looked at.
 
     Raises:
         CheckpointError: there are none, or one cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file")
     try:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that PEFT or transformers would load; all there are, where a model writes itself under other names."""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).is_file():
+            return [folder / name]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        return [folder / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error
 
 
 def same_names(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> None:

@@ -103,13 +103,21 @@ def read_packed(folder: Path, name: str) -> Packed:
 
 
 def record_tree(folder: Path) -> dict[str, FileRecord]:
-    """Hash every file below `folder` by reading it. Keys are posix paths."""
+    """Hash every file below `folder` by reading it. Keys are posix paths.
+
+    Raises:
+        CheckpointError: there is none, or something that is no plain file.
+    """
     records = {}
     for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is no plain file, and a checkpoint holds nothing else")
         if path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 records[path.relative_to(folder).as_posix()] = FileRecord(os.fstat(file.fileno()).st_size, digest)
+    if not records:
+        raise CheckpointError(f"nothing was written into {folder}")
     return records
 
 

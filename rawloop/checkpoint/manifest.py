@@ -5,10 +5,13 @@ No format that torch reads notices a flipped bit by itself; the digests here do,
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from stat import S_ISLNK, S_ISREG
 from typing import Any
 
 from rawloop.checkpoint.disk import FileRecord, written
@@ -17,6 +20,7 @@ from rawloop.errors import CheckpointError
 
 NAME = "MANIFEST.json"
 FORMAT = 1
+LARGEST = 64 << 20  # bytes of a manifest; an entry has about 150
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,12 @@ def read_manifest(slot: Path) -> Manifest:
         CheckpointError: there is none, or it is not as it was written.
     """
     path = slot / NAME
-    if not slot.is_dir():
-        raise CheckpointError(f"{slot}: no such folder here; ranks on several machines need it on a shared disk")
     try:
+        if not slot.is_dir():
+            raise CheckpointError(f"{slot}: no such folder here; ranks on several machines need it on a shared disk")
+        found = path.lstat()
+        if not S_ISREG(found.st_mode) or found.st_size > LARGEST:
+            raise CheckpointError(f"{path}: it is {_kind(found)}, and no manifest")
         raw = path.read_bytes()
         body = json.loads(raw)
     except FileNotFoundError:
@@ -90,8 +97,8 @@ def read_manifest(slot: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: it cannot be read: {error}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        found = body.get("format") if isinstance(body, dict) else body
-        raise CheckpointError(f"{path}: its format is {found!r}, this version of rawloop reads {FORMAT}")
+        found_format = body.get("format") if isinstance(body, dict) else body
+        raise CheckpointError(f"{path}: its format is {found_format!r}, this version of rawloop reads {FORMAT}")
     body.pop("sha256", None)
     # rendering again and comparing bytes notices every change, even one that JSON does not care about
     if _render(body).encode() != raw:
@@ -99,38 +106,85 @@ def read_manifest(slot: Path) -> Manifest:
     try:
         files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
         manifest = Manifest(files=files, meta=unpack(Packed(body.pop("meta"), {})), **body)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: rawloop has not written it so: {error}") from error
-    if type(manifest.step) is not int:
-        raise CheckpointError(f"{path}: rawloop has not written it so: its step is {manifest.step!r}")
+        fault = _fault(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fault = str(error)
+    if fault:
+        raise CheckpointError(f"{path}: rawloop has not written it so: {fault}")
     return manifest
+
+
+def _fault(manifest: Manifest) -> str | None:
+    """Say what no manifest of ours holds, though its digest agrees."""
+    if type(manifest.step) is not int or type(manifest.world_size) is not int:
+        return f"its step is {manifest.step!r}, its world_size {manifest.world_size!r}"
+    texts = [*manifest.states, *manifest.per_rank, *manifest.folders.values()]
+    if not all(type(text) is str and text not in ("", "..") and "/" not in text for text in texts):
+        return f"its parts are {texts}"
+    if type(manifest.meta) is not dict or type(manifest.versions) is not dict:
+        return "its meta or its versions are no object"
+    for name, record in manifest.files.items():
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or str(inside) != name or name == NAME:
+            return f"it names {name!r}, which is no file of a checkpoint"
+        if type(record.size) is not int or type(record.sha256) is not str:
+            return f"the size of {name} is {record.size!r}, its digest {record.sha256!r}"
+    return None if manifest.files else "it names no file"
 
 
 def verify(slot: Path) -> Manifest:
     """Check every file of a slot against the manifest, by size and digest, and return the manifest.
 
+    A file that the manifest does not name is damage, as loading might take it; so is a link, or what is no plain file.
+    Names that begin with a dot are passed over: systems leave such files (.DS_Store, .nfs...), and nobody loads them.
+
     Raises:
-        CheckpointError: names the first file that is missing or differs, and how; or its name is another step's.
+        CheckpointError: names the first file that is missing, differs or does not belong there, and how; or its name is
+            another step's.
     """
     manifest = read_manifest(slot)
     if step_of(slot) not in (-1, manifest.step):
         raise CheckpointError(f"{slot}: its manifest is that of step {manifest.step}: it was renamed, or copied")
-    for name, record in manifest.files.items():
-        try:
-            problem = _difference(slot / name, record)
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror}"
-        if problem:
+    try:
+        found = dict(_entries(slot))
+        for name, problem in _problems(slot, found, manifest):
             raise CheckpointError(f"{slot}: {name} {problem}")
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(f"{slot}: it cannot be read: {error.strerror}{where}") from error
     return manifest
 
 
-def _difference(path: Path, record: FileRecord) -> str | None:
-    if not path.exists():
-        return "is missing"
-    size = path.stat().st_size
-    if size != record.size:
-        return f"has {size} bytes, {record.size} were written"
-    with path.open("rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-    return None if same else "has changed since it was written (its SHA-256 differs)"
+def _problems(slot: Path, found: dict[str, os.stat_result], manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong, by file; digests last, as they take long."""
+    strangers = [name for name in found if name not in {*manifest.files, NAME} and not re.search(r"(^|/)\.", name)]
+    for name in [*strangers, *(found.keys() & manifest.files.keys())]:
+        if not S_ISREG(found[name].st_mode):
+            yield name, f"is {_kind(found[name])}, and rawloop writes plain files"
+    for name, record in manifest.files.items():
+        if name not in found:
+            yield name, "is missing"
+        elif found[name].st_size != record.size:
+            yield name, f"has {found[name].st_size} bytes, {record.size} were written"
+    for name in strangers:
+        yield name, "is not in its manifest: somebody has put it there; move it away"
+    for name, record in manifest.files.items():
+        with (slot / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                yield name, "has changed since it was written (its SHA-256 differs)"
+
+
+def _entries(slot: Path, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    """Yield all that lies in a slot but folders, by its path in there; no link is followed."""
+    with os.scandir(slot / prefix) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(slot, f"{prefix}{entry.name}/")
+            else:
+                yield f"{prefix}{entry.name}", entry.stat(follow_symlinks=False)
+
+
+def _kind(stat: os.stat_result) -> str:
+    if S_ISREG(stat.st_mode):
+        return f"a file of {stat.st_size:,} bytes"
+    return "a link" if S_ISLNK(stat.st_mode) else "no plain file"

@@ -12,6 +12,7 @@ from subprocess import PIPE
 import pytest
 
 from rawloop.checkpoint import RunLock, claim_run_folder, mark_launch, remove_stop_file, where_to_begin
+from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import is_inside
 from rawloop.checkpoint.writer import Contents, write_slot
@@ -42,7 +43,7 @@ def test_the_advice_is_to_resume_where_that_is_possible(tmp_path: Path) -> None:
 
 def test_the_advice_is_to_resume_from_the_best_where_that_is_all(tmp_path: Path) -> None:
     best = tmp_path / "best"
-    write_slot(best, Contents(5, {"best": {}}, {}, {}, [{}], {}))
+    write_slot(best, Contents(5, {"best": {}}, {}, {"x": pack(1)}, [{}], {}))
     with pytest.raises(UserError, match=f"its only checkpoint is the best one: pass --resume {best}, or another"):
         claim_run_folder(tmp_path, World(), resume=False)
     with pytest.raises(UserError, match=f"has no checkpoint: the best one is a slot of its own, try --resume {best}"):
