@@ -309,7 +309,7 @@ def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
     Raises:
         UserError: there is no cache, or it is of another codec.
     """
-    return CodeCache(codes_folder(config), family.codec_hash()) if isinstance(family, CodecFamily) else None
+    return CodeCache(codes_folder(config), family.codec_hash(), config) if isinstance(family, CodecFamily) else None
 
 
 def load_samples(config: RunConfig, family: Family, cache: CodeCache | None, split: str, say: Say) -> list[Sample]:
@@ -322,7 +322,7 @@ def load_samples(config: RunConfig, family: Family, cache: CodeCache | None, spl
     if not path:
         off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
-    samples = read_samples(path, config.data)
+    samples = read_samples(path, config.data, check_files=cache is None)  # with codes, training needs no audio
     if cache is not None:
         samples, left_out = cache.usable(samples)
         if left_out:

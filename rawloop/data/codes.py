@@ -1,7 +1,8 @@
 """The codes of all clips, read side: training asks for a clip by its path and never opens or decodes its audio.
 
 `check` looks at all clips of a data set once, at start-up: whether each has codes, and whether its audio file is still
-the one that was encoded. After that a look-up is a dictionary access and a slice of a memory-mapped shard.
+the one that was encoded. After that a look-up is a dictionary access and one read. Audio files that are gone are not
+missed: only their codes are needed.
 """
 
 import os
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rawloop.contracts import CodecInfo, Sample
-from rawloop.data.shards import CODEC_FILE, Row, checksum, missing_shards, read_codec, read_rows, shard_file
+from rawloop.data.config import DataConfig
+from rawloop.data.shards import CODEC_FILE, Row, Shard, checksum, read_codec, read_rows, shard_file
 from rawloop.errors import RawloopError, UserError
 from rawloop.segments import content_hash, segment_of
 
@@ -30,22 +31,25 @@ WRONG = {
 class CodeCache:
     """Codes of clips, by path: `cache(path)` gives (frames, codebooks) int64.
 
-    Works in forked and in spawned DataLoader workers: each process maps the shards it needs.
+    Works in forked and in spawned DataLoader workers: each process reads the headers of the shards that it needs.
 
     Args:
         folder: the cache that `rawloop prepare` wrote (`codes_folder(config)`).
         codec: hash of the codec; needed when the cache holds codes of several. A prefix of the hash will do.
+        config: clips outside its `min_seconds` and `max_seconds` are bad, also if they were good when encoded; with its
+            `on_bad_sample` at skip `usable` leaves out all samples with bad clips. Default: no limits.
 
     Raises:
         UserError: no codes there, none of this codec, or codes of several codecs and no choice made.
         RawloopError: the index is damaged.
     """
 
-    def __init__(self, folder: Path | str, codec: str | None = None) -> None:
+    def __init__(self, folder: Path | str, codec: str | None = None, config: DataConfig | None = None) -> None:
+        self.config = config
         self.folder, self.codec = _choose(Path(folder).expanduser(), codec)
         self._rows = read_rows(self.folder)
         self._current: set[str] = set()  # paths whose audio file was found to be the one that was encoded
-        self._shards: dict[int, Any] = {}
+        self._shards: dict[int, Shard] = {}
         self._contents: dict[str, Row] | None = None
 
     def __call__(self, path: Path) -> Tensor:
@@ -57,7 +61,7 @@ class CodeCache:
         """
         row = self._row(str(path))
         codes = self._read(row)
-        if codes.shape != (row.frames, self.codec.codebooks) or checksum(codes) != row.crc:
+        if codes.shape != (row.frames, self.codec.codebooks) or not row.frames or checksum(codes) != row.crc:
             raise self._damaged(row.shard, f"the codes of {path} are not what was written")
         return codes.to(torch.int64)
 
@@ -66,7 +70,7 @@ class CodeCache:
         return self._row(str(path)).frames
 
     def usable(self, samples: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
-        """Split samples into those to train on, and those that `rawloop prepare` was asked to skip.
+        """Split samples into those to train on, and those to leave out, as `rawloop prepare` or the config asks for.
 
         Returns:
             The kept samples, in order, and the reason for each one left out, by sample id.
@@ -82,13 +86,13 @@ class CodeCache:
         return kept, left_out
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Verify that every clip of `samples` has codes, made from the audio that is on disk now.
+        """Verify that every clip of `samples` has codes, made from the audio that is on disk now, if there is any.
 
         Costs one stat per clip; a file is only hashed if it was moved or touched since.
 
         Raises:
             UserError: one message with the number of clips without codes and the first five by name.
-            RawloopError: a shard is gone.
+            RawloopError: a shard is gone or has lost its end.
         """
         problems: dict[int, list[str]] = {}
         rows: list[Row] = []
@@ -100,13 +104,22 @@ class CodeCache:
                 problems.setdefault(found[0], []).append(found[1])
         if problems:
             raise UserError("; ".join(_problem(*pair) for pair in sorted(problems.items())))
-        lost = missing_shards(self.folder, rows)
-        if lost:
-            raise self._damaged(min(lost), "the file is gone")
+        for number in sorted({row.shard for row in rows}):
+            self._shard(number)
 
     def _skipped(self, path: Path) -> str | None:
         row = self._known(str(path))
-        return f"{path}: {row.bad}" if row and row.bad and row.skip and _unchanged(row) else None
+        if row is None:
+            return None
+        skip = row.skip or (self.config is not None and self.config.on_bad_sample == "skip")
+        fault = self._fault(row)
+        return f"{path}: {fault}" if fault and skip and _unchanged(row) else None
+
+    def _fault(self, row: Row) -> str | None:
+        """Say why a clip cannot be used, or None."""
+        if row.bad or self.config is None:
+            return row.bad
+        return self.config.fault_of_length(row.frames, self.codec.frame_rate)
 
     def _known(self, path: str) -> Row | None:
         return self._rows.get(path) or self._rows.get(os.path.realpath(path))
@@ -130,8 +143,9 @@ class CodeCache:
             row = self._by_content(path)
             if row is None:
                 return CHANGED, path
-        if row.bad:
-            return BAD, f"{path} ({row.bad})"
+        fault = self._fault(row)
+        if fault:
+            return BAD, f"{path} ({fault})"
         self._rows[path] = row
         self._current.add(path)
         return row
@@ -149,14 +163,18 @@ class CodeCache:
 
     def _read(self, row: Row) -> Tensor:
         try:
-            codes: Tensor = self._shard(row.shard).get_tensor(row.sha256)
-            return codes
-        except (SafetensorError, FileNotFoundError) as error:
-            raise self._damaged(row.shard, str(error)) from error
+            return self._shard(row.shard).codes(row.sha256)
+        except (ValueError, FileNotFoundError) as error:
+            raise self._damaged(row.shard, _reason(error)) from error
 
-    def _shard(self, number: int) -> Any:
+    def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            self._shards[number] = safe_open(shard_file(self.folder, number), "pt")
+            try:
+                self._shards[number] = Shard(shard_file(self.folder, number))
+            except (ValueError, FileNotFoundError) as error:
+                raise self._damaged(number, _reason(error)) from error
+            except OSError as error:
+                raise RawloopError(f"{shard_file(self.folder, number)} cannot be read: {error.strerror}") from error
         return self._shards[number]
 
     def _damaged(self, number: int, why: str) -> RawloopError:
@@ -164,7 +182,7 @@ class CodeCache:
         return RawloopError(f"{file} is damaged ({why}): delete it and {PREPARE} again")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a mapped file cannot be sent to a spawned worker
+        return {**self.__dict__, "_shards": {}}  # a spawned worker reads the headers that it needs
 
 
 def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
@@ -192,6 +210,10 @@ def _unchanged(row: Row) -> bool:
     except OSError as error:
         raise UserError(f"{row.path} cannot be looked up: {error.strerror}") from error
     return (now.st_size, now.st_mtime_ns) == (row.size, row.mtime_ns)
+
+
+def _reason(error: Exception) -> str:
+    return "the file is gone" if isinstance(error, FileNotFoundError) else str(error)
 
 
 def _problem(kind: int, clips: list[str]) -> str:

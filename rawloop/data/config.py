@@ -1,5 +1,6 @@
 """What a user decides about the data: where it lies, how it is read, and what happens to clips that cannot be used."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,10 +26,10 @@ class DataConfig:
             their own.
         default_scene: scene of the samples of a metadata.json that name none; null for no scene.
         allow_outside: let the data name audio files outside its own folder.
-        on_bad_sample: what `rawloop prepare` does about clips that cannot be used: stop (exit code 1, after encoding
-            all others) or skip (training leaves out exactly the samples that need them).
-        max_seconds: clips longer than this are bad.
-        min_seconds: clips shorter than this are bad.
+        on_bad_sample: what is done about clips that cannot be used: stop (`rawloop prepare` encodes all others and ends
+            with exit code 1; training does not begin) or skip (exactly the samples that need them are left out).
+        max_seconds: clips longer than this are bad, also where they are encoded already.
+        min_seconds: clips shorter than this are bad, also where they are encoded already.
         num_workers: processes that build batches beside each training process; 0 builds them in the training process.
         packing: put the samples of a micro-batch one behind the other into one row, where none sees another, instead of
             padding them to the longest (causal_lm only).
@@ -58,6 +59,18 @@ class DataConfig:
             )
         if self.num_workers < 0:
             raise UserError(f"data.num_workers is {self.num_workers}: it must be 0 or more")
+
+    def fault_of_length(self, frames: int, frame_rate: float) -> str | None:
+        """Say what is wrong with the length of an encoded clip, or None.
+
+        A codec rounds to frames, up or down: within one of them more or less, `rawloop prepare` has decided.
+        """
+        seconds = frames / frame_rate
+        if frames - 1 > math.ceil(self.max_seconds * frame_rate):
+            return f"lasts {seconds:.2f} s, longer than data.max_seconds ({self.max_seconds:g} s)"
+        if frames + 1 < math.floor(self.min_seconds * frame_rate):
+            return f"lasts {seconds:.3f} s, shorter than data.min_seconds ({self.min_seconds:g} s)"
+        return None
 
 
 def codes_folder(config: DataConfig) -> Path:

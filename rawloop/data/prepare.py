@@ -81,7 +81,6 @@ class Clip(NamedTuple):
 
     row: Row
     waveform: Tensor | None = None
-    known: bool = False
 
 
 def prepare(
@@ -181,13 +180,16 @@ class _Loader:
         try:
             now = os.stat(segment_of(path).file)
             same = old is not None and (old.size, old.mtime_ns) == (now.st_size, now.st_mtime_ns)
-            if old is not None and same and self.writer.find(old.sha256):
-                return Clip(old, known=True)
-            row = Row(path, now.st_size, now.st_mtime_ns, content_hash(path))
+            known = same and old is not None and self.writer.find(old.sha256) is not None
+            sha256 = old.sha256 if known and old is not None else content_hash(path)
         except OSError as error:
             return Clip(self._bad(Row(path, -1, -1), f"cannot be opened: {error.strerror}"))
-        if self.writer.find(row.sha256):
-            return Clip(row)
+        row = Row(path, now.st_size, now.st_mtime_ns, sha256)
+        twin = self.writer.find(sha256)
+        if twin is not None:
+            row = row._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc)
+            fault = self.config.fault_of_length(row.frames, self.codec.frame_rate)
+            return Clip(self._bad(row, fault) if fault else row)
         try:
             return Clip(row, self._decode(path))
         except BadAudio as error:
@@ -232,21 +234,18 @@ def _encode_all(
 
 def _take(clip: Clip, encode: Encode, writer: ShardWriter, report: PrepareReport) -> None:
     """Encode a clip if nobody has, and put its row into the index."""
-    row = clip.row
-    if row.bad:
-        if writer.rows.get(row.path) != row:
-            writer.add(row)
-        return
-    twin = writer.find(row.sha256)
-    if twin is None:
+    row, twin = clip.row, writer.find(clip.row.sha256)
+    if not row.bad and twin is None:
         assert clip.waveform is not None, "a clip is either cached or decoded"
         writer.add(row, _codes(clip.waveform, encode, writer.codec, row.path))
         report.encoded += 1
         report.audio_seconds += len(clip.waveform) / writer.codec.sample_rate
         return
-    report.reused += 1
-    if not clip.known:
-        writer.add(row._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc))
+    if not row.bad and twin is not None:
+        report.reused += 1
+        row = row._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc)
+    if writer.rows.get(row.path) != row:
+        writer.add(row)
 
 
 def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Tensor:

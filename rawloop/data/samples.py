@@ -33,8 +33,8 @@ def read_samples(path: Path | str, config: DataConfig | None = None, *, check_fi
     Args:
         path: folder with a metadata.json or exactly one .jsonl file, or the path of a JSON or JSONL file.
         config: task, scene and path options (default: `DataConfig()`).
-        check_files: look whether every audio file exists. Where that is slow (network disks), it can be left to
-            `CodeCache.check`, which looks at every clip anyway.
+        check_files: look whether every audio file exists. Where there are codes, no audio is needed: `CodeCache.check`
+            looks at every clip anyway.
 
     Raises:
         UserError: anything in the data that cannot be used, with the file, the record and the fix.

@@ -6,11 +6,16 @@
 
 A clip's tensor is named by the SHA-256 of the audio file. Both files are written whole, then renamed: first the codes,
 then the rows that point at them, so that a kill at any moment loses only what was not yet written. Later rows replace
-earlier ones of the same path. Paths in the folder of the cache are stored relative to it, so that both move together.
+earlier ones of the same path. Paths in the folder of the cache, or beside it, are stored relative to it, so that all
+move together.
+
+Shards are read, not mapped: a mapped file that loses its end under its reader kills the process (SIGBUS).
 """
 
 import json
+import math
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -28,6 +33,8 @@ from rawloop.errors import RawloopError, UserError
 
 FORMAT = 1
 CODEC_FILE = "codec.json"
+BESIDE = ".." + os.sep
+NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 
 
 class Row(NamedTuple):
@@ -46,6 +53,15 @@ class Row(NamedTuple):
     crc: int = 0
     bad: str | None = None
     skip: bool = False
+
+
+# What a row may hold in each place; a bool is no number here.
+COLUMNS: dict[str, set[type]] = {
+    **{name: {str} for name in ("path", "sha256")},
+    **{name: {int} for name in ("size", "mtime_ns", "shard", "frames", "crc")},
+    "bad": {str, type(None)},
+    "skip": {bool},
+}
 
 
 def codec_folder(cache: Path, codec: CodecInfo) -> Path:
@@ -69,9 +85,17 @@ def read_codec(folder: Path) -> CodecInfo:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise RawloopError(f"{file} is of another format: delete {folder} and run `rawloop prepare` again")
-        return CodecInfo(**values)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        codec = CodecInfo(**values)
+        counts = (codec.sample_rate, codec.codebooks, codec.codebook_size)
+        if not isinstance(codec.hash, str) or not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError("it has values of other types")
+        if not isinstance(codec.frame_rate, int | float) or not 0 < codec.frame_rate < math.inf:
+            raise ValueError(f"its frame_rate is {codec.frame_rate}")
+        return codec
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise RawloopError(f"{file} is damaged ({error}): delete {folder} and run `rawloop prepare` again") from error
+    except OSError as error:
+        raise RawloopError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
@@ -81,17 +105,84 @@ def read_rows(folder: Path) -> dict[str, Row]:
         RawloopError: an index file is damaged.
     """
     base = os.path.realpath(folder.parent.parent)
+    above = os.path.dirname(base)
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("files-*.jsonl")):
         try:
             # One call of the parser for the whole file: 600,000 rows in about two seconds.
             lines = file.read_text(encoding="utf-8").splitlines()
-            for path, *rest in json.loads(f"[{','.join(lines)}]"):
-                path = os.path.join(base, path)
-                rows[path] = Row(path, *rest)
-        except (json.JSONDecodeError, ValueError, TypeError) as error:
+            read = json.loads(f"[{','.join(lines)}]")
+            new = {(full := _full(path, base, above)): Row(full, *rest) for path, *rest in read}
+            _check_types(list(new.values()))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise RawloopError(f"{file} is damaged ({error}): delete it and run `rawloop prepare` again") from error
+        except OSError as error:
+            raise RawloopError(f"{file} cannot be read: {error.strerror}") from error
+        rows.update(new)
     return rows
+
+
+def _full(path: str, base: str, above: str) -> str:
+    return os.path.join(above, path[len(BESIDE) :]) if path.startswith(BESIDE) else os.path.join(base, path)
+
+
+def _check_types(rows: list[Row]) -> None:
+    """Refuse rows that hold other values than rows do, and paths that no file can have."""
+    for name, column in zip(Row._fields, zip(*rows, strict=True), strict=False):
+        found = set(map(type, column))
+        if not found <= COLUMNS[name]:
+            raise TypeError(f"{name} is a {' or a '.join(sorted(kind.__name__ for kind in found - COLUMNS[name]))}")
+    for row in rows:
+        if "\0" in row.path or not (row.path.isascii() or os.fsencode(row.path)):
+            raise ValueError(f"{row.path!r} is no path")
+
+
+class Shard:
+    """The codes in one file. The file is open only while it is read.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"its header of {length} bytes is not in a file of {size}")
+            try:
+                header = json.loads(stream.read(length))
+                header.pop("__metadata__", None)
+                self.places = {name: _place(8 + length, entry) for name, entry in header.items()}
+            except (AttributeError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"its header cannot be read: {error}") from error
+        end = max((place + 2 * frames * books for place, frames, books in self.places.values()), default=0)
+        if end > size:
+            raise ValueError(f"its header promises {end} bytes, it has {size}")
+
+    def codes(self, sha256: str) -> Tensor:
+        """Return the codes of a content, (frames, codebooks) uint16."""
+        if sha256 not in self.places:
+            raise ValueError(f"it has no codes of {sha256}")
+        place, frames, books = self.places[sha256]
+        with open(self.file, "rb") as stream:
+            stream.seek(place)
+            content = bytearray(stream.read(2 * frames * books))
+        if len(content) < 2 * frames * books:
+            raise ValueError(f"it ends before byte {place + 2 * frames * books}")
+        if not content:
+            return torch.empty(frames, books, dtype=torch.uint16)
+        return torch.frombuffer(content, dtype=torch.uint16).view(frames, books)
+
+
+def _place(start: int, entry: Any) -> tuple[int, int, int]:
+    """Return where a tensor of codes begins in its file, and its shape."""
+    (frames, books), (first, last) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] != "U16" or min(frames, books, first) < 0 or last - first != 2 * frames * books:
+        raise ValueError(f"it holds a tensor that is no codes: {entry}")
+    return start + first, frames, books
 
 
 def write_file(file: Path, content: bytes) -> None:
@@ -140,8 +231,9 @@ class ShardWriter:
 
     def __post_init__(self) -> None:
         self._base = os.path.realpath(self.folder.parent.parent) + os.sep
-        written = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob("files-*.jsonl")]
-        self._number = 1 + max((int(file.stem.partition("-")[2]) for file in written), default=-1)
+        self._above = os.path.dirname(self._base[:-1]) + os.sep
+        written = (NUMBERED.match(file.name) for file in self.folder.iterdir())
+        self._number = 1 + max((int(found[1]) for found in written if found), default=-1)
         lost = missing_shards(self.folder, self.rows.values())
         self._contents = {row.sha256: row for row in self.rows.values() if row.shard >= 0 and row.shard not in lost}
 
@@ -171,7 +263,10 @@ class ShardWriter:
         self._codes, self._fresh, self._opened = {}, [], time.monotonic()
 
     def _stored(self, row: Row) -> list[Any]:
-        return [row.path.removeprefix(self._base), *row[1:]]
+        path = row.path.removeprefix(self._base)
+        if self._above != os.sep and path.startswith(self._above):
+            path = BESIDE + path.removeprefix(self._above)
+        return [path, *row[1:]]
 
 
 @contextmanager

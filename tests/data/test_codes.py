@@ -1,9 +1,12 @@
 """The read side of the cache: look-ups, files that changed or moved, damage, several codecs, worker processes."""
 
+import multiprocessing
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -141,6 +144,36 @@ def test_audio_that_is_gone_is_not_needed(folder: Path, clips: list[Path]) -> No
     assert torch.equal(codes(clips[2]), expected)
 
 
+def test_moved_with_clips_that_lie_beside_the_training_data(
+    tmp_path: Path, tone: Tone, encode: Encode, info: CodecInfo
+) -> None:
+    train, held_out = tone("set/train/a.wav").resolve(), tone("set/eval/b.wav", hertz=300).resolve()
+    prepare([sample(train, held_out)], encode, info, tmp_path / "set" / "train" / "codes", progress=False)
+    moved = (tmp_path / "set").rename(tmp_path / "elsewhere").resolve()
+    (moved / "train" / "a.wav").unlink()
+    (moved / "eval" / "b.wav").unlink()
+    codes = CodeCache(moved / "train" / "codes")
+    codes.check([sample(moved / "train" / "a.wav", moved / "eval" / "b.wav")])
+    assert codes.frames(moved / "eval" / "b.wav") == 10
+
+
+def test_limits_hold_for_clips_that_are_encoded_already(folder: Path, clips: list[Path]) -> None:
+    """The clips last 0.2, 0.24, ... 0.48 s, which is 5, 6, ... 12 frames."""
+    samples = [Sample(path.stem, sample(path).turns) for path in clips]
+    limited = DataConfig(min_seconds=0.3, max_seconds=0.4)
+    codes = CodeCache(folder, config=limited)
+    assert codes.usable(samples) == (samples, {})
+    with pytest.raises(
+        UserError, match=r"2 clip\(s\) that cannot be used: .*0.wav \(lasts 0.200 s, shorter than data.min"
+    ):
+        codes.check(samples)
+    kept, left_out = CodeCache(folder, config=replace(limited, on_bad_sample="skip")).usable(samples)
+    assert [s.id for s in kept] == ["1", "2", "3", "4", "5", "6"]  # one frame more or less is rounding
+    assert left_out["7"].endswith("7.wav: lasts 0.48 s, longer than data.max_seconds (0.4 s)")
+    CodeCache(folder, config=limited).check(kept)
+    CodeCache(folder, config=DataConfig(min_seconds=0.2, max_seconds=0.48)).check(samples)
+
+
 def test_no_codes_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none holds no codes: run `rawloop prepare` first, or set --data.codes"):
         CodeCache(tmp_path / "none")
@@ -198,7 +231,63 @@ def test_truncated_shard(folder: Path, clips: list[Path]) -> None:
         read_all(codes, clips)
 
 
-@pytest.mark.parametrize("content", ["[1, 2", "{}", '["a", 1]\n["b"', '["a", "b", 1, 2, 3, 4, 5, 6, 7, 8, 9]'])
+def test_truncated_shard_is_seen_at_the_start(folder: Path, clips: list[Path]) -> None:
+    shard = next(folder.glob("*/shard-00001.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(
+        RawloopError, match=r"shard-00001.safetensors is damaged \(its header promises \d+ bytes, it has"
+    ):
+        CodeCache(folder).check([sample(*clips)])
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_shard_that_is_cut_short_while_it_is_read(keep: int, folder: Path, clips: list[Path]) -> None:
+    """Mapped, it would kill the process with SIGBUS: hence another process."""
+
+    def read() -> None:
+        codes = CodeCache(folder)
+        codes.check([sample(*clips)])
+        codes(clips[0])
+        os.truncate(shard, keep if keep >= 0 else shard.stat().st_size - 10)
+        with pytest.raises(RawloopError, match=r"shard-00000.safetensors is damaged"):
+            read_all(codes, clips[:3])
+
+    shard = next(folder.glob("*/shard-00000.safetensors"))
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_damage_anywhere_is_one_line(folder: Path, clips: list[Path]) -> None:
+    """400 caches with bytes changed, cut out or put in: either the right codes or one line, and nothing else."""
+    random = Random(0)
+    right = [CodeCache(folder)(path) for path in clips]
+    files = sorted(file for file in folder.glob("*/*") if file.name != "lock")
+    refused = []
+    for _ in range(400):
+        file = random.choice(files)
+        whole = file.read_bytes()
+        spoilt, place = bytearray(whole), random.randrange(min(len(whole), random.choice((40, len(whole)))))
+        change = random.choice((bytes([random.randrange(256)]), b"", b"9" * 5000, b"[" * 3000, b"\x00", b"null"))
+        spoilt[place : place + random.choice((1, 1, 8))] = change
+        file.write_bytes(spoilt)
+        try:
+            codes = CodeCache(folder, config=DataConfig())
+            codes.check([sample(*clips)])
+            assert all(torch.equal(codes(path), expected) for path, expected in zip(clips, right, strict=True))
+        except RawloopError as error:
+            refused.append(str(error))
+        file.write_bytes(whole)
+    assert len(refused) > 200
+    assert not any("\n" in line for line in refused)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1, 2", "{}", "1", '["a\\u0000"]', '["a", "b"]', '["a", 1]\n["b"', '["a", "b", 1, 2, 3, 4, 5, 6, 7, 8, 9]'],
+)
 def test_damaged_index(content: str, folder: Path) -> None:
     next(folder.glob("*/files-00001.jsonl")).write_text(content)
     with pytest.raises(RawloopError, match=r"files-00001.jsonl is damaged .* run `rawloop prepare` again"):

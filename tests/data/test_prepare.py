@@ -192,6 +192,25 @@ def test_bad_clips_get_another_chance(run: Run, spoiled: list[Sample], cache: Pa
     assert CodeCache(cache).usable(spoiled)[1] == {}
 
 
+def test_limits_hold_for_clips_that_are_encoded_already(run: Run, clips: list[Path], tone: Tone, cache: Path) -> None:
+    samples = [*samples_of(clips), sample("long", tone("long.wav", seconds=2.0).resolve())]
+    run(samples)
+    with pytest.raises(BadClips, match=r"1 of 6 clips.*long.wav \(lasts 2.00 s, longer than data.max_seconds \(1 s\)"):
+        run(samples, encode=forbidden, max_seconds=1.0)
+    assert run(samples, encode=forbidden, max_seconds=1.0, on_bad_sample="skip").left_out == ["long"]
+    assert list(CodeCache(cache).usable(samples)[1]) == ["long"]
+    report = run(samples, encode=forbidden, max_seconds=2.0)  # its codes were kept
+    assert (report.reused, report.bad) == (6, [])
+    CodeCache(cache).check(samples)
+
+
+def test_a_pipe_in_the_place_of_a_clip(run: Run, clips: list[Path]) -> None:
+    clips[2].unlink()
+    os.mkfifo(clips[2])
+    with pytest.raises(BadClips, match=r"1 of 5 clips.*2.wav \(cannot be opened: Not a regular file\)"):
+        run(samples_of(clips))
+
+
 def test_a_mended_clip_is_used(run: Run, spoiled: list[Sample], tone: Tone, cache: Path) -> None:
     run(spoiled, on_bad_sample="skip")
     tone("silent.wav", hertz=500)

@@ -1,0 +1,61 @@
+"""Clips in real commands: codes without their audio, limits changed after encoding, what is left out and said."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rawloop.records import read_metrics
+
+Door = Callable[..., Any]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def bare(demo_data: Path, tmp_path: Path) -> Path:
+    """The demo's records, transcripts and codes, moved to another place without a single audio file."""
+    folder = tmp_path / "data"
+    shutil.copytree(demo_data, folder, ignore=shutil.ignore_patterns("*.flac"))
+    return folder
+
+
+def paths(folder: Path) -> dict[str, str]:
+    return {split: str(folder / split) for split in ("train", "eval", "codes")}
+
+
+def test_codes_without_audio_files_train_alike(door: Door, write_config: Write, bare: Path, tmp_path: Path) -> None:
+    assert not list(bare.rglob("*.flac"))
+    for name, data in (("whole", {}), ("bare", paths(bare))):
+        done = door("train", "--config", write_config(tmp_path / name, data=data))
+        assert done.code == 0, done.err
+    losses = [
+        [line.get("loss", line.get("eval_loss")) for line in read_metrics(tmp_path / name / "run")]
+        for name in ("whole", "bare")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_audio_that_has_changed_is_still_noticed(
+    refusal: Door, write_config: Write, bare: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    samples = json.loads((bare / "train" / "metadata.json").read_text())["samples"]
+    one, other = (demo_data / "train" / sample["audio_file"] for sample in samples[:2])
+    shutil.copy(one, bare / "train" / one.name)  # another time, the same content
+    config = write_config(tmp_path, data=paths(bare), train={"max_steps": 1})
+    (bare / "train" / other.name).write_bytes(one.read_bytes() + b"\0")
+    line = refusal("train", "--config", config)
+    assert line.startswith(f"1 clip(s) changed since they were encoded: {bare / 'train' / other.name}"), line
+
+
+def test_a_limit_that_was_lowered_after_encoding(
+    door: Door, refusal: Door, config: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    line = refusal("train", "--config", config, "--data.max_seconds", 1.7)
+    assert "clip(s) that cannot be used: " in line
+    assert " s, longer than data.max_seconds (1.7 s))" in line
+    done = door("train", "--config", config, "--data.max_seconds", 1.7, "--data.on_bad_sample", "skip")
+    assert done.code == 0, done.err
+    assert "samples left out" in done.out
