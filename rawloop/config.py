@@ -5,16 +5,13 @@ name; the resolved config is written into the run folder.
 """
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from rawloop.adapters import AdapterConfig
 from rawloop.checkpoint import CheckpointConfig
@@ -28,8 +25,10 @@ from rawloop.families import ModelConfig
 from rawloop.foreign_names import NOT_AS_HF_TRAINER, OF_HF_TRAINER
 from rawloop.loop import TrainConfig
 from rawloop.optim import OptimConfig
+from rawloop.parser import Parser, add_options
 from rawloop.precision import PrecisionConfig
 from rawloop.records import METRICS, RecordsConfig
+from rawloop.yaml_file import flattened, read_yaml
 
 RUN_MARKS = (METRICS, CHECKPOINTS)  # one of them stands beside the config that a run has written into its folder
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
@@ -88,76 +87,9 @@ class RunConfig:
             raise UserError(f"resume_force is {self.resume_force}, and nothing is resumed: add --resume latest")
 
 
-class Parser(ArgumentParser):
-    """jsonargparse's parser, with every complaint turned into one `UserError` line that says where a value stands."""
-
-    origin = "the command line"
-    meant: Mapping[str, str] = MappingProxyType({})  # options of other commands -> the one of this command
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
-        names = [name for action in self._actions for name in action.option_strings]
-        hint = nearest(self.meant.get(unknown[1], unknown[1]), names) if unknown else ""
-        raise UserError(explain(message, self.origin) + hint)
-
-
-WRONG_TYPE = re.compile(
-    r'Parser key "(?P<key>[^"]+)":?;? (?:.*; )?Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)'
-)
-WRONG_LIST = re.compile(
-    r'Parser key "(?P<key>[^"]+)":; Does not .*?list\[(?P<type>.*?)\]+, .*; Given value: (?P<value>.*)'
-)
-IN_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a string: put it in quotes",
-    "list": "a list such as '[a, b]'",
-}
-
-
-def explain(message: str, origin: str) -> str:
-    """Put jsonargparse's words about a wrong type into one line of ours; other messages are only joined to a line."""
-    line = "; ".join(part.strip(" -") for part in message.splitlines() if part.strip())
-    found = WRONG_LIST.search(line)
-    if found:
-        items = found["type"].removeprefix("typing.Literal[")
-        return f"{found['key']} is '{found['value']}' (from {origin}): it must be a list, '[a, b]', of {items}"
-    found = WRONG_TYPE.search(line)
-    if not found:
-        return line
-    wanted = re.sub(r"<class '(\w+)'>", r"\1", found["type"]).replace("typing.", "")
-    choices = re.fullmatch(r"Literal\[(.*)\]", wanted)
-    wanted = f"one of {choices[1]}" if choices else IN_WORDS.get(wanted, f"a value of type {wanted}")
-    return f"{found['key']} is '{found['value']}' (from {origin}): it must be {wanted}"
-
-
-def add_options(parser: Parser, owner: type, group: str = "") -> None:
-    """Add an option for each field of a config dataclass, and of those inside it, helped by its docstring."""
-    summary, texts = field_help(owner)
-    section = parser.add_argument_group(group or "run", summary if group else None)
-    hints = get_type_hints(owner)
-    for item in dataclasses.fields(owner):
-        name, hint = f"{group}.{item.name}" if group else item.name, hints[item.name]
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            add_options(parser, hint, name)
-            continue
-        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        section.add_argument(f"--{name}", type=hint, default=default, help=texts[item.name])
-
-
-def field_help(owner: type) -> tuple[str, dict[str, str]]:
-    """Return the first sentence of a config dataclass's docstring, and what its Args section says of each field."""
-    text = inspect.getdoc(owner) or ""
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text.partition("Args:\n")[2], re.MULTILINE)
-    return text.partition("\n")[0], {name: " ".join(words.split()).rstrip(".") for name, words in entries}
-
-
 def known_keys() -> set[str]:
     """Every key of a run's config, dotted: `optim.lr`."""
-    return set(_flatten(dataclasses.asdict(RunConfig())))
+    return {key for key, _ in flattened(dataclasses.asdict(RunConfig()))}
 
 
 def parse(
@@ -179,8 +111,8 @@ def parse(
     """
     head = f"{about[:1].upper()}{about[1:]}. {PATHS}" if about else PATHS
     parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=head)
-    parser.add_argument("--config", action="config", help="YAML file with the keys below; options override it")
-    for name, text in (extra or {}).items():
+    own = {"config": "YAML file with the keys below; options override it", **(extra or {})}
+    for name, text in own.items():
         parser.add_argument_group(f"--{name} {name.upper()}", text)  # taken out by hand: it may be called like a group
     add_options(parser, RunConfig)
     rest = [ALIASES.get(argument, argument) for argument in argv]
@@ -188,13 +120,15 @@ def parse(
     files = _take(rest, "config")
     known = known_keys()
     origins: dict[str, str] = {}
-    for file in files:  # each on its own first, so that a wrong value is laid at the right door
-        origins |= dict.fromkeys(_file_keys(Path(file), known), file)
+    values = None
+    for file in files:  # one after the other, so that a wrong value is laid at the right door
         parser.origin = file
-        parser.parse_args(["--config", file])
+        settings = _file_settings(Path(file), known)
+        origins |= dict.fromkeys(settings, file)
+        values = parser.read_settings(settings, values)
     parser.origin = Parser.origin
     origins |= dict.fromkeys(_option_keys(rest, known, prog), parser.origin)
-    values = parser.parse_args([word for file in files for word in ("--config", file)] + rest).as_dict()
+    values = parser.read_options(rest, values).as_dict()
     try:
         return _built(RunConfig, values), options
     except UserError as error:
@@ -207,10 +141,10 @@ def moved_run(argv: list[str], config: RunConfig) -> str | None:
     None where `--output` is given, and of all other configs.
     """
     rest = list(argv)
-    files = [Path(file) for file in _take(rest, "config")]
+    files = [Path(file) for file in _take(rest, "config") if Path(file).is_file()]  # a pipe is read once
     if any(argument.partition("=")[0] == "--output" for argument in rest):
         return None
-    named = [file for file in files if "output" in _file_keys(file, known_keys())]
+    named = [file for file in files if "output" in read_yaml(file)]
     folder = named[-1].parent if named else None
     if folder is None or not any((folder / mark).exists() for mark in RUN_MARKS):
         return None
@@ -256,7 +190,7 @@ def _option_keys(arguments: list[str], known: set[str], prog: str) -> list[str]:
     keys = []
     for argument in arguments:
         key = argument[2:].partition("=")[0].removesuffix("+")
-        if not argument.startswith("--") or key in ("help", "print_config"):
+        if not argument.startswith("--") or key == "help":
             continue
         if f"--{key}" in ALIASES:
             raise UserError(f"--{key} takes no value: write it alone, or write {ALIASES[f'--{key}']}")
@@ -265,40 +199,12 @@ def _option_keys(arguments: list[str], known: set[str], prog: str) -> list[str]:
     return keys
 
 
-def _file_keys(path: Path, known: set[str]) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_repeats(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{place} is not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        found = "is empty" if content is None else f"holds a {type(content).__name__}"
-        raise UserError(f"{path} {found}: it must hold keys and values such as `output: runs/x`")
-    keys = _flatten(content)
-    for key in keys:
+def _file_settings(path: Path, known: set[str]) -> dict[str, Any]:
+    """The values in a file by dotted keys, all of them known."""
+    settings = read_yaml(path)
+    for key in settings:
         _check_key(key, known, f"in {path}")
-    return keys
-
-
-def _check_repeats(node: yaml.Node | None, path: Path) -> None:
-    """Refuse a key that stands twice in a mapping: YAML would silently take the later one."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            raise UserError(f"{path} line {line}: '{key.value}' stands in line {lines[key.value]} already: keep one")
-        lines[key.value] = line
-        _check_repeats(value, path)
+    return settings
 
 
 def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
@@ -327,14 +233,6 @@ def _below(key: str, known: set[str]) -> bool:
     """Whether the key is an entry of a dict-valued key, such as `model.stream_weights.text`."""
     parent = key.rpartition(".")[0]
     return parent in known and parent.endswith("stream_weights")
-
-
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        keys += _flatten(value, name + ".") if isinstance(value, dict) and value else [name]
-    return keys
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -6,7 +6,6 @@ evaluating and saving have one call site each.
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -47,11 +46,11 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        endless = self.max_steps == 0 and not 0 < self.epochs < math.inf
+        endless = self.max_steps == 0 and not 0 < self.epochs < 1e9
         if self.max_steps < 0 or self.log_every < 1 or endless:
             raise UserError(
                 f"train.max_steps ({self.max_steps}) must not be below 0, train.log_every ({self.log_every}) must be "
-                f"1 or more, and train.epochs ({self.epochs}) a number above 0 where max_steps is 0"
+                f"1 or more, and train.epochs ({self.epochs}) above 0 and below 1e9 where max_steps is 0"
             )
 
 

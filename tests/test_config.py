@@ -1,10 +1,12 @@
 """How a run's config is read: files, options, their order, and one clear line for every mistake in them."""
 
 import dataclasses
+import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -12,10 +14,7 @@ import yaml
 from rawloop.cli import COMMANDS, main
 from rawloop.config import (
     ALIASES,
-    Parser,
     RunConfig,
-    add_options,
-    field_help,
     known_keys,
     moved_run,
     parse,
@@ -23,6 +22,8 @@ from rawloop.config import (
 )
 from rawloop.errors import UserError
 from rawloop.foreign_names import NOT_AS_HF_TRAINER, OF_HF_TRAINER
+from rawloop.parser import Parser, add_options, field_help
+from rawloop.precision.scaler import LossScaleConfig
 
 
 @pytest.fixture
@@ -142,6 +143,11 @@ def test_the_config_of_a_run_that_was_copied_is_told_apart(
     assert told("--config", relative) is None  # no run's folder
     (tmp_path / "runs" / "v" / "metrics.jsonl").touch()
     assert told("--config", relative) == line
+
+
+def groups() -> list[tuple[str, Any]]:
+    hints = get_type_hints(RunConfig)
+    return [(name, hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
@@ -265,6 +271,105 @@ def test_a_group_given_as_a_value_is_refused_with_its_keys(write: Callable[..., 
     line = refusal("--config", file)
     assert line == f"'optim' in {file} is a group: give values to its keys, such as optim.beta1, optim.beta2, optim.eps"
     assert "'optim' on the command line is a group" in refusal("--optim", "3")
+
+
+KEYS = {
+    (f"{group}.{item.name}" if group else item.name): hints[item.name]
+    for group, owner in (("", RunConfig), ("precision.loss_scale", LossScaleConfig), *groups())
+    for hints in (get_type_hints(owner),)
+    for item in dataclasses.fields(owner)
+    if not dataclasses.is_dataclass(hints[item.name])
+}
+
+
+def test_the_keys_are_all_keys() -> None:
+    assert set(KEYS) == known_keys()
+
+
+@pytest.mark.parametrize("key", sorted(key for key, hint in KEYS.items() if type(None) not in get_args(hint)))
+def test_null_is_refused_wherever_it_stands(write: Callable[..., Path], key: str) -> None:
+    *groups, name = key.split(".")
+    above = "".join(f"{'  ' * depth}{group}:\n" for depth, group in enumerate(groups))
+    file = write(f"{above}{'  ' * len(groups)}{name}:\n")
+    assert refusal("--config", file).startswith(f"{key} is null (from {file}): it must be ")
+    if KEYS[key] is not str:
+        assert re.match(rf"{re.escape(key)} is '' \(from the command line\): it must be ", refusal(f"--{key}", ""))
+
+
+def test_null_inside_a_list_or_a_dict_is_refused(write: Callable[..., Path]) -> None:
+    for text in ("adapter: {freeze: [null]}", "checks: {allow: [null]}", "model: {stream_weights: {text: null}}"):
+        file = write(text)
+        assert f" is 'None' (from {file})" in refusal("--config", file)
+    for text in ("null", "~"):
+        assert f"seed is null (from {write(f'seed: {text}')})" in refusal("--config", write(f"seed: {text}"))
+    assert "seed is 'None' (from the command line)" in refusal("--seed", "null")
+    assert read("--config", write("precision: {fallback: null}\ndata: {train: null, default_scene:}\n")) == read(
+        "--data.default_scene", "null"
+    )
+
+
+@pytest.mark.parametrize("key", ["seed", "optim.lr", "adapter.freeze", "model.stream_weights"])
+def test_what_no_key_takes_is_refused_in_a_line(write: Callable[..., Path], key: str) -> None:
+    bomb = (
+        "[&a [x,x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b], [*c,*c,*c,*c,*c,*c]]"
+    )
+    values = ["9" * 5000, "[" * 1500 + "]" * 1500, "&a [*a]", bomb, "x" * 100_000, "2020-99-99", "nan"]
+    if key != "seed":
+        values += ["1" + "0" * 400]
+    for value in values:
+        *groups, name = key.split(".")
+        said = refusal(
+            "--config", write("".join(f"{group}: {{" for group in groups) + f"{name}: {value}" + "}" * len(groups))
+        )
+        assert len(said) < 400
+        said = refusal(f"--{key}", value)
+        assert len(said) < 400
+        assert "Parser key" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: 1000000000000000000000", "seed is 1.000e+21 (from FILE): a whole number has at most 63 bits"),
+        ("train: {epochs: 1.0e+308}", "train.epochs (1e+308) above 0 and below 1e9"),
+        ('output: "a\\0b"', "output is 'a\\x00b' (from FILE): it has characters that no text has"),
+        ('output: "\\ud800"', "output is '\\ud800' (from FILE): it has characters that no text has"),
+        ("seed: 010", "FILE line 1: YAML reads 010 as an octal number"),
+        ("seed: !!int x", "FILE is not valid YAML: invalid literal"),
+        ("output: !!timestamp x", "FILE line 1 has a value of type timestamp"),
+        ("seed: true", "seed is 'True' (from FILE): it must be a whole number"),
+        ("checks: {enabled: 1}", "checks.enabled is '1' (from FILE): it must be true or false"),
+        ("1: 2", "FILE line 1: '1' is a key and no string"),
+        ("on: 2", "FILE line 1: 'on' is a key and no string"),
+        ("? [a]\n: 2", "FILE line 1: a list or a mapping is a key and no string"),
+        ("model: {stream_weights: {1: 2}}", "FILE line 1: '1' is a key and no string"),
+        ("optim: {lr: 1, lr: 2}", "FILE line 1: 'lr' stands in line 1 already"),
+        ("optim.lr: 1\noptim: {lr: 2}", "FILE: 'optim.lr' stands there twice, nested and dotted: keep one"),
+        (
+            "model.stream_weights.text: 1\nmodel: {stream_weights: {text: 2}}",
+            "'model.stream_weights.text' stands there",
+        ),
+        ("model: {stream_weights: {}}\nmodel.stream_weights.text: 1", "'model.stream_weights.text' stands there"),
+        ("a: [{b: 1, b: 2}]", "FILE line 1: 'b' stands in line 1 already"),
+        ("# " + "x" * 1_000_000, "FILE is larger than 1,000,000 bytes"),
+    ],
+)
+def test_what_yaml_takes_in_silence_is_refused(write: Callable[..., Path], text: str, problem: str) -> None:
+    file = write(text)
+    assert problem.replace("FILE", str(file)) in refusal("--config", file)
+
+
+def test_a_file_may_be_dotted_merged_and_a_pipe(write: Callable[..., Path], tmp_path: Path) -> None:
+    text = "\ufeffoptim.lr: 1\nmodel.stream_weights.text: 2\noutput: 2020-01-01\n"
+    config = read("--config", write(text))
+    assert (config.optim.lr, config.model.stream_weights, config.output) == (1.0, {"text": 2.0}, "2020-01-01")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text))
+    writer.start()
+    words = ["--config", str(tmp_path / "pipe")]
+    assert parse(words, "rawloop train")[0] == config
+    writer.join()
+    assert moved_run(words, config) is None
 
 
 @pytest.mark.parametrize(

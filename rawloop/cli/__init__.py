@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from rawloop.errors import RawloopError, nearest
+from rawloop.errors import RawloopError, UserError, nearest
 from rawloop.preempt import end_early, ignore_signals
 
 COMMANDS = {
@@ -64,6 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def check_words(words: list[str]) -> None:
+    """Refuse arguments that are not UTF-8: no file of a run could hold them."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the argument {os.fsencode(word)!r} is not UTF-8: rename what it names") from error
+
+
 def leave_exit_code(file: Path, code: int) -> None:
     """Write the exit code down for the launcher of this machine; the first of its processes does."""
     from rawloop.dist import read_ranks
@@ -75,10 +84,12 @@ def leave_exit_code(file: Path, code: int) -> None:
 def call(command: str, rest: list[str]) -> int:
     """Run a command, say in one line why it failed if it did, and return its exit code."""
     try:
+        check_words(rest)
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:
         if error.speaks:
-            print(f"rawloop {command}: {error}", file=sys.stderr, flush=True)
+            line = " ".join(str(error).splitlines())  # what it quotes may have several
+            print(f"rawloop {command}: {line}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
         from rawloop.dist import is_lost_rank  # torch is loaded by now

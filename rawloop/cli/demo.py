@@ -12,10 +12,10 @@ import torch
 import rawloop.demo
 from rawloop.audio import import_torchaudio
 from rawloop.build import prepare_codes
-from rawloop.config import Parser
 from rawloop.data import DataConfig
 from rawloop.demo.checkpoint import build_demo_checkpoint, demo_is_built
 from rawloop.families import ModelConfig, load_family
+from rawloop.parser import Parser
 
 SPEECH = Path(rawloop.demo.__file__).parent / "speech"
 
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> None:
     """Build what is missing in the folder and say where it is."""
     parser = Parser(prog="rawloop demo", description="Build the demo checkpoint and encode the bundled speech.")
     parser.add_argument("--folder", type=str, default=".demo", help="where to put it")
-    folder = Path(parser.parse_args(argv).folder).expanduser()
+    folder = Path(parser.read_options(argv).folder).expanduser()
     import_torchaudio()
     speech = folder / "speech"
     shutil.copytree(SPEECH, speech, dirs_exist_ok=True)

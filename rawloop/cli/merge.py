@@ -15,9 +15,9 @@ from rawloop.audio import import_torchaudio
 from rawloop.checkpoint import verify
 from rawloop.checkpoint.disk import in_words
 from rawloop.checkpoint.manifest import NAME as MANIFEST
-from rawloop.config import Parser, add_options
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family, local_folder
+from rawloop.parser import Parser, add_options
 
 BOUND = 1e-4  # of the largest logit; float32 rounding gives about 1e-6
 KEPT = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="folder for the merged model; must not exist yet")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the written weights")
     add_options(parser, ModelConfig, "model")
-    values = parser.parse_args(argv)
+    values = parser.read_options(argv)
     adapter, output = Path(values.adapter).expanduser(), Path(values.output).expanduser()
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rawloop.checkpoint.audit import Found, examine, slots_to_examine
 from rawloop.checkpoint.disk import readable
-from rawloop.config import Parser
 from rawloop.errors import CheckpointError
+from rawloop.parser import Parser
 
 
 def run(argv: list[str]) -> None:
@@ -20,7 +20,7 @@ def run(argv: list[str]) -> None:
     """
     parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
     parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
-    folder = Path(parser.parse_args(argv).run).expanduser()
+    folder = Path(parser.read_options(argv).run).expanduser()
     slots = slots_to_examine(folder)
     names = [str(slot.relative_to(folder)) if slot != folder else slot.name for slot in slots]
     width = max(map(len, [*names, "checkpoint"]))

@@ -1,6 +1,7 @@
 """Bad input through the real commands: one clear line, exit code 2, no traceback, nothing written over."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -125,6 +126,16 @@ def test_config_files(refusal: Refusal, tmp_path: Path, text: str, line: str) ->
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     assert refusal("train", "--config", file, "--output", tmp_path / "run") == line.replace("FILE", str(file))
+
+
+def test_words_that_are_not_utf8(refusal: Refusal, config: Path) -> None:
+    word = os.fsdecode(b"runs/gr\xf6\xdfe")
+    said = refusal("train", "--config", config, "--output", word)
+    assert said == r"the argument b'runs/gr\xf6\xdfe' is not UTF-8: rename what it names"
+
+
+def test_a_value_of_several_lines_gives_one(refusal: Refusal, config: Path) -> None:
+    assert "model.path is 'no such model': no such folder" in refusal("train", "--model.path", "no\nsuch\nmodel")
 
 
 def test_the_folder_of_another_run_is_left_alone(refusal: Refusal, config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""Reads a YAML file of settings into flat keys, strictly: what YAML would take in silence is refused with its line.
+
+A key that stands twice, nested and dotted (`optim.lr` beside `optim: {lr: ...}`), keys that are no strings, other types
+than JSON's, and files whose aliases or nesting would never end.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rawloop.errors import UserError
+
+LARGEST = 1_000_000  # bytes of a file
+MOST = 10_000  # values, each alias counted as all that it stands for
+JSON_TYPES = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
+MERGE = "tag:yaml.org,2002:merge"
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
+
+
+class Loader(yaml.SafeLoader):
+    """Dates stay strings: no setting is one."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML has it
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the values of a file by dotted keys, such as `optim.lr`. A dict that is empty is a value.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or holds what the module's docstring names.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise UserError(f"{path} is larger than {LARGEST:,} bytes: it is no file of settings")
+        content = _parsed(raw.decode("utf-8"), path)
+    except OSError as error:
+        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{place} is not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deep: settings are two or three levels deep") from error
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{path} {found}: it must hold keys and values such as `output: runs/x`")
+    values: dict[str, Any] = {}
+    for key, value in flattened(content):
+        if key in values or key.rpartition(".")[0] in values:
+            raise UserError(f"{path}: '{key}' stands there twice, nested and dotted: keep one")
+        values[key] = value
+    return values
+
+
+def _parsed(text: str, path: Path) -> Any:
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        check_node(node, str(path))
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def check_node(node: yaml.Node | None, source: str, counter: Iterator[int] | None = None) -> None:
+    """Refuse what YAML would take in silence, see the module's docstring.
+
+    Args:
+        node: what `yaml.compose` made of a text; None of an empty one.
+        source: where the text is from, for the message.
+        counter: of the values so far.
+    """
+    if node is None:
+        return
+    counter = counter or count(1)
+    place = f"{source} line {node.start_mark.line + 1}"
+    if next(counter) > MOST:
+        raise UserError(f"{place}: more than {MOST:,} values, aliases (*) counted as what they stand for: write fewer")
+    if node.tag not in JSON_TYPES:
+        raise UserError(f"{place} has a value of type {node.tag.rpartition(':')[2]}: settings have JSON's types")
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and OCTAL.fullmatch(node.value):
+        raise UserError(f"{place}: YAML reads {node.value} as an octal number: write it without the leading 0")
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            check_node(item, source, counter)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in (MERGE, "tag:yaml.org,2002:str"):
+            shown = f"'{key.value}'" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+            raise UserError(f"{source} line {line}: {shown} is a key and no string: put it in quotes if it is meant")
+        if key.value in lines:
+            raise UserError(f"{source} line {line}: '{key.value}' stands in line {lines[key.value]} already: keep one")
+        lines[key.value] = line
+        check_node(value, source, counter)
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a nested dict."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `flattened`."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return tree
