@@ -201,7 +201,7 @@ class LossModule(nn.Module):
         """Score one micro-batch that is on the model's device.
 
         Raises:
-            UserError: a stream that has targets got no loss.
+            UserError: a stream that has targets got no loss, or parts without targets of their own.
         """
         losses = self.losses(self.model, batch)
         for stream, count in batch.targets.items():
@@ -214,6 +214,15 @@ class LossModule(nn.Module):
                     f"{given if scored is None else f'a total that is a {type(total).__name__}'}; it must return a "
                     "StreamLoss with a tensor for each stream. A model that swallows labels under a name that it does "
                     "not know returns a loss of None"
+                )
+        for stream, loss in losses.items():
+            if "/" in stream:
+                raise UserError(f"a stream is called '{stream}': names with a / are those of parts, such as audio/0")
+            parts, counts = 0 if loss.parts is None else len(loss.parts), len(loss.part_targets)
+            if parts != counts:
+                raise UserError(
+                    f"the stream '{stream}' has {parts} parts and {counts} part_targets: the family's `losses` must "
+                    "return one number of targets for each part"
                 )
         return losses
 

@@ -5,6 +5,7 @@ be measured is an error before training starts; a batch that gives no finite los
 invalid, never best.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import LossModule, World
-from rawloop.errors import Preempted, UserError, happening
+from rawloop.errors import Preempted, UserError, happening, nearest
 from rawloop.preempt import agreed
 from rawloop.seed import preserved_rng
 
@@ -89,7 +90,11 @@ class Evaluator:
         batches: this rank's batches, re-iterable; over all ranks each sample stands in exactly one.
         policy: gives the autocast context of training.
         world: the ranks.
-        weights: weight of each stream's mean in eval_loss, as in the training loss.
+        weights: weight of each stream's mean in eval_loss, as in the training loss. Every stream that is measured has
+            one; 0 reports its mean and leaves it out of eval_loss.
+
+    Raises:
+        UserError: there are no weights, or one of them is not a number of 0 or more, or all are 0.
     """
 
     def __init__(
@@ -103,6 +108,12 @@ class Evaluator:
     ) -> None:
         self.config, self.module, self.batches = config, module, batches
         self.policy, self.world, self.weights = policy, world, weights
+        wrong = [f"{stream} {weight}" for stream, weight in weights.items() if not 0 <= weight < math.inf]
+        if wrong or not any(weights.values()):
+            raise UserError(
+                f"the evaluation's weights are {dict(weights)}: eval_loss is a sum over streams of weight x mean, so "
+                "every weight must be a number of 0 or more, and one at least above 0"
+            )
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to evaluate at this step: at the start, every `every` steps, and at the end."""
@@ -119,7 +130,7 @@ class Evaluator:
             `eval_loss/<stream>/<part>`, `eval_targets/<stream>`, `eval_seconds`.
 
         Raises:
-            UserError: a stream has no target in the whole evaluation set.
+            UserError: a stream has no target in the whole evaluation set, or no weight.
             Preempted: it was cut short; raised on every rank, with the reason as its message.
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
@@ -138,8 +149,7 @@ class Evaluator:
 
     def _own_share(self, wanted: Callable[[], str | None]) -> Share:
         rows: list[Tensor] = []
-        ids: list[list[str]] = []
-        names: list[str] = []
+        measured: list[tuple[list[str], list[str]]] = []  # of each batch, the names of its sums, and its samples
         counts: dict[str, int] = {}
         for batch in self.batches:
             stopped = wanted()
@@ -149,18 +159,20 @@ class Evaluator:
             with happening(place, name_own=True), self.policy.autocast():
                 losses = self.module(batch.to(self.world.device))
             named = dict(_named(losses))
-            names = list(named)
             # A few numbers per batch stay on the device; logits are never kept and nothing is synced until the end.
-            rows.append(torch.stack([total for total, _ in named.values()]))
-            ids.append(batch.ids)
+            rows += [total for total, _ in named.values()]
+            measured.append((list(named), batch.ids))
             for name, (_, count) in named.items():
                 counts[name] = counts.get(name, 0) + count
-        if not rows:
-            return Share({}, {}, [])
-        table = torch.stack(rows).cpu().double()
-        finite = torch.isfinite(table).all(1).tolist()
-        bad = [name for batch_ids, good in zip(ids, finite, strict=True) if not good for name in batch_ids]
-        return Share(dict(zip(names, table.sum(0).tolist(), strict=True)), counts, bad)
+        numbers = iter(torch.stack(rows).cpu().tolist() if rows else [])
+        terms: dict[str, list[float]] = {name: [] for name in counts}
+        bad: list[str] = []
+        for names, ids in measured:
+            values = {name: next(numbers) for name in names}
+            bad += [] if all(map(math.isfinite, values.values())) else ids
+            for name, value in values.items():
+                terms[name].append(value)
+        return Share({name: sum(values) for name, values in terms.items()}, counts, bad)
 
     def _means(self, shares: Sequence[tuple[dict[str, float], dict[str, int]]]) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -169,19 +181,36 @@ class Evaluator:
             for name, value in share_sums.items():
                 sums[name] = sums.get(name, 0.0) + value
                 counts[name] = counts.get(name, 0) + share_counts[name]
-        for stream in self.weights:
-            if not counts.get(stream):
-                raise self.world.alike(
-                    UserError(
-                        f"the evaluation set has no target in the stream '{stream}': its loss does not exist; mend "
-                        "data.eval, or set evaluation.enabled to false"
-                    )
-                )
+        problem = self._not_weighable(counts)
+        if problem:
+            raise self.world.alike(UserError(problem))
         means = {name: sums[name] / counts[name] for name in sums if counts[name]}
-        metrics = {"eval_loss": sum(weight * means[stream] for stream, weight in self.weights.items())}
+        metrics = {"eval_loss": sum(weight * means[stream] for stream, weight in self.weights.items() if weight)}
         metrics |= {f"eval_loss/{name}": mean for name, mean in means.items()}
-        metrics |= {f"eval_targets/{stream}": float(counts[stream]) for stream in self.weights}
+        metrics |= {f"eval_targets/{stream}": float(counts[stream]) for stream in self.weights if stream in counts}
         return metrics
+
+    def _not_weighable(self, counts: Mapping[str, int]) -> str | None:
+        """Why eval_loss does not exist, by the target counts of all that was measured, if it does not."""
+        streams = [name for name in counts if name.partition("/")[0] == name]
+        for stream in (stream for stream, weight in self.weights.items() if weight):
+            if stream not in counts:
+                return (
+                    f"the weights have the stream '{stream}', which no batch measures{nearest(stream, streams)}: its "
+                    f"loss does not exist; measured are {', '.join(streams) or 'none'}"
+                )
+            if not counts[stream]:
+                return (
+                    f"the evaluation set has no target in the stream '{stream}': its loss does not exist; mend "
+                    "data.eval, or set evaluation.enabled to false"
+                )
+        unknown = [stream for stream in streams if stream not in self.weights]
+        if unknown:
+            return (
+                f"the evaluation measures the stream '{unknown[0]}', which has no weight (weights are for "
+                f"{', '.join(self.weights)}): give it one; 0 reports its mean and leaves it out of eval_loss"
+            )
+        return None
 
 
 @contextmanager
@@ -199,6 +228,6 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _named(losses: dict[str, StreamLoss]) -> Iterable[tuple[str, tuple[Tensor, int]]]:
     for stream, loss in losses.items():
         yield stream, (loss.total.float(), loss.targets)
-        if loss.parts is not None:
-            for part, (total, count) in enumerate(zip(loss.parts, loss.part_targets, strict=True)):
+        if loss.parts is not None:  # as many as there are part_targets: LossModule has looked
+            for part, (total, count) in enumerate(zip(loss.parts.float(), loss.part_targets, strict=True)):
                 yield f"{stream}/{part}", (total, count)

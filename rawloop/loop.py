@@ -273,6 +273,12 @@ def weighted_mean(
     gradient beyond rounding. DDP averages gradients over `ranks`, so their number is multiplied back. A stream without
     any target in the window adds nothing; it stays in the sum, so that its weights get gradients of zero, as DDP needs.
     """
+    without = [stream for stream in losses if stream not in weights]
+    if without:
+        raise UserError(
+            f"the model's losses have the stream '{without[0]}', which has no weight{nearest(without[0], weights)}: "
+            f"stream_weights are for {', '.join(weights)}; give it one, or leave it out of the losses"
+        )
     factors = {stream: ranks * weights[stream] / (targets[stream] or 1) for stream in losses}
     terms = [losses[stream].total * factor for stream, factor in factors.items()]
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
@@ -297,7 +303,7 @@ def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], 
         error = error or UserError(f"{ended} for: windows must come without end, on every rank (begin anew at theirs)")
     except RawloopError as caught:
         error = error or caught
-    own = [float(sum(batch.targets[stream] for batch in window)) for stream in run.weights]
+    own = [float(sum(batch.targets.get(stream, 0) for batch in window)) for stream in run.weights]
     failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *own])
     if failed:
         run.world.together(lambda: _raise(error))

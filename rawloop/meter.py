@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rawloop.contracts import StreamLoss
 from rawloop.dist import World
@@ -34,30 +36,35 @@ class Meter:
         return (samples - self.samples) / (time.perf_counter() - self.since)
 
     def add(self, losses: Mapping[str, StreamLoss]) -> None:
-        """Add one micro-batch."""
+        """Add one micro-batch, whose streams, and the parts of these, need not be those of the others."""
         for stream, loss in losses.items():
             total, counts = loss.total.detach(), [loss.targets, *loss.part_targets]
-            seen = stream in self.totals
-            self.totals[stream] = self.totals[stream].to(total.device) + total if seen else total
-            self.targets[stream] = [a + b for a, b in zip(self.targets[stream], counts)] if seen else counts
+            if stream in self.totals:
+                total = self.totals[stream].to(total.device) + total
+            self.totals[stream] = total
+            self.targets[stream] = list(map(sum, zip_longest(self.targets.get(stream, []), counts, fillvalue=0)))
             if loss.parts is not None:
-                self.parts[stream] = self.parts[stream].to(total.device) + loss.parts if seen else loss.parts
+                self.parts[stream] = _added(self.parts.get(stream), loss.parts)
 
     def take(self, world: World) -> dict[str, float]:
         """Return the mean nats per target of every stream and part that had any, over all ranks, and start over.
 
-        One reduction, in float64.
+        Ranks may have met other streams: sums are joined by name, in float64.
         """
-        names, sums, counts = [], [], []
+        own: dict[str, tuple[float, int]] = {}
         for stream, total in self.totals.items():
-            parts = self.parts[stream].tolist() if stream in self.parts else []
-            names += [f"loss/{stream}", *(f"loss/{stream}/{part}" for part in range(len(parts)))]
-            sums += [total.item(), *parts]
-            counts += self.targets[stream]
-        reduced = world.sum([*sums, *map(float, counts)])
-        pairs = zip(names, reduced[: len(names)], reduced[len(names) :], strict=True)
+            sums = [total.item(), *(self.parts[stream].tolist() if stream in self.parts else [])]
+            names = [f"loss/{stream}", *(f"loss/{stream}/{part}" for part in range(len(sums) - 1))]
+            own |= dict(zip(names, zip(sums, self.targets[stream], strict=True), strict=True))
         self.start_afresh()
-        return {name: value / count for name, value, count in pairs if count}
+        shares = world.gather(own)
+        means = {}
+        for name in dict.fromkeys(name for share in shares for name in share):
+            found = [share[name] for share in shares if name in share]
+            count = sum(count for _, count in found)
+            if count:
+                means[name] = sum(value for value, _ in found) / count
+        return means
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and counts since the last line."""
@@ -70,3 +77,11 @@ class Meter:
     def start_afresh(self, step: int = 0) -> None:
         """Forget the sums."""
         self.totals, self.parts, self.targets = {}, {}, {}
+
+
+def _added(known: Tensor | None, parts: Tensor) -> Tensor:
+    """Sums of parts, by their number; the shorter row has zeros for what it lacks."""
+    if known is None:
+        return parts
+    longer = max(len(known), len(parts))
+    return pad(known.to(parts.device), (0, longer - len(known))) + pad(parts, (0, longer - len(parts)))

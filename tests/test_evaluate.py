@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.checkpoint import BestTracker
-from rawloop.contracts import Batch, Family, Sample
+from rawloop.contracts import Batch, Family, Sample, StreamLoss
 from rawloop.data.batches import EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
@@ -19,6 +19,7 @@ from rawloop.dist import LossModule, World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluation, EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family
+from rawloop.meter import Meter
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.seed import capture_rng
 
@@ -302,6 +303,135 @@ def test_a_stream_without_targets_has_no_loss(scene: Scene) -> None:
         batches_of(scene, samples=[])
 
 
+# -- sums are joined by name ---------------------------------------------------------------------------------------
+
+
+Measured = dict[str, tuple[float, int] | tuple[float, int, list[float], tuple[int, ...]]]
+
+
+class Measuring:
+    """Stands for a model and its batches: each batch is its streams' sums and targets, and those of their parts."""
+
+    def __init__(self, *batches: Measured) -> None:
+        self.batches = batches
+        self.module = LossModule(nn.Identity(), lambda model, batch: self.losses(int(batch.ids[0])))
+
+    def losses(self, number: int) -> dict[str, StreamLoss]:
+        found = {}
+        for stream, (total, targets, *parts) in self.batches[number].items():
+            more: list[Any] = [torch.tensor(parts[0]), parts[1]] if parts else []
+            found[stream] = StreamLoss(torch.tensor(total), targets, *more)
+        return found
+
+    def __iter__(self) -> Any:
+        for number, batch in enumerate(self.batches):
+            yield Batch({}, {}, {stream: entry[1] for stream, entry in batch.items()}, [str(number)])
+
+    def evaluator(self, weights: dict[str, float], world: World | None = None) -> Evaluator:
+        policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+        return Evaluator(EvaluationConfig(), self.module, self, policy, world or World(), weights)
+
+    def means(self, **weights: float) -> dict[str, float]:
+        found = self.evaluator(weights).run()
+        assert found.valid
+        return {name: value for name, value in found.metrics.items() if name != "eval_seconds"}
+
+
+def test_streams_in_another_order_keep_their_names() -> None:
+    batches = Measuring({"a": (10.0, 1), "b": (2.0, 2)}, {"b": (4.0, 1), "a": (10.0, 1)})
+    wanted = {"eval_loss/a": 10.0, "eval_loss/b": 2.0, "eval_targets/a": 2.0, "eval_targets/b": 3.0}
+    assert batches.means(a=1.0, b=0.5) == {"eval_loss": 11.0, **wanted}
+
+
+def test_batches_may_have_different_streams() -> None:
+    batches = Measuring({"a": (10.0, 1)}, {"b": (2.0, 2)}, {"b": (4.0, 1), "a": (6.0, 1)}, {"c": (7.0, 7)})
+    found = batches.means(a=1.0, b=1.0, c=0.0)
+    assert (found["eval_loss"], found["eval_loss/a"], found["eval_loss/b"], found["eval_loss/c"]) == (
+        10.0,
+        8.0,
+        2.0,
+        1.0,
+    )
+
+
+def test_parts_may_differ_from_batch_to_batch() -> None:
+    batches = Measuring(
+        {"a": (6.0, 3, [2.0, 4.0], (1, 2))}, {"a": (9.0, 3)}, {"a": (9.0, 3, [1.0, 2.0, 6.0], (1, 1, 1))}
+    )
+    found = batches.means(a=1.0)
+    assert [found["eval_loss/a"], *(found[f"eval_loss/a/{part}"] for part in range(3))] == [24 / 9, 1.5, 2.0, 6.0]
+    assert_metered_alike(batches, found)
+
+
+def assert_metered_alike(batches: Measuring, found: dict[str, float]) -> None:
+    """The sums of training, which the log lines show."""
+    meter = Meter()
+    for batch in batches:
+        meter.add(batches.module(batch))
+    assert meter.take(World()) == {name.removeprefix("eval_"): found[name] for name in found if "_loss/" in name}
+
+
+def test_log_lines_are_joined_by_name_too() -> None:
+    batches = Measuring({"a": (10.0, 1), "b": (2.0, 2)}, {"b": (4.0, 1), "a": (10.0, 1)}, {"b": (1.0, 1)})
+    assert_metered_alike(batches, batches.means(a=1.0, b=1.0))
+
+
+def names_on_ranks(world: World) -> tuple[dict[str, float], dict[str, float]]:
+    """Rank 1 meets the streams in another order, and one that rank 0 does not meet."""
+    one: Measured = {"a": (10.0, 1), "b": (2.0, 2)}
+    other: Measured = {"c": (3.0, 1), "b": (4.0, 1), "a": (10.0, 1, [10.0], (1,))}
+    batches = Measuring(other if world.rank else one)
+    meter = Meter()
+    for batch in batches:
+        meter.add(batches.module(batch))
+    return batches.evaluator({"a": 1.0, "b": 1.0, "c": 1.0}, world).run().metrics, meter.take(world)
+
+
+def test_ranks_join_their_streams_by_name(run_ranks: Callable[..., list[Any]]) -> None:
+    wanted = {"a": 10.0, "b": 2.0, "c": 3.0, "a/0": 10.0}
+    for metrics, line in run_ranks(names_on_ranks):
+        assert {name: metrics[f"eval_loss/{name}"] for name in wanted} == wanted
+        assert metrics["eval_loss"] == 15.0
+        assert line == {f"loss/{name}": value for name, value in wanted.items()}
+
+
+@pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": -1.0}, {"a": 1.0, "b": math.nan}, {"a": math.inf}])
+def test_weights_that_weigh_nothing_are_refused(weights: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"^the evaluation's weights are \{.*one at least above 0$"):
+        Measuring({"a": (1.0, 1)}).evaluator(weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            {"text": 1.0, "audoi": 1.0},
+            r"'audoi', which no batch measures \(did you mean 'audio'\?\).*measured are audio, text",
+        ),
+        (
+            {"text": 1.0},
+            r"measures the stream 'audio', which has no weight \(weights are for text\): .* 0 reports its mean",
+        ),
+        ({"text": 1.0, "audio": 1.0}, r"no target in the stream 'audio'"),
+    ],
+)
+def test_streams_and_weights_that_do_not_meet_are_refused(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Measuring({"audio": (0.0, 0), "text": (1.0, 1)}).evaluator(weights).run()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"a": (1.0, 1, [1.0, 2.0], (1,))}, r"'a' has 2 parts and 1 part_targets"),
+        ({"a": (1.0, 1), "a/0": (1.0, 1)}, r"a stream is called 'a/0'"),
+    ],
+)
+def test_losses_whose_names_would_be_guessed_are_refused(batch: Measured, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Measuring(batch).means(a=1.0)
+
+
 def test_it_is_due_at_the_start_at_every_multiple_and_at_the_end() -> None:
     config = EvaluationConfig(every=20)
     ready = Evaluator(
@@ -310,7 +440,7 @@ def test_it_is_due_at_the_start_at_every_multiple_and_at_the_end() -> None:
         [],
         PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU),
         World(),
-        {},
+        {"text": 1.0},
     )
     assert [step for step in range(70) if ready.due(step, last=step == 69)] == [0, 20, 40, 60, 69]
 

@@ -28,7 +28,7 @@ from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserE
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
-from rawloop.loop import Run, TrainConfig, train
+from rawloop.loop import Run, TrainConfig, train, weighted_mean
 from rawloop.optim import OptimConfig, lr_at
 from rawloop.precision import PrecisionConfig
 from rawloop.records import read_events, read_metrics
@@ -203,9 +203,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(base: RunConfig, tmp_path
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
 
 
+def test_a_stream_without_a_weight_is_not_left_out_of_the_loss() -> None:
+    losses = {stream: StreamLoss(torch.ones(()), 1) for stream in ("text", "aux")}
+    with pytest.raises(UserError, match=r"the stream 'aux', which has no weight: stream_weights are for text"):
+        weighted_mean(losses, {"text": 1.0}, {"text": 1}, 1)
+
+
 def test_endless_nan_ends_the_run_and_keeps_what_was_saved(base: RunConfig, tmp_path: Path) -> None:
     config = replace(base, output=str(tmp_path), precision=PrecisionConfig(mode="fp32", max_skips=4))
-    with pytest.raises(TrainingError, match="4 steps in a row had gradients that are not finite"):
+    with pytest.raises(TrainingError, match="4 steps in a row had losses that are not finite"):
         go(config, change=lambda run: poison(run, set(range(4, 100))))
     assert [slot.name for slot in find_slots(tmp_path)] == ["step-00000002"]
 

@@ -123,8 +123,8 @@ def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch
             learnt += piece.targets
         census.silent += [] if learnt else [name]
     for special in family.special_targets():
-        counts = torch.zeros(census.codebooks[special.stream], dtype=torch.int64)
-        for batch in batches:
+        counts = torch.zeros(census.codebooks.setdefault(special.stream, 1), dtype=torch.int64)
+        for batch in (batch for batch in batches if special.stream in batch.labels):
             found = torch.eq(batch.labels[special.stream].targets, special.id)
             counts += found.view(len(found), census.codebooks[special.stream]).sum(0).cpu()
         census.specials[special] = counts.tolist()

@@ -111,7 +111,7 @@ def read_losses(family: Family, module: LossModule, batches: Sequence[Batch], au
                 losses = module(batch)
             for name, reading in _of_batch(losses, batch).items():
                 readings[name] = readings.get(name, Reading()) + reading
-        first = {stream: next((b for b in batches if b.targets[stream]), None) for stream in family.streams}
+        first = {stream: next((b for b in batches if b.targets.get(stream)), None) for stream in family.streams}
         for batch in {id(batch): batch for batch in first.values() if batch is not None}.values():
             with autocast():
                 logits = family.logits(module.model, batch)

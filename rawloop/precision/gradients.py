@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's G
 
 
 class Measured(NamedTuple):
-    """The gradients' L2 norm, unscaled (-1 without any gradient), and what speaks against applying them."""
+    """The gradients' L2 norm, unscaled (-1 without any gradient), the window's loss, and the scaler's refusal."""
 
     norm: float
-    loss_is_finite: bool = True
+    loss: float = 0.0  # the sum over micro-batches: not finite if one of them is not
     refusal: str | None = None  # what torch's scaler raised
 
 
@@ -38,22 +38,22 @@ def measure(
         held: the trained parameters that they hold.
         trained: knows where backward has put the gradients.
         scaler: what the loss was multiplied by.
-        loss: the sum of the window's losses, a scalar; None if nobody kept it.
+        loss: the sum of the window's losses, a scalar; None if `policy.backward` has seen none.
         every_gradient: a trained weight without one is an error.
 
     Raises:
         TrainingError: see `every_gradient`.
-        UserError: the scaler has not seen the loss.
+        UserError: nobody has seen the loss.
     """
     gradients = [gradient for p in held if (gradient := trained.gradient(p)) is not None]
     if not gradients:
         return Measured(-1.0)
     if every_gradient and len(gradients) < len(held):
         raise TrainingError(missing_gradients(held, trained))
-    if scaler and not scaler.window_open:
+    if loss is None:
         raise UserError(
-            "the gradients were not made by policy.backward(loss), so that nobody knows their scale: replace "
-            "loss.backward() by policy.backward(loss)"
+            "the gradients were not made by policy.backward(loss), so that nobody knows their scale, or whether the "
+            "loss was finite: replace loss.backward() by policy.backward(loss)"
         )
     scale = scaler.scale if scaler else 1.0
     if isinstance(scaler, GuardedGradScaler):
@@ -65,8 +65,8 @@ def measure(
             return Measured(math.nan, refusal=f"{type(error).__name__}: {error}")
     norm = global_norm(gradients)
     # The one wait for the device in a step: what is applied must be known.
-    measured, total = torch.stack([norm, norm if loss is None else loss.to(norm.device)]).tolist()
-    return Measured(measured / scale, loss is None or math.isfinite(total))
+    measured, total = torch.stack([norm, loss.to(norm.device)]).tolist()
+    return Measured(measured / scale, total)
 
 
 def missing_gradients(held: Iterable[nn.Parameter], trained: Trained) -> str:
@@ -81,18 +81,40 @@ def missing_gradients(held: Iterable[nn.Parameter], trained: Trained) -> str:
     )
 
 
-def connected(loss: Tensor) -> Tensor:
+def connected(loss: Any) -> Tensor:
     """The loss itself.
 
     Raises:
+        UserError: it is no tensor of one number.
         TrainingError: it hangs on no trainable weight.
     """
+    if not isinstance(loss, Tensor):
+        more = ": a model returns none where it got no labels, or under a name that it swallows" if loss is None else ""
+        raise UserError(f"the loss is {'None' if loss is None else f'a {type(loss).__name__}'}, not a tensor{more}")
+    if loss.numel() != 1:
+        raise UserError(f"the loss has shape {tuple(loss.shape)}: backward takes one number, a sum or a mean")
     if loss.grad_fn is None:
-        raise TrainingError(
-            "the loss is not connected to any trainable weight (it has no grad_fn): "
-            "it was detached, made anew, or all weights that it depends on are frozen"
-        )
+        why = "it was detached, computed under torch.no_grad, or all weights that it depends on are frozen"
+        if loss.requires_grad:
+            why = (
+                "it is a tensor made anew, such as torch.tensor(value, requires_grad=True), and not what the model gave"
+            )
+        raise TrainingError(f"the loss is not connected to any trainable weight (it has no grad_fn): {why}")
     return loss
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors that get a gradient from a loss, weights or not."""
+    seen, nodes, leaves = set(), [loss.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+    return leaves
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
@@ -100,3 +122,25 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
+
+
+def found_out(model: nn.Module, bad_loss: bool, fp16: bool) -> str:
+    """Where numbers that are not finite come from, as far as can be seen, and what to do. It waits for the device."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    # of buffers NaN alone: the -inf of a mask is healthy
+    spoilt = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+    spoilt += [name for name, buffer in model.named_buffers() if bool(torch.isnan(buffer).any())]
+    if spoilt:
+        return (
+            f"{len(spoilt)} of the model's {len(named)} weights and buffers are not finite, first {spoilt[0]}: no loss "
+            "can be finite with them. Begin with finite ones, of an earlier checkpoint, or of the base model fetched "
+            "again"
+        )
+    samples = "look at the samples that the last skips name (events.jsonl)"
+    if bad_loss:
+        more = ", or take a mode of more range than FP16 (bf16, fp32)" if fp16 else ""
+        return f"The model's weights are finite, its losses are not: {samples} for what is not finite in them{more}"
+    advice = f"its backward pass makes them (the root of zero): {samples} under torch.autograd.detect_anomaly()"
+    if fp16:
+        advice = "take a lower learning rate, or a mode of more range than FP16 (bf16, fp32)"
+    return f"The model's weights and losses are finite, the gradients are not: {advice}"

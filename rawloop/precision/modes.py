@@ -66,7 +66,7 @@ class PrecisionConfig:
             of.
         tf32: let float32 matrix products on NVIDIA GPUs round their inputs to TF32 (10 bits of mantissa). Off, so
             that fp32 means float32.
-        max_skips: give the mode up after this many steps in a row whose gradients were not finite.
+        max_skips: give the mode up after this many steps in a row whose loss or gradients were not finite.
         max_nonfinite_losses: give it up, where another is left, after this many steps in a row whose loss itself was
             not finite: no loss scale mends that.
         loss_scale: of the FP16 modes.

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.casting import cast, cast_frozen, check_trainable
 from rawloop.precision.choice import Choice, refusal
-from rawloop.precision.gradients import connected, measure
+from rawloop.precision.gradients import connected, found_out, measure
 from rawloop.precision.masters import HALF, Trained
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
 from rawloop.precision.optimizers import adopt, check_casts, clear, exchange, held_by, lost_updates, trained_by
@@ -179,9 +179,10 @@ class PrecisionPolicy:
         """Run the backward pass, on the scaled loss where the mode scales.
 
         Raises:
+            UserError: it is no tensor of one number.
             TrainingError: the loss hangs on no trainable weight, so nothing would be learnt from it.
         """
-        value = connected(loss).detach().float()
+        value = connected(loss).detach().float().reshape(())
         self._loss = value if self._loss is None else self._loss + value
         torch.autograd.backward(self.scaler.apply(loss) if self.scaler else loss.float())
 
@@ -204,7 +205,8 @@ class PrecisionPolicy:
             max_norm: clip the global L2 norm of the gradients to this; None or 0 clips nothing.
 
         Returns:
-            whether the update was applied. Gradients that are not finite on any rank are applied on none.
+            whether the update was applied. Where gradients or a loss are not finite on any rank, it is on none: a loss
+            of NaN may well have gradients of zero, with which running means would move the weights.
 
         Raises:
             UserError: see `adopt`; or gradients were not made by `backward`. On all ranks, if on one.
@@ -214,16 +216,14 @@ class PrecisionPolicy:
         """
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         held: list[nn.Parameter] = []
-        norm, loss_is_finite, refusal, misuse = 0.0, True, None, None
+        norm, total, refusal, misuse = 0.0, 0.0, None, None
         try:
             held = self._held(optimizers)
             loss, self._loss = self._loss, None
-            norm, loss_is_finite, refusal = measure(
-                optimizers, held, self.trained, self.scaler, loss, self.every_gradient
-            )
+            norm, total, refusal = measure(optimizers, held, self.trained, self.scaler, loss, self.every_gradient)
         except UserError as error:
             misuse = error
-        flags = [not math.isfinite(norm), not loss_is_finite, refusal is not None, norm < 0, misuse is not None]
+        flags = [not math.isfinite(norm), not math.isfinite(total), refusal is not None, norm < 0, misuse is not None]
         # The one agreement: every rank decides alike.
         nonfinite, bad_loss, refused, unconnected, misused = self.agree(flags)
         if refused or unconnected or misused:
@@ -232,13 +232,13 @@ class PrecisionPolicy:
             raise misuse or UserError("another rank's step was refused, for a reason that it gives")
         if unconnected:
             raise TrainingError(
-                "on one rank at least, no weight of the optimizer got a gradient: every weight that the loss hangs on "
-                "is frozen, or belongs to another model"
+                "on one rank at least, no weight of the optimizer got a gradient: what the loss hangs on is frozen, of "
+                "another model, or made anew with requires_grad=True"
             )
         if refused:
             return self._give_up(optimizers, f"unscaling failed: {refusal or 'on another rank'}", norm)
-        if nonfinite:
-            return self._skip(optimizers, norm, bad_loss)
+        if nonfinite or bad_loss:
+            return self._skip(optimizers, norm, total, nonfinite, bad_loss)
         self._apply(optimizers, held, norm, max_norm)
         self.skips_in_a_row = self.bad_losses_in_a_row = 0
         return StepResult(True, norm)
@@ -276,34 +276,42 @@ class PrecisionPolicy:
         clear(optimizers)
         self.trained.clear_gradients()
 
-    def _skip(self, optimizers: list[Optimizer], norm: float, bad_loss: bool) -> StepResult:
-        if self.scaler:
+    def _skip(
+        self, optimizers: list[Optimizer], norm: float, loss: float, nonfinite: bool, bad_loss: bool
+    ) -> StepResult:
+        if self.scaler and nonfinite:
             self.scaler.update(False)
         self.zero_grad(*optimizers)
         self.skips_in_a_row += 1
         self.bad_losses_in_a_row = self.bad_losses_in_a_row + 1 if bad_loss else 0
-        reason = f"the gradients' norm is {norm}"
-        if math.isfinite(norm):
-            reason = "the gradients are not finite on another rank"
+        what, value = ("losses", f"loss {loss}") if bad_loss else ("gradients", f"norm {norm}")
+        if math.isfinite(loss if bad_loss else norm):
+            value = "on another rank"
         if self.choice.left and self.bad_losses_in_a_row >= self.config.max_nonfinite_losses:
-            return self._give_up(optimizers, f"{self.bad_losses_in_a_row} losses in a row were not finite", norm)
+            reason = f"{self.bad_losses_in_a_row} losses in a row were not finite"
+            return self._give_up(optimizers, reason, norm, bad_loss)
         if self.skips_in_a_row >= self.config.max_skips:
-            reason = f"{self.skips_in_a_row} steps in a row had gradients that are not finite (norm {norm})"
-            return self._give_up(optimizers, reason, norm)
-        return StepResult(False, norm, reason)
+            reason = f"{self.skips_in_a_row} steps in a row had {what} that are not finite ({value})"
+            return self._give_up(optimizers, reason, norm, bad_loss)
+        return StepResult(False, norm, f"{what} that are not finite ({value})")
 
-    def _give_up(self, optimizers: list[Optimizer], reason: str, norm: float) -> StepResult:
+    def _give_up(
+        self, optimizers: list[Optimizer], reason: str, norm: float, bad_loss: bool | None = None
+    ) -> StepResult:
         """Leave the mode for the next of the chain, at this step boundary.
 
         Raises:
-            TrainingError: there is none.
+            TrainingError: there is none; says what `bad_loss` (or bad gradients) can be seen to come from.
         """
         name = self.name
         if not self.advance(reason):
+            assert self.model is not None
+            advice = "Name another precision.mode, or more modes in precision.fallback"
+            if bad_loss is not None:
+                advice = found_out(self.model, bad_loss, fp16=self.mode.scaler is not None)
             raise TrainingError(
-                f"{reason} in precision.mode {self.choice.trail()}, and no mode is left: training cannot go on. Resume "
-                "from the last checkpoint with a lower learning rate, another precision.mode, or more in "
-                "precision.fallback"
+                f"{reason}, in precision.mode {self.choice.trail()}, and no mode is left: training cannot go on. "
+                f"{advice}"
             )
         clear(optimizers)
         return StepResult(False, norm, reason, fell_back=f"{name} -> {self.name}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rawloop.errors import RawloopError, TrainingError, UserError
-from rawloop.precision.gradients import connected
+from rawloop.precision.gradients import connected, leaves_of
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import preserved_rng
 
@@ -43,8 +43,6 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> list[st
     while True:
         error = _attempt(policy, loss_of)
         unused = [name for name, weight in policy.trained.weights.items() if weight.grad is None]
-        if error is None and len(unused) == len(policy.trained.weights):
-            error = TrainingError("no trained weight got a gradient from the loss: all that it hangs on is frozen")
         for weight in policy.trained.weights.values():
             weight.grad = None
         unconnected, lacks = isinstance(error, TrainingError), error is not None and is_lacking(error)
@@ -88,6 +86,8 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Exceptio
             with policy.autocast():
                 loss = loss_of()
             torch.autograd.backward(connected(loss).float())
+        if all(weight.grad is None for weight in policy.trained.weights.values()):
+            return TrainingError(_unconnected(leaves_of(loss)))
     except Exception as error:
         return error
     finally:
@@ -95,6 +95,17 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Exceptio
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer.copy_(before)
     return None
+
+
+def _unconnected(leaves: list[Tensor]) -> str:
+    """What to say of a loss from which no trained weight got a gradient, by the tensors that did."""
+    if not leaves:
+        return "no trained weight got a gradient from the loss: all that it hangs on is frozen"
+    return (
+        f"no trained weight got a gradient from the loss: it hangs on {len(leaves)} tensors (first of shape "
+        f"{tuple(leaves[0].shape)}) that are none of them; they were made anew with requires_grad=True, or are another "
+        "model's"
+    )
 
 
 def _next_mode(policy: PrecisionPolicy, error: Exception | None) -> None:

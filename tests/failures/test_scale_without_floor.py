@@ -70,5 +70,5 @@ def test_rawloop_ends_a_run_that_has_nothing_but_bad_steps(llama: Callable[..., 
 
     for _ in range(24):
         bad_step()
-    with pytest.raises(TrainingError, match="25 steps in a row had gradients that are not finite"):
+    with pytest.raises(TrainingError, match="25 steps in a row had losses that are not finite"):
         bad_step()

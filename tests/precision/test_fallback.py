@@ -325,13 +325,47 @@ def test_losses_of_a_window_and_of_a_left_mode_are_not_counted_again(training: A
     assert run.policy.name == "bf16"
 
 
-def test_a_loss_that_is_not_finite_and_was_applied_all_the_same_is_not_remembered(training: Any) -> None:
-    run = training("amp_fp16", ["fp32"], max_nonfinite_losses=1)
-    with run.policy.autocast():
-        loss = training.loss_of(run.model) + torch.tensor(NAN)  # not finite itself; its gradient is
-    run.policy.backward(loss)
-    assert run.policy.step(run.optimizer).applied
-    assert run.step(INF).fell_back is None
+def test_a_loss_that_is_not_finite_counts_whatever_its_gradients_are(training: Any) -> None:
+    run = training("amp_fp16", ["fp32"], max_nonfinite_losses=2)
+    for expected in (None, "amp_fp16 -> fp32"):
+        with run.policy.autocast():
+            loss = training.loss_of(run.model) + torch.tensor(NAN)  # not finite itself; its gradient is
+        run.policy.backward(loss)
+        assert run.policy.step(run.optimizer).fell_back == expected
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (
+            lambda run: run.backward(NAN),
+            r"losses that are not finite \(loss nan\).*The model's weights are finite, its",
+        ),
+        (
+            lambda run: run.backward(INF),
+            r"gradients that are not finite \(norm nan\).*weights and losses are finite, the",
+        ),
+    ],
+)
+def test_giving_up_says_what_was_found(spoil: Any, found: str, training: Any) -> None:
+    run = training("fp32", [], max_skips=1)
+    spoil(run)
+    with pytest.raises(TrainingError, match=f"^1 steps in a row had {found}") as caught:
+        run.policy.step(run.optimizer)
+    assert "learning rate" not in str(caught.value)
+
+
+def test_giving_up_with_spoilt_weights_names_them_and_no_learning_rate(training: Any) -> None:
+    run = training("fp32", [], max_skips=1)
+    name, weight = list(run.model.named_parameters())[3]
+    with torch.no_grad():
+        weight[0] = NAN
+    run.backward()
+    with pytest.raises(
+        TrainingError, match=rf"1 of the model's .* not finite, first {name}.*earlier checkpoint"
+    ) as caught:
+        run.policy.step(run.optimizer)
+    assert "learning rate" not in str(caught.value)
 
 
 def test_the_modes_that_were_left_come_with_the_state(training: Any) -> None:

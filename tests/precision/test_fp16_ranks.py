@@ -46,13 +46,13 @@ class Rank:
         self.applied: list[bool] = []
         self.number = 0
 
-    def backward(self, factor: float = 1.0, synced: bool = True, forward_only: bool = False) -> None:
+    def backward(self, factor: float = 1.0, synced: bool = True, forward_only: bool = False, plus: float = 0.0) -> None:
         self.number += 1
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * self.number + self.world.rank))
         with no_sync(self.module, not synced), self.policy.autocast():
             total = self.module(Batch({"x": x}, {}, {"s": 1}, []))["s"].total
         if not forward_only:
-            self.policy.backward(total * factor)
+            self.policy.backward(total * factor + plus)
 
     def step(self) -> None:
         result = self.policy.step(self.optimizer, 1.0)
@@ -74,6 +74,16 @@ def infinite_on_one_rank(world: World, settings: dict[str, Any]) -> Rank:
         bad = float("inf") if world.rank == 1 else 1.0
         rank.backward(bad if step == 1 else 1.0, synced=False)
         rank.backward(bad if step == 3 else 1.0)
+        rank.step()
+    return rank
+
+
+def nan_with_a_gradient_of_zero(world: World, settings: dict[str, Any]) -> Rank:
+    """The first micro-batch of a window is masked on rank 1 alone: its loss is NaN, all gradients are finite."""
+    rank = Rank(world, settings)
+    for step in range(4):
+        rank.backward(synced=False, plus=float("nan") if world.rank == 1 and step == 1 else 0.0)
+        rank.backward()
         rank.step()
     return rank
 
@@ -126,6 +136,7 @@ def falls_back(world: World, settings: dict[str, Any]) -> Rank:
 
 CASES: dict[str, tuple[Callable[..., Rank], list[bool], list[str]]] = {
     "inf": (infinite_on_one_rank, [True, False, True, False, True, True], NAMES),
+    "nan": (nan_with_a_gradient_of_zero, [True, False, True, True], NAMES),
     "tail": (tail_window, [True, False, True, True], NAMES),
     "no gradient": (no_gradient_on_one_rank, [True, True], NAMES),
     "error": (error_on_one_rank, [True, False, True, True], ["amp_fp16"]),

@@ -1,6 +1,6 @@
 """The precision policy on a real tiny model: dtypes, skipping, clipping, refusals."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -120,19 +120,81 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(poison: float) ->
     result = policy.step(optimizer, 1.0)
     assert not result.applied
     assert result.skipped_because is not None
-    assert "norm" in result.skipped_because
+    assert result.skipped_because == f"losses that are not finite (loss {poison})"
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not optimizer.state
     policy.backward(loss_of(model))
     assert policy.step(optimizer, 1.0).applied
 
 
-def test_another_rank_can_stop_a_step_here() -> None:
+MODES: list[dict[str, Any]] = [
+    {"mode": "fp32"},
+    {"mode": "bf16"},
+    {"mode": "bf16", "trainable_dtype": "bf16", "masters": "none"},
+    {"mode": "bf16", "trainable_dtype": "bf16", "masters": "residual"},
+    {"mode": "amp_fp16"},
+    {"mode": "native_fp16"},
+    {"mode": "native_fp16", "masters": "residual"},
+]
+
+
+@pytest.mark.parametrize("settings", MODES, ids=lambda settings: "-".join(settings.values()))
+@pytest.mark.parametrize("window", [["masked"], ["masked", "good"], ["good", "masked", "good"]], ids=len)
+def test_a_loss_of_nan_whose_gradient_is_zero_moves_nothing(settings: dict[str, Any], window: list[str]) -> None:
+    """All labels masked in a mean: 0 / 0. Its gradients are zero, with which Adam's running means move the weights."""
+    torch.manual_seed(0)
+    policy = PrecisionPolicy(PrecisionConfig(**settings), CPU, say=lambda sentence: None)
+    model = policy.prepare(tiny_llama())
+    optimizer = AdamW([p for _, p in policy.named_parameters()], lr=1e-3)
+
+    def backward(kind: str) -> None:
+        with policy.autocast():
+            ids = torch.arange(24).view(2, 12) % 64
+            logits = model(input_ids=ids).logits.flatten(0, 1).float()
+        targets = torch.full((24,), -100) if kind == "masked" else ids.flatten()
+        policy.backward(nn.functional.cross_entropy(logits, targets))
+
+    def state() -> list[torch.Tensor]:
+        kept = [policy.trained.value(name).clone() for name in policy.trained.weights]
+        return kept + [v.clone() for p in optimizer.state.values() for v in p.values()]
+
+    backward("good")
+    assert policy.step(optimizer, 1.0).applied
+    before, scale = state(), policy.scaler and policy.scaler.scale
+    for kind in window:
+        backward(kind)
+    result = policy.step(optimizer, 1.0)
+    assert not result.applied
+    assert result.skipped_because == "losses that are not finite (loss nan)"
+    assert (result.grad_norm == 0.0) == (window == ["masked"])
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert (policy.scaler and policy.scaler.scale) == scale  # which is not to blame
+    backward("good")
+    assert policy.step(optimizer, 1.0).applied
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [((True, False), "gradients that are not finite"), ((False, True), "losses that are not finite")],
+)
+def test_another_rank_can_stop_a_step_here(flags: tuple[bool, bool], reason: str) -> None:
     model = tiny_llama()
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [True, *flags[1:]])
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda own: [*flags, *own[2:]])
     policy.prepare(model)
     policy.backward(loss_of(model))
-    assert not policy.step(AdamW(model.parameters()), 1.0).applied
+    result = policy.step(AdamW(model.parameters()), 1.0)
+    assert not result.applied
+    assert result.skipped_because == f"{reason} (on another rank)"
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+def test_gradients_of_a_loss_that_nobody_saw_are_refused(mode: Any) -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
+    model = policy.prepare(tiny_llama())
+    with policy.autocast():
+        torch.autograd.backward(loss_of(model))
+    with pytest.raises(UserError, match=r"replace loss\.backward\(\) by policy\.backward\(loss\)"):
+        policy.step(AdamW([p for _, p in policy.named_parameters()]))
 
 
 def test_too_many_skips_in_a_row_end_the_run() -> None:
@@ -160,6 +222,32 @@ def test_a_disconnected_loss_is_refused() -> None:
         policy.backward(loss_of(model).detach())
     with pytest.raises(TrainingError, match="no weight of the optimizer got a gradient"):
         policy.step(AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (None, UserError, r"the loss is None, not a tensor: a model returns none where it got no labels"),
+        (1.5, UserError, r"the loss is a float, not a tensor"),
+        ({"loss": torch.ones(())}, UserError, r"the loss is a dict, not a tensor"),
+        (torch.ones(3, requires_grad=True) * 2, UserError, r"the loss has shape \(3,\): backward takes one number"),
+        (torch.ones(()), TrainingError, r"no grad_fn\): it was detached, computed under torch.no_grad, or all weights"),
+        (torch.tensor(2.0, requires_grad=True), TrainingError, r"no grad_fn\): it is a tensor made anew, such as"),
+    ],
+)
+def test_what_is_no_loss_is_called_what_it_is(loss: Any, error: type[Exception], message: str) -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    policy.prepare(tiny_llama())
+    with pytest.raises(error, match=message):
+        policy.backward(loss)
+
+
+def test_a_loss_of_one_number_in_a_row_is_a_loss() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    model = policy.prepare(tiny_llama())
+    policy.backward(loss_of(model))
+    policy.backward(loss_of(model).view(1))
+    assert policy.step(AdamW(model.parameters())).applied
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
