@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Family
 from rawloop.diagnose.table import table
-from rawloop.diagnose.undisturbed import undisturbed
+from rawloop.diagnose.undisturbed import looking_at, undisturbed
 from rawloop.diagnose.verdict import Autocast
 from rawloop.seed import preserved_rng
 
@@ -92,10 +92,11 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
         batch: on the model's device; with a row per stream, each stream gets its turn.
         autocast: gives the context that training runs its forward passes in.
     """
-    perturbed = family.perturb(batch)
+    with looking_at(batch.ids):
+        perturbed = family.perturb(batch)
 
     def logits(one: Batch) -> dict[str, Tensor]:
-        with preserved_rng(), autocast():
+        with looking_at(one.ids), preserved_rng(), autocast():
             return family.logits(model, one)
 
     with undisturbed(model, training=False), torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 
 from rawloop.contracts import Batch, Family, Special
 from rawloop.diagnose.table import table
+from rawloop.diagnose.undisturbed import looking_at
 
 GIVEN = frozenset(("system", "scene", "user"))
 
@@ -116,7 +117,9 @@ def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch
     for example, name in zip(examples, (name for batch in batches for name in batch.ids), strict=True):
         census.samples += 1
         learnt = 0
-        for piece in family.pieces(example):
+        with looking_at([name]):
+            pieces = family.pieces(example)
+        for piece in pieces:
             positions, targets = census.roles.get((piece.role, piece.stream), (0, 0))
             census.roles[piece.role, piece.stream] = (positions + piece.positions, targets + piece.targets)
             census.codebooks.setdefault(piece.stream, 1)  # a stream without weight has positions and no labels

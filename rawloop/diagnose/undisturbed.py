@@ -1,12 +1,18 @@
 """Measuring a model without a trace: what a check does must not be seen in what is trained."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
+from rawloop.errors import happening
 from rawloop.seed import preserved_rng
+
+
+def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
+    """Let an error inside say which samples the checks were looking at."""
+    return happening(f"in the checks before step 0, on the samples {', '.join(dict.fromkeys(ids))}", name_own=True)
 
 
 @contextmanager

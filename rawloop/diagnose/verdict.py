@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rawloop.contracts import IGNORE, Batch, Family, StreamLoss
 from rawloop.diagnose.table import table
-from rawloop.diagnose.undisturbed import undisturbed
+from rawloop.diagnose.undisturbed import looking_at, undisturbed
 from rawloop.dist import LossModule
 
 Kind = Literal["OK", "CHANCE", "LEAK", "DEAD"]
@@ -107,13 +107,15 @@ def read_losses(family: Family, module: LossModule, batches: Sequence[Batch], au
     readings = {stream: Reading() for stream in family.streams}
     with undisturbed(module, training=False), torch.no_grad():
         for batch in batches:
-            with autocast():
-                losses = module(batch)
-            for name, reading in _of_batch(losses, batch).items():
+            with looking_at(batch.ids):
+                with autocast():
+                    losses = module(batch)
+                own = _of_batch(losses, batch)
+            for name, reading in own.items():
                 readings[name] = readings.get(name, Reading()) + reading
         first = {stream: next((b for b in batches if b.targets.get(stream)), None) for stream in family.streams}
         for batch in {id(batch): batch for batch in first.values() if batch is not None}.values():
-            with autocast():
+            with looking_at(batch.ids), autocast():
                 logits = family.logits(module.model, batch)
             for stream in (stream for stream, chosen in first.items() if chosen is batch):
                 _note_variety(readings, stream, logits[stream])
@@ -170,7 +172,7 @@ def _note_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> 
 
 def _is_connected(module: LossModule, batch: Batch, stream: str, autocast: Autocast) -> bool:
     weights = [weight for weight in module.parameters() if weight.requires_grad]
-    with torch.enable_grad(), autocast():
+    with looking_at(batch.ids), torch.enable_grad(), autocast():
         total = module(batch)[stream].total
     if not total.requires_grad:
         return False

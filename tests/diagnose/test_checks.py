@@ -248,3 +248,25 @@ def test_two_ranks_decide_together(
         assert "'EOS' (id 1025" in stopped
         assert trained == "trained"
     assert len(checks_of(tmp_path / "run")) == 3  # rank 0 speaks for all
+
+
+@pytest.mark.parametrize("method", ["losses", "logits", "pieces", "perturb"])
+def test_an_error_inside_the_checks_names_the_samples(
+    method: str,
+    family: HiggsAudioV2,
+    module: LossModule,
+    trained_samples: list[Any],
+    cache: CodeCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise IndexError("index 9 is out of bounds")
+
+    monkeypatch.setattr(family, method, broken)
+    monkeypatch.setattr(module, "losses", family.losses)
+    chosen = trained_samples[2]
+    examples = [[family.example(chosen, cache)]]
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"))
+    with pytest.raises(IndexError) as caught:
+        run_checks(ChecksConfig(batches=1), family, module, lambda start, stop: examples[start:stop], policy, World())
+    assert caught.value.__notes__ == [f"in the checks before step 0, on the samples {chosen.id}"]
