@@ -64,7 +64,7 @@ START_OVER = _keys("precision mode trainable_dtype masters")
 FIXED = _keys(
     "- seed",
     "model family revision stream_weights",
-    "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze",
+    "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze unfreeze",
     "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
     "evaluation best_metric best_mode",
 )

@@ -30,7 +30,6 @@ from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
 from rawloop.errors import CheckpointError, UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
 
 HEADS = ["audio_lm_head", "text_lm_head"]
 LAYERS = 2
@@ -215,8 +214,53 @@ def test_freezing_is_by_the_model_s_own_names_with_and_without_peft(adapted: Cal
     }
     head = adapted(modules_to_save=HEADS, freeze=["text_lm_head.*"])
     assert {n.split(".")[0] for n in trained_names(head)} == {"model", "audio_lm_head"}
-    with pytest.raises(UserError, match="no weight of the model is trainable"):
-        PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU).prepare(adapted(freeze=["*"]))
+    with pytest.raises(UserError, match=r"no weight of the model is trainable: .* adapter.freeze is \['\*'\]"):
+        adapted(freeze=["*"])
+
+
+class Towers(nn.Module):
+    """A model that comes with a frozen encoder."""
+
+    def __init__(self, *frozen: str) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+        self.decoder = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+        for name in frozen:
+            self.get_submodule(name).requires_grad_(False)
+
+
+def test_what_a_model_comes_with_frozen_stays_so_and_is_said() -> None:
+    notices: list[str] = []
+    model = add_adapter(Towers("encoder"), AdapterConfig(mode="full"), notices)
+    assert {name.split(".")[0] for name in trained_names(model)} == {"decoder"}
+    assert notices[0] == (
+        "frozen by load_model: 30 parameters (encoder.head.*, encoder.q_proj.*); adapter.unfreeze would train them"
+    )
+    assert notices[1].startswith("trainable parameters: 30 of 60")
+    some = add_adapter(Towers("encoder"), AdapterConfig(mode="full", unfreeze=["encoder.head.*"]), notices)
+    assert trained_names(some) == trained_names(model) | {"encoder.head.weight", "encoder.head.bias"}
+    assert notices[2].startswith("frozen by load_model: 20 parameters (encoder.q_proj.*)")
+    both = AdapterConfig(mode="full", unfreeze=["encoder.*"], freeze=["encoder.head.*"])
+    assert len(trained_names(add_adapter(Towers("encoder"), both, []))) == 6  # freeze has the last word
+    with pytest.raises(UserError, match=r"adapter\.unfreeze has 'encode\.\*', which matches no parameter; near: e"):
+        add_adapter(Towers("encoder"), AdapterConfig(mode="full", unfreeze=["encode.*"]), [])
+    with pytest.raises(UserError, match="trainable: load_model has frozen 8 of its weights"):
+        add_adapter(Towers("encoder", "decoder"), AdapterConfig(mode="full"), [])
+    with pytest.raises(UserError, match=r"adapter\.unfreeze is \['x'\] and adapter\.mode is lora"):
+        AdapterConfig(unfreeze=["x"])
+
+
+def test_lora_on_layers_that_came_frozen_is_said() -> None:
+    def notices(*frozen: str, **keys: Any) -> list[str]:
+        found: list[str] = []
+        add_adapter(Towers(*frozen), AdapterConfig(rank=1, **keys), found)
+        return [line for line in found if "frozen" in line]
+
+    (line,) = notices("encoder", target_modules=["q_proj"], modules_to_save=["head"])
+    assert line.startswith("LoRA or modules_to_save train 2 layers that load_model has frozen (encoder.head, encoder.q")
+    assert notices("encoder", target_modules=["decoder.q_proj"]) == []
+    assert notices("encoder", "decoder", target_modules=["q_proj"]) == []  # a family that freezes all for LoRA
+    assert notices(target_modules=["q_proj"]) == []
 
 
 def test_frozen_weights_stay_and_trained_ones_move(

@@ -1,6 +1,7 @@
 """LoRA through PEFT, full fine-tuning, and freezing by pattern: what of a model is trained."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from torch import nn
 from rawloop.errors import UserError
 
 ALL_LINEAR = "all-linear"
+PREFIX = "base_model.model."  # PEFT puts it before every name; patterns are written against the model's own names
+ADDED = re.compile(r"\.(?:lora_|modules_to_save\.)")
 # Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
 SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
 
@@ -35,6 +38,8 @@ class AdapterConfig:
         dora: weight-decomposed LoRA (DoRA).
         rslora: rank-stabilised scale, alpha / sqrt(rank).
         freeze: patterns (`*` matches anything) of parameter names that are not trained, such as model.embed_tokens.*
+        unfreeze: patterns of parameter names that mode full trains although the model comes with them frozen, as parts
+            of some models do.
     """
 
     mode: Literal["lora", "full"] = "lora"
@@ -46,6 +51,7 @@ class AdapterConfig:
     dora: bool = False
     rslora: bool = False
     freeze: list[str] = field(default_factory=list)
+    unfreeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.mode not in ("lora", "full"):
@@ -53,6 +59,11 @@ class AdapterConfig:
         if self.mode == "lora" and not self.target_modules:
             raise UserError(
                 "adapter.target_modules is empty: name the layers that get LoRA, or set adapter.mode to full"
+            )
+        if self.mode == "lora" and self.unfreeze:
+            raise UserError(
+                f"adapter.unfreeze is {self.unfreeze} and adapter.mode is lora, which trains LoRA and modules_to_save "
+                "alone: name their modules in adapter.modules_to_save, or set adapter.mode to full"
             )
         if ALL_LINEAR in self.target_modules[1:] or self.target_modules[:-1].count(ALL_LINEAR):
             raise UserError(f"adapter.target_modules has '{ALL_LINEAR}' beside others: it must stand alone")
@@ -68,22 +79,32 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], rev
     """Make the model trainable as the config asks, and return it (wrapped by PEFT for LoRA).
 
     Args:
-        model: the loaded base model.
+        model: the loaded base model. What it comes with frozen stays frozen, unless `unfreeze` names it.
         config: LoRA or full, and what is frozen.
         notices: gets a line for everything the user should know, such as a target that matches two kinds of layer.
         revision: of the base model on the hub, kept with the adapter.
 
     Raises:
-        UserError: a target, module or pattern matches nothing; near matches are named.
+        UserError: a target, module or pattern matches nothing, in which case near matches are named; or nothing would
+            be trained.
     """
-    if config.mode == "full":
-        model.requires_grad_(True)
-        result = model
-    else:
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if config.mode == "lora" and len(frozen) == len(list(model.parameters())):
+        frozen = set()  # a family that freezes all for LoRA
+    result = model
+    if config.mode == "lora":
         _check_targets(model, config, notices)
         result = _with_lora(model, config, revision)
-    _freeze(result, config.freeze)
+    else:
+        _set_trained(model, "unfreeze", config.unfreeze, True)
+    _note_frozen(result, frozen, config.mode, notices)
+    _set_trained(result, "freeze", config.freeze, False)
     trainable, total = count_parameters(result)
+    if not trainable:
+        raise UserError(
+            f"no weight of the model is trainable: load_model has frozen {len(frozen)} of its weights, and "
+            f"adapter.freeze is {config.freeze}"
+        )
     notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     return result
 
@@ -177,15 +198,38 @@ def _no_match(key: str, target: str, names: list[str]) -> UserError:
     return UserError(f"{key} has '{target}', which matches no layer of the model; near: {', '.join(near)}")
 
 
-def _freeze(model: nn.Module, patterns: list[str]) -> None:
+def _set_trained(model: nn.Module, key: str, patterns: list[str], trained: bool) -> None:
     names = dict(model.named_parameters())
     for pattern in patterns:
-        # PEFT puts base_model.model. before every name; patterns are written against the model's own names.
-        matched = [
-            n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.removeprefix("base_model.model."), pattern)
-        ]
+        matched = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.removeprefix(PREFIX), pattern)]
         if not matched:
             near = get_close_matches(pattern.strip("*."), list(names), n=3, cutoff=0.3)
-            raise UserError(f"adapter.freeze has '{pattern}', which matches no parameter; near: {', '.join(near)}")
+            raise UserError(f"adapter.{key} has '{pattern}', which matches no parameter; near: {', '.join(near)}")
         for name in matched:
-            names[name].requires_grad_(False)
+            if trained and not names[name].is_floating_point():
+                raise UserError(f"adapter.{key} has '{pattern}', and {name} is {names[name].dtype}: it has no gradient")
+            names[name].requires_grad_(trained)
+
+
+def _note_frozen(model: nn.Module, frozen: set[str], mode: str, notices: list[str]) -> None:
+    """Say which weights the model comes with frozen, or which of its frozen layers get LoRA all the same."""
+    trained = {name.removeprefix(PREFIX): p.requires_grad for name, p in model.named_parameters()}
+    if mode == "full":
+        kept = sorted(name for name in frozen if not trained[name])
+        count = sum(model.get_parameter(name).numel() for name in kept)
+        text = f"frozen by load_model: {count:,} parameters ({_in_words(kept)}); adapter.unfreeze would train them"
+    else:
+        layers = {ADDED.split(name)[0] for name in trained if trained[name]}
+        kept = sorted({layer for name in frozen for layer in [name.rpartition(".")[0]] if layer in layers})
+        text = (
+            f"LoRA or modules_to_save train {len(kept)} layers that load_model has frozen ({_in_words(kept)}): if they "
+            "are to stay as they are, use narrower names"
+        )
+    if kept:
+        notices.append(text)
+
+
+def _in_words(names: list[str]) -> str:
+    """Names of weights, in short: `model.audio_tower.*, lm_head.weight, ...`."""
+    shown = sorted({".".join([*name.split(".")[:2], "*"]) if name.count(".") > 1 else name for name in names})
+    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
