@@ -1,12 +1,16 @@
-"""Saves that are written in a thread of their own, one after another, while training goes on."""
+"""Saves that are written in threads of their own, one after another, while training goes on."""
 
+import sys
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 from rawloop.checkpoint.manifest import Manifest
+from rawloop.errors import RawloopError
 
 
 class Written(NamedTuple):
@@ -32,14 +36,15 @@ class Save:
 
 
 class Saves:
-    """The saves that were started and not yet reported, in order. The thread ends with the last of them.
+    """The saves that were started and not yet reported, in order. Each has a thread, which waits for the one before.
 
-    It is no daemon: Python waits for it at exit, so that what was begun is finished unless the process is killed.
+    They are no daemons: Python waits for them when the process ends by itself, by an exception too. No executor: one
+    takes no more work from then on. A failure that nobody asks about is told on stderr at the end.
     """
 
     def __init__(self) -> None:
         self._saves: list[Save] = []
-        self._pool: ThreadPoolExecutor | None = None
+        weakref.finalize(self, _tell_failures, self._saves)
 
     def __bool__(self) -> bool:
         return bool(self._saves)
@@ -51,9 +56,17 @@ class Saves:
 
     def start(self, slot: Path, step: int, write: Callable[[], Written]) -> None:
         """Begin a save as soon as the one before has ended."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="rawloop-save")
-        self._saves.append(Save(slot, step, self._pool.submit(write)))
+        before = [save.future for save in self._saves]
+        self._saves.append(Save(slot, step, Future()))
+        thread = Thread(target=self._run, args=(before, self.newest.future, write), name=f"rawloop-save-{step}")
+        thread.start()
+
+    def _run(self, before: list[Future[Written]], future: Future[Written], write: Callable[[], Written]) -> None:
+        wait(before)
+        try:
+            future.set_result(write())
+        except BaseException as error:  # whoever asks for the result gets it
+            future.set_exception(error)
 
     def wait(self) -> None:
         """Wait until all have ended, well or not."""
@@ -63,6 +76,11 @@ class Saves:
         """Yield the saves that have ended, oldest first; they are no longer kept."""
         while self._saves and self._saves[0].future.done():
             yield self._saves.pop(0)
-        if not self._saves and self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+
+
+def _tell_failures(saves: list[Save]) -> None:
+    for save in saves:
+        error = save.future.exception() if save.future.done() else None
+        if error is not None:
+            text = str(error) if isinstance(error, RawloopError) else f"a save failed: {type(error).__name__}: {error}"
+            print(f"rawloop: {text}", file=sys.stderr, flush=True)

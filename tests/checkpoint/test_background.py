@@ -1,5 +1,7 @@
 """Saving while training goes on: what is saved is what was there, failures are told, and nothing is left behind."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -230,3 +232,18 @@ def test_the_memory_of_a_copy_is_used_again_once_it_is_written(saving: Saving) -
     for slot, value in zip(find_slots(saving.run), (3, 2), strict=True):
         saving.manager.load(slot)
         assert torch.equal(saving.weights.tensor, torch.full((1000,), float(value)))
+
+
+def test_a_save_that_was_begun_is_finished_however_a_foreign_script_ends(tmp_path: Path) -> None:
+    script, cases = Path(__file__).parent / "exits.py", ("end", "exit", "exception", "interrupt", "full disk")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, *cases], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines() == ["end 0", "exit 3", "exception 1", "interrupt -2", "full disk 0"]
+    for case in cases[:-1]:
+        (slot,) = find_slots(tmp_path / case)
+        assert verify(slot).step == 1
+    assert find_slots(tmp_path / cases[-1]) == []
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rawloop: ")]
+    assert line.startswith("rawloop: cannot save step-00000001 at step 1 in ")
+    assert "no space is left on the disk" in line
