@@ -31,12 +31,13 @@ from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, T
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits, look_ups
 from rawloop.data.prepare import prepare
-from rawloop.data.samples import check_lengths, fingerprint, read_samples
+from rawloop.data.samples import check_lengths, read_samples
 from rawloop.diagnose import Report, run_checks
 from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
+from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families import load_family
 from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.meter import Meter
@@ -64,6 +65,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
         Preempted: this launch was told to stop before its processes were started again.
     """
     folder = Path(config.output).expanduser()
+    check_settings_of_ranks(config, world)
     claimed = claim(folder, config, world, say)
     try:
         return _build_run(config, folder, world, say, claimed)
@@ -78,6 +80,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     precision = world.from_main(stored_precision(claimed.slot))
     ready = world.together(partial(_prepare_run, config, world, say, precision))
     assert ready is not None
+    ready.contents.check_ranks(ready.base, world)
     modes = world.gather(ready.policy.name)
     if len(set(modes)) > 1:
         raise UserError(
@@ -117,7 +120,7 @@ class Ready:
     module: LossModule
     base: BaseFingerprint
     plan: BatchPlan
-    samples: str  # which ones, by their fingerprint
+    contents: Contents
     train: Loader
     evaluator: Evaluator | None
     limits: Limits
@@ -179,7 +182,9 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
-    return Ready(family, model, policy, module, base, plan, fingerprint(train_samples), train, evaluator, limits)
+    read = {"data.train": train_samples, **({"data.eval": eval_samples} if config.evaluation.enabled else {})}
+    contents = contents_of(family, cache, read)
+    return Ready(family, model, policy, module, base, plan, contents, train, evaluator, limits)
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
@@ -208,8 +213,10 @@ def check_run(config: RunConfig, world: World) -> Report:
     Raises:
         UserError: anything in config, data or model that cannot work.
     """
+    check_settings_of_ranks(config, world)
     ready = world.together(partial(_prepare_run, config, world, lambda line: None, None))
     assert ready is not None
+    ready.contents.check_ranks(ready.base, world)
     ready.module.train()
     preflight(ready.policy, ready.first_loss)
     return _report(config, world, ready)
@@ -225,13 +232,12 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
-    data: dict[str, int | str] = {**ready.plan.identity(), "samples": ready.samples}
-    state = TrainState(data=data, may_differ=may_differ(config.resume_force))
+    state = TrainState(data=ready.plan.identity(), may_differ=may_differ(config.resume_force))
     evaluation = config.evaluation
     other_best = bool(forced & {"evaluation.best_metric", "evaluation.best_mode"})
     best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience, start_over=other_best)
     meter = Meter()
-    settings = SettingsState(config, world.size)
+    settings = SettingsState(config, world.size, ready.contents.of_run())
     parts: dict[str, Any] = {
         PART: settings,
         "base": ready.base,

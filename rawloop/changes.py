@@ -45,11 +45,11 @@ FREE = _keys(
 # Taken where what they stand for is found to be the same, and what finds it.
 CHECKED = MappingProxyType(
     {
-        "model.path": "the fingerprint of the frozen weights (part `base`)",
+        "model.path": "the fingerprint of the frozen weights (part `base`), the digests of tokenizer and template",
         "model.codec": "the hash of the codec in the cache of codes",
-        "data.train": "the number of samples and their digest (part `train`)",
+        "data.train": "the digest of its samples and clips",
         "data.eval": "nothing; that the best value was measured on other samples is said",
-        "data.codes": "the hash of the codec in the cache of codes",
+        "data.codes": "the digests of samples and clips",
         "train.batch_size": "the samples of a step over all ranks (part `train`)",
         "train.accumulation": "the samples of a step over all ranks (part `train`)",
         WORLD_SIZE: "the samples of a step over all ranks (part `train`)",
@@ -81,10 +81,27 @@ POSITION = MappingProxyType(
     {
         "window_size": frozenset(WINDOW),
         "num_samples": SAMPLES,
-        "samples": SAMPLES,
         "seed": frozenset({"seed"}),
         "shuffle": frozenset({"data.shuffle"}),
     }
+)
+# Whose force lets a fact of `rawloop.facts` differ, and what is said of one that does. All others belong to the model.
+CONTENTS = MappingProxyType({"data.train": SAMPLES, "data.eval": SAMPLES - {"data.train"} | {"data.eval"}})
+OF_MODEL = _keys("model path revision")
+SAME = "(the same samples)"
+OTHERS = MappingProxyType(
+    {
+        "data.train": "the checkpoint was trained on other samples ({then} then, {now} in data.train now; texts, "
+        "order, further keys and clips count): put them back, start a run of its own, or force it by name, "
+        "--resume_force '[data.train]'",
+        "data.eval": "the run was evaluated on other samples ({then} then, {now} in data.eval now; texts, order, "
+        "further keys and clips count), so its losses could not be compared: put them back, or give those of now "
+        "another path, which is taken",
+    }
+)
+OTHER_READING = (
+    "the {name} of model.path is another than the checkpoint was trained with ({then} then, {now} now): the model "
+    "would read other numbers; put it back, or point model.path at the files of then"
 )
 
 
@@ -99,29 +116,35 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class SettingsState:
-    """The config as a part of a checkpoint. Loading it compares, and keeps in `taken` a line for each change."""
+    """The config as a part of a checkpoint. Loading it compares, and keeps in `taken` a line for each change.
 
-    def __init__(self, config: RunConfig, world_size: int) -> None:
-        self.config, self.world_size = config, world_size
+    `facts` are `Contents.of_run`: digests of what was read, by what the settings say.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int, facts: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.config, self.world_size, self.facts = config, world_size, dict(facts)
         self.taken: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the resolved config, nested, but for `NOT_KEPT`, and the number of ranks."""
+        """Return the resolved config, nested, but for `NOT_KEPT`, the number of ranks, and the facts."""
         kept = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_KEPT}
-        return {"config": kept, WORLD_SIZE: self.world_size}
+        return {"config": kept, WORLD_SIZE: self.world_size, "facts": self.facts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare; see `compare`."""
-        self.taken = compare(state, self.config, self.world_size)
+        self.taken = compare(state, self.config, self.world_size, self.facts)
 
 
-def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> list[str]:
+def compare(
+    stored: Mapping[str, Any], config: RunConfig, world_size: int, facts: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """Compare a checkpoint's settings with the present ones.
 
     Args:
         stored: what `SettingsState.state_dict` returned then. A key that it lacks had its default.
         config: the present config.
         world_size: the present number of ranks.
+        facts: the present ones, as far as they are known yet. Those that the checkpoint lacks are not compared.
 
     Returns:
         a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`, and for each key that is forced and
@@ -142,9 +165,53 @@ def compare(stored: Mapping[str, Any], config: RunConfig, world_size: int) -> li
     _check_forced(forced)
     _check_fixed(changed, forced)
     _check_window(then, now, forced)
+    others = other_facts(stored, facts)
+    same = facts.get("data.eval") == stored.get("facts", {}).get("data.eval", "") and "data.eval" in changed
     lines = [f"{line} (forced)" if key in forced else line for key, line in changed.items()]
-    idle = sorted(forced - set(changed) - {"data.train"})  # whose files may have changed: seen when they are read
+    lines = [f"{line} {SAME}" if same and line.startswith("data.eval ") else line for line in lines]
+    lines += _check_facts(others, forced, "data.eval" in changed)
+    idle = sorted(forced - set(changed) - set().union(*map(_keys_of, others)))
     return lines + [f"resume_force has {key}, which has not changed" for key in idle]
+
+
+def other_facts(stored: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return (then, now) of each fact that a checkpoint's settings hold with another value."""
+    then = stored.get("facts", {})
+    return {name: (then[name], now) for name, now in facts.items() if name in then and then[name] != now}
+
+
+def check_reading(stored: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+    """Refuse to evaluate a checkpoint with another tokenizer or template than it was trained with.
+
+    Returns:
+        a sentence where the evaluation samples are others than the run's, else "".
+
+    Raises:
+        UserError: see `compare`.
+    """
+    others = other_facts(stored, facts)
+    data = others.pop("data.eval", None)
+    _check_facts(others, set(), False)
+    return (
+        "" if data is None else "data.eval has other samples than the run was evaluated on: compare no losses with it"
+    )
+
+
+def _keys_of(fact: str) -> frozenset[str]:
+    return CONTENTS.get(fact, OF_MODEL)
+
+
+def _check_facts(others: Mapping[str, tuple[str, str]], forced: set[str], other_eval: bool) -> list[str]:
+    """Return a line for each fact that may differ; an evaluation set under another path may.
+
+    Raises:
+        UserError: other facts differ.
+    """
+    taken = [name for name in others if _keys_of(name) & forced or (name == "data.eval" and other_eval)]
+    for name in sorted(set(others) - set(taken)):
+        then, now = others[name]
+        raise UserError(OTHERS.get(name, OTHER_READING).format(name=name, then=then, now=now))
+    return [f"{name} has other contents ({then} -> {now})" for name, (then, now) in others.items() if name in taken]
 
 
 def _check_fixed(changed: Mapping[str, str], forced: set[str]) -> None:

@@ -6,6 +6,7 @@ part works alone.
 """
 
 import atexit
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,6 +131,28 @@ class World:
         error.speaks = self.is_main
         return error
 
+    def check_equal(self, facts: Mapping[str, Any], advice: str = "start all processes alike") -> None:
+        """Refuse facts that are not the same on all ranks, such as settings and digests of data. All ranks call this.
+
+        Args:
+            facts: by name; values that JSON can hold, small ones.
+            advice: how to mend a difference.
+
+        Raises:
+            UserError: on all ranks alike, with the first differences, each with a rank that differs from rank 0.
+        """
+        shares = self.gather({name: _shown(value) for name, value in facts.items()})
+        found = []
+        for name in dict.fromkeys(name for share in shares for name in share):
+            values = [share.get(name, "nothing") for share in shares]
+            others = [rank for rank, value in enumerate(values) if value != values[0]]
+            if others:
+                more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+                found.append(f"rank {others[0]}{more} has {name} {values[others[0]]}, rank 0 has {values[0]}")
+        if found:
+            rest = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
+            raise self.alike(UserError(f"the ranks differ: {'; '.join(found[:3])}{rest}: {advice}"))
+
     def wrap(self, module: "LossModule", config: DDPConfig) -> nn.Module:
         """Wrap `module` in DDP, or return it as it is in a single process."""
         if self.size == 1:
@@ -144,6 +167,10 @@ class World:
             static_graph=config.static_graph,
             **buffers,
         )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def settle_unused(config: DDPConfig, world: World, unused: list[str]) -> tuple[DDPConfig, str | None]:

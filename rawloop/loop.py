@@ -70,7 +70,7 @@ class TrainState:
     skipped: int = 0
     samples: int = 0
     visited: int = -1
-    data: dict[str, int | str] = field(default_factory=dict)
+    data: dict[str, int] = field(default_factory=dict)
     may_differ: frozenset[str] = frozenset()
     differed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -90,9 +90,8 @@ class TrainState:
         if refused:
             raise UserError(
                 f"the data order differs from the checkpoint's ({', '.join(refused)}; window_size is processes x "
-                "train.batch_size x train.accumulation, samples a digest of their texts and clips' names in order): "
-                "resume with what it was trained with, or force the key that has changed it, such as --resume_force "
-                "'[data.train]'"
+                "train.batch_size x train.accumulation): resume with what it was trained with, or force the key that "
+                "has changed it, such as --resume_force '[data.train]'"
             )
         self.step, self.window = state["step"], state["window"]
         self.skipped, self.samples = state["skipped"], state["samples"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rawloop.adapters import BaseFingerprint
-from rawloop.changes import PART, SettingsState, compare, stored_settings
+from rawloop.changes import PART, SAME, SettingsState, compare, stored_settings
 from rawloop.checkpoint import (
     RunLock,
     claim_run_folder,
@@ -163,7 +163,8 @@ def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
     lines += [f"{key} {then} -> {now}" for key, (then, now) in run.state.differed.items() if key not in named]
     if run.state.differed:
         lines.append(_position(run.state))
-    for key in ("data.eval", "model.stream_weights"):
+    unchanged = any(line.startswith("data.eval ") and line.endswith(SAME) for line in lines)
+    for key in ("model.stream_weights",) if unchanged else ("data.eval", "model.stream_weights"):
         if key in named and run.best and run.best.value is not None:
             lines.append(
                 f"the best {run.best.metric} so far, {run.best.value:.6g}, was measured with the {key} of then"

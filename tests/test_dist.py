@@ -32,6 +32,7 @@ def test_alone_every_verb_gives_back_what_it_got() -> None:
     assert list(world.any([False, True])) == [False, True]
     assert world.from_main({"x": 1}) == {"x": 1}
     assert world.together(lambda: 7) == 7
+    world.check_equal({"a": 1})
     module = LossModule(nn.Linear(2, 2), scored)
     assert world.wrap(module, DDPConfig()) is module
     with no_sync(module, True):
@@ -70,8 +71,28 @@ def collectives(world: World) -> dict[str, Any]:
         "errors": [shared_error(world, kind, by) for kind in KINDS for by in (0, world.size - 1)],
         "main_error": shared_error(world, UserError, 0, only_main=True),
         "first": shared_error(world, TrainingError, None),
+        "equal": [unequal(world, facts) for facts in differing(world.rank == world.size - 1)],
         "after": world.sum([1.0]),
     }
+
+
+def differing(last: bool) -> list[dict[str, Any]]:
+    """Facts as the last rank has them, or as the others do."""
+    return [
+        {"a": 1, "b": [2.5, None], "nan": float("nan")},
+        {"a": 1, "lr": 0.1 if last else 0.2},
+        {f"name {i}": last for i in range(5)} | {"x": "y"},
+        {} if last else {"only": "here"},
+    ]
+
+
+def unequal(world: World, facts: dict[str, Any]) -> tuple[bool, str]:
+    """Whether this rank is to tell that the ranks' facts differ, and in which words."""
+    try:
+        world.check_equal(facts, "mend it")
+    except UserError as error:
+        return error.speaks, str(error)
+    return False, ""
 
 
 KINDS = (UserError, TrainingError, CheckpointError, RawloopError, OSError)
@@ -175,6 +196,13 @@ def check_collectives(results: list[dict[str, Any]]) -> None:
             assert text == (words if by in (0, rank) else f"rank {by}: {words}")
         assert result["main_error"] == ("UserError", "rank 0 cannot")
         assert result["first"] == ("TrainingError", "rank 0 cannot")  # where all fail, rank 0 speaks
+        names = "; ".join(f"rank {last} has name {i} true, rank 0 has false" for i in range(3))
+        unlike = [
+            f"the ranks differ: rank {last} has lr 0.1, rank 0 has 0.2: mend it",
+            f"the ranks differ: {names}; and 2 more differences: mend it",
+            f"the ranks differ: rank {last} has only nothing, rank 0 has here: mend it",
+        ]
+        assert result["equal"] == [(False, ""), *((rank == 0, word) for word in unlike)]
         assert result["after"] == [float(size)]
 
 

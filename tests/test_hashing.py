@@ -6,13 +6,24 @@ from pathlib import Path
 import pytest
 
 from rawloop.errors import UserError
-from rawloop.hashing import hash_folder, sha256_file, sha256_files
+from rawloop.hashing import hash_folder, sha256_file, sha256_files, sketch_file
 
 
 def test_file(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(content)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_sketch_is_of_size_and_middle(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    sketches = set()
+    for content in (b"", b"x", b"y", b"x" * 9000, b"x" * 9001, b"x" * 4500 + b"y" + b"x" * 4499):
+        file.write_bytes(content)
+        sketches.add(sketch_file(file))
+    assert len(sketches) == 6
+    file.write_bytes(b"y" + b"x" * 8999)  # what it does not see
+    assert sketch_file(file) in sketches
 
 
 def test_files_by_name_and_content(tmp_path: Path) -> None:

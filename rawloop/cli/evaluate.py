@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from rawloop.adapters import ModelFiles
+from rawloop.adapters import BaseFingerprint, ModelFiles
 from rawloop.audio import import_torchaudio
 from rawloop.build import (
     build_evaluator,
@@ -18,6 +18,7 @@ from rawloop.build import (
     load_samples,
     open_codes,
 )
+from rawloop.changes import check_reading, stored_settings
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
@@ -30,6 +31,7 @@ from rawloop.config import RunConfig, moved_run, parse
 from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
+from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.records import honest
 from rawloop.resume import stored_precision
 
@@ -48,11 +50,15 @@ def run(argv: list[str]) -> None:
         notice = moved_run(argv, config)
         if notice:
             _tell(notice, world)
-        subject, evaluator = _together(config, options["checkpoint"], world)
+        check_settings_of_ranks(config, world)
+        subject, evaluator, base, contents = _together(config, options["checkpoint"], world)
+        contents.check_ranks(base, world)
+        if subject.other_data:
+            _tell(subject.other_data, world)
         _tell(f"evaluating {subject.in_words()}", world)
         evaluation = evaluator.run()
         if world.is_main:
-            found = {**subject._asdict(), **honest(evaluation.metrics)}
+            found = {"checkpoint": subject.checkpoint, "step": subject.step, **honest(evaluation.metrics)}
             print(json.dumps(found, indent=1, allow_nan=False), flush=True)
         if not evaluation.valid:
             raise RawloopError(f"the loss is not finite in batches of {', '.join(evaluation.bad_ids)}")
@@ -64,10 +70,14 @@ def _tell(line: str, world: World) -> None:
 
 
 class Subject(NamedTuple):
-    """What is evaluated: a checkpoint's folder and its step, or neither, which is the base model."""
+    """What is evaluated: a checkpoint's folder and its step, or neither, which is the base model.
+
+    `other_data` says that the run was evaluated on other samples, if it was.
+    """
 
     checkpoint: str | None
     step: int | None
+    other_data: str = ""
 
     def in_words(self) -> str:
         """For a line on the console."""
@@ -76,19 +86,26 @@ class Subject(NamedTuple):
         return f"{self.checkpoint} (step {self.step})"
 
 
-def _together(config: RunConfig, checkpoint: str | None, world: World) -> tuple[Subject, Evaluator]:
+Built = tuple[Subject, Evaluator, BaseFingerprint, Contents]
+
+
+def _together(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     built = world.together(partial(_build, config, checkpoint, world))
     assert built is not None
     return built
 
 
-def _build(config: RunConfig, checkpoint: str | None, world: World) -> tuple[Subject, Evaluator]:
+def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     import_torchaudio()
     family = build_family(config)
     cache = open_codes(config.data, family)
     samples = load_samples(config, family, cache, "eval", _quiet)
     slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)
-    subject = Subject(None, None) if slot is None else Subject(str(slot), read_manifest(slot).step)
+    contents = contents_of(family, cache, {"data.eval": samples})
+    subject = Subject(None, None)
+    if slot is not None:
+        other = check_reading(stored_settings(slot) or {}, contents.of_run())
+        subject = Subject(str(slot), read_manifest(slot).step, other)
     model, policy, base = build_model(config, world, family, [], stored_precision(slot))
     if slot is not None:
         files = ModelFiles(model, family.load_model)
@@ -101,7 +118,8 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> tuple[Sub
     limits = limits_of(family, model)
     learn_limits(limits, family, model, policy)
     module = LossModule(model, family.losses)
-    return subject, build_evaluator(config, family, module, policy, limits, cache, samples, world)
+    evaluator = build_evaluator(config, family, module, policy, limits, cache, samples, world)
+    return subject, evaluator, base, contents
 
 
 def slot_of(run_folder: Path, checkpoint: str) -> Path:

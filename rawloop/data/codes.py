@@ -69,6 +69,11 @@ class CodeCache:
         """Return how many frames a clip has, without reading its codes. Raises as calling does."""
         return self._row(str(path)).frames
 
+    def identity(self, path: Path) -> str:
+        """Return what tells a clip's codes from others, without reading them. Raises as calling does."""
+        row = self._row(str(path))
+        return f"{self.codec.hash[:16]} {row.frames} {row.crc:08x}"
+
     def usable(self, samples: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
         """Split samples into those to train on, and those to leave out, as `rawloop prepare` or the config asks for.
 

@@ -5,7 +5,6 @@ mistake in the data ends here, in one line that names the file and the record, b
 """
 
 import gc
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rawloop.audio import BadAudio, clip_seconds
-from rawloop.contracts import Audio, Sample, Text
+from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.messages import MessagesReader
 from rawloop.data.metadata import MetadataReader
@@ -58,23 +57,6 @@ def read_samples(path: Path | str, config: DataConfig | None = None, *, check_fi
     if not samples:
         raise UserError(f"{file} has no samples: a data set needs at least one")
     return samples
-
-
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of what the samples are, in their order.
-
-    That is task, roles, texts and names of clips: not their ids and folders, so that a data set can be moved, and not
-    what the clips sound like.
-    """
-    state = hashlib.sha256()
-    for sample in samples:
-        turns = [(turn.role, turn.trained, [_named(part) for part in turn.parts]) for turn in sample.turns]
-        state.update(json.dumps([sample.task, turns]).encode())
-    return state.hexdigest()[:16]
-
-
-def _named(part: Text | Audio) -> list[str]:
-    return ["text", part.text] if isinstance(part, Text) else ["audio", part.path.name]
 
 
 def check_lengths(samples: Sequence[Sample], config: DataConfig) -> None:

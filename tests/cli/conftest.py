@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +120,17 @@ class Server:
         answer: list[int] = json.loads(self.process.stdout.readline())
         return answer
 
-    def start(self, arguments: list[str], size: int) -> tuple[list[int], list[str]]:
-        """Start a command as `size` ranks; returns their process ids and the beginnings of their logs' names."""
+    def start(self, arguments: list[str], size: int, last: Sequence[str] = ()) -> tuple[list[int], list[str]]:
+        """Start a command as `size` ranks; returns their process ids and the beginnings of their logs' names.
+
+        `last` are further arguments of the last rank.
+        """
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.started += 1
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(size)] if size > 1 else [{}]
         logs = [str(self.folder / f"{self.started}-{rank}") for rank in range(size)]
-        return self.ask(ranks=[arguments] * size, environment=ranks, logs=logs), logs
+        commands = [arguments] * (size - 1) + [[*arguments, *last]]
+        return self.ask(ranks=commands, environment=ranks, logs=logs), logs
 
     def finish(self, children: list[int], logs: list[str], seconds: float) -> list[Done]:
         codes = self.ask(wait=children, seconds=seconds)
@@ -148,16 +152,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def ranks(server: Server) -> Callable[..., list[Done]]:
-    """Give `ranks(*arguments, size=2, seconds=60, then=None)`: a command in forked processes, one result per rank.
+    """Give `ranks(*arguments, size=2, seconds=60, then=None, last=())`: a command in forked processes, a result a rank.
 
-    `then(process ids)` is called after they have started.
+    `then(process ids)` is called after they have started; `last` are further arguments of the last rank.
     """
 
     def run(
-        *arguments: str | Path, size: int = 2, seconds: float = 60.0, then: Callable[[list[int]], None] | None = None
+        *arguments: str | Path,
+        size: int = 2,
+        seconds: float = 60.0,
+        then: Callable[[list[int]], None] | None = None,
+        last: Sequence[str | Path] = (),
     ) -> list[Done]:
         assert "RANK" not in os.environ
-        children, logs = server.start([str(argument) for argument in arguments], size)
+        children, logs = server.start([str(argument) for argument in arguments], size, [str(word) for word in last])
         if then is not None:
             then(children)
         return server.finish(children, logs, seconds)

@@ -549,11 +549,12 @@ def test_what_may_change_is_taken_and_said(door: Door, trained: Path, tmp_path: 
         "train.max_steps 3 -> 4",
         "optim.lr 0.003 -> 0.0001",
         "evaluation.every 2 -> 4",
+        "resume_force has data.train, which has not changed",
         "resume_force has seed, which has not changed",
     ]
     printed = done.out.splitlines()
     place = printed.index(expected[0])
-    assert printed[place : place + 6] == expected
+    assert printed[place : place + 7] == expected
     (event,) = [event for event in read_events(run) if event["kind"] == "restore" and "changes" in event]
     assert (event["step"], event["changes"]) == (3, expected)
     stored = json.loads((run / "checkpoints" / "step-00000004" / "state" / "config.json").read_text())
@@ -571,8 +572,8 @@ def test_what_is_forced_by_name_is_taken(door: Door, trained: Path, tmp_path: Pa
     again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", "--train.max_steps", "4")
     new = ["--data.train", str(more)]
     said = door(*again, *new).err.splitlines()[-1]
-    assert "num_samples 8 -> 10" in said
-    assert "or force the key that has changed it, such as --resume_force '[data.train]'" in said
+    assert re.search(r"on other samples \(8 samples, digest \w{16} then, 10 samples, digest \w{16} in data.train", said)
+    assert said.endswith("start a run of its own, or force it by name, --resume_force '[data.train]'")
     new += ["--precision.mode", "bf16", "--adapter.alpha", "16", "--seed", "5", "--evaluation.best_mode", "max"]
     force = "[data.train, precision.mode, adapter.alpha, seed, evaluation.best_mode]"
     done = door(*again, *new, "--resume_force", force)
@@ -603,10 +604,11 @@ def test_texts_that_have_changed_are_other_data(door: Door, trained: Path, tmp_p
     (changed / "metadata.json").write_text(json.dumps(metadata))
     refused = door(*again)
     assert refused.code == 2
-    assert re.search(r"the data order differs .*\(samples [0-9a-f]{16} -> [0-9a-f]{16}; ", refused.err)
+    digests = "8 samples, digest [0-9a-f]{16}"
+    assert re.search(rf"was trained on other samples \({digests} then, {digests} in data.train now", refused.err)
     done = door(*again, "--resume_force", "[data.train]")
     assert done.code == 0, done.err
-    assert re.search(r"^samples [0-9a-f]{16} -> [0-9a-f]{16}$", done.out, re.MULTILINE)
+    assert re.search(rf"^data.train has other contents \({digests} -> {digests}\)$", done.out, re.MULTILINE)
 
 
 def test_a_resume_passes_over_damaged_settings(door: Door, trained: Path, tmp_path: Path) -> None:

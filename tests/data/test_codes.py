@@ -86,6 +86,13 @@ def test_check_counts_what_is_missing(folder: Path, clips: list[Path], tone: Ton
     assert "\n" not in message
 
 
+def test_codes_have_an_identity(folder: Path, clips: list[Path], data: Path) -> None:
+    cache = CodeCache(folder)
+    assert len({cache.identity(clip) for clip in clips}) == len(clips)
+    moved = data.rename(data.parent / "moved")
+    assert CodeCache(moved / folder.relative_to(data)).identity(moved / clips[3].name) == cache.identity(clips[3])
+
+
 def test_changed_clip(folder: Path, clips: list[Path], tone: Tone) -> None:
     codes = CodeCache(folder)
     tone("data/3.wav", hertz=999, seconds=1.0)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from rawloop.data import DataConfig
-from rawloop.data.samples import check_lengths, fingerprint, read_samples
+from rawloop.data.samples import check_lengths, read_samples
 from rawloop.errors import UserError
 
 Write = Callable[..., Path]
@@ -34,20 +33,6 @@ def test_the_folder_or_its_file(metadata: Write) -> None:
 
 def test_a_folder_with_one_jsonl(jsonl: Write) -> None:
     assert len(read_samples(jsonl(CHAT, CHAT).parent)) == 2
-
-
-def test_the_fingerprint_is_of_what_samples_are_not_of_where_they_lie(jsonl: Write, tmp_path: Path) -> None:
-    def of(*records: dict[str, Any]) -> str:
-        return fingerprint(read_samples(jsonl(*records)))
-
-    other = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "another"}]}
-    base = of(CHAT, other)
-    assert re.fullmatch("[0-9a-f]{16}", base)
-    assert of({**CHAT, "id": "x", "note": 1}, {**other, "id": "y"}) == base
-    assert len({base, of(other, CHAT), of(CHAT), of(CHAT, CHAT | {"id": "x"})}) == 4
-    (tmp_path / "moved").mkdir()
-    moved = jsonl(CHAT, other).rename(tmp_path / "moved" / "elsewhere.jsonl")
-    assert fingerprint(read_samples(moved)) == base
 
 
 @pytest.mark.parametrize("number", [1, 2])

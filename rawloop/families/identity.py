@@ -1,0 +1,52 @@
+"""What a family reads samples with: digests of its tokenizer, chat template, processor and own source."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rawloop.contracts import Family
+from rawloop.hashing import sha256_files
+
+UNRELATED = ("truncation", "padding")  # what the last call of a tokenizer leaves behind
+
+
+def reading_of(family: Family) -> dict[str, str]:
+    """Return digests of what turns a family's samples into numbers, by name. Where it lies does not count.
+
+    Known are `tokenizer` and `processor`, as the family's attributes, in the ways of transformers, and the source of a
+    family of the user's own.
+    """
+    processor: Any = getattr(family, "processor", None)
+    tokenizer = getattr(family, "tokenizer", None) or getattr(processor, "tokenizer", None)
+    found = {}
+    if tokenizer is not None:
+        found["tokenizer"] = _digest(_vocabulary(tokenizer))
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if template is not None:
+        found["chat template"] = _digest(template)
+    if hasattr(processor, "feature_extractor"):
+        found["feature extractor"] = _digest(processor.feature_extractor.to_dict())
+    return found
+
+
+def source_of(family: Family) -> str:
+    """Return a digest of the source files of a family's package, as far as they are imported."""
+    package = type(family).__module__.partition(".")[0]
+    modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == package]
+    files = {Path(str(m.__file__)) for m in modules if getattr(m, "__file__", None)}
+    return sha256_files(file for file in files if file.suffix == ".py" and file.is_file())
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = tokenizer.get_vocab()
+    else:
+        content = {name: part for name, part in json.loads(backend.to_str()).items() if name not in UNRELATED}
+    return [type(tokenizer).__name__, content, tokenizer.special_tokens_map]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
