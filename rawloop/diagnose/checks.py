@@ -103,6 +103,6 @@ def _own_share(
     batches = [family.collate(list(group)) for group in groups]
     census = _count(family, groups, batches)
     on_device = [batch.to(policy.device) for batch in batches]
-    readings = read_losses(family, module, on_device, policy.autocast)
+    readings = read_losses(family, module, on_device, policy.autocast, groups)
     twice = family.collate([groups[0][0]] * len(family.streams))  # a row for each stream's turn
     return census, readings, probe(family, module.model, twice.to(policy.device), policy.autocast)

@@ -86,11 +86,13 @@ class Report:
         ]
 
     def wrong_losses(self) -> list[str]:
-        """What the first loss shows that stops the run."""
+        """What the first loss shows that stops the run: of a codebook only what its whole stream does not show."""
+        streams = {v.name: v.kind for v in self.verdicts}
         return [
             f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.kind}, {v.why}{_pass(v.kind)}"
             for v in self.verdicts
             if v.kind in ("LEAK", "DEAD") and v.kind.lower() not in self.config.allow
+            if "/" not in v.name or v.kind != streams[v.name.split("/")[0]]
         ]
 
     def wrong_causality(self) -> list[str]:

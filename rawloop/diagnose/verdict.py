@@ -7,13 +7,15 @@ two published runs of Higgs Audio v2 that reported success had losses of chance 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rawloop.contracts import IGNORE, Batch, Family, StreamLoss
+from rawloop.diagnose.notfinite import cause
 from rawloop.diagnose.table import table
 from rawloop.diagnose.undisturbed import looking_at, undisturbed
 from rawloop.dist import LossModule
@@ -39,15 +41,17 @@ class Reading:
     """What was measured of a stream or of one of its codebooks.
 
     `nats` is a sum over `targets`, and so is `entropy` (each target counts with that of the targets of its batches).
-    `connected` tells whether a trained weight gets a gradient that is not zero, `varied` whether logits differ between
-    positions; both are true if any rank or batch says so, or where they could not be seen.
+    The others say what is wrong, if anything is: `gradient` why no trained weight learns from it, and `logits` that
+    they do not differ between positions, both only where no rank and no batch sees it otherwise; `not_finite` what its
+    loss or gradient that is not finite comes from.
     """
 
     nats: float = 0.0
     targets: int = 0
     entropy: float = 0.0
-    connected: bool = True
-    varied: bool = True
+    gradient: str = ""
+    logits: str = ""
+    not_finite: str = ""
 
     def __add__(self, other: "Reading") -> "Reading":
         """Both together, as those of two ranks; what has no target says nothing."""
@@ -57,8 +61,9 @@ class Reading:
             self.nats + other.nats,
             self.targets + other.targets,
             self.entropy + other.entropy,
-            self.connected or other.connected,
-            self.varied or other.varied,
+            self.gradient and other.gradient,
+            self.logits and other.logits,
+            self.not_finite or other.not_finite,
         )
 
 
@@ -82,12 +87,10 @@ def judge(name: str, reading: Reading, chance: float) -> Verdict:
 def _judged(loss: float, reading: Reading, chance: float) -> tuple[Kind, str]:
     if not reading.targets:
         return "DEAD", "it has no target: all of its labels are masked"
-    if not math.isfinite(loss):
-        return "DEAD", "its loss is not finite: damaged weights, or a dtype with too little range"
-    if not reading.connected:
-        return "DEAD", "no trained weight gets a gradient from it: it is detached, or its head is zero and frozen"
-    if not reading.varied:
-        return "DEAD", "its logits are the same at every position: the head is zero, or what it is given never changes"
+    if not math.isfinite(loss) or reading.not_finite:
+        return "DEAD", reading.not_finite or "its loss is not finite"
+    if reading.gradient or reading.logits:
+        return "DEAD", "; ".join(filter(None, (reading.gradient, reading.logits)))
     if loss > chance / CHANCE_FROM:
         return "CHANCE", "worse than guessing: labels of another shift, order, tokenizer or codec than the model's"
     if loss >= CHANCE_FROM * chance:
@@ -98,19 +101,28 @@ def _judged(loss: float, reading: Reading, chance: float) -> tuple[Kind, str]:
     return "OK", ""
 
 
-def read_losses(family: Family, module: LossModule, batches: Sequence[Batch], autocast: Autocast) -> dict[str, Reading]:
+def read_losses(
+    family: Family,
+    module: LossModule,
+    batches: Sequence[Batch],
+    autocast: Autocast,
+    groups: Sequence[Sequence[Any]] = (),
+) -> dict[str, Reading]:
     """Measure every stream and codebook on batches that are on the model's device.
 
     Weights, gradients, buffers, modes and random streams are left as they are. Losses are those of evaluation (dropout
-    off); gradients are taken in training mode, where models recompute activations if they were asked to.
+    off); gradients are taken in training mode, where models recompute activations if they were asked to. `groups` has
+    the examples of each batch: with them, a loss that is not finite is looked for in each sample alone.
     """
     readings = {stream: Reading() for stream in family.streams}
+    passes = Passes(family, module, autocast, {id(batch): group for batch, group in zip(batches, groups, strict=False)})
     with undisturbed(module, training=False), torch.no_grad():
         for batch in batches:
             with looking_at(batch.ids):
-                with autocast():
-                    losses = module(batch)
-                own = _of_batch(losses, batch)
+                own = _of_batch(passes.losses(batch), batch)
+                for stream in (s for s in family.streams if s in own and not readings[s].not_finite):
+                    if not math.isfinite(own[stream].nats):
+                        own[stream].not_finite = passes.why_not_finite(batch, stream)
             for name, reading in own.items():
                 readings[name] = readings.get(name, Reading()) + reading
         first = {stream: next((b for b in batches if b.targets.get(stream)), None) for stream in family.streams}
@@ -119,13 +131,76 @@ def read_losses(family: Family, module: LossModule, batches: Sequence[Batch], au
                 logits = family.logits(module.model, batch)
             for stream in (stream for stream, chosen in first.items() if chosen is batch):
                 _note_variety(readings, stream, logits[stream])
-    seen = [(stream, batch) for stream, batch in first.items() if batch is not None]
     with undisturbed(module, training=True):
-        connected = {stream: _is_connected(module, batch, stream, autocast) for stream, batch in seen}
-    for stream, flag in connected.items():
-        for name in _names(readings, stream):
-            readings[name].connected = flag
+        for stream, seen in first.items():
+            if seen is not None and not readings[stream].not_finite:
+                with looking_at(seen.ids):
+                    none, not_finite = passes.gradient(seen, stream)
+                for name in _names(readings, stream):
+                    readings[name] = replace(readings[name], gradient=none, not_finite=not_finite)
     return {name: readings[name] for stream in family.streams for name in _names(readings, stream)}
+
+
+@dataclass
+class Passes:
+    """Forward and backward passes of one model, and what they say if something is wrong with them."""
+
+    family: Family
+    module: LossModule
+    autocast: Autocast
+    examples: Mapping[int, Sequence[Any]]  # of batches, by their id()
+
+    def losses(self, batch: Batch) -> dict[str, StreamLoss]:
+        """Every stream's loss, in the precision of training."""
+        with self.autocast():
+            losses: dict[str, StreamLoss] = self.module(batch)
+        return losses
+
+    def gradient(self, batch: Batch, stream: str) -> tuple[str, str]:
+        """Say why no trained weight learns from a stream, and what is not finite in its gradient, if so."""
+        total = self._total(batch, stream)
+        if not total.requires_grad:
+            return "its loss is detached: it hangs on no trained weight", ""
+        given = [gradient for gradient in self._gradients(total) if gradient is not None]
+        if not given:
+            return "no trained weight gets a gradient from it: what it hangs on is frozen", ""
+        if not all(bool(gradient.isfinite().all()) for gradient in given) and not self._is_mean_finite(batch, stream):
+            finite = partial(self._is_mean_finite, stream=stream)
+            found = cause(self.module.model, batch, self._alone(batch), finite)
+            return "", f"its loss is finite, and its gradient is not: {found}"
+        none = not any(bool(gradient.count_nonzero()) for gradient in given)
+        return "its gradient is zero in every trained weight" if none else "", ""
+
+    def why_not_finite(self, batch: Batch, stream: str) -> str:
+        """Say what a loss that is not finite comes from; see `rawloop.diagnose.notfinite`."""
+
+        def finite(one: Batch) -> bool:
+            return bool(self.losses(one)[stream].total.isfinite())
+
+        def plain(one: Batch) -> bool:
+            return bool(self.module(one)[stream].total.isfinite())
+
+        model = self.module.model
+        single = all(weight.dtype == torch.float32 for weight in model.parameters())
+        found = cause(model, batch, self._alone(batch), finite, plain if single else None)
+        return f"its loss is not finite: {found}"
+
+    def _alone(self, batch: Batch) -> list[Batch]:
+        device = next(self.module.parameters()).device
+        return [self.family.collate([example]).to(device) for example in self.examples.get(id(batch), ())]
+
+    def _total(self, batch: Batch, stream: str) -> Tensor:
+        with torch.enable_grad():
+            return self.losses(batch)[stream].total.float()
+
+    def _gradients(self, total: Tensor) -> Sequence[Tensor | None]:
+        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        return torch.autograd.grad(total, weights, allow_unused=True)
+
+    def _is_mean_finite(self, batch: Batch, stream: str) -> bool:
+        """Training goes back from a mean: from a sum, FP16 has too little range."""
+        gradients = self._gradients(self._total(batch, stream) / max(1, batch.targets[stream]))
+        return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
 
 def _names(readings: Mapping[str, Reading], stream: str) -> list[str]:
@@ -163,21 +238,12 @@ def _note_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> 
         return
     rows = logits[:: max(1, len(logits) // LOOKED_AT)]
     spread, size = (rows - rows[:1]).abs().amax(-1).amax(0), rows.abs().amax()
-    varied = ~(spread <= SAME * size)  # a nan is no proof of sameness; its loss will tell
-    readings[stream].varied = bool(varied.any())
-    for part, flag in enumerate(varied.flatten().tolist() if varied.dim() else []):
+    same = spread <= SAME * size  # a nan is no proof of sameness; its loss will tell
+    found = f"its logits are the same at every position of {len(rows)}" if bool(size) else "its logits are all zero"
+    readings[stream].logits = found if bool(same.all()) else ""
+    for part, flag in enumerate(same.flatten().tolist() if same.dim() else []):
         if f"{stream}/{part}" in readings:
-            readings[f"{stream}/{part}"].varied = flag
-
-
-def _is_connected(module: LossModule, batch: Batch, stream: str, autocast: Autocast) -> bool:
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    with looking_at(batch.ids), torch.enable_grad(), autocast():
-        total = module(batch)[stream].total
-    if not total.requires_grad:
-        return False
-    gradients = torch.autograd.grad(total.float(), weights, allow_unused=True)
-    return any(gradient is not None and bool(gradient.count_nonzero()) for gradient in gradients)
+            readings[f"{stream}/{part}"].logits = found if flag else ""
 
 
 def lines(verdicts: Sequence[Verdict], samples: int, expect_chance: bool) -> list[str]:

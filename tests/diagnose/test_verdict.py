@@ -66,10 +66,13 @@ def test_worse_than_guessing_is_told_from_guessing() -> None:
     ("spoilt", "why"),
     [
         (Reading(), "no target"),
-        (replace(reading(4.0), connected=False), "no trained weight gets a gradient"),
-        (replace(reading(4.0), varied=False), "same at every position"),
-        (replace(reading(AUDIO), connected=False), "no trained weight gets a gradient"),
-        (replace(reading(0.0), varied=False), "same at every position"),
+        (replace(reading(4.0), gradient="its loss is detached"), "its loss is detached"),
+        (replace(reading(4.0), logits="all zero"), "all zero"),
+        (replace(reading(AUDIO), gradient="it is zero", logits="all zero"), "it is zero; all zero"),
+        (replace(reading(0.0), logits="all zero"), "all zero"),
+        (replace(reading(4.0), not_finite="its gradient is not", gradient="it is zero"), "its gradient is not"),
+        (replace(reading(math.nan), not_finite="of x"), "of x"),
+        (reading(math.nan), "its loss is not finite"),
     ],
 )
 def test_a_dead_stream_is_dead_whatever_its_loss(spoilt: Reading, why: str) -> None:
@@ -79,12 +82,14 @@ def test_a_dead_stream_is_dead_whatever_its_loss(spoilt: Reading, why: str) -> N
 
 
 def test_readings_of_two_ranks() -> None:
-    both = reading(4.0) + Reading(nats=100.0, targets=50, entropy=50.0, connected=False, varied=False)
+    both = reading(4.0) + Reading(nats=100.0, targets=50, entropy=50.0, gradient="none", logits="same")
     assert both == Reading(nats=104.0, targets=51, entropy=55.0)
-    empty = Reading(connected=True, varied=True)
-    dead = replace(reading(4.0), connected=False)
+    empty = Reading()
+    dead = replace(reading(4.0), gradient="none")
     assert dead + empty == empty + dead == dead  # a rank that saw no target cannot vouch for the stream
     assert judge("audio", reading(4.0) + reading(math.nan), AUDIO).kind == "DEAD"
+    ill = replace(reading(4.0), not_finite="of x")
+    assert (reading(4.0) + ill).not_finite == (ill + reading(4.0)).not_finite == "of x"  # one rank is enough
 
 
 # -- on the demo -------------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def test_a_head_that_is_zero_and_frozen_is_dead(family: HiggsAudioV2, module: Lo
     model.text_lm_head.weight.requires_grad_(False).zero_()
     found = verdicts(family, module, batches)
     assert kinds(found) == {"audio": "CHANCE", "text": "DEAD"}
-    assert "no trained weight gets a gradient" in found["text"].why
+    assert found["text"].why == "its gradient is zero in every trained weight; its logits are all zero"
 
 
 def test_a_frozen_model_under_one_head_leaves_the_other_stream_dead(
@@ -145,7 +150,9 @@ def test_a_frozen_model_under_one_head_leaves_the_other_stream_dead(
     module.requires_grad_(False)
     model: Any = module.model
     model.audio_lm_head.weight.requires_grad_(True)
-    assert kinds(verdicts(family, module, batches)) == {"audio": "CHANCE", "text": "DEAD"}
+    found = verdicts(family, module, batches)
+    assert kinds(found) == {"audio": "CHANCE", "text": "DEAD"}
+    assert found["text"].why == "its loss is detached: it hangs on no trained weight"
 
 
 def test_a_detached_stream_is_dead(family: HiggsAudioV2, module: LossModule, batches: list[Batch]) -> None:
@@ -156,6 +163,7 @@ def test_a_detached_stream_is_dead(family: HiggsAudioV2, module: LossModule, bat
     module.losses = losses
     found = verdicts(family, module, batches)
     assert {verdict.kind for name, verdict in found.items() if name.startswith("audio")} == {"DEAD"}
+    assert found["audio"].why == "its loss is detached: it hangs on no trained weight"
     assert found["text"].kind == "CHANCE"
 
 
