@@ -5,6 +5,7 @@ is written over.
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -37,6 +38,10 @@ from rawloop.loop import Run, accumulate, take_window
 PART = "internal: measure gradients and the evaluation loss into this folder, as one of several processes"
 CENSUS, LOSS, CAUSALITY = 0, 1, 2  # places of the checks in a report's events
 STEPS, HALF = 4, 2  # steps of the run that is killed and resumed, and the step after which it is killed
+FIRST_ROW = "data, model, first pass"
+CHECKS = ("label census", "first loss", "causality probe")
+NOT_FINITE = "not finite: "
+NOT_JUDGED = "not judged: what the first pass gives is not finite"
 PATIENCE = 600.0  # seconds for a process that the doctor starts
 # Largest relative difference of gradients and evaluation losses between groupings of the same samples, by mode: some
 # hundred units in the last place of what the mode computes in.
@@ -77,24 +82,26 @@ def examine(config: RunConfig, world: World, folder: Path) -> Iterator[Finding]:
     reports: list[Report] = []
     checks: list[tuple[str, Callable[[], str]]] = [
         ("environment", lambda: environment(config, world)),
-        ("data, model, first pass", lambda: one_by_one(config, world, folder, reports)),
-        ("label census", lambda: labels(reports)),
-        ("first loss", lambda: first_loss(reports)),
-        ("causality probe", lambda: causality(reports)),
+        (FIRST_ROW, lambda: one_by_one(config, world, folder, reports)),
+        (CHECKS[0], lambda: labels(reports)),
+        (CHECKS[1], lambda: first_loss(reports)),
+        (CHECKS[2], lambda: causality(reports)),
         ("4 x 1 equals 1 x 4", lambda: equal_groupings(config, world, folder)),
         ("2 processes equal 1", lambda: equal_processes(config, world, folder)),
         ("killed and resumed, bit for bit", lambda: killed_and_resumed(config, world, folder)),
     ]
-    failed = False
+    waits = ""  # why what follows is not judged
     for name, check in checks:
-        finding = Finding(name, "skipped", "mend what failed first") if failed else outcome(name, check)
-        failed = failed or (finding.result == "FAILED" and name.startswith("data"))
+        skipped = waits and not (waits == NOT_JUDGED and name in CHECKS)
+        finding = Finding(name, "skipped", waits) if skipped else outcome(name, check)
+        if finding.result == "FAILED" and name == FIRST_ROW:
+            waits = NOT_JUDGED if finding.found.startswith(NOT_FINITE) else "mend what failed first"
         print(f"{finding.result:<8} {finding.check:<34} {finding.found}", flush=True)
         yield finding
 
 
 class Skipped(RawloopError):
-    """A check that this machine cannot do."""
+    """A check that this machine cannot do, or that cannot be judged."""
 
 
 def outcome(name: str, check: Callable[[], str]) -> Finding:
@@ -139,46 +146,81 @@ def small(config: RunConfig, output: Path, batch_size: int, accumulation: int) -
     )
 
 
-def measure(config: RunConfig, world: World, folder: Path) -> tuple[dict[str, Tensor], float | None]:
-    """Write and return the first window's gradients, in float32 by name, and the evaluation loss, if there is one."""
+def measure(config: RunConfig, world: World, folder: Path) -> "Measured":
+    """Measure the first window and the evaluation loss, if there is one; other processes read it in `folder`."""
     built = build_run(config, world, lambda line: None)
     try:
-        gradients = first_gradients(built)
-        loss = built.evaluator.run().metrics["eval_loss"] if built.evaluator else None
+        gradients, names = first_gradients(built)
+        wrong = not_finite(built.meter.take(world), gradients, names)
+        evaluation = built.evaluator.run() if built.evaluator else None
     finally:
         built.close()
+    loss = evaluation.metrics["eval_loss"] if evaluation else None
+    if evaluation and not evaluation.valid:
+        wrong.append(f"eval_loss {loss}, in the batches of the samples {', '.join(evaluation.bad_ids)}")
+    measured = Measured(gradients, loss, built.policy.name, wrong)
     if world.is_main:
         folder.mkdir(exist_ok=True)
         save_file(gradients, folder / "gradients.safetensors")
-        (folder / "loss.json").write_text(json.dumps({"eval_loss": loss, "mode": built.policy.name}))
-    return gradients, loss
+        (folder / "loss.json").write_text(json.dumps({**measured._asdict(), "gradients": None}))
+    return measured
 
 
-def first_gradients(built: Run) -> dict[str, Tensor]:
-    """Gradients of the first window over all ranks, without dropout."""
+class Measured(NamedTuple):
+    """The first window's gradients, in float32 by name, the evaluation loss, the precision, and what is not finite."""
+
+    gradients: dict[str, Tensor]
+    loss: float | None
+    mode: str
+    wrong: list[str]
+
+
+def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
+    """Gradients of the first window over all ranks, without dropout, and the window's samples on this rank.
+
+    A loss scale at which they overflow is lowered, as training does.
+    """
     window, targets = take_window(built.windows.start(0), built)
     built.module.eval()
-    accumulate(built, window, targets)
-    scale = built.policy.scaler.scale if built.policy.scaler else 1.0
-    weights = built.policy.trained.weights.items()
-    return {name: (p.grad.float() / scale).cpu().contiguous() for name, p in weights if p.grad is not None}
+    scaler = built.policy.scaler
+    while True:
+        accumulate(built, window, targets)
+        scale = scaler.scale if scaler else 1.0
+        weights = built.policy.trained.weights.items()
+        found = {name: (p.grad.float() / scale).cpu().contiguous() for name, p in weights if p.grad is not None}
+        if scaler is None or scale <= scaler.config.floor or all(bool(g.isfinite().all()) for g in found.values()):
+            return found, [name for batch in window for name in batch.ids]
+        scaler.update(finite=False)
+        built.policy.zero_grad(built.optimizer)
 
 
-def read_measure(folder: Path) -> tuple[dict[str, Tensor], float | None, str]:
+def not_finite(losses: dict[str, float], gradients: dict[str, Tensor], names: list[str]) -> list[str]:
+    """What of the first window is not finite, in words."""
+    wrong = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value) and name.count("/") == 1]
+    bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+    if bad:
+        wrong.append(f"the gradients of {len(bad)} of {len(gradients)} trained weights (first {bad[0]})")
+    return [f"{' and '.join(wrong)}, in the window of the samples {', '.join(names)}"] if wrong else []
+
+
+def read_measure(folder: Path) -> Measured:
     """What `measure` wrote."""
     found = json.loads((folder / "loss.json").read_text())
-    return load_file(folder / "gradients.safetensors"), found["eval_loss"], found["mode"]
+    return Measured(**{**found, "gradients": load_file(folder / "gradients.safetensors")})
 
 
 def one_by_one(config: RunConfig, world: World, folder: Path, reports: list[Report]) -> str:
     """Read, load, and run one window forward and backward; 4 x 1 is what the others are compared with.
 
-    `reports` gets what the checks before step 0 found, if the config has them, for the rows that judge it.
+    A loss or gradient that is not finite fails here: whatever is compared with it would be blamed for it. `reports`
+    gets what the checks before step 0 found, if the config has them, for the rows that judge it.
     """
     start = small(config, folder / "run-4x1", 4, 1)
-    gradients, loss = measure(start, world, folder / "4x1")
+    gradients, loss, _, wrong = measure(start, world, folder / "4x1")
     if config.checks.enabled:
         reports.append(check_run(replace(start, checks=config.checks), world))
+    if wrong:
+        raise RawloopError(NOT_FINITE + "; ".join(wrong))
     measured = "evaluation is off" if loss is None else f"eval_loss {loss:.4f}"
     return f"{len(gradients)} trained weights have a gradient; {measured}"
 
@@ -198,6 +240,8 @@ def first_loss(reports: list[Report]) -> str:
 def causality(reports: list[Report]) -> str:
     """Whether predictions see their past and nothing else: see `rawloop.diagnose.causality`."""
     report = the_report(reports)
+    if any("not finite" in verdict.why for verdict in report.verdicts):
+        raise Skipped("not judged: the first loss is not finite")
     return judged(report, CAUSALITY, report.wrong_causality(), [])
 
 
@@ -246,7 +290,9 @@ def compare(first: Path, second: Path, cause: str) -> str:
     Raises:
         RawloopError: they differ by more than rounding.
     """
-    (one, loss, mode), (other, other_loss, _) = read_measure(first), read_measure(second)
+    (one, loss, mode, _), (other, other_loss, _, wrong) = read_measure(first), read_measure(second)
+    if wrong:
+        raise RawloopError(f"{NOT_FINITE}{'; '.join(wrong)}; as one batch of 4 on one process all is finite")
     if set(one) != set(other) or not one:
         raise RawloopError(f"gradients reach {len(one)} weights in one and {len(other)} in the other: {cause}")
     square = sum(float((one[name] - other[name]).double().square().sum()) for name in one)

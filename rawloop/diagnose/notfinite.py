@@ -51,6 +51,8 @@ def _damaged(model: nn.Module) -> str | None:
     """The first weight or buffer that is not finite. A buffer may hold minus infinity, as masks do."""
     for kind, named in (("weight", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
+            if "original_module." in name:  # PEFT keeps what modules_to_save replaces, and does not use it
+                continue
             wrong = ~tensor.isfinite() if kind == "weight" else _not_a_mask(tensor)
             if bool(wrong.any()):
                 return f"the {kind} '{name}' is not finite ({int(wrong.sum()):,} of {tensor.numel():,} numbers)"

@@ -90,14 +90,14 @@ def test_labels_that_were_not_shifted_and_a_dead_head_fail_rows_of_their_own(
 
     def load_model(self: HiggsAudioV2, *arguments: Any) -> Any:
         model: Any = load(self, *arguments)
-        torch.nn.init.constant_(model.text_lm_head.weight, float("nan"))
+        torch.nn.init.zeros_(model.text_lm_head.weight)
         return model
 
     monkeypatch.setattr(HiggsAudioV2, "collate", collate)
     monkeypatch.setattr(HiggsAudioV2, "load_model", load_model)
     found, done = rows("--config", config, "--evaluation.enabled", "false")
     assert [row[0] for row in found] == ["passed", "FAILED", "FAILED"]
-    assert "first loss of 'text' is nan, chance is 6.6619: DEAD, its loss is not finite" in found[1][2]
+    assert "first loss of 'text' is 6.6619, chance is 6.6619: DEAD, its logits are all zero (to train" in found[1][2]
     assert "(to train all the same: --checks.allow '[dead]')" in found[1][2]
     assert found[2][2].startswith("causality of 'audio': LEAK, a prediction moves with its own target")
     assert "2 of 8 checks failed: first loss, causality probe" in done.err
@@ -116,10 +116,82 @@ def test_checks_that_are_switched_off_are_skipped(rows: Rows, config: Path) -> N
     assert done.code == 0
 
 
+WAITS = "skipped  {:<34} not judged: what the first pass gives is not finite"
+
+
+def spoilt_weight(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+    load = HiggsAudioV2.load_model
+
+    def load_model(self: HiggsAudioV2, *arguments: Any) -> Any:
+        model: Any = load(self, *arguments)
+        model.get_parameter(name).data[0, 0] = value
+        return model
+
+    monkeypatch.setattr(HiggsAudioV2, "load_model", load_model)
+
+
+def test_what_is_not_finite_comes_first_and_nothing_else_is_blamed(
+    config: Path, door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt_weight(monkeypatch, "text_lm_head.weight", float("nan"))
+    done = door("doctor", "--config", config)
+    first, census, loss, probe, *others = done.out.splitlines()[1:]
+    assert first.startswith(
+        "FAILED   data, model, first pass            not finite: loss/text nan and the gradients of "
+    )
+    assert "trained weights (first base_model.model.model.layers.0.self_attn.q_proj.lora_" in first
+    assert ", in the window of the samples train-" in first
+    assert "; eval_loss nan, in the batches of the samples eval-" in first
+    assert census.startswith("passed   label census")
+    assert "DEAD, its loss is not finite: the weight 'base_model.model.text_lm_head.modules_to_save.defau" in loss
+    assert "' is not finite (1 of 125,120 numbers)" in loss
+    assert loss.startswith("FAILED   first loss")
+    assert probe == "skipped  causality probe                    not judged: the first loss is not finite"
+    names = ("4 x 1 equals 1 x 4", "2 processes equal 1", "killed and resumed, bit for bit")
+    assert others == [WAITS.format(name) for name in names]
+    assert done.err.splitlines()[-1].endswith("2 of 8 checks failed: data, model, first pass, first loss")
+
+
+def test_an_evaluation_that_is_not_finite_is_no_pass(
+    config: Path, door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = HiggsAudioV2.losses
+
+    def losses(self: HiggsAudioV2, model: Any, batch: Any) -> Any:
+        made = honest(self, model, batch)
+        ill = any(name.startswith("eval") for name in batch.ids)
+        return {s: loss._replace(total=loss.total * float("nan") if ill else loss.total) for s, loss in made.items()}
+
+    monkeypatch.setattr(HiggsAudioV2, "losses", losses)
+    done = door("doctor", "--config", config)
+    rows = [line[:8].strip() for line in done.out.splitlines()]
+    assert rows == ["passed", "FAILED", *["passed"] * 3, *["skipped"] * 3]
+    assert "first pass            not finite: eval_loss nan, in the batches of the samples eval-" in done.out
+    assert done.err.splitlines()[-1].endswith("1 of 8 checks failed: data, model, first pass")
+
+
+def test_a_loss_scale_that_overflows_is_lowered_as_in_training(
+    config: Path, door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("equal_groupings", "equal_processes", "killed_and_resumed"):
+        monkeypatch.setattr(doctor, name, lambda *_: "left out")
+    scale = ["--precision.loss_scale.init", "16777216", "--precision.mode", "amp_fp16"]
+    done = door("doctor", "--config", config, *scale, "--checks.enabled", "false", "--evaluation.enabled", "false")
+    assert done.code == 0, done.out
+
+
+def test_what_is_not_finite_in_another_grouping_is_said_to_be_that(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "a", [1.0], 3.0), written(tmp_path / "b", [float("nan")], 3.0)
+    content = (second / "loss.json").read_text()
+    (second / "loss.json").write_text(content.replace("[]", '["loss/text nan"]'))
+    with pytest.raises(RawloopError, match=r"^not finite: loss/text nan; as one batch of 4 on one process all is fin"):
+        doctor.compare(first, second, "why")
+
+
 def written(folder: Path, gradient: list[float], loss: Any, mode: str = "fp32", name: str = "w") -> Path:
     folder.mkdir()
     save_file({name: torch.tensor(gradient)}, folder / "gradients.safetensors")
-    (folder / "loss.json").write_text(f'{{"eval_loss": {loss}, "mode": "{mode}"}}')
+    (folder / "loss.json").write_text(f'{{"loss": {loss}, "mode": "{mode}", "wrong": []}}')
     return folder
 
 
