@@ -24,6 +24,13 @@ from rawloop.errors import UserError
 from rawloop.hashing import open_regular
 from rawloop.segments import Segment, segment_of
 
+OTHER_FORMATS = {
+    b"\x1a\x45\xdf\xa3": "WebM or Matroska",
+    b"\x30\x26\xb2\x75": "Windows Media",
+    b"#!AMR": "AMR",
+    b"\xff\xf1": "AAC",
+    b"\xff\xf9": "AAC",
+}
 SILENCE_PEAK = 1e-3  # -60 dBFS: a clip that never exceeds it holds no speech that a codec could keep
 LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-1, 1]
 MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd sample rates would need gigabytes
@@ -99,9 +106,22 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with open_regular(path) as stream:
             yield stream
     except soundfile.LibsndfileError as error:
-        raise BadAudio(f"cannot be decoded: {_words(error)}") from error
+        raise BadAudio(f"cannot be decoded: {_other_format(path) or _words(error)}") from error
     except OSError as error:
         raise BadAudio(f"cannot be opened: {error.strerror}") from error
+
+
+def _other_format(path: Path) -> str | None:
+    """Say what a file is that libsndfile does not read, by its first bytes."""
+    with open(path, "rb") as stream:
+        head = stream.read(16)
+    if head.startswith(b"version https://"):
+        return "it is the pointer of a Git LFS file: fetch the file itself with `git lfs pull`"
+    name = next((name for begin, name in OTHER_FORMATS.items() if head.startswith(begin)), None)
+    if head[4:8] == b"ftyp":
+        name = "MPEG-4 (m4a, mp4)"
+    convert = f"`ffmpeg -i {shlex.quote(path.name)} {shlex.quote(path.stem + '.flac')}`"
+    return name and f"it is {name}, and wav, flac, ogg and mp3 are read: convert it, as with {convert}"
 
 
 def _words(error: Any) -> str:

@@ -31,7 +31,7 @@ from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, T
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits, look_ups
 from rawloop.data.prepare import prepare
-from rawloop.data.samples import check_lengths, read_samples
+from rawloop.data.samples import check_lengths, read_samples, shared
 from rawloop.diagnose import Report, run_checks
 from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
@@ -97,8 +97,8 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
         world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
     run = _assemble(config, folder, world, ready, ddp)
     run.lock = claimed.lock
-    if notice and world.is_main:
-        run.records.event("warning", step=0, reason=notice)
+    for line in [*([notice] if notice else []), *ready.notices] if world.is_main else ():
+        run.records.event("warning", step=0, reason=line)
     try:
         restore(run, config, claimed, say)
         if report is not None:
@@ -121,6 +121,7 @@ class Ready:
     base: BaseFingerprint
     plan: BatchPlan
     contents: Contents
+    notices: list[str]  # about the data
     train: Loader
     evaluator: Evaluator | None
     limits: Limits
@@ -158,8 +159,19 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
         )
     family = build_family(config)
     cache = open_codes(config.data, family)
-    train_samples = load_samples(config, family, cache, "train", say)
-    eval_samples = load_samples(config, family, cache, "eval", say) if config.evaluation.enabled else []
+    of_data: list[str] = []
+
+    def note(line: str) -> None:
+        say(line)
+        of_data.append(line)
+
+    train_samples = load_samples(config, family, cache, "train", note)
+    eval_samples = load_samples(config, family, cache, "eval", note) if config.evaluation.enabled else []
+    if same := shared(train_samples, eval_samples):
+        note(
+            f"data.eval: {same} of its {len(eval_samples)} samples are trained, too: eval_loss says the less about "
+            "unseen data; keep the two apart"
+        )
     plan = BatchPlan(
         num_samples=len(train_samples),
         batch_size=config.train.batch_size,
@@ -184,7 +196,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
         raise first
     read = {"data.train": train_samples, **({"data.eval": eval_samples} if config.evaluation.enabled else {})}
     contents = contents_of(family, cache, read)
-    return Ready(family, model, policy, module, base, plan, contents, train, evaluator, limits)
+    return Ready(family, model, policy, module, base, plan, contents, of_data, train, evaluator, limits)
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
@@ -300,13 +312,17 @@ def prepare_codes(
     if not isinstance(family, CodecFamily):
         raise UserError(f"models of the family {type(family).__name__} need no codes: train without `rawloop prepare`")
     splits = [path for path in (config.train, config.eval) if path is not None]
-    samples = [sample for path in splits for sample in read_samples(path, config)]
+    samples = [sample for path in splits for sample in read_samples(path, config, notice=_warn)]
     for sample in samples:
         family.check(sample)
     codec, encode = family.load_codec(device)
     report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
     counts = f"{report.encoded} encoded now, {report.reused} already there, {len(report.bad)} left out"
     return f"codes of {report.clips} clips in {report.folder}: {counts}"
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
@@ -328,7 +344,8 @@ def load_samples(config: RunConfig, family: Family, cache: CodeCache | None, spl
     if not path:
         off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
-    samples = read_samples(path, config.data, check_files=cache is None)  # with codes, training needs no audio
+    # with codes, training needs no audio
+    samples = read_samples(path, config.data, check_files=cache is None, notice=say)
     if cache is not None:
         samples, left_out = cache.usable(samples)
         if left_out:

@@ -24,7 +24,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Audio:
-    """A clip inside a turn, by its resolved path. Its codes come from the cache that `rawloop prepare` wrote."""
+    """A clip inside a turn, by its resolved path, with times if it is a segment of its file (`rawloop.segments`).
+
+    Its codes come from the cache that `rawloop prepare` wrote.
+    """
 
     path: Path
 
@@ -33,13 +36,15 @@ class Audio:
 class Turn:
     """One message of a conversation.
 
-    `role` is system, scene, user or assistant, or text: plain text without a speaker, alone in its sample. Only a
-    turn with `trained` set has targets: reference turns and prompts are context.
+    `role` is system, scene, user, assistant or tool, or text: plain text without a speaker, alone in its sample. Only a
+    turn with `trained` set has targets: reference turns and prompts are context. `fields` are further keys of the
+    message that a chat template may read, such as `tool_calls` and `reasoning_content`.
     """
 
     role: str
     parts: tuple[Text | Audio, ...]
     trained: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Sample:
     """One conversation of a data set, independent of the file format it came from and of any model.
 
     `source` says where it stands (`metadata.json samples[3]`), for messages. `extra` holds every key of the record
-    that rawloop does not read itself.
+    that rawloop does not read itself. `tools` are the functions that a chat template tells the model of.
     """
 
     id: str
@@ -55,6 +60,7 @@ class Sample:
     task: str | None = None
     source: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def audio_paths(self) -> list[Path]:
         """All clips of the conversation, in order of appearance, references included."""

@@ -23,6 +23,7 @@ from rawloop.data.codes import CodeCache
 from rawloop.dist import World
 from rawloop.families.identity import reading_of, source_of
 from rawloop.hashing import sha256_files, sketch_file
+from rawloop.segments import segment_of
 
 # Settings that machines may have of their own: paths, whose contents are compared, and what no number depends on.
 MAY_DIFFER = frozenset({"data.train", "data.eval", "data.codes", "model.path", "model.codec", "data.num_workers"})
@@ -95,7 +96,7 @@ def digests_of(samples: Iterable[Sample], clip: Callable[[Path], str]) -> list[s
 
 
 def _clip(cache: CodeCache | None, path: Path) -> str:
-    return sketch_file(path) if cache is None else cache.identity(path)
+    return sketch_file(segment_of(path).file) if cache is None else cache.identity(path)
 
 
 def _digest(*texts: str) -> str:

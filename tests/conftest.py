@@ -204,8 +204,8 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train.jsonl (8 records) and eval.jsonl (5): plain texts and chats of different lengths."""
     folder = tmp_path_factory.mktemp("text_data")
-    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say one to three."}]
-    for split, number in (("train", 8), ("eval", 5)):
+    for split, number, mark in (("train", 8, "."), ("eval", 5, "!")):  # no sample stands in both
+        asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say one to three{mark}"}]
         answers = ["One.", "One, two.", "One, two, three."]
         records: list[dict[str, Any]] = [{"messages": [*asked, {"role": "assistant", "content": a}]} for a in answers]
         records += [{"text": f"{split} {k}: " + "la " * k} for k in range(number - len(answers))]

@@ -21,10 +21,12 @@ class DataConfig:
             of the training data.
         task: take every sample of a metadata.json as this task: single_speaker_smart_voice, zero_shot_voice_cloning,
             multi_speaker_smart_voice or multi_speaker_voice_cloning. Default: what the sample says, else what its keys
-            imply.
-        refs_in_scene: in multi_speaker_voice_cloning, put the reference clips into the scene instead of into turns of
-            their own.
+            imply. With single_speaker_smart_voice or multi_speaker_smart_voice, a chat of one clip and an answer that
+            writes down its words is turned round, too: the clip speaks the answer.
+        refs_in_scene: put reference clips into the scene, where they need no words, instead of into turns of their own;
+            also those that chat messages have in the user turn before a spoken answer.
         default_scene: scene of the samples of a metadata.json that name none; null for no scene.
+        strict: refuse a record with a key that rawloop does not know, instead of counting such keys and saying so.
         allow_outside: let the data name audio files outside its own folder.
         on_bad_sample: what is done about clips that cannot be used: stop (`rawloop prepare` encodes all others and ends
             with exit code 1; training does not begin) or skip (exactly the samples that need them are left out).
@@ -42,6 +44,7 @@ class DataConfig:
     task: str | None = None
     refs_in_scene: bool = False
     default_scene: str | None = "Audio is recorded from a quiet room."
+    strict: bool = False
     allow_outside: bool = False
     on_bad_sample: Literal["stop", "skip"] = "stop"
     max_seconds: float = 30.0

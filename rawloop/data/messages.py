@@ -9,53 +9,86 @@ from dataclasses import dataclass
 from typing import Any
 
 from rawloop.contracts import Audio, Sample, Text, Turn
-from rawloop.data.record import Files, Record, show
+from rawloop.data import speech
+from rawloop.data.config import DataConfig
+from rawloop.data.keys import AUDIO_PART, CHAT, FIELDS, MESSAGE, TEXT_PART, KeyCheck, clip_path, trained_mark
+from rawloop.data.metadata import MULTI, SINGLE
+from rawloop.data.record import Files, Record, parse_json, show
 from rawloop.errors import nearest
 
-ROLES = ("system", "scene", "user", "assistant")
+ROLES = ("system", "scene", "user", "assistant", "tool")
+OTHER_ROLES = {
+    **dict.fromkeys(("human",), " (it is called 'user' here)"),
+    **dict.fromkeys(("gpt", "bot", "model", "chatbot", "ai"), " (it is called 'assistant' here)"),
+    **dict.fromkeys(("function", "observation", "tool_response", "ipython"), " (it is called 'tool' here)"),
+    "developer": " (it is called 'system' here)",
+    "tool_call": " (a call stands in the 'tool_calls' of an assistant message)",
+}
 AUDIO_KEYS = ("path", "audio", "url", "audio_url")
 MARKER = "<audio>"
-READ = frozenset(("id", "audio_id", "messages", "audios", "start_index"))
 
 
 @dataclass
 class MessagesReader:
     """Turns records with `messages` into samples."""
 
+    config: DataConfig
     files: Files
+    keys: KeyCheck
 
     def sample(self, record: Record, identity: str) -> Sample:
         """Return the sample of a record.
 
         Raises:
-            UserError: a message has a wrong type, role or content, or no turn is trained.
+            UserError: a message has a wrong type, role, key or content, or no turn is trained.
         """
+        self.keys.check(record, record.values, CHAT)
         messages = _messages(record)
+        for index, message in enumerate(messages):
+            self.keys.check(record, message, MESSAGE, f"messages[{index}]")
         audios = _audios(record)
         queue = iter(audios)
         parts = [tuple(self._parts(message, record, queue, index)) for index, message in enumerate(messages)]
-        markers = sum(_text(message).count(MARKER) for message in messages)
+        markers = sum(_markers(message) for message in messages)
         if markers != len(audios):
             record.fail(f"{markers} {MARKER} marker(s) for {len(audios)} file(s) in 'audios': give one marker per file")
         trained = _trained(record, messages)
         turns = tuple(
-            Turn(message["role"], content, index in trained)
+            Turn(message["role"], content, index in trained, _fields(message, record, index))
             for index, (message, content) in enumerate(zip(messages, parts, strict=True))
         )
-        return Sample(identity, turns, None, f"{record.file.name} {record.place}", record.without(READ))
+        for index, turn in enumerate(turns):
+            blank = not any(isinstance(part, Audio) or part.text.strip() for part in turn.parts)
+            if turn.trained and blank and "tool_calls" not in turn.fields:
+                record.fail(f"messages[{index}] is trained and has only blanks in it: write it, or remove the sample")
+        turns = self._as_speech(_with_system(turns, record))
+        source = f"{record.file.name} {record.place}"
+        return Sample(identity, turns, None, source, record.without(CHAT.read), _tools(record))
+
+    def _as_speech(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        if not any(isinstance(part, Audio) for turn in turns for part in turn.parts):
+            return turns
+        turns = speech.scene_from_system(speech.answer_with_words(turns))
+        if self.config.task in (SINGLE, MULTI):
+            turns = speech.recognition_reversed(turns)
+        if self.config.refs_in_scene:
+            turns = speech.clips_into_scene(turns, self.config.default_scene)
+        return turns
 
     def _parts(
         self, message: dict[str, Any], record: Record, audios: Iterator[str], index: int
     ) -> Iterator[Text | Audio]:
         content = message.get("content")
-        if isinstance(content, str):
-            yield from self._marked(record.speakable(content), record, audios)
+        if content is None and message.get("tool_calls"):
             return
-        items = [content] if isinstance(content, dict) else content
+        items = [content] if isinstance(content, dict | str) else content
         if not isinstance(items, list) or not items:
             record.fail(f"messages[{index}] has content {show(content)}: it must be a string or a list of parts")
         for item in items:
-            yield self._part(item, record, f"messages[{index}]")
+            if isinstance(item, str):
+                yield from self._marked(record.speakable(item), record, audios)
+            else:
+                yield from self._part(item, record, f"messages[{index}]", audios)
 
     def _marked(self, content: str, record: Record, audios: Iterator[str]) -> Iterator[Text | Audio]:
         first, *rest = content.split(MARKER)
@@ -69,19 +102,30 @@ class MessagesReader:
             if text:
                 yield Text(text)
 
-    def _part(self, item: Any, record: Record, place: str) -> Text | Audio:
+    def _part(self, item: Any, record: Record, place: str, audios: Iterator[str]) -> Iterator[Text | Audio]:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "text" and isinstance(item.get("text"), str):
-            return Text(record.speakable(item["text"]))
-        if kind == "audio":
-            path = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
-            if not isinstance(path, str) or not path:
-                record.fail(f"{place} has an audio part without a path: {show(item)}: add 'path' with a string")
-            return Audio(self.files.resolve(path, record))
-        record.fail(
-            f'{place} has the part {show(item)}: parts are {{"type": "text", "text": ...}} '
-            'or {"type": "audio", "path": ...}'
-        )
+            self.keys.check(record, item, TEXT_PART, f"{place}, part text")
+            yield from self._marked(record.speakable(item["text"]), record, audios)
+        elif kind == "audio":
+            self.keys.check(record, item, AUDIO_PART, f"{place}, part audio")
+            yield Audio(clip_path(record, item, self.files.resolve(_path(item, record, place), record), f"{place}: "))
+        else:
+            record.fail(
+                f'{place} has the part {show(item)}: parts are {{"type": "text", "text": ...}} '
+                'or {"type": "audio", "path": ...}'
+            )
+
+
+def _path(item: dict[str, Any], record: Record, place: str) -> str:
+    """Return the path of an audio part; several keys may name it, if they agree."""
+    given = {key: item[key] for key in AUDIO_KEYS if item.get(key) not in (None, "")}
+    if not given or not all(isinstance(path, str) for path in given.values()):
+        record.fail(f"{place} has an audio part without a path: {show(item)}: add 'path' with a string")
+    if len(set(given.values())) > 1:
+        named = " and ".join(f"'{key}' is '{path}'" for key, path in given.items())
+        record.fail(f"{place} has an audio part in which {named}: name one file")
+    return str(next(iter(given.values())))
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:
@@ -93,11 +137,25 @@ def _messages(record: Record) -> list[dict[str, Any]]:
             record.fail(f"messages[{index}] is {show(message)}: it must be an object with role and content")
         role = message.get("role")
         if role not in ROLES:
-            hint = nearest(role, ROLES) if isinstance(role, str) else ""
+            hint = OTHER_ROLES.get(role) or nearest(role, ROLES) if isinstance(role, str) else ""
+            if role is None and "from" in message:
+                record.fail(f"messages[{index}] is ShareGPT's: call 'from' 'role' and 'value' 'content'")
             record.fail(f"messages[{index}] has role {show(role)}{hint}: it must be one of {', '.join(ROLES)}")
-        if message.get("content") == "" and role != "system":
+        if message.get("content") == "" and role not in ("system", "tool") and not message.get("tool_calls"):
             record.fail(f"messages[{index}] ({role}) has empty content: write it, or remove the sample")
     return messages
+
+
+def _with_system(turns: tuple[Turn, ...], record: Record) -> tuple[Turn, ...]:
+    """Put the record's own `system` text before the conversation."""
+    system = record.words("system")
+    if system is None:
+        return turns
+    if turns[0].role != "system":
+        return (Turn("system", (Text(system),)), *turns)
+    if speech.words_of(turns[0]) != system:
+        record.fail(f"'system' is {show(system)}, and messages[0] is another system turn: keep one of them")
+    return turns
 
 
 def _audios(record: Record) -> list[str]:
@@ -108,9 +166,51 @@ def _audios(record: Record) -> list[str]:
     return paths
 
 
-def _text(message: dict[str, Any]) -> str:
+def _markers(message: dict[str, Any]) -> int:
     content = message.get("content")
-    return content if isinstance(content, str) else ""
+    items = content if isinstance(content, list) else [content]
+    texts = [item.get("text") if isinstance(item, dict) and item.get("type") == "text" else item for item in items]
+    return sum(text.count(MARKER) for text in texts if isinstance(text, str))
+
+
+def _fields(message: dict[str, Any], record: Record, index: int) -> dict[str, Any]:
+    """Return what else of a message the chat template may read, the arguments of tool calls as objects."""
+    fields = {key: message[key] for key in sorted(FIELDS & message.keys()) if message[key] not in (None, "", [])}
+    calls = fields.get("tool_calls")
+    if calls is None:
+        return fields
+    place = f"messages[{index}]"
+    if message["role"] != "assistant" or not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
+        record.fail(f"{place}: 'tool_calls' is {show(calls)}: it must be a list of objects in an assistant message")
+    fields["tool_calls"] = [_call(call, record, place) for call in calls]
+    return fields
+
+
+def _call(call: dict[str, Any], record: Record, place: str) -> dict[str, Any]:
+    """Return a tool call whose arguments are an object: a template would quote the JSON text that OpenAI has there."""
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        record.fail(f"{place}: the tool call {show(call)} has no function with a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        function = {**function, "arguments": _parsed(arguments, record, f"{place}: 'arguments' of {function['name']}")}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _parsed(text: str, record: Record, what: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        record.fail(f"{what} is {show(text)}, which is no JSON ({error}): mend it")
+
+
+def _tools(record: Record) -> list[dict[str, Any]]:
+    tools = record.values.get("tools") or []
+    if isinstance(tools, str):  # ms-swift and others write it as JSON inside the JSON
+        tools = _parsed(tools, record, "'tools'")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        record.fail(f"'tools' is {show(tools)}: it must be a list of functions, each an object")
+    return tools
 
 
 def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
@@ -123,13 +223,16 @@ def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
     else:
         record.fail(f"'start_index' is {show(start)}: it must be a whole number, the first message to train")
     for index, message in enumerate(messages):
-        loss = message.get("loss")
-        if loss is not None and not isinstance(loss, bool):
-            record.fail(f"messages[{index}] has loss {show(loss)}: it must be true or false")
-        if loss and index not in assistants:
-            record.fail(f"messages[{index}] has loss true and role {message['role']}: only assistant turns are trained")
-        if loss is not None:
-            (trained.add if loss else trained.discard)(index)
+        mark = trained_mark(record, message, f"messages[{index}]: ")
+        if mark and index not in assistants:
+            record.fail(
+                f"messages[{index}] is to be trained and has role {message['role']}: only assistant turns are trained"
+            )
+        if mark is not None:
+            (trained.add if mark else trained.discard)(index)
     if not trained:
-        record.fail("no turn is trained: it needs an assistant message that start_index and loss do not rule out")
+        record.fail(
+            "no turn is trained: it needs an assistant message that start_index, loss, train, weight and loss_scale do "
+            "not rule out; else take the record out"
+        )
     return trained

@@ -5,12 +5,13 @@ and speakers are described only in the sample's own words. The system turn belon
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data.config import DataConfig
+from rawloop.data.keys import CLIP, REFERENCE, KeyCheck, clip_path
 from rawloop.data.record import Files, Record, show
 from rawloop.errors import UserError, nearest
 
@@ -21,30 +22,19 @@ TAG = re.compile(r"\[(SPEAKER\d+)\]")
 SPEAKER = re.compile(r"\[?(SPEAKER\d+)\]?")
 # Published samples name the commonest scene by a key; the base model knows it by a sentence with an article.
 SCENES = {"quiet_room": "a quiet room"}
-TEXT_KEYS = ("transcript", "text")  # the first one that is given counts, and before `transcript_file`
-REFERENCE_KEYS = ("ref_audio_file", "ref_transcript", "ref_speakers")
-READ = frozenset(
-    (
-        *TEXT_KEYS,
-        *REFERENCE_KEYS,
-        "id",
-        "audio_id",
-        "audio_file",
-        "transcript_file",
-        "task",
-        "task_type",
-        "scene",
-        "speakers",
-    )
-)
+NO_SCENE = ("unknown", "none", "n/a")  # what tools write that know nothing of the scene
+NO_TASK = ("audio_generation", "text_to_speech", "tts")  # what tools write that know of one task alone
+TEXT_KEYS = ("transcript", "text")  # these count before `transcript_file`
+REFERENCE_AUDIO, REFERENCE_TEXT = ("ref_audio_file", "ref_audio"), ("ref_transcript", "ref_text")
+MARKER = "<audio>"  # ms-swift's mark of a clip, which converters leave before its words
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference clip with its transcript. `speaker` is `SPEAKER0` or the like, None for a single speaker."""
+    """A reference clip with its transcript, which a scene does without. `speaker` is `SPEAKER0` or None."""
 
     audio: Path
-    text: str
+    text: str | None
     speaker: str | None = None
 
 
@@ -54,6 +44,7 @@ class MetadataReader:
 
     config: DataConfig
     files: Files
+    keys: KeyCheck
     _scenes: dict[str | None, list[Turn]] = field(default_factory=dict)  # most samples of a data set share one
 
     def __post_init__(self) -> None:
@@ -66,36 +57,52 @@ class MetadataReader:
         Raises:
             UserError: a key is missing, empty, of a wrong type, or does not fit the task.
         """
+        self.keys.check(record, record.values, CLIP)
         audio = record.text("audio_file")
         if audio is None:
             record.fail("'audio_file' is missing or empty: name the clip that speaks the transcript")
-        text = _transcript(record, self.files)
+        text = self._unmarked(_transcript(record, self.files), record)
         task = self.config.task or _task(record, text)
         references = self._references(record, task, text)
-        in_scene = references if task == MULTI_CLONING and self.config.refs_in_scene else []
+        in_scene = references if self.config.refs_in_scene else []
         turns = list(self._scene(record, in_scene))
         for reference in [] if in_scene else references:
             turns += _pair(reference)
         turns.append(Turn("user", (Text(text),)))
-        turns.append(Turn("assistant", (Audio(self.files.resolve(audio, record)),), trained=True))
+        clip = clip_path(record, record.values, self.files.resolve(audio, record), "")
+        turns.append(Turn("assistant", (Audio(clip),), trained=True))
         source = f"{record.file.name} {record.place}"
-        return Sample(identity, tuple(turns), task, source, record.without(READ))
+        return Sample(identity, tuple(turns), task, source, record.without(CLIP.read))
+
+    def _unmarked(self, text: str, record: Record) -> str:
+        """Return the words alone: what stands before them marks the clip that is learnt anyway."""
+        if MARKER not in text:
+            return text
+        words = text.removeprefix(MARKER).strip()
+        if not words or MARKER in words:
+            record.fail(f"the transcript {show(text)} has the marker {MARKER} among or without words: take it out")
+        self.keys.markers += 1
+        return words
 
     def _references(self, record: Record, task: str, text: str) -> list[Reference]:
         if task == CLONING:
-            return [self._reference(record, record, None)]
+            return [self._reference(record, "SPEAKER0" if self.config.refs_in_scene else None)]
         if task == MULTI_CLONING:
             return self._speaker_references(record, text)
         if task == MULTI and len(set(TAG.findall(text))) < 2:
             record.fail(f"task {MULTI} needs a transcript with two or more [SPEAKERn] tags: {show(text)}")
         return []
 
-    def _reference(self, record: Record, part: Record, speaker: str | None) -> Reference:
-        audio, text = part.text("ref_audio_file"), part.words("ref_transcript")
-        if audio is None or text is None:
-            missing = "ref_audio_file" if audio is None else "ref_transcript"
-            part.fail(f"'{missing}' is missing or empty: voice cloning needs the reference clip and its words")
-        return Reference(self.files.resolve(audio, record), text, speaker)
+    def _reference(self, part: Record, speaker: str | None) -> Reference:
+        audio, text = part.text(*REFERENCE_AUDIO), part.words(*REFERENCE_TEXT)
+        if audio is None:
+            part.fail("'ref_audio_file' is missing or empty: voice cloning needs the reference clip")
+        if text is None and not self.config.refs_in_scene:
+            part.fail(
+                "'ref_transcript' is missing or empty: voice cloning needs the words of the reference clip, or "
+                "--data.refs_in_scene true, which puts the clip into the scene without them"
+            )
+        return Reference(self.files.resolve(audio, part), text, speaker)
 
     def _speaker_references(self, record: Record, text: str) -> list[Reference]:
         speakers = record.values.get("ref_speakers")
@@ -106,10 +113,12 @@ class MetadataReader:
             if not isinstance(values, dict):
                 record.fail(f"ref_speakers[{index}] is {show(values)}: it must be an object")
             part = Record(values, record.file, f"{record.place} ref_speakers[{index}]")
+            self.keys.check(part, values, REFERENCE)
             speaker = _speaker(part.text("speaker_tag"), part, "speaker_tag")
             if speaker in references:
                 part.fail(f"'speaker_tag' is [{speaker}] a second time: give every speaker one reference")
-            references[speaker] = self._reference(record, part, speaker)
+            reference = self._reference(part, speaker)
+            references[speaker] = replace(reference, audio=clip_path(part, values, reference.audio, ""))
         unknown = sorted(set(TAG.findall(text)) - set(references))
         if unknown:
             record.fail(f"the transcript speaks as [{unknown[0]}], which 'ref_speakers' has no reference for")
@@ -117,6 +126,7 @@ class MetadataReader:
 
     def _scene(self, record: Record, references: list[Reference]) -> list[Turn]:
         scene, voices = record.words("scene"), _speakers(record)
+        scene = None if scene is not None and scene.casefold() in NO_SCENE else scene
         if voices or references:
             return self._scene_turn(scene, voices, references)
         if scene not in self._scenes:
@@ -164,16 +174,20 @@ def _transcript(record: Record, files: Files) -> str:
 
 
 def _task(record: Record, text: str) -> str:
-    task = record.text("task", "task_type")
-    if task is not None:
+    for key in ("task", "task_type"):
+        task = record.text(key)
+        if task is None or task in NO_TASK:
+            continue
         if task not in TASKS:
-            record.fail(f"'task' is {_unknown_task(task)}")
+            record.fail(f"'{key}' is {_unknown_task(task)}, or --data.task must name one for all samples")
+        if task in (SINGLE, MULTI) and (record.values.get("ref_speakers") or record.text(*REFERENCE_AUDIO)):
+            record.fail(f"'{key}' is '{task}', which takes no reference clip: take the reference out, or the task")
         return task
     if record.values.get("ref_speakers"):
         return MULTI_CLONING
-    if record.text("ref_audio_file"):
+    if record.text(*REFERENCE_AUDIO):
         return CLONING
-    if record.text("ref_transcript"):
+    if record.text(*REFERENCE_TEXT):
         record.fail("'ref_transcript' is given without 'ref_audio_file': add the clip, or remove the words")
     return MULTI if len(set(TAG.findall(text))) > 1 else SINGLE
 
@@ -203,7 +217,7 @@ def _speaker(name: str | None, record: Record, key: str) -> str:
 
 def _pair(reference: Reference) -> list[Turn]:
     tag = f"[{reference.speaker}]"
-    text = reference.text
+    text = reference.text or ""
     if reference.speaker and not text.startswith(tag):
         text = f"{tag} {text}"
     return [Turn("user", (Text(text),)), Turn("assistant", (Audio(reference.audio),))]

@@ -1,7 +1,9 @@
 """One record of a data file, with its place, so that every complaint about a value can say where it stands."""
 
+import json
 import os
 import stat
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,20 +31,24 @@ class Record:
         raise UserError(f"{self}: {message}")
 
     def text(self, *keys: str) -> str | None:
-        """Return the first of `keys` that holds a string with something in it, stripped; None if none is given.
+        """Return what one of `keys`, names of the same thing, holds, stripped; None if none is given.
 
         Null and empty strings count as not given: converters write them for absent references.
 
         Raises:
-            UserError: a value is no string.
+            UserError: a value is no string, or two keys hold different ones.
         """
+        found: dict[str, str] = {}
         for key in keys:
             value = self.values.get(key)
             if value is not None and not isinstance(value, str):
                 self.fail(f"'{key}' is {show(value)}: it must be a string")
             if value and value.strip():
-                return value.strip()
-        return None
+                found.setdefault(value.strip(), key)
+        if len(found) > 1:
+            named = " and ".join(f"'{key}' is {show(value)}" for value, key in found.items())
+            self.fail(f"{named}, which should be the same: take one out")
+        return next(iter(found), None)
 
     def words(self, *keys: str) -> str | None:
         """Return `text(*keys)`, as words that a tokenizer can take."""
@@ -67,6 +73,36 @@ class Record:
         return {key: value for key, value in self.values.items() if key not in known}
 
 
+class DoubledKey(ValueError):
+    """A JSON object that has a key twice: which of the values is meant cannot be known."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    keys = [key for key, _ in pairs]
+    doubled = next(key for key in keys if keys.count(key) > 1)
+    name = next((f" with the id {values[key]!r}" for key in ("id", "audio_id") if values.get(key)), "")
+    raise DoubledKey(f"the key '{doubled}' stands twice in an object{name}: take one of them out")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        DoubledKey: an object has a key twice.
+        ValueError: it is no JSON, or has a number or a depth that no data has.
+    """
+    try:
+        return DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def show(value: object) -> str:
     """Return a value's type and a short form of it, for messages."""
     text = repr(value)
@@ -88,7 +124,7 @@ class Files:
     root: Path
     allow_outside: bool = False
     check: bool = True
-    missing: list[str] = field(default_factory=list)
+    missing: list[tuple[str, Record]] = field(default_factory=list)
     _folders: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,11 +169,28 @@ class Files:
         """Raise a UserError that names the missing files, if there are any."""
         if not self.missing:
             return
-        named = "; ".join(self.missing[:5])
+        named = "; ".join(f"'{value}' of {record}{self._hint(value)}" for value, record in self.missing[:5])
         count = len(self.missing)
         more = f" and {count - 5} more" if count > 5 else ""
         noun = "file is" if count == 1 else "files are"
         raise UserError(f"{count} audio {noun} missing: {named}{more}. Restore them or remove these samples")
+
+    def _hint(self, value: str) -> str:
+        """Say under which other name a missing file is there."""
+        slashes = value.replace("\\", "/")
+        if slashes != value:
+            there = os.path.exists(os.path.join(self._base, slashes))
+            return (
+                f" (write / for \\{': the file is there' if there else ', which separates folders on Windows alone'})"
+            )
+        for form in ("NFC", "NFD"):
+            other = unicodedata.normalize(form, value)
+            if other != value and os.path.exists(os.path.join(self._base, other)):
+                return f" (the file's name is the same in the Unicode form {form}: rename it, or write it in that form)"
+        folder, name = os.path.split(os.path.join(self._base, value))
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        alike = next((other for other in names if other.casefold() == name.casefold()), None)
+        return f" (there is {alike!r}: mind upper and lower case)" if alike else ""
 
     def _inside(self, path: str) -> bool:
         return os.path.commonpath((self._base, path)) == self._base
@@ -146,7 +199,7 @@ class Files:
         try:
             mode = os.lstat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
-            self.missing.append(f"'{value}' of {record}")
+            self.missing.append((value, record))
             return False
         except OSError as error:
             record.fail(f"'{value}' cannot be looked up: {error.strerror}")

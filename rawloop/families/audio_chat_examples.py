@@ -19,6 +19,7 @@ from rawloop.audio import BadAudio, clip_seconds, load_audio
 from rawloop.contracts import IGNORE, Audio, Piece, Sample, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families.audio_chat_template import ChatTemplate, Messages
+from rawloop.families.shared import forged_token, refuse_tools
 
 SHORTEST = 0.1  # seconds: below this a clip takes no position at all, or so few that models take them for unexpanded
 
@@ -59,13 +60,19 @@ class ChatEncoder:
         """Refuse what can be seen without decoding and tokenizing: cheap enough for every sample of a data set.
 
         Raises:
-            UserError: no turn is trained, audio stands in another turn than a user's, a text holds a control token, or
-                a clip cannot be opened or is longer than the model hears.
+            UserError: no turn is trained, audio stands in another turn than a user's, a text holds a control token, the
+                chat template refuses the conversation or drops words, or a clip cannot be opened or is longer than the
+                model hears.
         """
+        refuse_tools(sample)
         for index, turn in enumerate(sample.turns):
             self._check_turn(turn, index, sample)
         if not any(turn.trained for turn in sample.turns):
             raise UserError(f"{_where(sample)} has nothing to learn: no assistant turn is trained")
+        try:
+            self.template.check_words(_messages(sample))
+        except (TemplateError, ValueError) as error:
+            raise UserError(f"{_where(sample)}: its chat template refuses it: {error}") from error
         for path in sample.audio_paths():
             self._check_seconds(self._header(path, sample), path, sample)
 
@@ -81,10 +88,10 @@ class ChatEncoder:
             )
         if turn.trained and index == 0:
             raise UserError(f"{_where(sample)} begins with its trained turn: there is nothing to answer to")
-        for part in turn.parts:
-            forged = self.template.control.search(part.text) if isinstance(part, Text) else None
-            if forged:
-                raise UserError(f"{_where(sample)}: its text contains the control token {forged.group()}: take it out")
+        if turn.trained and not "".join(part.text for part in turn.parts if isinstance(part, Text)).strip():
+            raise UserError(f"{_where(sample)}: its trained {turn.role} turn says nothing: write it, or leave it out")
+        if forged := forged_token(turn, self.template.control):
+            raise UserError(f"{_where(sample)}: its text contains the control token {forged}: take it out")
 
     def _header(self, path: Path, sample: Sample) -> float:
         try:
@@ -127,7 +134,7 @@ class ChatEncoder:
             UserError: the chat template refuses the conversation or cannot be split at its turns, or the sample is
                 longer than the model.
         """
-        messages = [{"role": turn.role, "content": [_content(part) for part in turn.parts]} for turn in sample.turns]
+        messages = _messages(sample)
         try:
             encoded = self.template.encode(messages, waveforms)
             ids: list[int] = encoded.pop("input_ids")[0].tolist()
@@ -176,6 +183,10 @@ class ChatEncoder:
 
 def _where(sample: Sample) -> str:
     return f"sample '{sample.id}' ({sample.source})"
+
+
+def _messages(sample: Sample) -> Messages:
+    return [{"role": turn.role, "content": [_content(part) for part in turn.parts]} for turn in sample.turns]
 
 
 def _content(part: Text | Audio) -> dict[str, Any]:

@@ -70,6 +70,18 @@ class ChatTemplate:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
         return text
 
+    def check_words(self, messages: Messages) -> None:
+        """Refuse a conversation of which the template leaves words out, or changes them.
+
+        Raises:
+            ValueError: it does.
+        """
+        said = "".join(self.render(messages, header=False).split())
+        for index, message in enumerate(messages):
+            for part in message["content"]:
+                if part["type"] == "text" and "".join(part["text"].split()) not in said:
+                    raise ValueError(f"it drops or changes the words of messages[{index}] ({message['role']})")
+
     def encode(self, messages: Messages, waveforms: Sequence[Tensor]) -> dict[str, Any]:
         """Return what the processor makes of a conversation: `input_ids` (1, sequence), masks and features.
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
+from rawloop.families.shared import forged_token, refuse_tools
 
 SYSTEM = "Generate audio following instruction."
 # The wording the model was trained with for dialogues without reference voices.
@@ -89,8 +90,16 @@ class HiggsEncoder:
             UserError: no turn is trained, a turn has another shape than the model knows, a text holds a control token,
                 or the clips alone are longer than the model.
         """
-        for turn in sample.turns:
-            self._check_turn(turn, sample)
+        refuse_tools(sample)
+        words = False
+        for index, turn in enumerate(sample.turns):
+            self._check_turn(turn, index, sample)
+            if turn.trained and not words:
+                raise UserError(
+                    f"sample '{sample.id}' ({sample.source}) has a clip to learn and no words that it speaks: put them "
+                    "into a user turn before it, or behind its <audio>"
+                )
+            words = (words and turn.role != "assistant") or (turn.role == "user" and bool(_words(turn)))
         if not any(turn.trained for turn in sample.turns):
             raise UserError(
                 f"sample '{sample.id}' ({sample.source}) has no clip to learn: no assistant turn is trained"
@@ -109,7 +118,7 @@ class HiggsEncoder:
                 "shorten the clip or its references, or leave the sample out"
             )
 
-    def _check_turn(self, turn: Turn, sample: Sample) -> None:
+    def _check_turn(self, turn: Turn, index: int, sample: Sample) -> None:
         clips = sum(isinstance(part, Audio) for part in turn.parts)
         where = f"sample '{sample.id}' ({sample.source})"
         if turn.role == "text":
@@ -117,17 +126,18 @@ class HiggsEncoder:
         if turn.role == "assistant" and (clips != 1 or len(turn.parts) != 1):
             raise UserError(
                 f"{where}: an assistant turn must be exactly one clip; this one has {len(turn.parts)} parts, "
-                f"{clips} of them audio"
+                f"{clips} of them audio: put the words that it speaks into a user turn before it"
             )
         if clips and turn.role not in ("assistant", "scene"):
             raise UserError(
-                f"{where}: audio in a {turn.role} turn, where Higgs Audio v2's chat template drops it: "
-                "put a reference clip into an assistant turn after its transcript, or into the scene"
+                f"{where}: audio in a {turn.role} turn, where Higgs Audio v2's chat template drops it: put a reference "
+                "clip into an assistant turn after its transcript, or into the scene, as --data.refs_in_scene true "
+                "does; a clip whose words the assistant writes is learnt with --data.task single_speaker_smart_voice"
             )
-        for part in turn.parts:
-            forged = self._structural.search(part.text) if isinstance(part, Text) else None
-            if forged:
-                raise UserError(f"{where}: its text contains the control token {forged.group()}: take it out")
+        if turn.role == "scene" and index != (sample.turns[0].role == "system"):
+            raise UserError(f"{where}: a scene turn in place {index}: it belongs behind the system turn, or in front")
+        if forged := forged_token(turn, self._structural):
+            raise UserError(f"{where}: its text contains the control token {forged}: take it out")
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
         """Encode one sample from cached codes.
@@ -139,7 +149,7 @@ class HiggsEncoder:
         Raises:
             UserError: no turn is trained, a clip's codes do not fit the model, or the sample is too long for it.
         """
-        text = self.tokenizer.apply_chat_template(self.conversation(sample), tokenize=False)
+        text = self.render(sample)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         clips = [codes(path) for path in sample.audio_paths()]
         trained = [turn.trained for turn in sample.turns for part in turn.parts if isinstance(part, Audio)]
@@ -149,6 +159,23 @@ class HiggsEncoder:
         self._check_length(sample, len(pieces), "it takes")
         inputs, audio_labels = (torch.cat(rows) for rows in zip(*blocks, strict=True))
         return Example(sample.id, torch.tensor(pieces), inputs, torch.tensor(labels), audio_labels)
+
+    def render(self, sample: Sample) -> str:
+        """Return the conversation as the chat template writes it, a placeholder for each clip.
+
+        Raises:
+            UserError: see `conversation`; the template leaves out or changes words.
+        """
+        text: str = self.tokenizer.apply_chat_template(self.conversation(sample), tokenize=False)
+        said = "".join(text.split())
+        for turn in sample.turns:
+            for part in turn.parts:
+                if isinstance(part, Text) and "".join(part.text.split()) not in said:
+                    raise UserError(
+                        f"sample '{sample.id}' ({sample.source}): the chat template of {self.tokenizer.name_or_path} "
+                        f"drops or changes the words of its {turn.role} turn: use the one that belongs to the model"
+                    )
+        return text
 
     def _expand(self, ids: list[int], lengths: list[int], trained: list[bool]) -> tuple[list[int], list[int]]:
         """Give each audio placeholder as many positions as its clip has frames, and label the text to be learnt.
@@ -230,6 +257,10 @@ class HiggsEncoder:
             "audio_input_ids_mask": audio(frames, 0),
             "audio_labels": audio([e.audio_labels for e in examples], IGNORE),
         }
+
+
+def _words(turn: Turn) -> str:
+    return "".join(part.text for part in turn.parts if isinstance(part, Text)).strip()
 
 
 def _joined(turn: Turn) -> Sequence[Text | Audio]:

@@ -3,6 +3,7 @@
 A family of your own may use all of it.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed
+from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed, Sample, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 
@@ -161,6 +162,28 @@ def _cuts(own: Mapping[str, Tensor], documents: Tensor) -> Tensor:
                 cuts[number] = int(places[(len(places) - 1) // 2])
                 break
     return torch.tensor(cuts, device=documents.device)
+
+
+def forged_token(turn: Turn, control: re.Pattern[str]) -> str | None:
+    """Return a control token that a turn's texts spell, also from the end of one part and the beginning of the next.
+
+    Chat templates put parts one behind the other, some without the blanks around each.
+    """
+    texts = [part.text for part in turn.parts if isinstance(part, Text)]
+    spelt = (*texts, "".join(texts), "".join(text.strip() for text in texts))
+    return next((found.group() for text in spelt if (found := control.search(text)) is not None), None)
+
+
+def refuse_tools(sample: Sample) -> None:
+    """Refuse tools, calls and thoughts where a family has no place for them."""
+    named = ["tools"] if sample.tools else []
+    named += ["a tool turn" for turn in sample.turns if turn.role == "tool"]
+    named += [key for turn in sample.turns for key in turn.fields if key not in ("name", "tool_call_id")]
+    if named:
+        raise UserError(
+            f"sample '{sample.id}' ({sample.source}) has {named[0]}, for which this family of models has no place: "
+            "take it out, or train a text model (model.family causal_lm)"
+        )
 
 
 def unwrapped(model: Any) -> Any:

@@ -6,6 +6,7 @@ before a turn, with the header that asks for it, must begin the tokens of the wh
 for token, the prompt that generation will see, and a template for which that does not hold is refused.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,15 @@ from torch import Tensor
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+CALLS = "tool_calls"
+REASONING = ("reasoning_content", "reasoning", "thinking")
 ANSWERS = ("One two.", "Three.")  # two answers whose common ending is the template's
+NO_TOOLS = "use a template that does, or take them out"
 EXTRA = 8  # more tokens than a tokenizer puts around a text
+
+
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,8 @@ class TextEncoder:
 
     def _check_turns(self, sample: Sample) -> None:
         text = self.is_text(sample)
+        if sample.tools:
+            self._check_forged(_spelt(sample.tools), sample)
         for turn in sample.turns:
             if turn.role not in ROLES and not text:
                 _fail(sample, f"it has a {turn.role} turn: chats of a text model have {', '.join(ROLES)}")
@@ -156,12 +165,17 @@ class TextEncoder:
             if isinstance(part, Audio):
                 _fail(sample, f"its {turn.role} turn has the clip {part.path}, and the model reads text only")
         content = _content(turn)
-        if (forged := self._forged.search(content)) is not None:
-            _fail(sample, f"its text contains the control token {forged.group()}: take it out")
+        self._check_forged(content, sample)
+        for value in turn.fields.values():
+            self._check_forged(_spelt(value), sample)
         if turn.trained and turn.role not in ("assistant", "text"):
             _fail(sample, f"its {turn.role} turn is trained: only assistant turns can be")
-        if turn.trained and not content.strip():
+        if turn.trained and not content.strip() and CALLS not in turn.fields:
             _fail(sample, f"its trained {turn.role} turn says nothing: write it, or remove the sample")
+
+    def _check_forged(self, text: str, sample: Sample) -> None:
+        if (forged := self._forged.search(text)) is not None:
+            _fail(sample, f"its text contains the control token {forged.group()}: take it out")
 
     def _text(self, sample: Sample) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = self.tokenizer(_content(sample.turns[0]), verbose=False)["input_ids"]
@@ -172,28 +186,31 @@ class TextEncoder:
     def _chat(self, sample: Sample) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode up to the last trained turn: what follows it changes nothing."""
         trained = [index for index, turn in enumerate(sample.turns) if turn.trained]
-        messages = [{"role": turn.role, "content": _content(turn)} for turn in sample.turns[: trained[-1] + 1]]
+        messages: Messages = [
+            {"role": turn.role, "content": _content(turn), **turn.fields} for turn in sample.turns[: trained[-1] + 1]
+        ]
         if trained[0] == 0:
             _fail(
                 sample, "its first message is a trained assistant turn: nothing asks for it; put a user turn before it"
             )
         end_of_turn = self.end_of_turn  # first: a template that splits no chat at all is no fault of the sample's
-        whole = self._render(messages, _where(sample))
+        whole = self._render(messages, _where(sample), tools=sample.tools)
+        self._check_fields(sample, whole, messages)
         self._check_words(sample, whole, messages)
         ids = self._ids(whole)
         return ids, [self._span(messages, index, ids, end_of_turn, sample) for index in trained]
 
     def _span(
-        self, messages: list[dict[str, str]], index: int, ids: list[int], end_of_turn: int, sample: Sample
+        self, messages: Messages, index: int, ids: list[int], end_of_turn: int, sample: Sample
     ) -> tuple[int, int]:
         """Return where the answer `messages[index]` begins in `ids`, and where its end-of-turn token ends."""
-        prompt = self._ids(self._render(messages[:index], _where(sample), asks=True))
+        prompt = self._ids(self._render(messages[:index], _where(sample), asks=True, tools=sample.tools))
         start = len(prompt)
         if ids[:start] != prompt or end_of_turn not in ids[start:]:
             self._cannot_split(sample, index, _parting(prompt, ids))
         end = ids.index(end_of_turn, start) + 1
         last = index == len(messages) - 1
-        answered = ids if last else self._ids(self._render(messages[: index + 1], _where(sample)))
+        answered = ids if last else self._ids(self._render(messages[: index + 1], _where(sample), tools=sample.tools))
         if answered[:end] != ids[:end]:
             self._cannot_split(sample, index, _parting(answered, ids))
         return start, end
@@ -207,21 +224,55 @@ class TextEncoder:
             "earlier turns as they were",
         )
 
-    def _check_words(self, sample: Sample, whole: str, messages: list[dict[str, str]]) -> None:
+    def _check_words(self, sample: Sample, whole: str, messages: Messages) -> None:
         """Refuse what a template drops. Assistant turns that are context are its own business: some drop reasoning."""
         said = "".join(whole.split())
         for index, (turn, message) in enumerate(zip(sample.turns, messages, strict=False)):
-            if (turn.trained or turn.role != "assistant") and "".join(message["content"].split()) not in said:
-                _fail(
-                    sample,
-                    f"the chat template of {self.path} drops or changes the words of messages[{index}] ({turn.role}): "
-                    "write it as the template takes it, or leave it out",
-                )
+            if turn.role == "assistant" and not turn.trained:
+                continue
+            reasoning = [(key, message[key]) for key in REASONING if turn.trained and isinstance(message.get(key), str)]
+            for key, words in (("content", message["content"]), *reasoning):
+                if "".join(words.split()) not in said:
+                    _fail(
+                        sample,
+                        f"the chat template of {self.path} drops or changes the words of messages[{index}] "
+                        f"({turn.role if key == 'content' else key}): write it as the template has it, or leave it out",
+                    )
 
-    def _render(self, messages: list[dict[str, str]], where: str, asks: bool = False) -> str:
+    def _check_fields(self, sample: Sample, whole: str, messages: Messages) -> None:
+        """Refuse tools and tool calls that the template takes no notice of: written without them, nothing differs."""
+        if sample.tools and self._render(messages, _where(sample)) == whole:
+            _fail(sample, f"it has 'tools', which the chat template of {self.path} does not write: {NO_TOOLS}")
+        for index, message in enumerate(messages):
+            for number, call in enumerate(message.get(CALLS, ())):
+                if not self._writes(call, number, messages, index, sample, whole):
+                    _fail(
+                        sample,
+                        f"the chat template of {self.path} does not write call {number} of the 'tool_calls' of "
+                        f"messages[{index}] with its arguments: {NO_TOOLS}",
+                    )
+
+    def _writes(
+        self, call: dict[str, Any], number: int, messages: Messages, index: int, sample: Sample, whole: str
+    ) -> bool:
+        """Whether another name and another argument of a call would be seen."""
+        function = call.get("function", call)
+        for changed in ({"name": f"{function['name']}_"}, {"arguments": {"another": "argument"}}):
+            other = {**call, "function": {**function, **changed}} if "function" in call else {**call, **changed}
+            calls = [other if place == number else same for place, same in enumerate(messages[index][CALLS])]
+            others = [*messages[:index], {**messages[index], CALLS: calls}, *messages[index + 1 :]]
+            if self._render(others, _where(sample), tools=sample.tools) == whole:
+                return False
+        return True
+
+    def _render(
+        self, messages: Messages, where: str, *, asks: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """Write messages as the template has them; `asks` adds the header of the answer that is to come."""
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=asks
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(
                 f"{where}: the chat template of {self.path} refuses it: {' '.join(str(error).split())}"
@@ -244,6 +295,11 @@ def control_pattern(control: Mapping[int, str]) -> re.Pattern[str]:
     """Return a pattern that finds control tokens, the longest first; it finds nothing where there are none."""
     names = sorted(control.values(), key=lambda name: (-len(name), name))
     return re.compile("|".join(re.escape(name) for name in names if name) or r"(?!)")
+
+
+def _spelt(value: Any) -> str:
+    """Return a value of a message, or tools, as a template may write it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _content(turn: Turn) -> str:

@@ -98,3 +98,26 @@ def test_what_a_text_model_cannot_take_is_one_line(
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"id": "b", "text": "one<|im_end|>two"}\n')
     complaint = refusal("train", "--config", config, "--data.train", tmp_path / "bad.jsonl")
     assert complaint == "sample 'b' (bad.jsonl line 2): its text contains the control token <|im_end|>: take it out"
+
+
+def test_unknown_keys_and_samples_of_both_sets_are_said_and_recorded(
+    door: Door, config: Path, text_data: Path, tmp_path: Path
+) -> None:
+    records = [json.loads(line) for line in (text_data / "train.jsonl").read_text().splitlines()]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({**record, "mood": "glad"}) + "\n" for record in records))
+    done = door("train", "--config", config, "--data.train", path, "--data.eval", path, "--train.max_steps", "1")
+    assert done.code == 0, done.err
+    lines = [
+        f"{path}: keys that nothing reads: 'mood' {len(records)} times (data.strict: true refuses them)",
+        f"data.eval: {len(records)} of its {len(records)} samples are trained, too: eval_loss says the less about "
+        "unseen data; keep the two apart",
+    ]
+    warnings = [event["reason"] for event in read_events(tmp_path / "run") if event["kind"] == "warning"]
+    assert warnings == [lines[0], lines[0], lines[1]]
+    for line in lines:
+        assert done.out.count(line) >= 1
+        assert done.out.index(line) < done.out.index("trainable parameters")
+    done = door("train", "--config", config, "--data.train", path, "--output", tmp_path / "o", "--data.strict", "true")
+    assert done.code == 2
+    assert "line 1: 'mood' is no key of a record that is known, and data.strict is true" in done.err

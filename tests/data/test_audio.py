@@ -426,3 +426,24 @@ def test_limits_hold_the_segment_and_not_its_recording(tone: Callable[..., Path]
         load_audio(cut, 24000, max_seconds=0.4)
     with pytest.raises(BadAudio, match=r"shorter than data.min_seconds"):
         clip_seconds(cut, min_seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (
+            b"\0\0\0\x1cftypM4A \0\0\0\0",
+            r"it is MPEG-4 \(m4a, mp4\), and wav, flac, ogg and mp3 are read: .* 'a b.flac'`",
+        ),
+        (b"\x1a\x45\xdf\xa3" * 9, "it is WebM or Matroska, "),
+        (b"\xff\xf1\x50\x80" + bytes(40), "it is AAC, "),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is the pointer of a Git LFS file: .* `git lfs pull`"),
+        (b"no audio at all, but words", "Format not recognised"),
+    ],
+)
+def test_a_file_that_is_no_known_audio_is_told_what_it_is(head: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a b.m4a"
+    path.write_bytes(head)
+    for read in (lambda: load_audio(path, 24000), lambda: clip_seconds(path)):
+        with pytest.raises(BadAudio, match=f"^cannot be decoded: {message}"):
+            read()

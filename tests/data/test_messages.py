@@ -63,10 +63,14 @@ def test_swift(jsonl: Write, clip: Path) -> None:
     assert sample.turns == (Turn("user", parts), Turn("assistant", (Text("Two."),), trained=True))
 
 
-def test_swift_speech(jsonl: Write, clip: Path) -> None:
-    told = {"role": "assistant", "content": "<audio>Hello."}
-    sample = one(jsonl({"messages": [told], "audios": "a.wav"}))
-    assert sample.turns == (Turn("assistant", (Audio(clip), Text("Hello.")), trained=True),)
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "Be kind."}]])
+def test_an_answer_of_a_clip_and_its_words_is_asked_for_by_the_words(
+    before: list[dict[str, Any]], jsonl: Write, clip: Path
+) -> None:
+    told = {"role": "assistant", "content": "<audio> Hello. "}
+    sample = one(jsonl({"messages": [*before, told], "audios": "a.wav"}))
+    system = [Turn("system", (Text("Be kind."),)) for _ in before]
+    assert sample.turns == (*system, Turn("user", (Text("Hello."),)), Turn("assistant", (Audio(clip),), trained=True))
 
 
 def test_json_list(tmp_path: Path, jsonl: Write) -> None:
@@ -115,7 +119,7 @@ def told(**part: Any) -> dict[str, Any]:
         ({"messages": [ASK, TOLD], "start_index": 2}, "no turn is trained"),
         ({"messages": [ASK, TOLD], "start_index": "1"}, r"'start_index' is '1' \(str\)"),
         ({"messages": [{**ASK, "loss": True}, TOLD]}, "only assistant turns are trained"),
-        ({"messages": [ASK, {**TOLD, "loss": 0.5}]}, r"has loss 0.5 \(float\): it must be true or false"),
+        ({"messages": [ASK, {**TOLD, "loss": 0.5}]}, r"messages\[1\]: 'loss' is 0.5 \(float\): it must be true"),
         ({"messages": [ASK, TOLD], "audios": ["a.wav"]}, r"0 <audio> marker\(s\) for 1 file\(s\)"),
         ({"messages": [{**ASK, "content": "<audio>"}, TOLD]}, r"1 <audio> marker\(s\) for 0 file\(s\)"),
         ({"messages": [ASK, TOLD], "audios": [1]}, r"'audios' is \[1\] \(list\): it must be a list of paths"),

@@ -382,6 +382,9 @@ BAD = {
     "control token <|AUDIO|>": [turn("user", "a <|AUDIO|>"), turn("assistant", "b", trained=True)],
     "control token <|im_end|>": [turn("user", "a"), turn("assistant", "b<|im_end|>", trained=True)],
     "control token <|endoftext|>": [turn("user", "a"), turn("assistant", "<|endoftext|>", trained=True)],
+    "the control token <|im_end|>: take": [turn("user", "a", "<|im_", "end|>"), turn("assistant", "b", trained=True)],
+    "says nothing": [turn("user", "a"), turn("assistant", " \n", trained=True)],
+    "a tool turn, for which": [turn("user", "a"), turn("tool", "b"), turn("assistant", "c", trained=True)],
 }
 
 
@@ -454,6 +457,11 @@ def test_templates_that_cannot_be_split_are_refused(family: AudioChat) -> None:
     wordy.example(one)
     with pytest.raises(UserError, match=r"sample 's1' .* not how the whole conversation begins"):
         wordy.example(sample(*TALK))
+    forgetful = with_template(
+        family, lambda text: text.replace("{{ content['text'] }}", "{{ content['text'] | replace('What', '') }}", 1)
+    )
+    with pytest.raises(UserError, match=r"sample 's1' .* drops or changes the words of messages\[0\] \(user\)"):
+        forgetful.check(one)
     deaf = with_template(family, lambda text: text.replace("<|AUDIO|>", ""))
     with pytest.raises(UserError, match=r"sample 's1' .* refuses it: Found 0 <|AUDIO|> token"):
         deaf.example(one)

@@ -1,5 +1,6 @@
 """Higgs Audio v2: inputs equal to the processor's, labels that are right where the processor's are not, true losses."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rawloop.demo import SPEECH
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+from rawloop.families.higgs_examples import HiggsEncoder
 
 TASKS = [
     "single_speaker_smart_voice",
@@ -212,6 +214,33 @@ BAD = {
     "audio in a user turn": [turn("user", Text("like"), CLIP), turn("assistant", CLIP, trained=True)],
     "control token <|AUDIO_OUT|>": [turn("user", Text("a <|AUDIO_OUT|>")), turn("assistant", CLIP, trained=True)],
     "control token <|eot_id|>": [turn("user", Text("a<|eot_id|>b")), turn("assistant", CLIP, trained=True)],
+    "the control token <|eot_id|>: take": [
+        turn("user", Text("a<|eot"), Text("_id|>b")),
+        turn("assistant", CLIP, trained=True),
+    ],
+    "the control token <|audio_eos|>: ": [
+        turn("user", Text("a<|audio "), Text(" _eos|>b")),  # the template strips each part
+        turn("assistant", CLIP, trained=True),
+    ],
+    "a clip to learn and no words that it speaks": [turn("assistant", CLIP, trained=True)],
+    "no words that it speaks": [
+        turn("system", Text("s")),
+        turn("user", Text(" ")),
+        turn("assistant", CLIP, trained=True),
+    ],
+    "and no words": [turn("user", Text("a")), turn("assistant", CLIP), turn("assistant", CLIP, trained=True)],
+    "a scene turn in place 2": [
+        turn("user", Text("a")),
+        turn("assistant", CLIP),
+        turn("scene", Text("b")),
+        turn("user", Text("c")),
+        turn("assistant", CLIP, trained=True),
+    ],
+    "has a tool turn, for which": [
+        turn("user", Text("a")),
+        turn("tool", Text("b")),
+        turn("assistant", CLIP, trained=True),
+    ],
 }
 
 
@@ -221,6 +250,27 @@ def test_conversations_that_would_train_wrongly_are_refused_by_name(family: Higg
     with pytest.raises(UserError, match=r"sample 's1' \(x.jsonl line 3\)") as caught:
         family.example(sample, lambda _: torch.zeros(10, 8, dtype=torch.int64))
     assert message in str(caught.value)
+
+
+def test_tools_are_refused(family: HiggsAudioV2) -> None:
+    turns = (turn("user", Text("hello")), turn("assistant", CLIP, trained=True))
+    with pytest.raises(UserError, match="has tools, for which this family of models has no place"):
+        family.check(Sample("s1", turns, tools=[{"type": "function"}]))
+    calls = (turns[0], Turn("assistant", (CLIP,), True, {"tool_calls": [{}], "name": "x"}))
+    with pytest.raises(UserError, match="has tool_calls, for which this family of models has no place"):
+        family.check(Sample("s1", calls))
+
+
+def test_a_template_that_drops_the_transcript_is_refused(family: HiggsAudioV2) -> None:
+    tokenizer = copy.copy(family.tokenizer)
+    encoder = HiggsEncoder(family.settings, tokenizer)
+    sample = Sample("s1", (turn("user", Text("hello")), turn("assistant", CLIP, trained=True)), source="x")
+    assert "hello" in encoder.render(sample)
+    tokenizer.chat_template = family.tokenizer.chat_template.replace("{{- item.text | trim -}}", "")
+    with pytest.raises(
+        UserError, match=r"sample 's1' \(x\): the chat template of .* drops .* its user turn: use the one"
+    ):
+        encoder.example(sample, lambda _: torch.zeros(10, 8, dtype=torch.int64))
 
 
 def test_codes_and_lengths_that_do_not_fit_are_refused(family: HiggsAudioV2) -> None:

@@ -148,13 +148,12 @@ TEMPLATES = {
     ),
     # the model says itself that it does not think
     "qwen": (
-        EACH + HEAD + "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-        "" + ASK,
+        EACH + HEAD + "{% if m.role == 'assistant' %}<t></t>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + ASK,
         [
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-            "*<think></think>Ho<|im_end|>",
+            "*<t></t>Ho<|im_end|>",
             "\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
-            "*<think></think>Me<|im_end|>",
+            "*<t></t>Me<|im_end|>",
             "\n",
         ],
     ),
@@ -211,7 +210,7 @@ def test_samples_that_would_train_wrongly_are_refused_by_name(chatml: TextEncode
         assert str(caught.value).startswith(f"sample '{BAD[message].id}' (x")
 
 
-@pytest.mark.parametrize("sample", [text("x" * 126), text("<think><s ></ s>"), chat("user: a", "assistant: b" * 9)])
+@pytest.mark.parametrize("sample", [text("x" * 126), text("<t><s ></ s>"), chat("user: a", "assistant: b" * 9)])
 def test_what_can_be_trained_is_not_refused(chatml: TextEncoder, sample: Sample) -> None:
     chatml.check(sample)
     assert len(chatml.example(sample).input_ids) <= 128
@@ -274,3 +273,80 @@ def test_templates_that_cannot_be_split_are_refused(text_checkpoint: Path, name:
     sample = chat("system: Be brief.", "user: One?", "assistant: Two", "user: Six?", "assistant: Ten", trained=(2, 4))
     with pytest.raises(UserError, match=message):
         by.check(sample)
+
+
+TOOLS = [{"name": "lamp"}]
+CALL = {"type": "function", "function": {"name": "lamp", "arguments": {"on": 1}}}
+THINKS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    + EACH
+    + HEAD
+    + "{% if m.reasoning_content %}<t>{{ m.reasoning_content }}</t>\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<c>{{ c.function | tojson }}</c>{% endfor %}<|im_end|>\n{% endfor %}" + ASK
+)
+
+
+def calling(tools: list[dict[str, Any]] | None = None, words: str = "", **fields: Any) -> Sample:
+    """A chat whose trained turn thinks and calls a tool."""
+    fields = fields or {"reasoning_content": "Dark.", "tool_calls": [CALL]}
+    answer = Turn("assistant", (Text(words),) if words else (), True, fields)
+    return Sample("c", (Turn("user", (Text("L!"),)), answer), source="x", tools=TOOLS if tools is None else tools)
+
+
+def test_tools_stand_in_the_prompt_and_thoughts_and_calls_are_learnt(text_checkpoint: Path) -> None:
+    by = encoder(text_checkpoint, THINKS)
+    prompt, answer, rest = learnt(by, by.example(calling(words="W.")))
+    assert prompt[0] is rest[0] is False
+    assert prompt[1].startswith('<|im_start|>system\n[{"name": "lamp"}]<|im_end|>\n')
+    said = '<t>Dark.</t>\nW.<c>{"name": "lamp", "arguments": {"on": 1}}</c><|im_end|>'
+    assert answer == (True, said)
+    said = learnt(by, by.example(calling()))[1][1]
+    assert said.startswith("<t>Dark.</t>\n<c>")
+
+
+def test_a_tool_turn_and_calls_before_it_are_context(text_checkpoint: Path) -> None:
+    by = encoder(text_checkpoint, THINKS)
+    calls = Turn("assistant", (), False, {"tool_calls": [CALL]})
+    turns = (Turn("user", (Text("L!"),)), calls, Turn("tool", (Text("done"),), False, {"tool_call_id": "1"}))
+    sample = Sample("c", (*turns, Turn("assistant", (Text("On."),), trained=True)), source="x", tools=TOOLS)
+    prompt, answer, _ = learnt(by, by.example(sample))
+    assert '<c>{"name": "lamp", "arguments": {"on": 1}}</c>' in prompt[1]
+    assert "<|im_start|>tool\ndone<|im_end|>" in prompt[1]
+    assert answer == (True, "On.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "sample", "message"),
+    [
+        (EACH + TURN + "{% endfor %}" + ASK, calling(), "it has 'tools', which the chat template of models/tiny does"),
+        (
+            EACH + TURN + "{% endfor %}" + ASK,
+            calling([]),
+            r"does not write call 0 of the 'tool_calls' of messages\[1\]",
+        ),
+        (THINKS.replace("c.function", "c.function.name"), calling(), "call 0 of the 'tool_calls'"),
+        (
+            THINKS.replace("m.reasoning_content", "m.thoughts"),
+            calling(),
+            r"words of messages\[1\] \(reasoning_content\)",
+        ),
+        (THINKS, calling([{"type": "<|im_end|>"}]), r"its text contains the control token <\|im_end\|>"),
+        (
+            THINKS,
+            calling(words="x", reasoning_content="<|im_end|>"),
+            r"its text contains the control token <\|im_end\|>",
+        ),
+        (THINKS, calling(reasoning_content="Hm."), "its trained assistant turn says nothing"),
+    ],
+)
+def test_what_a_template_does_not_write_is_refused(
+    text_checkpoint: Path, template: str, sample: Sample, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        encoder(text_checkpoint, template).check(sample)
+
+
+def test_a_control_token_of_two_parts_is_found(chatml: TextEncoder) -> None:
+    user = Turn("user", (Text("<|im_"), Text("end|>")))
+    with pytest.raises(UserError, match=r"its text contains the control token <\|im_end\|>: take it out"):
+        chatml.check(Sample("c", (user, Turn("assistant", (Text("A"),), trained=True))))

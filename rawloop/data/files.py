@@ -1,0 +1,171 @@
+"""Finds the file of a data set and takes it apart into records, or says what it is instead and what to do about it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rawloop.data.keys import METADATA_FILE, OTHER_CLIPS, KeyCheck
+from rawloop.data.record import DECODER, DoubledKey, Record, parse_json, show
+from rawloop.errors import UserError
+
+METADATA = "metadata.json"
+SAMPLE_KEYS = ("messages", "audio_file", "text")  # each record has one of them; the first that it has says what it is
+COMPRESSED = "is compressed: unpack it first (`gunzip`, `unzip`, `zstd -d`) and name the file that comes out"
+TABLE = (
+    'is a table: write a line of JSON for each of its rows, such as {"audio_file": "a.wav", "transcript": "Words."}, '
+    "into a .jsonl file"
+)
+DATASET = (
+    "is a table of Hugging Face datasets: write it with `Dataset.to_json('train.jsonl')`, clips as files beside it"
+)
+FOREIGN = {
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z"), COMPRESSED),
+    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), TABLE),
+    **dict.fromkeys((".parquet", ".arrow"), DATASET),
+    ".txt": 'is plain text: write {"text": "..."} for each document, a line each, into a .jsonl file',
+}
+MAGIC = {b"\x1f\x8b": ".gz", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"PAR1": ".parquet"}
+OTHER_RECORDS = {
+    ("conversations", "conversation"): "this is a ShareGPT record: call the list 'messages', 'from' 'role' (human is "
+    "user, gpt is assistant) and 'value' 'content'",
+    ("chosen", "rejected"): "these are preferences: rawloop learns from one answer; write prompt and chosen answer as "
+    "'messages'",
+    ("instruction", "output"): "this is an Alpaca record: write instruction and input as the user message of "
+    "'messages', output as the assistant message",
+    (
+        "prompt",
+        "completion",
+        "question",
+        "query",
+        "response",
+        "answer",
+    ): "write question and answer as the user and the assistant message of 'messages'",
+    tuple(OTHER_CLIPS): "call the clip that is learnt 'audio_file', and its words 'transcript'",
+}
+
+
+def data_file(path: Path) -> Path:
+    """Return the file that holds the records: `path` itself, or the data file of that folder.
+
+    Raises:
+        UserError: nothing is there, or the folder has no data file or several.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give a folder with {METADATA}, or a JSON or JSONL file")
+    if (path / METADATA).is_file():
+        return path / METADATA
+    found = sorted(path.glob("*.jsonl"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{path} has several .jsonl files ({_names(found)}): name one of them")
+    foreign = sorted(file for file in path.iterdir() if file.suffix.lower() in FOREIGN)
+    if foreign:
+        raise UserError(f"{path} has neither {METADATA} nor a .jsonl file, but {_foreign(foreign[0])}")
+    raise UserError(f"{path} has neither {METADATA} nor a .jsonl file (it has {_names(sorted(path.iterdir()))})")
+
+
+def _names(files: list[Path]) -> str:
+    return ", ".join(file.name for file in files[:5]) or "nothing"
+
+
+def _foreign(file: Path) -> str:
+    """Say what a file is whose name ends as no data file's does."""
+    return f"{file.name} {FOREIGN[file.suffix.lower()]}"
+
+
+def read_records(file: Path, keys: KeyCheck) -> Iterator[Record]:
+    """Yield the records of a data file, whatever its format; `keys` looks at what stands beside them.
+
+    Raises:
+        UserError: not UTF-8, broken JSON, a key that stands twice, no `samples`, or a record that is no object.
+    """
+    if file.suffix.lower() in FOREIGN:
+        raise UserError(f"{file}: {_foreign(file)}")
+    text = _text(file)
+    if not text.strip():
+        raise UserError(f"{file} is empty: a data set needs at least one sample")
+    try:
+        value, end = DECODER.raw_decode(text, len(text) - len(text.lstrip()))
+    except DoubledKey as error:
+        if file.suffix == ".jsonl":
+            yield from _lines(text, file)  # names the line
+        raise UserError(f"{file}: {error}") from error
+    except json.JSONDecodeError as error:
+        if file.suffix == ".jsonl":
+            yield from _lines(text, file)  # names the broken line itself
+        raise UserError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+    if text[end:].strip():
+        yield from _lines(text, file)
+    elif isinstance(value, dict) and "samples" not in value and not value.keys().isdisjoint(SAMPLE_KEYS):
+        yield Record(value, file, "line 1")
+    elif isinstance(value, list):
+        yield from _listed(value, file, "record")
+    else:
+        samples = _samples(value, file)
+        keys.check(Record({}, file, "(beside 'samples')"), value, METADATA_FILE)
+        yield from _listed(samples, file, "samples")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # a byte order mark, as Windows editors write it, is no mistake
+    except UnicodeDecodeError as error:
+        known = next((what for magic, what in MAGIC.items() if error.object.startswith(magic)), None)
+        if known is not None:
+            raise UserError(f"{file} {FOREIGN[known]}") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{file} line {line} is not UTF-8 (byte {error.start}): convert the file to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _lines(text: str, file: Path) -> Iterator[Record]:
+    # Not splitlines(): it also splits at U+2028 and others that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        try:
+            value = parse_json(line)
+        except DoubledKey as error:
+            raise UserError(f"{file} {place}: {error}") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} {place}: not JSON ({error.msg}, column {error.colno})") from error
+        yield _record(value, file, place)
+
+
+def _listed(values: Any, file: Path, name: str) -> Iterator[Record]:
+    if not isinstance(values, list):
+        raise UserError(f"{file}: '{name}' is {show(values)}: it must be a list")
+    for index, value in enumerate(values):
+        yield _record(value, file, f"{name}[{index}]")
+
+
+def _samples(value: Any, file: Path) -> Any:
+    if isinstance(value, dict) and "samples" in value:
+        return value["samples"]
+    keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) and value else f"it holds {show(value)}"
+    known = _other_record(value) if isinstance(value, dict) else ""
+    fix = known or "metadata.json needs a list of samples under that key"
+    raise UserError(f"{file} has no 'samples' ({keys}): {fix}")
+
+
+def _other_record(value: dict[str, Any]) -> str:
+    """Say which other layout has the keys of a record, or nothing."""
+    return next((what for keys, what in OTHER_RECORDS.items() if not value.keys().isdisjoint(keys)), "")
+
+
+def _record(value: Any, file: Path, place: str) -> Record:
+    if not isinstance(value, dict):
+        raise UserError(f"{file} {place} is {show(value)}: it must be an object")
+    record = Record(value, file, place)
+    if value.keys().isdisjoint(SAMPLE_KEYS):
+        record.fail(
+            f"none of 'messages', 'audio_file' and 'text' (it has the keys {', '.join(value) or 'none'}): "
+            f"{_other_record(value) or 'this is no sample'}"
+        )
+    return record

@@ -1,0 +1,281 @@
+"""Which keys of a data file are read, which change nothing, and which would change what is learnt if they were ignored.
+
+A key that none of the lists knows is counted and said once; one that is nearly the name of a key that is read is taken
+for a mistake.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from rawloop.audio import ROUNDED
+from rawloop.data.record import Record, show
+from rawloop.segments import Segment
+
+TYPO = 0.88  # likeness from which on an unknown key is taken for a misspelt one: 'start_indx' has 0.95
+EMPTY: tuple[object, ...] = (None, "", [], {})
+NO_IMAGES = "no family of rawloop sees images or videos: leave these samples out"
+RENAME_REFERENCE = "call a reference clip 'ref_audio_file' and its words 'ref_transcript'"
+BY_TEMPLATE = "it would change what the chat template writes, and is not supported: take it out"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The keys of one kind of object: those that are read, those that change nothing, and the others with the fix."""
+
+    name: str
+    read: frozenset[str]
+    harmless: frozenset[str]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """All keys that need no word."""
+        return self.read | self.harmless
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+ABOUT = _words(  # what published data sets say about their records
+    """
+    speaker speaker_id speaker_name speaker_ids speaker_gender lang language language_id locale gender sex age
+    accent accents dialect emotion style tone sampling_rate sample_rate num_samples n_samples channels duration_ms
+    dataset dataset_name dataset_info source sources quality_score score scores rating snr wer cer mos dnsmos pesq
+    original_audio_path original_path user_instruction misc meta metadata license url topic category domain tags title
+    timestamp created_at model model_name model_id conversation_id prompt_id chapter_id book_id segment_id session_id
+    index idx up_votes down_votes client_id sentence_id parallel_tool_calls
+    """
+)
+MARKS = _words("loss train weight loss_scale")  # on a message: whether it is trained
+SEGMENT = _words("offset duration start end start_time end_time")
+TIMES = SEGMENT - {"duration"}
+LONGEST = 1e6  # seconds
+IDENTITY = _words("id audio_id")
+IMAGES = dict.fromkeys(_words("image images video videos image_url objects bbox pixel_values"), NO_IMAGES)
+TEMPLATE = dict.fromkeys(
+    _words("chat_template chat_template_kwargs enable_thinking thinking_budget documents continue_final_message"),
+    BY_TEMPLATE,
+)
+OTHER_TURNS = dict.fromkeys(
+    _words("history query response instruction completion"),
+    "only 'messages' is read: put this turn into it, or take the key out",
+)
+FUNCTIONS = {
+    "functions": 'write "tools": [{"type": "function", "function": {...}}]',
+    "function_call": 'write "tool_calls": [{"type": "function", "function": {...}}]',
+}
+OTHER_REFERENCES = dict.fromkeys(
+    _words(
+        """
+        prompt_audio prompt_text prompt_wav prompt_speech reference_audio reference_text ref_wav ref_wav_text
+        reference_audio_file reference_transcript ref_audio_path ref_offset ref_duration
+        """
+    ),
+    RENAME_REFERENCE,
+)
+OTHER_CLIPS = dict.fromkeys(
+    _words("audio audio_path audio_filepath audio_filename wav wav_path"), "call the clip that is learnt 'audio_file'"
+)
+
+CHAT = Kind(
+    "record",
+    IDENTITY | MARKS | _words("messages audios start_index system tools"),
+    ABOUT | _words("duration text prompt"),
+    {
+        **IMAGES,
+        **TEMPLATE,
+        **OTHER_TURNS,
+        **FUNCTIONS,
+        **OTHER_REFERENCES,
+        **dict.fromkeys(SEGMENT - {"duration"}, "put the times of a segment into its audio part, beside 'path'"),
+        **dict.fromkeys(
+            (*OTHER_CLIPS, "audio_file", "ref_audio", "ref_audio_file"),
+            "a record with 'messages' names its clips there or in 'audios'",
+        ),
+        "prefix": BY_TEMPLATE,
+    },
+)
+CLIP = Kind(
+    "record",
+    IDENTITY
+    | MARKS
+    | SEGMENT
+    | _words(
+        """
+        audio_file transcript text transcript_file task task_type scene speakers ref_audio_file ref_audio ref_transcript
+        ref_text ref_speakers
+        """
+    ),
+    ABOUT,
+    {**IMAGES, **OTHER_REFERENCES, "system": "the model's system text is fixed: use 'scene'"},
+)
+REFERENCE = Kind("reference", SEGMENT | _words("speaker_tag ref_audio_file ref_audio ref_transcript ref_text"), ABOUT)
+PLAIN = Kind(
+    "record",
+    IDENTITY | MARKS | {"text"},
+    ABOUT | {"duration"},
+    {
+        **IMAGES,
+        **OTHER_CLIPS,
+        **dict.fromkeys(("tools", "system", "audios"), "it belongs to a chat: give 'messages' for 'text'"),
+    },
+)
+FIELDS = _words("tool_calls reasoning_content reasoning thinking name tool_call_id")  # for the chat template
+MESSAGE = Kind(
+    "message",
+    MARKS | FIELDS | _words("role content"),
+    ABOUT | _words("id refusal annotations num_tokens tokens"),
+    {
+        **IMAGES,
+        **FUNCTIONS,
+        "recipient": "recipients of a turn are not supported: write a tool call as 'tool_calls'",
+        "prefix": BY_TEMPLATE,
+        "audio": "put it into 'content', as a part of type audio",
+        "audios": "put it into 'content', as a part of type audio, or beside 'messages'",
+        "text": "the words of a message stand in 'content'",
+        "value": "the words of a message stand in 'content'",
+    },
+)
+TEXT_PART = Kind("part", _words("type text"), ABOUT | _words("id cache_control annotations"), IMAGES)
+AUDIO_PART = Kind(
+    "part",
+    SEGMENT | _words("type path audio url audio_url"),
+    ABOUT | _words("id cache_control row_id format"),
+    {
+        **IMAGES,
+        "raw_audio": "audio inside the data file is not read: write it to a file and name it by 'path'",
+        "array": "audio inside the data file is not read: write it to a file and name it by 'path'",
+        "bytes": "audio inside the data file is not read: write it to a file and name it by 'path'",
+        "text": "a clip's words stand in a part of type text",
+        "transcript": "a clip's words stand in a part of type text",
+    },
+)
+METADATA_FILE = Kind(
+    "file",
+    frozenset(("samples",)),
+    ABOUT | _words("version info name description"),
+    dict.fromkeys(
+        _words("task task_type scene speakers ref_audio_file ref_transcript ref_speakers transcript"),
+        "beside 'samples' nothing reads it: write it into the samples",
+    ),
+)
+
+
+@dataclass
+class KeyCheck:
+    """Holds objects of a data file against their kind, and counts the keys that none of the lists knows.
+
+    Args:
+        strict: refuse an unknown key instead of counting it (`data.strict`).
+    """
+
+    strict: bool = False
+    unknown: Counter[str] = field(default_factory=Counter)
+    markers: int = 0  # before transcripts, left out
+
+    def check(self, record: Record, values: Mapping[str, Any], kind: Kind, place: str = "") -> None:
+        """Look at the keys of `values`, which stand in `record` at `place`.
+
+        Raises:
+            UserError: a key would change what is learnt and cannot be honoured, or looks misspelt, or is unknown and
+                `strict` is set.
+        """
+        if values.keys() <= kind.known:
+            return
+        where = f"{place}: " if place else ""
+        for key in values:
+            if key in kind.known or values[key] in EMPTY:
+                continue
+            if key in kind.refused:
+                record.fail(f"{where}'{key}' is {show(values[key])}: {kind.refused[key]}")
+            near = _misspelt(key, kind.read)
+            if near:
+                record.fail(f"{where}'{key}' is no key (did you mean '{near[0]}'?): rename it, or take it out")
+            if self.strict:
+                record.fail(
+                    f"{where}'{key}' is no key of a {kind.name} that is known, and data.strict is true: take it out, "
+                    "or set data.strict to false"
+                )
+            self.unknown[key if kind.name == "record" else f"{key} (of a {kind.name})"] += 1
+
+    def notices(self, file: object) -> Iterator[str]:
+        """Yield a line about the unknown keys and one about markers, if there are any."""
+        if self.unknown:
+            counts = ", ".join(f"'{key}' {count} times" for key, count in self.unknown.most_common())
+            yield f"{file}: keys that nothing reads: {counts} (data.strict: true refuses them)"
+        if self.markers:
+            yield f"{file}: {self.markers} transcripts begin with <audio>, the mark of a clip, which is left out"
+
+
+def trained_mark(record: Record, values: Mapping[str, Any], place: str) -> bool | None:
+    """Return whether an object says of itself that it is trained (`loss`, `train`, `weight`, `loss_scale`), or None.
+
+    Raises:
+        UserError: a value is neither yes nor no, or two of them contradict each other.
+    """
+    said: dict[bool, str] = {}
+    for key in sorted(MARKS & values.keys()):
+        value = values[key]
+        if value is None:
+            continue
+        if key in ("loss", "train") and not isinstance(value, bool):
+            record.fail(f"{place}'{key}' is {show(value)}: it must be true or false")
+        if not isinstance(value, int | float) or value not in (0, 1):
+            record.fail(f"{place}'{key}' is {show(value)}: 0 (not trained) or 1 (trained); weights are not supported")
+        said[bool(value)] = key
+    if len(said) > 1:
+        record.fail(f"{place}'{said[True]}' says that it is trained, '{said[False]}' that it is not: take one out")
+    return next(iter(said), None)
+
+
+def clip_path(record: Record, values: Mapping[str, Any], file: Path, place: str) -> Path:
+    """Return `file`, or the segment of it that `values` name: by `offset` and `duration`, or by `start` and `end`.
+
+    A `duration` alone is what data sets say of a whole clip, and changes nothing.
+
+    Raises:
+        UserError: a time is no number of seconds, two of them contradict each other, or nothing lies between them.
+    """
+    if values.keys().isdisjoint(TIMES):
+        return file
+    start = _seconds(record, values, place, ("offset", "start", "start_time"))
+    end = _seconds(record, values, place, ("end", "end_time"))
+    duration = _seconds(record, values, place, ("duration",)) if start is not None else None
+    if start is None and end is None:
+        return file
+    start = start or 0.0
+    if duration is not None and end is not None and abs(start + duration - end) > ROUNDED:
+        record.fail(
+            f"{place}a segment from {start:g} s ends at {end:g} s and has a duration of {duration:g} s: mend it"
+        )
+    if end is None and duration is not None:
+        end = start + duration
+    if end is not None and end <= start:
+        record.fail(f"{place}a segment from {start:g} s to {end:g} s has nothing in it: mend its times")
+    return Segment(file, start, end).path()
+
+
+def _seconds(record: Record, values: Mapping[str, Any], place: str, keys: tuple[str, ...]) -> float | None:
+    found: dict[float, str] = {}
+    for key in keys:
+        value = values.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LONGEST:
+            record.fail(f"{place}'{key}' is {show(value)}: it must be a number of seconds, from 0 on")
+        found[float(value)] = key
+    if len(found) > 1:
+        named = " and ".join(f"'{key}' is {value:g}" for value, key in found.items())
+        record.fail(f"{place}{named}: they say the same thing; take one out")
+    return next(iter(found), None)
+
+
+@lru_cache(maxsize=1024)
+def _misspelt(key: str, known: frozenset[str]) -> list[str]:
+    return get_close_matches(key, known, n=1, cutoff=TYPO)
