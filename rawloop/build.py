@@ -27,7 +27,7 @@ from rawloop.checkpoint import (
 from rawloop.config import RunConfig
 from rawloop.contracts import CodecFamily, Family, IdsFamily, PackingFamily, Sample
 from rawloop.data import DataConfig, codes_folder
-from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
+from rawloop.data.batches import BatchPlan, Draw, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits, look_ups
 from rawloop.data.prepare import prepare
@@ -39,6 +39,7 @@ from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families import load_family
+from rawloop.families.clock import check_repeatable, clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.meter import Meter
 from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
@@ -183,7 +184,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     )
     notices: list[str] = []
     model, policy, base = build_model(config, world, family, notices, precision)
-    for notice in notices:
+    for notice in filter(None, [*notices, clock_notice(family)]):
         say(notice)
     module = LossModule(model, family.losses)
     limits = limits_of(family, model)
@@ -409,6 +410,8 @@ def _loader(
 ) -> Loader:
     example = partial(family.example, codes=cache or no_codes)
     batches = MicroBatches(samples, example, family.collate, limits.fault, config.seed)
+    firsts = [Draw(index, epoch=0) for index in range(min(2, len(samples)))]
+    check_repeatable(lambda: batches.made(firsts)[1])
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
 
 

@@ -63,7 +63,7 @@ START_OVER = _keys("precision mode trainable_dtype masters")
 # Refused: the model, the samples or the numbers would be other ones.
 FIXED = _keys(
     "- seed",
-    "model family revision stream_weights",
+    "model family revision stream_weights template_date",
     "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze unfreeze",
     "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
     "evaluation best_metric best_mode",

@@ -32,6 +32,7 @@ from rawloop.dist import LossModule, World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
+from rawloop.families.clock import clock_notice
 from rawloop.records import honest
 from rawloop.resume import stored_precision
 
@@ -53,8 +54,8 @@ def run(argv: list[str]) -> None:
         check_settings_of_ranks(config, world)
         subject, evaluator, base, contents = _together(config, options["checkpoint"], world)
         contents.check_ranks(base, world)
-        if subject.other_data:
-            _tell(subject.other_data, world)
+        for line in filter(None, subject.notices):
+            _tell(line, world)
         _tell(f"evaluating {subject.in_words()}", world)
         evaluation = evaluator.run()
         if world.is_main:
@@ -72,12 +73,12 @@ def _tell(line: str, world: World) -> None:
 class Subject(NamedTuple):
     """What is evaluated: a checkpoint's folder and its step, or neither, which is the base model.
 
-    `other_data` says that the run was evaluated on other samples, if it was.
+    `notices` are sentences that the user should know, or "".
     """
 
     checkpoint: str | None
     step: int | None
-    other_data: str = ""
+    notices: tuple[str, ...] = ()
 
     def in_words(self) -> str:
         """For a line on the console."""
@@ -102,10 +103,11 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     samples = load_samples(config, family, cache, "eval", _quiet)
     slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)
     contents = contents_of(family, cache, {"data.eval": samples})
-    subject = Subject(None, None)
+    clock = clock_notice(family)
+    subject = Subject(None, None, (clock,))
     if slot is not None:
         other = check_reading(stored_settings(slot) or {}, contents.of_run())
-        subject = Subject(str(slot), read_manifest(slot).step, other)
+        subject = Subject(str(slot), read_manifest(slot).step, (clock, other))
     model, policy, base = build_model(config, world, family, [], stored_precision(slot))
     if slot is not None:
         files = ModelFiles(model, family.load_model)

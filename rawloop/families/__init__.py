@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ class ModelConfig:
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         trust_remote_code: let the checkpoint's own Python code run while its type is read, and in families of your own
             that ask for it; rawloop's families never run any. Only for checkpoints that you trust.
+        template_date: date, or date and time, such as 2024-07-26, that a chat template which asks for the time is told.
     """
 
     path: str = ""
@@ -47,8 +49,16 @@ class ModelConfig:
     attention: str = "sdpa"
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
+    template_date: str = "2024-07-26"
 
     def __post_init__(self) -> None:
+        try:
+            datetime.fromisoformat(self.template_date)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"model.template_date is '{self.template_date}': it must be a date such as 2024-07-26, or one with a "
+                "time, 2024-07-26T09:00:00"
+            ) from None
         for stream, weight in self.stream_weights.items():
             if not 0 <= weight < math.inf:
                 raise UserError(f"model.stream_weights.{stream} is {weight}: it must be a number, and not below 0")

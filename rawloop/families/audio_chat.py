@@ -20,6 +20,7 @@ from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, S
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.audio_chat_examples import ChatEncoder, Example
+from rawloop.families.clock import stop_clock
 from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (
     UNREADABLE,
@@ -56,6 +57,8 @@ class AudioChat:
             self.processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)
         except UNREADABLE as error:
             raise UserError(f"config or processor of {config.path} cannot be read: {first_line(error)}") from error
+        for holder in (self.processor, self.processor.tokenizer):
+            stop_clock(holder, config.template_date)
         self.text_settings: Any = self.settings.get_text_config()
         self.encoder = ChatEncoder(self.processor, self._audio_token(), self.text_settings.max_position_embeddings)
         self._checked: set[tuple[str, ...]] = set()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed, Sample, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
+from rawloop.families.clock import stop_clock
 
 # What transformers makes of a damaged folder.
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError)
@@ -31,9 +32,11 @@ def load_settings(config: ModelConfig) -> tuple[Any, Any]:
     """
     try:
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
-        return settings, AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
     except UNREADABLE as error:
         raise UserError(f"config or tokenizer of {config.path} cannot be read: {first_line(error)}") from error
+    stop_clock(tokenizer, config.template_date)
+    return settings, tokenizer
 
 
 def load_weights(model_class: Any, config: ModelConfig, path: str | None, **options: Any) -> tuple[Any, list[str]]:

@@ -38,6 +38,7 @@ from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.audio_chat import AudioChat
 from rawloop.families.audio_chat_examples import ChatEncoder, Example
+from rawloop.families.clock import check_repeatable
 from rawloop.records import read_events, read_metrics
 
 CLIPS = sorted((SPEECH / "eval").glob("*.flac"))
@@ -100,6 +101,19 @@ def family(checkpoint: Path) -> AudioChat:
 
 def no_codes(path: Path) -> Tensor:
     raise AssertionError(path)
+
+
+def test_a_template_that_asks_for_the_time_is_told_one_date(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "dated")
+    file = tmp_path / "dated" / "chat_template.jinja"
+    file.write_text("{{ strftime_now('%d %b %Y') }}" + file.read_text())
+    dated: Any = load_family(ModelConfig(path=str(tmp_path / "dated"), template_date="2001-02-03"))
+    text = dated.processor.tokenizer.decode(dated.probe().inputs["input_ids"][0])
+    assert text.startswith("03 Feb 2001")
+    check_repeatable(dated.probe)
+    dated.processor.chat_template = file.read_text()
+    with pytest.raises(UserError, match="the samples probe become other numbers each time they are made"):
+        check_repeatable(dated.probe)
 
 
 def turn(role: str, *parts: str | Path, trained: bool = False) -> Turn:
