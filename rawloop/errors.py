@@ -24,6 +24,10 @@ class UserError(RawloopError, ValueError):
     exit_code = 2
 
 
+class BadSample(UserError):
+    """A sample that is too long for the model, or has a clip that cannot be used: `data.on_bad_sample` may skip it."""
+
+
 class TrainingError(RawloopError):
     """Training cannot go on correctly, for example after too many non-finite steps in a row."""
 

@@ -19,6 +19,7 @@ from rawloop.audio import BadAudio, clip_seconds, load_audio
 from rawloop.contracts import IGNORE, Audio, Piece, Sample, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families.audio_chat_template import ChatTemplate, Messages
+from rawloop.families.letters import Letters
 from rawloop.families.shared import forged_token, refuse_tools
 
 SHORTEST = 0.1  # seconds: below this a clip takes no position at all, or so few that models take them for unexpanded
@@ -52,6 +53,7 @@ class ChatEncoder:
     def __init__(self, processor: Any, audio_token: int, max_positions: int) -> None:
         self.processor, self.audio_token, self.max_positions = processor, audio_token, max_positions
         self.template = ChatTemplate(processor, audio_token)
+        self.letters = Letters(processor.tokenizer, processor.tokenizer.name_or_path)
         self.sample_rate: int = processor.feature_extractor.sampling_rate
         # A longer clip would be cut: after so many windows of features, or after the only one.
         self.longest: float = getattr(processor, "max_audio_len", None) or processor.feature_extractor.chunk_length
@@ -92,6 +94,7 @@ class ChatEncoder:
             raise UserError(f"{_where(sample)}: its trained {turn.role} turn says nothing: write it, or leave it out")
         if forged := forged_token(turn, self.template.control):
             raise UserError(f"{_where(sample)}: its text contains the control token {forged}: take it out")
+        self.letters.check("".join(part.text for part in turn.parts if isinstance(part, Text)), sample)
 
     def _header(self, path: Path, sample: Sample) -> float:
         try:

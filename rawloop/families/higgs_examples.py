@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
+from rawloop.families.letters import Letters
 from rawloop.families.shared import forged_token, refuse_tools
 
 SYSTEM = "Generate audio following instruction."
@@ -56,6 +57,7 @@ class HiggsEncoder:
         self.settings, self.tokenizer = settings, tokenizer
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         self._structural = self._structural_tokens()
+        self.letters = Letters(tokenizer, tokenizer.name_or_path)
 
     def _structural_tokens(self) -> re.Pattern[str]:
         """Tokens that give a conversation its shape; inside a transcript they would forge turns or audio."""
@@ -138,6 +140,7 @@ class HiggsEncoder:
             raise UserError(f"{where}: a scene turn in place {index}: it belongs behind the system turn, or in front")
         if forged := forged_token(turn, self._structural):
             raise UserError(f"{where}: its text contains the control token {forged}: take it out")
+        self.letters.check(_words(turn), sample)
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
         """Encode one sample from cached codes.
@@ -151,6 +154,7 @@ class HiggsEncoder:
         """
         text = self.render(sample)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.letters.check_tokens(ids, text, sample)
         clips = [codes(path) for path in sample.audio_paths()]
         trained = [turn.trained for turn in sample.turns for part in turn.parts if isinstance(part, Audio)]
         self._check_clips(sample, clips, trained, ids)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
+from rawloop.families.letters import Letters
 
 ROLES = ("system", "user", "assistant", "tool")
 CALLS = "tool_calls"
@@ -60,6 +61,7 @@ class TextEncoder:
         self.vocabulary: int = settings.vocab_size
         self.limit: int | None = getattr(settings, "max_position_embeddings", None)
         self.control = control_tokens(tokenizer)
+        self.letters = Letters(tokenizer, path)
         self._forged = control_pattern(self.control)
 
     def check(self, sample: Sample) -> None:
@@ -172,13 +174,16 @@ class TextEncoder:
             _fail(sample, f"its {turn.role} turn is trained: only assistant turns can be")
         if turn.trained and not content.strip() and CALLS not in turn.fields:
             _fail(sample, f"its trained {turn.role} turn says nothing: write it, or remove the sample")
+        self.letters.check(content, sample)
 
     def _check_forged(self, text: str, sample: Sample) -> None:
         if (forged := self._forged.search(text)) is not None:
             _fail(sample, f"its text contains the control token {forged.group()}: take it out")
 
     def _text(self, sample: Sample) -> tuple[list[int], list[tuple[int, int]]]:
-        ids: list[int] = self.tokenizer(_content(sample.turns[0]), verbose=False)["input_ids"]
+        text = _content(sample.turns[0])
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        self.letters.check_tokens(ids, text, sample)
         if ids[-1:] != [self.tokenizer.eos_token_id]:  # some tokenizers add it themselves
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids, [(0, len(ids))]
@@ -197,7 +202,9 @@ class TextEncoder:
         whole = self._render(messages, _where(sample), tools=sample.tools)
         self._check_fields(sample, whole, messages)
         self._check_words(sample, whole, messages)
+        self.letters.check(whole, sample)  # also what tools and the template itself write
         ids = self._ids(whole)
+        self.letters.check_tokens(ids, whole, sample)
         return ids, [self._span(messages, index, ids, end_of_turn, sample) for index in trained]
 
     def _span(

@@ -34,11 +34,12 @@ from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text
 from rawloop.demo import SPEECH
 from rawloop.diagnose import probe
 from rawloop.dist import DDPConfig, LossModule, World
-from rawloop.errors import UserError
+from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.audio_chat import AudioChat
 from rawloop.families.audio_chat_examples import ChatEncoder, Example
 from rawloop.families.clock import check_repeatable
+from rawloop.families.letters import Letters
 from rawloop.records import read_events, read_metrics
 
 CLIPS = sorted((SPEECH / "eval").glob("*.flac"))
@@ -400,6 +401,18 @@ BAD = {
     "says nothing": [turn("user", "a"), turn("assistant", " \n", trained=True)],
     "a tool turn, for which": [turn("user", "a"), turn("tool", "b"), turn("assistant", "c", trained=True)],
 }
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_refused(family: AudioChat) -> None:
+    encoder = copy.copy(family.encoder)
+    encoder.letters = Letters(copy.deepcopy(encoder.letters.tokenizer), "models/tiny")
+    encoder.check(said(CLIPS[0]))
+    encoder.letters.tokenizer.backend_tokenizer.normalizer = None
+    encoder.letters.tokenizer.backend_tokenizer.pre_tokenizer = (
+        pre_tokenizers.Whitespace()
+    )  # its vocabulary has bytes, no letters
+    with pytest.raises(BadSample, match=r"sample 's1' .* letters that the tokenizer of models/tiny does not know, 'ư'"):
+        encoder.check(said(CLIPS[0], answer="trưa"))
 
 
 @pytest.mark.parametrize("message", list(BAD))
