@@ -22,6 +22,7 @@ from rawloop.changes import PART, START_OVER, SettingsState, may_differ
 from rawloop.checkpoint import (
     BestTracker,
     CheckpointManager,
+    RunLock,
     mark_launch,
 )
 from rawloop.config import RunConfig
@@ -96,8 +97,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     report = _check(config, folder, world, ready, say) if claimed.slot is None else None
     if not claimed.beginning.restarted:  # from here on something of the run stands in its folder
         world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
-    run = _assemble(config, folder, world, ready, ddp)
-    run.lock = claimed.lock
+    run = _assemble(config, folder, world, ready, ddp, claimed.lock)
     for line in [*([notice] if notice else []), *ready.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:
@@ -105,7 +105,6 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
         if report is not None:
             world.together(partial(report.record, run.records), only_main=True)
     except BaseException:
-        run.lock = None  # released by who took it
         run.close()
         raise
     return run
@@ -235,7 +234,7 @@ def check_run(config: RunConfig, world: World) -> Report:
     return _report(config, world, ready)
 
 
-def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig) -> Run:
+def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig, lock: RunLock | None) -> Run:
     forced = set(config.resume_force)
     own = {key.removeprefix("adapter.") for key in forced}
     # It may refuse; records make a run of the folder.
@@ -276,7 +275,7 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
         state=state,
         meter=meter,
         evaluator=ready.evaluator,
-        checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts),
+        checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts, lock),
         best=best,
         max_norm=config.optim.max_norm,
         log_every=config.train.log_every,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rawloop.checkpoint import BestTracker, CheckpointManager, RunLock
+from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, bare_module, no_sync
 from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, UserError, happening, nearest
@@ -135,19 +135,13 @@ class Run:
     max_norm: float = 1.0
     log_every: int = 10
     wrap: Callable[[], nn.Module] | None = None
-    lock: RunLock | None = None  # of the run's folder, on rank 0
     trouble: RawloopError | None = None  # a record that could not be written, until the ranks agree to stop
 
     def close(self) -> None:
-        """Wait for a save that is under way, close the records, and let others train into the folder."""
-        try:
-            if self.checkpoints:
-                self.checkpoints.close()
-            self.records.close()
-        finally:
-            if self.lock:
-                self.lock.release()
-                self.lock = None
+        """Wait for a save that is under way, let others train into the folder, and close the records."""
+        if self.checkpoints:
+            self.checkpoints.close()
+        self.records.close()
 
 
 def train(run: Run) -> TrainState:
@@ -359,7 +353,7 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
     Returns:
         whether the run ends here: it is the last step, or the evaluation has not improved for long enough.
     """
-    state = run.state
+    state, stored = run.state, False
     evaluation = evaluate(run, last)
     state.visited = state.step
     if run.checkpoints:
@@ -370,11 +364,11 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
             reason = f"evaluation is not finite in the batches of {', '.join(evaluation.bad_ids)}: it is never the best"
             note(run, lambda: run.records.event("warning", step=state.step, reason=reason))
         if run.best:
-            keep_if_best(run, evaluation)
+            stored = keep_if_best(run, evaluation)
             last = stop_early(run) or last
     if run.checkpoints and run.checkpoints.due(state.step, last):
         raise_trouble(run)
-        run.checkpoints.save(state.step)
+        run.checkpoints.save(state.step, unchanged=stored)
     return last
 
 
@@ -395,8 +389,8 @@ def evaluate(run: Run, last: bool) -> Evaluation | None:
         leave(run, str(stop))
 
 
-def keep_if_best(run: Run, evaluation: Evaluation) -> None:
-    """Write the best slot if this evaluation beats all before it."""
+def keep_if_best(run: Run, evaluation: Evaluation) -> bool:
+    """Write the best slot if this evaluation beats all before it. Returns whether it does."""
     assert run.best is not None
     if run.best.metric not in evaluation.metrics:
         raise UserError(
@@ -406,9 +400,11 @@ def keep_if_best(run: Run, evaluation: Evaluation) -> None:
     if run.checkpoints and run.checkpoints.best_failed():
         run.best.fall_back(run.checkpoints.kept_best())
     value = evaluation.metrics[run.best.metric]
-    if run.best.consider(run.state.step, value, evaluation.valid) and run.checkpoints:
+    beaten = run.best.consider(run.state.step, value, evaluation.valid)
+    if beaten and run.checkpoints:
         raise_trouble(run)
         run.checkpoints.save_best(run.state.step, run.best.metric, value, mode=run.best.mode)
+    return beaten
 
 
 def stop_early(run: Run) -> bool:

@@ -29,6 +29,7 @@ class BestTracker:
         self.worse_in_a_row = 0
         self.value: float | None = None
         self.step: int | None = None
+        self.considered: int | None = None  # the step of the last evaluation: seen again after a resume, it is no other
 
     @property
     def exhausted(self) -> bool:
@@ -38,9 +39,13 @@ class BestTracker:
     def consider(self, step: int, value: float, valid: bool) -> bool:
         """Return whether `value` beats everything before it, and remember it then.
 
-        An evaluation that is not valid (`valid` false, or a value that is not finite) is never the best.
+        An evaluation that is not valid (`valid` false, or a value that is not finite) is never the best. One of a step
+        that was considered last, as after a resume, is not counted again.
         """
-        self.worse_in_a_row += 1
+        step, value = int(step), float(value)  # numpy's numbers cannot be stored
+        if step != self.considered:
+            self.worse_in_a_row += 1
+        self.considered = step
         if not valid or not math.isfinite(value):
             return False
         if self.value is not None and not (value < self.value if self.mode == "min" else value > self.value):
@@ -51,7 +56,7 @@ class BestTracker:
 
     def forget(self) -> None:
         """Start over: no value has been seen whose model still exists."""
-        self.value = self.step = None
+        self.value = self.step = self.considered = None
         self.worse_in_a_row = 0
 
     def fall_back(self, kept: Mapping[str, Any] | None) -> None:
@@ -88,6 +93,7 @@ class BestTracker:
             "value": self.value,
             "step": self.step,
             "worse_in_a_row": self.worse_in_a_row,
+            "considered": self.considered,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,3 +111,4 @@ class BestTracker:
                 f"{self.metric} ({self.mode}): set evaluation.best_metric and best_mode back, or start a run of its own"
             )
         self.value, self.step, self.worse_in_a_row = state["value"], state["step"], state["worse_in_a_row"]
+        self.considered = state.get("considered")

@@ -6,13 +6,17 @@ Where saving is asynchronous it is a copy in host memory, which is written over 
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-from rawloop.checkpoint.manifest import installed_versions
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rawloop.checkpoint.manifest import NAME, installed_versions
 from rawloop.checkpoint.pack import NOTHING, Packed, pack
 from rawloop.checkpoint.writer import STATE, Contents
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
+from rawloop.errors import UserError
 
 
 class PerRank(Stateful, Protocol):
@@ -26,24 +30,74 @@ class PerRank(Stateful, Protocol):
 
 
 class Parts:
-    """The parts of a run by name: `folders` write their own files; of `states`, `per_rank` differ between ranks."""
+    """The parts of a run by name: `folders` write their own files; of `states`, `per_rank` differ between ranks.
+
+    Raises:
+        UserError: a part is none, or its state cannot be stored; says what to wrap it in.
+    """
 
     def __init__(self, state: Mapping[str, Stateful | FolderState]) -> None:
+        for name, part in state.items():
+            wrong = _wrong_name(name, bool(getattr(part, "per_rank", False))) or _wrong_part(part)
+            if wrong:
+                raise UserError(f"the part {name!r} of a checkpoint {wrong}")
         self.folders = {name: part for name, part in state.items() if isinstance(part, FolderState)}
         self.states = {name: part for name, part in state.items() if isinstance(part, Stateful)}
         self.per_rank = {
             name: cast(PerRank, part) for name, part in self.states.items() if getattr(part, "per_rank", False)
         }
-        _check_names(state, [part.folder for part in self.folders.values()])
+        homes = [part.folder for part in self.folders.values()]
+        for kind, names in (("name", [*self.states]), ("folder", [STATE, NAME, *homes])):
+            lower = [name.lower() for name in names]  # some file systems know no difference
+            if len(set(lower)) < len(lower):
+                raise UserError(f"two parts of a checkpoint have the same {kind}: {names}")
+        if not state:
+            raise UserError("a checkpoint has no parts: hand in the model and whatever else is to come back")
 
 
-def _check_names(state: Mapping[str, Stateful | FolderState], homes: list[str]) -> None:
-    for name in [*state, *homes]:
-        assert re.fullmatch(r"\w[\w.-]*", name), f"{name!r} cannot be the name of a file"
-    assert len({*homes, STATE}) == len(homes) + 1, f"folders of parts must differ: {homes}"
-    for name, part in state.items():
-        kinds = isinstance(part, Stateful) + isinstance(part, FolderState)
-        assert kinds == 1, f"{name!r} must be Stateful or a FolderState, and not both: {type(part)}"
+def _wrong_name(name: object, per_rank: bool) -> str | None:
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        return "has a name that is none of a file: use letters, digits, '_', '-' and '.', such as 'optimizer'"
+    if not per_rank and re.search(r"-\d{5}$", name):
+        return "has the name of another part's state on one rank: give it another"
+    return None
+
+
+def _wrong_part(part: Any) -> str | None:
+    """Say what is wrong with a part, and how to mend it."""
+    what = f"is {part!r}" if part is None or isinstance(part, type) else f"is a {type(part).__name__}"
+    stateful, folder = isinstance(part, Stateful), isinstance(part, FolderState)
+    if part is None:
+        return f"{what}: leave it out"
+    if isinstance(part, type):
+        return f"{what}, a class: hand in the object"
+    if isinstance(part, Optimizer):
+        return (
+            f"{what}, whose state goes by position, not by name: hand in NamedOptimizerState(optimizer, named) of "
+            "rawloop.optim, where named() gives (name, parameter) of what it holds"
+        )
+    if isinstance(part, LRScheduler):
+        return (
+            f"{what}, which does not hold the learning rate that it has set: hand in an object whose state_dict also "
+            "has the lr of every param_group and whose load_state_dict puts it back, or set the lr from the step"
+        )
+    if stateful and folder:
+        return f"{what} with state_dict and with snapshot: it must have one of them"
+    if not stateful and not folder:
+        return (
+            f"{what}: hand in an object with state_dict() and load_state_dict(state), or with folder, snapshot(copy) "
+            "and load(folder); of a number, an object that holds it"
+        )
+    if folder:
+        wrong = _wrong_name(part.folder, True)
+        return f"{what}, whose folder {wrong}" if wrong else None
+    if getattr(part, "per_rank", False) and not hasattr(part, "start_afresh"):
+        return f"{what} with per_rank, and without start_afresh(step), for a rank that the checkpoint has no state of"
+    try:
+        pack(part.state_dict(), dry=True)
+    except TypeError as error:
+        return f"{what}, whose {error}"
+    return None
 
 
 class Capture:
@@ -55,12 +109,13 @@ class Capture:
         self._taken: Contents | None = None
         self._copies: dict[str, Packed] = {}  # of the last save; the next is written over them
 
-    def take(self, step: int, settle: Callable[[], None]) -> Contents:
-        """Take the state of all parts on all ranks; two slots of one step hold the same, and share the copy.
+    def take(self, step: int, settle: Callable[[], None], unchanged: bool = False) -> Contents:
+        """Take the state of all parts on all ranks.
 
-        `settle` is called on rank 0 before an earlier copy is written over. Errors are raised on all ranks.
+        `settle` is called on rank 0 before an earlier copy is written over. `unchanged` says that the state is still
+        the one that was taken last, at this step: two slots share the copy. Errors are raised on all ranks.
         """
-        there = self._taken is not None and self._taken.step == step
+        there = unchanged and self._taken is not None and self._taken.step == step
         if self.world.from_main(there):  # rank 0 lets go of it once it is written
             assert there
             return cast(Contents, self._taken)

@@ -22,10 +22,10 @@ from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable
 from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of
 from rawloop.checkpoint.pack import pack, unpack
 from rawloop.checkpoint.reader import Chosen, changes, check_parts, choose
-from rawloop.checkpoint.run_folder import is_inside
+from rawloop.checkpoint.run_folder import RunLock, is_inside
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
-from rawloop.dist import World
+from rawloop.dist import World, read_ranks
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.records import EventKind, Records
 
@@ -77,7 +77,12 @@ class CheckpointManager:
     `per_rank`, of which every rank's is. A `FolderState` writes its files on rank 0. Where saving is asynchronous,
     `save` returns when the state is copied, and `poll` tells what became of it; a save waits for the one before.
 
-    `start`, `save`, `save_best`, `secure`, `finish` and `load` must be called on every rank.
+    Rank 0 holds the folder's lock until `close`. `lock` is the one that it has already, if it has one.
+
+    Making one, `start`, `save`, `save_best`, `secure`, `finish` and `load` must be called on every rank.
+
+    Raises:
+        UserError: a part is none, or cannot be stored as it is; or another process trains into the folder.
     """
 
     def __init__(
@@ -87,12 +92,15 @@ class CheckpointManager:
         world: World,
         records: Records,
         state: Mapping[str, Stateful | FolderState],
+        lock: RunLock | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.world = world
         self.records = records
-        self.parts = Parts(state)
+        parts = world.together(lambda: Parts(state))
+        assert parts is not None
+        self.parts = parts
         self._capture = Capture(self.parts, world, copy=config.asynchronous)
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
         self.branched = False  # restored from another run's folder
@@ -101,6 +109,27 @@ class CheckpointManager:
         self._saves = Saves()
         self._failures: list[CheckpointError] = []  # in a row
         self._best_failure: CheckpointError | None = None  # the last best slot could not be written; known to rank 0
+        self._lock = lock
+        world.together(self._hold_lock, only_main=True)
+
+    def _hold_lock(self) -> None:
+        """Take the folder's lock, or take it again; see `RunLock.renew`."""
+        try:
+            if self._lock is not None:
+                self._lock.renew()
+                return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.folder)
+        except UserError as error:
+            launched = read_ranks()[1]
+            if launched == 1 or self.world.size > 1:
+                raise
+            advice = "hand every part the World that open_world gives; World() is a process on its own"
+            raise UserError(
+                f"{error}. This is one of {launched} processes that were started together: {advice}"
+            ) from None
+        if self._lock.notice is not None:
+            self.records.event("warning", step=-1, reason=self._lock.notice)
 
     def start(self, step: int) -> None:
         """Make the run folder ready for training on from `step` (0 in a new run); after `load`, if there is one.
@@ -120,6 +149,7 @@ class CheckpointManager:
         self.world.together(lambda: self._start(step), only_main=True)
 
     def _make_ready(self, step: int) -> None:
+        self._hold_lock()
         (self.folder / slots.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         sync(self.folder)
         for sentence in slots.clean_up(self.folder):
@@ -155,17 +185,19 @@ class CheckpointManager:
         """Say that the state differs from what was saved or restored last, even if the step is still the same."""
         self._settled_step = -1
 
-    def save(self, step: int, *, meta: Mapping[str, Any] | None = None) -> Path:
+    def save(self, step: int, *, meta: Mapping[str, Any] | None = None, unchanged: bool = False) -> Path:
         """Write the checkpoint of `step`, then delete the oldest ones. Returns its folder.
 
-        `meta` (JSON values) is kept with it and returned by `load`.
+        `meta` (JSON values) is kept with it and returned by `load`. `unchanged` says that the state is still the one
+        that `save_best` has just stored, so that it need not be copied again.
 
         Raises:
             CheckpointError: `max_failures` in a row could not be written; what was saved before is untouched.
         """
         slot = self._slot(step)
         marks = {"keep": True} if slots.is_kept(step, self.config.keep_every) else {}
-        self._store(slot, step, {**(meta or {}), **marks}, partial(_rotate, self.folder, step, self.config))
+        finish = partial(_rotate, self.folder, step, self.config)
+        self._store(slot, step, {**(meta or {}), **marks}, finish, unchanged)
         self._settled_step = step
         return slot
 
@@ -180,22 +212,29 @@ class CheckpointManager:
         Raises:
             CheckpointError: see `save`; the previous best is untouched.
         """
+        step, value = int(step), float(value)
         assert math.isfinite(value), f"{metric_name} is {value} at step {step}: that is never the best"
         best = {"metric": metric_name, "mode": mode, "value": value, "step": step}
         slot = self.folder / slots.BEST
         self._store(slot, step, {**(meta or {}), "best": best}, partial(_note_best, self.folder))
         return slot
 
-    def _store(self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]]) -> None:
+    def _store(
+        self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]], unchanged: bool = False
+    ) -> None:
         assert not pack(meta).tensors, f"meta takes JSON values, not tensors: {list(meta)}"
         begun = time.perf_counter()
-        contents = self._capture.take(step, self.settle)
+        contents = self._capture.take(step, self._before_copy, unchanged)
         if self.world.is_main:
             contents = replace(contents, meta=meta, gives_up=self._elsewhere)
             self._saves.start(slot, step, partial(_write, slot, contents, finish, self.folder, self._last_size))
             self._saves.newest.held = time.perf_counter() - begun
         if not self.config.asynchronous:
             self.world.together(self.settle, only_main=True)
+
+    def _before_copy(self) -> None:
+        self._hold_lock()
+        self.settle()
 
     def poll(self) -> None:
         """Report the saves that have ended since; without waiting for any. Only rank 0 has something to report.
@@ -257,12 +296,16 @@ class CheckpointManager:
         return slot
 
     def close(self) -> None:
-        """Wait for the saves under way, when a run ends by an error of its own; what becomes of them is an event."""
+        """Wait for the saves under way, and let others train into the folder. What becomes of the saves is an event."""
         try:
             self.settle()
         except CheckpointError as error:
             if error not in self._failures:  # those are told by their events, of which this one could not be written
                 print(f"rawloop: {error}", file=sys.stderr, flush=True)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def _settle(self, save: Save) -> None:
         try:

@@ -44,19 +44,21 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def pack(state: Any, copy: bool = False, spare: Mapping[str, Tensor] = NOTHING) -> Packed:
+def pack(state: Any, copy: bool = False, spare: Mapping[str, Tensor] = NOTHING, *, dry: bool = False) -> Packed:
     """Split `state` into JSON and tensors.
 
     Takes dicts with string keys, lists, tuples, tensors, int, float, bool, str and None. A tensor becomes a plain,
     contiguous CPU tensor; one that is already so is copied only if `copy` says so. `spare` has memory by path that
     a copy may be written over, such as the tensors of an earlier copy: memory that is fresh costs five times as much.
+    `dry` only looks whether it can be stored: tensors are left where they are.
 
     Raises:
         TypeError: anything else is in there; the message names its path.
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    return Packed(tree, {path: _plain(tensor, path, copy, spare.get(path)) for path, tensor in tensors.items()})
+    checked = {path: _checked(tensor, path) for path, tensor in tensors.items()}
+    return Packed(tree, checked if dry else {p: _plain(tensor, copy, spare.get(p)) for p, tensor in checked.items()})
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -87,11 +89,15 @@ def _pack_dict(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> 
     return items
 
 
-def _plain(tensor: Tensor, path: str, copy: bool, spare: Tensor | None) -> Tensor:
+def _checked(tensor: Tensor, path: str) -> Tensor:
     plain = tensor.detach()
     if type(plain) is not Tensor or plain.layout != torch.strided or plain.dtype not in DTYPES:
         kind = f"{_type(plain)} ({plain.layout}, {plain.dtype})"
         raise TypeError(f"state{_shown(path)} is a {kind}: only dense tensors of common dtypes can be stored")
+    return plain
+
+
+def _plain(plain: Tensor, copy: bool, spare: Tensor | None) -> Tensor:
     if not copy:
         return plain.to("cpu").resolve_conj().resolve_neg().contiguous()
     return copy_to(plain, spare)

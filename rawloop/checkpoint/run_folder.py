@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from stat import S_ISREG
 from tempfile import TemporaryFile
 from typing import Literal, NamedTuple, get_args
 
@@ -62,32 +63,56 @@ class RunLock:
 
     def _lock(self, folder: Path) -> None:
         try:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
+            if self._path.is_symlink() or self._path.is_dir():
+                raise self._no_file() from error
             raise _not_writable(folder, folder, error) from error
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # what a held lock is differs between systems
-            holder = os.read(self._file, 300).decode(errors="replace").strip() or "another process"
+        if not S_ISREG(os.fstat(self._file).st_mode):
             os.close(self._file)
-            raise UserError(
-                f"output is '{folder}', into which {holder} is training now: wait for it, end it, or pass another "
-                "--output"
-            ) from None
+            raise self._no_file()
+        try:
+            self.renew()
+        except UserError:
+            os.close(self._file)
+            raise
         except OSError as error:
             self.notice = f"nothing keeps a second run from training into {folder}: no file locks ({error.strerror})"
 
+    def renew(self) -> None:
+        """Take the lock again: this process loses it when it closes any other opening of the file.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        if self.notice is not None:
+            return
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # what a held lock is differs between systems
+            holder = os.pread(self._file, 300, 0).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"output is '{self._path.parent}', into which {holder} is training now: wait for it, end it, or pass "
+                "another --output"
+            ) from None
+
+    def _no_file(self) -> UserError:
+        return UserError(f"{self._path} is no plain file, as the lock of a run's folder is one: remove it")
+
     def _is_in_place(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._file), self._path.stat())
+            return os.path.samestat(os.fstat(self._file), self._path.lstat())
         except FileNotFoundError:
             return False
 
     def release(self, begun: bool = True) -> None:
-        """Let others train into the folder, of which nothing is left if the run has not `begun`."""
+        """Let others train into the folder, of which nothing is left if the run has not `begun`. Once is enough."""
+        if self._file < 0:
+            return
         if self._made and not begun:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
+        self._file = -1
 
 
 def lock_run_folder(folder: Path) -> RunLock | None:

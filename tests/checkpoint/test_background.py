@@ -109,8 +109,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(saving: Saving, t
 
 def test_two_slots_of_a_step_share_one_copy(saving: Saving) -> None:
     saving.manager.save_best(1, "eval_loss", 0.5)
-    saving.weights.tensor += 1
-    saving.manager.save(1)
+    saving.manager.save(1, unchanged=True)
     assert saving.gate.copies == 1
     saving.gate.open.set()
     saving.manager.save(2)
@@ -119,6 +118,18 @@ def test_two_slots_of_a_step_share_one_copy(saving: Saving) -> None:
     assert saving.names() == ["2", "1"]
     files = [slot / "state" / "weights.safetensors" for slot in (saving.run / "best", find_slots(saving.run)[1])]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_step_that_is_saved_again_is_saved_as_it_is_now(saving: Saving) -> None:
+    saving.gate.open.set()
+    for value in (1, 2):
+        saving.weights.tensor.fill_(value)
+        saving.manager.save_best(1, "eval_loss", 1 / value)
+        saving.manager.save(1)
+    saving.manager.finish()
+    for slot in (saving.run / "best", *find_slots(saving.run)):
+        saving.manager.load(slot)
+        assert torch.equal(saving.weights.tensor, torch.full((1000,), 2.0))
 
 
 def test_a_save_waits_for_the_one_before(saving: Saving) -> None:

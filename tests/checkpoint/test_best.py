@@ -79,3 +79,17 @@ def test_the_best_of_another_metric_means_nothing_here() -> None:
     old.consider(3, 0.5, True)
     forced.load_state_dict(old.state_dict())
     assert forced.consider(4, 9.0, True)
+
+
+def test_an_evaluation_that_is_seen_again_after_a_resume_is_not_counted_again() -> None:
+    best = BestTracker(patience=2)
+    for step, value in ((1, 1.0), (2, 2.0)):
+        best.consider(step, value, True)
+    again = BestTracker(patience=2)
+    again.load_state_dict(best.state_dict())
+    assert not again.consider(2, 2.0, True)
+    assert not again.exhausted
+    assert again.consider(2, 0.5, True)  # a better one counts
+    again.load_state_dict({name: value for name, value in best.state_dict().items() if name != "considered"})
+    again.consider(3, 2.0, True)
+    assert again.exhausted

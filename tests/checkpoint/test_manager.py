@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -300,16 +301,85 @@ def test_a_changed_version_is_said(tmp_path: Path) -> None:
     assert "(peft 0.0.1 then, " in reasons(tmp_path, "restore")[0]
 
 
-def test_a_state_that_cannot_be_stored_leaves_no_trace(tmp_path: Path) -> None:
-    with opened(tmp_path, {"bad": Holder(x={1, 2})}) as manager, pytest.raises(TypeError, match="state at /x"):
-        manager.save(1)
+def test_a_state_that_cannot_be_stored_any_more_leaves_no_trace(tmp_path: Path) -> None:
+    part = Holder(x=1)
+    with opened(tmp_path, {"bad": part}) as manager:
+        part.state = {"x": {1, 2}}
+        with pytest.raises(TypeError, match="state at /x"):
+            manager.save(1)
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("state", [{"a/b": Holder()}, {"x": object()}, {".x": Holder()}, {"": Holder()}])
-def test_parts_that_make_no_sense_are_our_own_mistake(tmp_path: Path, state: Any) -> None:
-    with pytest.raises(AssertionError), opened(tmp_path, state):
+class Half:
+    """Not a part: it can be saved, and not loaded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class PerRankOnly(Holder):
+    per_rank = True
+
+
+OPTIMIZER = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+SCHEDULER = torch.optim.lr_scheduler.ExponentialLR(OPTIMIZER, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (OPTIMIZER, r"is a SGD, .* hand in NamedOptimizerState\(optimizer, named\) of rawloop.optim"),
+        (SCHEDULER, "is a ExponentialLR, which does not hold the learning rate that it has set: hand in an object"),
+        (None, "is None: leave it out"),
+        (np.float64(0.1), r"is a float64: hand in an object with state_dict\(\) and load_state_dict\(state\)"),
+        (0.1, "is a float: .* of a number, an object that holds it"),
+        (torch.zeros(2), "is a Tensor: hand in an object with"),
+        (Half(), "is a Half: hand in an object with"),
+        (Holder, "is <class .*>, a class: hand in the object"),
+        (Holder(loss=np.float64(0.1)), "is a Holder, whose state at /loss is a numpy.float64: only tensors and JSON"),
+        (Holder(a={1: 2}), "is a Holder, whose state at /a has the key 1, a builtins.int: keys must be strings"),
+        (Holder(a=torch.zeros(2).to_sparse()), "is a Holder, whose state at /a is a .*only dense tensors"),
+        (PerRankOnly(), r"is a PerRankOnly with per_rank, and without start_afresh\(step\)"),
+    ],
+)
+def test_a_wrong_part_is_refused_when_the_manager_is_made(tmp_path: Path, part: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"^the part 'it' of a checkpoint {said}"), opened(tmp_path, {"it": part}):
         pass
+
+
+class Elsewhere(Adapter):
+    def __init__(self, folder: str) -> None:
+        super().__init__(nn.Linear(2, 2))
+        self.folder = folder
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a/b": Holder()}, "'a/b' of a checkpoint has a name that is none of a file"),
+        ({".x": Holder()}, "has a name that is none of a file: use letters, digits"),
+        ({"": Holder()}, "has a name that is none of a file"),
+        ({7: Holder()}, "the part 7 of a checkpoint has a name that is none"),
+        ({"rng-00001": Holder()}, "has the name of another part's state on one rank"),
+        ({"Model": Holder(), "model": Holder()}, "have the same name"),
+        ({"it": Elsewhere("../x")}, "whose folder has a name that is none of a file"),
+        ({"it": Elsewhere("state")}, "have the same folder"),
+        ({"it": Elsewhere("x"), "at": Elsewhere("X")}, "have the same folder"),
+        ({}, "a checkpoint has no parts"),
+    ],
+)
+def test_names_that_make_no_file_are_refused(tmp_path: Path, state: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said), opened(tmp_path, state):
+        pass
+
+
+def test_numbers_of_numpy_and_torch_are_taken_for_the_best_value(tmp_path: Path) -> None:
+    best = BestTracker()
+    assert best.consider(np.int64(3), np.float32(0.5), True)  # type: ignore[arg-type]
+    assert best.consider(4, torch.tensor(0.25), True)  # type: ignore[arg-type]
+    with opened(tmp_path, {"best": best}) as manager:
+        manager.save_best(4, "eval_loss", torch.tensor(0.25))  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "best.json").read_text())["value"] == 0.25
 
 
 @contextmanager

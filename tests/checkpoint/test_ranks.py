@@ -25,9 +25,9 @@ RunRanks = Callable[..., list[Any]]
 class Counter:
     """A part that has no state to give, if asked so."""
 
-    def __init__(self, value: int, fails: bool = False) -> None:
+    def __init__(self, value: int) -> None:
         self.value = value
-        self.fails = fails
+        self.fails = False
 
     def state_dict(self) -> dict[str, Any]:
         if self.fails:
@@ -55,7 +55,9 @@ class Ranks:
 
     def save(self, step: int, fails: bool = False) -> str:
         """Save, and return what went wrong."""
-        with self.manager(Counter(7 + self.world.rank, fails)) as manager:
+        counter = Counter(7 + self.world.rank)
+        with self.manager(counter) as manager:
+            counter.fails = fails
             try:
                 manager.save(step)
             except RawloopError as error:

@@ -11,13 +11,22 @@ from subprocess import PIPE
 
 import pytest
 
-from rawloop.checkpoint import RunLock, claim_run_folder, mark_launch, remove_stop_file, where_to_begin
+from rawloop.checkpoint import (
+    CheckpointConfig,
+    CheckpointManager,
+    RunLock,
+    claim_run_folder,
+    mark_launch,
+    remove_stop_file,
+    where_to_begin,
+)
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import is_inside
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
+from rawloop.records import Records, RecordsConfig
 
 
 def test_a_fresh_folder_is_made_and_one_with_other_things_is_taken(tmp_path: Path) -> None:
@@ -78,6 +87,75 @@ def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
     lock.release()
 
 
+class Counter:
+    """A part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"x": 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+def manager_of(run: Path, records: Records) -> CheckpointManager:
+    return CheckpointManager(run, CheckpointConfig(asynchronous=False), World(), records, {"counter": Counter()})
+
+
+def locked_out(run: Path) -> str:
+    """What another process is told that would train into the folder."""
+    code = f"from pathlib import Path; from rawloop.checkpoint import RunLock; RunLock(Path({str(run)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    return done.stderr
+
+
+def test_a_manager_holds_the_lock_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    with Records(run, World(), RecordsConfig()) as records:
+        first, second = manager_of(run, records), manager_of(run, records)  # as when a cell of a notebook is run again
+        first.close()  # which drops the process's lock
+        second.save(1)
+        assert f"into which process {os.getpid()} on " in locked_out(run)
+        second.close()
+        assert locked_out(run) == ""
+        code = (
+            "import sys; from pathlib import Path; from rawloop.checkpoint import RunLock; "
+            "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        )
+        with subprocess.Popen([sys.executable, "-c", code, run], stdin=PIPE, stdout=PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(
+                UserError, match=rf"into which process {other.pid} on .* is training now: .*other --output$"
+            ):
+                manager_of(run, records)
+            monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it, and nobody has looked
+            with pytest.raises(
+                UserError, match=r"This is one of 2 processes that were started together: "
+            ):
+                manager_of(run, records)
+            with pytest.raises(UserError, match="is training now"):
+                second.save(2)  # it was closed
+            other.kill()
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling", "folder", "fifo"])
+def test_what_is_no_file_in_the_place_of_the_lock_is_refused(tmp_path: Path, kind: str) -> None:
+    other, lock = tmp_path / "other", tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    if kind == "file":
+        other.write_text("mine")
+    if kind in ("file", "dangling"):
+        lock.symlink_to(other)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(UserError, match=f"{lock} is no plain file, as the lock of a run's folder is one: remove it"):
+        claim_run_folder(tmp_path / "run", World(), resume=False)
+    assert other.exists() == (kind == "file")
+    assert kind != "file" or other.read_text() == "mine"
+
+
 def test_a_lock_that_was_deleted_while_it_was_opened_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,11 +170,10 @@ def test_a_lock_that_was_deleted_while_it_was_opened_is_taken_anew(
 
     monkeypatch.setattr(fcntl, "lockf", slow)
     lock = RunLock(tmp_path)
-    code = f"from pathlib import Path; from rawloop.checkpoint import RunLock; RunLock(Path({str(tmp_path)!r}))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    said = locked_out(tmp_path)
     lock.release()
     assert deleted.is_set()
-    assert f"into which process {os.getpid()} on " in other.stderr
+    assert f"into which process {os.getpid()} on " in said
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
