@@ -4,6 +4,7 @@ A test file is no package and cannot import this one: take the fixtures by name,
 `Callable[..., list[Any]]` for `run_ranks` and `Callable[..., subprocess.CompletedProcess[str]]` for `run_cli`.
 """
 
+import ctypes
 import json
 import os
 import pickle
@@ -320,3 +321,33 @@ def collect_ranks(folder: Path, processes: list["subprocess.Popen[bytes]"]) -> l
     if missing:
         raise TimeoutError(f"ended without a result, or killed after the time limit: {', '.join(missing)}")
     return [outcomes[rank]["value"] for rank in range(len(processes))]
+
+
+VERSION = 0x20080522  # of capset(2), with 64 bits of capabilities
+OVERRIDES = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+
+
+class Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class Sets(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+@pytest.fixture
+def permissions_count() -> Iterator[None]:
+    """Take from root, in this thread and those that it starts, what lets it pass over permissions."""
+    if os.getuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root passes over permissions here")
+    libc, header, sets = ctypes.CDLL(None), Header(VERSION, 0), (Sets * 2)()
+    assert libc.capget(ctypes.byref(header), sets) == 0
+    before = sets[0].effective
+    sets[0].effective = before & ~OVERRIDES
+    assert libc.capset(ctypes.byref(header), sets) == 0
+    yield
+    sets[0].effective = before
+    assert libc.capset(ctypes.byref(header), sets) == 0

@@ -7,7 +7,7 @@ folder afterwards.
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, step_of, verify
 from rawloop.checkpoint.run_folder import MARKS
@@ -22,7 +22,7 @@ class Found(NamedTuple):
     """What became of looking at one slot. `manifest` is None where it cannot be read; `seconds` is what it took."""
 
     slot: Path
-    verdict: Literal["whole", "DAMAGED", "unfinished", "gone"]
+    verdict: Literal["whole", "DAMAGED", "unreadable", "unfinished", "gone"]
     reason: str
     seconds: float
     manifest: Manifest | None
@@ -39,9 +39,9 @@ def slots_to_examine(folder: Path) -> list[Path]:
     Raises:
         UserError: the folder is neither a run nor a slot.
     """
-    if not folder.is_dir():
-        raise UserError(f"'{folder}' is no folder: name a run's folder, or one of its checkpoints")
     try:
+        if not folder.is_dir():
+            raise UserError(f"'{folder}' is no folder: name a run's folder, or one of its checkpoints")
         if _is_slot(folder):
             return [folder]
         return list(_slots_of_run(folder))
@@ -74,17 +74,21 @@ def examine(slot: Path) -> Found:
     begun = time.perf_counter()
     if slot.name.startswith(".tmp-"):
         return Found(slot, "unfinished", UNFINISHED, 0.0, None)
-    while True:
-        before = _identity(slot)
-        if before is None:
-            return Found(slot, "gone", GONE, time.perf_counter() - begun, None)
-        try:
-            manifest = verify(slot)
-            return Found(slot, "whole", "", time.perf_counter() - begun, manifest)
-        except CheckpointError as error:
-            if _identity(slot) == before:
-                reason = str(error).removeprefix(f"{slot}: ")
-                return Found(slot, "DAMAGED", reason, time.perf_counter() - begun, _manifest(slot))
+    try:
+        while True:
+            before = _identity(slot)
+            if before is None:
+                return Found(slot, "gone", GONE, time.perf_counter() - begun, None)
+            try:
+                manifest = verify(slot)
+                return Found(slot, "whole", "", time.perf_counter() - begun, manifest)
+            except CheckpointError as error:
+                if _identity(slot) == before:
+                    reason = str(error).removeprefix(f"{slot}: ")
+                    verdict: Any = "unreadable" if isinstance(error.__cause__, OSError) else "DAMAGED"
+                    return Found(slot, verdict, reason, time.perf_counter() - begun, _manifest(slot))
+    except OSError as error:
+        return Found(slot, "unreadable", f"it cannot be read: {error.strerror}", time.perf_counter() - begun, None)
 
 
 def _identity(slot: Path) -> tuple[int, int, int] | None:

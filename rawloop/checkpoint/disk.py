@@ -170,11 +170,17 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder; one with a name that counts gets another first, so that no half-deleted one is ever found."""
+    """Delete a folder; one with a name that counts gets another first, so that no half-deleted one is ever found.
+
+    Of a link, the link: what it leads to is somebody else's.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     if not folder.name.startswith("."):
         trash = folder.with_name(f".trash-{folder.name}")
-        if trash.exists():
-            shutil.rmtree(trash)
+        if trash.is_symlink() or trash.exists():
+            remove_tree(trash)
         folder = folder.rename(trash)
     shutil.rmtree(folder)
 

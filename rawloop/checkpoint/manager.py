@@ -169,9 +169,12 @@ class CheckpointManager:
             self.records.event("warning", step=step, reason=reason)
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint of the run, if there is one. A save under way is waited for."""
+        """Return the newest checkpoint of the run, if one can be seen. A save under way is waited for."""
         self._saves.wait()
-        return next(iter(slots.find_slots(self.folder)), None)
+        try:
+            return next(iter(slots.find_slots(self.folder)), None)
+        except OSError:  # asked when something else has failed, which is to be told
+            return None
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether to save at `step`; `last` says that the run ends here."""
@@ -279,7 +282,7 @@ class CheckpointManager:
         """What the manifest of the best slot says of it: metric, mode, value and step; None if there is none, or it
         is damaged. All ranks call this.
         """
-        return self.world.from_main(slots.kept_best(self.folder) if self.world.is_main else None)
+        return self.world.from_main(self.world.together(lambda: slots.kept_best(self.folder), only_main=True))
 
     def secure(self, step: int) -> Path:
         """Return the checkpoint of `step`, which is whole and on the disk; write it now if it is not there.
@@ -289,7 +292,8 @@ class CheckpointManager:
         """
         self.world.together(self.settle, only_main=True)
         slot = self._slot(step)
-        there = step == self._settled_step and not self._failures and slot.is_dir()
+        settled = step == self._settled_step and not self._failures
+        there = self.world.together(lambda: settled and slot.is_dir(), only_main=True)
         if not self.world.from_main(there):
             self.save(step)
             self.world.together(self._last_succeeded, only_main=True)
@@ -423,12 +427,20 @@ def _failure(slot: Path, step: int, run: Path, error: Exception) -> CheckpointEr
     """Remove what was written of a slot, and say what is still there."""
     what = in_words(error) if isinstance(error, (OSError, SafetensorError)) else str(error)
     left = _remove_quietly(temporary_of(slot))
-    whole = [path.name for path in slots.find_slots(run)]
-    best = slots.readable_best(run)
-    kept = f"Still there: {best}; go on from it with --resume {best}" if best else "Nothing was saved yet"
+    return CheckpointError(
+        f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {_still_there(run)}{left}"
+    )
+
+
+def _still_there(run: Path) -> str:
+    try:
+        whole = [path.name for path in slots.find_slots(run)]
+        best = slots.readable_best(run)
+    except OSError as error:
+        return f"What was saved before cannot be seen now: {in_words(error)}"
     if whole:
-        kept = f"Still there: {', '.join(whole)}; go on from it with --resume latest"
-    return CheckpointError(f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {kept}{left}")
+        return f"Still there: {', '.join(whole)}; go on from it with --resume latest"
+    return f"Still there: {best}; go on from it with --resume {best}" if best else "Nothing was saved yet"
 
 
 def _rotate(run: Path, step: int, config: CheckpointConfig) -> list[str]:

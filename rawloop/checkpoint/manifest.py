@@ -95,7 +95,7 @@ def read_manifest(slot: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{slot}: there is no {NAME}: the checkpoint was never completed") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: it cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: it cannot be read: {getattr(error, 'strerror', error)}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         found_format = body.get("format") if isinstance(body, dict) else body
         raise CheckpointError(f"{path}: its format is {found_format!r}, this version of rawloop reads {FORMAT}")

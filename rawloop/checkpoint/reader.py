@@ -27,9 +27,9 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         named = Path(which).expanduser()
         world.together(lambda: check_slot(named))
         return Chosen(named, {})
-    candidates = world.from_main(slots.find_slots(run))
+    seen = world.together(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)
+    candidates, best = world.from_main(seen or ([], None))
     if not candidates:
-        best = world.from_main(slots.readable_best(run))
         advice = (
             f"the best one is a slot of its own, try --resume {best}"
             if best
@@ -42,7 +42,6 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         if reason is None:
             return Chosen(slot, passed_over)
         passed_over[slot] = reason
-    best = slots.readable_best(run)
     advice = f"; the best one is a slot of its own, try --resume {best}" if best else ""
     reasons = "; ".join(passed_over.values())
     raise world.alike(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))

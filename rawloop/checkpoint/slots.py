@@ -74,6 +74,8 @@ def note_best(run: Path) -> Manifest | None:
     if slot is None:
         return None
     manifest = read_manifest(slot)
+    if not isinstance(manifest.meta.get("best"), dict):
+        raise CheckpointError(f"{slot}: its manifest does not say of which evaluation it is the best: it was put there")
     text = json.dumps({**manifest.meta["best"], "folder": BEST}, indent=1) + "\n"
     path = run / "best.json"
     if not path.exists() or path.read_bytes() != text.encode():
@@ -85,7 +87,8 @@ def kept_best(run: Path) -> dict[str, Any] | None:
     """What the manifest of the best slot says of it: metric, mode, value and step; None without a readable one."""
     slot = find_best(run)
     manifest = _manifest(slot) if slot is not None else None
-    return dict(manifest.meta["best"]) if manifest is not None else None
+    best = manifest.meta.get("best") if manifest is not None else None
+    return dict(best) if best else None
 
 
 def find_latest(run: Path) -> Latest:
@@ -106,7 +109,10 @@ def put_in_place(temporary: Path, slot: Path, gives_up: bool = False) -> None:
 
     `gives_up` says that it is of another continuation, and so not surpassed. It is set aside at once: of a name beside
     the new one, the next start would not know that. Killed at any point, the one or the other is there, whole.
+    A link in its place is removed: nothing is written where it leads.
     """
+    if slot.is_symlink():
+        slot.unlink()
     old = slot.with_name(f".old-{slot.name}")
     if slot.exists():
         if old.exists():

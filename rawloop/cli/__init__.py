@@ -5,8 +5,11 @@ code 1. A command that a signal or a stop file has ended, and that can go on, ha
 traceback.
 """
 
+import errno
 import importlib
 import os
+import select
+import signal
 import sys
 from pathlib import Path
 
@@ -81,6 +84,16 @@ def leave_exit_code(file: Path, code: int) -> None:
         file.write_text(str(code))
 
 
+def stdout_is_gone() -> bool:
+    """Whether the reader of standard output has ended, as `head` does."""
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        return bool(watched.poll(0))
+    except (OSError, ValueError, AttributeError):  # no file, or a system without poll
+        return False
+
+
 def call(command: str, rest: list[str]) -> int:
     """Run a command, say in one line why it failed if it did, and return its exit code."""
     try:
@@ -91,6 +104,20 @@ def call(command: str, rest: list[str]) -> int:
             line = " ".join(str(error).splitlines())  # what it quotes may have several
             print(f"rawloop {command}: {line}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:
+        if not stdout_is_gone():
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more at exit
+        if command in GO_ON:  # of others the output is all there was to do
+            print(f"rawloop {command}: nobody reads its output any more{GO_ON[command]}", file=sys.stderr, flush=True)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        from rawloop.checkpoint.disk import WORDS, in_words
+
+        if error.errno not in WORDS or error.errno == errno.ENOENT:
+            raise
+        print(f"rawloop {command}: {in_words(error)}", file=sys.stderr, flush=True)
+        return 1
     except RuntimeError as error:
         from rawloop.dist import is_lost_rank  # torch is loaded by now
 

@@ -16,7 +16,7 @@ def run(argv: list[str]) -> None:
 
     Raises:
         UserError: the folder is neither a run nor a checkpoint (exit code 2).
-        CheckpointError: a checkpoint is damaged (exit code 1).
+        CheckpointError: a checkpoint is damaged, or cannot be read (exit code 1).
     """
     parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
     parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
@@ -30,11 +30,11 @@ def run(argv: list[str]) -> None:
         found = examine(slot)
         counts.setdefault(found.verdict, []).append(name)
         print(f"{name:<{width}} {line(found)}", flush=True)
-    damaged = counts.get("DAMAGED", [])
-    if damaged:
-        whole = len(counts.get("whole", []))
-        raise CheckpointError(f"{len(damaged)} damaged ({', '.join(damaged)}), {whole} whole")
-    print(f"{len(counts.get('whole', []))} whole, none damaged", flush=True)
+    wrong = [f"{len(counts[v])} {v.lower()} ({', '.join(counts[v])})" for v in ("DAMAGED", "unreadable") if v in counts]
+    whole = len(counts.get("whole", []))
+    if wrong:
+        raise CheckpointError(f"{', '.join(wrong)}, {whole} whole")
+    print(f"{whole} whole, none damaged", flush=True)
 
 
 def line(found: Found) -> str:

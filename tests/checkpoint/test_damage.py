@@ -1,29 +1,27 @@
 """Damage to the checkpoints of a real run: all of it is found, and the run goes on from what is whole."""
 
-import ctypes
-import os
 import random
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rawloop.adapters import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig, verify
+from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager, verify
 from rawloop.config import RunConfig
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import World
-from rawloop.errors import CheckpointError, UserError
+from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig, train
 from rawloop.precision import PrecisionConfig
-from rawloop.records import read_events
+from rawloop.records import Records, RecordsConfig, read_events
 
 
 def go(config: RunConfig, before: Callable[[], None] = lambda: None) -> int:
@@ -122,35 +120,6 @@ def test_a_manifest_of_another_run_does_not_fit(trained: RunConfig, tmp_path: Pa
 
 # -- folders that cannot be written into -------------------------------------------------------------------------------
 
-VERSION = 0x20080522  # of capset(2), with 64 bits of capabilities
-OVERRIDES = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
-
-
-class Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class Sets(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
-@pytest.fixture
-def permissions_count() -> Iterator[None]:
-    """Take from root, in this thread and those that it starts, what lets it pass over permissions."""
-    if os.getuid() != 0:
-        yield
-        return
-    if sys.platform != "linux":
-        pytest.skip("root passes over permissions here")
-    libc, header, sets = ctypes.CDLL(None), Header(VERSION, 0), (Sets * 2)()
-    assert libc.capget(ctypes.byref(header), sets) == 0
-    before = sets[0].effective
-    sets[0].effective = before & ~OVERRIDES
-    assert libc.capset(ctypes.byref(header), sets) == 0
-    yield
-    sets[0].effective = before
-    assert libc.capset(ctypes.byref(header), sets) == 0
-
 
 def lock(folder: Path, *, locked: bool) -> None:
     """Make a folder and all that is in it read-only, or writable again."""
@@ -209,3 +178,29 @@ def test_a_folder_that_becomes_read_only_ends_the_run_after_some_saves_and_loses
     (run / "checkpoints").chmod(0o755)
     assert go(longer) == 4
     assert verify(run / "checkpoints" / "step-00000012").step == 12
+
+
+@pytest.mark.usefixtures("permissions_count")
+@pytest.mark.parametrize("place", [".", "checkpoints"])
+def test_a_folder_that_becomes_unreadable_is_said_in_words(tmp_path: Path, place: str) -> None:
+    part: dict[str, Any] = {"tracker": BestTracker()}
+    with Records(tmp_path / "run", World(), RecordsConfig()) as records:
+        manager = CheckpointManager(tmp_path / "run", CheckpointConfig(), World(), records, part)
+        manager.start(0)
+        manager.save(1)
+        manager.settle()
+        (tmp_path / "run" / place).chmod(0)
+        manager.save(2)
+        manager.settle()
+        assert manager.newest() is None
+        for call in (manager.finish, manager.load, lambda: manager.secure(2)):
+            with pytest.raises(RawloopError, match="ermission"):
+                call()
+        (tmp_path / "run" / place).chmod(0o755)
+        told = [event["reason"] for event in read_events(tmp_path / "run") if event["kind"] == "warning"]
+        assert told[0].startswith("cannot save step-00000002 at step 2 in ")
+        assert "there is no permission to write there" in told[0]
+        assert ". What was saved before cannot be seen now: there is no permission" in told[0]
+        manager.save(3)
+        manager.close()
+    assert verify(tmp_path / "run" / "checkpoints" / "step-00000003").step == 3

@@ -129,9 +129,7 @@ def test_a_manager_holds_the_lock_of_its_folder(tmp_path: Path, monkeypatch: pyt
             ):
                 manager_of(run, records)
             monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it, and nobody has looked
-            with pytest.raises(
-                UserError, match=r"This is one of 2 processes that were started together: "
-            ):
+            with pytest.raises(UserError, match=r"This is one of 2 processes that were started together: "):
                 manager_of(run, records)
             with pytest.raises(UserError, match="is training now"):
                 second.save(2)  # it was closed

@@ -246,3 +246,35 @@ def test_best_json_says_what_the_best_slot_says(tmp_path: Path) -> None:
     (tmp_path / "best" / "MANIFEST.json").write_text("")
     with pytest.raises(CheckpointError):
         slots.note_best(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["slot", "outside", "nowhere"])
+def test_a_link_in_the_place_of_a_slot_is_removed_and_not_followed(tmp_path: Path, to: str) -> None:
+    run, outside = tmp_path / "run", write(tmp_path / "outside", 3, 0.5)
+    slot = write_step(run, 10)
+    link = run / "best"
+    link.symlink_to({"slot": "checkpoints/step-00000010", "outside": str(outside), "nowhere": "none"}[to])
+    before = {path: path.read_bytes() for folder in (slot, outside) for path in folder.rglob("*") if path.is_file()}
+    assert value_in(write(link, 20, 0.25)) == 0.25
+    assert not link.is_symlink()
+    assert {path: path.read_bytes() for path in before} == before
+    assert names(run) == ["best", "checkpoints"]
+    assert slots.clean_up(run) == []
+
+
+def test_rotation_and_cleaning_remove_links_and_not_what_they_lead_to(tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", write(tmp_path / "outside" / "step-00000001", 1)
+    write_step(run, 10)
+    for name in ("step-00000001", ".tmp-step-00000002", ".trash-step-00000001"):
+        (run / "checkpoints" / name).symlink_to(outside)
+    slots.rotate(run, 10, keep_last=1)
+    slots.clean_up(run)
+    assert names(run / "checkpoints") == ["step-00000010"]
+    assert value_in(outside) == 0.0
+
+
+def test_a_slot_in_the_place_of_the_best_that_is_none_is_said(tmp_path: Path) -> None:
+    write_slot(tmp_path / "best", Contents(3, {}, {}, {"x": pack(1)}, [{}], {}))
+    assert slots.kept_best(tmp_path) is None
+    with pytest.raises(CheckpointError, match="its manifest does not say of which evaluation it is the best"):
+        slots.note_best(tmp_path)

@@ -1,6 +1,9 @@
 """`rawloop verify`: which damage it sees, what it takes for no damage, its exit codes, and that it writes nothing."""
 
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +138,34 @@ def test_a_slot_that_is_deleted_or_replaced_meanwhile_is_not_damaged(
     calls.clear()
     meddle = delete
     assert audit.examine(run / "best").verdict == "gone"
+
+
+def test_a_reader_that_has_ended_is_no_damage(run: Path) -> None:
+    """As in `rawloop verify RUN | head -1`. Exit code as of a process that SIGPIPE has ended."""
+    command = [sys.executable, "-m", "rawloop", "verify", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.usefixtures("permissions_count")
+def test_what_cannot_be_read_is_not_called_damaged(door: Door, run: Path) -> None:
+    manifest, slot = run / "best" / "MANIFEST.json", run / "checkpoints" / "step-00000010"
+    manifest.chmod(0)
+    slot.chmod(0)
+    done = door("verify", run)
+    assert done.err == f"rawloop verify: 2 unreadable (checkpoints/{slot.name}, best), 2 whole\n"
+    assert done.out.count("it cannot be read: Permission denied\n") == 2
+    assert "DAMAGED" not in done.out
+    assert done.code == 1
+    (run / "checkpoints").chmod(0)
+    done = door("verify", run)
+    assert (done.code, done.err) == (2, f"rawloop verify: '{run}' cannot be read: Permission denied\n")
+    run.chmod(0)
+    done = door("verify", run / "best")
+    assert (done.code, done.err) == (2, f"rawloop verify: '{run / 'best'}' cannot be read: Permission denied\n")
+    for path in (run, run / "checkpoints", slot, manifest):
+        path.chmod(0o755)
