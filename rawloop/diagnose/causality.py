@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Family
 from rawloop.diagnose.table import table
-from rawloop.diagnose.undisturbed import looking_at, undisturbed
+from rawloop.diagnose.undisturbed import coarsest_eps, looking_at, undisturbed
 from rawloop.diagnose.verdict import Autocast
 from rawloop.seed import preserved_rng
 
@@ -131,11 +131,7 @@ def _rounding(model: nn.Module, autocast: Autocast) -> float:
     """
     layers = max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=0)
     summing = torch.finfo(torch.float32).eps * ROUNDINGS * max(LAYERS, layers)
-    weight = next(model.parameters())
-    one = torch.ones(1, 1, device=weight.device)
-    with autocast():
-        dtypes = {(one @ one).dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
-    return max(summing, *(torch.finfo(dtype).eps for dtype in dtypes))
+    return max(summing, coarsest_eps(model, autocast))
 
 
 def lines(movements: dict[str, Movement]) -> list[str]:

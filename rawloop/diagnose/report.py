@@ -13,7 +13,7 @@ from rawloop.errors import TrainingError, UserError
 from rawloop.records import Records
 
 CENSUS = "census.json"
-Finding = Literal["leak", "dead", "blind"]
+Finding = Literal["leak", "dead", "blind", "mismatch"]
 
 
 @dataclass
@@ -26,7 +26,8 @@ class ChecksConfig:
         expect_chance: the first loss is expected to be that of guessing, as with random weights; without it such a loss
             is a warning.
         allow_missing_targets: train even if a stop token is never a target, so that generation does not learn to stop.
-        allow: findings to let pass that would stop the run, of leak, dead and blind.
+        allow: findings to let pass that would stop the run, of leak, dead, blind and mismatch (losses that are not the
+            cross-entropy of the logits, such as weighted ones, or with a further term).
     """
 
     enabled: bool = True
@@ -88,7 +89,12 @@ class Report:
     def wrong_losses(self) -> list[str]:
         """What the first loss shows that stops the run: of a codebook only what its whole stream does not show."""
         streams = {v.name: v.kind for v in self.verdicts}
-        return [
+        mismatches = [
+            f"first loss of '{v.name}': MISMATCH, {v.mismatch}{_pass('MISMATCH')}"
+            for v in self.verdicts
+            if v.mismatch and "mismatch" not in self.config.allow
+        ]
+        return mismatches + [
             f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.kind}, {v.why}{_pass(v.kind)}"
             for v in self.verdicts
             if v.kind in ("LEAK", "DEAD") and v.kind.lower() not in self.config.allow
@@ -134,7 +140,12 @@ class Report:
         if self.config.expect_chance:
             return []
         guesses = [v for v in self.verdicts if v.kind == "CHANCE" and "/" not in v.name]
-        return [
+        mismatches = [
+            f"first loss of '{v.name}': MISMATCH, {v.mismatch}{_pass('MISMATCH')}"
+            for v in self.verdicts
+            if v.mismatch and "mismatch" not in self.config.allow
+        ]
+        return mismatches + [
             f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.why}; if that is expected, set "
             "checks.expect_chance to true"
             for v in guesses
@@ -164,6 +175,7 @@ class Report:
         )
         census = census or "every required token is a target"
         loss = [f"{v.name} {v.loss:.4f} {v.kind}" for v in self.verdicts if "/" not in v.name]
+        loss += [f"{v.name} MISMATCH" for v in self.verdicts if v.mismatch]
         moved = {stream: {**m._asdict(), "outcome": m.outcome()} for stream, m in self.movements.items()}
         outcomes = ", ".join(f"{stream} {values['outcome']}" for stream, values in moved.items())
         return [

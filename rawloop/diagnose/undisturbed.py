@@ -1,7 +1,8 @@
 """Measuring a model without a trace: what a check does must not be seen in what is trained."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,3 +31,11 @@ def undisturbed(module: nn.Module, *, training: bool) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
+    """The unit of rounding of the coarsest dtype in which a model computes."""
+    one = torch.ones(1, 1, device=next(model.parameters()).device)
+    with autocast():
+        dtypes = {(one @ one).dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)

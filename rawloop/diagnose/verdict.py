@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from rawloop.contracts import IGNORE, Batch, Family, StreamLoss
+from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.notfinite import cause
 from rawloop.diagnose.table import table
-from rawloop.diagnose.undisturbed import looking_at, undisturbed
+from rawloop.diagnose.undisturbed import coarsest_eps, looking_at, undisturbed
 from rawloop.dist import LossModule
+from rawloop.seed import preserved_rng
 
 Kind = Literal["OK", "CHANCE", "LEAK", "DEAD"]
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -43,7 +45,7 @@ class Reading:
     `nats` is a sum over `targets`, and so is `entropy` (each target counts with that of the targets of its batches).
     The others say what is wrong, if anything is: `gradient` why no trained weight learns from it, and `logits` that
     they do not differ between positions, both only where no rank and no batch sees it otherwise; `not_finite` what its
-    loss or gradient that is not finite comes from.
+    loss or gradient that is not finite comes from; `mismatch` how the loss differs from what the logits say.
     """
 
     nats: float = 0.0
@@ -52,6 +54,7 @@ class Reading:
     gradient: str = ""
     logits: str = ""
     not_finite: str = ""
+    mismatch: str = ""
 
     def __add__(self, other: "Reading") -> "Reading":
         """Both together, as those of two ranks; what has no target says nothing."""
@@ -64,24 +67,29 @@ class Reading:
             self.gradient and other.gradient,
             self.logits and other.logits,
             self.not_finite or other.not_finite,
+            self.mismatch or other.mismatch,
         )
 
 
 class Verdict(NamedTuple):
-    """A verdict on one stream (`audio`) or codebook (`audio/3`): its mean loss, what chance is, and why."""
+    """A verdict on one stream (`audio`) or codebook (`audio/3`): its mean loss, what chance is, and why.
+
+    `mismatch` says how the loss differs from what the logits say; its kind is judged all the same.
+    """
 
     name: str
     kind: Kind
     loss: float
     chance: float
     why: str
+    mismatch: str = ""
 
 
 def judge(name: str, reading: Reading, chance: float) -> Verdict:
     """Compare a reading with chance. The first of DEAD, CHANCE, LEAK that fits is the verdict."""
     loss = reading.nats / reading.targets if reading.targets else math.nan
     kind, why = _judged(loss, reading, chance)
-    return Verdict(name, kind, loss, chance, why)
+    return Verdict(name, kind, loss, chance, why, reading.mismatch)
 
 
 def _judged(loss: float, reading: Reading, chance: float) -> tuple[Kind, str]:
@@ -116,10 +124,12 @@ def read_losses(
     """
     readings = {stream: Reading() for stream in family.streams}
     passes = Passes(family, module, autocast, {id(batch): group for batch, group in zip(batches, groups, strict=False)})
+    scored: dict[int, dict[str, StreamLoss]] = {}
     with undisturbed(module, training=False), torch.no_grad():
         for batch in batches:
             with looking_at(batch.ids):
-                own = _of_batch(passes.losses(batch), batch)
+                losses = scored[id(batch)] = passes.losses(batch)
+                own = _of_batch(losses, batch)
                 for stream in (s for s in family.streams if s in own and not readings[s].not_finite):
                     if not math.isfinite(own[stream].nats):
                         own[stream].not_finite = passes.why_not_finite(batch, stream)
@@ -127,10 +137,13 @@ def read_losses(
                 readings[name] = readings.get(name, Reading()) + reading
         first = {stream: next((b for b in batches if b.targets.get(stream)), None) for stream in family.streams}
         for batch in {id(batch): batch for batch in first.values() if batch is not None}.values():
-            with looking_at(batch.ids), autocast():
-                logits = family.logits(module.model, batch)
-            for stream in (stream for stream, chosen in first.items() if chosen is batch):
-                _note_variety(readings, stream, logits[stream])
+            with looking_at(batch.ids):
+                logits = passes.logits(batch)
+            logits = {stream: logits[stream] for stream, chosen in first.items() if chosen is batch}
+            for stream, rows in logits.items():
+                _note_variety(readings, stream, rows)
+            for name, said in disagreements(scored[id(batch)], logits, batch, passes.eps()).items():
+                readings[name].mismatch = said
     with undisturbed(module, training=True):
         for stream, seen in first.items():
             if seen is not None and not readings[stream].not_finite:
@@ -152,9 +165,18 @@ class Passes:
 
     def losses(self, batch: Batch) -> dict[str, StreamLoss]:
         """Every stream's loss, in the precision of training."""
-        with self.autocast():
+        with preserved_rng(), self.autocast():
             losses: dict[str, StreamLoss] = self.module(batch)
         return losses
+
+    def logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Every target's logits, by stream: with the random numbers that the losses were computed with."""
+        with preserved_rng(), self.autocast():
+            return self.family.logits(self.module.model, batch)
+
+    def eps(self) -> float:
+        """The rounding of what the model computes in."""
+        return coarsest_eps(self.module.model, self.autocast)
 
     def gradient(self, batch: Batch, stream: str) -> tuple[str, str]:
         """Say why no trained weight learns from a stream, and what is not finite in its gradient, if so."""
@@ -251,10 +273,12 @@ def lines(verdicts: Sequence[Verdict], samples: int, expect_chance: bool) -> lis
     kinds = {verdict.name: verdict.kind for verdict in verdicts}
     rows: list[list[object]] = [["stream", "loss", "chance", "verdict"]]
     for verdict in verdicts:
-        if verdict.kind == kinds[verdict.name.split("/")[0]] and "/" in verdict.name:
+        alike = verdict.kind == kinds[verdict.name.split("/")[0]] and not verdict.mismatch
+        if alike and "/" in verdict.name:
             continue
         expected = " (expected)" if verdict.kind == "CHANCE" and expect_chance else ""
         why = f": {verdict.why}" if verdict.why and not expected else ""
+        why += f"; MISMATCH: {verdict.mismatch}" if verdict.mismatch else ""
         rows.append([verdict.name, f"{verdict.loss:.4f}", f"{verdict.chance:.4f}", f"{verdict.kind}{expected}{why}"])
     shown = table("lrrl", rows)
     for stream in dict.fromkeys(name.split("/")[0] for name in kinds):

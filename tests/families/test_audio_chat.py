@@ -33,6 +33,7 @@ from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
 from rawloop.demo import SPEECH
 from rawloop.diagnose import probe
+from rawloop.diagnose.agreement import disagreements
 from rawloop.dist import DDPConfig, LossModule, World
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
@@ -256,6 +257,12 @@ def test_losses_equal_the_models_own(family: AudioChat, examples: list[Example])
     torch.testing.assert_close(rows, every, rtol=1e-12, atol=1e-12)
     assert float(theirs.loss) == pytest.approx(family.chance()["text"], abs=0.1)
     assert family.chance() == {"text": math.log(len(family.processor.tokenizer))}
+
+
+def test_losses_are_the_cross_entropy_of_the_logits(family: AudioChat, examples: list[Example]) -> None:
+    model, batch = family.load_model(), family.collate(examples)
+    with torch.no_grad():
+        assert disagreements(family.losses(model, batch), family.logits(model, batch), batch, 0.0) == {}
 
 
 def test_logits_of_a_model_in_16_bits_are_float32(family: AudioChat, examples: list[Example]) -> None:

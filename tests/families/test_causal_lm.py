@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from rawloop.adapters import AdapterConfig, add_adapter
 from rawloop.contracts import IGNORE, Batch, Labels, Sample, Special, Text, Turn
 from rawloop.diagnose import probe
+from rawloop.diagnose.agreement import disagreements
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.causal_lm import CausalLM, documents, target_logits
@@ -105,6 +106,13 @@ def test_pieces_say_who_speaks(family: CausalLM) -> None:
     assert roles[0] == ["text"]
     assert roles[1] == ["system+user", "assistant", "template"]
     assert roles[3] == ["user", "assistant", "user", "assistant", "template"]
+
+
+def test_losses_are_the_cross_entropy_of_the_logits(family: CausalLM, packed: CausalLM, model: nn.Module) -> None:
+    for one in (family, packed):
+        batch = one.collate([one.example(sample) for sample in SAMPLES])
+        with torch.no_grad():
+            assert disagreements(one.losses(model, batch), one.logits(model, batch), batch, 0.0) == {}
 
 
 def test_the_tokens_that_end_texts_and_turns_must_be_learnt_where_there_are_any(text_checkpoint: Path) -> None:

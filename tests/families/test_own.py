@@ -128,6 +128,11 @@ class Own(ByteLM):
         name, ids = super().example(sample)
         ids[3] = 257 if "bad" in name else ids[3]
         return name, ids
+    def collate(self, examples):
+        batch = super().collate(examples)
+        text = batch.labels["text"]
+        batch.labels["text"] = text._replace(targets=text.targets.clamp(max=256))
+        return batch
 """
 
 
