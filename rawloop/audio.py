@@ -76,26 +76,6 @@ def load_audio(
     return _resample(waveform, rate, sample_rate)
 
 
-def clip_seconds(path: Path, *, min_seconds: float = 0.0, max_seconds: float = math.inf) -> float:
-    """Read a clip's length in seconds from its headers, without decoding it.
-
-    Raises:
-        BadAudio: cannot be opened, is no audio file, is empty, cut short, too short or too long, or a segment that does
-            not lie in its clip.
-    """
-    segment = segment_of(path)
-    with _opened(segment.file) as stream:
-        file, frames = _sound(stream, held(stream))
-        rate = int(file.samplerate)
-        file.close()
-    first, last = _bounds(segment, frames, rate)
-    frames = last - first
-    _check_length(frames, rate, max_seconds)
-    if frames < min_seconds * rate:
-        raise BadAudio(f"lasts {frames / rate:.3f} s, shorter than data.min_seconds ({min_seconds:g} s)")
-    return frames / rate
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a clip, and turn libsndfile's errors into reasons."""

@@ -7,6 +7,7 @@ restored last, because building things draws from them.
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,17 +27,18 @@ from rawloop.checkpoint import (
     mark_launch,
 )
 from rawloop.config import RunConfig
-from rawloop.contracts import CodecFamily, Family, IdsFamily, PackingFamily, Sample
+from rawloop.contracts import CodecFamily, Family, HearingFamily, IdsFamily, PackingFamily, Sample
 from rawloop.data import DataConfig, codes_folder
 from rawloop.data.batches import BatchPlan, Draw, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits, look_ups
-from rawloop.data.prepare import prepare
-from rawloop.data.samples import check_lengths, read_samples, shared
+from rawloop.data.prepare import decode_once, prepare
+from rawloop.data.samples import named, read_samples, shared, usable
+from rawloop.data.shards import heard_at
 from rawloop.diagnose import Report, run_checks
 from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import BadSample, RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families import load_family
@@ -51,6 +53,7 @@ from rawloop.resume import Claim, claim, restore, stored_precision
 from rawloop.seed import RngState, seed_all
 
 Say = Callable[[str], None]
+HEARD_RATE = 16_000  # Hz at which clips are looked at for a family that does not say at which it hears them
 
 
 def build_run(config: RunConfig, world: World, say: Say) -> Run:
@@ -304,21 +307,29 @@ def prepare_codes(
 ) -> str:
     """Encode the clips of both splits that the cache does not have yet, and return a line about it.
 
+    For a model that hears clips as they are, they are decoded once.
+
     Raises:
         BadClips: clips that cannot be used, each named with its reason.
         Preempted: a signal ended it; what was encoded is kept.
     """
     import_torchaudio()
-    if not isinstance(family, CodecFamily):
+    if not isinstance(family, CodecFamily | HearingFamily):
         raise UserError(f"models of the family {type(family).__name__} need no codes: train without `rawloop prepare`")
     splits = [path for path in (config.train, config.eval) if path is not None]
     samples = [sample for path in splits for sample in read_samples(path, config, notice=_warn)]
-    for sample in samples:
-        family.check(sample)
-    codec, encode = family.load_codec(device)
+    skip = config.on_bad_sample == "skip"
+    samples, long = usable(samples, family.check, skip)
+    codec, encode = (
+        family.load_codec(device) if isinstance(family, CodecFamily) else (heard_at(family.sample_rate), None)
+    )
     report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
-    counts = f"{report.encoded} encoded now, {report.reused} already there, {len(report.bad)} left out"
-    return f"codes of {report.clips} clips in {report.folder}: {counts}"
+    cache = CodeCache(codes_folder(config), codec.hash, config)
+    long |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
+    of, done = ("codes of ", "encoded") if encode else ("", "decoded")
+    counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
+    too_long = f"; {len(long)} samples that are too long for the model are left out: {named(long)}" if long else ""
+    return f"{of}{report.clips} clips in {report.folder}: {counts}{too_long}"
 
 
 def _warn(line: str) -> None:
@@ -346,18 +357,33 @@ def load_samples(config: RunConfig, family: Family, cache: CodeCache | None, spl
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
     # with codes, training needs no audio
     samples = read_samples(path, config.data, check_files=cache is None, notice=say)
+    number, frames = len(samples), None
+    left_out: dict[str, str] = {}
+    if cache is None and any(sample.audio_paths() for sample in samples):
+        cache = _heard(samples, config.data, family)
     if cache is not None:
         samples, left_out = cache.usable(samples)
-        if left_out:
-            say(f"data.{split}: {len(left_out)} samples left out, as `rawloop prepare` was asked to skip their clips")
-        if not samples:
-            raise UserError(f"data.{split} is '{path}', of which no sample can be used")
         cache.check(samples)
-    for sample in samples:
-        family.check(sample, cache.frames if cache is not None else None)
-    if cache is None:
-        check_lengths(samples, config.data)
+        frames = cache.frames if isinstance(family, CodecFamily | HearingFamily) else None
+    samples, bad = usable(samples, lambda one: family.check(one, frames), config.data.on_bad_sample == "skip")
+    left_out |= bad
+    if not samples:
+        raise UserError(f"data.{split} is '{path}', of which no sample can be used: {named(left_out)}")
+    if left_out:
+        say(
+            f"data.{split}: {len(left_out)} of {number} samples left out, as data.on_bad_sample skip asks for, here or "
+            f"in `rawloop prepare`: {named(left_out)}"
+        )
     return samples
+
+
+def _heard(samples: list[Sample], config: DataConfig, family: Family) -> CodeCache:
+    """Decode all clips of a model that takes no codes, if that was not done before: no run shall end in the middle."""
+    for sample in samples:
+        with suppress(BadSample):  # looked at again when the lengths of clips are known
+            family.check(sample)
+    rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
+    return decode_once(samples, codes_folder(config), rate, config)
 
 
 def build_model(

@@ -205,7 +205,12 @@ class Family(Protocol):
         ...
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
-        """Refuse a sample that cannot be trained, before anything is; `frames(path)` gives a prepared clip's length."""
+        """Refuse a sample that cannot be trained, before anything is; `frames(path)` gives a prepared clip's length.
+
+        Raises:
+            BadSample: it is too long, or a clip of it is no good: it may be left out.
+            UserError: anything else that is wrong with it.
+        """
         ...
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Any:
@@ -265,6 +270,16 @@ class CodecFamily(Protocol):
     def codec_hash(self) -> str:
         """Content hash of the codec: codes of another one would be noise to the model."""
         ...
+
+
+@runtime_checkable
+class HearingFamily(Protocol):
+    """A family without a codec, whose `example` decodes clips: they are all decoded once before training begins.
+
+    `sample_rate` is in Hz; `check` is given the lengths of clips in samples at this rate.
+    """
+
+    sample_rate: int
 
 
 @runtime_checkable

@@ -100,7 +100,7 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     import_torchaudio()
     family = build_family(config)
     cache = open_codes(config.data, family)
-    samples = load_samples(config, family, cache, "eval", _quiet)
+    samples = load_samples(config, family, cache, "eval", lambda line: _tell(line, world))
     slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)
     contents = contents_of(family, cache, {"data.eval": samples})
     clock = clock_notice(family)
@@ -157,7 +157,3 @@ def _latest(run_folder: Path) -> Path | None:
     if damage:
         print(f"rawloop evaluate: passed over a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
     return found.slot
-
-
-def _quiet(line: str) -> None:
-    """Only the metrics go to standard output."""

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from rawloop.contracts import CodecInfo, Sample
 from rawloop.data.config import DataConfig
-from rawloop.data.shards import CODEC_FILE, Row, Shard, checksum, read_codec, read_rows, shard_file
+from rawloop.data.shards import CODEC_FILE, HEARD, Row, Shard, checksum, read_codec, read_rows, shard_file
 from rawloop.errors import RawloopError, UserError
 from rawloop.segments import content_hash, segment_of
 
 PREPARE = "run `rawloop prepare`"
-NO_CODES, CHANGED, BAD = range(3)  # what can be wrong with a clip
+LASTS = "lasts "  # so begins what `load_audio` says of a clip that is too long or too short
+NO_FILE, NO_CODES, CHANGED, BAD = range(4)  # what can be wrong with a clip
 WRONG = {
+    NO_FILE: ("without codes, and without files", f"restore them and {PREPARE}, or remove their samples"),
     NO_CODES: ("without codes", PREPARE),
     CHANGED: ("changed since they were encoded", f"{PREPARE} again"),
     BAD: ("that cannot be used", f"mend them and {PREPARE} again, with --data.on_bad_sample skip to leave them out"),
@@ -74,6 +76,11 @@ class CodeCache:
         row = self._row(str(path))
         return f"{self.codec.hash[:16]} {row.frames} {row.crc:08x}"
 
+    def knows(self, sample: Sample) -> bool:
+        """Whether every clip of a sample was looked at as it is now, be it good or bad, but for limits of length."""
+        rows = (self._known(str(path)) for path in sample.audio_paths())
+        return all(row is not None and not (row.bad or "").startswith(LASTS) and _unchanged(row) for row in rows)
+
     def usable(self, samples: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
         """Split samples into those to train on, and those to leave out, as `rawloop prepare` or the config asks for.
 
@@ -109,7 +116,7 @@ class CodeCache:
                 problems.setdefault(found[0], []).append(found[1])
         if problems:
             raise UserError("; ".join(_problem(*pair) for pair in sorted(problems.items())))
-        for number in sorted({row.shard for row in rows}):
+        for number in sorted({row.shard for row in rows if row.shard >= 0}):  # clips that are decoded only have none
             self._shard(number)
 
     def _skipped(self, path: Path) -> str | None:
@@ -143,7 +150,7 @@ class CodeCache:
         if row is None:
             row = self._by_content(path)
             if row is None:
-                return NO_CODES, path
+                return NO_CODES if segment_of(path).file.exists() else NO_FILE, path
         elif not _unchanged(row):
             row = self._by_content(path)
             if row is None:
@@ -158,7 +165,7 @@ class CodeCache:
     def _by_content(self, path: str) -> Row | None:
         """Return the codes of a file that was moved or touched, found by its hash."""
         if self._contents is None:
-            self._contents = {row.sha256: row for row in self._rows.values() if row.shard >= 0}
+            self._contents = {row.sha256: row for row in self._rows.values() if row.frames}
         try:
             return self._contents.get(content_hash(path))
         except FileNotFoundError:
@@ -194,6 +201,8 @@ def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
     found = {file.parent: read_codec(file.parent) for file in sorted(folder.glob(f"*/{CODEC_FILE}"))}
     if not found:
         raise UserError(f"{folder} holds no codes: {PREPARE} first, or set --data.codes to the folder it wrote")
+    if codec is None:  # whoever wants codes means none that were only heard
+        found = {place: info for place, info in found.items() if not info.hash.startswith(HEARD)} or found
     fitting = {place: info for place, info in found.items() if codec is None or info.hash.startswith(codec)}
     known = ", ".join(f"{info.hash[:16]} at {info.sample_rate} Hz" for info in found.values())
     if not fitting:

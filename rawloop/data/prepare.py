@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from rawloop.audio import BadAudio, load_audio
 from rawloop.contracts import CodecInfo, Sample
+from rawloop.data.codes import CodeCache
 from rawloop.data.config import DataConfig
-from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
+from rawloop.data.shards import Row, ShardWriter, heard_at, is_codec_folder, open_writer, write_file
 from rawloop.errors import Preempted, RawloopError
 from rawloop.preempt import Preemption, watched
 from rawloop.segments import content_hash, segment_of
@@ -85,7 +86,7 @@ class Clip(NamedTuple):
 
 def prepare(
     samples: Iterable[Sample],
-    encode: Encode,
+    encode: Encode | None,
     codec: CodecInfo,
     folder: Path | str,
     config: DataConfig | None = None,
@@ -94,12 +95,14 @@ def prepare(
     shard_clips: int = 4096,
     shard_seconds: float = 120.0,
     preemption: Preemption | None = None,
+    wait: bool = False,
 ) -> PrepareReport:
     """Encode every distinct clip of `samples` and cache its codes in `folder`.
 
     Args:
         samples: from `read_samples`; clips that several of them share are encoded once.
         encode: the codec: waveform (samples,) float32 on the CPU -> codes (frames, codebooks) of any integer type.
+            None: clips are decoded only, and their length noted; see `heard_at`.
         codec: what identifies the codec and its codes.
         folder: of the cache.
         config: `on_bad_sample`, `max_seconds` and `min_seconds` are read from it.
@@ -107,6 +110,7 @@ def prepare(
         shard_clips: a shard is written at the latest after so many clips
         shard_seconds: or after so many seconds, so that a kill costs no more than these.
         preemption: says when to stop; without it SIGTERM and SIGUSR1 are watched for here.
+        wait: if another process writes to the folder, wait for it instead of refusing.
 
     Returns:
         What was done; also written to `folder/report.json`.
@@ -126,7 +130,9 @@ def prepare(
     with (
         _interrupt_held() as interrupted,
         nullcontext(preemption) if preemption else watched() as stop,
-        open_writer(folder, codec, shard_clips, shard_seconds) as writer,
+        open_writer(
+            folder, codec, shard_clips, shard_seconds, partial(_waiting, interrupted, stop) if wait else None
+        ) as writer,
     ):
         asked = partial(_asked, interrupted, stop)
         done = _encode_all(_Loader(writer, codec, config), list(clips), encode, report, asked, progress)
@@ -209,14 +215,19 @@ class _Loader:
 
 
 def _encode_all(
-    load: _Loader, paths: list[str], encode: Encode, report: PrepareReport, asked: Callable[[], bool], progress: bool
+    load: _Loader,
+    paths: list[str],
+    encode: Encode | None,
+    report: PrepareReport,
+    asked: Callable[[], bool],
+    progress: bool,
 ) -> int:
     """Encode the clips that have no codes, until all are done or a signal has come in. Returns how many are done."""
     done = 0
     every = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     bar = tqdm(
         total=len(paths),
-        desc="encoding",
+        desc="decoding" if encode is None else "encoding",
         unit="clip",
         disable=not progress,
         mininterval=every,
@@ -232,12 +243,15 @@ def _encode_all(
     return done
 
 
-def _take(clip: Clip, encode: Encode, writer: ShardWriter, report: PrepareReport) -> None:
+def _take(clip: Clip, encode: Encode | None, writer: ShardWriter, report: PrepareReport) -> None:
     """Encode a clip if nobody has, and put its row into the index."""
     row, twin = clip.row, writer.find(clip.row.sha256)
     if not row.bad and twin is None:
         assert clip.waveform is not None, "a clip is either cached or decoded"
-        writer.add(row, _codes(clip.waveform, encode, writer.codec, row.path))
+        if encode is None:
+            writer.add(row._replace(frames=len(clip.waveform)))
+        else:
+            writer.add(row, _codes(clip.waveform, encode, writer.codec, row.path))
         report.encoded += 1
         report.audio_seconds += len(clip.waveform) / writer.codec.sample_rate
         return
@@ -286,6 +300,32 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[st
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def decode_once(samples: Sequence[Sample], folder: Path | str, sample_rate: int, config: DataConfig) -> CodeCache:
+    """Decode every clip that was not decoded before, for models that take no codes, and return what is known of all.
+
+    That is their lengths in samples at `sample_rate`, and which are bad. Several processes may call this at once: one
+    decodes, the others wait for it.
+
+    Raises:
+        UserError, Preempted: see `prepare`. Bad clips are for `CodeCache.usable` and `CodeCache.check` to tell of.
+    """
+    codec = heard_at(sample_rate)
+    known = CodeCache(folder, codec.hash, config) if is_codec_folder(Path(folder).expanduser(), codec) else None
+    new = [sample for sample in samples if known is None or not known.knows(sample)]
+    if new or known is None:
+        with suppress(BadClips):
+            prepare(new, None, codec, folder, config, wait=True)
+        known = CodeCache(folder, codec.hash, config)
+    return known
+
+
+def _waiting(interrupted: list[int], stop: Preemption) -> None:
+    if interrupted:
+        raise KeyboardInterrupt
+    if stop.wanted() is not None:
+        raise Preempted(f"stopped by {stop.wanted()} while another process decoded the clips")
 
 
 def _asked(interrupted: list[int], stop: Preemption) -> bool:

@@ -6,11 +6,10 @@ mistake in the data ends here, in one line that names the file and the record, b
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rawloop.audio import BadAudio, clip_seconds
 from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.files import SAMPLE_KEYS, data_file, read_records
@@ -19,9 +18,9 @@ from rawloop.data.messages import MessagesReader
 from rawloop.data.metadata import MetadataReader
 from rawloop.data.record import Files, Record, show
 from rawloop.data.texts import TextReader
-from rawloop.errors import UserError
+from rawloop.errors import BadSample, UserError
 
-SHOWN = 10  # clips that one message names
+SHOWN = 5  # samples that one message names
 
 
 def read_samples(
@@ -80,25 +79,42 @@ def _said(sample: Sample) -> int:
     return hash(tuple((turn.role, turn.parts) for turn in sample.turns))
 
 
-def check_lengths(samples: Sequence[Sample], config: DataConfig) -> None:
-    """Hold the clips of samples that are never prepared against `min_seconds` and `max_seconds`, by their headers.
+def usable(
+    samples: Sequence[Sample], check: Callable[[Sample], None], skip: bool
+) -> tuple[list[Sample], dict[str, str]]:
+    """Check every sample, and split them into those to train on and those to leave out.
 
-    `rawloop prepare` does this, and more, for models that take codes. Nothing is decoded here: a clip that is silent,
-    or a flac that was cut short, is found when its sample is reached.
+    Args:
+        samples: of one split.
+        check: raises BadSample for one that may be left out.
+        skip: whether it shall.
+
+    Returns:
+        The kept samples, in order, and the reason for each one left out, by sample id.
 
     Raises:
-        UserError: clips that cannot be opened, are too long or too short, each with a sample that needs it.
+        UserError: from `check`; without `skip`, one message about all bad samples.
     """
-    owners = {path: sample for sample in samples for path in sample.audio_paths()}
-    bad: list[str] = []
-    for path, sample in owners.items():
+    kept: list[Sample] = []
+    bad: dict[str, str] = {}
+    for sample in samples:
         try:
-            clip_seconds(path, min_seconds=config.min_seconds, max_seconds=config.max_seconds)
-        except BadAudio as reason:
-            bad.append(f"{path} (sample '{sample.id}', {sample.source}) {reason}")
-    if bad:
-        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise UserError(f"clips that cannot be used, {len(bad)} of {len(owners)}: {'; '.join(bad[:SHOWN])}{more}")
+            check(sample)
+            kept.append(sample)
+        except BadSample as reason:
+            bad[sample.id] = str(reason)
+    if bad and not skip:
+        raise UserError(
+            f"{len(bad)} of {len(samples)} samples cannot be used: {named(bad)}. Or leave them out: "
+            "--data.on_bad_sample skip"
+        )
+    return kept, bad
+
+
+def named(reasons: Mapping[str, str]) -> str:
+    """Return the first reasons in a line, and how many more there are."""
+    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    return "; ".join(list(reasons.values())[:SHOWN]) + more
 
 
 @contextmanager

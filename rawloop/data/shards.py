@@ -4,6 +4,8 @@
                                        shard-00000.safetensors   one tensor per clip, (frames, codebooks) uint16
                                        files-00000.jsonl         one row per audio file: path, size, mtime, hash, shard
 
+Of clips that are decoded only, for models that take no codes, there are rows without shards; see `heard_at`.
+
 A clip's tensor is named by the SHA-256 of the audio file. Both files are written whole, then renamed: first the codes,
 then the rows that point at them, so that a kill at any moment loses only what was not yet written. Later rows replace
 earlier ones of the same path. Paths in the folder of the cache, or beside it, are stored relative to it, so that all
@@ -18,11 +20,11 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -33,6 +35,7 @@ from rawloop.errors import RawloopError, UserError
 
 FORMAT = 1
 CODEC_FILE = "codec.json"
+HEARD = "heard-"
 BESIDE = ".." + os.sep
 NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 
@@ -67,6 +70,16 @@ COLUMNS: dict[str, set[type]] = {
 def codec_folder(cache: Path, codec: CodecInfo) -> Path:
     """Return the folder that holds the codes of one codec."""
     return cache / f"{codec.hash[:16]}-{codec.sample_rate}"
+
+
+def is_codec_folder(cache: Path, codec: CodecInfo) -> bool:
+    """Whether there is anything of one codec in the cache."""
+    return (codec_folder(cache, codec) / CODEC_FILE).is_file()
+
+
+def heard_at(sample_rate: int) -> CodecInfo:
+    """Return what stands for the codec where clips are decoded only: a frame is a sample, and there are no codes."""
+    return CodecInfo(f"{HEARD}{sample_rate:06d}", sample_rate, 1, 1, float(sample_rate))
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -235,7 +248,7 @@ class ShardWriter:
         written = (NUMBERED.match(file.name) for file in self.folder.iterdir())
         self._number = 1 + max((int(found[1]) for found in written if found), default=-1)
         lost = missing_shards(self.folder, self.rows.values())
-        self._contents = {row.sha256: row for row in self.rows.values() if row.shard >= 0 and row.shard not in lost}
+        self._contents = {row.sha256: row for row in self.rows.values() if row.frames and row.shard not in lost}
 
     def find(self, sha256: str) -> Row | None:
         """Return a row whose codes are those of this content, or None. Safe to call from other threads."""
@@ -246,6 +259,7 @@ class ShardWriter:
         if codes is not None:
             self._codes[row.sha256] = codes = codes.to(torch.uint16).contiguous()
             row = row._replace(shard=self._number, frames=len(codes), crc=checksum(codes))
+        if row.frames:
             self._contents[row.sha256] = row
         self.rows[row.path] = row
         self._fresh.append(row)
@@ -270,15 +284,23 @@ class ShardWriter:
 
 
 @contextmanager
-def open_writer(cache: Path, codec: CodecInfo, shard_clips: int, shard_seconds: float) -> Iterator[ShardWriter]:
+def open_writer(
+    cache: Path,
+    codec: CodecInfo,
+    shard_clips: int,
+    shard_seconds: float,
+    waiting: Callable[[], None] | None = None,
+) -> Iterator[ShardWriter]:
     """Open the codes of one codec for writing; at the end, however it comes, what was taken up is written.
+
+    With `waiting`, another writer is waited for; it is called meanwhile, and raises to give up.
 
     Raises:
         UserError: the folder cannot be made, or another `rawloop prepare` writes to it.
         RawloopError: the index is damaged, or the disk is full.
     """
     folder = codec_folder(cache, codec)
-    with _locked(folder):
+    with _locked(folder, waiting):
         for part in folder.glob("*.part"):
             part.unlink()  # left behind by a writer that was killed
         if not (folder / CODEC_FILE).exists():
@@ -293,8 +315,7 @@ def open_writer(cache: Path, codec: CodecInfo, shard_clips: int, shard_seconds: 
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    import fcntl
+def _locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,13 +323,24 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): set --data.codes to another folder") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended") from error
-        except OSError as error:
-            raise RawloopError(f"{folder / 'lock'} cannot be locked: {error.strerror}") from error
+        while not _lock(lock, folder):
+            if waiting is None:
+                raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended")
+            waiting()
+            time.sleep(0.05)
         yield
+
+
+def _lock(lock: IO[str], folder: Path) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise RawloopError(f"{folder / 'lock'} cannot be locked: {error.strerror}") from error
+    return True
 
 
 def missing_shards(folder: Path, rows: Iterable[Row]) -> set[int]:

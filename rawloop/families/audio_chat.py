@@ -61,6 +61,7 @@ class AudioChat:
             stop_clock(holder, config.template_date)
         self.text_settings: Any = self.settings.get_text_config()
         self.encoder = ChatEncoder(self.processor, self._audio_token(), self.text_settings.max_position_embeddings)
+        self.sample_rate = self.encoder.sample_rate
         self._checked: set[tuple[str, ...]] = set()
 
     def _audio_token(self) -> int:
@@ -89,8 +90,8 @@ class AudioChat:
         return cast(nn.Module, model)
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
-        """Refuse a sample that cannot be trained; clips are asked for their headers. See `ChatEncoder.check`."""
-        self.encoder.check(sample)
+        """Refuse a sample that cannot be trained; `frames` are samples at `sample_rate`. See `ChatEncoder.check`."""
+        self.encoder.check(sample, frames)
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
         """Encode one sample, its clips decoded now: `codes` is not used. See `ChatEncoder.example`."""

@@ -5,7 +5,8 @@ again here. What it has no notion of is added: which tokens a trained turn says,
 clip, let a text forge a turn, or drop audio.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from rawloop.audio import BadAudio, clip_seconds, load_audio
+from rawloop.audio import BadAudio, load_audio
 from rawloop.contracts import IGNORE, Audio, Piece, Sample, Text, Turn
-from rawloop.errors import UserError
-from rawloop.families.audio_chat_template import ChatTemplate, Messages
+from rawloop.errors import BadSample, UserError
+from rawloop.families.audio_chat_template import QUESTION, ChatTemplate, Messages
 from rawloop.families.letters import Letters
 from rawloop.families.shared import forged_token, refuse_tools
 
@@ -54,29 +55,59 @@ class ChatEncoder:
         self.processor, self.audio_token, self.max_positions = processor, audio_token, max_positions
         self.template = ChatTemplate(processor, audio_token)
         self.letters = Letters(processor.tokenizer, processor.tokenizer.name_or_path)
+        self._known: dict[int, int] = {}  # positions of a clip, by its length
         self.sample_rate: int = processor.feature_extractor.sampling_rate
         # A longer clip would be cut: after so many windows of features, or after the only one.
         self.longest: float = getattr(processor, "max_audio_len", None) or processor.feature_extractor.chunk_length
 
-    def check(self, sample: Sample) -> None:
-        """Refuse what can be seen without decoding and tokenizing: cheap enough for every sample of a data set.
+    def check(self, sample: Sample, samples_of: Callable[[Path], int] | None = None) -> None:
+        """Refuse what can be seen without decoding: cheap enough for every sample of a data set before it is trained.
+
+        Args:
+            sample: the conversation.
+            samples_of: gives the length of a clip at `sample_rate`, if it is known.
 
         Raises:
-            UserError: no turn is trained, audio stands in another turn than a user's, a text holds a control token, the
-                chat template refuses the conversation or drops words, or a clip cannot be opened or is longer than the
-                model hears.
+            UserError: no turn is trained, audio stands in another turn than a user's, a text holds a control token, or
+                the chat template refuses the conversation, drops words or cannot be split at its turns.
+            BadSample: a clip is shorter or longer than what the model hears, or the whole is longer than the model.
         """
         refuse_tools(sample)
         for index, turn in enumerate(sample.turns):
             self._check_turn(turn, index, sample)
         if not any(turn.trained for turn in sample.turns):
             raise UserError(f"{_where(sample)} has nothing to learn: no assistant turn is trained")
-        try:
-            self.template.check_words(_messages(sample))
-        except (TemplateError, ValueError) as error:
-            raise UserError(f"{_where(sample)}: its chat template refuses it: {error}") from error
-        for path in sample.audio_paths():
-            self._check_seconds(self._header(path, sample), path, sample)
+        messages = _messages(sample)
+        with _refusing(sample):
+            self.template.check_words(messages)
+        if samples_of is not None:
+            self._measure(sample, [(path, samples_of(path)) for path in sample.audio_paths()], messages)
+
+    def _measure(self, sample: Sample, clips: list[tuple[Path, int]], messages: Messages) -> None:
+        for path, length in clips:
+            self._check_seconds(length / self.sample_rate, path, sample)
+        with _refusing(sample):
+            ids = self.template.ids(messages)
+            self._labels(sample, ids, messages)
+        without = len(ids) - len(clips)  # where each clip has one position
+        second = self.sample_rate
+        most = min(-(-max((n for _, n in clips), default=0) // second) * second, int(self.longest * second))
+        if without + (len(clips) and len(clips) * self._positions(most)) > self.max_positions:
+            self._check_length(sample, without + sum(self._positions(length) for _, length in clips))
+
+    def _positions(self, length: int) -> int:
+        """Return how many positions a clip of so many samples takes."""
+        if length not in self._known:
+            encoded = self.template.encode([QUESTION], [torch.zeros(length)])
+            self._known[length] = int((encoded["input_ids"] == self.audio_token).sum())
+        return self._known[length]
+
+    def _check_length(self, sample: Sample, positions: int) -> None:
+        if positions > self.max_positions:
+            raise BadSample(
+                f"{_where(sample)}: it takes {positions} positions, the model has {self.max_positions}: shorten its "
+                "text, or leave clips out"
+            )
 
     def _check_turn(self, turn: Turn, index: int, sample: Sample) -> None:
         if turn.role not in ("system", "user", "assistant"):
@@ -96,15 +127,9 @@ class ChatEncoder:
             raise UserError(f"{_where(sample)}: its text contains the control token {forged}: take it out")
         self.letters.check("".join(part.text for part in turn.parts if isinstance(part, Text)), sample)
 
-    def _header(self, path: Path, sample: Sample) -> float:
-        try:
-            return clip_seconds(path)
-        except BadAudio as reason:
-            raise UserError(f"{_where(sample)}: {path} {reason}") from reason
-
     def _check_seconds(self, seconds: float, path: Path, sample: Sample) -> None:
         if not SHORTEST <= seconds <= self.longest:
-            raise UserError(
+            raise BadSample(
                 f"{_where(sample)}: {path} lasts {seconds:.2f} s, the model hears clips of {SHORTEST} to "
                 f"{self.longest:g} s: cut it into several samples, or leave it out; it is never truncated"
             )
@@ -113,7 +138,8 @@ class ChatEncoder:
         """Decode a sample's clips and encode it.
 
         Raises:
-            UserError: see `check` and `encode`; a clip cannot be decoded, or is silent.
+            UserError: see `check` and `encode`.
+            BadSample: likewise; a clip cannot be decoded, or is silent.
         """
         self.check(sample)
         return self.encode(sample, [self._waveform(path, sample) for path in sample.audio_paths()])
@@ -122,8 +148,8 @@ class ChatEncoder:
         try:
             waveform = load_audio(path, self.sample_rate)
         except BadAudio as reason:
-            raise UserError(f"{_where(sample)}: {path} {reason}") from reason
-        self._check_seconds(len(waveform) / self.sample_rate, path, sample)  # headers can be wrong
+            raise BadSample(f"{_where(sample)}: {path} {reason}") from reason
+        self._check_seconds(len(waveform) / self.sample_rate, path, sample)
         return waveform
 
     def encode(self, sample: Sample, waveforms: Sequence[Tensor]) -> Example:
@@ -134,21 +160,15 @@ class ChatEncoder:
             waveforms: (samples,) float32 at `sample_rate`, in order of appearance.
 
         Raises:
-            UserError: the chat template refuses the conversation or cannot be split at its turns, or the sample is
-                longer than the model.
+            UserError: the chat template refuses the conversation or cannot be split at its turns.
+            BadSample: the sample is longer than the model.
         """
         messages = _messages(sample)
-        try:
+        with _refusing(sample):
             encoded = self.template.encode(messages, waveforms)
             ids: list[int] = encoded.pop("input_ids")[0].tolist()
             labels = self._labels(sample, ids, messages)
-        except (TemplateError, ValueError) as error:
-            raise UserError(f"{_where(sample)}: its chat template or processor refuses it: {error}") from error
-        if len(ids) > self.max_positions:
-            raise UserError(
-                f"{_where(sample)}: it takes {len(ids)} positions, the model has {self.max_positions}: shorten its "
-                "text, or leave clips out"
-            )
+        self._check_length(sample, len(ids))
         encoded.pop("attention_mask")
         return Example(sample.id, torch.tensor(ids), torch.tensor(labels), dict(encoded), messages)
 
@@ -186,6 +206,14 @@ class ChatEncoder:
 
 def _where(sample: Sample) -> str:
     return f"sample '{sample.id}' ({sample.source})"
+
+
+@contextmanager
+def _refusing(sample: Sample) -> Iterator[None]:
+    try:
+        yield
+    except (TemplateError, ValueError) as error:
+        raise UserError(f"{_where(sample)}: its chat template or processor refuses it: {error}") from error
 
 
 def _messages(sample: Sample) -> Messages:

@@ -82,6 +82,14 @@ class ChatTemplate:
                 if part["type"] == "text" and "".join(part["text"].split()) not in said:
                     raise ValueError(f"it drops or changes the words of messages[{index}] ({message['role']})")
 
+    def ids(self, messages: Messages, *, header: bool = False) -> list[int]:
+        """Return the tokens of a conversation as the template has it, where each clip has its placeholder alone."""
+        text = self.render(messages, header=header)
+        bos = self.tokenizer.bos_token
+        own_bos = bos is not None and text.startswith(bos)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not own_bos, verbose=False)["input_ids"]
+        return ids
+
     def encode(self, messages: Messages, waveforms: Sequence[Tensor]) -> dict[str, Any]:
         """Return what the processor makes of a conversation: `input_ids` (1, sequence), masks and features.
 
@@ -121,10 +129,7 @@ class ChatTemplate:
             ValueError: the template writes the beginning otherwise when more follows, or its tokens merge with the
                 first of what follows.
         """
-        text = self.render(messages, header=header)
-        bos = self.tokenizer.bos_token
-        own_bos = bos is not None and text.startswith(bos)
-        prompt = self.tokenizer(text, add_special_tokens=not own_bos)["input_ids"]
+        prompt = self.ids(messages, header=header)
         prompt = [prompt[place] for place in self._places(prompt)]
         places = [*self._places(ids), len(ids)]
         if [ids[place] for place in places[: len(prompt)] if place < len(ids)] != prompt:

@@ -78,8 +78,8 @@ class CausalLM:
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
         """Refuse a sample that cannot be trained, and note its kind; see `TextEncoder.check`."""
+        self.encoder.check(sample)  # one that is left out is of no kind
         self._kinds.add("text" if self.encoder.is_text(sample) else "chat")
-        self.encoder.check(sample)
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor] | None = None) -> Example:
         """Encode one sample, which has no audio; see `TextEncoder.example`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
-from rawloop.errors import UserError
+from rawloop.errors import BadSample, UserError
 from rawloop.families.letters import Letters
 from rawloop.families.shared import forged_token, refuse_tools
 
@@ -58,6 +58,7 @@ class HiggsEncoder:
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         self._structural = self._structural_tokens()
         self.letters = Letters(tokenizer, tokenizer.name_or_path)
+        self._rendered: dict[tuple[Any, ...], int] = {}  # bytes of the first sample of each shape, with its template
 
     def _structural_tokens(self) -> re.Pattern[str]:
         """Tokens that give a conversation its shape; inside a transcript they would forge turns or audio."""
@@ -89,8 +90,8 @@ class HiggsEncoder:
             frames: gives the length of a clip in frames, if its codes are there.
 
         Raises:
-            UserError: no turn is trained, a turn has another shape than the model knows, a text holds a control token,
-                or the clips alone are longer than the model.
+            UserError: no turn is trained, a turn has another shape than the model knows, a text holds a control token.
+            BadSample: with all that it has, prompt, references and clips in their delay pattern, it is too long.
         """
         refuse_tools(sample)
         words = False
@@ -107,18 +108,37 @@ class HiggsEncoder:
                 f"sample '{sample.id}' ({sample.source}) has no clip to learn: no assistant turn is trained"
             )
         if frames is not None:
-            ramp = self.settings.num_codebooks + 1
-            self._check_length(
-                sample, sum(frames(path) + ramp for path in sample.audio_paths()), "its clips alone take"
-            )
+            paths, ramp = sample.audio_paths(), self.settings.num_codebooks + 1
+            clips = sum(frames(path) + ramp for path in paths)
+            most = clips + self._most_text(sample)
+            if most > self.settings.max_position_embeddings or self.tokenizer.unk_token_id is not None:
+                text = self.render(sample)
+                ids = self._ids(text)
+                self.letters.check_tokens(ids, text, sample)
+                self._check_length(sample, clips + len(ids) - len(paths))
 
-    def _check_length(self, sample: Sample, positions: int, what: str) -> None:
+    def _most_text(self, sample: Sample) -> int:
+        """Return more positions than a sample's text takes, without rendering it: a token takes a byte at least.
+
+        What the chat template adds is less than all of another sample of the same turns.
+        """
+        shape = (sample.task, *((turn.role, *map(type, turn.parts)) for turn in sample.turns))
+        if shape not in self._rendered:
+            self._rendered[shape] = len(self.render(sample).encode())
+        texts = (part.text for turn in sample.turns for part in turn.parts if isinstance(part, Text))
+        return self._rendered[shape] + sum(len(text.encode()) for text in texts)
+
+    def _check_length(self, sample: Sample, positions: int) -> None:
         limit = self.settings.max_position_embeddings
         if positions > limit:
-            raise UserError(
-                f"sample '{sample.id}' ({sample.source}): {what} {positions} positions, the model has {limit}: "
-                "shorten the clip or its references, or leave the sample out"
+            raise BadSample(
+                f"sample '{sample.id}' ({sample.source}): it takes {positions} positions, the model has {limit}: "
+                "shorten its text, clip or references, or leave the sample out"
             )
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def _check_turn(self, turn: Turn, index: int, sample: Sample) -> None:
         clips = sum(isinstance(part, Audio) for part in turn.parts)
@@ -150,17 +170,18 @@ class HiggsEncoder:
             codes: gives a clip's (frames, codebooks) int64 codes.
 
         Raises:
-            UserError: no turn is trained, a clip's codes do not fit the model, or the sample is too long for it.
+            UserError: no turn is trained, or a clip's codes do not fit the model.
+            BadSample: the sample is too long for the model.
         """
         text = self.render(sample)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._ids(text)
         self.letters.check_tokens(ids, text, sample)
         clips = [codes(path) for path in sample.audio_paths()]
         trained = [turn.trained for turn in sample.turns for part in turn.parts if isinstance(part, Audio)]
         self._check_clips(sample, clips, trained, ids)
         blocks = [self.delayed(clip, learn) for clip, learn in zip(clips, trained, strict=True)]
         pieces, labels = self._expand(ids, [len(inputs) for inputs, _ in blocks], trained)
-        self._check_length(sample, len(pieces), "it takes")
+        self._check_length(sample, len(pieces))
         inputs, audio_labels = (torch.cat(rows) for rows in zip(*blocks, strict=True))
         return Example(sample.id, torch.tensor(pieces), inputs, torch.tensor(labels), audio_labels)
 

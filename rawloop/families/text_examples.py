@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
-from rawloop.errors import UserError
+from rawloop.errors import BadSample, UserError
 from rawloop.families.letters import Letters
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -63,14 +63,18 @@ class TextEncoder:
         self.control = control_tokens(tokenizer)
         self.letters = Letters(tokenizer, path)
         self._forged = control_pattern(self.control)
+        # Whether every token that the tokenizer can give is one to be learnt.
+        self._any_token = tokenizer.unk_token_id is None and len(tokenizer) <= self.vocabulary
 
     def check(self, sample: Sample) -> None:
-        """Refuse a sample that cannot be trained. A text too short to be too long for the model is not tokenized.
+        """Refuse a sample that cannot be trained. A text that is surely short enough is only tokenized where its tokens
+        may be no good.
 
         Raises:
             UserError: see `example`.
+            BadSample: likewise.
         """
-        if self.is_text(sample) and self.limit is not None:
+        if self.is_text(sample) and self.limit is not None and self._any_token:
             length = sum(len(part.text.encode()) for part in sample.turns[0].parts if isinstance(part, Text))
             if length + EXTRA <= self.limit:  # a token takes a byte at least
                 self._check_turns(sample)
@@ -81,15 +85,16 @@ class TextEncoder:
         """Encode one sample.
 
         Raises:
-            UserError: audio, a control token in its text, nothing to learn, too long for the model, or a chat template
-                that is missing, refuses the conversation, or cannot be split into prompt and answer.
+            UserError: audio, a control token in its text, nothing to learn, or a chat template that is missing, refuses
+                the conversation, or cannot be split into prompt and answer.
+            BadSample: it is too long for the model.
         """
         self._check_turns(sample)
         ids, spans = self._text(sample) if self.is_text(sample) else self._chat(sample)
         if self.limit is not None and len(ids) > self.limit:
-            _fail(
-                sample,
-                f"it takes {len(ids)} positions, the model has {self.limit}: shorten it, or leave the sample out",
+            raise BadSample(
+                f"{_where(sample)}: it takes {len(ids)} positions, the model has {self.limit}: shorten it, or leave "
+                "the sample out"
             )
         if max(ids) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))

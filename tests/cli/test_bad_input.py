@@ -200,6 +200,9 @@ def test_metadata(
     listed = isinstance(content, list) and content[-1] != 3
     data = folder(*content) if listed else folder(content=content)
     said = refusal(command, "--config", config, "--data.train", data)
+    if "missing: 'b.flac'" in line and command == "train":  # which needs no audio where there are codes
+        assert said.startswith(f"1 clip(s) without codes, and without files: {data / 'b.flac'}: restore them"), said
+        return
     assert said.startswith(str(data)) or "missing" in line
     assert line in said, said
 

@@ -59,3 +59,38 @@ def test_a_limit_that_was_lowered_after_encoding(
     done = door("train", "--config", config, "--data.max_seconds", 1.7, "--data.on_bad_sample", "skip")
     assert done.code == 0, done.err
     assert "samples left out" in done.out
+
+
+def test_a_sample_that_is_too_long_with_its_text(
+    door: Door, refusal: Door, write_config: Write, bare: Path, tmp_path: Path
+) -> None:
+    """Its clips alone are short: only the whole of it tells, and before step 0."""
+    file = bare / "train" / "metadata.json"
+    samples = json.loads(file.read_text())["samples"]
+    del samples[3]["transcript_file"]
+    samples[3]["transcript"] = "one two three " * 2000
+    file.write_text(json.dumps({"samples": samples}))
+    config = write_config(tmp_path, data=paths(bare))
+    line = refusal("train", "--config", config)
+    assert line.startswith(
+        f"1 of 8 samples cannot be used: sample '{samples[3]['id']}' (metadata.json samples[3]): it "
+    ), line
+    assert line.endswith("leave the sample out. Or leave them out: --data.on_bad_sample skip"), line
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+    done = door("train", "--config", config, "--data.on_bad_sample", "skip")
+    assert done.code == 0, done.err
+    assert "data.train: 1 of 8 samples left out, as data.on_bad_sample skip asks for" in done.out
+    assert f"sample '{samples[3]['id']}'" in done.out
+    shown = door("inspect", "--config", config, "--data.on_bad_sample", "skip", "--sample", samples[3]["id"])
+    assert shown.code == 2
+
+
+def test_a_text_that_is_too_long(door: Door, refusal: Door, text_checkpoint: Path, tmp_path: Path) -> None:
+    texts = ["la " * 5, "la " * 5000, "lo " * 6]
+    lines = [json.dumps({"id": f"s{number}", "text": text}) + "\n" for number, text in enumerate(texts)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    start = ["inspect", f"--model.path={text_checkpoint}", f"--data.train={tmp_path}", f"--output={tmp_path / 'run'}"]
+    assert "1 of 3 samples cannot be used: sample 's1' (train.jsonl line 2): it takes " in refusal(*start)
+    done = door(*start, "--data.on_bad_sample=skip")
+    assert done.code == 0, done.err
+    assert "data.train: 1 of 3 samples left out" in done.err

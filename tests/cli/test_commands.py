@@ -331,8 +331,7 @@ def test_a_bad_clip_that_was_skipped_is_left_out_of_the_training(
     left = len(samples) - len(needing)
     done = door("train", *arguments, "--train.epochs", "1", "--train.max_steps", "0", "--train.batch_size", "1")
     assert done.code == 0, done
-    noun = f"{len(needing)} samples left out"
-    assert f"data.train: {noun}, as `rawloop prepare` was asked to skip their clips" in done.out
+    assert f"data.train: {len(needing)} of {len(samples)} samples left out, as data.on_bad_sample skip" in done.out
     assert f"trained {left} steps, {left} samples, 0 updates skipped" in done.out
 
 

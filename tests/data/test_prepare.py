@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from rawloop.audio import load_audio
 from rawloop.contracts import Audio, CodecInfo, Sample, Turn
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
-from rawloop.data.prepare import BadClips, PrepareReport, prepare
-from rawloop.data.shards import codec_folder, open_writer
+from rawloop.data.prepare import BadClips, PrepareReport, decode_once, prepare
+from rawloop.data.shards import codec_folder, heard_at, open_writer
 from rawloop.errors import Preempted, RawloopError, UserError
 
 Tone = Callable[..., Path]
@@ -317,6 +318,50 @@ def test_folder_of_another_codec_with_the_same_beginning(
     twin = replace(info, hash=info.hash[:16] + "1" * 48)
     with pytest.raises(RawloopError, match=r"holds codes of"):
         run(samples_of(clips), info=twin)
+
+
+def test_decoded_once_for_models_that_take_no_codes(
+    clips: list[Path], tone: Tone, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent, spoilt = tone("silent.wav", level=0).resolve(), tone("spoilt.flac", seconds=1.0).resolve()
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a frame: no header tells of it
+    spoilt.write_bytes(content)
+    samples = [*samples_of(clips), sample("silent", clips[0], silent), sample("spoilt", spoilt), Sample("text", ())]
+    config = DataConfig(max_seconds=1.5)
+    heard = decode_once(samples, cache, 16000, config)
+    assert [heard.frames(path) for path in clips] == [6400] * 5
+    assert heard.usable(samples) == (samples, {})
+    with pytest.raises(
+        UserError, match=r"2 clip\(s\) that cannot be used: .*silent.wav \(is silent.*spoilt.flac \(.*decoded"
+    ):
+        heard.check(samples)
+    kept, left_out = decode_once(samples, cache, 16000, replace(config, on_bad_sample="skip")).usable(samples)
+    assert [one.id for one in kept] == ["s0", "s1", "s2", "s3", "s4", "text"]
+    assert list(left_out) == ["silent", "spoilt"]
+    assert capsys.readouterr().err.count("decoding: 100%") == 1
+    tone("0.wav", seconds=2.0)
+    with pytest.raises(UserError, match=r"0.wav \(lasts 2.00 s, longer than data.max_seconds \(1.5 s\)\)"):
+        decode_once(samples, cache, 16000, config).check(samples[:1])
+    assert capsys.readouterr().err.count("decoding: 100%") == 1
+    decode_once(samples, cache, 16000, DataConfig()).check(samples[:1])
+    with pytest.raises(UserError, match=r"0.wav \(lasts 2.00 s, longer than data.max_seconds \(1.5 s\)\)"):
+        decode_once(samples, cache, 16000, config).check(samples[:1])
+    assert decode_once(samples, cache, 24000, config).frames(clips[1]) == 9600
+
+
+def test_codes_and_decoded_clips_lie_side_by_side(run: Run, clips: list[Path], cache: Path) -> None:
+    run(samples_of(clips))
+    heard = decode_once(samples_of(clips), cache, 16000, DataConfig())
+    assert (heard.frames(clips[0]), CodeCache(cache).frames(clips[0])) == (6400, 10)
+
+
+def test_one_process_decodes_and_the_others_wait(clips: list[Path], cache: Path) -> None:
+    with ThreadPoolExecutor(1) as pool, open_writer(cache, heard_at(16000), 10, 10.0):
+        waiting = pool.submit(decode_once, samples_of(clips), cache, 16000, DataConfig())
+        time.sleep(0.2)
+        assert not waiting.done()
+    assert waiting.result().frames(clips[0]) == 6400
 
 
 WORKER = """

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from rawloop.contracts import Sample
 from rawloop.data import DataConfig
-from rawloop.data.samples import check_lengths, read_samples
-from rawloop.errors import UserError
+from rawloop.data.samples import read_samples, usable
+from rawloop.errors import BadSample, UserError
 
 Write = Callable[..., Path]
 Tone = Callable[..., Path]
@@ -249,15 +250,27 @@ def test_folder_with_several_jsonl(jsonl: Write) -> None:
         read_samples(jsonl(CHAT).parent)
 
 
-def test_clips_that_are_never_prepared_are_held_against_the_limits_all_at_once(tone: Tone, jsonl: Write) -> None:
-    def asking(name: str) -> dict[str, Any]:
-        question = {"role": "user", "content": [{"type": "audio", "path": name}]}
-        return {"messages": [question, {"role": "assistant", "content": "Ho."}]}
+def test_samples_that_may_be_left_out_are_named_all_at_once(jsonl: Write) -> None:
+    samples = read_samples(jsonl(*[{"id": f"s{number}", **CHAT} for number in range(9)]))
 
-    names = [str(tone(f"{number}.wav", 0.6).name) for number in range(12)]
-    samples = read_samples(jsonl(asking("a.wav"), CHAT, *map(asking, names)))
-    check_lengths(samples, DataConfig())
-    with pytest.raises(UserError, match=r"clips that cannot be used, 12 of 13: .*0\.wav \(sample '") as caught:
-        check_lengths(samples, DataConfig(max_seconds=0.5))
-    assert "train.jsonl line 3) lasts 0.60 s, longer than data.max_seconds (0.5 s)" in str(caught.value)
-    assert str(caught.value).endswith("; and 2 more")
+    def check(sample: Sample) -> None:
+        if sample.id not in ("s0", "s4"):
+            raise BadSample(f"sample '{sample.id}' is too long")
+
+    with pytest.raises(UserError) as caught:
+        usable(samples, check, skip=False)
+    assert str(caught.value) == (
+        "7 of 9 samples cannot be used: sample 's1' is too long; sample 's2' is too long; sample 's3' is too long; "
+        "sample 's5' is too long; sample 's6' is too long; and 2 more. Or leave them out: --data.on_bad_sample skip"
+    )
+    kept, left_out = usable(samples, check, skip=True)
+    assert [sample.id for sample in kept] == ["s0", "s4"]
+    assert list(left_out) == ["s1", "s2", "s3", "s5", "s6", "s7", "s8"]
+
+
+def test_other_mistakes_are_never_left_out(jsonl: Write) -> None:
+    def check(sample: Sample) -> None:
+        raise UserError("its template is missing")
+
+    with pytest.raises(UserError, match=r"^its template is missing$"):
+        usable(read_samples(jsonl(CHAT)), check, skip=True)

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from rawloop.adapters import AdapterConfig, add_adapter
+from rawloop.audio import load_audio
 from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
 from rawloop.demo import SPEECH
@@ -431,18 +432,18 @@ def test_conversations_that_would_train_wrongly_are_refused_by_name(family: Audi
 
 
 @pytest.mark.parametrize(
-    ("name", "message", "early"),
+    ("name", "message"),
     [
-        ("text.wav", "cannot be decoded", True),
-        ("gone.wav", "cannot be opened: No such file", True),
-        ("long.wav", rf"lasts 5.00 s, the model hears clips of 0.1 to {WINDOW} s: .* never truncated", True),
-        ("short.wav", r"lasts 0.05 s, the model hears clips of 0.1 to", True),
-        ("silent.wav", "is silent", False),
-        ("cut.flac", "is cut short", True),
+        ("text.wav", "cannot be decoded"),
+        ("gone.wav", "cannot be opened: No such file"),
+        ("long.wav", rf"lasts 5.00 s, the model hears clips of 0.1 to {WINDOW} s: .* never truncated"),
+        ("short.wav", r"lasts 0.05 s, the model hears clips of 0.1 to"),
+        ("silent.wav", "is silent"),
+        ("cut.flac", "is cut short"),
     ],
 )
 def test_clips_that_cannot_be_heard_are_refused_by_name(
-    family: AudioChat, tmp_path: Path, name: str, message: str, early: bool
+    family: AudioChat, tmp_path: Path, name: str, message: str
 ) -> None:
     noise = 0.1 * torch.randn(5 * 16000).numpy()
     waves = {"long.wav": noise, "short.wav": noise[:800], "silent.wav": 0 * noise[:16000]}
@@ -451,13 +452,11 @@ def test_clips_that_cannot_be_heard_are_refused_by_name(
     for file, wave in waves.items():
         soundfile.write(tmp_path / file, wave, 16000)
     one = said(CLIPS[1], tmp_path / name)
-    with pytest.raises(UserError, match=rf"sample 's1' \(x.jsonl line 3\): {tmp_path / name} .*{message}"):
+    with pytest.raises(BadSample, match=rf"sample 's1' \(x.jsonl line 3\): {tmp_path / name} .*{message}"):
         family.example(one, no_codes)
-    if early:
-        with pytest.raises(UserError, match=message):
-            family.check(one)
-    else:
-        family.check(one)  # seen only when it is decoded
+    if name in ("long.wav", "short.wav"):
+        with pytest.raises(BadSample, match=message):
+            family.check(one, lambda path: len(waves.get(path.name, noise[:16000])))
 
 
 def test_the_shortest_clip_has_positions_of_its_own(family: AudioChat, tmp_path: Path) -> None:
@@ -471,6 +470,20 @@ def test_the_shortest_clip_has_positions_of_its_own(family: AudioChat, tmp_path:
 def test_a_sample_that_is_too_long_is_refused(family: AudioChat) -> None:
     with pytest.raises(UserError, match=r"sample 's1' .*: it takes \d+ positions, the model has 400"):
         family.example(said(CLIPS[0], answer="word " * 300), no_codes)
+
+
+def test_a_sample_is_measured_whole_before_training(family: AudioChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def length(path: Path) -> int:
+        return len(load_audio(path, 16000))
+
+    conversations = (said(CLIPS[0], CLIPS[1], answer="Good morning."), said(), said(CLIPS[2]))
+    lengths = [len(family.example(one, no_codes).input_ids) for one in conversations]
+    for one, positions in zip(conversations, lengths, strict=True):
+        monkeypatch.setattr(family.encoder, "max_positions", positions)
+        family.check(one, length)
+        monkeypatch.setattr(family.encoder, "max_positions", positions - 1)
+        with pytest.raises(BadSample, match=rf"it takes {positions} positions, the model has {positions - 1}"):
+            family.check(one, length)
 
 
 def with_template(family: AudioChat, change: Callable[[str], str]) -> ChatEncoder:
@@ -660,7 +673,31 @@ def test_clips_are_held_against_the_limits_of_the_data_before_training(
     model = ["--device=cpu", f"--model.path={checkpoint}", f"--output={tmp_path / 'run'}"]
     assert main(["train", *model, *data]) == 2
     message = capsys.readouterr().err
-    assert "clips that cannot be used" in message
+    assert "clip(s) that cannot be used" in message
     assert "longer than data.max_seconds (1.5 s)" in message
-    assert main(["prepare", *model[1:2], *data]) == 2
-    assert "need no codes: train without `rawloop prepare`" in capsys.readouterr().err
+
+
+def test_what_only_decoding_shows_is_found_before_training_and_once(
+    checkpoint: Path, spoken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = sorted((spoken / "train").glob("*.flac"))
+    soundfile.write(clips[0], torch.zeros(16000).numpy(), 16000)
+    spoilt = bytearray(clips[1].read_bytes())
+    spoilt[len(spoilt) // 2] ^= 1
+    clips[1].write_bytes(spoilt)
+    start = ["train", f"--config={RECIPE}", "--device=cpu", f"--model.path={checkpoint}", "--checks.expect_chance=true"]
+    start += [f"--data.train={spoken / 'train'}", f"--data.eval={spoken / 'eval'}", "--optim.warmup_steps=0"]
+    start += ["--train.max_steps=2", "--train.batch_size=1", "--train.accumulation=1", "--data.num_workers=0"]
+    assert main([*start, f"--output={tmp_path / 'stop'}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"rawloop train: 2 clip(s) that cannot be used: {clips[0]} (is silent (peak digital silence")
+    assert f"{clips[1]} (cannot be decoded" in line
+    assert not (tmp_path / "stop" / "events.jsonl").exists()
+    assert main([*start, f"--output={tmp_path / 'skip'}", "--data.on_bad_sample=skip"]) == 0
+    said = capsys.readouterr()
+    left = next(line for line in said.out.splitlines() if "left out" in line)
+    assert left.startswith("data.train: 2 of "), left
+    assert said.err.count("decoding: 100%") == 1  # of data.eval
+    prepared = ["prepare", f"--model.path={checkpoint}", "--device=cpu", *start[5:7]]
+    assert main([*prepared, "--data.on_bad_sample=skip"]) == 0
+    assert " 0 decoded now, " in capsys.readouterr().out

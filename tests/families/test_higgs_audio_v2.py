@@ -15,7 +15,7 @@ from rawloop.contracts import IGNORE, Audio, Batch, Sample, Text, Turn
 from rawloop.data import DataConfig
 from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
-from rawloop.errors import UserError
+from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.families.higgs_examples import HiggsEncoder
@@ -282,6 +282,23 @@ def test_codes_and_lengths_that_do_not_fit_are_refused(family: HiggsAudioV2) -> 
     limit = family.settings.max_position_embeddings
     with pytest.raises(UserError, match=rf"it takes \d+ positions, the model has {limit}"):
         family.example(sample, lambda _: torch.zeros(limit, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sample_is_measured_whole_before_training(
+    family: HiggsAudioV2, task: str, codes: Callable[[Path], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = samples(task)[0]
+    length = len(family.example(sample, codes).input_ids)
+
+    def frames(path: Path) -> int:
+        return len(codes(path))
+
+    monkeypatch.setattr(family.settings, "max_position_embeddings", length)
+    family.check(sample, frames)
+    monkeypatch.setattr(family.settings, "max_position_embeddings", length - 1)
+    with pytest.raises(BadSample, match=rf"it takes {length} positions, the model has {length - 1}: shorten its text"):
+        family.check(sample, frames)
 
 
 def test_a_batch_key_that_the_model_would_swallow_is_refused(
