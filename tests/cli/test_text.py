@@ -118,6 +118,7 @@ def test_unknown_keys_and_samples_of_both_sets_are_said_and_recorded(
     for line in lines:
         assert done.out.count(line) >= 1
         assert done.out.index(line) < done.out.index("trainable parameters")
+    assert door("evaluate", "--config", config, "--data.eval", path).err.count(lines[0]) == 1
     done = door("train", "--config", config, "--data.train", path, "--output", tmp_path / "o", "--data.strict", "true")
     assert done.code == 2
     assert "line 1: 'mood' is no key of a record that is known, and data.strict is true" in done.err

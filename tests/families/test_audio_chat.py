@@ -43,6 +43,7 @@ from rawloop.families.audio_chat_examples import ChatEncoder, Example
 from rawloop.families.clock import check_repeatable
 from rawloop.families.letters import Letters
 from rawloop.records import read_events, read_metrics
+from rawloop.segments import Segment
 
 CLIPS = sorted((SPEECH / "eval").glob("*.flac"))
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|pad|>")
@@ -409,6 +410,15 @@ BAD = {
     "says nothing": [turn("user", "a"), turn("assistant", " \n", trained=True)],
     "a tool turn, for which": [turn("user", "a"), turn("tool", "b"), turn("assistant", "c", trained=True)],
 }
+
+
+def test_of_a_segment_the_model_hears_the_segment(family: AudioChat, tmp_path: Path) -> None:
+    wave, rate = soundfile.read(CLIPS[0], dtype="float32")
+    soundfile.write(tmp_path / "part.wav", wave[rate // 4 : rate], rate, subtype="FLOAT")
+    part = family.example(said(Segment(CLIPS[0], 0.25, 1.0).path()), no_codes)
+    alone = family.example(said(tmp_path / "part.wav"), no_codes)
+    assert torch.equal(part.input_ids, alone.input_ids)
+    assert all(torch.equal(part.features[name], alone.features[name]) for name in alone.features)
 
 
 def test_letters_that_the_tokenizer_does_not_know_are_refused(family: AudioChat) -> None:
