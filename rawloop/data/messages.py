@@ -4,6 +4,7 @@ A record is a conversation already; its turns are kept as they are, a system tur
 which of them are trained: by default the last assistant turn.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,8 @@ def _markers(message: dict[str, Any]) -> int:
 def _fields(message: dict[str, Any], record: Record, index: int) -> dict[str, Any]:
     """Return what else of a message the chat template may read, the arguments of tool calls as objects."""
     fields = {key: message[key] for key in sorted(FIELDS & message.keys()) if message[key] not in (None, "", [])}
+    if fields:
+        record.speakable(json.dumps(fields, ensure_ascii=False))
     calls = fields.get("tool_calls")
     if calls is None:
         return fields
@@ -210,6 +213,8 @@ def _tools(record: Record) -> list[dict[str, Any]]:
         tools = _parsed(tools, record, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         record.fail(f"'tools' is {show(tools)}: it must be a list of functions, each an object")
+    if tools:
+        record.speakable(json.dumps(tools, ensure_ascii=False))
     return tools
 
 

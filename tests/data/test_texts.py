@@ -43,7 +43,15 @@ def test_a_text_with_nothing_in_it_is_refused(text: Any, jsonl: Write) -> None:
         read_samples(jsonl({"text": "One."}, {"text": text}))
 
 
-def test_half_a_character(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "half \ud83d"}))
-    with pytest.raises(UserError, match=r"line 1: .* half a character \(a lone surrogate\) at 5"):
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "half \ud83d"},
+        {**CHAT, "tools": [{"name": "\ud83d"}]},
+        {"messages": [CHAT["messages"][0], {**CHAT["messages"][1], "reasoning_content": "\ud83d"}]},
+    ],
+)
+def test_half_a_character(record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"line 1: .* half a character \(a lone surrogate\) at \d+"):
         read_samples(tmp_path)
