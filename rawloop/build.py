@@ -319,17 +319,17 @@ def prepare_codes(
     splits = [path for path in (config.train, config.eval) if path is not None]
     samples = [sample for path in splits for sample in read_samples(path, config, notice=_warn)]
     skip = config.on_bad_sample == "skip"
-    samples, long = usable(samples, family.check, skip)
+    samples, bad = usable(samples, family.check, skip)
     codec, encode = (
         family.load_codec(device) if isinstance(family, CodecFamily) else (heard_at(family.sample_rate), None)
     )
     report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
     cache = CodeCache(codes_folder(config), codec.hash, config)
-    long |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
+    bad |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
     of, done = ("codes of ", "encoded") if encode else ("", "decoded")
     counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
-    too_long = f"; {len(long)} samples that are too long for the model are left out: {named(long)}" if long else ""
-    return f"{of}{report.clips} clips in {report.folder}: {counts}{too_long}"
+    others = f"; {len(bad)} samples that the model cannot take are left out: {named(bad)}" if bad else ""
+    return f"{of}{report.clips} clips in {report.folder}: {counts}{others}"
 
 
 def _warn(line: str) -> None:

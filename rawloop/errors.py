@@ -25,7 +25,7 @@ class UserError(RawloopError, ValueError):
 
 
 class BadSample(UserError):
-    """A sample that is too long for the model, or has a clip that cannot be used: `data.on_bad_sample` may skip it."""
+    """A sample that is too long, has unknown letters, or a clip that is no good: `data.on_bad_sample` may skip it."""
 
 
 class TrainingError(RawloopError):

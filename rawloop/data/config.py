@@ -28,8 +28,9 @@ class DataConfig:
         default_scene: scene of the samples of a metadata.json that name none; null for no scene.
         strict: refuse a record with a key that rawloop does not know, instead of counting such keys and saying so.
         allow_outside: let the data name audio files outside its own folder.
-        on_bad_sample: what is done about clips that cannot be used: stop (`rawloop prepare` encodes all others and ends
-            with exit code 1; training does not begin) or skip (exactly the samples that need them are left out).
+        on_bad_sample: what is done about clips that cannot be used, and samples that are too long for the model or have
+            letters that its tokenizer does not know: stop (`rawloop prepare` encodes all other clips and ends with
+            exit code 1; training does not begin) or skip (exactly these samples are left out).
         max_seconds: clips longer than this are bad, also where they are encoded already.
         min_seconds: clips shorter than this are bad, also where they are encoded already.
         num_workers: processes that build batches beside each training process; 0 builds them in the training process.

@@ -1,6 +1,7 @@
 """Letters that a tokenizer loses are found, and nothing that it only writes in its own way is taken for lost."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from rawloop.contracts import Audio, Sample, Text, Turn
-from rawloop.errors import BadSample
+from rawloop.data.samples import usable
+from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.letters import Letters
 from rawloop.families.text_examples import TextEncoder
@@ -154,6 +156,11 @@ def test_text_models_refuse_such_samples(text_checkpoint: Path) -> None:
                 BadSample, match="letters that the tokenizer of models/tiny does not know, 'à', which van"
             ):
                 refuse(bad)
+    found = usable([chat("a", "b"), bad, chat("à", "b")], by.check, skip=True)
+    assert found[0] == [chat("a", "b")]
+    assert next(iter(found[1].values())).endswith("or leave the sample out")
+    with pytest.raises(UserError, match=r"2 of 3 samples cannot be used: .*'à', .*--data.on_bad_sample skip"):
+        usable([chat("a", "b"), replace(bad, id="s2"), chat("à", "b")], by.check, skip=False)
     tokenizer.chat_template = tokenizer.chat_template.replace("m.role }} ", "m.role }}_")
     with pytest.raises(BadSample, match="does not know, '_', which vanish"):
         by.example(chat("a", "b"))
