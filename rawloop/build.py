@@ -407,7 +407,7 @@ def build_model(
     policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision, start_over=start_over)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
-    base = BaseFingerprint(model, config.model.path, config.model.revision)
+    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed)
     model = policy.prepare(model)
     seed_all(config.seed, world.rank)
     return model, policy, base

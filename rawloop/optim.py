@@ -100,7 +100,16 @@ class NamedOptimizerState:
         """`named` tells what the optimizer holds, by name, whenever it is asked: a fallback may have changed it.
 
         `cast` says that running means are to take the dtype that the parameters have today.
+
+        Raises:
+            UserError: `optimizer` is none, or `named` cannot be called, as what `named_parameters()` returns cannot.
         """
+        if not isinstance(optimizer, Optimizer) or not callable(named):
+            raise UserError(
+                f"NamedOptimizerState takes an optimizer and what can be called for its parameters, such as "
+                f"model.named_parameters without parentheses: it got {type(optimizer).__name__} and "
+                f"{type(named).__name__}"
+            )
         self.optimizer, self.named, self.cast = optimizer, named, cast
 
     @property
@@ -109,9 +118,21 @@ class NamedOptimizerState:
         return {name: parameter for name, parameter in self.named() if parameter.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `{name: state of that parameter}`; a parameter that was never updated has an empty one."""
-        state = self.optimizer.state
-        return {name: dict(state.get(parameter, {})) for name, parameter in self.names.items()}
+        """Return `{name: state of that parameter}`; a parameter that was never updated has an empty one.
+
+        Raises:
+            UserError: the optimizer holds trained parameters that have no name, whose state would be lost.
+        """
+        state, names = self.optimizer.state, self.names
+        known = {id(parameter) for parameter in names.values()}
+        held = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        nameless = sum(id(parameter) not in known for parameter in held)
+        if nameless:
+            raise UserError(
+                f"{nameless} of the {len(held)} parameters that the optimizer trains are not among those that "
+                "NamedOptimizerState is told by name: hand in the named_parameters of the model that it trains"
+            )
+        return {name: dict(state.get(parameter, {})) for name, parameter in names.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state in its stored dtypes (torch's own loader casts them to the parameter's dtype).

@@ -644,7 +644,7 @@ def test_frozen_weights_have_a_fingerprint(adapted: Callable[..., nn.Module]) ->
     with torch.no_grad():
         changed.get_parameter("base_model.model.model.norm.weight").add_(1e-3)
     stored = BaseFingerprint(adapted(**LORA), "owner/base", "abc").state_dict()
-    origin = {"path": "owner/base", "revision": "abc", "config": stored["config"]}
+    origin = {"path": "owner/base", "revision": "abc", "config": stored["config"], "seed": 0}
     assert stored == {"digest": third.digest, "weights": third.weights, **origin}
     known = str(stored["config"])[:12]
     said = rf"it was 'owner/base' \(revision abc, config {known}\), this is 'other' \(revision None, config {known}\)"

@@ -79,6 +79,18 @@ def test_state_that_does_not_fit_is_refused_by_name() -> None:
         part.load_state_dict(state)
 
 
+def test_an_optimizer_of_another_model_and_a_used_up_generator_are_refused() -> None:
+    net, other = model(), model()
+    optimizer = AdamW([*net.parameters(), nn.Parameter(torch.ones(1), requires_grad=False)])
+    NamedOptimizerState(optimizer, net.named_parameters).state_dict()
+    with pytest.raises(UserError, match="6 of the 6 parameters that the optimizer trains are not among those"):
+        NamedOptimizerState(optimizer, other.named_parameters).state_dict()
+    with pytest.raises(UserError, match=r"without parentheses: it got AdamW and generator"):
+        NamedOptimizerState(optimizer, net.named_parameters())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="it got Sequential and method"):
+        NamedOptimizerState(net, net.named_parameters)  # type: ignore[arg-type]
+
+
 def test_state_keeps_its_dtype() -> None:
     net = nn.Linear(4, 2).half()
     optimizer = AdamW(net.parameters())

@@ -3,7 +3,7 @@
 from rawloop.adapters.files import ModelFiles, copied, unwrapped, write_model
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import AdapterConfig, add_adapter, count_parameters
-from rawloop.adapters.merge import base_of, check_base, merge_adapter
+from rawloop.adapters.merge import base_of, load_base, merge_adapter
 
 __all__ = [
     "AdapterConfig",
@@ -11,9 +11,9 @@ __all__ = [
     "ModelFiles",
     "add_adapter",
     "base_of",
-    "check_base",
     "copied",
     "count_parameters",
+    "load_base",
     "merge_adapter",
     "unwrapped",
     "write_model",

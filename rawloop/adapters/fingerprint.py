@@ -27,6 +27,7 @@ class BaseFingerprint:
         model: with its adapter, if it has one. Of the base model alone, frozen, `weights` is the same.
         path: folder or hub id that it was loaded from.
         revision: of the hub repository.
+        seed: of the random streams that `load_model` may have drawn from.
 
     Attributes:
         digest: of names, shapes and the first numbers of every frozen weight: all that older checkpoints hold.
@@ -36,8 +37,8 @@ class BaseFingerprint:
 
     SAMPLE = 64  # numbers per weight in `digest`
 
-    def __init__(self, model: nn.Module, path: str = "", revision: str | None = None) -> None:
-        self.origin = {"path": path, "revision": revision, "config": _config_hash(model)}
+    def __init__(self, model: nn.Module, path: str = "", revision: str | None = None, seed: int = 0) -> None:
+        self.origin = {"path": path, "revision": revision, "config": _config_hash(model), "seed": seed}
         self.notice = ""  # what of a checkpoint's differs although the weights are the same
         self.sums = {name: checksum(tensor) for name, tensor in _distinct(model).items()}
         digest, frozen = hashlib.sha256(), []

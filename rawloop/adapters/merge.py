@@ -14,6 +14,7 @@ from rawloop.adapters.files import BASE
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import quiet
 from rawloop.errors import CheckpointError, RawloopError, UserError
+from rawloop.seed import seed_all
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -65,17 +66,19 @@ def _check_weight(adapter: Path, name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{adapter}: {name} holds NaN or infinity: merge the adapter of an earlier checkpoint")
 
 
-def check_base(adapter: Path, base: nn.Module, path: str, revision: str | None) -> str:
-    """Compare the base model with the fingerprint that stands beside an adapter.
+def load_base(
+    adapter: Path, load_model: Callable[[], nn.Module], path: str, revision: str | None
+) -> tuple[nn.Module, str]:
+    """Load the base model and compare it with the fingerprint that stands beside an adapter.
 
     Args:
         adapter: folder in PEFT's format.
-        base: the base model in its stored dtype, of which nothing is trained.
-        path: folder or hub id that it was loaded from.
+        load_model: the family's. What it draws at random, as for a head that the base model lacks, it draws as then.
+        path: folder or hub id that it loads from.
         revision: of the hub repository.
 
     Returns:
-        a sentence for the user, empty if there is nothing to say.
+        the model, and a sentence for the user, empty if there is nothing to say.
 
     Raises:
         UserError: the adapter was trained on other weights.
@@ -84,18 +87,21 @@ def check_base(adapter: Path, base: nn.Module, path: str, revision: str | None) 
     places = [adapter / BASE, adapter.resolve().parent / "state" / BASE]
     file = next((place for place in places if place.is_file()), None)
     stored = _fingerprint(file) if file else {}
+    seed_all(stored.get("seed", 0), 0)
+    base = load_model()
     if "weights" not in stored:
         found = f"{file} has no checksum of it" if file else f"no {BASE} lies beside it"
-        return f"that {path} is the base model of {adapter} could not be checked: {found}"
+        return base, f"that {path} is the base model of {adapter} could not be checked: {found}"
     own = BaseFingerprint(base.requires_grad_(False), path, revision)
     own.load_state_dict({**stored, "digest": own.digest})  # the digest is of the model with its adapter
-    return own.notice
+    return base, own.notice
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_bytes())
-        return {**stored, **{key: stored[key] for key in ("path", "revision", "config")}}
+        named = {key: stored[key] for key in ("path", "revision", "config")}
+        return {**stored, **named, "seed": int(stored.get("seed", 0))}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {_in_a_line(error)}") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rawloop.adapters import base_of, check_base, merge_adapter, write_model
+from rawloop.adapters import base_of, load_base, merge_adapter, write_model
 from rawloop.audio import import_torchaudio
 from rawloop.checkpoint import verify
 from rawloop.checkpoint.disk import in_words
@@ -61,8 +61,7 @@ def run(argv: list[str]) -> None:
     def logits(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([rows.flatten() for rows in family.logits(model.eval(), batch).values()])
 
-    base_model = family.load_model()
-    said = check_base(adapter, base_model, path, chosen["revision"])
+    base_model, said = load_base(adapter, family.load_model, path, chosen["revision"])
     if said:
         print(f"rawloop merge: {said}", file=sys.stderr, flush=True)
     merged, before, difference = merge_adapter(base_model.float(), adapter, logits)

@@ -102,7 +102,7 @@ def opened(run: Path, part: Part, later: bool = False) -> Iterator[CheckpointMan
 def save_both(manager: CheckpointManager, part: Part, step: int) -> None:
     part.step = step
     manager.save_best(step, "eval_loss", 1 / step)
-    manager.save(step)
+    manager.save(step, unchanged=True)
 
 
 def child(work: Callable[[], None]) -> int:

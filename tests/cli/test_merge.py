@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from rawloop.adapters import AdapterConfig, BaseFingerprint, ModelFiles, add_adapter
 from rawloop.families import ModelConfig, load_family
+from rawloop.families.causal_lm import CausalLM
+from rawloop.seed import seed_all
 
 Door = Callable[..., Any]
 Refusal = Callable[..., str]
@@ -135,6 +137,34 @@ def test_weights_that_the_written_dtype_cannot_hold_are_no_model(refusal: Refusa
     said = refusal(*merge("--dtype", "float16"), code=1)
     assert "what was written gives other logits (nan of the largest, in float16): it was removed" in said
     assert not [path for path in work.iterdir() if "merged" in path.name]
+
+
+class WithNewHead(CausalLM):
+    """A family whose base model lacks the head: it is drawn at random whenever the model is loaded."""
+
+    def load_model(self, path: str | None = None) -> nn.Module:
+        model = super().load_model(path)
+        if path is None:
+            nn.init.normal_(model.get_parameter("lm_head.weight"))
+        return model
+
+
+def test_what_the_base_model_lacks_is_drawn_as_it_was(
+    door: Door, refusal: Refusal, merge: Merge, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = WithNewHead(ModelConfig(path=str(work / "base")))
+    seed_all(7, 0)
+    model = add_adapter(family.load_model(), AdapterConfig(rank=2, modules_to_save=["lm_head"]), [])
+    shutil.rmtree(work / "adapter")
+    (work / "adapter").mkdir()
+    base = BaseFingerprint(model, str(work / "base"), seed=7)
+    ModelFiles(model, family.load_model, base=base).snapshot(copy=False)(work / "adapter")
+    monkeypatch.setattr("rawloop.cli.merge.load_family", WithNewHead)
+    assert door(*merge()).code == 0
+    shutil.rmtree(work / "merged")
+    file = work / "adapter" / "base.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seed": 8}))
+    assert "the frozen weights are not those" in refusal(*merge())
 
 
 @contextmanager
