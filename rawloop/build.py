@@ -38,7 +38,7 @@ from rawloop.data.shards import heard_at
 from rawloop.diagnose import Report, run_checks
 from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
-from rawloop.errors import BadSample, RawloopError, UserError
+from rawloop.errors import BadSample, LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families import load_family
@@ -74,9 +74,12 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     claimed = claim(folder, config, world, say)
     try:
         return _build_run(config, folder, world, say, claimed)
-    except BaseException:
+    except BaseException as error:
+        begun = (folder / "events.jsonl").exists()
+        if isinstance(error, LibraryError) and begun:
+            error.folder = folder
         if claimed.lock:
-            claimed.lock.release(begun=(folder / "events.jsonl").exists())
+            claimed.lock.release(begun=begun)
         raise
 
 

@@ -9,6 +9,7 @@ Everything else is a bug in rawloop and keeps its traceback.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class RawloopError(Exception):
@@ -26,6 +27,16 @@ class UserError(RawloopError, ValueError):
 
 class BadSample(UserError):
     """A sample that is too long, has unknown letters, or a clip that is no good: `data.on_bad_sample` may skip it."""
+
+
+class LibraryError(UserError):
+    """A user's file over which a library has failed, in one line. `trace` is the library's traceback.
+
+    The command writes it into a file, in `folder` if that is set, and names the file.
+    """
+
+    trace = ""
+    folder: Path | None = None
 
 
 class TrainingError(RawloopError):

@@ -12,8 +12,9 @@ import select
 import signal
 import sys
 from pathlib import Path
+from tempfile import mkstemp
 
-from rawloop.errors import RawloopError, UserError, nearest
+from rawloop.errors import LibraryError, RawloopError, UserError, nearest
 from rawloop.preempt import end_early, ignore_signals
 
 COMMANDS = {
@@ -67,6 +68,21 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def traceback_kept(error: BaseException | None) -> str:
+    """Write the traceback of a library into a file, if an error has one, and say where."""
+    while error is not None and not (isinstance(error, LibraryError) and error.trace):
+        error = error.__cause__
+    if error is None:
+        return ""
+    try:
+        handle, name = mkstemp(prefix="rawloop-traceback-", suffix=".txt", dir=error.folder)
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(error.trace)
+    except OSError as failed:
+        return f" (its traceback cannot be kept: {failed.strerror})"
+    return f" (its traceback: {name})"
+
+
 def check_words(words: list[str]) -> None:
     """Refuse arguments that are not UTF-8: no file of a run could hold them."""
     for word in words:
@@ -101,7 +117,7 @@ def call(command: str, rest: list[str]) -> int:
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:
         if error.speaks:
-            line = " ".join(str(error).splitlines())  # what it quotes may have several
+            line = " ".join(str(error).splitlines()) + traceback_kept(error)  # what it quotes may have several lines
             print(f"rawloop {command}: {line}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rawloop.contracts import Family
-from rawloop.errors import UserError, nearest
+from rawloop.errors import LibraryError, UserError, nearest
 
 FAMILIES = {
     "higgs_audio_v2": "rawloop.families.higgs_audio_v2:HiggsAudioV2",
@@ -18,6 +18,8 @@ FAMILIES = {
     "audio_chat": "rawloop.families.audio_chat:AudioChat",
     "qwen2_audio": "rawloop.families.audio_chat:AudioChat",
 }
+ADAPTER = "adapter_config.json"
+WRITTEN = "point it at a folder that save_pretrained wrote"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -83,13 +85,21 @@ def load_family(config: ModelConfig) -> Family:
         name, architectures = _architecture(config)
         if name not in FAMILIES and _is_causal_lm(name, architectures):
             name = "causal_lm"
+    if name == "higgs_audio_v2_tokenizer":
+        raise UserError(f"model.path is '{config.path}', the folder of an audio codec: it belongs into model.codec")
     if name not in FAMILIES:
         raise UserError(
             f"no family for models of type '{name}'{nearest(name, FAMILIES)}: rawloop has {', '.join(FAMILIES)}; "
             "your own goes into model.family as package.module:Class (docs/families.md)"
         )
+    from rawloop.families.door import door
+
     module_name, _, class_name = FAMILIES[name].partition(":")
-    return cast(Family, getattr(importlib.import_module(module_name), class_name)(config))
+    owner = getattr(importlib.import_module(module_name), class_name)
+    with door(config.path, "config.json, tokenizer or chat template"):
+        family = cast(Family, owner(config))
+        family.probe()  # what the tokenizer, or what it needs of the config, cannot do is found now
+    return family
 
 
 def check_path(path: str, key: str) -> None:
@@ -99,8 +109,13 @@ def check_path(path: str, key: str) -> None:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            adapter = (folder / ADAPTER).is_file()
+            more = "it holds an adapter: give its base model, or merge them by `rawloop merge`" if adapter else WRITTEN
+            raise UserError(f"{key} is '{path}', a folder without config.json: {more}")
+        if (folder / ADAPTER).exists():
             raise UserError(
-                f"{key} is '{path}', a folder without config.json: point it at a folder that save_pretrained wrote"
+                f"{key} is '{path}', which has {ADAPTER} beside config.json: transformers would load that adapter into "
+                "the model; move it elsewhere"
             )
     elif folder.exists():
         raise UserError(f"{key} is '{path}', a file: give the folder that holds the model")
@@ -112,16 +127,21 @@ def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
     """Return the model's type and the classes that its weights were saved from."""
     from transformers import AutoConfig
 
+    from rawloop.families.door import door
+
     folder = Path(config.path).expanduser()
     if folder.is_dir():
         content = read_json(folder / "config.json")
         return str(content.get("model_type", "unknown")), content.get("architectures") or []
     try:
-        loaded = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except OSError as error:
-        raise _not_given("model.path", config.path, error) from error
+        with door(config.path, "config.json"):
+            loaded = AutoConfig.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+    except LibraryError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise _not_given("model.path", config.path, error.__cause__) from error
     return str(loaded.model_type), loaded.architectures or []
 
 
@@ -141,7 +161,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): the checkpoint is damaged, fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not an object: the checkpoint is damaged")

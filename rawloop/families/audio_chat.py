@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
 from rawloop.errors import UserError
@@ -23,10 +23,9 @@ from rawloop.families.audio_chat_examples import ChatEncoder, Example
 from rawloop.families.clock import stop_clock
 from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (
-    UNREADABLE,
     enable_activation_checkpointing,
     exact,
-    first_line,
+    load_parts,
     load_weights,
     perturbed,
     refuse_missing,
@@ -52,11 +51,7 @@ class AudioChat:
             raise UserError("model.stream_weights sets text to 0: nothing would be learnt; give it a weight")
         self.streams: Sequence[str] = (STREAM,)
         self.stream_weights: Mapping[str, float] = {STREAM: weight}
-        try:
-            self.settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
-            self.processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)
-        except UNREADABLE as error:
-            raise UserError(f"config or processor of {config.path} cannot be read: {first_line(error)}") from error
+        self.settings, self.processor = load_parts(config, AutoProcessor, "processor_config.json or tokenizer.json")
         for holder in (self.processor, self.processor.tokenizer):
             stop_clock(holder, config.template_date)
         self.text_settings: Any = self.settings.get_text_config()

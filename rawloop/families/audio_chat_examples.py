@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from rawloop.audio import BadAudio, load_audio
@@ -212,7 +211,7 @@ def _where(sample: Sample) -> str:
 def _refusing(sample: Sample) -> Iterator[None]:
     try:
         yield
-    except (TemplateError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{_where(sample)}: its chat template or processor refuses it: {error}") from error
 
 

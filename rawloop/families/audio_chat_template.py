@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 
 from rawloop.errors import UserError
+from rawloop.families.door import rendered
 
 Messages = list[dict[str, Any]]
 WORDS = "two"
@@ -35,11 +35,8 @@ class ChatTemplate:
         self.processor, self.tokenizer, self.audio_token = processor, processor.tokenizer, audio_token
         if processor.chat_template is None:
             raise UserError("the checkpoint's processor has no chat template: prompts cannot be built as in generation")
-        try:
-            self.end_of_turn = self._end_of_turn()
-            self.control = self._control_tokens()
-        except TemplateError as error:
-            raise UserError(f"the chat template cannot be run: {error}") from error
+        self.end_of_turn = self._end_of_turn()
+        self.control = self._control_tokens()
 
     def _end_of_turn(self) -> int:
         prompt, whole = self.render([QUESTION], header=True), self.render([QUESTION, ANSWER], header=False)
@@ -67,7 +64,9 @@ class ChatTemplate:
 
     def render(self, messages: Messages, *, header: bool) -> str:
         """Return a conversation as text, one placeholder a clip; with `header`, up to where the assistant begins."""
-        text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+        text: str = rendered(
+            self.processor, self.tokenizer.name_or_path, messages, tokenize=False, add_generation_prompt=header
+        )
         return text
 
     def check_words(self, messages: Messages) -> None:
@@ -104,7 +103,9 @@ class ChatTemplate:
             }
             for message in messages
         ]
-        encoded = self.processor.apply_chat_template(heard, tokenize=True, return_dict=True, return_tensors="pt")
+        encoded = rendered(
+            self.processor, self.tokenizer.name_or_path, heard, tokenize=True, return_dict=True, return_tensors="pt"
+        )
         return dict(encoded)
 
     def end(self, ids: list[int], start: int) -> int:

@@ -66,6 +66,11 @@ class HiggsAudioV2:
         self._checked: set[tuple[str, ...]] = set()
 
     def _check_settings(self) -> None:
+        if self.settings.model_type != HiggsAudioV2ForConditionalGeneration.config_class.model_type:
+            raise UserError(
+                f"model.family is '{self.config.family}', and model.path is '{self.config.path}', a model of type "
+                f"'{self.settings.model_type}': leave model.family at auto, or give a checkpoint of Higgs Audio v2"
+            )
         if self.settings.audio_stream_eos_id >= self.settings.codebook_size:
             raise UserError(
                 f"{self.config.path}/config.json has codebook_size {self.settings.codebook_size}, which leaves no room "

@@ -11,9 +11,12 @@ from transformers import DacFeatureExtractor, HiggsAudioV2TokenizerModel
 from rawloop.contracts import CodecInfo
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, check_path, local_folder, read_json
+from rawloop.families.door import door
+from rawloop.families.shared import load_from, refuse_missing
 from rawloop.hashing import hash_folder
 
 FILES = ["config.json", "*.safetensors"]
+KEY = "model.codec"
 
 
 def codec_path(config: ModelConfig) -> str:
@@ -23,7 +26,7 @@ def codec_path(config: ModelConfig) -> str:
         UserError: neither says where the codec is.
     """
     if config.codec:
-        check_path(config.codec, "model.codec")
+        check_path(config.codec, KEY)
         return config.codec
     file = local_folder(config.path, config.revision, ["processor_config.json"]) / "processor_config.json"
     named = read_json(file).get("audio_tokenizer", {}) if file.is_file() else {}
@@ -40,7 +43,7 @@ def codec_folder(path: str) -> Path:
     Raises:
         UserError: it cannot be.
     """
-    return local_folder(path, None, FILES, "model.codec")
+    return local_folder(path, None, FILES, KEY)
 
 
 def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
@@ -54,11 +57,14 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
     """
     path = codec_path(config)
     folder = codec_folder(path)
-    try:
-        codec: Any = HiggsAudioV2TokenizerModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
+    named = read_json(folder / "config.json").get("model_type")
+    if named != HiggsAudioV2TokenizerModel.config_class.model_type:
+        raise UserError(f"model.codec is '{path}', a model of type '{named}': give the folder of the codec")
+    model, missing = load_from(HiggsAudioV2TokenizerModel, str(folder), None, KEY, dtype=torch.float32)
+    refuse_missing(missing, path)
+    codec: Any = model.eval().to(device)
+    with door(config.path, "processor_config.json"):
         extractor: Any = DacFeatureExtractor.from_pretrained(config.path, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the codec '{path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     settings = codec.config
     info = CodecInfo(
         hash=hash_folder(folder),
@@ -74,6 +80,8 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
         codes: Tensor = codec.encode(inputs["input_values"].to(device)).audio_codes
         return codes[0].T.cpu()
 
+    with door(path, "config.json", KEY):  # a config that does not fit shows when the codec runs
+        encode(torch.zeros(info.sample_rate))
     return info, encode
 
 

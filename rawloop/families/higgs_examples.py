@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError
+from rawloop.families.door import rendered
 from rawloop.families.letters import Letters
 from rawloop.families.shared import forged_token, refuse_tools
 
@@ -191,7 +192,7 @@ class HiggsEncoder:
         Raises:
             UserError: see `conversation`; the template leaves out or changes words.
         """
-        text: str = self.tokenizer.apply_chat_template(self.conversation(sample), tokenize=False)
+        text: str = rendered(self.tokenizer, self.tokenizer.name_or_path, self.conversation(sample), tokenize=False)
         said = "".join(text.split())
         for turn in sample.turns:
             for part in turn.parts:

@@ -5,20 +5,19 @@ A family of your own may use all of it.
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed, Sample, Text, Turn
-from rawloop.errors import UserError
+from rawloop.errors import LibraryError, UserError
 from rawloop.families import ModelConfig
 from rawloop.families.clock import stop_clock
+from rawloop.families.door import check_sizes, door
 
-# What transformers makes of a damaged folder.
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError)
 # Where a target's own token may stand, seen from the position that predicts it. One further is right; 0 is a label that
 # was never shifted, -1 one that was shifted to the wrong side, 2 one that was shifted twice.
 OFFSETS = (1, 0, -1, 2)
@@ -30,13 +29,38 @@ def load_settings(config: ModelConfig) -> tuple[Any, Any]:
     Raises:
         UserError: they cannot be read.
     """
-    try:
-        settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
-        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
-    except UNREADABLE as error:
-        raise UserError(f"config or tokenizer of {config.path} cannot be read: {first_line(error)}") from error
+    settings, tokenizer = load_parts(config, AutoTokenizer, "tokenizer.json or tokenizer_config.json")
     stop_clock(tokenizer, config.template_date)
     return settings, tokenizer
+
+
+def load_parts(config: ModelConfig, owner: Any, file: str) -> tuple[Any, Any]:
+    """Return the checkpoint's config, and its tokenizer or processor.
+
+    Args:
+        config: where they lie.
+        owner: AutoTokenizer or AutoProcessor.
+        file: what `owner` reads, for messages.
+
+    Raises:
+        UserError: they cannot be read, or the folder has no tokenizer_config.json.
+    """
+    check_tokenizer(config.path)
+    with door(config.path, "config.json"):
+        settings = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    with door(config.path, file):
+        part = owner.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    return settings, part
+
+
+def check_tokenizer(path: str) -> None:
+    """Refuse a folder whose tokenizer transformers would make up: without special tokens, or of another class."""
+    folder = Path(path)
+    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        raise UserError(
+            f"model.path is '{path}', which has tokenizer.json and no tokenizer_config.json: without it the tokenizer "
+            "has no special tokens; copy it from where the model is from"
+        )
 
 
 def load_weights(model_class: Any, config: ModelConfig, path: str | None, **options: Any) -> tuple[Any, list[str]]:
@@ -54,25 +78,41 @@ def load_weights(model_class: Any, config: ModelConfig, path: str | None, **opti
     Raises:
         UserError: the checkpoint cannot be read, or its weights have other shapes than its config says.
     """
-    source = path or config.path
+    options |= {"dtype": "auto", "attn_implementation": config.attention}
     try:
+        return load_from(model_class, path or config.path, None if path else config.revision, **options)
+    except LibraryError as error:
+        if "attention" in str(error.__cause__).lower():
+            error.args = (f"{error} (model.attention is '{config.attention}')",)
+        raise
+
+
+def load_from(
+    model_class: Any, source: str, revision: str | None, key: str = "model.path", **options: Any
+) -> tuple[Any, list[str]]:
+    """Load a model through the door; see `load_weights` and `door`."""
+    with door(source, "model", key):
+        settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        check_sizes(Path(source), settings, lambda: empty(model_class, settings))
         model, info = model_class.from_pretrained(
             source,
-            revision=None if path else config.revision,
-            dtype="auto",
-            attn_implementation=config.attention,
+            revision=revision,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,
             **options,
         )
-    except (ImportError, OSError, ValueError, SafetensorError) as error:
-        asked = f" (model.attention is '{config.attention}')" if "attn_implementation" in str(error) else ""
-        raise UserError(f"model.path is '{source}', which cannot be loaded: {first_line(error)}{asked}") from error
     for name, stored, wanted in sorted(info["mismatched_keys"])[:1]:
         raise UserError(
             f"{source}: {name} is stored as {tuple(stored)}, its config.json makes it {tuple(wanted)}: fetch it again"
         )
     return model, sorted(info["missing_keys"])
+
+
+def empty(model_class: Any, settings: Any) -> Any:
+    """A model without its weights, of a class or an AutoModel."""
+    made = model_class._from_config if issubclass(model_class, PreTrainedModel) else model_class.from_config
+    return made(settings)
 
 
 def refuse_missing(missing: list[str], source: str) -> None:
@@ -193,8 +233,3 @@ def unwrapped(model: Any) -> Any:
     """Return the model inside a PEFT wrapper; adapters stay in its layers."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if unwrap else model
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what a library says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,11 +15,11 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError
+from rawloop.families.door import rendered
 from rawloop.families.letters import Letters
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -282,13 +282,10 @@ class TextEncoder:
     ) -> str:
         """Write messages as the template has them; `asks` adds the header of the answer that is to come."""
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=asks
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}: the chat template of {self.path} refuses it: {' '.join(str(error).split())}"
-            ) from error
+            options = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": asks}
+            text: str = rendered(self.tokenizer, self.path, messages, **options)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         return text
 
     def _ids(self, text: str) -> list[int]:

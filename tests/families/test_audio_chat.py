@@ -522,7 +522,7 @@ def test_templates_that_cannot_be_split_are_refused(family: AudioChat) -> None:
     deaf = with_template(family, lambda text: text.replace("<|AUDIO|>", ""))
     with pytest.raises(UserError, match=r"sample 's1' .* refuses it: Found 0 <|AUDIO|> token"):
         deaf.example(one)
-    with pytest.raises(UserError, match="the chat template cannot be run: 'x' is undefined"):
+    with pytest.raises(UserError, match=r"the chat template of .* refuses it: 'x' is undefined"):
         with_template(family, lambda text: "{{ x.y }}" + text)
     refusal = "{% if messages | length > 4 %}{{ raise_exception('too many turns') }}{% endif %}"
     with pytest.raises(UserError, match=r"sample 's1' .* refuses it: too many turns"):
@@ -554,7 +554,10 @@ def test_checkpoints_that_cannot_be_trained_are_refused(checkpoint: Path, tmp_pa
         load_family(altered("headless", drop_head)).load_model()
     with pytest.raises(UserError, match="audio token 3, the processor writes"):
         load_family(altered("token", other_token))
-    with pytest.raises(UserError, match=r"config or processor of .* cannot be read"):
+    with pytest.raises(
+        UserError,
+        match=r"whose processor_config\.json or tokenizer\.json cannot be loaded: Couldn't instantiate the backend",
+    ):
         load_family(altered("torn", lambda folder: (folder / "tokenizer.json").unlink()))
     with pytest.raises(UserError, match=r"stream_weights has \['audio'\]"):
         load_family(ModelConfig(path=str(checkpoint), stream_weights={"audio": 1.0}))

@@ -1,0 +1,166 @@
+"""The one door to a checkpoint's folder: whatever a library raises over it is one line that names folder, file, cause.
+
+`from_pretrained`, processors and chat templates run code of several libraries over files that anybody may have written.
+What they raise is no list that could be kept: KeyError, pyo3's PanicException, RecursionError, and bare Exception too.
+"""
+
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
+
+from rawloop.errors import LibraryError, RawloopError, UserError
+
+PASSED = (RawloopError, MemoryError, torch.OutOfMemoryError, Warning)
+POINTER = b"version https://git-lfs"
+LONGEST = 300  # characters of what a library says
+READ = re.compile(
+    r".*(config|token|processor|index|vocab|special).*\.json|.*\.(jinja|safetensors|bin|model)|merges\.txt"
+)
+LAYERS = re.compile(r"layer|depth|quantizers")
+
+
+@contextmanager
+def door(path: str, file: str, key: str = "model.path") -> Iterator[None]:
+    """Turn what a library raises over a checkpoint's folder into a `LibraryError`.
+
+    Args:
+        path: folder or hub id.
+        file: what is being read, such as config.json; named where no file of the folder is visibly damaged.
+        key: the setting that names the folder.
+
+    Raises:
+        LibraryError: anything was raised but rawloop's own errors, warnings, too little memory, what ends a process.
+    """
+    try:
+        yield
+    except PASSED:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        found = damage(Path(path), file)
+        said = f"{found}: fetch it again" if found else f"{file} cannot be loaded: {cause(error)}"
+        raise _library_error(f"{key} is '{path}', whose {said}", error) from error
+
+
+def _library_error(line: str, error: BaseException) -> LibraryError:
+    refused = LibraryError(line)
+    refused.trace = "".join(traceback.format_exception(error))
+    return refused
+
+
+def cause(error: BaseException) -> str:
+    """What a library says, in one line, with the type of the error where that says more."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    plain = (
+        isinstance(error, OSError | ValueError | RuntimeError | ImportError | TemplateError) or type(error) is Exception
+    )
+    return text if plain and text else f"{type(error).__name__} {text}".strip()
+
+
+def damage(folder: Path, reading: str) -> str | None:
+    """A file of a folder that cannot be what its name says, and why; those that `reading` names come first."""
+    files = sorted(folder.iterdir(), key=lambda file: (file.name not in reading, file.name)) if folder.is_dir() else []
+    problems = ((file.name, _problem(file)) for file in files)
+    return next((f"{name} {problem}" for name, problem in problems if problem), None)
+
+
+def _problem(file: Path) -> str | None:
+    if not READ.fullmatch(file.name):
+        return None
+    try:
+        if not file.is_file():
+            return "is no file"
+        with file.open("rb") as opened:
+            head = opened.read(len(POINTER))
+        if head == POINTER:
+            return "is a Git LFS pointer and not the file (`git lfs pull` gets it)"
+        if not head:
+            return "is empty"
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        if file.suffix == ".bin" and head[:1] != b"\x80" and not is_zipfile(file):
+            return "is damaged (no file that PyTorch has written)"
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        return f"is damaged ({cause(error)})"
+    return None
+
+
+def rendered(owner: Any, path: str, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """Return what `apply_chat_template` of a tokenizer or processor makes of messages; `path` is its folder.
+
+    Raises:
+        UserError: whatever its template raised, in one line; a `LibraryError` where no template says such a thing.
+    """
+    try:
+        return owner.apply_chat_template(messages, **options)
+    except PASSED:
+        raise
+    except Exception as error:
+        line = f"the chat template of {path} refuses it: {cause(error)}"
+        if isinstance(error, TemplateError | ValueError):  # what templates say of a conversation
+            raise UserError(line) from error
+        raise _library_error(line, error) from error
+
+
+def check_sizes(folder: Path, settings: Any, build: Callable[[], torch.nn.Module]) -> None:
+    """Refuse a config.json that asks for far more weights than the folder's files hold, before memory is.
+
+    Args:
+        folder: of the checkpoint; one without safetensors files is not looked at, nor are quantized weights.
+        settings: its config.
+        build: makes the model; called on the meta device.
+
+    Raises:
+        UserError: it does.
+    """
+    stored, tensors = 0, 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            stored += sum(_product(opened.get_slice(name).get_shape()) for name in names)
+            tensors += len(names)
+    if not stored or getattr(settings, "quantization_config", None):
+        return
+    for name, value in _numbers(settings.to_dict()):
+        if LAYERS.search(name) and value > tensors:
+            raise UserError(
+                f"model.path is '{folder}', whose config.json has {name} {value:,}, and its files hold {tensors} "
+                "tensors: they do not belong together"
+            )
+    with torch.device("meta"):
+        model = build()
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if wanted > 2 * stored + 10**8:  # a head that is tied, buffers that are not stored
+        raise UserError(
+            f"model.path is '{folder}', whose config.json makes a model of {wanted:,} weights, and its files hold "
+            f"{stored:,}: they do not belong together"
+        )
+
+
+def _product(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _numbers(tree: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield str(name), value
