@@ -8,6 +8,7 @@ part works alone.
 import atexit
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rawloop.contracts import Batch, Losses, StreamLoss
 from rawloop.errors import RawloopError, UserError
+from rawloop.waiting import Waiting
 
 T = TypeVar("T")
 E = TypeVar("E", bound=RawloopError)
@@ -40,7 +42,7 @@ class DDPConfig:
         broadcast_buffers: copy rank 0's buffers to all ranks at every forward pass.
         gradient_as_bucket_view: let gradients live inside the all-reduce buckets (saves one copy of the gradients).
         static_graph: promise that the graph never changes. Not together with gradient accumulation.
-        timeout: seconds until a collective that some rank never joined ends the run.
+        timeout: seconds that ranks wait for one that does not come, before the run ends and says which one it was.
     """
 
     find_unused_parameters: bool | Literal["auto"] = "auto"
@@ -68,6 +70,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     launch: str = ""
     restarts: int = 0
+    waiting: Waiting | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -79,7 +82,7 @@ class World:
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        self._finish(dist.all_reduce(tensor, async_op=True))
         result: list[float] = tensor.tolist()
         return result
 
@@ -87,9 +90,21 @@ class World:
         """Return every rank's value, in order of rank, on every rank. For small objects."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._finish(dist.all_gather(sizes, torch.tensor([len(own)]), async_op=True))
+        longest = max(int(size) for size in sizes)
+        rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.cat([own, own.new_zeros(longest - len(own))])
+        self._finish(dist.all_gather(rows, padded, async_op=True))
+        contents = [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+        return [pickle.loads(content) for content in contents]  # noqa: S301 (from our own ranks)
+
+    def _finish(self, work: Any) -> None:
+        if self.waiting is None:
+            work.wait()
+        else:
+            self.waiting.finish(work)
 
     def any(self, flags: Sequence[bool]) -> Sequence[bool]:
         """Of each flag, whether it is true on any rank. One all_reduce."""
@@ -311,7 +326,7 @@ def read_launch() -> tuple[str, int]:
 
 
 def is_lost_rank(error: Exception) -> bool:
-    """Whether an error says that another rank has gone, so that its own message is the one to read."""
+    """Whether an error says that another rank has gone or did not come."""
     signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
@@ -331,6 +346,7 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     Raises:
         UserError: the device does not exist, or the environment describes no group.
         RawloopError: the other processes cannot be met.
+        LostRank: another process has gone, or did not come in time; raised in place of torch's error.
     """
     rank, size, local_rank = read_ranks()
     world = World(rank, size, local_rank, choose_device(device, local_rank, size), *read_launch())
@@ -350,13 +366,21 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
     except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RawloopError(f"rank {rank} cannot meet the others at {place}: {str(error).splitlines()[0]}") from error
+        raise RawloopError(
+            f"rank {rank} cannot meet the others at {place} within {timeout:g} s (ddp.timeout): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     # A DDP module that outlives this context would be the last to hold the group, and its reducer destroys it with
     # the GIL held while gloo's thread waits for the GIL: a deadlock at exit. Held until the interpreter ends, the
     # group is destroyed by its own binding, which lets go of the GIL.
     atexit.register(_hold, dist.group.WORLD)
+    waiting = Waiting(store, rank, size, timeout)
     try:
-        yield world
+        yield replace(world, waiting=waiting)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise waiting.explain(error) from error
     finally:
         # gloo's threads need the GIL to let go of the last collective's tensors. One that still waits for it when the
         # interpreter ends aborts the process ("terminate called without an active exception"): let them have it.

@@ -47,6 +47,10 @@ class InterruptedUpdate(TrainingError):
     """An optimizer failed in the middle of an update: only a checkpoint can be gone on from."""
 
 
+class LostRank(RawloopError):
+    """Another process of the run has gone, or did not come to an agreement in time."""
+
+
 class CheckpointError(RawloopError):
     """A checkpoint cannot be written, or what is on disk is not what was written."""
 

@@ -1,5 +1,7 @@
 """Ranks and collectives: one process alone, and two or three real ones that agree, fail together and leave together."""
 
+import json
+import socket
 import subprocess
 import sys
 import time
@@ -306,6 +308,73 @@ def test_a_rank_that_fails_outside_an_agreement_does_not_leave_the_others_waitin
     with pytest.raises(TrainingError, match="lost"):
         run_ranks(leave_early)
     assert time.monotonic() - start < 60
+
+
+# -- a rank that does not come in time ---------------------------------------------------------------------------
+
+AWAY = """
+import json, os, sys, time
+import torch
+from rawloop.cli import call
+from rawloop.dist import open_world
+from rawloop.errors import LostRank
+
+rank, size, away, port, ddp = (int(word) for word in sys.argv[1:])
+os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+try:
+    with open_world("cpu", timeout=2.0) as world:
+        world.gather("all are here")
+        module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1)) if ddp else None
+        if rank == away:
+            time.sleep(6)
+        elif rank == size - 1:
+            time.sleep(1)  # a mark that comes late must count
+        if module is not None:
+            module(torch.ones(1)).backward()
+        else:
+            world.gather({"rank": rank})
+except LostRank as error:
+    print(json.dumps([error.speaks, error.exit_code, str(error)]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("away", "ddp"), [(1, 0), pytest.param(0, 0, marks=SLOW), pytest.param(2, 1, marks=SLOW)])
+def test_a_timeout_says_who_did_not_come_and_which_key_sets_it(away: int, ddp: int) -> None:
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", AWAY, *map(str, (rank, 3, away, port, ddp))], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    try:
+        said = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    first, second = (rank for rank in range(3) if rank != away)
+    speaks, code, words = said[first]
+    assert words.startswith(f"rank {away} did not come in time: the others waited 2 s (ddp.timeout): look what held")
+    assert (speaks, code) == (True, 1)
+    if (away, ddp) == (1, 0):  # rank 0 holds the store here, and its time is over earlier
+        unknown = "a rank did not come in time, within 2 s (ddp.timeout); which one is not known"
+        assert said[second][2].startswith(unknown)
+    else:
+        assert said[second] == [False, 1, words]
+    late = (f"rank {away} came too late: rank {first} had waited 2 s for it (ddp.timeout)", "another rank has ended")
+    assert said[away][2].startswith(late)
 
 
 # -- what the environment says -----------------------------------------------------------------------------------

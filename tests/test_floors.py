@@ -17,7 +17,19 @@ PACKAGE = Path(__file__).parent.parent / "rawloop"
 FLOORS = (
     (
         "ground",
-        ("errors", "contracts", "dist", "preempt", "records", "seed", "hashing", "segments", "containers", "audio"),
+        (
+            "errors",
+            "contracts",
+            "waiting",
+            "dist",
+            "preempt",
+            "records",
+            "seed",
+            "hashing",
+            "segments",
+            "containers",
+            "audio",
+        ),
     ),
     (
         "parts",

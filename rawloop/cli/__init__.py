@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from tempfile import mkstemp
 
-from rawloop.errors import LibraryError, RawloopError, UserError, nearest
+from rawloop.errors import LibraryError, LostRank, RawloopError, UserError, nearest
 from rawloop.preempt import end_early, ignore_signals
 
 COMMANDS = {
@@ -118,7 +118,8 @@ def call(command: str, rest: list[str]) -> int:
     except RawloopError as error:
         if error.speaks:
             line = " ".join(str(error).splitlines()) + traceback_kept(error)  # what it quotes may have several lines
-            print(f"rawloop {command}: {line}", file=sys.stderr, flush=True)
+            saved = f"; what was saved is whole{GO_ON.get(command, '')}" if isinstance(error, LostRank) else ""
+            print(f"rawloop {command}: {line}{saved}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         if not stdout_is_gone():
@@ -133,19 +134,6 @@ def call(command: str, rest: list[str]) -> int:
         if error.errno not in WORDS or error.errno == errno.ENOENT:
             raise
         print(f"rawloop {command}: {in_words(error)}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        from rawloop.dist import is_lost_rank  # torch is loaded by now
-
-        if not is_lost_rank(error):
-            raise
-        reason = str(error).splitlines()[0]
-        print(
-            f"rawloop {command}: another rank has ended, and its message says why ({reason}); what was saved is whole"
-            f"{GO_ON.get(command, '')}",
-            file=sys.stderr,
-            flush=True,
-        )
         return 1
     except KeyboardInterrupt:
         saved = f"what was saved is whole{GO_ON.get(command, '')}"
