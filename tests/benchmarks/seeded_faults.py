@@ -61,6 +61,14 @@ FAULTS = (
         ),
     ),
     Fault(
+        "loss of text not shifted, logits right",
+        CAUSAL_LM,
+        'total = F.cross_entropy(self.logits(model, batch)["text"], ',
+        'places = batch.labels["text"].positions + 1\n        total = F.cross_entropy('
+        "target_logits(unwrapped(model), batch.inputs, places), ",
+        ("families/test_causal_lm.py::test_losses_are_the_cross_entropy_of_the_logits",),
+    ),
+    Fault(
         "stop token of speech masked",
         HIGGS_EXAMPLES,
         "labels[k + 1 : k + 2 + frames, k] = inputs[k + 1 : k + 2 + frames, k]",
