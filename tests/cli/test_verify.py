@@ -151,6 +151,13 @@ def test_a_reader_that_has_ended_is_no_damage(run: Path) -> None:
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+def test_output_that_a_full_disk_refuses_is_one_line(run: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "rawloop", "verify", str(run)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "rawloop verify: no space is left on the disk\n")
+
+
 @pytest.mark.usefixtures("permissions_count")
 def test_what_cannot_be_read_is_not_called_damaged(door: Door, run: Path) -> None:
     manifest, slot = run / "best" / "MANIFEST.json", run / "checkpoints" / "step-00000010"
