@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
 from rawloop.audio import import_torchaudio
+from rawloop.buffers import MovingBuffers, in_words, settle_moves
 from rawloop.changes import PART, START_OVER, SettingsState, may_differ
 from rawloop.checkpoint import (
     BestTracker,
@@ -96,15 +97,18 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
             "one mode for all"
         )
     ready.module.train()
-    unused = preflight(ready.policy, ready.first_loss)
+    trial = preflight(ready.policy, ready.first_loss)
     say(f"precision: {ready.policy.name} ({ready.policy.reason})")
-    ddp, notice = settle_unused(config.ddp, world, unused)
+    ddp, notice = settle_unused(config.ddp, world, trial.unused)
+    buffers = settle_moves(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say) if claimed.slot is None else None
     if not claimed.beginning.restarted:  # from here on something of the run stands in its folder
         world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
-    run = _assemble(config, folder, world, ready, ddp, claimed.lock)
-    for line in [*([notice] if notice else []), *ready.notices] if world.is_main else ():
+    run = _assemble(config, folder, world, ready, ddp, claimed.lock, buffers)
+    model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
+    moving = in_words(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
+    for line in [*moving, *([notice] if notice else []), *ready.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:
         restore(run, config, claimed, say)
@@ -240,11 +244,19 @@ def check_run(config: RunConfig, world: World) -> Report:
     return _report(config, world, ready)
 
 
-def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig, lock: RunLock | None) -> Run:
+def _assemble(
+    config: RunConfig,
+    folder: Path,
+    world: World,
+    ready: Ready,
+    ddp: DDPConfig,
+    lock: RunLock | None,
+    buffers: MovingBuffers,
+) -> Run:
     forced = set(config.resume_force)
     own = {key.removeprefix("adapter.") for key in forced}
     # It may refuse; records make a run of the folder.
-    model = ModelFiles(ready.model, ready.family.load_model, own, ready.base)
+    model = ModelFiles(ready.model, ready.family.load_model, own, ready.base, buffers.places)
     policy, records = ready.policy, Records(folder, world, config.records)
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
@@ -280,6 +292,7 @@ def _assemble(config: RunConfig, folder: Path, world: World, ready: Ready, ddp: 
         world=world,
         state=state,
         meter=meter,
+        buffers=buffers,
         evaluator=ready.evaluator,
         checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts, lock),
         best=best,

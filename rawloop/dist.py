@@ -106,6 +106,27 @@ class World:
         else:
             self.waiting.finish(work)
 
+    def make_equal(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make tensors equal on all ranks, in place: floats become their mean, other numbers their maximum.
+
+        The shapes are those of the other ranks. Nothing waits for the device.
+        """
+        for floats in (True, False) if self.size > 1 else ():
+            chosen = [tensor for tensor in tensors if tensor.is_floating_point() == floats]
+            if not chosen:
+                continue
+            wide = torch.int64 if not floats else torch.promote_types(torch.float32, chosen[0].dtype)
+            flat = torch.cat([tensor.detach().flatten().to(wide) for tensor in chosen])
+            work = dist.all_reduce(flat, dist.ReduceOp.SUM if floats else dist.ReduceOp.MAX, async_op=True)
+            if flat.device.type == "cpu":
+                self._finish(work)
+            else:
+                work.wait()  # the device's queue does; with a limit of time the host would
+            flat = flat / self.size if floats else flat
+            with torch.no_grad():
+                for tensor, values in zip(chosen, torch.split(flat, [t.numel() for t in chosen]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+
     def any(self, flags: Sequence[bool]) -> Sequence[bool]:
         """Of each flag, whether it is true on any rank. One all_reduce."""
         return flags if self.size == 1 else [count > 0 for count in self.sum([float(flag) for flag in flags])]

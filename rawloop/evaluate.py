@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from rawloop.buffers import unmoved
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import LossModule, World
 from rawloop.errors import Preempted, UserError, happening, nearest
@@ -120,7 +121,7 @@ class Evaluator:
         return last or step % self.config.every == 0
 
     def run(self, wanted: Callable[[], str | None] = lambda: None) -> Evaluation:
-        """Evaluate now, on all ranks together. The training mode and all random streams are left as they were.
+        """Evaluate now, on all ranks together. Modes, buffers and random streams are left as they were.
 
         Args:
             wanted: says before each batch by what the run is to be stopped; not None on any rank ends the evaluation.
@@ -135,7 +136,7 @@ class Evaluator:
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
-        with _evaluation_mode(self.module), torch.no_grad(), preserved_rng():
+        with _evaluation_mode(self.module), unmoved(self.module), torch.no_grad(), preserved_rng():
             share = self.world.together(lambda: self._own_share(wanted))
         assert share is not None
         shares = self.world.gather(share)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, bare_module, no_sync
-from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, UserError, happening, nearest
+from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, TrainingError, UserError, happening, nearest
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.meter import Meter
 from rawloop.optim import set_lr
@@ -128,6 +129,7 @@ class Run:
     world: World = field(default_factory=World)
     state: TrainState = field(default_factory=TrainState)
     meter: Meter = field(default_factory=Meter)
+    buffers: MovingBuffers | None = None
     evaluator: Evaluator | None = None
     checkpoints: CheckpointManager | None = None
     best: BestTracker | None = None
@@ -197,6 +199,8 @@ def finish(run: Run) -> None:
 
 def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> None:
     """Add the gradients of all micro-batches; the last one always synchronises the ranks."""
+    if run.buffers:
+        run.buffers.begin()
     for micro_step, batch in enumerate(window, start=1):
         samples = ", ".join(batch.ids)
         place = f"at step {run.state.step}, on rank {run.world.rank}, in the micro-batch of the samples {samples}"
@@ -211,11 +215,22 @@ def update(run: Run) -> StepResult:
         InterruptedUpdate: the optimizer failed half-way; says which checkpoint to go on from.
     """
     try:
-        return run.policy.step(run.optimizer, run.max_norm)
+        result = run.policy.step(run.optimizer, run.max_norm, run.buffers.floats() if run.buffers else ())
     except InterruptedUpdate as error:
         slot = run.checkpoints.newest() if run.checkpoints else None
         advice = f"go on from it with --resume {slot}" if slot else "nothing was saved yet: start anew"
         raise InterruptedUpdate(f"{error}; {advice}") from error
+    if run.buffers:
+        settle_buffers(run, run.buffers, result)
+    return result
+
+
+def settle_buffers(run: Run, buffers: MovingBuffers, result: StepResult) -> None:
+    """Make the buffers that the window has moved equal on all ranks, or, of one that was skipped, as they were."""
+    buffers.agree(run.world) if result.applied else buffers.put_back()
+    trouble = buffers.trouble()
+    if trouble:
+        run.trouble = run.trouble or TrainingError(f"window {run.state.window} {trouble}")
 
 
 def advance(run: Run, result: StepResult, window: list[Batch], progress: Any) -> None:
@@ -253,7 +268,10 @@ def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict
     """Score one micro-batch and add its gradients; `targets` are those of the whole window, over all ranks."""
     with run.policy.autocast():
         losses: dict[str, StreamLoss] = run.module(batch.to(run.world.device))
+    moved = run.buffers.values() if run.buffers and run.buffers.twice else None
     run.policy.backward(weighted_mean(losses, run.weights, targets, run.world.size))
+    if run.buffers and moved is not None:
+        run.buffers.write(moved)
     return losses
 
 

@@ -25,6 +25,7 @@ FLOORS = (
             "preempt",
             "records",
             "seed",
+            "buffers",
             "hashing",
             "segments",
             "containers",

@@ -6,19 +6,24 @@ from copy import deepcopy
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rawloop.adapters.compare import compare, compare_model, memory_of, same_names, tensors_of
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import SCALE
+from rawloop.buffers import Place, places
 from rawloop.errors import CheckpointError, UserError
 
 WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
+BUFFERS = "buffers.safetensors"  # beside an adapter: those that training moves and PEFT's file does not hold
+PREFIX = "base_model.model."  # which PEFT puts before every name
 BASE = "base.json"  # beside an adapter: the fingerprint of its base model, which PEFT has no use for
 
 
@@ -27,7 +32,11 @@ class ModelFiles:
 
     What was written is opened again and compared with the weights in memory, by name, shape and value. `forced` names
     keys of `AdapterConfig` that may be others than the stored adapter's. `base` goes into an adapter's folder, so that
-    it is known, wherever the folder is copied to, which weights it was trained on.
+    it is known, wherever the folder is copied to, which weights it was trained on. So do the buffers of `moving` that
+    PEFT's own file does not hold; a whole model's are in its state.
+
+    Raises:
+        UserError: training moves a buffer outside of what is saved.
     """
 
     def __init__(
@@ -36,6 +45,7 @@ class ModelFiles:
         load_model: Callable[[str], nn.Module],
         forced: Collection[str] = frozenset(),
         base: BaseFingerprint | None = None,
+        moving: Mapping[str, Place] = MappingProxyType({}),
     ) -> None:
         self.forced, self.base = forced, base
         self.model: Any = unwrapped(model)
@@ -43,6 +53,14 @@ class ModelFiles:
         self.is_adapter = isinstance(self.model, PeftModel)
         self._copies: dict[str, Tensor] = {}  # of the last snapshot; the next is written over them
         self.folder = "adapter" if self.is_adapter else "model"
+        own = {place: name for name, place in places(self.model).items()}
+        outside = [name for name, place in moving.items() if place not in own]
+        if outside:
+            raise UserError(
+                f"training moves the buffer {outside[0]}, which stands outside of the model that is saved: no "
+                "checkpoint would hold it; move it into the model, or keep its module in evaluation mode"
+            )
+        self.moving = [own[place] for place in moving.values()]
 
     def snapshot(self, copy: bool) -> Callable[[Path], None]:
         """Take the weights; of an adapter, base weights are not copied, as training does not change them.
@@ -56,7 +74,7 @@ class ModelFiles:
             weights = model.state_dict()
         elif copy:
             stored = self._of_adapter(weights) if self.is_adapter else weights
-            taken = {id(tensor) for tensor in stored.values()}
+            taken = {id(tensor) for tensor in [*stored.values(), *self._beside(weights).values()]}
             self._copies = copied(
                 {name: tensor for name, tensor in weights.items() if id(tensor) in taken}, self._copies
             )
@@ -70,12 +88,27 @@ class ModelFiles:
         )
         return found
 
+    def beside(self) -> dict[str, str]:
+        """The buffers that training moves and PEFT's own file does not hold, and the modules that they are of."""
+        names = (name.removeprefix(PREFIX) for name in self._beside(self.model.state_dict()))
+        return {name: name.rpartition(".")[0] for name in names}
+
+    def _beside(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.is_adapter or not self.moving:
+            return {}
+        stored = {id(tensor) for tensor in self._of_adapter(weights).values()}
+        return {name: weights[name] for name in self.moving if id(weights[name]) not in stored}
+
     def _write(self, model: Any, weights: dict[str, Tensor], folder: Path) -> None:
         if self.is_adapter:
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             _in_order(folder / "adapter_config.json")
             if self.base is not None:
                 (folder / BASE).write_text(json.dumps(self.base.state_dict(), indent=1))
+            beside = {name.removeprefix(PREFIX): t.contiguous() for name, t in self._beside(weights).items()}
+            if beside:
+                save_file(beside, folder / BUFFERS)
+                compare(load_file(folder / BUFFERS), beside, folder / BUFFERS)
             _readable_as_the_umask_says(folder)
             compare(tensors_of(folder), self._of_adapter(weights), folder)
         else:
@@ -96,6 +129,9 @@ class ModelFiles:
         self._check_scale(folder)
         set_peft_model_state_dict(self.model, stored)
         compare(stored, self._of_adapter(), folder, rounded=True)
+        missing = sorted(set(self.beside()) - load_buffers(self.model, folder))
+        if missing:
+            raise CheckpointError(f"{folder} does not hold the buffer {missing[0]}, which training moves")
 
     def _check_scale(self, folder: Path) -> None:
         """Equal weights under another scale are another model, and nothing in their shapes shows it."""
@@ -117,6 +153,27 @@ class ModelFiles:
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
         compare_model(files, own, self.model, folder, rounded=True)
+
+
+def load_buffers(model: nn.Module, folder: Path) -> set[str]:
+    """Put the buffers that lie beside an adapter into the model that has it, and return their names.
+
+    Raises:
+        CheckpointError: the file is damaged, or the model has no such buffers.
+    """
+    file = folder / BUFFERS
+    if not file.is_file():
+        return set()
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    own = {name.removeprefix(PREFIX): place.buffer for name, place in places(model).items()}
+    same_names(stored, {name: own[name] for name in stored if name in own}, file)
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            own[name].copy_(tensor)
+    return set(stored)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from rawloop.adapters.compare import compare, tensors_of
-from rawloop.adapters.files import BASE
+from rawloop.adapters.files import BASE, load_buffers
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import quiet
 from rawloop.errors import CheckpointError, RawloopError, UserError
@@ -47,6 +47,7 @@ def merge_adapter(
     except Exception as error:  # PEFT meets whatever stands in a file that anybody may have written
         raise UserError(f"{adapter} does not fit the base model: {_in_a_line(error)}") from error
     compare(stored, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter, rounded=True)
+    load_buffers(adapted, adapter)
     with torch.no_grad():
         before = probe(adapted)
         if not bool(before.isfinite().all()):

@@ -158,7 +158,7 @@ def measure(config: RunConfig, world: World, folder: Path) -> "Measured":
     loss = evaluation.metrics["eval_loss"] if evaluation else None
     if evaluation and not evaluation.valid:
         wrong.append(f"eval_loss {loss}, in the batches of the samples {', '.join(evaluation.bad_ids)}")
-    measured = Measured(gradients, loss, built.policy.name, wrong)
+    measured = Measured(gradients, loss, built.policy.name, wrong, list(built.buffers.places if built.buffers else ()))
     if world.is_main:
         folder.mkdir(exist_ok=True)
         save_file(gradients, folder / "gradients.safetensors")
@@ -167,12 +167,16 @@ def measure(config: RunConfig, world: World, folder: Path) -> "Measured":
 
 
 class Measured(NamedTuple):
-    """The first window's gradients, in float32 by name, the evaluation loss, the precision, and what is not finite."""
+    """The first window's gradients, in float32 by name, the evaluation loss, the precision, and what is not finite.
+
+    `moving` are the buffers that training moves, by name.
+    """
 
     gradients: dict[str, Tensor]
     loss: float | None
     mode: str
     wrong: list[str]
+    moving: list[str]
 
 
 def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
@@ -216,13 +220,14 @@ def one_by_one(config: RunConfig, world: World, folder: Path, reports: list[Repo
     gets what the checks before step 0 found, if the config has them, for the rows that judge it.
     """
     start = small(config, folder / "run-4x1", 4, 1)
-    gradients, loss, _, wrong = measure(start, world, folder / "4x1")
+    gradients, loss, _, wrong, moving = measure(start, world, folder / "4x1")
     if config.checks.enabled:
         reports.append(check_run(replace(start, checks=config.checks), world))
     if wrong:
         raise RawloopError(NOT_FINITE + "; ".join(wrong))
     measured = "evaluation is off" if loss is None else f"eval_loss {loss:.4f}"
-    return f"{len(gradients)} trained weights have a gradient; {measured}"
+    moves = f"; training moves {len(moving)} buffers (first {moving[0]}): docs/checkpoints.md" if moving else ""
+    return f"{len(gradients)} trained weights have a gradient; {measured}{moves}"
 
 
 def labels(reports: list[Report]) -> str:
@@ -290,7 +295,7 @@ def compare(first: Path, second: Path, cause: str) -> str:
     Raises:
         RawloopError: they differ by more than rounding.
     """
-    (one, loss, mode, _), (other, other_loss, _, wrong) = read_measure(first), read_measure(second)
+    (one, loss, mode, *_), (other, other_loss, _, wrong, _) = read_measure(first), read_measure(second)
     if wrong:
         raise RawloopError(f"{NOT_FINITE}{'; '.join(wrong)}; as one batch of 4 on one process all is finite")
     if set(one) != set(other) or not one:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rawloop.buffers import unmoved
 from rawloop.errors import happening
 from rawloop.seed import preserved_rng
 
@@ -20,17 +21,13 @@ def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
 def undisturbed(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Put a module into training or evaluation mode; afterwards modes, buffers and random streams are as before."""
     modes = [(part, part.training) for part in module.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     module.train(training)
     try:
-        with preserved_rng():
+        with unmoved(module), preserved_rng():
             yield
     finally:
         for part, mode in modes:
             part.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> float:

@@ -1,7 +1,7 @@
 """What the gradients of one window are, found out before anything is done with them, and what is wrong with them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,14 @@ SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's G
 
 
 class Measured(NamedTuple):
-    """The gradients' L2 norm, unscaled (-1 without any gradient), the window's loss, and the scaler's refusal."""
+    """The gradients' L2 norm, unscaled (-1 without any gradient), what else may not be finite, and a refusal.
+
+    `loss` is the sum over micro-batches, `buffers` 0.0 or NaN: not finite if one of them is not.
+    """
 
     norm: float
-    loss: float = 0.0  # the sum over micro-batches: not finite if one of them is not
+    loss: float = 0.0
+    buffers: float = 0.0
     refusal: str | None = None  # what torch's scaler raised
 
 
@@ -30,6 +34,7 @@ def measure(
     scaler: LossScaler | None,
     loss: Tensor | None,
     every_gradient: bool,
+    buffers: Sequence[Tensor] = (),
 ) -> Measured:
     """Measure a window's gradients, and unscale them where torch's scaler does it.
 
@@ -40,6 +45,7 @@ def measure(
         scaler: what the loss was multiplied by.
         loss: the sum of the window's losses, a scalar; None if `policy.backward` has seen none.
         every_gradient: a trained weight without one is an error.
+        buffers: floats that must be finite as well.
 
     Raises:
         TrainingError: see `every_gradient`.
@@ -65,8 +71,11 @@ def measure(
             return Measured(math.nan, refusal=f"{type(error).__name__}: {error}")
     norm = global_norm(gradients)
     # The one wait for the device in a step: what is applied must be known.
-    measured, total = torch.stack([norm, loss.to(norm.device)]).tolist()
-    return Measured(measured / scale, total)
+    numbers = [norm, loss.to(norm.device)]
+    if buffers:
+        numbers.append(torch.cat([b.flatten().to(norm.device, torch.float32) for b in buffers]).mul(0).sum())
+    measured, *others = torch.stack(numbers).tolist()
+    return Measured(measured / scale, *others)
 
 
 def missing_gradients(held: Iterable[nn.Parameter], trained: Trained) -> str:
@@ -124,23 +133,32 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     return total
 
 
-def found_out(model: nn.Module, bad_loss: bool, fp16: bool) -> str:
-    """Where numbers that are not finite come from, as far as can be seen, and what to do. It waits for the device."""
-    named = [*model.named_parameters(), *model.named_buffers()]
+def found_out(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
+    """Where numbers that are not finite come from, as far as can be seen, and what to do. It waits for the device.
+
+    Args:
+        model: what was trained.
+        what: is not finite: `loss`, `norm` (of the gradients) or `buffers`.
+        moved: buffers that this window has moved: they say nothing of what was there before.
+        fp16: whether it computes in FP16.
+    """
+    fresh = {id(buffer) for buffer in moved}
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in fresh]
     # of buffers NaN alone: the -inf of a mask is healthy
     spoilt = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
-    spoilt += [name for name, buffer in model.named_buffers() if bool(torch.isnan(buffer).any())]
+    spoilt += [name for name, buffer in buffers if bool(torch.isnan(buffer).any())]
     if spoilt:
         return (
-            f"{len(spoilt)} of the model's {len(named)} weights and buffers are not finite, first {spoilt[0]}: no loss "
-            "can be finite with them. Begin with finite ones, of an earlier checkpoint, or of the base model fetched "
-            "again"
+            f"{len(spoilt)} of the model's weights and buffers are not finite, first {spoilt[0]}: no loss can be "
+            "finite with them. Begin with finite ones, of an earlier checkpoint, or of the base model fetched again"
         )
     samples = "look at the samples that the last skips name (events.jsonl)"
-    if bad_loss:
-        more = ", or take a mode of more range than FP16 (bf16, fp32)" if fp16 else ""
-        return f"The model's weights are finite, its losses are not: {samples} for what is not finite in them{more}"
-    advice = f"its backward pass makes them (the root of zero): {samples} under torch.autograd.detect_anomaly()"
-    if fp16:
+    if what == "norm" and fp16:
         advice = "take a lower learning rate, or a mode of more range than FP16 (bf16, fp32)"
-    return f"The model's weights and losses are finite, the gradients are not: {advice}"
+    elif what == "norm":
+        advice = f"its backward pass makes them (the root of zero): {samples} under torch.autograd.detect_anomaly()"
+    else:
+        more = ", or take a mode of more range than FP16 (bf16, fp32)" if fp16 else ""
+        advice = f"{samples} for what is not finite or too large in them{more}"
+    healthy = {"loss": "weights are finite, its losses", "norm": "weights and losses are finite, the gradients"}
+    return f"The model's {healthy.get(what, 'weights and losses are finite, the buffers that move')} are not: {advice}"

@@ -19,12 +19,13 @@ from torch.optim import Optimizer
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.casting import cast, cast_frozen, check_trainable
 from rawloop.precision.choice import Choice, refusal
-from rawloop.precision.gradients import connected, found_out, measure
+from rawloop.precision.gradients import Measured, connected, found_out, measure
 from rawloop.precision.masters import HALF, Trained
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
 from rawloop.precision.optimizers import adopt, check_casts, clear, exchange, held_by, lost_updates, trained_by
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
+BAD = {"loss": "losses", "norm": "gradients", "buffers": "moving buffers"}
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
 
 
@@ -197,16 +198,22 @@ class PrecisionPolicy:
         clear(optimizers)
         self.trained.clear_gradients()
 
-    def step(self, optimizer: Optimizer | Sequence[Optimizer], max_norm: float | None = None) -> StepResult:
+    def step(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        max_norm: float | None = None,
+        buffers: Sequence[Tensor] = (),
+    ) -> StepResult:
         """Unscale, clip, test and apply the gradients of one accumulation window, then clear them.
 
         Args:
             optimizer: whose parameters' gradients are applied; several are applied together or not at all.
             max_norm: clip the global L2 norm of the gradients to this; None or 0 clips nothing.
+            buffers: floats that the window's forward passes have moved, and that must be finite as well.
 
         Returns:
-            whether the update was applied. Where gradients or a loss are not finite on any rank, it is on none: a loss
-            of NaN may well have gradients of zero, with which running means would move the weights.
+            whether the update was applied. Where gradients, a loss or buffers are not finite on any rank, it is on
+            none: a loss of NaN may well have gradients of zero, with which running means would move the weights.
 
         Raises:
             UserError: see `adopt`; or gradients were not made by `backward`. On all ranks, if on one.
@@ -216,16 +223,19 @@ class PrecisionPolicy:
         """
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         held: list[nn.Parameter] = []
-        norm, total, refusal, misuse = 0.0, 0.0, None, None
+        found, misuse = Measured(0.0), None
         try:
             held = self._held(optimizers)
             loss, self._loss = self._loss, None
-            norm, total, refusal = measure(optimizers, held, self.trained, self.scaler, loss, self.every_gradient)
+            found = measure(optimizers, held, self.trained, self.scaler, loss, self.every_gradient, buffers)
         except UserError as error:
             misuse = error
-        flags = [not math.isfinite(norm), not math.isfinite(total), refusal is not None, norm < 0, misuse is not None]
+        norm, refusal = found.norm, found.refusal
+        flags = [not math.isfinite(value) for value in (norm, found.loss, found.buffers)]
         # The one agreement: every rank decides alike.
-        nonfinite, bad_loss, refused, unconnected, misused = self.agree(flags)
+        nonfinite, bad_loss, bad_buffers, refused, unconnected, misused = self.agree(
+            [*flags, refusal is not None, norm < 0, misuse is not None]
+        )
         if refused or unconnected or misused:
             self.zero_grad(*optimizers)
         if misused:
@@ -237,8 +247,11 @@ class PrecisionPolicy:
             )
         if refused:
             return self._give_up(optimizers, f"unscaling failed: {refusal or 'on another rank'}", norm)
-        if nonfinite or bad_loss:
-            return self._skip(optimizers, norm, total, nonfinite, bad_loss)
+        if nonfinite and self.scaler:
+            self.scaler.update(False)
+        for what, bad in (("loss", bad_loss), ("norm", nonfinite), ("buffers", bad_buffers)):
+            if bad:
+                return self._skip(optimizers, found, what, buffers)
         self._apply(optimizers, held, norm, max_norm)
         self.skips_in_a_row = self.bad_losses_in_a_row = 0
         return StepResult(True, norm)
@@ -276,42 +289,44 @@ class PrecisionPolicy:
         clear(optimizers)
         self.trained.clear_gradients()
 
-    def _skip(
-        self, optimizers: list[Optimizer], norm: float, loss: float, nonfinite: bool, bad_loss: bool
-    ) -> StepResult:
-        if self.scaler and nonfinite:
-            self.scaler.update(False)
+    def _skip(self, optimizers: list[Optimizer], found: Measured, what: str, buffers: Sequence[Tensor]) -> StepResult:
+        """Drop a window; `what` of it is not finite, on some rank."""
         self.zero_grad(*optimizers)
         self.skips_in_a_row += 1
-        self.bad_losses_in_a_row = self.bad_losses_in_a_row + 1 if bad_loss else 0
-        what, value = ("losses", f"loss {loss}") if bad_loss else ("gradients", f"norm {norm}")
-        if math.isfinite(loss if bad_loss else norm):
-            value = "on another rank"
+        self.bad_losses_in_a_row = self.bad_losses_in_a_row + 1 if what == "loss" else 0
+        value = getattr(found, what)
+        place = "on another rank" if math.isfinite(value) else f"{what} {value}"
+        reason = f"{BAD[what]} that are not finite ({place})"
+
+        def advice() -> str:
+            assert self.model is not None
+            return found_out(self.model, what, buffers, fp16=self.mode.scaler is not None)
+
         if self.choice.left and self.bad_losses_in_a_row >= self.config.max_nonfinite_losses:
             reason = f"{self.bad_losses_in_a_row} losses in a row were not finite"
-            return self._give_up(optimizers, reason, norm, bad_loss)
+            return self._give_up(optimizers, reason, found.norm, advice)
         if self.skips_in_a_row >= self.config.max_skips:
-            reason = f"{self.skips_in_a_row} steps in a row had {what} that are not finite ({value})"
-            return self._give_up(optimizers, reason, norm, bad_loss)
-        return StepResult(False, norm, f"{what} that are not finite ({value})")
+            reason = f"{self.skips_in_a_row} steps in a row had {reason}"
+            return self._give_up(optimizers, reason, found.norm, advice)
+        return StepResult(False, found.norm, reason)
 
     def _give_up(
-        self, optimizers: list[Optimizer], reason: str, norm: float, bad_loss: bool | None = None
+        self,
+        optimizers: list[Optimizer],
+        reason: str,
+        norm: float,
+        advice: Callable[[], str] = lambda: "Name another precision.mode, or more modes in precision.fallback",
     ) -> StepResult:
         """Leave the mode for the next of the chain, at this step boundary.
 
         Raises:
-            TrainingError: there is none; says what `bad_loss` (or bad gradients) can be seen to come from.
+            TrainingError: there is none; ends with the advice.
         """
         name = self.name
         if not self.advance(reason):
-            assert self.model is not None
-            advice = "Name another precision.mode, or more modes in precision.fallback"
-            if bad_loss is not None:
-                advice = found_out(self.model, bad_loss, fp16=self.mode.scaler is not None)
             raise TrainingError(
                 f"{reason}, in precision.mode {self.choice.trail()}, and no mode is left: training cannot go on. "
-                f"{advice}"
+                f"{advice()}"
             )
         clear(optimizers)
         return StepResult(False, norm, reason, fell_back=f"{name} -> {self.name}")

@@ -5,10 +5,12 @@ Later it cannot: a rank that fails in the middle of a pass leaves the others wai
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rawloop.buffers import Moves, Trace, unmoved
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.precision.gradients import connected, leaves_of
 from rawloop.precision.policy import PrecisionPolicy
@@ -22,17 +24,22 @@ LACKING = re.compile(
 )
 
 
-def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> list[str]:
+class Trial(NamedTuple):
+    """What one pass has shown: the trained weights that got no gradient on this rank, by name, and what it moves."""
+
+    unused: list[str]
+    moves: Moves
+
+
+def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
     """Try one forward and backward pass on the prepared model, and change nothing by it. All ranks call this together.
 
     A mode in which the device lacks an operation is left for the next one of the chain.
 
     Args:
         policy: has prepared the model.
-        loss_of: runs the model on some batch and returns a scalar loss; it is called once per mode that is tried.
-
-    Returns:
-        the trained weights that got no gradient on this rank, by name.
+        loss_of: runs the model on some batch and returns a scalar loss; it is called once per mode that is tried, and
+            again if it moves buffers that no file holds.
 
     Raises:
         UserError: no mode that is left can run the model.
@@ -41,7 +48,7 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> list[st
             dtypes (memory, data) is raised as it is.
     """
     while True:
-        error = _attempt(policy, loss_of)
+        error, moves = _attempt(policy, loss_of)
         unused = [name for name, weight in policy.trained.weights.items() if weight.grad is None]
         for weight in policy.trained.weights.values():
             weight.grad = None
@@ -57,7 +64,7 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> list[st
         elif unconnected_somewhere:
             raise error or TrainingError("on another rank the loss is not connected to any trained weight")
         else:
-            return unused
+            return Trial(unused, moves)
 
 
 def is_lacking(error: Exception) -> bool:
@@ -70,31 +77,45 @@ def _quiet(error: RawloopError) -> RawloopError:
     return error
 
 
-def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Exception | None:
+def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Exception | None, Moves]:
     """Run both passes; the error if they fail. Buffers, also those that were replaced, and random streams are put back.
 
     Every error is caught: the ranks must agree on it first.
     """
     assert policy.model is not None
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in policy.model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    moves = Moves([], {}, [], [])
     try:
-        with preserved_rng():
+        with unmoved(policy.model) as trace, preserved_rng():
             with policy.autocast():
                 loss = loss_of()
+            forward = Trace(policy.model)
             torch.autograd.backward(connected(loss).float())
+            twice = any(moved for _, _, moved in forward.written().values())
+            moves = _moves(policy, loss_of, trace)._replace(twice=twice)
         if all(weight.grad is None for weight in policy.trained.weights.values()):
-            return TrainingError(_unconnected(leaves_of(loss)))
+            return TrainingError(_unconnected(leaves_of(loss))), moves
     except Exception as error:
-        return error
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer.copy_(before)
-    return None
+        return error, moves
+    return None, moves
+
+
+def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace) -> Moves:
+    """What the pass has moved. Where no file holds it, a second pass shows whether it follows from the batch alone."""
+    assert policy.model is not None
+    attributes, written = trace.moved_attributes(), trace.written()
+    refused = {name: why for name, (_, why, moved) in written.items() if moved and why is not None}
+    if any(place.key in place.module._non_persistent_buffers_set for place, _, _ in written.values()):
+        again = Trace(policy.model)
+        with torch.no_grad(), policy.autocast():
+            loss_of()
+        moving = {name for name, (_, _, moved) in again.written().items() if moved}
+        refused = {
+            name: why
+            for name, why in refused.items()
+            if name in moving or written[name][0].key not in written[name][0].module._non_persistent_buffers_set
+        }
+    held = [name for name, (_, why, _) in written.items() if why is None]
+    return Moves(held, refused, [name for name in written if name not in held], attributes)
 
 
 def _unconnected(leaves: list[Tensor]) -> str:

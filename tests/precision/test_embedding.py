@@ -105,7 +105,7 @@ def test_it_brings_nothing_else_of_rawloop_along(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     others = [name for name in json.loads(done.stdout) if not name.startswith("rawloop.precision")]
-    assert sorted(others) == ["rawloop.errors", "rawloop.seed"]
+    assert sorted(others) == ["rawloop.buffers", "rawloop.errors", "rawloop.seed"]
 
 
 def model_and_policy(mode: Any, **settings: Any) -> tuple[nn.Module, PrecisionPolicy]:
@@ -326,7 +326,7 @@ def test_optimizers_that_do_not_fit_are_refused() -> None:
 
 def test_a_mistake_on_another_rank_is_raised_here_too() -> None:
     model = nn.Linear(4, 1)
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [*flags[:4], True])
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [*flags[:-1], True])
     policy.prepare(model)
     policy.backward(loss_of(model))
     before = model.weight.clone()

@@ -34,7 +34,7 @@ def prepared(mode: Any, **settings: Any) -> tuple[PrecisionPolicy, nn.Module]:
 
 def test_an_operation_that_the_device_lacks_leads_to_the_next_mode() -> None:
     policy, model = prepared("amp_fp16", fallback=["bf16", "fp32"])
-    unused = preflight(policy, lambda: model(torch.ones(8, 4)))
+    unused = preflight(policy, lambda: model(torch.ones(8, 4))).unused
     assert policy.name == "fp32"
     assert [step["to"] for step in policy.choice.history] == ["bf16", "fp32"]
     assert "the cpu cannot run the model in it" in policy.choice.history[0]["reason"]
@@ -71,7 +71,7 @@ def test_a_head_in_float32_beside_an_fp16_base_gets_the_advice_that_helps() -> N
         preflight(policy, lambda: model(half).mean())
     policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16", trainable_dtype="fp16"), CPU)
     policy.prepare(model)
-    assert preflight(policy, lambda: model(half).mean()) == []
+    assert preflight(policy, lambda: model(half).mean()).unused == []
 
 
 def test_it_leaves_no_trace() -> None:
