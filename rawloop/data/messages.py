@@ -12,7 +12,7 @@ from typing import Any
 from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data import speech
 from rawloop.data.config import DataConfig
-from rawloop.data.keys import AUDIO_PART, CHAT, FIELDS, MESSAGE, TEXT_PART, KeyCheck, clip_path, trained_mark
+from rawloop.data.keys import AUDIO_PART, CHAT, FIELDS, MARKS, MESSAGE, TEXT_PART, KeyCheck, clip_path, trained_mark
 from rawloop.data.metadata import MULTI, SINGLE
 from rawloop.data.record import Files, Record, parse_json, show
 from rawloop.errors import nearest
@@ -236,8 +236,8 @@ def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
         if mark is not None:
             (trained.add if mark else trained.discard)(index)
     if not trained:
-        record.fail(
-            "no turn is trained: it needs an assistant message that start_index, loss, train, weight and loss_scale do "
-            "not rule out; else take the record out"
-        )
+        marks = [f"'{key}' of messages[{index}]" for index in assistants for key in MARKS if key in messages[index]]
+        marks += ["'start_index'"] if start is not None else []
+        ruled = f": {', '.join(sorted(marks))} rules it out" if assistants and marks else ""
+        record.fail(f"no turn is trained{ruled}: a sample needs an assistant message to learn; else take it out")
     return trained

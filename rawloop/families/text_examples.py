@@ -21,16 +21,12 @@ from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError
 from rawloop.families.door import rendered
 from rawloop.families.letters import Letters
+from rawloop.families.tool_calls import CALLS, Messages, Tools, unwritten
 
 ROLES = ("system", "user", "assistant", "tool")
-CALLS = "tool_calls"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 ANSWERS = ("One two.", "Three.")  # two answers whose common ending is the template's
-NO_TOOLS = "use a template that does, or take them out"
 EXTRA = 8  # more tokens than a tokenizer puts around a text
-
-
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,16 @@ class TextEncoder:
             )
         end_of_turn = self.end_of_turn  # first: a template that splits no chat at all is no fault of the sample's
         whole = self._render(messages, _where(sample), tools=sample.tools)
-        self._check_fields(sample, whole, messages)
+        where = _where(sample)
+        left_out = unwritten(
+            whole, messages, sample.tools, lambda other, tools: self._render(other, where, tools=tools)
+        )
+        if left_out is not None:
+            _fail(
+                sample,
+                f"it has {left_out}, which the chat template of {self.path} does not write: use a template that does, "
+                "or take it out",
+            )
         self._check_words(sample, whole, messages)
         self.letters.check(whole, sample)  # also what tools and the template itself write
         ids = self._ids(whole)
@@ -251,35 +256,7 @@ class TextEncoder:
                         f"({turn.role if key == 'content' else key}): write it as the template has it, or leave it out",
                     )
 
-    def _check_fields(self, sample: Sample, whole: str, messages: Messages) -> None:
-        """Refuse tools and tool calls that the template takes no notice of: written without them, nothing differs."""
-        if sample.tools and self._render(messages, _where(sample)) == whole:
-            _fail(sample, f"it has 'tools', which the chat template of {self.path} does not write: {NO_TOOLS}")
-        for index, message in enumerate(messages):
-            for number, call in enumerate(message.get(CALLS, ())):
-                if not self._writes(call, number, messages, index, sample, whole):
-                    _fail(
-                        sample,
-                        f"the chat template of {self.path} does not write call {number} of the 'tool_calls' of "
-                        f"messages[{index}] with its arguments: {NO_TOOLS}",
-                    )
-
-    def _writes(
-        self, call: dict[str, Any], number: int, messages: Messages, index: int, sample: Sample, whole: str
-    ) -> bool:
-        """Whether another name and another argument of a call would be seen."""
-        function = call.get("function", call)
-        for changed in ({"name": f"{function['name']}_"}, {"arguments": {"another": "argument"}}):
-            other = {**call, "function": {**function, **changed}} if "function" in call else {**call, **changed}
-            calls = [other if place == number else same for place, same in enumerate(messages[index][CALLS])]
-            others = [*messages[:index], {**messages[index], CALLS: calls}, *messages[index + 1 :]]
-            if self._render(others, _where(sample), tools=sample.tools) == whole:
-                return False
-        return True
-
-    def _render(
-        self, messages: Messages, where: str, *, asks: bool = False, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> str:
+    def _render(self, messages: Messages, where: str, *, asks: bool = False, tools: Tools = ()) -> str:
         """Write messages as the template has them; `asks` adds the header of the answer that is to come."""
         try:
             options = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": asks}

@@ -48,9 +48,9 @@ def one(path: Path, **options: Any) -> Sample:
         ({**CHAT, "system": "S", "messages": [{"role": "system", "content": "T"}, ASK, TOLD]}, "another system turn"),
         ({**CHAT, "train": False}, "it says of itself that it is not trained: take the record out"),
         ({**CHAT, "weight": 0.5}, r"'weight' is 0.5 \(float\): 0 \(not trained\) or 1 \(trained\); weights are not"),
-        ({"messages": [ASK, {**TOLD, "weight": 0}]}, "no turn is trained"),
-        ({"messages": [ASK, {**TOLD, "train": False}]}, "no turn is trained"),
-        ({"messages": [ASK, {**TOLD, "loss_scale": 0.0}]}, "no turn is trained"),
+        ({"messages": [ASK, {**TOLD, "weight": 0}]}, r"no turn is trained: 'weight' of messages\[1\] rules"),
+        ({"messages": [ASK, {**TOLD, "train": False}]}, r"no turn is trained: 'train' of messages\[1\] rules"),
+        ({"messages": [ASK, {**TOLD, "loss_scale": 0.0}]}, r"no turn is trained: 'loss_scale' of messages\[1\] rules"),
         (
             {"messages": [ASK, {**TOLD, "loss_scale": 2}]},
             r"messages\[1\]: 'loss_scale' is 2 \(int\): 0 \(not trained\)",

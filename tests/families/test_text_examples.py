@@ -322,13 +322,22 @@ def test_a_tool_turn_and_calls_before_it_are_context(text_checkpoint: Path) -> N
         (
             EACH + TURN + "{% endfor %}" + ASK,
             calling([]),
-            r"does not write call 0 of the 'tool_calls' of messages\[1\]",
+            r"has the name of call 0 of 'tool_calls' in messages\[1\], which",
         ),
-        (THINKS.replace("c.function", "c.function.name"), calling(), "call 0 of the 'tool_calls'"),
+        (
+            THINKS.replace("c.function", "c.function.name"),
+            calling(),
+            "it has the arguments of call 0 of 'tool_calls' in",
+        ),
         (
             THINKS.replace("m.reasoning_content", "m.thoughts"),
             calling(),
             r"words of messages\[1\] \(reasoning_content\)",
+        ),
+        (
+            THINKS.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"),
+            calling(words="L!"),  # as the question has it
+            r"it has 'content' beside 'tool_calls' in messages\[1\], which the chat template of models/tiny does not",
         ),
         (THINKS, calling([{"type": "<|im_end|>"}]), r"its text contains the control token <\|im_end\|>"),
         (
