@@ -6,10 +6,11 @@ restored last, because building things draws from them.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from rawloop.diagnose import Report, run_checks
 from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.dist import DDPConfig, LossModule, World, settle_unused
 from rawloop.errors import BadSample, LibraryError, RawloopError, UserError
-from rawloop.evaluate import Evaluator
+from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families import load_family
 from rawloop.families.clock import check_repeatable, clock_notice
@@ -49,7 +50,7 @@ from rawloop.meter import Meter
 from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
 from rawloop.precision import PrecisionPolicy, preflight
 from rawloop.preempt import Preemption
-from rawloop.records import Records
+from rawloop.records import Records, check_packages
 from rawloop.resume import Claim, claim, restore, stored_precision
 from rawloop.seed import RngState, seed_all
 
@@ -70,7 +71,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
         CheckpointError: the checkpoint to resume from is damaged or does not fit.
         Preempted: this launch was told to stop before its processes were started again.
     """
-    folder = Path(config.output).expanduser()
+    folder = Path(expanduser(config.output))
     check_settings_of_ranks(config, world)
     claimed = claim(folder, config, world, say)
     try:
@@ -167,7 +168,10 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
             f"ddp.static_graph is true and train.accumulation is {config.train.accumulation}: DDP fails on a static "
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
+    check_packages(config.records)
     family = build_family(config)
+    if config.evaluation.enabled:
+        check_best_metric(config.evaluation.best_metric, list(family.streams))
     cache = open_codes(config.data, family)
     of_data: list[str] = []
 
@@ -191,6 +195,8 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
+    for line in beyond_the_end(config, config.train.max_steps or plan.windows(config.train.epochs)):
+        say(line)
     notices: list[str] = []
     model, policy, base = build_model(config, world, family, notices, precision)
     for notice in filter(None, [*notices, clock_notice(family)]):
@@ -207,6 +213,21 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     read = {"data.train": train_samples, **({"data.eval": eval_samples} if config.evaluation.enabled else {})}
     contents = contents_of(family, cache, read)
     return Ready(family, model, policy, module, base, plan, contents, of_data, train, evaluator, limits)
+
+
+def beyond_the_end(config: RunConfig, total: int) -> Iterator[str]:
+    """Yield a line for each setting that a run of so many steps ends before. A short trial of a long run has them."""
+    optim, evaluation = config.optim, config.evaluation
+    if optim.warmup_steps > total:
+        yield (
+            f"optim.warmup_steps is {optim.warmup_steps}, and the run ends at step {total}: the learning rate comes to "
+            f"{lr_at(total - 1, total, optim):.3g} and never to optim.lr, {optim.lr:.3g}"
+        )
+    if evaluation.enabled and evaluation.every > total:
+        yield (
+            f"evaluation.every is {evaluation.every}, and the run ends at step {total}: it is evaluated at step 0 and "
+            "at the end only"
+        )
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -148,7 +149,7 @@ def moved_run(argv: list[str], config: RunConfig) -> str | None:
     folder = named[-1].parent if named else None
     if folder is None or not any((folder / mark).exists() for mark in RUN_MARKS):
         return None
-    if folder.resolve() == Path(config.output).expanduser().resolve():
+    if folder.resolve() == Path(expanduser(config.output)).resolve():
         return None
     return (
         f"--config is a run's own, in {folder}, and its output is {config.output}: pass --output {folder} to work there"

@@ -54,6 +54,22 @@ class EvaluationConfig:
             raise UserError(f"evaluation.best_mode is '{self.best_mode}': it must be min or max")
 
 
+def check_best_metric(metric: str, streams: Iterable[str]) -> None:
+    """Refuse a metric that no evaluation of these streams measures; their parts have numbers.
+
+    Raises:
+        UserError: it is none, with the nearest that there is.
+    """
+    losses = [f"eval_loss/{stream}" for stream in streams]
+    known = ["eval_loss", *losses, *(f"eval_targets/{stream}" for stream in streams), "eval_seconds"]
+    whole, _, part = metric.rpartition("/")
+    if metric not in known and not (whole in losses and part.isdecimal()):
+        raise UserError(
+            f"evaluation.best_metric is '{metric}', which the evaluation does not measure{nearest(metric, known)}: it "
+            f"measures {', '.join(known)}, and parts such as {losses[0]}/0"
+        )
+
+
 class Evaluation(NamedTuple):
     """One evaluation: `metrics` as they go into metrics.jsonl, and whether every batch was finite."""
 

@@ -70,6 +70,20 @@ class RecordsConfig:
     progress: bool = True
 
 
+def check_packages(config: RecordsConfig) -> None:
+    """Refuse a config that asks for records by a package that is not installed.
+
+    Raises:
+        UserError: it does.
+    """
+    for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb)):
+        if wanted and find_spec(package) is None:
+            raise UserError(
+                f"records.{package} is true, but the package {package} is not installed: "
+                f"run `pip install {package}`, or set records.{package} to false"
+            )
+
+
 class Lines:
     """A file of JSON objects, one a line, that is only appended to."""
 
@@ -187,12 +201,7 @@ class Records:
         world.together(self._open, only_main=True)
 
     def _open(self) -> None:
-        for package, wanted in (("tensorboard", self.config.tensorboard), ("wandb", self.config.wandb)):
-            if wanted and find_spec(package) is None:
-                raise UserError(
-                    f"records.{package} is true, but the package {package} is not installed: "
-                    f"run `pip install {package}`, or set records.{package} to false"
-                )
+        check_packages(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics = self._lines(METRICS)
 

@@ -1,5 +1,6 @@
 """Choosing a slot to restore: the newest that every rank finds whole, or the one the user named. Read-only."""
 
+from os.path import expanduser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         CheckpointError: the named one is damaged, or none of the run is whole. On all ranks alike.
     """
     if which != "latest":
-        named = Path(which).expanduser()
+        named = Path(expanduser(which))
         world.together(lambda: check_slot(named))
         return Chosen(named, {})
     seen = world.together(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+from os.path import expanduser
 from pathlib import Path
 from stat import S_ISREG
 from tempfile import TemporaryFile
@@ -256,7 +257,7 @@ def _begin(folder: Path, resume: str | None, world: World) -> Beginning:
 
 def is_inside(folder: Path, resume: str) -> bool:
     """Whether a slot's path leads into a run's folder."""
-    slot = Path(resume).expanduser().resolve()
+    slot = Path(expanduser(resume)).resolve()
     return any(slot.is_relative_to(place.resolve()) for place in (folder, folder / CHECKPOINTS, folder / BEST))
 
 

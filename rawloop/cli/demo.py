@@ -5,6 +5,7 @@ speaks.
 """
 
 import shutil
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def run(argv: list[str]) -> None:
     """Build what is missing in the folder and say where it is."""
     parser = Parser(prog="rawloop demo", description="Build the demo checkpoint and encode the bundled speech.")
     parser.add_argument("--folder", type=str, default=".demo", help="where to put it")
-    folder = Path(parser.read_options(argv).folder).expanduser()
+    folder = Path(expanduser(parser.read_options(argv).folder))
     import_torchaudio()
     speech = folder / "speech"
     shutil.copytree(SPEECH, speech, dirs_exist_ok=True)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -123,7 +124,7 @@ def environment(config: RunConfig, world: World) -> str:
     if world.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         device = f"{torch.cuda.get_device_name(world.device)}, bfloat16 {'native' if native else 'not native'}"
-    place = Path(config.output).expanduser()
+    place = Path(expanduser(config.output))
     while not place.exists():
         place = place.parent
     free = readable(shutil.disk_usage(place).free)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     family = build_family(config)
     cache = open_codes(config.data, family)
     samples = load_samples(config, family, cache, "eval", lambda line: _tell(line, world))
-    slot = None if checkpoint is None else slot_of(Path(config.output).expanduser(), checkpoint)
+    slot = None if checkpoint is None else slot_of(Path(expanduser(config.output)), checkpoint)
     contents = contents_of(family, cache, {"data.eval": samples})
     clock = clock_notice(family)
     subject = Subject(None, None, (clock,))
@@ -134,7 +135,7 @@ def slot_of(run_folder: Path, checkpoint: str) -> Path:
     if checkpoint == "latest":
         slot = _latest(run_folder)
     else:
-        slot = find_best(run_folder) if checkpoint == "best" else Path(checkpoint).expanduser()
+        slot = find_best(run_folder) if checkpoint == "best" else Path(expanduser(checkpoint))
     if slot is None:
         raise UserError(
             f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"

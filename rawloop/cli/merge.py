@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the written weights")
     add_options(parser, ModelConfig, "model")
     values = parser.read_options(argv)
-    adapter, output = Path(values.adapter).expanduser(), Path(values.output).expanduser()
+    adapter, output = Path(expanduser(values.adapter)), Path(expanduser(values.output))
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")
     check_folder(adapter)

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 from rawloop.build import build_run
@@ -27,7 +28,7 @@ def run(argv: list[str]) -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
     config, _ = parse(argv, "rawloop train", about=COMMANDS["train"])
-    folder = Path(config.output).expanduser()
+    folder = Path(expanduser(config.output))
     told = os.environ.get(SIGNAL_FILE)
     with (
         watched(folder / STOP_FILE, Path(told) if told else None) as preemption,

@@ -3,6 +3,7 @@
 Read-only, and safe beside a training that goes on.
 """
 
+from os.path import expanduser
 from pathlib import Path
 
 from rawloop.checkpoint.audit import Found, examine, slots_to_examine
@@ -20,7 +21,7 @@ def run(argv: list[str]) -> None:
     """
     parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
     parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
-    folder = Path(parser.read_options(argv).run).expanduser()
+    folder = Path(expanduser(parser.read_options(argv).run))
     slots = slots_to_examine(folder)
     names = [str(slot.relative_to(folder)) if slot != folder else slot.name for slot in slots]
     width = max(map(len, [*names, "checkpoint"]))

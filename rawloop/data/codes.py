@@ -7,6 +7,7 @@ missed: only their codes are needed.
 
 import os
 from collections.abc import Iterable
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class CodeCache:
 
     def __init__(self, folder: Path | str, codec: str | None = None, config: DataConfig | None = None) -> None:
         self.config = config
-        self.folder, self.codec = _choose(Path(folder).expanduser(), codec)
+        self.folder, self.codec = _choose(Path(expanduser(folder)), codec)
         self._rows = read_rows(self.folder)
         self._current: set[str] = set()  # paths whose audio file was found to be the one that was encoded
         self._shards: dict[int, Shard] = {}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -84,9 +85,9 @@ def codes_folder(config: DataConfig) -> Path:
         UserError: neither `codes` nor `train` nor `eval` is set.
     """
     if config.codes is not None:
-        return Path(config.codes).expanduser()
+        return Path(expanduser(config.codes))
     data = config.train or config.eval
     if data is None:
         raise UserError("no data: set --data.train to a folder with metadata.json or to a JSONL file")
-    path = Path(data).expanduser()
+    path = Path(expanduser(data))
     return (path if path.is_dir() else path.parent) / CACHE_NAME

@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def prepare(
         UserError: the folder cannot be written, or another `rawloop prepare` writes to it.
     """
     config = config or DataConfig()
-    folder = Path(folder).expanduser()
+    folder = Path(expanduser(folder))
     samples = list(samples)
     clips = _clips(samples)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
@@ -312,7 +313,7 @@ def decode_once(samples: Sequence[Sample], folder: Path | str, sample_rate: int,
         UserError, Preempted: see `prepare`. Bad clips are for `CodeCache.usable` and `CodeCache.check` to tell of.
     """
     codec = heard_at(sample_rate)
-    known = CodeCache(folder, codec.hash, config) if is_codec_folder(Path(folder).expanduser(), codec) else None
+    known = CodeCache(folder, codec.hash, config) if is_codec_folder(Path(expanduser(folder)), codec) else None
     new = [sample for sample in samples if known is None or not known.knows(sample)]
     if new or known is None:
         with suppress(BadClips):

@@ -8,6 +8,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 
 from rawloop.contracts import Sample
@@ -43,7 +44,7 @@ def read_samples(
         UserError: anything in the data that cannot be used, with the file, the record and the fix.
     """
     config = config or DataConfig()
-    file = data_file(Path(path).expanduser())
+    file = data_file(Path(expanduser(path)))
     files = Files(file.parent, config.allow_outside, check_files)
     keys = KeyCheck(config.strict)
     readers: dict[str, MessagesReader | MetadataReader | TextReader] = {

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +55,8 @@ class ModelConfig:
     template_date: str = "2024-07-26"
 
     def __post_init__(self) -> None:
+        self.path = expanduser(self.path)  # transformers knows no ~
+        self.codec = expanduser(self.codec) if self.codec else self.codec
         try:
             datetime.fromisoformat(self.template_date)
         except (TypeError, ValueError):
@@ -106,7 +109,7 @@ def check_path(path: str, key: str) -> None:
     """Refuse a model path that is neither a folder with config.json nor shaped like a hub id."""
     if not path:
         raise UserError(f"{key} is empty: give the folder or the hub id of the model")
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             adapter = (folder / ADAPTER).is_file()
@@ -129,7 +132,7 @@ def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
 
     from rawloop.families.door import door
 
-    folder = Path(config.path).expanduser()
+    folder = Path(config.path)
     if folder.is_dir():
         content = read_json(folder / "config.json")
         return str(content.get("model_type", "unknown")), content.get("architectures") or []
@@ -174,7 +177,7 @@ def local_folder(path: str, revision: str | None, patterns: list[str], key: str 
     Raises:
         UserError: the hub does not give it, and it is not here from an earlier time; the message names `key`.
     """
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download

@@ -1,6 +1,7 @@
 """The codec of Higgs Audio v2, as `rawloop prepare` runs it: the same steps as the processor's, once per clip."""
 
 from collections.abc import Callable
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def codec_path(config: ModelConfig) -> str:
     if not path:
         raise UserError(f"{config.path} does not say which codec it goes with: set model.codec to its folder or hub id")
     check_path(str(path), f"the codec in {file}")
-    return str(path)
+    return expanduser(str(path))
 
 
 def codec_folder(path: str) -> Path:

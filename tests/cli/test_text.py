@@ -122,3 +122,77 @@ def test_unknown_keys_and_samples_of_both_sets_are_said_and_recorded(
     done = door("train", "--config", config, "--data.train", path, "--output", tmp_path / "o", "--data.strict", "true")
     assert done.code == 2
     assert "line 1: 'mood' is no key of a record that is known, and data.strict is true" in done.err
+
+
+def test_every_path_may_begin_with_the_home_folder(
+    door: Door, config: Path, text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(text_checkpoint, home / "model")
+    settings = yaml.safe_load(config.read_text())
+    for split, file in settings["data"].items():
+        shutil.copy(file, home / f"{split}.jsonl")
+        settings["data"][split] = f"~/{split}.jsonl"
+    settings["model"]["path"], settings["output"], settings["train"]["max_steps"] = "~/model", "~/run", 1
+    (home / "run.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setenv("HOME", str(home))
+    asked = ["--config", home / "run.yaml"]
+    slot = "~/run/checkpoints/step-00000001"
+    for command in (
+        ["train", *asked],
+        ["train", *asked, "--resume", slot],
+        ["evaluate", *asked, "--checkpoint", slot],
+        ["verify", "~/run"],
+        ["merge", "--adapter", f"{slot}/adapter", "--output", "~/merged", "--model.path", "~/model"],
+        ["merge", "--adapter", f"{slot}/adapter", "--output", "~/again"],
+        ["evaluate", *asked, "--model.path=~/merged"],
+    ):
+        done = door(*command)
+        assert done.code == 0, (command, done.err)
+    assert (home / "merged" / "config.json").is_file()
+    assert str(home / "model") in (home / "run" / "config.yaml").read_text()
+    nobody = door("evaluate", *asked, "--model.path", "~nobody_here/model")
+    assert "model.path is '~nobody_here/model': no such folder" in nobody.err
+    assert (
+        "--checkpoint is '~nobody_here/x', which is" in door("evaluate", *asked, "--checkpoint", "~nobody_here/x").err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--evaluation.best_metric", "eval_los/text"],
+            "which the evaluation does not measure (did you mean 'eval_los",
+        ),
+        (
+            ["--evaluation.best_metric", "eval_loss/audio"],
+            "it measures eval_loss, eval_loss/text, eval_targets/text, ev",
+        ),
+        (["--evaluation.best_metric", "eval_loss/text/x"], "and parts such as eval_loss/text/0"),
+        (["--records.wandb", "true"], "records.wandb is true, but the package wandb is not installed"),
+        (
+            ["--optim.warmup_steps", "3"],
+            "optim.warmup_steps is 3, and the run ends at step 2: the learning rate comes to",
+        ),
+        (
+            ["--evaluation.every", "3"],
+            "evaluation.every is 3, and the run ends at step 2: it is evaluated at step 0 and",
+        ),
+    ],
+)
+def test_what_cannot_come_to_pass_is_said_before_the_model_is_loaded(
+    door: Door, config: Path, text_checkpoint: Path, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    model = Path(shutil.copytree(text_checkpoint, tmp_path / "model"))
+    (model / "model.safetensors").write_bytes(b"")
+    done = door("train", "--config", config, "--model.path", model, *arguments)
+    assert done.code == 2
+    assert line in done.out + done.err
+    assert ("whose model.safetensors is empty" in done.err) == ("run ends at" in line)
+
+
+def test_a_warm_up_to_the_last_step_is_no_word_worth(door: Door, config: Path) -> None:
+    done = door("train", "--config", config, "--optim.warmup_steps", "2", "--evaluation.every", "2")
+    assert done.code == 0, done.err
+    assert "run ends at" not in done.out + done.err
