@@ -174,7 +174,7 @@ class AudioChat:
             return {"input_ids": torch.where(where.view_as(ids) & ~clips, other, ids)}
 
         changed = perturbed(batch, {STREAM: ids.flatten()}, rows_of(ids), "tokens", change)
-        quiet = {name: 1 - x for name, x in batch.inputs.items() if x.is_floating_point()}
+        quiet = {n: 1 - x for n, x in batch.inputs.items() if x.is_floating_point() and "mask" not in n}
         if not quiet:
             return changed
         heard = {STREAM: clips.cumsum(1).flatten()[batch.labels[STREAM].positions] > 0}

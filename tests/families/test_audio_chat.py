@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,14 @@ def test_a_model_without_attention_or_ears_is_blind(
             layer.self_attn.o_proj.weight.zero_()
     assert show(with_clip) == ("BLIND", ["tokens", "clips"])
     assert show(without) == ("BLIND", ["tokens"])
+
+
+def test_a_mask_that_is_added_is_no_sound_to_be_changed(family: AudioChat, examples: list[Example]) -> None:
+    batch = family.collate(examples)
+    mask = torch.tensor([[0.0, -math.inf]])
+    clips = family.perturb(replace(batch, inputs={**batch.inputs, "feature_mask": mask})).contexts["clips"].batch
+    assert torch.equal(clips.inputs["feature_mask"], mask)
+    assert not torch.equal(clips.inputs["input_features"], batch.inputs["input_features"])
 
 
 def test_pieces_are_the_example_as_people_read_it(family: AudioChat, examples: list[Example]) -> None:
