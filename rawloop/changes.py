@@ -31,7 +31,7 @@ def _keys(*groups: str) -> frozenset[str]:
 FREE = _keys(
     "- output resume resume_force device",
     "model attention activation_checkpointing trust_remote_code",
-    "data allow_outside on_bad_sample num_workers",
+    "data allow_outside on_bad_sample num_workers strict",
     "train epochs max_steps log_every",
     "optim lr weight_decay beta1 beta2 eps schedule warmup_steps max_norm",
     "precision fallback tf32 max_skips max_nonfinite_losses",

@@ -37,6 +37,7 @@ from rawloop.checkpoint import (
     read_manifest,
     verify,
 )
+from rawloop.checkpoint.run_folder import LOCK
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import RawloopError
@@ -97,6 +98,7 @@ def opened(run: Path, part: Part, later: bool = False) -> Iterator[CheckpointMan
         manager = CheckpointManager(run, config, World(), records, parts)
         yield manager
         manager.finish()
+        manager.close()
 
 
 def save_both(manager: CheckpointManager, part: Part, step: int) -> None:
@@ -124,6 +126,12 @@ def child(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
+def leftovers(run: Path) -> list[str]:
+    """What a save that was killed has left."""
+    paths = (*run.iterdir(), *(run / "checkpoints").iterdir())
+    return [path.name for path in paths if path.name[0] == "." and path.name != LOCK]
+
+
 def look(run: Path, at_least: int, at_most: int) -> int:
     """Check a run after a kill, as the next process would find it; return the step of its newest checkpoint."""
     newest, damaged = find_latest(run)
@@ -140,7 +148,7 @@ def look(run: Path, at_least: int, at_most: int) -> int:
         manager.start(step)
         noted = json.loads((run / "best.json").read_text())
         assert noted["step"] == read_manifest(run / "best").step
-        left = [path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if path.name[0] == "."]
+        left = leftovers(run)
         assert not left, f"start has left {left}"
         save_both(manager, part, at_most + 1)
     assert verify(find_slots(run)[0]).step == at_most + 1
@@ -251,7 +259,7 @@ def at_random(folder: Path, rounds: int, seed: int, later: bool) -> dict[str, An
         with os.fdopen(reader, "rb") as pipe:
             data = pipe.read()
         committed = max(reached, int.from_bytes(data[-8:], "big")) if data else reached
-        names = [path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if path.name[0] == "."]
+        names = leftovers(run)
         counted.update(name.split("-")[0] for name in names)
         counted["aimed"] += aimed
         counted["in a save"] += bool(names)
