@@ -16,11 +16,13 @@ from rawloop.build import build_run, check_run
 from rawloop.changes import SettingsState, compare, flat
 from rawloop.cli import main
 from rawloop.config import RunConfig, parse
-from rawloop.contracts import Sample
+from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data.samples import read_samples
 from rawloop.dist import World
 from rawloop.errors import UserError
-from rawloop.facts import MAY_DIFFER, digests_of
+from rawloop.facts import MAY_DIFFER, contents_of, digests_of
+from rawloop.families import ModelConfig, load_family
+from rawloop.segments import Segment
 
 Ranks = Callable[..., list[Any]]
 
@@ -232,3 +234,19 @@ def test_a_digest_is_of_what_a_sample_is_not_of_where_it_lies(tmp_path: Path) ->
     others = [digest({**heard, "transcript": "two"}), digest({**heard, "mine": 1}), digest(plain)]
     contents = "2"
     assert len({base, *others, digest(heard)}) == 5
+
+
+def test_segments_of_clips_without_codes_are_told_apart_by_file_and_times(
+    text_checkpoint: Path, tmp_path: Path
+) -> None:
+    family = load_family(ModelConfig(path=str(text_checkpoint)))
+
+    def digests() -> list[str]:
+        paths = [Segment(tmp_path / "a.wav", start, 2.0).path() for start in (0.0, 1.0)]
+        samples = [Sample("s", (Turn("user", (Audio(path),)),)) for path in paths]
+        return contents_of(family, None, {"data.train": samples}).samples["data.train"]
+
+    (tmp_path / "a.wav").write_bytes(b"a" * 1000)
+    before = digests()
+    (tmp_path / "a.wav").write_bytes(b"b" * 1000)
+    assert len({*before, *digests()}) == 4
