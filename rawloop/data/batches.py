@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from rawloop.contracts import Batch, Sample
 from rawloop.data.limits import no_fault
+from rawloop.data.workers import Packed, check_descriptors, in_worker, items, pack
 from rawloop.errors import RawloopError, UserError
-from rawloop.preempt import left_to_the_parent
 from rawloop.seed import derive_seed, lent_streams
 
 
@@ -176,29 +176,26 @@ class Loader:
         """Yield a micro-batch for each list of samples.
 
         Raises:
-            RawloopError: a sample cannot be made into an example; the message names it.
+            RawloopError: a sample cannot be made into an example; the message names it. Or a data worker was killed.
+            UserError: there are not enough file descriptors for so many workers.
         """
         if self.num_workers:
+            check_descriptors(self.num_workers)
             wait_for_libraries_threads()
         loader: DataLoader[Any] = DataLoader(
             self.batches,
             batch_size=None,
             sampler=draws,  # any iterable will do
             num_workers=self.num_workers,
-            collate_fn=_same,
-            worker_init_fn=_in_worker,
+            collate_fn=pack if self.num_workers else _same,
+            worker_init_fn=in_worker,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its own: iter() would draw from the training's random stream
         )
-        try:
-            for item in loader:
-                if isinstance(item, RawloopError):
-                    raise item
-                yield item
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RawloopError(f"a data worker died, out of memory perhaps: {error}") from error
+        for item in items(loader) if self.num_workers else loader:
+            if isinstance(item, RawloopError):
+                raise item
+            yield item.batch() if isinstance(item, Packed) else item
 
 
 def wait_for_libraries_threads(limit: float = 2.0) -> None:
@@ -223,10 +220,6 @@ def running_threads(own: Collection[int | None]) -> list[int]:
             if state in "RD" and int(task.name) not in own:
                 found.append(int(task.name))
     return found
-
-
-def _in_worker(number: int) -> None:
-    left_to_the_parent()
 
 
 def _same(item: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a user decides about the data: where it lies, how it is read, and what happens to clips that cannot be used."""
 
 import math
+import os
 from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Literal
 
 from rawloop.errors import UserError
 
+LEAST_MOST = 64  # data workers that any machine may have; else four for each core
 CACHE_NAME = ".rawloop-codes"
 
 
@@ -62,8 +64,12 @@ class DataConfig:
                 f"data.min_seconds is {self.min_seconds} and data.max_seconds is {self.max_seconds}: "
                 "they need 0 <= min_seconds < max_seconds"
             )
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers is {self.num_workers}: it must be 0 or more")
+        cores = os.cpu_count() or 1
+        if not 0 <= self.num_workers <= max(LEAST_MOST, 4 * cores):
+            raise UserError(
+                f"data.num_workers is {self.num_workers}: it must lie between 0 and {max(LEAST_MOST, 4 * cores)}, as "
+                f"this machine has {cores} cores"
+            )
 
     def fault_of_length(self, frames: int, frame_rate: float) -> str | None:
         """Say what is wrong with the length of an encoded clip, or None.

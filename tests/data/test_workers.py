@@ -1,0 +1,134 @@
+"""Data workers: batches that travel without file descriptors, and workers that are killed or cannot be started."""
+
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rawloop.contracts import Batch, Labels, Sample
+from rawloop.data.batches import Draw, Loader, MicroBatches
+from rawloop.data.workers import PER_WORKER, Packed
+from rawloop.errors import RawloopError, UserError
+
+SAMPLES = [Sample(f"innocent-{i}", ()) for i in range(64)]
+
+
+def collate(examples: list[int]) -> Batch:
+    values = torch.tensor(examples)
+    return Batch({f"x{k}": values for k in range(8)}, {"s": Labels(values, values)}, {"s": 1}, list(map(str, examples)))
+
+
+def loader(workers: int, example: Callable[[Sample], int] = lambda sample: int(sample.id[9:])) -> Loader:
+    return Loader(MicroBatches(SAMPLES, example, collate), workers)
+
+
+def draws(count: int) -> list[list[Draw]]:
+    return [[Draw(index, 0)] for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12).view(3, 4).t(),
+        torch.randn(2, 3, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.tensor(3.5),
+        torch.empty(0, 8, dtype=torch.int64),
+    ],
+    ids=str,
+)
+def test_a_batch_is_the_same_after_its_way(tensor: torch.Tensor) -> None:
+    whole = Packed(Batch({"a": tensor}, {"s": Labels(tensor, tensor)}, {"s": 2}, ["id"])).batch()
+    for other in (whole.inputs["a"], *whole.labels["s"]):
+        assert torch.equal(other, tensor)
+        assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape)
+    assert (whole.targets, whole.ids) == ({"s": 2}, ["id"])
+
+
+def in_a_process(run: Callable[[], None]) -> None:
+    """Run in a process of its own, since limits that were lowered stay so."""
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_few_file_descriptors_are_enough_for_batches_that_are_kept() -> None:
+    """Each batch has 10 tensors: by descriptors into shared memory 64 of them would need 640."""
+
+    def run() -> None:
+        limit = len(os.listdir("/proc/self/fd")) + 3 * PER_WORKER
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        kept = list(loader(2).iterate(iter(draws(64))))
+        assert [batch.ids for batch in kept] == [[str(index)] for index in range(64)]
+        assert [int(batch.inputs["x7"]) for batch in kept] == list(range(64))
+
+    in_a_process(run)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_too_few_file_descriptors_are_one_line() -> None:
+    def run() -> None:
+        limit = len(os.listdir("/proc/self/fd")) + PER_WORKER
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        with pytest.raises(UserError, match=rf"data.num_workers is 2, .* open files, and it may have {limit}: "):
+            next(loader(2).iterate(iter(draws(2))))
+
+    in_a_process(run)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_soft_limit_is_raised() -> None:
+    def run() -> None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, hard))
+        assert len(list(loader(2).iterate(iter(draws(8))))) == 8
+
+    in_a_process(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_blames_no_sample(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    parent, before = os.getpid(), signal.getsignal(signal.SIGCHLD)
+
+    def example(sample: Sample) -> int:
+        if sample is SAMPLES[5] and os.getpid() != parent:
+            os.kill(os.getpid(), number)
+        return int(sample.id[9:])
+
+    stream = loader(1, example).iterate(iter(draws(8)))
+    assert [next(stream).ids for _ in range(3)] == [["0"], ["1"], ["2"]]
+    with pytest.raises(RawloopError, match=rf"^a data worker \(process \d+\) was killed by {number.name}") as caught:
+        list(stream)
+    assert "innocent" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_a_worker_s_end_is_not_raised_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own handler would raise it wherever the main thread stands, in a step of other samples."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    stream = loader(1).iterate(iter(draws(64)))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    for _ in range(100):  # the step
+        torch.ones(10).sum()
+    with pytest.raises(RawloopError, match=r"was killed by SIGKILL: the system does that when memory runs out"):
+        list(stream)
+
+
+def test_the_number_of_workers_is_bounded(tmp_path: Path) -> None:
+    from rawloop.data import DataConfig
+
+    cores = os.cpu_count() or 1
+    with pytest.raises(UserError, match=rf"is 100000: it must lie between 0 and \d+, .* has {cores} cores"):
+        DataConfig(num_workers=100_000)
+    DataConfig(num_workers=64)
