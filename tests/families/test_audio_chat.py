@@ -634,12 +634,13 @@ def spoken(tmp_path: Path) -> Path:
     """A folder with train.jsonl and eval.jsonl: what is said in the bundled clips, and a question without a clip."""
     for split, number in (("train", 5), ("eval", 3)):
         (tmp_path / split).mkdir()
-        records = []
+        records: list[list[dict[str, Any]]] = []
         for path in sorted((SPEECH / split).glob(f"{split}-en-*.flac"))[:number]:
             shutil.copy(path, tmp_path / split)
-            parts = [{"type": "audio", "path": path.name}, {"type": "text", "text": "What is said?"}]
+            times = {"offset": 0.2, "duration": 0.8} if len(records) == 2 else {}
+            parts = [{"type": "audio", "path": path.name, **times}, {"type": "text", "text": "What is said?"}]
             records.append([{"role": "user", "content": parts}, {"role": "assistant", "content": path.stem}])
-        records.append([{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}])
+        records.append([{"role": "user", "content": f"Well, {split}?"}, {"role": "assistant", "content": "Well."}])
         lines = [json.dumps({"messages": messages}) + "\n" for messages in records]
         (tmp_path / split / "data.jsonl").write_text("".join(lines), encoding="utf-8")
     return tmp_path
