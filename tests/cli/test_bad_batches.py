@@ -111,8 +111,8 @@ def test_what_the_model_cannot_take_ends_all_ranks_with_the_samples_name(
 @pytest.mark.parametrize("place", [1, 2])  # the first batch of rank 1, and a batch that only the checks have seen
 def test_it_is_found_before_step_0_as_well(ranks: Ranks, write: Callable[..., Path], place: int) -> None:
     first, second = run(ranks, write("Target", place, 2, checks=CHECKED), 2)
-    rank = "rank 1: " if place == 1 else ""
-    assert re.match(rf"{rank}sample 'bad' \(train.jsonl line {place + 1}\): {FOUND['Target']}", told(first.err))
+    # rank 0 makes the first samples of all ranks too, to see whether they come out alike twice
+    assert re.match(rf"sample 'bad' \(train.jsonl line {place + 1}\): {FOUND['Target']}", told(first.err))
     assert (first.code, second.code) == (2, 2)
 
 
@@ -297,7 +297,9 @@ def test_an_evaluation_batch_that_is_not_finite_is_named_and_never_best(
     config = write("NotFinite", 3, size, "eval", evaluation={"enabled": True, "batch_size": 1})
     assert [done.code for done in run(ranks, config, size)] == [0] * size
     folder = config.parent / "run"
-    warnings = [event["reason"] for event in read_events(folder) if event["kind"] == "warning"]
+    warnings = [
+        event["reason"] for event in read_events(folder) if event["kind"] == "warning" and "bad" in event["reason"]
+    ]
     assert warnings == ["evaluation is not finite in the batches of bad: it is never the best"] * 2
     assert [math.isnan(value) for value in losses(config, "eval_loss")] == [True, True]
     assert not (folder / "best").exists()

@@ -183,7 +183,7 @@ def test_a_loss_scale_that_overflows_is_lowered_as_in_training(
 def test_what_is_not_finite_in_another_grouping_is_said_to_be_that(tmp_path: Path) -> None:
     first, second = written(tmp_path / "a", [1.0], 3.0), written(tmp_path / "b", [float("nan")], 3.0)
     content = (second / "loss.json").read_text()
-    (second / "loss.json").write_text(content.replace("[]", '["loss/text nan"]'))
+    (second / "loss.json").write_text(content.replace("[]", '["loss/text nan"]', 1))
     with pytest.raises(RawloopError, match=r"^not finite: loss/text nan; as one batch of 4 on one process all is fin"):
         doctor.compare(first, second, "why")
 
@@ -191,7 +191,7 @@ def test_what_is_not_finite_in_another_grouping_is_said_to_be_that(tmp_path: Pat
 def written(folder: Path, gradient: list[float], loss: Any, mode: str = "fp32", name: str = "w") -> Path:
     folder.mkdir()
     save_file({name: torch.tensor(gradient)}, folder / "gradients.safetensors")
-    (folder / "loss.json").write_text(f'{{"loss": {loss}, "mode": "{mode}", "wrong": []}}')
+    (folder / "loss.json").write_text(f'{{"loss": {loss}, "mode": "{mode}", "wrong": [], "moving": []}}')
     return folder
 
 
