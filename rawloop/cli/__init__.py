@@ -110,11 +110,6 @@ def stdout_is_gone() -> bool:
         return False
 
 
-def forget_stdout() -> None:
-    """Let Python not flush once more at exit what cannot be written."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
 def call(command: str, rest: list[str]) -> int:
     """Run a command, say in one line why it failed if it did, and return its exit code."""
     try:
@@ -129,7 +124,6 @@ def call(command: str, rest: list[str]) -> int:
     except BrokenPipeError:
         if not stdout_is_gone():
             raise
-        forget_stdout()
         if command in GO_ON:  # of others the output is all there was to do
             print(f"rawloop {command}: nobody reads its output any more{GO_ON[command]}", file=sys.stderr, flush=True)
         return 128 + signal.SIGPIPE
@@ -138,8 +132,6 @@ def call(command: str, rest: list[str]) -> int:
 
         if error.errno not in WORDS or error.errno == errno.ENOENT:
             raise
-        if error.filename is None:  # most likely standard output itself, into a file
-            forget_stdout()
         print(f"rawloop {command}: {in_words(error)}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
