@@ -6,6 +6,7 @@ Users without a download, the quickstart and the tests load it by path, through 
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from rawloop.hashing import sha256_files
 
 STAMP = "demo.json"
 PARTS = ("codec", "model")
+BUILDING = ".building-"
 SAMPLE_RATE = 24_000
 RATIOS = (8, 5, 4, 2, 3)  # 960 samples per frame: 25 frames per second
 CODEBOOKS, CODES = 8, 1024
@@ -68,7 +70,8 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
             raise UserError(f"{folder / part} is no demo checkpoint and is not overwritten: name another folder")
     train, held_out = read_split(speech / "train"), read_split(speech / "eval")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
+    clear_leftovers(folder)
+    with tempfile.TemporaryDirectory(prefix=f"{BUILDING}{os.getpid()}-", dir=folder) as building:
         workplace = Path(building)
         codec = build_codec(seed)
         fit_codec(codec, [clip for _, clip in train], seed)
@@ -77,13 +80,36 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
         tokenizer = build_tokenizer([text for text, _ in train])
         build_processor(tokenizer, codec).save_pretrained(workplace / "model")
         build_model(tokenizer, seed).save_pretrained(workplace / "model")
-        for part in PARTS:
-            (workplace / part / STAMP).write_text(_stamp(workplace / part, folder))
-            if (folder / part).exists():
-                shutil.rmtree(folder / part)
-            (workplace / part).rename(folder / part)
+        put_in_place(workplace, folder)
     with one_thread():
         return codes_in_use(codec, [clip for _, clip in held_out])
+
+
+def put_in_place(workplace: Path, folder: Path) -> None:
+    """Give finished parts their names. Killed at any moment, each is there whole, or not at all and made anew."""
+    for part in PARTS:
+        (workplace / part / STAMP).write_text(_stamp(workplace / part, folder))
+        if (folder / part).exists():
+            (folder / part).rename(workplace / f"old-{part}")  # deleted here it could stay without its stamp
+        (workplace / part).rename(folder / part)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what builders left behind that were killed."""
+    for left in folder.glob(f"{BUILDING}*"):
+        builder = left.name.removeprefix(BUILDING).partition("-")[0]
+        if not (builder.isdecimal() and _is_alive(int(builder))):
+            shutil.rmtree(left)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def demo_is_built(folder: Path) -> bool:

@@ -1,6 +1,9 @@
 """The demo checkpoint loads as the real one does, is the same every time, and is never left half-built."""
 
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,17 @@ from transformers import (
 )
 
 from rawloop.demo import SPEECH
-from rawloop.demo.checkpoint import SPECIAL_TOKENS, build_demo_checkpoint, demo_is_built, read_split
+from rawloop.demo.checkpoint import (
+    BUILDING,
+    PARTS,
+    SPECIAL_TOKENS,
+    STAMP,
+    build_demo_checkpoint,
+    clear_leftovers,
+    demo_is_built,
+    put_in_place,
+    read_split,
+)
 from rawloop.errors import UserError
 
 
@@ -181,3 +194,46 @@ def test_speech_without_metadata_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train/metadata\.json is missing"):
         build_demo_checkpoint(tmp_path / "demo", tmp_path)
     assert not (tmp_path / "demo").exists()
+
+
+def finished(workplace: Path, size: int) -> Path:
+    """Parts as a builder leaves them before they get their names."""
+    for part in PARTS:
+        (workplace / part).mkdir(parents=True)
+        for number in range(3):
+            (workplace / part / f"{number}.bin").write_bytes(bytes(size))
+    return workplace
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_killed_while_the_parts_get_their_names(moment: int, tmp_path: Path) -> None:
+    """Killed at each rename and once behind the last: parts are whole or not there, and the next build goes through."""
+    put_in_place(finished(tmp_path / "first", 10), tmp_path)
+    assert demo_is_built(tmp_path)
+
+    def build() -> None:
+        rename, calls = Path.rename, 0
+
+        def killed(self: Path, target: Path) -> Path:
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        Path.rename = killed  # type: ignore[method-assign, assignment]
+        put_in_place(finished(tmp_path / f"{BUILDING}{os.getpid()}-x", 20), tmp_path)
+
+    process = multiprocessing.get_context("fork").Process(target=build)
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if moment < 5 else 0)
+    assert demo_is_built(tmp_path) == (moment in (1, 3, 5))  # one recipe makes the same parts each time
+    assert all((tmp_path / part / STAMP).is_file() for part in PARTS if (tmp_path / part).exists())
+    clear_leftovers(tmp_path)
+    assert not list(tmp_path.glob(f"{BUILDING}*"))
+    put_in_place(finished(tmp_path / f"{BUILDING}{os.getpid()}-y", 30), tmp_path)
+    assert demo_is_built(tmp_path)
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.glob(f"{BUILDING}*")] == [f"{BUILDING}{os.getpid()}-y"]  # of a living one
