@@ -98,6 +98,10 @@ def read_records(file: Path, keys: KeyCheck) -> Iterator[Record]:
         if file.suffix == ".jsonl":
             yield from _lines(text, file)  # names the broken line itself
         raise UserError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        if file.suffix == ".jsonl":
+            yield from _lines(text, file)
+        raise UserError(f"{file}: it holds a number or a depth that no data has ({error})") from error
     if text[end:].strip():
         yield from _lines(text, file)
     elif isinstance(value, dict) and "samples" not in value and not value.keys().isdisjoint(SAMPLE_KEYS):
@@ -135,6 +139,8 @@ def _lines(text: str, file: Path) -> Iterator[Record]:
             raise UserError(f"{file} {place}: {error}") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{file} {place}: not JSON ({error.msg}, column {error.colno})") from error
+        except ValueError as error:
+            raise UserError(f"{file} {place}: it holds a number or a depth that no data has ({error})") from error
         yield _record(value, file, place)
 
 

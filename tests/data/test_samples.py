@@ -274,3 +274,15 @@ def test_other_mistakes_are_never_left_out(jsonl: Write) -> None:
 
     with pytest.raises(UserError, match=r"^its template is missing$"):
         usable(read_samples(jsonl(CHAT)), check, skip=True)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, "9" * 5000])
+def test_a_depth_or_a_number_that_no_data_has(name: str, value: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(f'{{"text": "a", "x": {value}}}\n{{"text": "b"}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it holds a number or a depth that no data has"):
+        read_samples(file)
+    file.write_text(value if value[0] == "[" else f'{{"samples": {value}}}')
+    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it holds a number or a depth that no data has"):
+        read_samples(file)
