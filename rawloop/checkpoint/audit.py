@@ -75,20 +75,23 @@ def examine(slot: Path) -> Found:
     if slot.name.startswith(".tmp-"):
         return Found(slot, "unfinished", UNFINISHED, 0.0, None)
     try:
-        while True:
-            before = _identity(slot)
-            if before is None:
-                return Found(slot, "gone", GONE, time.perf_counter() - begun, None)
-            try:
-                manifest = verify(slot)
-                return Found(slot, "whole", "", time.perf_counter() - begun, manifest)
-            except CheckpointError as error:
-                if _identity(slot) == before:
-                    reason = str(error).removeprefix(f"{slot}: ")
-                    verdict: Any = "unreadable" if isinstance(error.__cause__, OSError) else "DAMAGED"
-                    return Found(slot, verdict, reason, time.perf_counter() - begun, _manifest(slot))
+        found = _look(slot)
     except OSError as error:
-        return Found(slot, "unreadable", f"it cannot be read: {error.strerror}", time.perf_counter() - begun, None)
+        found = Found(slot, "unreadable", f"it cannot be read: {error.strerror}", 0.0, None)
+    return found._replace(seconds=time.perf_counter() - begun)
+
+
+def _look(slot: Path) -> Found:
+    while True:
+        before = _identity(slot)
+        if before is None:
+            return Found(slot, "gone", GONE, 0.0, None)
+        try:
+            return Found(slot, "whole", "", 0.0, verify(slot))
+        except CheckpointError as error:
+            if _identity(slot) == before:
+                verdict: Any = "unreadable" if isinstance(error.__cause__, OSError) else "DAMAGED"
+                return Found(slot, verdict, str(error).removeprefix(f"{slot}: "), 0.0, _manifest(slot))
 
 
 def _identity(slot: Path) -> tuple[int, int, int] | None:
