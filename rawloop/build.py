@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
+from rawloop.announced import announce, check_streams
 from rawloop.audio import import_torchaudio
 from rawloop.buffers import MovingBuffers, in_words, settle_moves
 from rawloop.changes import PART, START_OVER, SettingsState, may_differ
@@ -112,6 +113,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     for line in [*moving, *([notice] if notice else []), *ready.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:
+        say(announce(config, ready.family, run.module, run.policy, run.optimizer))
         restore(run, config, claimed, say)
         if report is not None:
             world.together(partial(report.record, run.records), only_main=True)
@@ -329,6 +331,7 @@ def build_family(config: RunConfig) -> Family:
         UserError: there is no such family, or it cannot do what the data's config asks for.
     """
     family = load_family(config.model)
+    check_streams(config, family)
     if config.data.packing:
         if not isinstance(family, PackingFamily):
             raise UserError(

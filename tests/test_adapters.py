@@ -116,7 +116,7 @@ def test_parameters_are_counted_exactly(adapted: Callable[..., nn.Module], famil
     assert count_parameters(adapted(rank=4, modules_to_save=HEADS)) == (lora + heads, total + lora + heads)
     assert count_parameters(adapted(mode="full")) == (total, total)
     share = 100 * lora / (total + lora)
-    assert notices[0] == f"trainable parameters: {lora:,} of {total + lora:,} ({share:.2f}%)"
+    assert notices[1] == f"trainable parameters: {lora:,} of {total + lora:,} ({share:.2f}%)"
 
 
 def test_a_target_of_both_mlps_says_so_and_a_narrower_one_does_not(
@@ -140,7 +140,9 @@ def test_all_linear_takes_every_linear_layer_and_names_them(
     mlps = {f"{mlp}.{kind}_proj" for mlp in ("mlp", "audio_mlp") for kind in ("gate", "up", "down")}
     assert trained_layers(model) == mlps | {f"self_attn.{kind}_proj" for kind in "qkvo"} | {"text_lm_head"}
     assert "audio_lm_head.modules_to_save.default.weight" in trained_names(model)
-    assert notices[0].startswith("target 'all-linear' matches 21 layers, which are audio_mlp.down_proj, ")
+    kinds = "self_attn.k_proj (2), self_attn.o_proj (2), self_attn.q_proj (2), self_attn.v_proj (2), text_lm_head (1)"
+    assert notices[0].startswith("LoRA on 21 layers: audio_mlp.down_proj (2), ")
+    assert notices[0].endswith(f"{kinds}; in full: audio_lm_head")
 
 
 @pytest.mark.parametrize(

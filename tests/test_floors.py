@@ -37,7 +37,10 @@ FLOORS = (
         ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "meter", "optim", "diagnose", "demo"),
     ),
     ("frame", ("loop",)),
-    ("assembly", ("config", "parser", "yaml_file", "foreign_names", "changes", "facts", "resume", "build")),
+    (
+        "assembly",
+        ("config", "parser", "yaml_file", "foreign_names", "changes", "facts", "announced", "resume", "build"),
+    ),
     ("door", ("cli", "__main__", "__init__")),
 )
 FLOOR_OF = {room: level for level, (_, rooms) in enumerate(FLOORS) for room in rooms}

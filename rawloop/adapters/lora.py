@@ -13,11 +13,13 @@ from typing import Any, Literal, cast
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from rawloop.adapters.finished import PREFIX, check_lora, lora_layers, note_tied, tied_layers
 from rawloop.errors import UserError
 
 ALL_LINEAR = "all-linear"
-PREFIX = "base_model.model."  # PEFT puts it before every name; patterns are written against the model's own names
+LINEAR = (nn.Linear, Conv1D)
 ADDED = re.compile(r"\.(?:lora_|modules_to_save\.)")
 # Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
 SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
@@ -93,8 +95,11 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], rev
         frozen = set()  # a family that freezes all for LoRA
     result = model
     if config.mode == "lora":
-        _check_targets(model, config, notices)
+        targets, saved = _check_targets(model, config, notices)
+        tied = tied_layers(model)
         result = _with_lora(model, config, revision)
+        note_tied(tied, lora_layers(result), saved, notices)
+        check_lora(result, targets, config.target_modules != [ALL_LINEAR], notices)
     else:
         _set_trained(model, "unfreeze", config.unfreeze, True)
     _note_frozen(result, frozen, config.mode, notices)
@@ -129,10 +134,13 @@ def _with_lora(model: nn.Module, config: AdapterConfig, revision: str | None) ->
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence two warnings of PEFT: of a name that transformers gives up, and of missing weights, an error here."""
+    """Silence warnings of PEFT: of a name that transformers gives up, and of what is an error or said here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but", category=UserWarning)
+        for said_here in ("Model has `tie_word_embeddings=True`", "The following (rank|alpha)_pattern keys did not"):
+            warnings.filterwarnings("ignore", message=said_here)
         yield
 
 
@@ -157,10 +165,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) -> None:
+def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) -> tuple[set[str], list[str]]:
+    """Return the layers that are to get LoRA, and the modules to train in full, by their whole names."""
     names = [name for name, _ in model.named_modules() if name]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
     saved: list[str] = []
+    targets: set[str] = set()
     for module in config.modules_to_save:
         matched = _matching(module, names)
         if not matched:
@@ -169,22 +179,26 @@ def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) 
     for target in config.target_modules:
         matched = linear if target == ALL_LINEAR else _matching(target, linear)
         if not matched:
-            raise _no_match("adapter.target_modules", target, linear)
+            raise _no_match("adapter.target_modules", target, linear, _inside_parameters(model))
         both = [name for name in matched if any(f"{name}.".startswith(f"{path}.") for path in saved)]
         if both and target != ALL_LINEAR:
             raise UserError(
                 f"adapter.target_modules has '{target}', which is {both[0]}, and adapter.modules_to_save trains that "
                 "in full: take it out of one of them"
             )
+        targets |= set(matched) - set(both)
         _note_kinds(target, [name for name in matched if name not in both], notices)
+    return targets, saved
 
 
 def _note_kinds(target: str, matched: list[str], notices: list[str]) -> None:
-    """Say so when a target matches layers of several kinds, such as the text's and the audio's MLPs."""
+    """Say so when a named target matches layers of several kinds, such as the text's and the audio's MLPs."""
+    if target == ALL_LINEAR:
+        return
     kinds = sorted({".".join(name.split(".")[-2:]) for name in matched})
     if len(kinds) > 1 and "." not in target:
-        advice = "" if target == ALL_LINEAR else ": name one of these to have only that kind"
-        notices.append(f"target '{target}' matches {len(matched)} layers, which are {', '.join(kinds)}{advice}")
+        advice = "name one of these to have only that kind"
+        notices.append(f"target '{target}' matches {len(matched)} layers, which are {', '.join(kinds)}: {advice}")
 
 
 def _matching(target: str, names: Iterable[str]) -> list[str]:
@@ -192,10 +206,17 @@ def _matching(target: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name == target or name.endswith("." + target)]
 
 
-def _no_match(key: str, target: str, names: list[str]) -> UserError:
+def _inside_parameters(model: nn.Module) -> str:
+    """A clause about weights that are no layers: of experts that are kept in one parameter each."""
+    names = (name.split(".")[-2:] for name, weight in model.named_parameters() if weight.dim() == 3)
+    found = sorted({".".join(ends) for ends in names if ends[-1] != "weight"})
+    return f" ({', '.join(found)} are no layers but parameters: all-linear gives them LoRA)" if found else ""
+
+
+def _no_match(key: str, target: str, names: list[str], more: str = "") -> UserError:
     ends = {".".join(name.split(".")[-depth:]) for name in names for depth in (1, 2)}
     near = get_close_matches(target, sorted(ends), n=3, cutoff=0.4) or sorted(end for end in ends if "." not in end)[:8]
-    return UserError(f"{key} has '{target}', which matches no layer of the model; near: {', '.join(near)}")
+    return UserError(f"{key} has '{target}', which matches no layer of the model; near: {', '.join(near)}{more}")
 
 
 def _set_trained(model: nn.Module, key: str, patterns: list[str], trained: bool) -> None:
