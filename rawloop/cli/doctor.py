@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from os.path import expanduser
@@ -177,7 +177,7 @@ class Measured(NamedTuple):
     loss: float | None
     mode: str
     wrong: list[str]
-    moving: list[str]
+    moving: Sequence[str] = ()
 
 
 def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
