@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable
-from io import BufferedReader
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 
 from rawloop.errors import UserError
@@ -25,6 +25,17 @@ def open_regular(path: Path) -> BufferedReader:
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(code, os.strerror(code) if code == errno.EISDIR else "Not a regular file", str(path))
     return open(path, "rb")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a regular UTF-8 file, without the byte order mark that Windows editors write.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with TextIOWrapper(open_regular(path), encoding="utf-8-sig") as stream:
+        return stream.read()
 
 
 def sha256_file(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from rawloop.data.keys import METADATA_FILE, OTHER_CLIPS, KeyCheck
 from rawloop.data.record import DECODER, DoubledKey, Record, parse_json, show
 from rawloop.errors import UserError
+from rawloop.hashing import read_text
 
 METADATA = "metadata.json"
 SAMPLE_KEYS = ("messages", "audio_file", "text")  # each record has one of them; the first that it has says what it is
@@ -116,7 +117,7 @@ def read_records(file: Path, keys: KeyCheck) -> Iterator[Record]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")  # a byte order mark, as Windows editors write it, is no mistake
+        return read_text(file)
     except UnicodeDecodeError as error:
         known = next((what for magic, what in MAGIC.items() if error.object.startswith(magic)), None)
         if known is not None:

@@ -14,6 +14,7 @@ from rawloop.data.config import DataConfig
 from rawloop.data.keys import CLIP, REFERENCE, KeyCheck, clip_path
 from rawloop.data.record import Files, Record, show
 from rawloop.errors import UserError, nearest
+from rawloop.hashing import read_text
 
 SINGLE, CLONING = "single_speaker_smart_voice", "zero_shot_voice_cloning"
 MULTI, MULTI_CLONING = "multi_speaker_smart_voice", "multi_speaker_voice_cloning"
@@ -163,7 +164,7 @@ def _transcript(record: Record, files: Files) -> str:
     if name is None:
         record.fail("the transcript is missing or empty: give 'transcript' or 'transcript_file'")
     try:
-        text = files.resolve(name, record).read_text(encoding="utf-8-sig").strip()
+        text = read_text(files.resolve(name, record)).strip()
     except UnicodeDecodeError as error:
         record.fail(f"transcript_file '{name}' is not UTF-8 (byte {error.start}): convert it to UTF-8")
     except OSError as error:

@@ -1,5 +1,6 @@
 """The layout of train-higgs-audio: four tasks, scenes, speakers, and every way in which a sample can be wrong."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,14 @@ def test_bad_sample(
 def test_unknown_task_in_the_config(clip: Path, metadata: Write) -> None:
     with pytest.raises(UserError, match=r"data.task is 'single', which is no task"):
         read_samples(metadata(BASE), DataConfig(task="single"))
+
+
+def test_a_pipe_in_the_place_of_a_transcript_is_not_waited_for(metadata: Callable[..., Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    folder = metadata({"audio_file": "a.wav", "transcript_file": "a.txt"})
+    with pytest.raises(UserError, match=r"transcript_file 'a.txt' cannot be read: Not a regular file"):
+        read_samples(folder)
+    (folder / "metadata.json").unlink()
+    os.mkfifo(folder / "train.jsonl")
+    with pytest.raises(UserError, match=r"train.jsonl cannot be read: Not a regular file"):
+        read_samples(folder)
