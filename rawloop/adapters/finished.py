@@ -50,9 +50,7 @@ def check_lora(model: nn.Module, asked: Collection[str], exactly: bool, notices:
         if parameter.requires_grad and not any(mark in name for mark in MADE_BY_PEFT)
     ]
     if strange:
-        raise UserError(
-            f"{strange[0]} (of {len(strange)}) would be trained, which no key of adapter asks for"
-        )
+        raise UserError(f"{strange[0]} (of {len(strange)}) would be trained, which no key of adapter asks for")
     line = f"LoRA on {len(made)} layers: {kinds(made)}"
     if more:
         line += f"; among them {kinds(more)}, which are no plain linear layers and which all-linear includes"
