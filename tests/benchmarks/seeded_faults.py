@@ -215,12 +215,12 @@ FAULTS = (
     Fault(
         "evaluation loss a mean of batches' means",
         EVALUATE,
-        "rows.append(torch.stack([total for total, _ in named.values()]))\n"
-        "            ids.append(batch.ids)\n"
+        "rows += [total for total, _ in named.values()]\n"
+        "            measured.append((list(named), batch.ids))\n"
         "            for name, (_, count) in named.items():\n"
         "                counts[name] = counts.get(name, 0) + count",
-        "rows.append(torch.stack([total / max(count, 1) for total, count in named.values()]))\n"
-        "            ids.append(batch.ids)\n"
+        "rows += [total / max(count, 1) for total, count in named.values()]\n"
+        "            measured.append((list(named), batch.ids))\n"
         "            for name in named:\n"
         "                counts[name] = counts.get(name, 0) + 1",
         ("test_evaluate.py::test_eval_loss_is_the_sum_over_the_count_per_stream_and_codebook",),
@@ -228,8 +228,8 @@ FAULTS = (
     Fault(
         "weights of streams ignored in evaluation",
         EVALUATE,
-        "sum(weight * means[stream] for stream, weight in self.weights.items())",
-        "sum(means[stream] for stream, weight in self.weights.items())",
+        "sum(weight * means[stream] for stream, weight in self.weights.items() if weight)",
+        "sum(means[stream] for stream, weight in self.weights.items() if weight)",
         ("test_evaluate.py::test_weights_of_streams_weigh_their_means",),
     ),
     Fault(
@@ -255,8 +255,8 @@ FAULTS = (
     Fault(
         "evaluation batches that are not finite dropped",
         EVALUATE,
-        "finite = torch.isfinite(table).all(1).tolist()",
-        "finite, table = [True] * len(ids), table.nan_to_num(0.0, 0.0, 0.0)",
+        "values = {name: next(numbers) for name in names}",
+        "values = {name: v if math.isfinite(v) else 0.0 for name, v in zip(names, numbers)}",
         ("test_evaluate.py::test_a_loss_that_is_not_finite_is_named_and_never_best",),
     ),
     Fault(
@@ -276,8 +276,8 @@ FAULTS = (
     Fault(
         "evaluation moves the training's random streams",
         EVALUATE,
-        "with _evaluation_mode(self.module), torch.no_grad(), preserved_rng():",
-        "with _evaluation_mode(self.module), torch.no_grad():",
+        "with _evaluation_mode(self.module), unmoved(self.module), torch.no_grad(), preserved_rng():",
+        "with _evaluation_mode(self.module), unmoved(self.module), torch.no_grad():",
         ("test_evaluate.py::test_random_streams_modes_and_gradients_are_untouched",),
     ),
     Fault(
