@@ -124,7 +124,7 @@ def mutate_file(rng: random.Random, file: Path, others: list[Path]) -> str:
     way = rng.choice(["bytes", "bytes", "json" if is_json else "bytes", "json" if is_json else "bytes", "whole"])
     if is_template and rng.random() < 0.7:
         text = file.read_text(encoding="utf-8")
-        spot = rng.randrange(len(text))
+        spot = rng.randrange(len(text) + 1)
         file.write_text(text[:spot] + rng.choice(JINJA) + text[spot:], encoding="utf-8")
         return f"{file.name}: jinja at {spot}"
     if way == "json":
