@@ -36,8 +36,8 @@ def write(text_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(fault: str, place: int | None, size: int, split: str = "train", **groups: dict[str, Any]) -> Path:
         folder = tmp_path / f"on-{size}"
         folder.mkdir()
-        for name, number in (("train", 10), ("eval", 5)):
-            records = [{"id": f"{name}-{i}", "text": f"{i}: la la " + "la" * i} for i in range(number)]
+        for name, number, word in (("train", 10, "la"), ("eval", 5, "lo")):
+            records = [{"id": f"{name}-{i}", "text": f"{i}: {word} {word} " + word * i} for i in range(number)]
             if place is not None and name == split:
                 records[place]["id"] = "bad"
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
