@@ -120,7 +120,9 @@ def _joined(prefix: str, name: str) -> str:
 
 def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return _kind(one) == _kind(other) and torch.equal(one, other)
+        if _kind(one) != _kind(other):
+            return False
+        return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
     return one is other or (type(one) is type(other) and one == other)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import reduce
 from inspect import signature
 from typing import Any, Literal, TypeVar
 
@@ -115,7 +116,8 @@ class World:
             chosen = [tensor for tensor in tensors if tensor.is_floating_point() == floats]
             if not chosen:
                 continue
-            wide = torch.int64 if not floats else torch.promote_types(torch.float32, chosen[0].dtype)
+            dtypes = [tensor.dtype for tensor in chosen]
+            wide = reduce(torch.promote_types, dtypes, torch.float32) if floats else torch.int64
             flat = torch.cat([tensor.detach().flatten().to(wide) for tensor in chosen])
             work = dist.all_reduce(flat, dist.ReduceOp.SUM if floats else dist.ReduceOp.MAX, async_op=True)
             if flat.device.type == "cpu":

@@ -213,7 +213,7 @@ def on_ranks(world: World, folder: Path) -> tuple[list[list[Tensor]], list[Any]]
         assert run.buffers is not None
         found.append(run.buffers.values())
     odd = [torch.tensor([1.0, 4.0]) * (world.rank + 1), torch.tensor(7 - 5 * world.rank), torch.tensor(3 + world.rank)]
-    odd.append(odd[0].half())
+    odd += [odd[0].half(), torch.tensor(1 / 3, dtype=torch.float64)]
     world.make_equal(odd)
     return found, [value.tolist() for value in odd]
 
@@ -223,7 +223,7 @@ def test_ranks_have_one_mean_and_it_is_the_checkpoints(
 ) -> None:
     """Each rank hears other samples, rank 0 alone the one that is not finite."""
     (first, odd), (second, others) = run_ranks(on_ranks, folder)
-    assert odd == others == [[1.5, 6.0], 7, 4, [1.5, 6.0]]
+    assert odd == others == [[1.5, 6.0], 7, 4, [1.5, 6.0], 1 / 3]
     for (adapter, _), own, other in zip(CASES, first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
         config = config_in(folder, f"ranks-{adapter['mode']}", adapter=AdapterConfig(**adapter))
@@ -279,6 +279,10 @@ def count(net: Small) -> None:
     net.calls += 1
 
 
+def rest(net: Small) -> None:
+    """What stands in a buffer is often whatever the memory held, and that may be NaN."""
+
+
 def tried(net: nn.Module) -> tuple[MovingBuffers, list[str]]:
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
     model = policy.prepare(net)
@@ -313,6 +317,14 @@ def test_what_moves_is_found_and_nothing_of_it_is_left(touch: Any, names: list[s
     assert net.calls == 0
     assert len(said) == len(names) + (touch is count)
     assert touch is not count or "training moves calls, which are no buffers" in said[0]
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_nan_that_stays_where_it_is_has_not_moved(persistent: bool) -> None:
+    net = Small(rest, persistent)
+    net.state[0] = float("nan")
+    buffers, said = tried(net)
+    assert (list(buffers.places), said) == ([], [])
 
 
 def test_buffers_of_a_skipped_window_are_as_before() -> None:
