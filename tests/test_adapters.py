@@ -1,7 +1,9 @@
 """Adapters on the demo checkpoint of Higgs Audio v2: what is trained, what is stored, and that plain PEFT reads it."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -676,6 +678,23 @@ def test_a_fingerprint_is_of_the_base_with_or_without_adapter_in_any_dtype(famil
     adapted.requires_grad_(False)  # as merge loads it
     assert BaseFingerprint(adapted).weights == base
     assert checksum(torch.empty(0)) == "(0,) 00000000"
+
+
+def test_a_fingerprint_is_of_the_bases_buffers_where_no_checkpoint_has_them() -> None:
+    def net(mean: float, config: AdapterConfig | None = None) -> nn.Module:
+        model = nn.Sequential(OrderedDict(layer=nn.Linear(2, 2), norm=nn.BatchNorm1d(2)))
+        for weight in model.parameters():
+            nn.init.ones_(weight)
+        nn.init.constant_(model.get_buffer("norm.running_mean"), mean)
+        return model.requires_grad_(False) if config is None else add_adapter(model, config, [])
+
+    lora = AdapterConfig(rank=1, target_modules=["layer"])
+    base = BaseFingerprint(net(0.0)).weights
+    for config in (lora, replace(lora, modules_to_save=["norm"])):
+        assert BaseFingerprint(net(0.0, config)).weights == base
+        assert BaseFingerprint(net(1.0, config)).weights != base
+    full = AdapterConfig(mode="full", freeze=["norm.*"])
+    assert BaseFingerprint(net(0.0, full)).weights == BaseFingerprint(net(1.0, full)).weights
 
 
 def test_another_config_of_the_same_weights_is_noticed(adapted: Callable[..., nn.Module]) -> None:

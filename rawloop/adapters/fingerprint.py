@@ -32,7 +32,8 @@ class BaseFingerprint:
     Attributes:
         digest: of names, shapes and the first numbers of every frozen weight: all that older checkpoints hold.
         sums: checksum of every parameter and buffer, by name; see `checksum`.
-        weights: digest of the checksums of every frozen weight, under the base model's own names.
+        weights: digest of the checksums of every frozen weight, and of the buffers if none of the base model's own
+            weights is trained, under the base model's own names.
     """
 
     SAMPLE = 64  # numbers per weight in `digest`
@@ -41,15 +42,18 @@ class BaseFingerprint:
         self.origin = {"path": path, "revision": revision, "config": _config_hash(model), "seed": seed}
         self.notice = ""  # what of a checkpoint's differs although the weights are the same
         self.sums = {name: checksum(tensor) for name, tensor in _distinct(model).items()}
-        digest, frozen = hashlib.sha256(), []
-        for name, parameter in model.named_parameters():
+        digest, named = hashlib.sha256(), dict(model.named_parameters())
+        for name, parameter in named.items():
             if not parameter.requires_grad:
                 numbers = parameter.detach().flatten()[: self.SAMPLE].float()
                 digest.update(f"{name} {tuple(parameter.shape)} {numbers.tolist()}\n".encode())
-                if not any(mark in name for mark in ADAPTERS):
-                    frozen.append(f"{_own_name(name)} {self.sums[name]}\n")
         self.digest = digest.hexdigest()
-        self.weights = hashlib.sha256("".join(sorted(frozen)).encode()).hexdigest()
+        own = {name: named.get(name) for name in self.sums if not any(mark in name for mark in ADAPTERS)}
+        frozen = [name for name, weight in own.items() if weight is not None and not weight.requires_grad]
+        if not any(weight is not None and weight.requires_grad for weight in own.values()):
+            frozen = list(own)  # with the buffers: a model whose own weights are trained has its own in a checkpoint
+        lines = sorted(f"{_own_name(name)} {self.sums[name]}\n" for name in frozen)
+        self.weights = hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the digests, and where the weights came from."""
