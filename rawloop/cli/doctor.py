@@ -303,6 +303,8 @@ def compare(first: Path, second: Path, cause: str) -> str:
         raise RawloopError(f"gradients reach {len(one)} weights in one and {len(other)} in the other: {cause}")
     square = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
     size = sum(float(one[name].double().square().sum()) for name in one)
+    if not size:
+        raise RawloopError("the gradient is zero in every trained weight: nothing is learnt, and nothing is compared")
     gaps = {"gradients": (square / size) ** 0.5}
     if loss is not None and other_loss is not None:
         gaps["eval_loss"] = abs(loss - other_loss) / max(abs(loss), 1e-12)

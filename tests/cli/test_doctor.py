@@ -231,6 +231,12 @@ def test_gradients_of_other_weights_are_found(tmp_path: Path) -> None:
         doctor.compare(first, second, "why")
 
 
+def test_gradients_of_zero_are_no_pass(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "a", [0.0, 0.0], 1.0), written(tmp_path / "b", [0.0, 0.0], 1.0)
+    with pytest.raises(RawloopError, match="the gradient is zero in every trained weight"):
+        doctor.compare(first, second, "why")
+
+
 def test_files_that_differ_are_named(tmp_path: Path) -> None:
     for name, byte in (("a", b"1"), ("b", b"2")):
         (tmp_path / name / "state").mkdir(parents=True)
