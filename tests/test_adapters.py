@@ -248,7 +248,7 @@ def test_what_a_model_comes_with_frozen_stays_so_and_is_said() -> None:
     assert len(trained_names(add_adapter(Towers("encoder"), both, []))) == 6  # freeze has the last word
     with pytest.raises(UserError, match=r"adapter\.unfreeze has 'encode\.\*', which matches no parameter; near: e"):
         add_adapter(Towers("encoder"), AdapterConfig(mode="full", unfreeze=["encode.*"]), [])
-    with pytest.raises(UserError, match="trainable: load_model has frozen 8 of its weights"):
+    with pytest.raises(UserError, match=r"trainable: .* load_model has frozen 8, which adapter\.unfreeze can"):
         add_adapter(Towers("encoder", "decoder"), AdapterConfig(mode="full"), [])
     with pytest.raises(UserError, match=r"adapter\.unfreeze is \['x'\] and adapter\.mode is lora"):
         AdapterConfig(unfreeze=["x"])

@@ -106,9 +106,10 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], rev
     _set_trained(result, "freeze", config.freeze, False)
     trainable, total = count_parameters(result)
     if not trainable:
+        came = f"; load_model has frozen {len(frozen)}, which adapter.unfreeze can train" if frozen else ""
         raise UserError(
-            f"no weight of the model is trainable: load_model has frozen {len(frozen)} of its weights, and "
-            f"adapter.freeze is {config.freeze}"
+            f"no weight of the model is trainable: adapter.mode is {config.mode} and adapter.freeze is {config.freeze}"
+            f"{came}: mend one of them"
         )
     notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     return result

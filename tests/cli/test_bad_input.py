@@ -60,7 +60,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--model.stream_weights.video", "1"], r"stream_weights has \['video'\]: Higgs Audio v2 has the streams aud"),
         (["--model.stream_weights.text", "-1"], r"stream_weights\.text is -1\.0: it must be a number, and not below 0"),
         (["--adapter.target_modules", "[qproj]"], r"has 'qproj', which matches no layer of the model; near: q_proj"),
-        (["--adapter.freeze", "['*']"], r"no weight of the model is trainable: check adapter\.mode and adapter\.fre"),
+        (["--adapter.freeze", "['*']"], r"no weight of the model is trainable: adapter\.mode is lora and adapter\.fre"),
         (["--adapter.alpha", "0"], r"adapter\.alpha is 0\.0: it must be above 0"),
         (["--train.batch_size", "9"], r"one step takes 9 samples \(1 processes x train\.batch_size 9 x train\.accum"),
         (["--train.batch_size", "0"], r"train\.batch_size \(0\) and train\.accumulation \(1\) must be 1 or more"),

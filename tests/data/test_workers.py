@@ -35,7 +35,7 @@ def draws(count: int) -> list[list[Draw]]:
     "tensor",
     [
         torch.arange(12).view(3, 4).t(),
-        torch.randn(2, 3, dtype=torch.bfloat16),
+        torch.tensor([[0.5, -1.25], [float("inf"), 3e-5]], dtype=torch.bfloat16),
         torch.tensor([True, False]),
         torch.tensor(3.5),
         torch.empty(0, 8, dtype=torch.int64),
