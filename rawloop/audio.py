@@ -133,9 +133,9 @@ def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
             rate = int(file.samplerate)
             first, last = _bounds(segment, frames, rate)
             _check_length(last - first, rate, max_seconds)
-            if first and not found.slack:  # an mp3 is decoded from its beginning, as its frames lean on earlier ones
-                file.seek(first)
-            waveform = _mono(file, first, last)
+            # An mp3 is decoded from its beginning, as its frames lean on earlier ones; GSM cannot be sought in at all.
+            place = file.seek(first) if first and not found.slack and file.seekable() else 0
+            waveform = _mono(file, place, first, last)
             if len(waveform) < last - first - found.slack:
                 raise cut_short(last / rate, (first + len(waveform)) / rate)
     return waveform, rate
@@ -153,11 +153,15 @@ def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
     return first, min(last, frames)
 
 
-def _mono(file: Any, first: int, end: int) -> Tensor:
-    """Decode the samples from `first` to `end`, and mix them block by block: (samples,) float32, fewer if it ends."""
+def _mono(file: Any, place: int, first: int, end: int) -> Tensor:
+    """Decode a file that stands at `place`, and mix the samples from `first` to `end` block by block.
+
+    Returns:
+        (samples,) float32, fewer if the file ends.
+    """
     import soundfile
 
-    blocks, place, size = [torch.zeros(0)], file.tell(), max(1, BLOCK // file.channels)
+    blocks, size = [torch.zeros(0)], max(1, BLOCK // file.channels)
     while place < end:
         try:
             samples = file.read(min(size, end - place), dtype="float32", always_2d=True)

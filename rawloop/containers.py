@@ -102,6 +102,10 @@ def _tag(stream: BinaryIO, place: int, size: int) -> int:
         return size - place
     if head[:8] == b"APETAGEX" and len(head) == 32:
         return 32 + int.from_bytes(head[12:16], "little") * bool(head[23] & 32)
+    for end in (size, size - 128):  # an APE tag may lack its header; an ID3v1 tag may follow
+        foot = _at(stream, max(end - 32, 0), 32)
+        if foot[:8] == b"APETAGEX" and place == end - int.from_bytes(foot[12:16], "little"):
+            return end - place
     if head[:11] == b"LYRICSBEGIN":
         end = re.search(rb"LYRICS200|LYRICSEND", _at(stream, place, 2**17))
         return end.end() if end else 0
@@ -134,7 +138,7 @@ def _check_wav(stream: BinaryIO, start: int, size: int) -> None:
         body = stream.read(16)
         if name in (b"RIFF", b"RF64"):
             raise _joined(place, size, "a second wav file")
-        if not name.isascii() or not name.decode().isprintable():
+        if not _is_name(name):
             if seen and _behind_tags(stream, place, size) < size:
                 raise _joined(place, size, "bytes that are no chunk")
             return
@@ -146,14 +150,23 @@ def _check_wav(stream: BinaryIO, start: int, size: int) -> None:
             seen = True
             length = large if length == 2**32 - 1 and large else length
             found = size - place - 8
+            if not length and found and not _is_name(body[:4]) and _behind_tags(stream, place + 8, size) < size:
+                raise BadAudio(
+                    f"has a header that says that it is empty, and {found} bytes behind it, as a recording that was "
+                    "not closed: write it anew, as with `ffmpeg -i`"
+                )
             if length > found and length > STREAMED and not large:
                 _refuse_second(stream, place + 8, size, WAV_START, "a second wav file")
                 return
             if length > found and speed:
                 raise cut_short(length / speed, found / speed)
         place += 8 + length
-        padded = length % 2 and _at(stream, place, 1) == b"\0"  # some writers forget the byte that makes it even
-        place += bool(padded)
+        if length % 2:  # some writers forget the byte that makes it even, others put no zero there
+            place += not _is_name(_at(stream, place, 4))
+
+
+def _is_name(name: bytes) -> bool:
+    return name.isascii() and name.decode().isprintable()
 
 
 def _check_ogg(stream: BinaryIO, start: int, size: int) -> None:
@@ -174,7 +187,10 @@ def _check_ogg(stream: BinaryIO, start: int, size: int) -> None:
             raise _joined(place, size, "a second ogg stream")
         place, first, ended = end, bool(head[5] & 2), bool(head[5] & 4)
     if not ended:
-        raise BadAudio("is cut short: its last ogg page does not end the stream")
+        raise BadAudio(
+            "is cut short: its last ogg page does not end the stream (if nothing is missing, as in a broadcast, "
+            "`ffmpeg -i ... -c copy` writes one that does)"
+        )
 
 
 class Mp3Frame(NamedTuple):
@@ -244,7 +260,8 @@ def _promised_frames(content: bytes) -> int | None:
     place = 4 + found.start()
     if found[0] == b"VBRI":
         return int.from_bytes(content[place + 14 : place + 18])
-    return int.from_bytes(content[place + 8 : place + 12]) if content[place + 7] & 1 else None
+    # Encoders that cannot go back to the beginning leave a 0.
+    return int.from_bytes(content[place + 8 : place + 12]) or None if content[place + 7] & 1 else None
 
 
 def _xing(content: bytes, count: int) -> bytes:

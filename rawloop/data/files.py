@@ -42,7 +42,13 @@ OTHER_RECORDS = {
         "response",
         "answer",
     ): "write question and answer as the user and the assistant message of 'messages'",
-    tuple(OTHER_CLIPS): "call the clip that is learnt 'audio_file', and its words 'transcript'",
+    (
+        "supervisions",
+        "recording",
+    ): 'this is a cut of lhotse: write {"audio_file": "a.wav", "offset": 0.0, "duration": 2.5, '
+    '"transcript": "Words."}, a line for each',
+    (*OTHER_CLIPS, "path", "file", "file_name", "sentence", "transcription"): "call the clip that is learnt "
+    "'audio_file', and its words 'transcript'",
 }
 
 
@@ -157,7 +163,8 @@ def _samples(value: Any, file: Path) -> Any:
         return value["samples"]
     keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) and value else f"it holds {show(value)}"
     known = _other_record(value) if isinstance(value, dict) else ""
-    fix = known or "metadata.json needs a list of samples under that key"
+    lines = file.suffix == ".jsonl"
+    fix = known or ("this is no sample" if lines else "metadata.json needs a list of samples under that key")
     raise UserError(f"{file} has no 'samples' ({keys}): {fix}")
 
 

@@ -122,12 +122,26 @@ ID3V1 = b"TAG" + bytes(124) + b"\xff"
 ID3V2 = b"ID3\x03\x00\x00\x00\x00\x00\x10" + bytes(16)
 
 
-@pytest.mark.parametrize("behind", [b"", ID3V1, b"APETAGEX" + bytes(24) + ID3V1, bytes(300)])
+APE = bytes(20) + b"APETAGEX" + (2000).to_bytes(4, "little") + (52).to_bytes(4, "little") + bytes(16)  # no header
+
+
+@pytest.mark.parametrize("behind", [b"", ID3V1, b"APETAGEX" + bytes(24) + ID3V1, bytes(300), APE, APE + ID3V1])
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
 def test_an_mp3_without_a_length_is_whole(mode: str, behind: bytes, tone: Tone) -> None:
     path = without_xing(tone("a.mp3", seconds=2.0, bitrate_mode=mode, compression_level=0.5))
     path.write_bytes(ID3V2 + path.read_bytes() + behind)
     assert len(load_audio(path, 24000)) / 24000 == pytest.approx(2.07, abs=0.03)  # with the encoder's padding
+
+
+def test_an_mp3_whose_header_was_never_completed(tone: Tone) -> None:
+    path = tone("a.mp3", seconds=2.0)
+    content = path.read_bytes()
+    place = content.index(b"Xing") + 8
+    path.write_bytes(content[:place] + bytes(4) + content[place + 4 :])
+    assert len(load_audio(path, 24000)) / 24000 == pytest.approx(2.07, abs=0.05)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BadAudio, match=r"^is cut short"):
+        load_audio(path, 24000)
 
 
 def test_an_mp3_that_gets_quiet_is_read_to_its_end(tmp_path: Path) -> None:
@@ -213,8 +227,24 @@ def test_a_wav_whose_header_says_that_it_is_empty(tone: Tone) -> None:
     path = tone("a.wav", seconds=1.0)
     content = path.read_bytes()
     path.write_bytes(content[:40] + bytes(4) + content[44:])
-    with pytest.raises(BadAudio, match=r"behind its audio, from byte 44 of 48044"):
+    with pytest.raises(BadAudio, match=r"says that it is empty, and 48000 bytes behind it.*write it anew"):
         load_audio(path, 24000)
+
+
+@pytest.mark.parametrize("pad", [b"", b"\0", b"\x80", b"\xff"])
+def test_a_wav_of_odd_length_before_another_chunk(pad: bytes, tone: Tone) -> None:
+    path = tone("a.wav", seconds=1.0, subtype="PCM_U8")
+    content = path.read_bytes()
+    length = (23999).to_bytes(4, "little")
+    path.write_bytes(content[:40] + length + content[44 : 44 + 23999] + pad + b"LIST\x04\0\0\0INFO")
+    assert len(load_audio(path, 24000)) == 23999
+
+
+def test_a_wav_that_cannot_be_sought_in(tone: Tone) -> None:
+    path = tone("a.wav", seconds=2.0, rate=8000, subtype="GSM610")
+    whole = load_audio(path, 8000)
+    assert len(whole) == pytest.approx(16000, abs=320)
+    assert torch.equal(load_audio(Segment(path, 0.5, 1.0).path(), 8000), whole[4000:8000])
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])

@@ -46,7 +46,10 @@ def test_a_compressed_file_under_a_plain_name(tmp_path: Path) -> None:
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "these are preferences: rawloop learns from one answer"),
         ({"prompt": "Q", "completion": "A"}, "write question and answer as the user and the assistant message"),
         ({"audio_filepath": "a.wav", "duration": 1.0}, "call the clip that is learnt 'audio_file'"),
-        ({"speaker": "x"}, "(this is no sample|metadata.json needs a list)"),
+        ({"path": "a.mp3", "sentence": "Hi.", "locale": "en"}, "call the clip that is learnt 'audio_file'"),
+        ({"file_name": "a.wav", "transcription": "Hi."}, "call the clip that is learnt 'audio_file'"),
+        ({"start": 0, "supervisions": [{"text": "Hi."}], "recording": {}}, "this is a cut of lhotse: write"),
+        ({"speaker": "x"}, "this is no sample"),
     ],
 )
 def test_a_record_of_another_layout(record: dict[str, object], message: str, tmp_path: Path) -> None:
