@@ -102,10 +102,10 @@ def _tag(stream: BinaryIO, place: int, size: int) -> int:
         return size - place
     if head[:8] == b"APETAGEX" and len(head) == 32:
         return 32 + int.from_bytes(head[12:16], "little") * bool(head[23] & 32)
-    for end in (size, size - 128):  # an APE tag may lack its header; an ID3v1 tag may follow
-        foot = _at(stream, max(end - 32, 0), 32)
-        if foot[:8] == b"APETAGEX" and place == end - int.from_bytes(foot[12:16], "little"):
-            return end - place
+    for last in (size, size - 128):  # an APE tag may lack its header; an ID3v1 tag may follow
+        foot = _at(stream, max(last - 32, 0), 32)
+        if foot[:8] == b"APETAGEX" and place == last - int.from_bytes(foot[12:16], "little"):
+            return last - place
     if head[:11] == b"LYRICSBEGIN":
         end = re.search(rb"LYRICS200|LYRICSEND", _at(stream, place, 2**17))
         return end.end() if end else 0
