@@ -164,7 +164,8 @@ class PrecisionPolicy:
         """
         if self.model is None:
             raise UserError(UNPREPARED)
-        self.trained.follow_weights()  # DDP's first broadcast, or a state loaded after `prepare`
+        if self.trained.written():  # DDP's first broadcast, or a state loaded after `prepare`
+            self.trained.follow_weights()
         for optimizer in optimizers:
             adopt(optimizer, self.trained, self.model.parameters())
             self._adopted[optimizer] = len(held_by([optimizer]))
