@@ -9,6 +9,7 @@ for token, the prompt that generation will see, and a template for which that do
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -21,7 +22,7 @@ from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError
 from rawloop.families.door import rendered
 from rawloop.families.letters import Letters
-from rawloop.families.tool_calls import CALLS, Messages, Tools, unwritten
+from rawloop.families.tool_calls import CALLS, Messages, Tools, arguments_as_text, unwritten
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -200,8 +201,8 @@ class TextEncoder:
                 sample, "its first message is a trained assistant turn: nothing asks for it; put a user turn before it"
             )
         end_of_turn = self.end_of_turn  # first: a template that splits no chat at all is no fault of the sample's
-        whole = self._render(messages, _where(sample), tools=sample.tools)
         where = _where(sample)
+        messages, whole = self._rendered(messages, where, sample.tools)
         left_out = unwritten(
             whole, messages, sample.tools, lambda other, tools: self._render(other, where, tools=tools)
         )
@@ -249,12 +250,26 @@ class TextEncoder:
                 continue
             reasoning = [(key, message[key]) for key in REASONING if turn.trained and isinstance(message.get(key), str)]
             for key, words in (("content", message["content"]), *reasoning):
-                if "".join(words.split()) not in said:
+                # Llama 3's template writes the result of a tool as JSON text.
+                quoted = json.dumps(words, ensure_ascii=False)[1:-1] if turn.role == "tool" else words
+                if not any("".join(form.split()) in said for form in (words, quoted)):
                     _fail(
                         sample,
                         f"the chat template of {self.path} drops or changes the words of messages[{index}] "
                         f"({turn.role if key == 'content' else key}): write it as the template has it, or leave it out",
                     )
+
+    def _rendered(self, messages: Messages, where: str, tools: Tools) -> tuple[Messages, str]:
+        """Return messages as the template takes them, and what it makes of them."""
+        try:
+            return messages, self._render(messages, where, tools=tools)
+        except UserError:
+            texts = arguments_as_text(messages)
+            if texts == messages:
+                raise
+            with suppress(UserError):  # of the two complaints the first one is about what the record means
+                return texts, self._render(texts, where, tools=tools)
+            raise
 
     def _render(self, messages: Messages, where: str, *, asks: bool = False, tools: Tools = ()) -> str:
         """Write messages as the template has them; `asks` adds the header of the answer that is to come."""

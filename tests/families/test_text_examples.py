@@ -304,6 +304,34 @@ def test_tools_stand_in_the_prompt_and_thoughts_and_calls_are_learnt(text_checkp
     assert said.startswith("<t>Dark.</t>\n<c>")
 
 
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (
+            THINKS.replace(
+                "{{ m.content }}",
+                "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}",
+            ),
+            r'"{\"is\": \"on\"}"',
+        ),
+        (THINKS.replace("{{ c.function | tojson }}", "{{ c.function.name + c.function.arguments }}"), 'lamp{"on": 1}'),
+    ],
+    ids=["results as JSON text", "arguments as JSON text"],
+)
+def test_templates_that_write_json_text(template: str, written: str, text_checkpoint: Path) -> None:
+    """Llama 3 and DeepSeek."""
+    by = encoder(text_checkpoint, template)
+    result = Turn("tool", (Text('{"is": "on"}'),))
+    calls = Turn("assistant", (), False, {"tool_calls": [CALL]})
+    turns = (Turn("user", (Text("L!"),)), calls, result, Turn("assistant", (Text("On."),), trained=True))
+    prompt, answer, _ = learnt(by, by.example(Sample("c", turns, source="x")))
+    assert written in prompt[1]
+    assert answer == (True, "On.<|im_end|>")
+    lost = template.replace("+ c.function.arguments", "").replace("{{ m.content | tojson }}", "")
+    with pytest.raises(UserError, match=r"drops or changes the words of messages\[2\]|has the arguments of call 0"):
+        encoder(text_checkpoint, lost).example(Sample("c", turns, source="x"))
+
+
 def test_a_tool_turn_and_calls_before_it_are_context(text_checkpoint: Path) -> None:
     by = encoder(text_checkpoint, THINKS)
     calls = Turn("assistant", (), False, {"tool_calls": [CALL]})
