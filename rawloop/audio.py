@@ -8,6 +8,7 @@ import importlib.util
 import io
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from rawloop.containers import STREAMED, Held, cut_short, held
 from rawloop.containers import BadAudio as BadAudio
-from rawloop.containers import Held, cut_short, held
 from rawloop.errors import UserError
 from rawloop.hashing import open_regular
 from rawloop.segments import Segment, segment_of
@@ -36,6 +37,9 @@ LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-
 MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd sample rates would need gigabytes
 UNKNOWN = 2**62  # libsndfile says about 2**63 samples where a header does not say how many
 ROUNDED = 0.05  # seconds: published lists round times, so a segment may end so much behind its clip
+# How libsndfile's log tells a length beyond the end of the file, in aiff, au and w64.
+CUT = re.compile(r"^(?: SSND|  Data Size  |riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+PADDING = 8  # bytes that such a file may lack at its end, where writers forget them
 BLOCK = 2**20  # samples decoded at a time, over all channels: 4 MB
 
 
@@ -131,6 +135,9 @@ def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
         file, frames = _sound(stream, found)
         with file:
             rate = int(file.samplerate)
+            cut = CUT.search(file.extra_info)
+            if cut and int(cut[2]) + PADDING < int(cut[1]) < STREAMED:
+                raise BadAudio(f"is cut short: its header promises {cut[1]} bytes, it holds {cut[2]}")
             first, last = _bounds(segment, frames, rate)
             _check_length(last - first, rate, max_seconds)
             # An mp3 is decoded from its beginning, as its frames lean on earlier ones; GSM cannot be sought in at all.

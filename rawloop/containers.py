@@ -247,6 +247,8 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Held:
         )
     if lost:
         raise BadAudio(f"is cut short after {count * first.samples / first.rate:.2f} s: {lost}")
+    if b"VBRI" in content[:64]:  # the decoder takes no count from there, and guesses
+        return Held((count - 1) * first.samples, first.samples, _xing(content, count - 1), start + first.length)
     if promised is not None:
         return Held(slack=first.samples)
     return Held(count * first.samples, first.samples, _xing(content, count), start)

@@ -108,6 +108,15 @@ def test_what_was_cut_short_is_not_taken_for_whole(name: str, tone: Tone) -> Non
         load_audio(path, 24000)
 
 
+@pytest.mark.parametrize("name", ["AIFF", "AU", "W64"])
+def test_other_formats_that_were_cut_short(name: str, tone: Tone) -> None:
+    path = tone("a", seconds=2.0, format=name)
+    assert len(load_audio(path, 24000)) == 48000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BadAudio, match=r"^is cut short: its header promises 9\d+ bytes, it holds 4\d+$"):
+        load_audio(path, 24000)
+
+
 def without_xing(path: Path) -> Path:
     """Take the header frame off an mp3: what is left are complete frames of audio."""
     content = path.read_bytes()
@@ -152,9 +161,16 @@ def test_an_mp3_that_gets_quiet_is_read_to_its_end(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.mp3", wave.numpy(), 24000, **options)
     path = without_xing(tmp_path / "a.mp3")
     assert soundfile.info(path).frames < 3 * 24000
-    heard = load_audio(path, 24000)
-    assert len(heard) / 24000 == pytest.approx(4.05, abs=0.05)
-    assert float(heard[-20000:].abs().max()) > 0.2
+    content = path.read_bytes()
+    frame = _mp3_frame(content)
+    assert frame is not None
+    count = frame.length.to_bytes(2) + (4 * 24000 // 576 + 2).to_bytes(4)
+    vbri = (content[:4] + bytes(32) + b"VBRI" + bytes(8) + count).ljust(frame.length, b"\0")  # Fraunhofer's header
+    for before in (b"", vbri):
+        path.write_bytes(before + content)
+        heard = load_audio(path, 24000)
+        assert len(heard) / 24000 == pytest.approx(4.05, abs=0.05)
+        assert float(heard[-20000:].abs().max()) > 0.2
 
 
 def test_an_mp3_cut_in_the_middle_of_a_frame(tone: Tone) -> None:
