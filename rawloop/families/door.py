@@ -25,7 +25,7 @@ LONGEST = 300  # characters of what a library says
 READ = re.compile(
     r".*(config|token|processor|index|vocab|special).*\.json|.*\.(jinja|safetensors|bin|model)|merges\.txt"
 )
-LAYERS = re.compile(r"layer|depth|quantizers")
+LAYERS = re.compile(r"(layers|_layer|depth|quantizers)$")  # Gemma has a vocab_size_per_layer_input
 
 
 @contextmanager

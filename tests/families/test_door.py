@@ -88,6 +88,12 @@ def test_a_damaged_folder_is_refused_by_file_and_cause(
     assert line.removesuffix("(") in said, said
 
 
+def test_a_size_of_a_layer_is_no_number_of_layers(folder: Path) -> None:
+    """Gemma 3n and Gemma 4 have such keys."""
+    change(folder / "config.json", vocab_size_per_layer_input=262144, depthwise_separable_out_channel=1024)
+    load_family(ModelConfig(path=str(folder))).load_model()
+
+
 def test_one_models_folder_in_the_place_of_anothers(folder: Path, demo_checkpoint: Path) -> None:
     asked = "model.family is 'higgs_audio_v2', and model.path is 'FOLDER', a model of type 'llama'"
     assert asked in refusal(folder, family="higgs_audio_v2")
