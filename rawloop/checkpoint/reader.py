@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rawloop.checkpoint import slots
-from rawloop.checkpoint.manifest import NAME, Manifest, verify
+from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, verify
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
+from rawloop.hashing import sha256_file
 
 
 class Chosen(NamedTuple):
@@ -21,12 +22,13 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
     """Verify the slot that is asked for; of `latest`, take the newest that every rank finds whole. Reads only.
 
     Raises:
-        UserError: there is no checkpoint, or no such folder.
+        UserError: there is no checkpoint, or no such folder, or another one on some rank.
         CheckpointError: the named one is damaged, or none of the run is whole. On all ranks alike.
     """
     if which != "latest":
         named = Path(expanduser(which))
         world.together(lambda: check_slot(named))
+        check_same(named, world)
         return Chosen(named, {})
     seen = world.together(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)
     candidates, best = world.from_main(seen or ([], None))
@@ -41,11 +43,29 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
     for slot in candidates:
         reason = _why_not(slot, world)
         if reason is None:
+            check_same(slot, world)
             return Chosen(slot, passed_over)
         passed_over[slot] = reason
     advice = f"; the best one is a slot of its own, try --resume {best}" if best else ""
     reasons = "; ".join(passed_over.values())
     raise world.alike(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))
+
+
+def check_same(slot: Path | None, world: World) -> None:
+    """Refuse ranks that have chosen different checkpoints, or machines that have their own under one path.
+
+    Args:
+        slot: the checkpoint that this rank reads; None if it reads none.
+        world: the ranks.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    own = world.together(lambda: None if slot is None else (read_manifest(slot).step, sha256_file(slot / NAME)[:16]))
+    world.check_equal(
+        {"the checkpoint": f"step {own[0]}, digest {own[1]}" if own else "none"},
+        "name one checkpoint's folder for all processes, on a disk that all machines share",
+    )
 
 
 def _why_not(slot: Path, world: World) -> str | None:

@@ -25,6 +25,7 @@ from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.manifest import read_manifest
 from rawloop.checkpoint.pack import unpack
+from rawloop.checkpoint.reader import check_same
 from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import COMMANDS
@@ -54,6 +55,7 @@ def run(argv: list[str]) -> None:
             _tell(notice, world)
         check_settings_of_ranks(config, world)
         subject, evaluator, base, contents = _together(config, options["checkpoint"], world)
+        check_same(Path(subject.checkpoint) if subject.checkpoint else None, world)
         contents.check_ranks(base, world)
         for line in filter(None, subject.notices):
             _tell(line, world)

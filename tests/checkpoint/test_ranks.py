@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import shutil
 import time
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from rawloop.checkpoint import CheckpointConfig, CheckpointManager, claim_run_folder, find_slots
+from rawloop.checkpoint.reader import choose
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
-from rawloop.errors import RawloopError
+from rawloop.errors import RawloopError, UserError
 from rawloop.records import Records, RecordsConfig, read_events
 from rawloop.seed import RngState, seed_all
 
@@ -131,7 +133,13 @@ def loading(world: World, run: Path, homes: list[Path]) -> dict[str, Any]:
         named = ""
     except RawloopError as error:
         named = str(error)
-    return {"named": named, "loaded": rank.load()}
+    loaded, told = rank.load(), []
+    for which in ("latest", "other/checkpoints/step-00000001"):
+        try:
+            choose(Path("other"), which, world)
+        except UserError as error:
+            told.append(str(error))
+    return {"named": named, "loaded": loaded, "other": told}
 
 
 def test_loading_on_more_ranks_than_saved_where_one_finds_damage(tmp_path: Path, run_ranks: RunRanks) -> None:
@@ -143,7 +151,12 @@ def test_loading_on_more_ranks_than_saved_where_one_finds_damage(tmp_path: Path,
     writer.save(2)
     shutil.copytree(homes[0], homes[1])
     (homes[1] / run / "checkpoints" / "step-00000002" / "state" / "counter.json").write_text('{"value": 8}')
+    for home in homes:  # each machine has a whole checkpoint of its own: the random streams are others
+        Ranks(World(), home / "other").save(1)
+        draw()
     first, second = run_ranks(loading, run, homes)
+    differ = r"the ranks differ: rank 1 has the checkpoint step 1, digest \w{16}, rank 0 has step 1, digest \w{16}:"
+    assert [bool(re.match(differ, told)) for told in first["other"] + second["other"]] == [True] * 4
     for outcome in (first, second):
         assert outcome["named"].startswith("rank 1: ") == (outcome is first)
         assert "state/counter.json has " in outcome["named"]

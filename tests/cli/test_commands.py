@@ -190,6 +190,13 @@ def test_evaluate_on_two_ranks_gives_the_same(ranks: Ranks, trained: Path) -> No
     assert math.isclose(json.loads(first.out)["eval_loss"], losses_of(trained / "run")[3], rel_tol=1e-6)
 
 
+def test_evaluate_refuses_ranks_with_different_checkpoints(ranks: Ranks, trained: Path) -> None:
+    other = ("--checkpoint", trained / "run" / "checkpoints" / "step-00000002")
+    done = ranks("evaluate", "--config", trained / "run.yaml", "--checkpoint", "best", last=other)
+    assert [(rank.code, rank.out) for rank in done] == [(2, "")] * 2
+    assert "the ranks differ: rank 1 has the checkpoint step 2, digest " in done[0].err
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_run_that_was_copied_is_told_from_the_one_that_its_config_names(
     ranks: Ranks, trained: Path, tmp_path: Path, command: str
