@@ -155,7 +155,7 @@ def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
         end = "its end" if segment.end is None else f"{segment.end:g} s"
         raise BadAudio(
             f"is no segment of its clip: it runs from {segment.start:g} s to {end}, the clip lasts "
-            f"{frames / rate:.3f} s"
+            f"{frames / rate:.3f} s: mend its times, or take them out if the whole clip is meant"
         )
     return first, min(last, frames)
 

@@ -18,6 +18,7 @@ from rawloop.segments import Segment
 
 TYPO = 0.88  # likeness from which on an unknown key is taken for a misspelt one: 'start_indx' has 0.95
 EMPTY: tuple[object, ...] = (None, "", [], {})
+SWITCHES = ("prefix", "continue_final_message")  # clients write them into every message; false asks for nothing
 NO_IMAGES = "no family of rawloop sees images or videos: leave these samples out"
 RENAME_REFERENCE = "call a reference clip 'ref_audio_file' and its words 'ref_transcript'"
 BY_TEMPLATE = "it would change what the chat template writes, and is not supported: take it out"
@@ -190,7 +191,7 @@ class KeyCheck:
             return
         where = f"{place}: " if place else ""
         for key in values:
-            if key in kind.known or values[key] in EMPTY:
+            if key in kind.known or values[key] in EMPTY or (key in SWITCHES and values[key] is False):
                 continue
             if key in kind.refused:
                 record.fail(f"{where}'{key}' is {show(values[key])}: {kind.refused[key]}")
