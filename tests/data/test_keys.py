@@ -140,16 +140,16 @@ def test_system_beside_messages_is_a_system_turn(jsonl: Write) -> None:
     assert len(one(jsonl({**CHAT, "system": ""})).turns) == 2
 
 
-@pytest.mark.parametrize("arguments", [{"on": True}, '{"on": true}'])
 def test_a_switch_that_is_off_changes_nothing(jsonl: Write) -> None:
     lines: list[str] = []
     record = {"messages": [ASK, {**TOLD, "prefix": False}], "continue_final_message": False}
     assert len(read_samples(jsonl(record), notice=lines.append)) == 1
     assert not lines
-    with pytest.raises(UserError, match="'prefix' is True .* would change what the chat template writes"):
+    with pytest.raises(UserError, match=r"'prefix' is True .* would change what the chat template writes"):
         read_samples(jsonl({"messages": [ASK, {**TOLD, "prefix": True}]}))
 
 
+@pytest.mark.parametrize("arguments", [{"on": True}, '{"on": true}'])
 @pytest.mark.parametrize("tools", [[LAMP], '[{"type": "function", "function": {"name": "lamp", "parameters": {}}}]'])
 def test_tools_and_calls_go_to_the_template_as_objects(arguments: object, tools: object, jsonl: Write) -> None:
     call = {"type": "function", "id": "c1", "function": {"name": "lamp", "arguments": arguments}}
