@@ -51,6 +51,9 @@ class Letters:
         unknown = self.tokenizer.unk_token_id
         if unknown is None or unknown not in ids or self.tokenizer.unk_token in text:
             return
+        ids = self._ids(text)  # a tokenizer that puts BOS before each text may use that for unknown words, too (OPT)
+        if unknown not in ids:
+            return
         named = ""
         if self.tokenizer.is_fast:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

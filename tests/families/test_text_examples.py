@@ -275,6 +275,14 @@ def test_templates_that_cannot_be_split_are_refused(text_checkpoint: Path, name:
         by.check(sample)
 
 
+def test_a_token_before_each_text_that_stands_for_unknown_words_too(text_checkpoint: Path) -> None:
+    """OPT has one token for both."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(text_checkpoint, unk_token="<s>")
+    by = TextEncoder(AutoConfig.from_pretrained(text_checkpoint), tokenizer, "models/tiny")
+    by.check(text("One."))
+    assert tokens(by, by.example(text("One.")).input_ids) == ["<s>", *"One.", "</s>"]
+
+
 TOOLS = [{"name": "lamp"}]
 CALL = {"type": "function", "function": {"name": "lamp", "arguments": {"on": 1}}}
 THINKS = (
