@@ -36,7 +36,10 @@ def cause(
     damaged = _damaged(model)
     if damaged is not None:
         return damaged
-    guilty = [one for one in alone if not finite(one)]
+    try:
+        guilty = [one for one in alone if not finite(one)]
+    except ValueError:  # BatchNorm takes no single value per channel in training
+        alone, guilty = (), []
     suspect = guilty[0] if guilty else batch
     found = [_samples(batch, alone, guilty), *_inputs(suspect)]
     with _first_place(model) as place:

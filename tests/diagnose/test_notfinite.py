@@ -177,3 +177,22 @@ def test_a_gradient_that_is_not_finite_under_a_loss_that_is(family: Scored) -> N
     assert found.endswith(
         "going back, the first gradient that is not finite is that of what 'attention' gives (float32)"
     )
+
+
+class Norm(nn.Module):
+    """Takes the mean over a batch, which must be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        made: Tensor = Root()(hidden + self.norm(hidden.mean(1))[:, None])
+        return made
+
+
+def test_a_model_that_takes_no_sample_alone(family: Scored) -> None:
+    found = said(family, Norm())
+    assert found.startswith(
+        "its loss is finite, and its gradient is not: in the batch of the samples a, b; all weights and inputs are"
+    )
