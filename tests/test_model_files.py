@@ -1,5 +1,6 @@
 """The files of a whole model: what is read back is compared with the weights in memory, all of it, under any names."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,4 +134,10 @@ def test_only_a_models_own_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 7}')
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is damaged"):
+        tensors_of(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing, or no plain file"):
         tensors_of(tmp_path)

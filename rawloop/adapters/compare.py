@@ -27,6 +27,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     files = _weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file")
+    odd = next((file for file in files if not file.is_file()), None)
+    if odd is not None:  # a pipe would be waited for
+        raise CheckpointError(f"{odd} is missing, or no plain file")
     try:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:
