@@ -94,7 +94,7 @@ class Lines:
             self.torn = _cut_torn_tail(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise RawloopError(f"cannot write {path}: {error.strerror}") from error
+            raise RawloopError(f"cannot write {path}: {error.strerror or error}") from error
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write one object as one line, whole or not at all.

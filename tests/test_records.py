@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pty
 import resource
 import sys
@@ -173,7 +174,11 @@ def test_a_full_disk_leaves_whole_lines_only(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_a_named_failure(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(RawloopError, match=r"cannot write .*metrics\.jsonl"):
+    with pytest.raises(RawloopError, match=r"cannot write .*metrics\.jsonl: Is a directory"):
+        make(tmp_path)
+    (tmp_path / "metrics.jsonl").rmdir()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(RawloopError, match=r"cannot write .*metrics\.jsonl: .*not seekable"):
         make(tmp_path)
 
 
