@@ -160,5 +160,8 @@ def found_out(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) 
     else:
         more = ", or take a mode of more range than FP16 (bf16, fp32)" if fp16 else ""
         advice = f"{samples} for what is not finite or too large in them{more}"
+        names = [name for name, b in model.named_buffers() if id(b) in fresh and not bool(b.isfinite().all())]
+        if what == "buffers" and names:
+            advice = f"if the model came with {names[0]} so, begin with another one; else {advice}"
     healthy = {"loss": "weights are finite, its losses", "norm": "weights and losses are finite, the gradients"}
     return f"The model's {healthy.get(what, 'weights and losses are finite, the buffers that move')} are not: {advice}"
