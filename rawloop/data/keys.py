@@ -75,11 +75,11 @@ OTHER_REFERENCES = dict.fromkeys(
     _words(
         """
         prompt_audio prompt_text prompt_wav prompt_speech reference_audio reference_text ref_wav ref_wav_text
-        reference_audio_file reference_transcript ref_audio_path ref_offset ref_duration
+        reference_audio_file reference_transcript ref_audio_path
         """
     ),
     RENAME_REFERENCE,
-)
+) | dict.fromkeys(("ref_offset", "ref_duration"), "cut this part of the reference clip out, into a file of its own")
 OTHER_CLIPS = dict.fromkeys(
     _words("audio audio_path audio_filepath audio_filename wav wav_path"), "call the clip that is learnt 'audio_file'"
 )

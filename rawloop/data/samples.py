@@ -57,7 +57,7 @@ def read_samples(
     repeated: Counter[str] = Counter()
     with _no_collection():
         for record in read_records(file, keys):
-            reader = readers[next(key for key in SAMPLE_KEYS if key in record.values)]
+            reader = readers[_kind(record)]
             if trained_mark(record, record.values, "") is False:
                 record.fail("it says of itself that it is not trained: take the record out")
             samples.append(reader.sample(record, _identity(record, seen, repeated)))
@@ -128,6 +128,12 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _kind(record: Record) -> str:
+    """Return the key that says what a record is: the first with a value, as tables write null for absent ones."""
+    present = [key for key in SAMPLE_KEYS if key in record.values]
+    return next((key for key in present if record.values[key] is not None), present[0])
 
 
 def _identity(record: Record, seen: dict[str, str], repeated: Counter[str]) -> str:

@@ -77,6 +77,10 @@ def one(path: Path, **options: Any) -> Sample:
             r"'transcript' is 'Hi.' \(str\) and 'text' is 'Ho.' \(str\), which should be the same",
         ),
         ({**CLIP, "ref_audio": "a.wav", "ref_audio_file": "b.wav", "ref_text": "x"}, "'ref_audio_file' is 'b.wav'"),
+        (
+            {**CLIP, "ref_audio_file": "b.wav", "ref_offset": 1.5},
+            "'ref_offset' is 1.5 .*: cut this part of the reference",
+        ),
         ({**CLIP, "weight": 0}, "it says of itself that it is not trained"),
         (
             {**CLIP, "offset": -0.1, "duration": 1},
@@ -138,6 +142,15 @@ def test_system_beside_messages_is_a_system_turn(jsonl: Write) -> None:
     messages = [{"role": "system", "content": "Be brief."}, ASK, TOLD]
     assert one(jsonl({"messages": messages, "system": "Be brief."})).turns.count(turn) == 1
     assert len(one(jsonl({**CHAT, "system": ""})).turns) == 2
+
+
+def test_null_is_written_for_what_a_record_has_not(jsonl: Write) -> None:
+    (chat,) = read_samples(jsonl({"messages": [ASK, TOLD], "audio_file": None, "text": None}))
+    (clip,) = read_samples(jsonl({"messages": None, **CLIP, "text": None}))
+    (plain,) = read_samples(jsonl({"messages": None, "audio_file": None, "text": "T"}))
+    assert [sample.turns[-1].role for sample in (chat, clip, plain)] == ["assistant", "assistant", "text"]
+    with pytest.raises(UserError, match="'messages' is None"):
+        read_samples(jsonl({"messages": None}))
 
 
 def test_a_switch_that_is_off_changes_nothing(jsonl: Write) -> None:
