@@ -92,8 +92,11 @@ def check_node(node: yaml.Node | None, source: str, counter: Iterator[int] | Non
         raise UserError(f"{place}: more than {MOST:,} values, aliases (*) counted as what they stand for: write fewer")
     if node.tag not in JSON_TYPES:
         raise UserError(f"{place} has a value of type {node.tag.rpartition(':')[2]}: settings have JSON's types")
-    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and OCTAL.fullmatch(node.value):
-        raise UserError(f"{place}: YAML reads {node.value} as an octal number: write it without the leading 0")
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
+        if OCTAL.fullmatch(node.value):
+            raise UserError(f"{place}: YAML reads {node.value} as an octal number: write it without the leading 0")
+        if ":" in node.value:
+            raise UserError(f"{place}: YAML reads {node.value} as a number to base 60: write it in tens, or in quotes")
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             check_node(item, source, counter)

@@ -335,6 +335,8 @@ def test_what_no_key_takes_is_refused_in_a_line(write: Callable[..., Path], key:
         ('output: "a\\0b"', "output is 'a\\x00b' (from FILE): it has characters that no text has"),
         ('output: "\\ud800"', "output is '\\ud800' (from FILE): it has characters that no text has"),
         ("seed: 010", "FILE line 1: YAML reads 010 as an octal number"),
+        ("train: {max_steps: 1:30}", "FILE line 1: YAML reads 1:30 as a number to base 60"),
+        ("optim: {lr: 1:30.5}", "FILE line 1: YAML reads 1:30.5 as a number to base 60"),
         ("seed: !!int x", "FILE is not valid YAML: invalid literal"),
         ("output: !!timestamp x", "FILE line 1 has a value of type timestamp"),
         ("seed: true", "seed is 'True' (from FILE): it must be a whole number"),

@@ -17,7 +17,7 @@ def run(argv: list[str]) -> None:
 
     Raises:
         UserError: the folder is neither a run nor a checkpoint (exit code 2).
-        CheckpointError: a checkpoint is damaged, or cannot be read (exit code 1).
+        CheckpointError: a checkpoint is damaged or cannot be read, or there is none (exit code 1).
     """
     parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
     parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
@@ -35,6 +35,8 @@ def run(argv: list[str]) -> None:
     whole = len(counts.get("whole", []))
     if wrong:
         raise CheckpointError(f"{', '.join(wrong)}, {whole} whole")
+    if not whole:
+        raise CheckpointError("there is no whole checkpoint yet, so that nothing was verified")
     print(f"{whole} whole, none damaged", flush=True)
 
 

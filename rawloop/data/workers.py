@@ -98,7 +98,7 @@ def items(loader: DataLoader[Any]) -> Iterator[Any]:
         raise RawloopError(f"data.num_workers is {loader.num_workers}, which cannot be started: {error}") from error
     finally:
         # torch raises a worker's end wherever the main thread stands, in a step of other samples; asked, it knows too.
-        if threading.current_thread() is threading.main_thread():
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)
     try:
         yield from iterator

@@ -105,10 +105,15 @@ def test_what_is_no_run_is_refused(door: Door, run: Path, tmp_path: Path) -> Non
     assert door("verify").code == 2
 
 
-def test_a_run_that_has_saved_nothing_yet_is_whole(door: Door, tmp_path: Path) -> None:
+def test_of_a_run_that_has_saved_nothing_yet_nothing_is_verified(door: Door, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
+    said = "rawloop verify: there is no whole checkpoint yet, so that nothing was verified\n"
     done = door("verify", tmp_path)
-    assert (done.code, done.out.splitlines()[-1]) == (0, "0 whole, none damaged")
+    assert (done.code, done.err) == (1, said)
+    (tmp_path / "checkpoints" / ".tmp-step-00000001").mkdir(parents=True)
+    done = door("verify", tmp_path)
+    assert (done.code, done.err) == (1, said)
+    assert "unfinished" in done.out
 
 
 def test_a_slot_that_is_deleted_or_replaced_meanwhile_is_not_damaged(
