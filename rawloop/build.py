@@ -185,8 +185,8 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     eval_samples = load_samples(config, family, cache, "eval", note) if config.evaluation.enabled else []
     if same := shared(train_samples, eval_samples):
         note(
-            f"data.eval: {same} of its {len(eval_samples)} samples are trained, too: eval_loss says the less about "
-            "unseen data; keep the two apart"
+            f"data.eval: {same} of its {len(eval_samples)} samples are also trained on: for these eval_loss "
+            "does not measure unseen data; keep the two sets apart"
         )
     plan = BatchPlan(
         num_samples=len(train_samples),

@@ -110,8 +110,8 @@ def test_unknown_keys_and_samples_of_both_sets_are_said_and_recorded(
     assert done.code == 0, done.err
     lines = [
         f"{path}: keys that nothing reads: 'mood' {len(records)} times (data.strict: true refuses them)",
-        f"data.eval: {len(records)} of its {len(records)} samples are trained, too: eval_loss says the less about "
-        "unseen data; keep the two apart",
+        f"data.eval: {len(records)} of its {len(records)} samples are also trained on: for these eval_loss "
+        "does not measure unseen data; keep the two sets apart",
     ]
     warnings = [event["reason"] for event in read_events(tmp_path / "run") if event["kind"] == "warning"]
     assert warnings == [lines[0], lines[0], lines[1]]
