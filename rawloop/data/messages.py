@@ -14,7 +14,7 @@ from rawloop.data import speech
 from rawloop.data.config import DataConfig
 from rawloop.data.keys import AUDIO_PART, CHAT, FIELDS, MARKS, MESSAGE, TEXT_PART, KeyCheck, clip_path, trained_mark
 from rawloop.data.metadata import MULTI, SINGLE
-from rawloop.data.record import Files, Record, parse_json, show
+from rawloop.data.record import Files, Record, parse_json, quoted, show
 from rawloop.errors import nearest
 
 ROLES = ("system", "scene", "user", "assistant", "tool")
@@ -124,7 +124,7 @@ def _path(item: dict[str, Any], record: Record, place: str) -> str:
     if not given or not all(isinstance(path, str) for path in given.values()):
         record.fail(f"{place} has an audio part without a path: {show(item)}: add 'path' with a string")
     if len(set(given.values())) > 1:
-        named = " and ".join(f"'{key}' is '{path}'" for key, path in given.items())
+        named = " and ".join(f"'{key}' is {quoted(path)}" for key, path in given.items())
         record.fail(f"{place} has an audio part in which {named}: name one file")
     return str(next(iter(given.values())))
 

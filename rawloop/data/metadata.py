@@ -12,7 +12,7 @@ from typing import Any
 from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data.config import DataConfig
 from rawloop.data.keys import CLIP, REFERENCE, KeyCheck, clip_path
-from rawloop.data.record import Files, Record, show
+from rawloop.data.record import Files, Record, quoted, show
 from rawloop.errors import UserError, nearest
 from rawloop.hashing import read_text
 
@@ -166,11 +166,11 @@ def _transcript(record: Record, files: Files) -> str:
     try:
         text = read_text(files.resolve(name, record)).strip()
     except UnicodeDecodeError as error:
-        record.fail(f"transcript_file '{name}' is not UTF-8 (byte {error.start}): convert it to UTF-8")
+        record.fail(f"transcript_file {quoted(name)} is not UTF-8 (byte {error.start}): convert it to UTF-8")
     except OSError as error:
-        record.fail(f"transcript_file '{name}' cannot be read: {error.strerror}")
+        record.fail(f"transcript_file {quoted(name)} cannot be read: {error.strerror}")
     if not text:
-        record.fail(f"transcript_file '{name}' is empty: write the words that the clip speaks into it")
+        record.fail(f"transcript_file {quoted(name)} is empty: write the words that the clip speaks into it")
     return text
 
 

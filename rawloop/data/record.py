@@ -24,7 +24,7 @@ class Record:
 
     def __str__(self) -> str:
         name = next((self.values[key] for key in ("id", "audio_id") if self.values.get(key) not in (None, "")), None)
-        return f"{self.file} {self.place}" + ("" if name is None else f" (id {name!r})")
+        return f"{self.file} {self.place}" + ("" if name is None else f" (id {quoted(name)})")
 
     def fail(self, message: str) -> NoReturn:
         """Raise a UserError that says where this record stands."""
@@ -103,6 +103,12 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def quoted(value: object) -> str:
+    """Return a value as Python writes it: on one line, and without its middle where it is longer than a path is."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
+
+
 def show(value: object) -> str:
     """Return a value's type and a short form of it, for messages."""
     text = repr(value)
@@ -142,12 +148,14 @@ class Files:
         except UnicodeEncodeError:
             encoded = b"\0"
         if b"\0" in encoded:
-            record.fail(f"{value!r} is no path: it holds a character that no file name has")
+            record.fail(f"{quoted(value)} is no path: it holds a character that no file name has")
         folder, name = os.path.split(path)
         if name in ("", ".", ".."):
-            record.fail(f"'{value}' is a folder: name a file")
+            record.fail(f"{quoted(value)} is a folder: name a file")
         if MARK in name:
-            record.fail(f"'{value}' has {MARK} in its name, which stands for a segment: give 'offset' and 'duration'")
+            record.fail(
+                f"{quoted(value)} has {MARK} in its name, which stands for a segment: give 'offset' and 'duration'"
+            )
         if folder not in self._folders:
             real = os.path.realpath(folder)
             self._folders[folder] = real, self._inside(real)
@@ -157,10 +165,10 @@ class Files:
             path = os.path.realpath(path)
             inside = self._inside(path)
             if self._is_link(path, value, record):
-                record.fail(f"'{value}' is a link that leads to itself")
+                record.fail(f"{quoted(value)} is a link that leads to itself")
         if not inside and not self.allow_outside:
             record.fail(
-                f"'{value}' leaves the data folder {self._base} (it is {path}): "
+                f"{quoted(value)} leaves the data folder {self._base} (it is {quoted(path)}): "
                 "move the file there, or allow it with --data.allow_outside true"
             )
         return Path(path)
@@ -169,7 +177,7 @@ class Files:
         """Raise a UserError that names the missing files, if there are any."""
         if not self.missing:
             return
-        named = "; ".join(f"'{value}' of {record}{self._hint(value)}" for value, record in self.missing[:5])
+        named = "; ".join(f"{quoted(value)} of {record}{self._hint(value)}" for value, record in self.missing[:5])
         count = len(self.missing)
         more = f" and {count - 5} more" if count > 5 else ""
         noun = "file is" if count == 1 else "files are"
@@ -202,9 +210,9 @@ class Files:
             self.missing.append((value, record))
             return False
         except OSError as error:
-            record.fail(f"'{value}' cannot be looked up: {error.strerror}")
+            record.fail(f"{quoted(value)} cannot be looked up: {error.strerror}")
         if stat.S_ISDIR(mode):
-            record.fail(f"'{value}' is a folder: name a file")
+            record.fail(f"{quoted(value)} is a folder: name a file")
         return stat.S_ISLNK(mode)
 
 
@@ -220,10 +228,10 @@ def local_path(value: str, record: Record) -> str:
     if scheme == "file":
         url = urlsplit(value)
         if url.netloc not in ("", "localhost"):
-            record.fail(f"'{value}' lies on another machine: copy the file and name it by its path")
+            record.fail(f"{quoted(value)} lies on another machine: copy the file and name it by its path")
         return unquote(url.path)
     if scheme == "data":
         record.fail("audio inside the data file (data: url) is not read: write it to a file and name it by its path")
     if value[len(scheme) :].startswith("://"):
-        record.fail(f"'{value}' is a remote file: download it first and name it by its path")
+        record.fail(f"{quoted(value)} is a remote file: download it first and name it by its path")
     return value

@@ -286,3 +286,14 @@ def test_a_depth_or_a_number_that_no_data_has(name: str, value: str, tmp_path: P
     file.write_text(value if value[0] == "[" else f'{{"samples": {value}}}')
     with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it holds a number or a depth that no data has"):
         read_samples(file)
+
+
+@pytest.mark.parametrize("name", ["two\nlines.flac", "a" * 5000])
+def test_a_path_of_any_kind_is_told_on_one_short_line(tmp_path: Path, name: str) -> None:
+    record = {"audio_file": name, "transcript": "Hello."}
+    (tmp_path / "metadata.json").write_text(json.dumps({"samples": [{"id": name, **record}]}))
+    with pytest.raises(UserError) as caught:
+        read_samples(tmp_path)
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    assert len(said) < 1500
