@@ -130,7 +130,8 @@ class NamedOptimizerState:
         if nameless:
             raise UserError(
                 f"{nameless} of the {len(held)} parameters that the optimizer trains are not among those that "
-                "NamedOptimizerState is told by name: hand in the named_parameters of the model that it trains"
+                "NamedOptimizerState is told by name: hand in the named_parameters of the model that it trains; under "
+                "a PrecisionPolicy hand in policy.named_parameters, and call policy.adopt(optimizer) before"
             )
         return {name: dict(state.get(parameter, {})) for name, parameter in names.items()}
 

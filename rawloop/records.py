@@ -187,8 +187,8 @@ class Records:
         RawloopError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, world: World, config: RecordsConfig) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path, world: World, config: RecordsConfig) -> None:
+        self.folder = Path(folder)
         self.world = world
         self.config = config
         self._metrics: Lines | None = None

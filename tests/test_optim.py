@@ -9,6 +9,7 @@ from torch.optim import AdamW
 
 from rawloop.errors import CheckpointError, UserError
 from rawloop.optim import NamedOptimizerState, OptimConfig, build_optimizer, lr_at, set_lr
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
 
 
 def model() -> nn.Module:
@@ -89,6 +90,20 @@ def test_an_optimizer_of_another_model_and_a_used_up_generator_are_refused() -> 
         NamedOptimizerState(optimizer, net.named_parameters())  # type: ignore[arg-type]
     with pytest.raises(UserError, match="it got Sequential and method"):
         NamedOptimizerState(net, net.named_parameters)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_of_masters_is_told_what_to_hand_in() -> None:
+    net = model()
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16"), torch.device("cpu"))
+    policy.prepare(net)
+    optimizer = AdamW(net.parameters())
+    policy.adopt(optimizer)
+    advice = r"under a PrecisionPolicy hand in policy.named_parameters, and call policy.adopt\(optimizer\) before"
+    with pytest.raises(UserError, match=advice):
+        NamedOptimizerState(optimizer, net.named_parameters).state_dict()
+    assert list(NamedOptimizerState(optimizer, policy.named_parameters).state_dict()) == [
+        name for name, _ in net.named_parameters()
+    ]
 
 
 def test_state_keeps_its_dtype() -> None:

@@ -37,6 +37,11 @@ class Parts:
     """
 
     def __init__(self, state: Mapping[str, Stateful | FolderState]) -> None:
+        if not isinstance(state, Mapping):
+            raise UserError(
+                f"the parts of a checkpoint are a {type(state).__name__}: hand in a dict of them by name, such as "
+                '{"model": model}'
+            )
         for name, part in state.items():
             wrong = _wrong_name(name, bool(getattr(part, "per_rank", False))) or _wrong_part(part)
             if wrong:
@@ -74,7 +79,7 @@ def _wrong_part(part: Any) -> str | None:
     if isinstance(part, Optimizer):
         return (
             f"{what}, whose state goes by position, not by name: hand in NamedOptimizerState(optimizer, named) of "
-            "rawloop.optim, where named() gives (name, parameter) of what it holds"
+            "rawloop.optim, where named() gives (name, parameter) of what it holds, such as model.named_parameters"
         )
     if isinstance(part, LRScheduler):
         return (

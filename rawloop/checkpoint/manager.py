@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from safetensors import SafetensorError
 
@@ -87,14 +88,14 @@ class CheckpointManager:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         config: CheckpointConfig,
         world: World,
         records: Records,
         state: Mapping[str, Stateful | FolderState],
         lock: RunLock | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder = Path(folder)
         self.config = config
         self.world = world
         self.records = records
@@ -188,15 +189,17 @@ class CheckpointManager:
         """Say that the state differs from what was saved or restored last, even if the step is still the same."""
         self._settled_step = -1
 
-    def save(self, step: int, *, meta: Mapping[str, Any] | None = None, unchanged: bool = False) -> Path:
+    def save(self, step: SupportsIndex, *, meta: Mapping[str, Any] | None = None, unchanged: bool = False) -> Path:
         """Write the checkpoint of `step`, then delete the oldest ones. Returns its folder.
 
         `meta` (JSON values) is kept with it and returned by `load`. `unchanged` says that the state is still the one
         that `save_best` has just stored, so that it need not be copied again.
 
         Raises:
+            UserError: `step` is not a whole number of 0 or more.
             CheckpointError: `max_failures` in a row could not be written; what was saved before is untouched.
         """
+        step = self._checked(step)
         slot = self._slot(step)
         marks = {"keep": True} if slots.is_kept(step, self.config.keep_every) else {}
         finish = partial(_rotate, self.folder, step, self.config)
@@ -213,14 +216,25 @@ class CheckpointManager:
         (max) values are better.
 
         Raises:
-            CheckpointError: see `save`; the previous best is untouched.
+            UserError, CheckpointError: see `save`; the previous best is untouched.
         """
-        step, value = int(step), float(value)
+        step, value = self._checked(step), float(value)
         assert math.isfinite(value), f"{metric_name} is {value} at step {step}: that is never the best"
         best = {"metric": metric_name, "mode": mode, "value": value, "step": step}
         slot = self.folder / slots.BEST
         self._store(slot, step, {**(meta or {}), "best": best}, partial(_note_best, self.folder))
         return slot
+
+    def _checked(self, step: SupportsIndex) -> int:
+        """The step as Python's own number, of numpy's or a tensor's too."""
+        try:
+            number = index(step)
+        except TypeError:
+            number = -1
+        if number < 0:
+            reason = f"the step of a checkpoint is {step!r}: it must be a whole number from 0 on"
+            raise self.world.alike(UserError(reason))
+        return number
 
     def _store(
         self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]], unchanged: bool = False
@@ -353,13 +367,14 @@ class CheckpointManager:
     def load(self, which: str | Path = "latest") -> Restored:
         """Restore every part from `latest`, the newest whole checkpoint of this run, or from the folder of a slot.
 
-        Every rank verifies every file. A damaged slot is passed over for an older one on all ranks together, each
-        with an event, but one that was asked for by its path is an error.
+        It waits for saves under way. Every rank verifies every file. A damaged slot is passed over for an older one on
+        all ranks together, each with an event, but one that was asked for by its path is an error.
 
         Raises:
             UserError: there is no checkpoint, or no such folder.
-            CheckpointError: no checkpoint is whole, or it does not hold exactly the parts of this run.
+            CheckpointError: no checkpoint is whole, it does not hold exactly the parts of this run, or see `poll`.
         """
+        self.world.together(self.settle, only_main=True)  # else the slot of a save under way is the one before it
         return self.restore(choose(self.folder, which, self.world))
 
     def restore(self, chosen: Chosen) -> Restored:

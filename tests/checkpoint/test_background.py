@@ -132,6 +132,19 @@ def test_a_step_that_is_saved_again_is_saved_as_it_is_now(saving: Saving) -> Non
         assert torch.equal(saving.weights.tensor, torch.full((1000,), 2.0))
 
 
+def test_loading_waits_for_the_saves_under_way(saving: Saving) -> None:
+    for value in (1, 2):  # of one step: the slot of the first save is there, whole, while the second is written
+        saving.weights.tensor.fill_(value)
+        saving.gate.open = threading.Event()
+        timer = threading.Timer(0.3, saving.gate.open.set)
+        saving.manager.save(1)
+        timer.start()
+        saving.weights.tensor.fill_(9)
+        assert saving.manager.load().step == 1
+        assert torch.equal(saving.weights.tensor, torch.full((1000,), float(value)))
+        timer.join()
+
+
 def test_a_save_waits_for_the_one_before(saving: Saving) -> None:
     saving.manager.save(1)
     timer = threading.Timer(0.3, saving.gate.open.set)

@@ -214,6 +214,33 @@ def test_a_value_that_is_not_finite_is_never_written_as_the_best(tmp_path: Path)
         manager.save_best(1, "eval_loss", math.nan)
 
 
+@pytest.mark.parametrize("step", [-1, 1.5, "7", None, torch.tensor(2.0)])
+def test_a_step_that_is_none_is_refused(tmp_path: Path, step: Any) -> None:
+    with opened(tmp_path) as manager:
+        for save in (manager.save, lambda step: manager.save_best(step, "eval_loss", 1.0)):
+            with pytest.raises(UserError, match=r"the step of a checkpoint is .*: it must be a whole"):
+                save(step)
+    assert names(tmp_path) == []
+
+
+def test_a_step_may_be_a_number_of_numpy_or_torch_and_a_folder_a_str(tmp_path: Path) -> None:
+    with Records(str(tmp_path), World(), RecordsConfig()) as records:
+        manager = CheckpointManager(str(tmp_path), CheckpointConfig(), World(), records, parts())
+        steps: list[Any] = [np.int64(2), torch.tensor(3)]
+        for step in steps:
+            manager.save(step)
+        assert manager.load().step == 3
+        manager.close()
+    assert names(tmp_path) == ["step-00000003", "step-00000002"]
+
+
+@pytest.mark.parametrize(("state", "kind"), [([nn.Linear(1, 1)], "list"), (nn.Linear(1, 1), "Linear")])
+def test_parts_without_names_are_refused(tmp_path: Path, state: Any, kind: str) -> None:
+    message = f"the parts of a checkpoint are a {kind}: hand in a dict of them by name"
+    with pytest.raises(UserError, match=message), opened(tmp_path, state):
+        pass
+
+
 def test_damaged_checkpoints_are_passed_over_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with opened(tmp_path, keep_last=0) as manager:
         for step in (1, 2, 3):
