@@ -93,7 +93,8 @@ def check_resume(folder: Path, resume: str) -> None:
     Raises:
         UserError: the checkpoint is of another run than the one in the output folder.
     """
-    if resume != "latest" and not is_inside(folder, resume) and find_slots(folder):
+    there = resume != "latest" and Path(resume).expanduser().is_dir()  # `choose` refuses what is no folder
+    if there and not is_inside(folder, resume) and find_slots(folder):
         raise UserError(
             f"resume is '{resume}', a checkpoint of another run than the one in output '{folder}', whose best and "
             "later checkpoints it would replace: pass another --output, or go on with that run by --resume latest"

@@ -664,6 +664,8 @@ def test_a_checkpoint_of_another_run_does_not_replace_this_ones_best(base: RunCo
     other = str(tmp_path / "b" / "checkpoints" / "step-00000002")
     with pytest.raises(UserError, match="a checkpoint of another run than the one in output"):
         go(replace(base, output=str(tmp_path / "a"), resume=other))
+    with pytest.raises(UserError, match="resume is 'best', which is no folder: name a checkpoint's folder, such as"):
+        go(replace(base, output=str(tmp_path / "a"), resume="best"))
     go(replace(base, output=str(tmp_path / "c"), resume=other))
     assert weights(tmp_path / "c")
     assert '"step": 6' in (tmp_path / "c" / "best.json").read_text()

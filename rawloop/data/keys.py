@@ -279,4 +279,5 @@ def _seconds(record: Record, values: Mapping[str, Any], place: str, keys: tuple[
 
 @lru_cache(maxsize=1024)
 def _misspelt(key: str, known: frozenset[str]) -> list[str]:
-    return get_close_matches(key, known, n=1, cutoff=TYPO)
+    swapped = [name for name in known if name[0] == key[:1] and sorted(name) == sorted(key)]  # 'wieght' has only 0.83
+    return swapped or get_close_matches(key, known, n=1, cutoff=TYPO)

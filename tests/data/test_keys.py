@@ -38,6 +38,7 @@ def one(path: Path, **options: Any) -> Sample:
     [
         ({**CHAT, "images": ["a.png"]}, r"'images' is \['a.png'\] \(list\): no family of rawloop sees images"),
         ({**CHAT, "start_indx": 0}, r"'start_indx' is no key \(did you mean 'start_index'\?\): rename it"),
+        ({**CHAT, "wieght": 0}, r"'wieght' is no key \(did you mean 'weight'\?\): rename it"),
         ({**CHAT, "tool": [LAMP], "tols": []}, r"'tool' is no key \(did you mean 'tools'\?\)"),
         ({**CHAT, "offset": 0.5}, r"'offset' is 0.5 \(float\): put the times of a segment into its audio part"),
         ({**CHAT, "audio_file": "a.wav"}, "'audio_file' is 'a.wav' .* names its clips there or in 'audios'"),
