@@ -266,12 +266,12 @@ class LossModule(nn.Module):
         """Score one micro-batch that is on the model's device.
 
         Raises:
-            UserError: a stream that has targets got no loss, or parts without targets of their own.
+            UserError: a stream that has targets got no loss, or something that is no `StreamLoss`.
         """
         losses = self.losses(self.model, batch)
         for stream, count in batch.targets.items():
             scored = losses.get(stream) if isinstance(losses, Mapping) else None
-            total = getattr(scored, "total", None)
+            total = getattr(scored, "total", scored)
             if count and not isinstance(total, torch.Tensor):
                 given = f"losses for {list(losses)}" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
                 raise UserError(
@@ -281,15 +281,27 @@ class LossModule(nn.Module):
                     "not know returns a loss of None"
                 )
         for stream, loss in losses.items():
+            wrong = _fault_of(loss)
+            if wrong:
+                raise UserError(f"the family's `losses` gave {wrong} for the stream '{stream}'")
             if "/" in stream:
                 raise UserError(f"a stream is called '{stream}': names with a / are those of parts, such as audio/0")
-            parts, counts = 0 if loss.parts is None else len(loss.parts), len(loss.part_targets)
-            if parts != counts:
-                raise UserError(
-                    f"the stream '{stream}' has {parts} parts and {counts} part_targets: the family's `losses` must "
-                    "return one number of targets for each part"
-                )
         return losses
+
+
+def _fault_of(loss: Any) -> str | None:
+    """What is wrong with what a family gave as the loss of a stream, if anything is."""
+    if not isinstance(loss, StreamLoss):
+        return f"a {type(loss).__name__}, and no StreamLoss(total, targets),"
+    if loss.total is not None and loss.total.numel() != 1:
+        return f"a total of shape {tuple(loss.total.shape)}, where one number is needed,"
+    counts = [loss.targets, *loss.part_targets]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return f"the target counts {counts}, which must be Python ints of 0 or more,"
+    parts = 0 if loss.parts is None else len(loss.parts)
+    if parts != len(loss.part_targets):
+        return f"{parts} parts and {len(loss.part_targets)} part_targets"
+    return None
 
 
 def bare_module(module: nn.Module) -> nn.Module:

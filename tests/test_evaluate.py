@@ -423,7 +423,7 @@ def test_streams_and_weights_that_do_not_meet_are_refused(weights: dict[str, flo
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"a": (1.0, 1, [1.0, 2.0], (1,))}, r"'a' has 2 parts and 1 part_targets"),
+        ({"a": (1.0, 1, [1.0, 2.0], (1,))}, r"2 parts and 1 part_targets for the stream 'a'"),
         ({"a": (1.0, 1), "a/0": (1.0, 1)}, r"a stream is called 'a/0'"),
     ],
 )
@@ -449,3 +449,18 @@ def test_it_is_due_at_the_start_at_every_multiple_and_at_the_end() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match=f"evaluation.{next(iter(wrong))}"):
         EvaluationConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.tensor(1.0), r"gave a Tensor, and no StreamLoss\(total, targets\), for the stream 'a'"),
+        (StreamLoss(torch.ones(2), 2), r"gave a total of shape \(2,\), where one number is needed, for"),
+        (StreamLoss(torch.tensor(1.0), -2), r"gave the target counts \[-2\], which must be Python ints of 0 or more"),
+        (StreamLoss(torch.tensor(1.0), torch.tensor(2)), r"target counts \[tensor\(2\)\], which must be Python ints"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_loss_of_a_stream_is_named(given: Any, message: str) -> None:
+    module = LossModule(nn.Identity(), lambda model, batch: {"a": given})
+    with pytest.raises(UserError, match=message):
+        module(Batch({}, {}, {"a": 2}, ["x"]))

@@ -114,14 +114,9 @@ class Report:
         return [*self.label_warnings(), *self.loss_warnings()]
 
     def label_warnings(self) -> list[str]:
-        """Samples from which nothing is learnt, prompts that are, and tokens that no sample has."""
+        """Samples from which nothing is learnt, and prompts that are."""
         found = []
-        silent, prompts, unseen = self.census.silent, self.census.prompts(), self.census.unseen()
-        if unseen:
-            found.append(
-                f"none of the {self.census.samples} samples that were looked at has {', or '.join(unseen)}: whether it "
-                "is learnt was not judged; look at a sample that has it with `rawloop inspect --sample ID`"
-            )
+        silent, prompts = self.census.silent, self.census.prompts()
         if silent:
             found.append(
                 f"{len(silent)} of {self.census.samples} samples have no target in any stream, so that nothing is "
@@ -171,7 +166,7 @@ class Report:
         unseen = self.census.unseen()
         census = "; ".join(
             [f"missing among the targets: {'; '.join(missing)}"] * bool(missing)
-            + [f"not judged, as no sample has it: {'; '.join(unseen)}"] * bool(unseen)
+            + [f"not judged, as no sample that was looked at needs it: {'; '.join(unseen)}"] * bool(unseen)
         )
         census = census or "every required token is a target"
         loss = [f"{v.name} {v.loss:.4f} {v.kind}" for v in self.verdicts if "/" not in v.name]
