@@ -127,12 +127,7 @@ def read_losses(
     scored: dict[int, dict[str, StreamLoss]] = {}
     with undisturbed(module, training=False), torch.no_grad():
         for batch in batches:
-            with looking_at(batch.ids):
-                losses = scored[id(batch)] = passes.losses(batch)
-                own = _of_batch(losses, batch)
-                for stream in (s for s in family.streams if s in own and not readings[s].not_finite):
-                    if not math.isfinite(own[stream].nats):
-                        own[stream].not_finite = passes.why_not_finite(batch, stream)
+            scored[id(batch)], own = _scored(passes, batch, readings)
             for name, reading in own.items():
                 readings[name] = readings.get(name, Reading()) + reading
         first = {stream: next((b for b in batches if b.targets.get(stream)), None) for stream in family.streams}
@@ -145,13 +140,25 @@ def read_losses(
             for name, said in disagreements(scored[id(batch)], logits, batch, passes.eps()).items():
                 readings[name].mismatch = said
     with undisturbed(module, training=True):
-        for stream, seen in first.items():
-            if seen is not None and not readings[stream].not_finite:
-                with looking_at(seen.ids):
-                    none, not_finite = passes.gradient(seen, stream)
-                for name in _names(readings, stream):
-                    readings[name] = replace(readings[name], gradient=none, not_finite=not_finite)
+        for stream, seen in [(s, b) for s, b in first.items() if b is not None and not readings[s].not_finite]:
+            with looking_at(seen.ids):
+                none, not_finite = passes.gradient(seen, stream)
+            for name in _names(readings, stream):
+                readings[name] = replace(readings[name], gradient=none, not_finite=not_finite)
     return {name: readings[name] for stream in family.streams for name in _names(readings, stream)}
+
+
+def _scored(
+    passes: "Passes", batch: Batch, readings: Mapping[str, Reading]
+) -> tuple[dict[str, StreamLoss], dict[str, Reading]]:
+    """Return a batch's losses, and what they say; why one is not finite is looked for once in a stream."""
+    with looking_at(batch.ids):
+        losses = passes.losses(batch)
+        own = _of_batch(losses, batch)
+        for stream in (s for s in passes.family.streams if s in own and not readings[s].not_finite):
+            if not math.isfinite(own[stream].nats):
+                own[stream].not_finite = passes.why_not_finite(batch, stream)
+    return losses, own
 
 
 @dataclass

@@ -74,12 +74,14 @@ def test_how_many_of_a_thousand_weights_one_step_ruins(size: float, ruined: int)
     assert (broken[torch.bfloat16], broken[torch.float32]) == (0, 0)
 
 
-@pytest.mark.parametrize(("adam", "times"), [({"eps": 1e-6}, 30), ({"fused": True}, 12)])
+@pytest.mark.parametrize(("adam", "times"), [({"eps": 1e-6}, 40), ({"fused": True}, 12)])
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 def test_what_hides_the_nan_is_another_learning_rate(
     llama: Callable[..., Any], loss_of: Loss, adam: dict[str, Any], times: float
 ) -> None:
-    exact = Pure(llama(), loss_of, steps=120)
-    hidden = Pure(llama(torch.float16), loss_of, steps=120, **adam)
+    with torch.backends.mkldnn.flags(enabled=False):  # it sums in FP16 where the CPU can, which is another experiment
+        exact = Pure(llama(), loss_of, steps=120)
+        hidden = Pure(llama(torch.float16), loss_of, steps=120, **adam)
     assert hidden.moved > times * exact.moved
     assert hidden.losses[-1] > exact.losses[-1] + 0.1  # and it has learnt less
 
