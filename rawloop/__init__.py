@@ -17,7 +17,7 @@ _HOME = {
     "Evaluator": "rawloop.evaluate",
     "Family": "rawloop.contracts",
     "Labels": "rawloop.contracts",
-    "LossModule": "rawloop.dist",
+    "LossModule": "rawloop.losses",
     "PrecisionConfig": "rawloop.precision",
     "PrecisionPolicy": "rawloop.precision",
     "RawloopError": "rawloop.errors",

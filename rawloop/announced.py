@@ -8,8 +8,9 @@ from torch.optim import Optimizer
 
 from rawloop.config import RunConfig
 from rawloop.contracts import Family
-from rawloop.dist import LossModule, bare_module
+from rawloop.dist import unwrap_ddp
 from rawloop.errors import RawloopError, UserError
+from rawloop.losses import LossModule
 from rawloop.precision import PrecisionPolicy
 from rawloop.precision.modes import DTYPES, MODES
 
@@ -37,7 +38,7 @@ def announce(
     Raises:
         RawloopError: other weights are trained than the policy steps and the optimizer holds, or in another dtype.
     """
-    wrapped = bare_module(module)
+    wrapped = unwrap_ddp(module)
     assert isinstance(wrapped, LossModule)
     named = dict(wrapped.model.named_parameters())
     trained = {name: weight for name, weight in named.items() if weight.requires_grad}

@@ -235,7 +235,7 @@ def settle_moves(model: nn.Module, moves: Moves, world: "World", watch: bool) ->
     if refused:
         name, why = next(iter(refused.items()))
         more = f" ({len(refused)} such buffers: {', '.join(list(refused)[:5])})" if len(refused) > 1 else ""
-        raise world.alike(
+        raise world.raised_on_all(
             UserError(
                 f"training moves the buffer {name}, which {why}{more}: no checkpoint could hold it, and eval_loss "
                 "would depend on the batches before; register it in __init__ with its final shape and "

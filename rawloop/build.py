@@ -40,13 +40,14 @@ from rawloop.data.samples import named, read_samples, shared, usable
 from rawloop.data.shards import heard_at
 from rawloop.diagnose import Report, run_checks
 from rawloop.diagnose.undisturbed import undisturbed
-from rawloop.dist import DDPConfig, LossModule, World, settle_unused
+from rawloop.dist import DDPConfig, World
 from rawloop.errors import BadSample, LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families import load_family
 from rawloop.families.clock import check_repeatable, clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
+from rawloop.losses import LossModule
 from rawloop.meter import Meter
 from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
 from rawloop.precision import PrecisionPolicy, preflight
@@ -54,6 +55,7 @@ from rawloop.preempt import Preemption
 from rawloop.records import Records, check_packages
 from rawloop.resume import Claim, claim, restore, stored_precision
 from rawloop.seed import RngState, seed_all
+from rawloop.unused import decide_find_unused
 
 Say = Callable[[str], None]
 HEARD_RATE = 16_000  # Hz at which clips are looked at for a family that does not say at which it hears them
@@ -89,7 +91,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
 def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed: Claim) -> Run:
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
     precision = world.from_main(stored_precision(claimed.slot))
-    ready = world.together(partial(_prepare_run, config, world, say, precision))
+    ready = world.on_all_ranks(partial(_prepare_run, config, world, say, precision))
     assert ready is not None
     ready.contents.check_ranks(ready.base, world)
     modes = world.gather(ready.policy.name)
@@ -101,12 +103,12 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     ready.module.train()
     trial = preflight(ready.policy, ready.first_loss)
     say(f"precision: {ready.policy.name} ({ready.policy.reason})")
-    ddp, notice = settle_unused(config.ddp, world, trial.unused)
+    ddp, notice = decide_find_unused(config.ddp, world, trial.unused)
     buffers = settle_moves(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say) if claimed.slot is None else None
     if not claimed.beginning.restarted:  # from here on something of the run stands in its folder
-        world.together(partial(mark_launch, folder, world, "claimed"), only_main=True)
+        world.on_all_ranks(partial(mark_launch, folder, world, "claimed"), only_main=True)
     run = _assemble(config, folder, world, ready, ddp, claimed.lock, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
     moving = in_words(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
@@ -116,7 +118,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
         say(announce(config, ready.family, run.module, run.policy, run.optimizer))
         restore(run, config, claimed, say)
         if report is not None:
-            world.together(partial(report.record, run.records), only_main=True)
+            world.on_all_ranks(partial(report.record, run.records), only_main=True)
     except BaseException:
         run.close()
         raise
@@ -243,8 +245,8 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
     report = _report(config, world, ready)
     say(report.text())
     if report.problems():
-        world.together(partial(report.write_census, folder), only_main=True)
-        world.together(report.stop_if_wrong, only_main=True)
+        world.on_all_ranks(partial(report.write_census, folder), only_main=True)
+        world.on_all_ranks(report.stop_if_wrong, only_main=True)
     return report
 
 
@@ -259,7 +261,7 @@ def check_run(config: RunConfig, world: World) -> Report:
         UserError: anything in config, data or model that cannot work.
     """
     check_settings_of_ranks(config, world)
-    ready = world.together(partial(_prepare_run, config, world, lambda line: None, None))
+    ready = world.on_all_ranks(partial(_prepare_run, config, world, lambda line: None, None))
     assert ready is not None
     ready.contents.check_ranks(ready.base, world)
     ready.module.train()

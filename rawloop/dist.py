@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rawloop.contracts import Batch, Losses, StreamLoss
 from rawloop.errors import RawloopError, UserError
 from rawloop.waiting import Waiting
 
@@ -137,7 +136,7 @@ class World:
         """Return rank 0's value on every rank."""
         return self.gather(value)[0]
 
-    def together(self, work: Callable[[], T], only_main: bool = False) -> T | None:
+    def on_all_ranks(self, work: Callable[[], T], only_main: bool = False) -> T | None:
         """Run `work` on every rank (or on rank 0), then agree: an error on any rank is raised on all of them.
 
         No rank is left waiting in a collective for one that has failed.
@@ -162,11 +161,11 @@ class World:
         raised = error
         if raised is None or self.rank != rank:
             raised = kind(message if rank == 0 else f"rank {rank}: {message}")
-        raise self.alike(raised)
+        raise self.raised_on_all(raised)
 
-    def alike(self, error: E) -> E:
+    def raised_on_all(self, error: E) -> E:
         """Mark an error that all ranks raise alike: rank 0 alone tells it."""
-        error.speaks = self.is_main
+        error.is_reporter = self.is_main
         return error
 
     def check_equal(self, facts: Mapping[str, Any], advice: str = "start all processes alike") -> None:
@@ -189,9 +188,9 @@ class World:
                 found.append(f"rank {others[0]}{more} has {name} {values[others[0]]}, rank 0 has {values[0]}")
         if found:
             rest = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
-            raise self.alike(UserError(f"the ranks differ: {'; '.join(found[:3])}{rest}: {advice}"))
+            raise self.raised_on_all(UserError(f"the ranks differ: {'; '.join(found[:3])}{rest}: {advice}"))
 
-    def wrap(self, module: "LossModule", config: DDPConfig) -> nn.Module:
+    def wrap(self, module: nn.Module, config: DDPConfig) -> nn.Module:
         """Wrap `module` in DDP, or return it as it is in a single process."""
         if self.size == 1:
             return module
@@ -211,100 +210,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def settle_unused(config: DDPConfig, world: World, unused: list[str]) -> tuple[DDPConfig, str | None]:
-    """Decide on `find_unused_parameters` from what the first batch left unused on each rank. All ranks call this.
-
-    Args:
-        config: true, false or auto.
-        world: the ranks.
-        unused: names of the trained parameters that got no gradient on this rank.
-
-    Returns:
-        the config with true or false, and a sentence for the user if there is something to say.
-
-    Raises:
-        UserError: it is false, and DDP would wait for ever or let the ranks drift apart.
-    """
-    shares = world.gather(unused)
-    everywhere = [name for name in shares[0] if all(name in share for share in shares)]
-    partly = sorted({name for share in shares for name in share} - set(everywhere))
-    found = _unused_in_words(everywhere, "on any rank" if world.size > 1 else "") + _unused_in_words(
-        partly, "on some ranks"
-    )
-    if not found:
-        return replace(config, find_unused_parameters=config.find_unused_parameters is True), None
-    what = f"the first batch gives no gradient to {' and to '.join(found)}"
-    if config.find_unused_parameters is False and world.size > 1:
-        raise UserError(
-            f"ddp.find_unused_parameters is false, and {what}: DDP would wait for ever, or let the ranks drift apart. "
-            "Set it to true or auto, or freeze these weights (adapter.freeze)"
-        )
-    advice = "weights that no batch uses are never trained: freeze them (adapter.freeze), or check the data"
-    return replace(config, find_unused_parameters=True), f"{what}; {advice}"
-
-
-def _unused_in_words(names: list[str], where: str) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"{len(names)} trained weights{' ' if where else ''}{where} ({', '.join(names[:5])}{more})"]
-
-
-class LossModule(nn.Module):
-    """A model together with its loss: calling it with a batch gives every stream's `StreamLoss`.
-
-    This is what DDP wraps. DDP learns which parameters a step uses from what forward returns, so heads that are
-    applied while scoring must be inside.
-    """
-
-    def __init__(self, model: nn.Module, losses: Losses) -> None:
-        super().__init__()
-        self.model = model
-        self.losses = losses
-
-    def forward(self, batch: Batch) -> dict[str, StreamLoss]:
-        """Score one micro-batch that is on the model's device.
-
-        Raises:
-            UserError: a stream that has targets got no loss, or something that is no `StreamLoss`.
-        """
-        losses = self.losses(self.model, batch)
-        for stream, count in batch.targets.items():
-            scored = losses.get(stream) if isinstance(losses, Mapping) else None
-            total = getattr(scored, "total", scored)
-            if count and not isinstance(total, torch.Tensor):
-                given = f"losses for {list(losses)}" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
-                raise UserError(
-                    f"there is no loss for the {count} targets of the stream '{stream}': the family's `losses` gave "
-                    f"{given if scored is None else f'a total that is a {type(total).__name__}'}; it must return a "
-                    "StreamLoss with a tensor for each stream. A model that swallows labels under a name that it does "
-                    "not know returns a loss of None"
-                )
-        for stream, loss in losses.items():
-            wrong = _fault_of(loss)
-            if wrong:
-                raise UserError(f"the family's `losses` gave {wrong} for the stream '{stream}'")
-            if "/" in stream:
-                raise UserError(f"a stream is called '{stream}': names with a / are those of parts, such as audio/0")
-        return losses
-
-
-def _fault_of(loss: Any) -> str | None:
-    """What is wrong with what a family gave as the loss of a stream, if anything is."""
-    if not isinstance(loss, StreamLoss):
-        return f"a {type(loss).__name__}, and no StreamLoss(total, targets),"
-    if loss.total is not None and loss.total.numel() != 1:
-        return f"a total of shape {tuple(loss.total.shape)}, where one number is needed,"
-    counts = [loss.targets, *loss.part_targets]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
-        return f"the target counts {counts}, which must be Python ints of 0 or more,"
-    parts = 0 if loss.parts is None else len(loss.parts)
-    if parts != len(loss.part_targets):
-        return f"{parts} parts and {len(loss.part_targets)} part_targets"
-    return None
-
-
-def bare_module(module: nn.Module) -> nn.Module:
+def unwrap_ddp(module: nn.Module) -> nn.Module:
     """What DDP wraps, or the module itself where there is no DDP."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 

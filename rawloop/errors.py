@@ -16,7 +16,7 @@ class RawloopError(Exception):
     """A failure that rawloop can name: disk full, corrupt checkpoint, lost rank, diverged run."""
 
     exit_code = 1
-    speaks = True  # false on all ranks but one where all of them raise the same
+    is_reporter = True  # false on all ranks but one where all of them raise the same
 
 
 class UserError(RawloopError, ValueError):
@@ -74,9 +74,9 @@ class Preempted(RawloopError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
-    def __init__(self, message: str, speaks: bool = True) -> None:
+    def __init__(self, message: str, is_reporter: bool = True) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.is_reporter = is_reporter
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

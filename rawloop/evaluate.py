@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rawloop.buffers import unmoved
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import LossModule, World
+from rawloop.dist import World
 from rawloop.errors import Preempted, UserError, happening, nearest
+from rawloop.losses import LossModule
 from rawloop.preempt import agreed
 from rawloop.seed import preserved_rng
 
@@ -153,7 +154,7 @@ class Evaluator:
         """
         start = time.perf_counter()
         with _evaluation_mode(self.module), unmoved(self.module), torch.no_grad(), preserved_rng():
-            share = self.world.together(lambda: self._own_share(wanted))
+            share = self.world.on_all_ranks(lambda: self._own_share(wanted))
         assert share is not None
         shares = self.world.gather(share)
         stopped = agreed([share.stopped for share in shares])
@@ -200,7 +201,7 @@ class Evaluator:
                 counts[name] = counts.get(name, 0) + share_counts[name]
         problem = self._not_weighable(counts)
         if problem:
-            raise self.world.alike(UserError(problem))
+            raise self.world.raised_on_all(UserError(problem))
         means = {name: sums[name] / counts[name] for name in sums if counts[name]}
         metrics = {"eval_loss": sum(weight * means[stream] for stream, weight in self.weights.items() if weight)}
         metrics |= {f"eval_loss/{name}": mean for name, mean in means.items()}

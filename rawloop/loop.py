@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import World, bare_module, no_sync
+from rawloop.dist import World, no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, TrainingError, UserError, happening, nearest
 from rawloop.evaluate import Evaluation, Evaluator
+from rawloop.losses import weighted_mean
 from rawloop.meter import Meter
 from rawloop.optim import set_lr
 from rawloop.precision import PrecisionPolicy, StepResult, preflight
@@ -275,26 +276,6 @@ def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict
     return losses
 
 
-def weighted_mean(
-    losses: Mapping[str, StreamLoss], weights: Mapping[str, float], targets: Mapping[str, int], ranks: int
-) -> Tensor:
-    """The training loss of a micro-batch: sum over streams of weight x (sum of nats / targets of the whole window).
-
-    `targets` counts over all micro-batches and ranks, so batch size, accumulation and world size do not change the
-    gradient beyond rounding. DDP averages gradients over `ranks`, so their number is multiplied back. A stream without
-    any target in the window adds nothing; it stays in the sum, so that its weights get gradients of zero, as DDP needs.
-    """
-    without = [stream for stream in losses if stream not in weights]
-    if without:
-        raise UserError(
-            f"the model's losses have the stream '{without[0]}', which has no weight{nearest(without[0], weights)}: "
-            f"stream_weights are for {', '.join(weights)}; give it one, or leave it out of the losses"
-        )
-    factors = {stream: ranks * weights[stream] / (targets[stream] or 1) for stream in losses}
-    terms = [losses[stream].total * factor for stream, factor in factors.items()]
-    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
-
-
 def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], dict[str, int]]:
     """Take the next window and agree, in one reduction, on its target counts over all ranks, and on going on at all.
 
@@ -317,14 +298,14 @@ def take_window(windows: Iterator[list[Batch]], run: Run) -> tuple[list[Batch], 
     own = [float(sum(batch.targets.get(stream, 0) for batch in window)) for stream in run.weights]
     failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *own])
     if failed:
-        run.world.together(lambda: _raise(error))
+        run.world.on_all_ranks(lambda: _raise(error))
     if stopping:
         leave(run, agreed(run.world.gather(stop)) or "")
     targets = {stream: int(count) for stream, count in zip(run.weights, counts, strict=True)}
     if not any(targets.values()):
         shares = run.world.gather([name for batch in window for name in batch.ids])
         names = ", ".join(name for share in shares for name in share)
-        raise run.world.alike(
+        raise run.world.raised_on_all(
             UserError(
                 f"window {run.state.window} has no target in any stream: every label of its samples ({names}) is "
                 "masked; look at them with `rawloop inspect --sample ID`, mend their labels, or leave them out"
@@ -349,7 +330,7 @@ def leave(run: Run, reason: str) -> NoReturn:
             run.records.event("stop", step=step, reason=f"stopped by {reason}")
     except RawloopError as error:  # the stop itself is done, and alike on all ranks
         kept += f" (it is in no record: {error})"
-    raise Preempted(f"stopped by {reason} at step {step}; {kept}", speaks=run.world.is_main)
+    raise Preempted(f"stopped by {reason} at step {step}; {kept}", is_reporter=run.world.is_main)
 
 
 def note(run: Run, write: Callable[[], None]) -> None:
@@ -392,7 +373,7 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
 
 def raise_trouble(run: Run) -> None:
     """Raise on all ranks what one could not write: a checkpoint must not say that lines stand that do not."""
-    run.world.together(lambda: _raise(run.trouble))
+    run.world.on_all_ranks(lambda: _raise(run.trouble))
 
 
 def evaluate(run: Run, last: bool) -> Evaluation | None:
@@ -463,7 +444,7 @@ def rewrap(run: Run, change: str, batch: Batch) -> None:
     """
     step, policy = run.state.step, run.policy
     assert run.wrap is not None or run.world.size == 1, "a run of several ranks must say how its module is wrapped"
-    bare, run.module = bare_module(run.module), nn.Identity()
+    bare, run.module = unwrap_ddp(run.module), nn.Identity()
     gc.collect()
     entered = policy.name
     preflight(policy, partial(trial_loss, bare, batch, run.world.device))

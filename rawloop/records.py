@@ -198,7 +198,7 @@ class Records:
         self._total: int | None = None
         self._lines_shown = False  # for a log file, in which a bar would be one long line of itself
         self._purge_step: int | None = None
-        world.together(self._open, only_main=True)
+        world.on_all_ranks(self._open, only_main=True)
 
     def _open(self) -> None:
         check_packages(self.config)
@@ -260,7 +260,7 @@ class Records:
         They are moved to `metrics.discarded.jsonl`. Events stay: they did happen. `evaluated` says that the evaluation
         of `step` itself is not repeated; `entered` names the precision modes that were fallen back to until then.
         """
-        self.world.together(lambda: self._rewind(step, evaluated, entered), only_main=True)
+        self.world.on_all_ranks(lambda: self._rewind(step, evaluated, entered), only_main=True)
 
     def _rewind(self, step: int, evaluated: bool, entered: Sequence[str]) -> None:
         def stays(line: dict[str, Any]) -> bool:

@@ -56,7 +56,7 @@ def claim(folder: Path, config: RunConfig, world: World, say: Say) -> Claim:
 
     The lock comes first: until then another process may save, rotate, or begin a run there.
     """
-    lock = world.together(partial(lock_run_folder, folder), only_main=True)
+    lock = world.on_all_ranks(partial(lock_run_folder, folder), only_main=True)
     try:
         return _claim(folder, config, world, say, lock)
     except BaseException:
@@ -69,13 +69,13 @@ def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLoc
     beginning = where_to_begin(folder, config.resume, world)
     chosen = None
     if beginning.resume is not None:
-        world.together(partial(check_resume, folder, beginning.resume), only_main=True)
+        world.on_all_ranks(partial(check_resume, folder, beginning.resume), only_main=True)
         chosen = choose(folder, beginning.resume, world)
-        world.together(partial(check_settings, chosen.slot, config, world.size), only_main=True)
+        world.on_all_ranks(partial(check_settings, chosen.slot, config, world.size), only_main=True)
     was_there = lock is not None
     lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
     try:
-        world.together(lambda: None if was_there else check_nothing_has_begun(folder), only_main=True)
+        world.on_all_ranks(lambda: None if was_there else check_nothing_has_begun(folder), only_main=True)
     except UserError:
         if lock:
             lock.release(begun=False)
@@ -130,15 +130,15 @@ def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
         step = -1
     if claimed.chosen is not None:
         restored = run.checkpoints.restore(claimed.chosen)
-        run.world.together(partial(_tell_changes, run, config, say), only_main=True)
+        run.world.on_all_ranks(partial(_tell_changes, run, config, say), only_main=True)
         say(f"resumed from {restored.slot} at step {restored.step}")
         _agree_with_best_slot(run, folder)
         step = restored.step
     run.checkpoints.start(run.state.step)
     if step is not None:  # after checkpoints that are given up are aside: the next resume mends a kill in between
         run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.choice.history])
-    run.world.together(partial(mark_launch, folder, run.world, "begun"), only_main=True)
-    run.world.together(partial(_open_records, run, config, folder), only_main=True)
+    run.world.on_all_ranks(partial(mark_launch, folder, run.world, "begun"), only_main=True)
+    run.world.on_all_ranks(partial(_open_records, run, config, folder), only_main=True)
 
 
 def _agree_with_best_slot(run: Run, folder: Path) -> None:

@@ -79,7 +79,7 @@ class Waiting:
             what = f"the ranks waited {self.timeout:g} s (ddp.timeout) for each other, and none was missing"
             advice = "look whether the network between them carries data, and raise ddp.timeout if it is only slow"
         error = LostRank(f"{what}: {advice}")
-        error.speaks = self.rank == min(here)
+        error.is_reporter = self.rank == min(here)
         return error
 
     def _mark(self, out_of_time: bool) -> None:

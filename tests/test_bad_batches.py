@@ -22,11 +22,12 @@ from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, LossModule, World
+from rawloop.dist import DDPConfig, World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import TrainConfig, train
+from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import read_metrics
@@ -124,7 +125,7 @@ def train_all(world: World, base: RunConfig, folder: Path) -> dict[str, Any]:
             train(run)
             results[case] = {name: p.detach().clone() for name, p in run.policy.named_parameters()}
         except RawloopError as error:
-            results[case] = type(error), str(error), error.speaks, run.state.step
+            results[case] = type(error), str(error), error.is_reporter, run.state.step
         finally:
             run.records.close()
     return results

@@ -25,11 +25,12 @@ from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, LossModule, World
+from rawloop.dist import DDPConfig, World
 from rawloop.errors import CheckpointError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
+from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
 from rawloop.records import read_events, read_metrics

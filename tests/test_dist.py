@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawloop.contracts import Batch, Labels, StreamLoss
-from rawloop.dist import DDPConfig, LossModule, World, choose_device, no_sync, open_world, read_ranks
+from rawloop.dist import DDPConfig, World, choose_device, no_sync, open_world, read_ranks
 from rawloop.errors import CheckpointError, RawloopError, TrainingError, UserError
+from rawloop.losses import LossModule
 
 CPU = torch.device("cpu")
 Ranks = Callable[..., list[Any]]
@@ -33,7 +34,7 @@ def test_alone_every_verb_gives_back_what_it_got() -> None:
     assert world.gather("a") == ["a"]
     assert list(world.any([False, True])) == [False, True]
     assert world.from_main({"x": 1}) == {"x": 1}
-    assert world.together(lambda: 7) == 7
+    assert world.on_all_ranks(lambda: 7) == 7
     world.check_equal({"a": 1})
     module = LossModule(nn.Linear(2, 2), scored)
     assert world.wrap(module, DDPConfig()) is module
@@ -46,11 +47,11 @@ def test_alone_errors_stay_what_they_are() -> None:
         raise TrainingError("no target")
 
     with pytest.raises(TrainingError, match=r"^no target$"):
-        World().together(fail)
+        World().on_all_ranks(fail)
     with pytest.raises(RawloopError, match=r"FileNotFoundError: .*/no/such/file"):
-        World().together(lambda: Path("/no/such/file").read_text())
+        World().on_all_ranks(lambda: Path("/no/such/file").read_text())
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        World().together(lambda: 1 // 0)
+        World().on_all_ranks(lambda: 1 // 0)
 
 
 def test_a_single_process_joins_no_group() -> None:
@@ -69,7 +70,11 @@ def collectives(world: World) -> dict[str, Any]:
         "any": world.any([False, rank == world.size - 1, True]),
         "gather": world.gather({"rank": rank, "name": "x" * rank}),
         "from_main": world.from_main(f"from {rank}"),
-        "main": (world.is_main, world.together(lambda: rank, only_main=True), world.together(lambda: rank * 10)),
+        "main": (
+            world.is_main,
+            world.on_all_ranks(lambda: rank, only_main=True),
+            world.on_all_ranks(lambda: rank * 10),
+        ),
         "errors": [shared_error(world, kind, by) for kind in KINDS for by in (0, world.size - 1)],
         "main_error": shared_error(world, UserError, 0, only_main=True),
         "first": shared_error(world, TrainingError, None),
@@ -93,7 +98,7 @@ def unequal(world: World, facts: dict[str, Any]) -> tuple[bool, str]:
     try:
         world.check_equal(facts, "mend it")
     except UserError as error:
-        return error.speaks, str(error)
+        return error.is_reporter, str(error)
     return False, ""
 
 
@@ -108,7 +113,7 @@ def shared_error(world: World, kind: type[Exception], by: int | None, only_main:
             raise kind(f"rank {world.rank} cannot")
 
     try:
-        world.together(work, only_main=only_main)
+        world.on_all_ranks(work, only_main=only_main)
     except RawloopError as error:
         return type(error).__name__, str(error)
     return "", ""
@@ -241,7 +246,8 @@ import contextlib, os, signal, socket, sys, time, torch
 import torch._dynamo  # DDP imports it, for a second; forked children have it already
 from torch import nn
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import DDPConfig, LossModule, open_world
+from rawloop.dist import DDPConfig, open_world
+from rawloop.losses import LossModule
 
 def scored(model, batch):
     return {"a": StreamLoss(model(batch.inputs["x"]).sum(), 4)}
@@ -335,7 +341,7 @@ try:
         else:
             world.gather({"rank": rank})
 except LostRank as error:
-    print(json.dumps([error.speaks, error.exit_code, str(error)]))
+    print(json.dumps([error.is_reporter, error.exit_code, str(error)]))
 """
 
 
@@ -365,9 +371,9 @@ def test_a_timeout_says_who_did_not_come_and_which_key_sets_it(away: int, ddp: i
             process.kill()
             process.wait()
     first, second = (rank for rank in range(3) if rank != away)
-    speaks, code, words = said[first]
+    is_reporter, code, words = said[first]
     assert words.startswith(f"rank {away} did not come in time: the others waited 2 s (ddp.timeout): look what held")
-    assert (speaks, code) == (True, 1)
+    assert (is_reporter, code) == (True, 1)
     if (away, ddp) == (1, 0):  # rank 0 holds the store here, and its time is over earlier
         unknown = "a rank did not come in time, within 2 s (ddp.timeout); which one is not known"
         assert said[second][2].startswith(unknown)

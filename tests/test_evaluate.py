@@ -15,10 +15,11 @@ from rawloop.contracts import Batch, Family, Sample, StreamLoss
 from rawloop.data.batches import EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
-from rawloop.dist import LossModule, World
+from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluation, EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family
+from rawloop.losses import LossModule
 from rawloop.meter import Meter
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.seed import capture_rng

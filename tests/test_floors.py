@@ -26,6 +26,8 @@ FLOORS = (
             "records",
             "seed",
             "buffers",
+            "losses",
+            "unused",
             "hashing",
             "segments",
             "containers",

@@ -23,12 +23,13 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.demo import SPEECH
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, LossModule, World
+from rawloop.dist import DDPConfig, World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
-from rawloop.loop import Run, TrainConfig, train, weighted_mean
+from rawloop.loop import Run, TrainConfig, train
+from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import OptimConfig, lr_at
 from rawloop.precision import PrecisionConfig
 from rawloop.records import read_events, read_metrics

@@ -326,7 +326,7 @@ def stop_rank_1(world: World, config: RunConfig) -> list[tuple[str, bool]]:
         try:
             go(config, world, change if world.rank == 1 else None)
         except Preempted as stopped:
-            said.append((str(stopped), stopped.speaks))
+            said.append((str(stopped), stopped.is_reporter))
         config = replace(config, resume="auto")
     return said
 

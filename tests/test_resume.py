@@ -39,11 +39,12 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import LossModule, World, bare_module
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import CheckpointError, Preempted, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, TrainState, train
+from rawloop.losses import LossModule
 from rawloop.meter import Meter
 from rawloop.optim import NamedOptimizerState, OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
@@ -78,7 +79,7 @@ class Hostile:
 
     def __init__(self, run: Run, gradients: frozenset[int], losses: frozenset[int]) -> None:
         self.run, self.gradients, self.bad = run, gradients, losses
-        module = bare_module(run.module)
+        module = unwrap_ddp(run.module)
         assert isinstance(module, LossModule)
         self.losses, module.losses = module.losses, self
 

@@ -30,9 +30,10 @@ from rawloop.adapters import AdapterConfig, add_adapter
 from rawloop.buffers import MovingBuffers, places
 from rawloop.contracts import Batch, Labels, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
-from rawloop.dist import DDPConfig, LossModule, World
+from rawloop.dist import DDPConfig, World
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.loop import Run, train
+from rawloop.losses import LossModule
 from rawloop.meter import Meter
 from rawloop.optim import OptimConfig, build_optimizer
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy

@@ -126,7 +126,7 @@ class Capture:
             assert there
             return cast(Contents, self._taken)
         self._taken = None  # one copy at a time
-        states = self.world.together(partial(self._collect, settle))
+        states = self.world.on_all_ranks(partial(self._collect, settle))
         assert states is not None
         every_rank = self.world.gather((step, {name: states[name] for name in self.parts.per_rank}))
         steps = [rank_step for rank_step, _ in every_rank]

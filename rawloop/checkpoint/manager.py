@@ -99,7 +99,7 @@ class CheckpointManager:
         self.config = config
         self.world = world
         self.records = records
-        parts = world.together(lambda: Parts(state))
+        parts = world.on_all_ranks(lambda: Parts(state))
         assert parts is not None
         self.parts = parts
         self._capture = Capture(self.parts, world, copy=config.asynchronous)
@@ -111,7 +111,7 @@ class CheckpointManager:
         self._failures: list[CheckpointError] = []  # in a row
         self._best_failure: CheckpointError | None = None  # the last best slot could not be written; known to rank 0
         self._lock = lock
-        world.together(self._hold_lock, only_main=True)
+        world.on_all_ranks(self._hold_lock, only_main=True)
 
     def _hold_lock(self) -> None:
         """Take the folder's lock, or take it again; see `RunLock.renew`."""
@@ -142,12 +142,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: it could not be saved.
         """
-        self.world.together(lambda: self._make_ready(step), only_main=True)
+        self.world.on_all_ranks(lambda: self._make_ready(step), only_main=True)
         if self._elsewhere:
             self.save(step)
-            self.world.together(self._last_succeeded, only_main=True)
+            self.world.on_all_ranks(self._last_succeeded, only_main=True)
             self._elsewhere = False
-        self.world.together(lambda: self._start(step), only_main=True)
+        self.world.on_all_ranks(lambda: self._start(step), only_main=True)
 
     def _make_ready(self, step: int) -> None:
         self._hold_lock()
@@ -233,7 +233,7 @@ class CheckpointManager:
             number = -1
         if number < 0:
             reason = f"the step of a checkpoint is {step!r}: it must be a whole number from 0 on"
-            raise self.world.alike(UserError(reason))
+            raise self.world.raised_on_all(UserError(reason))
         return number
 
     def _store(
@@ -247,7 +247,7 @@ class CheckpointManager:
             self._saves.start(slot, step, partial(_write, slot, contents, finish, self.folder, self._last_size))
             self._saves.newest.held = time.perf_counter() - begun
         if not self.config.asynchronous:
-            self.world.together(self.settle, only_main=True)
+            self.world.on_all_ranks(self.settle, only_main=True)
 
     def _before_copy(self) -> None:
         self._hold_lock()
@@ -275,7 +275,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: the last save has failed, or that of the best model.
         """
-        self.world.together(self._finish, only_main=True)
+        self.world.on_all_ranks(self._finish, only_main=True)
 
     def _finish(self) -> None:
         self._last_succeeded()
@@ -296,7 +296,7 @@ class CheckpointManager:
         """What the manifest of the best slot says of it: metric, mode, value and step; None if there is none, or it
         is damaged. All ranks call this.
         """
-        return self.world.from_main(self.world.together(lambda: slots.kept_best(self.folder), only_main=True))
+        return self.world.from_main(self.world.on_all_ranks(lambda: slots.kept_best(self.folder), only_main=True))
 
     def secure(self, step: int) -> Path:
         """Return the checkpoint of `step`, which is whole and on the disk; write it now if it is not there.
@@ -304,13 +304,13 @@ class CheckpointManager:
         Raises:
             CheckpointError: it could not be written.
         """
-        self.world.together(self.settle, only_main=True)
+        self.world.on_all_ranks(self.settle, only_main=True)
         slot = self._slot(step)
         settled = step == self._settled_step and not self._failures
-        there = self.world.together(lambda: settled and slot.is_dir(), only_main=True)
+        there = self.world.on_all_ranks(lambda: settled and slot.is_dir(), only_main=True)
         if not self.world.from_main(there):
             self.save(step)
-            self.world.together(self._last_succeeded, only_main=True)
+            self.world.on_all_ranks(self._last_succeeded, only_main=True)
         return slot
 
     def close(self) -> None:
@@ -374,7 +374,7 @@ class CheckpointManager:
             UserError: there is no checkpoint, or no such folder.
             CheckpointError: no checkpoint is whole, it does not hold exactly the parts of this run, or see `poll`.
         """
-        self.world.together(self.settle, only_main=True)  # else the slot of a save under way is the one before it
+        self.world.on_all_ranks(self.settle, only_main=True)  # else the slot of a save under way is the one before it
         return self.restore(choose(self.folder, which, self.world))
 
     def restore(self, chosen: Chosen) -> Restored:
@@ -386,7 +386,7 @@ class CheckpointManager:
         for slot, why in chosen.passed_over.items() if self.world.is_main else ():
             self.records.event("warning", step=step_of(slot), reason=f"passed over a checkpoint: {why}")
         slot = chosen.slot
-        manifest = self.world.together(lambda: self._restore(slot))
+        manifest = self.world.on_all_ranks(lambda: self._restore(slot))
         assert manifest is not None
         own = self._slot(manifest.step)
         self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()

@@ -27,10 +27,10 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
     """
     if which != "latest":
         named = Path(expanduser(which))
-        world.together(lambda: check_slot(named))
+        world.on_all_ranks(lambda: check_slot(named))
         check_same(named, world)
         return Chosen(named, {})
-    seen = world.together(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)
+    seen = world.on_all_ranks(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)
     candidates, best = world.from_main(seen or ([], None))
     if not candidates:
         advice = (
@@ -38,7 +38,7 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
             if best
             else "start without --resume, or say 'auto'"
         )
-        raise world.alike(UserError(f"resume is 'latest', but '{run}' has no checkpoint: {advice}"))
+        raise world.raised_on_all(UserError(f"resume is 'latest', but '{run}' has no checkpoint: {advice}"))
     passed_over: dict[Path, str] = {}
     for slot in candidates:
         reason = _why_not(slot, world)
@@ -48,7 +48,7 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         passed_over[slot] = reason
     advice = f"; the best one is a slot of its own, try --resume {best}" if best else ""
     reasons = "; ".join(passed_over.values())
-    raise world.alike(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))
+    raise world.raised_on_all(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))
 
 
 def check_same(slot: Path | None, world: World) -> None:
@@ -61,7 +61,9 @@ def check_same(slot: Path | None, world: World) -> None:
     Raises:
         UserError: on all ranks alike.
     """
-    own = world.together(lambda: None if slot is None else (read_manifest(slot).step, sha256_file(slot / NAME)[:16]))
+    own = world.on_all_ranks(
+        lambda: None if slot is None else (read_manifest(slot).step, sha256_file(slot / NAME)[:16])
+    )
     world.check_equal(
         {"the checkpoint": f"step {own[0]}, digest {own[1]}" if own else "none"},
         "name one checkpoint's folder for all processes, on a disk that all machines share",

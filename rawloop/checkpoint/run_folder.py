@@ -141,7 +141,7 @@ def claim_run_folder(folder: Path, world: World, *, resume: bool, lock: RunLock 
         UserError: it holds a run and `resume` is false, it is a file, it cannot be made or written into, or another
             process is training into it.
     """
-    return world.together(lambda: _claim(folder, resume, lock), only_main=True)
+    return world.on_all_ranks(lambda: _claim(folder, resume, lock), only_main=True)
 
 
 def check_nothing_has_begun(folder: Path) -> None:
@@ -238,7 +238,7 @@ def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
     Raises:
         Preempted: the processes of this launch were told to stop, and torchrun has started them again.
     """
-    beginning = world.from_main(world.together(lambda: _begin(folder, resume, world), only_main=True))
+    beginning = world.from_main(world.on_all_ranks(lambda: _begin(folder, resume, world), only_main=True))
     assert beginning is not None
     return beginning
 
@@ -263,7 +263,7 @@ def is_inside(folder: Path, resume: str) -> bool:
 
 def remove_stop_file(folder: Path, world: World) -> str | None:
     """Remove a stop file that was left by an earlier run, and return a sentence about it on rank 0."""
-    return world.together(lambda: _remove_stop_file(folder), only_main=True)
+    return world.on_all_ranks(lambda: _remove_stop_file(folder), only_main=True)
 
 
 def _remove_stop_file(folder: Path) -> str | None:

@@ -116,7 +116,7 @@ def call(command: str, rest: list[str]) -> int:
         check_words(rest)
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:
-        if error.speaks:
+        if error.is_reporter:
             line = " ".join(str(error).splitlines()) + traceback_kept(error)  # what it quotes may have several lines
             saved = f"; what was saved is whole{GO_ON.get(command, '')}" if isinstance(error, LostRank) else ""
             print(f"rawloop {command}: {line}{saved}", file=sys.stderr, flush=True)

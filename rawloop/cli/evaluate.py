@@ -30,11 +30,12 @@ from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import COMMANDS
 from rawloop.config import RunConfig, moved_run, parse
-from rawloop.dist import LossModule, World, open_world
+from rawloop.dist import World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families.clock import clock_notice
+from rawloop.losses import LossModule
 from rawloop.records import honest
 from rawloop.resume import stored_precision
 
@@ -94,7 +95,7 @@ Built = tuple[Subject, Evaluator, BaseFingerprint, Contents]
 
 
 def _together(config: RunConfig, checkpoint: str | None, world: World) -> Built:
-    built = world.together(partial(_build, config, checkpoint, world))
+    built = world.on_all_ranks(partial(_build, config, checkpoint, world))
     assert built is not None
     return built
 

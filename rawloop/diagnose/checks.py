@@ -18,7 +18,8 @@ from rawloop.diagnose.causality import Movement, probe
 from rawloop.diagnose.census import Census, take_census
 from rawloop.diagnose.report import ChecksConfig, Report
 from rawloop.diagnose.verdict import Reading, judge, read_losses
-from rawloop.dist import LossModule, World
+from rawloop.dist import World
+from rawloop.losses import LossModule
 
 # Samples of all ranks together up to which labels are counted, where the first ones do not tell whether a token that
 # must be learnt is a target.
@@ -60,7 +61,7 @@ def run_checks(
         RawloopError: some rank's examples cannot be made; raised on every rank.
     """
     start = time.perf_counter()
-    share = world.together(partial(_own_share, family, module, examples, config.batches, policy))
+    share = world.on_all_ranks(partial(_own_share, family, module, examples, config.batches, policy))
     assert share is not None
     censuses, readings, movements = zip(*world.gather(share), strict=True)
     total = _decided(reduce(add, censuses), family, examples, config.batches, world)
@@ -78,7 +79,7 @@ def run_checks(
 def _decided(total: Census, family: Family, examples: Examples, start: int, world: World) -> Census:
     """Count the labels of more micro-batches, as many again each time, until they tell; no model is needed for it."""
     while total.undecided() and total.samples < COUNTED:
-        share = world.together(partial(_own_census, family, examples, start, 2 * start))
+        share = world.on_all_ranks(partial(_own_census, family, examples, start, 2 * start))
         assert share is not None
         more = reduce(add, world.gather(share))
         if not more.samples:

@@ -19,7 +19,7 @@ from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.notfinite import cause
 from rawloop.diagnose.table import table
 from rawloop.diagnose.undisturbed import coarsest_eps, looking_at, undisturbed
-from rawloop.dist import LossModule
+from rawloop.losses import LossModule
 from rawloop.seed import preserved_rng
 
 Kind = Literal["OK", "CHANCE", "LEAK", "DEAD"]

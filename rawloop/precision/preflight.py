@@ -73,7 +73,7 @@ def is_lacking(error: Exception) -> bool:
 
 
 def _quiet(error: RawloopError) -> RawloopError:
-    error.speaks = False  # the rank that failed has more to say
+    error.is_reporter = False  # the rank that failed has more to say
     return error
 
 

@@ -49,10 +49,11 @@ from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import LossModule, World, open_world
+from rawloop.dist import World, open_world
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import TrainConfig, train
+from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 

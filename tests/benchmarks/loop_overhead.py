@@ -44,9 +44,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with
 from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
-from rawloop.dist import LossModule, World
+from rawloop.dist import World
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.loop import Run, TrainState, train
+from rawloop.losses import LossModule
 from rawloop.optim import NamedOptimizerState, OptimConfig, build_optimizer, lr_at
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig

@@ -184,7 +184,10 @@ REF = {"speaker_tag": "[SPEAKER0]", "ref_audio_file": "ref.wav", "ref_transcript
         ({**BASE, "ref_speakers": [REF, REF]}, r"ref_speakers\[1\]: 'speaker_tag' is \[SPEAKER0\] a second time"),
         ({**BASE, "ref_speakers": [{**REF, "speaker_tag": "anna"}]}, "'speaker_tag' has 'anna' .* SPEAKER0"),
         ({**BASE, "ref_speakers": [{**REF, "ref_transcript": ""}]}, r"ref_speakers\[0\]: 'ref_transcript' is missing"),
-        ({**BASE, "text": DIALOGUE, "ref_speakers": [REF]}, r"speaks as \[SPEAKER1\], which 'ref_speakers' has no"),
+        (
+            {**BASE, "text": DIALOGUE, "ref_speakers": [REF]},
+            r"speaks as \[SPEAKER1\], which 'ref_speakers' has no",
+        ),
         ({**BASE, "speakers": ["feminine"]}, "'speakers' is .* it must be an object"),
         ({**BASE, "speakers": {"SPEAKER0": 5}}, r"describes SPEAKER0 as 5 \(int\)"),
         ({**BASE, "speakers": {"anna": "feminine"}}, "'speakers' has 'anna'"),

@@ -10,9 +10,9 @@ import pytest
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
-from rawloop.dist import LossModule
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+from rawloop.losses import LossModule
 
 
 @pytest.fixture

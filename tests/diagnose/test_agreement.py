@@ -16,8 +16,8 @@ from rawloop.diagnose import ChecksConfig, Report, judge, read_losses
 from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.census import Census
 from rawloop.diagnose.verdict import lines
-from rawloop.dist import LossModule
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+from rawloop.losses import LossModule
 
 Losses = dict[str, StreamLoss]
 Change = Callable[[HiggsAudioV2, nn.Module, Batch, Losses], Losses]

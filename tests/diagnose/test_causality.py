@@ -12,8 +12,8 @@ from torch import nn
 from rawloop.contracts import Batch
 from rawloop.diagnose import Movement, probe
 from rawloop.diagnose.causality import lines
-from rawloop.dist import LossModule
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+from rawloop.losses import LossModule
 
 
 @pytest.fixture

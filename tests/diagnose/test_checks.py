@@ -18,12 +18,13 @@ from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
 from rawloop.diagnose import ChecksConfig, run_checks
-from rawloop.dist import LossModule, World
+from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.loop import TrainConfig, train
+from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import read_events, read_metrics
@@ -204,7 +205,7 @@ def check_rank(world: World, model: str, data: str, spoilt: str) -> tuple[str, s
     module = LossModule(loaded, family.losses)
     try:
         report = run_checks(config, family, module, examples, policy, world)
-        world.together(report.stop_if_wrong, only_main=True)
+        world.on_all_ranks(report.stop_if_wrong, only_main=True)
     except RawloopError as error:
         return type(error).__name__, str(error)
     return "passed", report.text()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Family, Labels, StreamLoss
 from rawloop.diagnose import read_losses
-from rawloop.dist import LossModule
+from rawloop.losses import LossModule
 
 GOOD, BAD = ("a", 1.0), ("bad", 2.0)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rawloop.contracts import IGNORE, Batch
 from rawloop.diagnose import Reading, Verdict, judge, read_losses
 from rawloop.diagnose.verdict import CHANCE_FROM, LEAK_BELOW, VARIETY, lines
-from rawloop.dist import LossModule
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+from rawloop.losses import LossModule
 from rawloop.seed import capture_rng
 
 AUDIO, TEXT = math.log(1026), math.log(128256)

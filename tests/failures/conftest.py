@@ -142,8 +142,9 @@ def by_rawloop(loss_of: Callable[[nn.Module], Tensor]) -> Callable[..., Any]:
 def evaluator() -> Callable[..., Any]:
     """Give `evaluator(model, rows, policy)`: rawloop's evaluator over the rows of a data set, one row in a batch."""
     from rawloop.contracts import IGNORE, Batch, Labels, StreamLoss
-    from rawloop.dist import LossModule, World
+    from rawloop.dist import World
     from rawloop.evaluate import EvaluationConfig, Evaluator
+    from rawloop.losses import LossModule
 
     def batch(number: int, row: dict[str, list[int]]) -> Batch:
         labels = torch.tensor(row["labels"])

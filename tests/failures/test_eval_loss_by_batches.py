@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import Trainer
 
 from rawloop.contracts import Audio, Batch, Sample, Text, Turn
-from rawloop.dist import LossModule, World
+from rawloop.dist import World
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family
+from rawloop.losses import LossModule
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 
 FRAMES = {"One.": 4, "One two three four five six seven.": 12, "Two three.": 60}

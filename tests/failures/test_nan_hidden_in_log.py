@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer
 
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import LossModule
 from rawloop.loop import Run
+from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Family, Labels, StreamLoss
 from rawloop.diagnose import judge, read_losses
-from rawloop.dist import LossModule
+from rawloop.losses import LossModule
 
 NAMES = ["first", "second", "padded", "last"]
 

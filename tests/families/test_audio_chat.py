@@ -36,13 +36,14 @@ from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text
 from rawloop.demo import SPEECH
 from rawloop.diagnose import probe
 from rawloop.diagnose.agreement import disagreements
-from rawloop.dist import DDPConfig, LossModule, World
+from rawloop.dist import DDPConfig, World
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.audio_chat import AudioChat
-from rawloop.families.audio_chat_examples import ChatEncoder, Example
+from rawloop.families.audio_chat.examples import ChatEncoder, Example
 from rawloop.families.clock import check_repeatable
 from rawloop.families.letters import Letters
+from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics
 from rawloop.segments import Segment
 

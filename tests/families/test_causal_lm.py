@@ -22,8 +22,8 @@ from rawloop.diagnose.agreement import disagreements
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.causal_lm import CausalLM, documents, target_logits
-from rawloop.families.text_examples import Example
-from rawloop.loop import weighted_mean
+from rawloop.families.causal_lm.examples import Example
+from rawloop.losses import weighted_mean
 
 
 def load(folder: Path, packing: bool = False, **options: Any) -> CausalLM:

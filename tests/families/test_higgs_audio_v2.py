@@ -18,7 +18,7 @@ from rawloop.demo import SPEECH
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
-from rawloop.families.higgs_examples import HiggsEncoder
+from rawloop.families.higgs_audio_v2.examples import HiggsEncoder
 
 TASKS = [
     "single_speaker_smart_voice",

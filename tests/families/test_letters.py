@@ -13,8 +13,8 @@ from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data.samples import usable
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
+from rawloop.families.causal_lm.examples import TextEncoder
 from rawloop.families.letters import Letters
-from rawloop.families.text_examples import TextEncoder
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABC.\n"
 SAMPLE = Sample("s1", (), source="x.jsonl line 3")

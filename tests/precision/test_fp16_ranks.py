@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import AdamW
 
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import DDPConfig, LossModule, World, no_sync
+from rawloop.dist import DDPConfig, World, no_sync
 from rawloop.errors import TrainingError
+from rawloop.losses import LossModule
 from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
 
 MODES: list[dict[str, Any]] = [

@@ -135,7 +135,7 @@ def test_an_error_of_another_rank_ends_this_one_quietly() -> None:
     model = policy.prepare(nn.Linear(2, 1))
     with pytest.raises(RawloopError, match="another rank failed in its first pass") as caught:
         preflight(policy, lambda: model(torch.ones(2, 2)).mean())
-    assert not caught.value.speaks
+    assert not caught.value.is_reporter
 
 
 def test_another_ranks_lack_is_everybodys() -> None:

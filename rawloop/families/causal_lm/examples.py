@@ -20,9 +20,9 @@ from torch import Tensor
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError
+from rawloop.families.causal_lm.tool_calls import CALLS, Messages, Tools, arguments_as_text, unwritten
 from rawloop.families.door import rendered
 from rawloop.families.letters import Letters
-from rawloop.families.tool_calls import CALLS, Messages, Tools, arguments_as_text, unwritten
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -19,7 +19,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
-from rawloop.families.audio_chat_examples import ChatEncoder, Example
+from rawloop.families.audio_chat.examples import ChatEncoder, Example
 from rawloop.families.clock import stop_clock
 from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Sample, Special, StreamLoss
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
+from rawloop.families.causal_lm.examples import Example, TextEncoder
 from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (
     enable_activation_checkpointing,
@@ -27,7 +28,6 @@ from rawloop.families.shared import (
     shifted,
     unwrapped,
 )
-from rawloop.families.text_examples import Example, TextEncoder
 
 PACKED_ATTENTION = ("sdpa", "eager")
 PROBES = ("One two three four five six.", "Seven eight nine ten eleven twelve.")

@@ -25,9 +25,10 @@ from rawloop.contracts import (
     Turn,
 )
 from rawloop.errors import UserError
-from rawloop.families import ModelConfig, higgs_views
-from rawloop.families.higgs_codec import codec_hash, load_codec
-from rawloop.families.higgs_examples import Example, HiggsEncoder
+from rawloop.families import ModelConfig
+from rawloop.families.higgs_audio_v2 import views
+from rawloop.families.higgs_audio_v2.codec import codec_hash, load_codec
+from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
 from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (
     enable_activation_checkpointing,
@@ -103,7 +104,7 @@ class HiggsAudioV2:
         return cast(nn.Module, model)
 
     def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
-        """Load the codec for `rawloop prepare`; see `rawloop.families.higgs_codec.load_codec`."""
+        """Load the codec for `rawloop prepare`; see `rawloop.families.higgs_audio_v2.codec.load_codec`."""
         return load_codec(self.config, device)
 
     def codec_hash(self) -> str:
@@ -181,11 +182,11 @@ class HiggsAudioV2:
 
     def special_targets(self) -> Sequence[Special]:
         """The stop tokens of the streams, and those beside them that are nobody's to say."""
-        return higgs_views.special_targets(self.settings, self.tokenizer, self.streams)
+        return views.special_targets(self.settings, self.tokenizer, self.streams)
 
     def pieces(self, example: Example) -> Sequence[Piece]:
         """An example as people read it; a clip takes two positions and the delay more than it has frames."""
-        return higgs_views.pieces(example, self.settings, self.tokenizer, self.streams)
+        return views.pieces(example, self.settings, self.tokenizer, self.streams)
 
     def chance(self) -> Mapping[str, float]:
         """Loss of uniform guesses, nats per target."""
@@ -193,5 +194,5 @@ class HiggsAudioV2:
         return {stream: math.log(sizes[stream]) for stream in self.streams}
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change all inputs from the middle of each row's targets on, or before it; see `higgs_views.perturb`."""
-        return higgs_views.perturb(batch, self.settings)
+        """Change all inputs from the middle of each row's targets on, or before it; see `views.perturb`."""
+        return views.perturb(batch, self.settings)

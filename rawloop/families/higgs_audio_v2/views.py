@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Special
-from rawloop.families.higgs_examples import Example
+from rawloop.families.higgs_audio_v2.examples import Example
 from rawloop.families.shared import perturbed, rows_of
 
 TEXT_STOPS = ("<|audio_eos|>", "<|eot_id|>")

@@ -18,7 +18,7 @@ from torch import Tensor
 from rawloop.audio import BadAudio, load_audio
 from rawloop.contracts import IGNORE, Audio, Piece, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError
-from rawloop.families.audio_chat_template import QUESTION, ChatTemplate, Messages
+from rawloop.families.audio_chat.template import QUESTION, ChatTemplate, Messages
 from rawloop.families.letters import Letters
 from rawloop.families.shared import forged_token, refuse_tools
 

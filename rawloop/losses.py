@@ -1,0 +1,84 @@
+"""Model and loss as one module, which DDP wraps; the check of what a loss function returns; the training loss."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rawloop.contracts import Batch, Losses, StreamLoss
+from rawloop.errors import UserError, nearest
+
+
+class LossModule(nn.Module):
+    """A model together with its loss: calling it with a batch gives every stream's `StreamLoss`.
+
+    This is what DDP wraps. DDP learns which parameters a step uses from what forward returns, so heads that are
+    applied while scoring must be inside.
+    """
+
+    def __init__(self, model: nn.Module, losses: Losses) -> None:
+        super().__init__()
+        self.model = model
+        self.losses = losses
+
+    def forward(self, batch: Batch) -> dict[str, StreamLoss]:
+        """Score one micro-batch that is on the model's device.
+
+        Raises:
+            UserError: a stream that has targets got no loss, or something that is no `StreamLoss`.
+        """
+        losses = self.losses(self.model, batch)
+        for stream, count in batch.targets.items():
+            scored = losses.get(stream) if isinstance(losses, Mapping) else None
+            total = getattr(scored, "total", scored)
+            if count and not isinstance(total, torch.Tensor):
+                given = f"losses for {list(losses)}" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
+                raise UserError(
+                    f"there is no loss for the {count} targets of the stream '{stream}': the family's `losses` gave "
+                    f"{given if scored is None else f'a total that is a {type(total).__name__}'}; it must return a "
+                    "StreamLoss with a tensor for each stream. A model that swallows labels under a name that it does "
+                    "not know returns a loss of None"
+                )
+        for stream, loss in losses.items():
+            wrong = _fault_of(loss)
+            if wrong:
+                raise UserError(f"the family's `losses` gave {wrong} for the stream '{stream}'")
+            if "/" in stream:
+                raise UserError(f"a stream is called '{stream}': names with a / are those of parts, such as audio/0")
+        return losses
+
+
+def _fault_of(loss: Any) -> str | None:
+    """What is wrong with what a family gave as the loss of a stream, if anything is."""
+    if not isinstance(loss, StreamLoss):
+        return f"a {type(loss).__name__}, and no StreamLoss(total, targets),"
+    if loss.total is not None and loss.total.numel() != 1:
+        return f"a total of shape {tuple(loss.total.shape)}, where one number is needed,"
+    counts = [loss.targets, *loss.part_targets]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return f"the target counts {counts}, which must be Python ints of 0 or more,"
+    parts = 0 if loss.parts is None else len(loss.parts)
+    if parts != len(loss.part_targets):
+        return f"{parts} parts and {len(loss.part_targets)} part_targets"
+    return None
+
+
+def weighted_mean(
+    losses: Mapping[str, StreamLoss], weights: Mapping[str, float], targets: Mapping[str, int], ranks: int
+) -> Tensor:
+    """The training loss of a micro-batch: sum over streams of weight x (sum of nats / targets of the whole window).
+
+    `targets` counts over all micro-batches and ranks, so batch size, accumulation and world size do not change the
+    gradient beyond rounding. DDP averages gradients over `ranks`, so their number is multiplied back. A stream without
+    any target in the window adds nothing; it stays in the sum, so that its weights get gradients of zero, as DDP needs.
+    """
+    without = [stream for stream in losses if stream not in weights]
+    if without:
+        raise UserError(
+            f"the model's losses have the stream '{without[0]}', which has no weight{nearest(without[0], weights)}: "
+            f"stream_weights are for {', '.join(weights)}; give it one, or leave it out of the losses"
+        )
+    factors = {stream: ranks * weights[stream] / (targets[stream] or 1) for stream in losses}
+    terms = [losses[stream].total * factor for stream, factor in factors.items()]
+    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
