@@ -1,17 +1,17 @@
-"""What a loop costs beside one written by hand: rawloop and its peers on the same tiny LoRA model, in turn.
+"""Time rawloop's loop and its peers against a loop written by hand, on the same tiny LoRA model.
 
     pip install -e '.[bench]'
     python tests/benchmarks/loop_overhead.py --rounds 10 --steps 200
 
-A step of this model takes about 2 ms on one thread, so whatever a loop adds is seen. All peers get the same weights
-and rows in the same order, fused AdamW, the norm clipped at 1.0, a linear schedule and a log line every 10 steps.
+A step of this model takes about 2 ms on one thread, so the overhead of a loop is visible. All peers get the same
+weights, the same rows in the same order, the same loss function, fused AdamW, the norm clipped at 1.0, a linear schedule
+and a log line every 10 steps.
 
-A machine's speed drifts, so the peers of a round train side by side, one at a time: each runs for a few steps, then
-hands on to the next, in another order every round. Ratios are taken within such a turn, then the median over the turns
-of a round, then over the rounds. What is timed runs from one forward pass to a later one: whole steps with one log
-line among them, without set-up and without the end of training.
+The speed of a machine drifts, so the peers of a round take turns of a few steps, in a different order every round.
+Ratios are taken within a turn, then the median over the turns of a round, then over the rounds. The clock runs from one
+forward pass to a later one: it sees whole steps and one log line, but neither set-up nor the end of training.
 
-A peer that ends with another loss than the bare loop has not done the same work, and the script says so and fails.
+A peer that ends with a different loss than the bare loop did different work; the script names it and fails.
 """
 
 import argparse
@@ -37,6 +37,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
@@ -56,6 +57,7 @@ from rawloop.seed import RngState
 BATCH, LENGTH, VOCAB, HIDDEN = 2, 16, 256, 192
 LR, MAX_NORM, LOG_EVERY, NEVER = 1e-3, 1.0, 10, 10**9
 TURN, TIMED = 12, LOG_EVERY  # steps; the first of a turn find the caches full of another peer's data
+TARGETS = BATCH * (LENGTH - 1)
 SAME_LOSS = 2e-5  # nats; other orders of summation differ by less, other work by more
 CPU = torch.device("cpu")
 
@@ -164,6 +166,15 @@ def in_order(rows: Rows) -> DataLoader[Row]:
     return DataLoader(rows, batch_size=BATCH, shuffle=False, collate_fn=collate)
 
 
+def summed_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss function of all peers: the sum over a batch's targets."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def mean_loss(model: Any, batch: Row) -> Tensor:
+    return summed_nats(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / TARGETS
+
+
 def write_line(log: TextIO, step: int, loss: Tensor, norm: Tensor | None, schedule: Any) -> None:
     assert norm is not None
     line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
@@ -171,7 +182,7 @@ def write_line(log: TextIO, step: int, loss: Tensor, norm: Tensor | None, schedu
 
 
 def bare(model: Any, rows: Rows, folder: Path) -> None:
-    """What one writes by hand: no progress bar, no test for finite gradients, a line of JSON now and then."""
+    """A loop by hand: no progress bar, no test for finite gradients, a line of JSON now and then."""
     optimizer = fused_adamw(model)
     loader = in_order(rows)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
@@ -179,7 +190,7 @@ def bare(model: Any, rows: Rows, folder: Path) -> None:
     with (folder / "log.jsonl").open("w") as log:
         for step, batch in enumerate(loader, start=1):
             inputs = {name: tensor.to(CPU) for name, tensor in batch.items()}
-            loss = model(**inputs).loss
+            loss = mean_loss(model, inputs)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
@@ -190,12 +201,12 @@ def bare(model: Any, rows: Rows, folder: Path) -> None:
 
 
 def losses(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-    """The model's own loss, as a sum: the same forward pass as everybody's."""
-    return {"text": StreamLoss(model(**batch.inputs, num_items_in_batch=1).loss, batch.targets["text"])}
+    logits = model(input_ids=batch.inputs["input_ids"]).logits
+    return {"text": StreamLoss(summed_nats(logits, batch.inputs["labels"]), batch.targets["text"])}
 
 
 def to_batch(rows: list[Row]) -> Batch:
-    return Batch(collate(rows), {}, {"text": len(rows) * (LENGTH - 1)}, [str(i) for i in range(len(rows))])
+    return Batch(collate(rows), {}, {"text": TARGETS}, [str(i) for i in range(len(rows))])
 
 
 def as_it_is(row: Any) -> Any:
@@ -203,7 +214,7 @@ def as_it_is(row: Any) -> Any:
 
 
 def rawloop(model: Any, rows: Rows, folder: Path) -> None:
-    """With all that is on by default; evaluating and saving are asked for at every step, but not due."""
+    """With everything that is on by default; an evaluation and a save are asked for at every step, but never due."""
     total, world, state, best = len(rows) // BATCH, World(), TrainState(), BestTracker()
     config = OptimConfig(lr=LR, schedule="linear", max_norm=MAX_NORM)
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=world.any)
@@ -257,7 +268,7 @@ def accelerate(model: Any, rows: Rows, folder: Path) -> None:
     with (folder / "log.jsonl").open("w") as log:
         for step, batch in enumerate(loader, start=1):
             with accelerator.accumulate(model):
-                loss = model(**batch).loss
+                loss = mean_loss(model, batch)
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(parameters, MAX_NORM)
                 optimizer.step()
@@ -278,7 +289,7 @@ def fabric(model: Any, rows: Rows, folder: Path) -> None:
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
     with (folder / "log.jsonl").open("w") as log:
         for step, batch in enumerate(loader, start=1):
-            loss = wrapped(**batch).loss
+            loss = mean_loss(wrapped, batch)
             lightning.backward(loss)
             norm = lightning.clip_gradients(wrapped, optimizer, max_norm=MAX_NORM)
             optimizer.step()
@@ -289,7 +300,7 @@ def fabric(model: Any, rows: Rows, folder: Path) -> None:
 
 
 def trainer(model: Any, rows: Rows, folder: Path) -> None:
-    """HF Trainer with its defaults, but for what all peers share."""
+    """HF Trainer with its defaults, except for the settings that all peers share."""
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -306,7 +317,11 @@ def trainer(model: Any, rows: Rows, folder: Path) -> None:
         report_to="none",
         use_cpu=True,
     )
-    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return summed_nats(outputs.logits, labels) / TARGETS
+
+    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, compute_loss_func=loss).train()
 
 
 PEERS: dict[str, Callable[[Any, Rows, Path], None]] = {
@@ -348,11 +363,11 @@ def run_round(names: list[str], steps: int, folder: Path) -> dict[str, Measured]
 
 
 def score(model: Any) -> float:
-    """The loss on rows that nobody trains on, in nats."""
+    """The loss on rows outside the training set, in nats."""
     ids = Rows(64, seed=2).ids
     with torch.no_grad():
-        loss: float = model.eval()(input_ids=ids, labels=ids).loss.item()
-    return loss
+        loss = summed_nats(model.eval()(input_ids=ids).logits, ids) / (len(ids) * (LENGTH - 1))
+    return loss.item()
 
 
 @contextlib.contextmanager
@@ -392,10 +407,10 @@ def table(results: dict[str, list[Measured]]) -> str:
 
 
 def other_work(results: dict[str, list[Measured]]) -> list[str]:
-    """Who did not end with the bare loop's loss, or nobody if all is well."""
+    """A complaint about each peer whose last loss is not the bare loop's."""
     wanted = results["bare loop"][0].loss
     return [
-        f"{name} ended with the loss {got.loss:.6f}, the bare loop with {wanted:.6f}: it did other work"
+        f"{name} ended with the loss {got.loss:.6f}, the bare loop with {wanted:.6f}: it did different work"
         for name, rounds in results.items()
         for got in rounds
         if not abs(got.loss - wanted) < SAME_LOSS
