@@ -10,6 +10,11 @@
 #   RDZV_ID=run7           any name that all machines share and no other run uses
 #   NPROC=8                processes on this machine (default: its GPUs, or 1)
 #   PYTHON, OMP_NUM_THREADS, MAX_RESTARTS, SHUTDOWN_TIMEOUT and the exit code as in single_node.sh
+#   GLOO_SOCKET_IFNAME=eth0, NCCL_SOCKET_IFNAME=eth0
+#                          the network interface between the machines (`ip -br addr` lists them). Set both, on every
+#                          machine, if a run hangs or fails at its first collective: gloo, which carries rawloop's
+#                          agreements, takes the interface of the address that the host name resolves to (127.0.0.1 or
+#                          127.0.1.1 in many images), and NCCL the first one that is neither loopback nor docker
 #
 # Under SLURM, one task per node; the batch script sets all three and srun starts the rest:
 #
