@@ -30,6 +30,7 @@ _HOME = {
     "UserError": "rawloop.errors",
     "World": "rawloop.dist",
     "build_run": "rawloop.build",
+    "call": "rawloop.inputs",
     "open_world": "rawloop.dist",
     "train": "rawloop.loop",
 }

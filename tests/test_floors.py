@@ -27,6 +27,7 @@ FLOORS = (
             "seed",
             "buffers",
             "losses",
+            "inputs",
             "unused",
             "hashing",
             "segments",

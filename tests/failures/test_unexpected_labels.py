@@ -18,7 +18,7 @@ from transformers import Trainer
 from rawloop import PrecisionConfig, PrecisionPolicy
 from rawloop.errors import TrainingError, UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.inputs import check_inputs
+from rawloop.inputs import check_inputs
 
 Rows = list[dict[str, list[int]]]
 
@@ -131,12 +131,12 @@ def test_rawloop_matches_batch_keys_to_the_forward_signature(llama: Callable[...
     with pytest.raises(
         UserError, match=r"the batch has 'label_ids', which LlamaForCausalLM\.forward does not take.*'labels'"
     ):
-        check_inputs(llama().forward, ["input_ids", "label_ids"], "LlamaForCausalLM")
+        check_inputs(llama(), ["input_ids", "label_ids"])
     with pytest.raises(
         UserError, match=r"the batch has 'labels', which HiggsAudioModel\.forward does not take.*'label_ids'"
     ):
-        check_inputs(HiggsAudioModel(llama()).forward, ["input_ids", "labels"], "HiggsAudioModel")
-    check_inputs(HiggsAudioModel(llama()).forward, ["input_ids", "label_ids"], "HiggsAudioModel")
+        check_inputs(HiggsAudioModel(llama()), ["input_ids", "labels"])
+    check_inputs(HiggsAudioModel(llama()), ["input_ids", "label_ids"])
 
 
 def test_rawloop_refuses_a_key_that_higgs_would_swallow(demo_checkpoint: Any) -> None:

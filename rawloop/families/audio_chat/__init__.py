@@ -21,7 +21,6 @@ from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.audio_chat.examples import ChatEncoder, Example
 from rawloop.families.clock import stop_clock
-from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (
     enable_activation_checkpointing,
     exact,
@@ -34,6 +33,7 @@ from rawloop.families.shared import (
     unwrapped,
     with_inputs,
 )
+from rawloop.inputs import check_inputs
 
 STREAM = "text"
 
@@ -123,7 +123,7 @@ class AudioChat:
         """
         base = unwrapped(model)
         if tuple(batch.inputs) not in self._checked:
-            check_inputs(base.forward, batch.inputs, type(base).__name__)
+            check_inputs(base, batch.inputs)
             self._checked.add(tuple(batch.inputs))
         # Features come in float32, and not every class casts them to its encoder's dtype.
         inputs = {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}

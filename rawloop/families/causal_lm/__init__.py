@@ -16,7 +16,6 @@ from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Sample, Special, 
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm.examples import Example, TextEncoder
-from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (
     enable_activation_checkpointing,
     exact,
@@ -28,6 +27,7 @@ from rawloop.families.shared import (
     shifted,
     unwrapped,
 )
+from rawloop.inputs import check_inputs
 
 PACKED_ATTENTION = ("sdpa", "eager")
 PROBES = ("One two three four five six.", "Seven eight nine ten eleven twelve.")
@@ -115,7 +115,7 @@ class CausalLM:
         """
         base = unwrapped(model)
         if tuple(batch.inputs) not in self._checked:
-            check_inputs(base.forward, batch.inputs, type(base).__name__)
+            check_inputs(base, batch.inputs)
             self._checked.add(tuple(batch.inputs))
         return {"text": target_logits(base, batch.inputs, batch.labels["text"].positions)}
 

@@ -29,7 +29,6 @@ from rawloop.families import ModelConfig
 from rawloop.families.higgs_audio_v2 import views
 from rawloop.families.higgs_audio_v2.codec import codec_hash, load_codec
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
-from rawloop.families.inputs import check_inputs
 from rawloop.families.shared import (
     enable_activation_checkpointing,
     exact,
@@ -39,6 +38,7 @@ from rawloop.families.shared import (
     shifted,
     unwrapped,
 )
+from rawloop.inputs import check_inputs
 
 STREAMS = ("audio", "text")
 
@@ -151,7 +151,7 @@ class HiggsAudioV2:
         """
         base = unwrapped(model)
         if tuple(batch.inputs) not in self._checked:
-            check_inputs(base.model.forward, batch.inputs, type(base.model).__name__)
+            check_inputs(base.model, batch.inputs)
             self._checked.add(tuple(batch.inputs))
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         heads = {"audio": base.audio_lm_head, "text": base.text_lm_head}

@@ -1,0 +1,205 @@
+"""Calls a model with a batch: each input goes to the parameter of the model's forward that has its name.
+
+Models of transformers 5 take `**kwargs` and swallow a keyword that they do not know: `label_ids` instead of `labels`
+gives `loss=None` and no error. So every key of a batch must be the name of a parameter.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rawloop.contracts import Batch
+from rawloop.errors import UserError, nearest
+
+LABELS = {
+    "labels": "label_ids",
+    "label_ids": "labels",
+    "audio_labels": "label_audio_ids",
+    "label_audio_ids": "audio_labels",
+}  # two names for the same thing, from either side
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def call(model: nn.Module, batch: Any, **options: Any) -> Any:
+    """Call a model with the inputs of a batch and return its output.
+
+    Keys of the batch are matched to the parameters of the model's forward by name. Wrappers are looked through: DDP,
+    PEFT, torch.compile, and modules of your own that pass `**kwargs` on. `labels` and `label_ids` stand for each other,
+    and so do `audio_labels` and `label_audio_ids`. Tensors are moved to the model's device. Values of None are left
+    out.
+
+    Args:
+        model: any module, wrapped or not.
+        batch: a mapping, a dataclass, an object with its inputs as attributes (with or without `keys()`), or a
+            `rawloop.Batch`, of which the `inputs` are used.
+        options: further keywords for the model, such as `use_cache=False`. They are passed on unchecked.
+
+    Raises:
+        UserError: the batch is of another kind, the model has no parameter for a key, two keys are for one parameter,
+            or the model was given labels and its output has a loss of None.
+    """
+    arguments = arguments_for(model, batch)
+    output = model(**arguments, **options)
+    labels = [name for name in arguments if name in LABELS]
+    if labels and _loss_of(output) is None:
+        raise UserError(
+            f"{_owner(model)}.forward was given {' and '.join(labels)} and returned a loss of None: the labels do not "
+            f"reach its loss; call it with the labels that it scores, of {_listed(model)}"
+        )
+    return output
+
+
+def arguments_for(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """Return the keywords that `call` gives to the model. See `call`."""
+    levels = list(_levels(model))
+    first = next(chain(model.parameters(), model.buffers()), None)
+    taken: dict[str, str] = {}
+    arguments: dict[str, Any] = {}
+    for key, value in _items(batch):
+        if value is None:
+            continue
+        name = next((n for names, _ in levels for n in (key, LABELS.get(key)) if n in names), None)
+        if name is None:
+            raise _unknown(model, key)
+        if name in taken:
+            raise UserError(
+                f"the batch has both '{taken[name]}' and '{key}' for the parameter '{name}' of "
+                f"{_owner(model)}.forward: take one of them out"
+            )
+        taken[name] = key
+        arguments[name] = value if first is None else _moved(value, first.device)
+    return arguments
+
+
+def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse names that are not those of parameters of a model's forward. Here `label_ids` does not stand for `labels`.
+
+    Raises:
+        UserError: it says which name, the nearest parameter, and all of them.
+    """
+    known = set(_names(model))
+    for name in names:
+        if name not in known:
+            raise _unknown(model, name)
+
+
+def _unknown(model: nn.Module, key: Any) -> UserError:
+    known = _names(model)
+    return UserError(
+        f"the batch has '{key}', which {_owner(model)}.forward does not take{nearest(str(key), known)}: its parameters "
+        f"are {', '.join(known)}; rename the key, or take it out of the batch"
+    )
+
+
+def _levels(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    """Yield the names of a model's parameters, and of those that its `**kwargs` reach, each with their module."""
+    while True:
+        while (inner := _wrapped(model)) is not None:
+            model = inner
+        names, passes_on = _signature(model)
+        inner = _only_child(model) if passes_on else None
+        if names:
+            yield names, model
+        elif inner is None:
+            raise UserError(
+                f"{type(model).__name__}.forward names no parameter, and no single module inside says which it takes: "
+                "give its forward the names of its inputs, such as def forward(self, input_ids, labels)"
+            )
+        if inner is None:
+            return
+        model = inner
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """Return the module inside torch.compile's or PEFT's wrapper, if it is one."""
+    if "_orig_mod" in model._modules:
+        return model._modules["_orig_mod"]
+    if not hasattr(model, "get_base_model"):
+        return None
+    base: nn.Module = model.get_base_model()  # type: ignore[operator]
+    names, passes_on = _signature(base)
+    # A PEFT model with a task type passes these on, as None too; a base without **kwargs fails on each of them.
+    refused = {"inputs_embeds", "labels"} & {*_signature(model)[0]} - {*names}
+    if refused and not passes_on:
+        raise UserError(
+            f"{type(model).__name__} of PEFT passes {', '.join(sorted(refused))} to {type(base).__name__}.forward, "
+            "which does not take it: make the adapter without a task type, LoraConfig(task_type=None, ...)"
+        )
+    return base
+
+
+def _only_child(model: nn.Module) -> nn.Module | None:
+    """Return the child module with weights, if there is only one. Losses and metrics beside it have none."""
+    children = [child for child in model.children() if next(child.parameters(), None) is not None]
+    inside = {id(part) for child in children for part in child.modules() if part is not child}
+    children = [child for child in children if id(child) not in inside]  # Fabric keeps the module twice
+    return children[0] if len(children) == 1 else None
+
+
+def _signature(model: nn.Module) -> tuple[tuple[str, ...], bool]:
+    """Return the names of forward's parameters, and whether it takes `**kwargs`."""
+    own = vars(model).get("forward")  # accelerate puts one on the instance
+    return _read(own) if own is not None else _read_once(type(model).forward)
+
+
+def _read(forward: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    parameters = inspect.signature(forward).parameters.values()
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in NAMED and parameter.name != "self")
+    return names, any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+_read_once = lru_cache(maxsize=256)(_read)
+
+
+def _names(model: nn.Module) -> list[str]:
+    return list(dict.fromkeys(name for names, _ in _levels(model) for name in names))
+
+
+def _listed(model: nn.Module) -> str:
+    return ", ".join(name for name in _names(model) if name in LABELS)
+
+
+def _owner(model: nn.Module) -> str:
+    return type(next(_levels(model))[1]).__name__
+
+
+def _items(batch: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of a batch of any kind."""
+    if isinstance(batch, Batch):
+        batch = batch.inputs
+    if hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    if isinstance(batch, Mapping):
+        yield from batch.items()
+    elif callable(getattr(batch, "keys", None)):
+        yield from ((key, getattr(batch, key) if hasattr(batch, key) else batch[key]) for key in batch.keys())  # noqa: SIM118
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        yield from ((item.name, getattr(batch, item.name)) for item in dataclasses.fields(batch))
+    elif getattr(batch, "__dict__", None) and not callable(batch):
+        yield from ((key, value) for key, value in vars(batch).items() if not key.startswith("_"))
+    else:
+        raise UserError(
+            f"the batch is a {type(batch).__name__}: it must be a mapping, or an object with the inputs as attributes"
+        )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Move tensors, also those in lists, tuples and dicts. Only pinned memory can be copied without waiting for it."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=value.is_pinned())
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return {key: _moved(item, device) for key, item in value.items()} if type(value) is dict else value
+
+
+def _loss_of(output: Any) -> Any:
+    """Return the loss of an output; an output of a kind that has none is returned itself."""
+    if hasattr(output, "loss"):
+        return output.loss
+    return output.get("loss", output) if isinstance(output, Mapping) else output
