@@ -120,6 +120,11 @@ class StreamLoss(NamedTuple):
     parts: Tensor | None = None
     part_targets: tuple[int, ...] = ()
 
+    @classmethod
+    def of_mean(cls, mean: Tensor, targets: int) -> "StreamLoss":
+        """The loss of a model or criterion that returns the mean over its targets."""
+        return cls(mean * targets, targets)
+
 
 class Special(NamedTuple):
     """A special token of a stream, such as its stop token. A `required` one must occur among the targets.

@@ -1,8 +1,8 @@
 """Ranks and collectives: the only reader of the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, those of torchrun's
 restarts), the only user of torch.distributed.
 
-A `World` is passed to whoever needs it. `World()` is a single process on the CPU and needs no process group, so every
-part works alone.
+`World.current()` describes the processes that torch.distributed knows, or a single process where it is not initialised.
+`open_world` starts and ends the process group as well.
 """
 
 import atexit
@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import reduce
+from functools import lru_cache, reduce
 from inspect import signature
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -56,12 +57,20 @@ class DDPConfig:
             raise UserError(f"ddp.timeout is {self.timeout}: it must be above 0 and below 1,000,000 seconds")
 
 
+class Wrapped(NamedTuple):
+    """A module that `World.wrap` has put into DDP, and with which switches. It is None once it is gone."""
+
+    module: ref[nn.Module]
+    config: DDPConfig
+
+
 @dataclass(frozen=True)
 class World:
     """One process among `size`: its rank, its rank on this machine, and its device.
 
     `launch` names the launcher's run, "" without torchrun; `restarts` counts how often it has started its processes
-    again after one of them had died.
+    again after one of them had died. `group` is a gloo group over all ranks, for agreements between CPUs. `wrapped`
+    lists what `wrap` has put into DDP.
     """
 
     rank: int = 0
@@ -71,6 +80,29 @@ class World:
     launch: str = ""
     restarts: int = 0
     waiting: Waiting | None = field(default=None, compare=False, repr=False)
+    group: Any = field(default=None, compare=False, repr=False)
+    wrapped: list[Wrapped] = field(default_factory=list, compare=False, repr=False)
+
+    @classmethod
+    def current(cls) -> "World":
+        """Return the world that torch.distributed describes; a single process where it is not initialised.
+
+        The first call after `init_process_group` makes a gloo group, so all ranks must make it. Later ones return the
+        same world, until the process group is another one.
+
+        Raises:
+            UserError: the launcher has started several processes, and no process group is initialised.
+        """
+        if dist.is_available() and dist.is_initialized():
+            return _world_of(dist.group.WORLD)
+        _, size, local_rank = read_ranks()
+        if size > 1:
+            raise UserError(
+                f"WORLD_SIZE is {size}, and torch.distributed is not initialised: each of these processes would train "
+                "alone; call torch.distributed.init_process_group first, or use `with rawloop.open_world() as world`"
+            )
+        launch, restarts = read_launch()
+        return cls(local_rank=local_rank, device=choose_device("auto", local_rank), launch=launch, restarts=restarts)
 
     @property
     def is_main(self) -> bool:
@@ -82,7 +114,7 @@ class World:
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        self._finish(dist.all_reduce(tensor, async_op=True))
+        self._finish(dist.all_reduce(tensor, group=self.group, async_op=True))
         result: list[float] = tensor.tolist()
         return result
 
@@ -92,11 +124,11 @@ class World:
             return [value]
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._finish(dist.all_gather(sizes, torch.tensor([len(own)]), async_op=True))
+        self._finish(dist.all_gather(sizes, torch.tensor([len(own)]), group=self.group, async_op=True))
         longest = max(int(size) for size in sizes)
         rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         padded = torch.cat([own, own.new_zeros(longest - len(own))])
-        self._finish(dist.all_gather(rows, padded, async_op=True))
+        self._finish(dist.all_gather(rows, padded, group=self.group, async_op=True))
         contents = [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
         return [pickle.loads(content) for content in contents]  # noqa: S301 (from our own ranks)
 
@@ -118,7 +150,9 @@ class World:
             dtypes = [tensor.dtype for tensor in chosen]
             wide = reduce(torch.promote_types, dtypes, torch.float32) if floats else torch.int64
             flat = torch.cat([tensor.detach().flatten().to(wide) for tensor in chosen])
-            work = dist.all_reduce(flat, dist.ReduceOp.SUM if floats else dist.ReduceOp.MAX, async_op=True)
+            operation = dist.ReduceOp.SUM if floats else dist.ReduceOp.MAX
+            group = self.group if flat.device.type == "cpu" else None
+            work = dist.all_reduce(flat, operation, group=group, async_op=True)
             if flat.device.type == "cpu":
                 self._finish(work)
             else:
@@ -190,10 +224,17 @@ class World:
             rest = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
             raise self.raised_on_all(UserError(f"the ranks differ: {'; '.join(found[:3])}{rest}: {advice}"))
 
-    def wrap(self, module: nn.Module, config: DDPConfig) -> nn.Module:
-        """Wrap `module` in DDP, or return it as it is in a single process."""
+    def wrap(self, module: nn.Module, config: DDPConfig | None = None) -> nn.Module:
+        """Wrap any module in DDP, or return it as it is in a single process.
+
+        `wrapped` keeps a note of it. With `find_unused_parameters` off, `PrecisionPolicy.step` ends the run where a
+        trained weight got no gradient: DDP would wait for ever, or let the ranks drift apart.
+        """
         if self.size == 1:
             return module
+        config = config or DDPConfig()
+        self.wrapped[:] = [other for other in self.wrapped if other.module() not in (None, module)]
+        self.wrapped.append(Wrapped(ref(module), config))
         # torch 2.13 renames broadcast_buffers and warns about the old name
         renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
         buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": config.broadcast_buffers}
@@ -276,6 +317,27 @@ def _hold(group: object) -> None:
     """Called at exit with what was held until then."""
 
 
+@lru_cache(maxsize=1)  # the last process group's: all parts of a process share one world and its gloo group
+def _world_of(default: Any) -> World:
+    """Describe the default process group. All ranks call it together."""
+    # A DDP module that outlives its group would be the last to hold it, and its reducer destroys it with the GIL held
+    # while gloo's thread waits for the GIL: a deadlock at exit. Held until the interpreter ends, the group is destroyed
+    # by its own binding, which lets go of the GIL.
+    atexit.register(_hold, default)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    on_gpus = "nccl" in dist.get_backend_config(default)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
+    world = World(rank, size, read_ranks()[2], device, *read_launch())
+    if size == 1:
+        return world
+    options = getattr(default._get_backend(default._device_types[0]), "options", None)  # not every backend has them
+    limit = options._timeout if options else dist.default_pg_timeout
+    # Agreements have a group of their own: a plain NCCL group cannot reduce CPU tensors.
+    group = dist.new_group(backend="gloo", timeout=limit)
+    store = dist.PrefixStore("rawloop", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
+    return replace(world, waiting=Waiting(store, rank, size, limit.total_seconds()), group=group)
+
+
 @contextmanager
 def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     """Join the process group that torchrun describes and leave it at the end. A single process joins none.
@@ -296,34 +358,36 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     if size == 1:
         yield world
         return
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
+    world = _join(world, timeout)
+    assert world.waiting is not None
     try:
-        # After a restart torchrun's store still holds the addresses of the dead: look under a name of our own.
-        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=limit))  # type: ignore[attr-defined]
-        store = dist.PrefixStore(f"restart-{world.restarts}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    except ValueError as error:
-        raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
-    except dist.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RawloopError(
-            f"rank {rank} cannot meet the others at {place} within {timeout:g} s (ddp.timeout): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    # A DDP module that outlives this context would be the last to hold the group, and its reducer destroys it with
-    # the GIL held while gloo's thread waits for the GIL: a deadlock at exit. Held until the interpreter ends, the
-    # group is destroyed by its own binding, which lets go of the GIL.
-    atexit.register(_hold, dist.group.WORLD)
-    waiting = Waiting(store, rank, size, timeout)
-    try:
-        yield replace(world, waiting=waiting)
+        yield world
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        raise waiting.explain(error) from error
+        raise world.waiting.explain(error) from error
     finally:
         # gloo's threads need the GIL to let go of the last collective's tensors. One that still waits for it when the
         # interpreter ends aborts the process ("terminate called without an active exception"): let them have it.
         time.sleep(0.1)
         dist.destroy_process_group()
+
+
+def _join(world: World, timeout: float) -> World:
+    """Initialise the process group that the environment describes."""
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    try:
+        # After a restart torchrun's store still holds the addresses of the dead: look under a name of our own.
+        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"restart-{world.restarts}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
+        return World.current()
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RawloopError(
+            f"rank {world.rank} cannot meet the others at {place} within {timeout:g} s (ddp.timeout): "
+            f"{str(error).splitlines()[0]}"
+        ) from error

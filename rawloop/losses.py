@@ -1,6 +1,6 @@
 """Model and loss as one module, which DDP wraps; the check of what a loss function returns; the training loss."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from rawloop.errors import UserError, nearest
 class LossModule(nn.Module):
     """A model together with its loss: calling it with a batch gives every stream's `StreamLoss`.
 
-    This is what DDP wraps. DDP learns which parameters a step uses from what forward returns, so heads that are
-    applied while scoring must be inside.
+    DDP wraps this module. DDP learns from the result of forward which parameters a step uses, so heads that are applied
+    while scoring must be inside.
     """
 
     def __init__(self, model: nn.Module, losses: Losses) -> None:
@@ -40,24 +40,52 @@ class LossModule(nn.Module):
                     "StreamLoss with a tensor for each stream. A model that swallows labels under a name that it does "
                     "not know returns a loss of None"
                 )
-        for stream, loss in losses.items():
-            wrong = _fault_of(loss)
-            if wrong:
-                raise UserError(f"the family's `losses` gave {wrong} for the stream '{stream}'")
-            if "/" in stream:
-                raise UserError(f"a stream is called '{stream}': names with a / are those of parts, such as audio/0")
-        return losses
+        return as_stream_losses(losses)
+
+
+def as_stream_losses(result: Any, name: str = "loss") -> dict[str, StreamLoss]:
+    """Return what a loss function has returned as one `StreamLoss` per stream.
+
+    Args:
+        result: a `StreamLoss`, such as `StreamLoss.of_mean(mean, targets)`, or a pair (sum, targets); or a mapping from
+            names of streams to these.
+        name: of the stream, where `result` is no mapping.
+
+    Raises:
+        UserError: it is something else; or the sum is not one number, or the counts are not whole numbers.
+    """
+    return {stream: _stream_loss(stream, loss) for stream, loss in _streams(result, name)}
+
+
+def _streams(result: Any, name: str) -> Iterable[tuple[Any, Any]]:
+    return result.items() if isinstance(result, Mapping) else [(name, result)]
+
+
+def _stream_loss(stream: Any, loss: Any) -> StreamLoss:
+    if type(loss) is tuple and len(loss) == 2:
+        loss = StreamLoss(*loss)
+    wrong = _fault_of(loss)
+    if wrong:
+        raise UserError(f"the loss function gave {wrong} for the stream '{stream}'")
+    if not isinstance(stream, str) or "/" in stream:
+        raise UserError(f"a stream is called '{stream}': names with a / are those of parts, such as audio/0")
+    checked: StreamLoss = loss
+    return checked
 
 
 def _fault_of(loss: Any) -> str | None:
-    """What is wrong with what a family gave as the loss of a stream, if anything is."""
+    """Say what is wrong with the loss of a stream, if anything is."""
     if not isinstance(loss, StreamLoss):
-        return f"a {type(loss).__name__}, and no StreamLoss(total, targets),"
-    if loss.total is not None and loss.total.numel() != 1:
-        return f"a total of shape {tuple(loss.total.shape)}, where one number is needed,"
+        advice = "return (sum, targets), or StreamLoss.of_mean(mean, targets): batches differ in their targets"
+        return f"a {type(loss).__name__}, and no StreamLoss(total, targets), ({advice})"
+    total: Any = loss.total
+    if total is not None and not isinstance(total, Tensor):
+        return f"a total that is a {type(total).__name__}, where a tensor is needed,"
+    if total is not None and total.numel() != 1:
+        return f"a total of shape {tuple(total.shape)}, where one number is needed,"
     counts = [loss.targets, *loss.part_targets]
     if not all(isinstance(count, int) and count >= 0 for count in counts):
-        return f"the target counts {counts}, which must be Python ints of 0 or more,"
+        return f"the target counts {counts}, which must be Python ints of 0 or more (count on the CPU, or int(count)),"
     parts = 0 if loss.parts is None else len(loss.parts)
     if parts != len(loss.part_targets):
         return f"{parts} parts and {len(loss.part_targets)} part_targets"

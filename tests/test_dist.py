@@ -1,6 +1,7 @@
 """Ranks and collectives: one process alone, and two or three real ones that agree, fail together and leave together."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -237,6 +238,97 @@ def test_ranks_agree_on_values_and_errors_and_ddp_averages_gradients(run_ranks: 
     results = run_ranks(both, world_size=size)
     check_collectives([result[0] for result in results])
     check_wrapped([result[1] for result in results])
+
+
+# -- in somebody else's process group ----------------------------------------------------------------------------
+
+FOREIGN = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from rawloop.dist import DDPConfig, World
+from rawloop.errors import UserError
+
+backend, said = sys.argv[1], {}
+try:
+    World.current()
+except UserError as error:
+    said["before"] = str(error)
+dist.init_process_group(backend)
+world = World.current()
+said |= {"rank": world.rank, "size": world.size, "device": str(world.device), "same": World.current() is world}
+said |= {"sum": world.sum([world.rank + 1.0]), "gather": world.gather(world.rank), "any": world.any([world.is_main])}
+numbers = torch.tensor([world.rank])
+world.make_equal([numbers])
+said["equal"] = numbers.item()
+if backend == "gloo":
+    net = nn.Linear(2, 1)
+    module = world.wrap(net, DDPConfig(find_unused_parameters=False))
+    said["ddp"] = isinstance(module, DistributedDataParallel)
+    said["wrapped"] = [(w.module() is net, w.config.find_unused_parameters) for w in world.wrapped]
+    module(torch.full((2,), world.rank + 1.0)).backward()
+    said["gradient"] = net.weight.grad.tolist()
+dist.destroy_process_group()
+dist.init_process_group(backend)
+said["anew"] = [World.current() is world, World.current().sum([1.0])]
+with open(f"{sys.argv[2]}/{world.rank}", "w") as file:
+    json.dump(said, file)
+dist.destroy_process_group()
+"""
+
+
+def start_script(source: str, rank: int, port: int, *arguments: str, size: int = 2) -> "subprocess.Popen[str]":
+    """Start one rank of a script that finds its process group by itself."""
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    environment = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", source, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end_scripts(processes: list["subprocess.Popen[str]"], timeout: float = 300.0) -> list[tuple[int, str, str]]:
+    """Wait for all of them; return exit codes and outputs. None outlives the call."""
+    try:
+        ended = [(*process.communicate(timeout=timeout), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(code, out, error) for out, error, code in ended]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cuda:gloo"])  # the second has nothing for the CPU, as plain nccl
+def test_the_world_of_a_group_that_the_script_has_initialised(tmp_path: Path, backend: str) -> None:
+    port = free_port()
+    for code, _, errors in end_scripts([start_script(FOREIGN, r, port, backend, str(tmp_path)) for r in range(2)]):
+        assert code == 0, errors
+    for rank in range(2):
+        said = json.loads((tmp_path / str(rank)).read_text())
+        assert said.pop("before").startswith("WORLD_SIZE is 2, and torch.distributed is not initialised: ")
+        if backend == "gloo":
+            assert (said.pop("ddp"), said.pop("wrapped")) == (True, [[True, False]])
+            assert said.pop("gradient") == [[1.5, 1.5]]
+        assert said == {
+            "rank": rank,
+            "size": 2,
+            "device": "cpu",
+            "same": True,
+            "sum": [3.0],
+            "gather": [0, 1],
+            "any": [True],
+            "equal": 1,
+            "anew": [False, [2.0]],
+        }
+
+
+def is_current(world: World) -> bool:
+    return World.current() is world
+
+
+def test_open_world_gives_the_current_world(run_ranks: Ranks) -> None:
+    assert run_ranks(is_current) == [True, True]
+    assert World.current() == World(device=choose_device("auto", 0))
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------
