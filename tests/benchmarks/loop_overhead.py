@@ -4,8 +4,8 @@
     python tests/benchmarks/loop_overhead.py --rounds 10 --steps 200
 
 A step of this model takes about 2 ms on one thread, so the overhead of a loop is visible. All peers get the same
-weights, the same rows in the same order, the same loss function, fused AdamW, the norm clipped at 1.0, a linear schedule
-and a log line every 10 steps.
+weights, the same rows in the same order, the same loss function, fused AdamW, the norm clipped at 1.0, a linear
+schedule and a log line every 10 steps.
 
 The speed of a machine drifts, so the peers of a round take turns of a few steps, in a different order every round.
 Ratios are taken within a turn, then the median over the turns of a round, then over the rounds. The clock runs from one
