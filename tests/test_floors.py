@@ -24,6 +24,7 @@ FLOORS = (
             "dist",
             "preempt",
             "records",
+            "sinks",
             "seed",
             "buffers",
             "losses",

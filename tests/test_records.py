@@ -1,6 +1,7 @@
 """Records: nothing lost, nothing twice, nothing that is not JSON, and a crash costs at most the line being written."""
 
 import json
+import logging
 import math
 import os
 import pty
@@ -74,6 +75,21 @@ def test_events_have_all_fields_and_show_on_the_console(tmp_path: Path, capsys: 
     reason = "inf in grads"
     assert event == {"kind": "skip", "step": 7, "rank": 0, "reason": reason, "norm": "inf", "ids": ["a", "b"]}
     assert "[skip] step 7: inf in grads" in capsys.readouterr().err
+
+
+def test_events_and_progress_go_to_a_log_of_ones_own_or_nowhere(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for name, log in (("mine", logging.getLogger("mine").info), ("nowhere", None)):
+        with Records(tmp_path / name, World(), RecordsConfig(), log=log) as records, records.progress(10):
+            records.event("warning", step=3, reason="100% of it")
+            records.metrics(3, {"loss": 1.0})
+        with Records(tmp_path / name, World(rank=1), log=log) as other:
+            other.event("skip", step=3, reason="on another rank")
+        assert [event["reason"] for event in read_events(tmp_path / name)] == ["100% of it", "on another rank"]
+    assert caplog.messages == ["[warning] step 3: 100% of it", "step 3/10  loss 1.0000"]
+    assert capfd.readouterr().err == ""
 
 
 def test_an_unknown_kind_of_event_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from rawloop.evaluate import Evaluator
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
 from rawloop.families.clock import clock_notice
 from rawloop.losses import LossModule
-from rawloop.records import honest
+from rawloop.records import json_value
 from rawloop.resume import stored_precision
 
 HELP = "best, latest, or the folder of a checkpoint of this config's run; without it the base model is evaluated"
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> None:
         _tell(f"evaluating {subject.in_words()}", world)
         evaluation = evaluator.run()
         if world.is_main:
-            found = {"checkpoint": subject.checkpoint, "step": subject.step, **honest(evaluation.metrics)}
+            found = {"checkpoint": subject.checkpoint, "step": subject.step, **json_value(evaluation.metrics)}
             print(json.dumps(found, indent=1, allow_nan=False), flush=True)
         if not evaluation.valid:
             raise RawloopError(f"the loss is not finite in batches of {', '.join(evaluation.bad_ids)}")

@@ -191,7 +191,7 @@ def bare(model: Any, rows: Rows, folder: Path) -> None:
         for step, batch in enumerate(loader, start=1):
             inputs = {name: tensor.to(CPU) for name, tensor in batch.items()}
             loss = mean_loss(model, inputs)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
             schedule.step()
