@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rawloop.errors import UserError
+from rawloop.seed import preserved_rng
 
 if TYPE_CHECKING:  # the precision policy, which finds out what moves, needs no ranks
     from rawloop.dist import World
@@ -139,13 +140,32 @@ def _kind(tensor: Tensor) -> str:
 
 
 @contextmanager
-def unmoved(model: nn.Module) -> Iterator[Trace]:
-    """Afterwards every buffer is as it was, those too that were replaced; inside, the trace tells what has moved."""
+def untouched(model: nn.Module, training: bool | None = None) -> Iterator[Trace]:
+    """Run passes of a model that leave no trace: buffers, modes, gradients and random streams are put back on exit.
+
+    Args:
+        model: any module.
+        training: the mode of all its modules inside the context; None leaves their modes as they are.
+
+    Yields:
+        the buffers as they were on entry, to be compared with what the passes have made of them.
+    """
+    modes = [(module, module.training) for module in model.modules()]  # a child may be in another mode than its parent
+    gradients = [(weight, weight.grad) for weight in model.parameters()]
     trace = Trace(model)
     try:
-        yield trace
+        for weight, _ in gradients:
+            weight.grad = None  # a backward pass inside would add to it in place
+        if training is not None:
+            model.train(training)
+        with preserved_rng():
+            yield trace
     finally:
         trace.put_back()
+        for weight, gradient in gradients:
+            weight.grad = gradient
+        for module, mode in modes:
+            module.training = mode
 
 
 class MovingBuffers:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
 from rawloop.announced import announce, check_streams
 from rawloop.audio import import_torchaudio
-from rawloop.buffers import MovingBuffers, in_words, settle_moves
+from rawloop.buffers import MovingBuffers, in_words, settle_moves, untouched
 from rawloop.changes import PART, START_OVER, SettingsState, may_differ
 from rawloop.checkpoint import (
     BestTracker,
@@ -39,7 +39,6 @@ from rawloop.data.prepare import decode_once, prepare
 from rawloop.data.samples import named, read_samples, shared, usable
 from rawloop.data.shards import heard_at
 from rawloop.diagnose import Report, run_checks
-from rawloop.diagnose.undisturbed import undisturbed
 from rawloop.dist import DDPConfig, World
 from rawloop.errors import BadSample, LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
@@ -500,7 +499,7 @@ def learn_limits(limits: Limits, family: Family, model: nn.Module, policy: Preci
     """Run the family's probe on the prepared model, to see which further inputs are ids of an embedding."""
     found: dict[str, int] = {}
     probe = family.probe().to(policy.device)
-    with undisturbed(model, training=False), torch.no_grad(), policy.autocast(), look_ups(model, probe.inputs, found):
+    with untouched(model, training=False), torch.no_grad(), policy.autocast(), look_ups(model, probe.inputs, found):
         family.logits(model, probe)
     limits.ids.update({name: rows for name, rows in found.items() if name not in limits.ids})
 

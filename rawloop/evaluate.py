@@ -7,21 +7,20 @@ invalid, never best.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rawloop.buffers import unmoved
+from rawloop.buffers import untouched
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World
 from rawloop.errors import Preempted, UserError, happening, nearest
 from rawloop.losses import LossModule
 from rawloop.preempt import agreed
-from rawloop.seed import preserved_rng
 
 
 @dataclass
@@ -153,7 +152,7 @@ class Evaluator:
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
-        with _evaluation_mode(self.module), unmoved(self.module), torch.no_grad(), preserved_rng():
+        with untouched(self.module, training=False), torch.no_grad():
             share = self.world.on_all_ranks(lambda: self._own_share(wanted))
         assert share is not None
         shares = self.world.gather(share)
@@ -229,18 +228,6 @@ class Evaluator:
                 f"{', '.join(self.weights)}): give it one; 0 reports its mean and leaves it out of eval_loss"
             )
         return None
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout and its like off; afterwards every submodule is in the mode it was in, which need not be its parent's."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _named(losses: dict[str, StreamLoss]) -> Iterable[tuple[str, tuple[Tensor, int]]]:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
-from rawloop.buffers import MovingBuffers, in_words, places, settle_moves
+from rawloop.buffers import MovingBuffers, in_words, places, settle_moves, untouched
 from rawloop.build import build_run
 from rawloop.checkpoint import CheckpointConfig
 from rawloop.cli import main
@@ -411,3 +413,41 @@ def test_a_window_that_makes_a_buffer_infinite_is_not_applied() -> None:
     advice = r"if the model came with 0\.running_var so, begin with another one; else look at the samples"
     with pytest.raises(TrainingError, match=f"move are not: {advice}"):
         step()
+
+
+class Restless(nn.Module):
+    """Everything that a pass may move: a buffer, a mode, gradients and two random streams."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.frozen_drop = nn.Dropout(0.5).eval()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return nn.functional.dropout(self.layer(x), 0.5).sum() + random.random()
+
+
+@pytest.mark.parametrize("training", [None, True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_untouched_model_is_as_before(training: bool | None, fails: bool) -> None:
+    model = Restless()
+    torch.autograd.backward(model(torch.ones(3, 2)))
+    gradients = [weight.grad for weight in model.parameters()]
+    values = [gradient.clone() for gradient in gradients if gradient is not None]
+    before = torch.get_rng_state(), random.getstate(), [module.training for module in model.modules()]
+    with suppress(ValueError), untouched(model, training):
+        assert model.frozen_drop.training == (training or False)
+        assert model.training == (training is not False)
+        torch.autograd.backward(model(torch.ones(3, 2)))
+        model.train()
+        if fails:
+            raise ValueError
+    assert float(model.count) == 1.0
+    assert all(weight.grad is g for weight, g in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(g, v) for g, v in zip([g for g in gradients if g is not None], values, strict=True))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), [module.training for module in model.modules()]) == before[1:]

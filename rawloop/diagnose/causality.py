@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rawloop.buffers import untouched
 from rawloop.contracts import Batch, Family
+from rawloop.diagnose.shared import coarsest_eps, looking_at
 from rawloop.diagnose.table import table
-from rawloop.diagnose.undisturbed import coarsest_eps, looking_at, undisturbed
 from rawloop.diagnose.verdict import Autocast
 from rawloop.seed import preserved_rng
 
@@ -99,7 +100,7 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
         with looking_at(one.ids), preserved_rng(), autocast():
             return family.logits(model, one)
 
-    with undisturbed(model, training=False), torch.no_grad():
+    with untouched(model, training=False), torch.no_grad():
         before, again, after = logits(batch), logits(batch), logits(perturbed.batch)
         others = {what: logits(context.batch) for what, context in perturbed.contexts.items()}
     rounding = _rounding(model, autocast)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from rawloop.contracts import Batch, Family, Special
+from rawloop.diagnose.shared import looking_at
 from rawloop.diagnose.table import table
-from rawloop.diagnose.undisturbed import looking_at
 
 GIVEN = frozenset(("system", "scene", "user"))
 

@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rawloop.buffers import untouched
 from rawloop.contracts import IGNORE, Batch, Family, StreamLoss
 from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.notfinite import cause
+from rawloop.diagnose.shared import coarsest_eps, looking_at
 from rawloop.diagnose.table import table
-from rawloop.diagnose.undisturbed import coarsest_eps, looking_at, undisturbed
 from rawloop.losses import LossModule
 from rawloop.seed import preserved_rng
 
@@ -125,7 +126,7 @@ def read_losses(
     readings = {stream: Reading() for stream in family.streams}
     passes = Passes(family, module, autocast, {id(batch): group for batch, group in zip(batches, groups, strict=False)})
     scored: dict[int, dict[str, StreamLoss]] = {}
-    with undisturbed(module, training=False), torch.no_grad():
+    with untouched(module, training=False), torch.no_grad():
         for batch in batches:
             scored[id(batch)], own = _scored(passes, batch, readings)
             for name, reading in own.items():
@@ -139,7 +140,7 @@ def read_losses(
                 _note_variety(readings, stream, rows)
             for name, said in disagreements(scored[id(batch)], logits, batch, passes.eps()).items():
                 readings[name].mismatch = said
-    with undisturbed(module, training=True):
+    with untouched(module, training=True):
         for stream, seen in [(s, b) for s, b in first.items() if b is not None and not readings[s].not_finite]:
             with looking_at(seen.ids):
                 none, not_finite = passes.gradient(seen, stream)

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rawloop.buffers import Moves, Trace, unmoved
+from rawloop.buffers import Moves, Trace, untouched
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.precision.gradients import connected, leaves_of
 from rawloop.precision.policy import PrecisionPolicy
-from rawloop.seed import preserved_rng
 
 # What torch says of an operation that a device lacks for a dtype, or of two dtypes that do not fit each other.
 LACKING = re.compile(
@@ -48,10 +47,7 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
             dtypes (memory, data) is raised as it is.
     """
     while True:
-        error, moves = _attempt(policy, loss_of)
-        unused = [name for name, weight in policy.trained.weights.items() if weight.grad is None]
-        for weight in policy.trained.weights.values():
-            weight.grad = None
+        error, trial = _attempt(policy, loss_of)
         unconnected, lacks = isinstance(error, TrainingError), error is not None and is_lacking(error)
         lacking, unconnected_somewhere, failed = policy.agree(
             [lacks, unconnected, error is not None and not lacks and not unconnected]
@@ -64,7 +60,7 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
         elif unconnected_somewhere:
             raise error or TrainingError("on another rank the loss is not connected to any trained weight")
         else:
-            return Trial(unused, moves)
+            return trial
 
 
 def is_lacking(error: Exception) -> bool:
@@ -77,26 +73,24 @@ def _quiet(error: RawloopError) -> RawloopError:
     return error
 
 
-def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Exception | None, Moves]:
-    """Run both passes; the error if they fail. Buffers, also those that were replaced, and random streams are put back.
-
-    Every error is caught: the ranks must agree on it first.
-    """
+def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Exception | None, Trial]:
+    """Run both passes, and return the error if they fail. Every error is caught: the ranks must agree on it first."""
     assert policy.model is not None
-    moves = Moves([], {}, [], [])
+    trial = Trial([], Moves([], {}, [], []))
     try:
-        with unmoved(policy.model) as trace, preserved_rng():
+        with untouched(policy.model) as trace:
             with policy.autocast():
                 loss = loss_of()
             forward = Trace(policy.model)
             torch.autograd.backward(connected(loss).float())
+            unused = [name for name, weight in policy.trained.weights.items() if weight.grad is None]
             twice = any(moved for _, _, moved in forward.written().values())
-            moves = _moves(policy, loss_of, trace)._replace(twice=twice)
-        if all(weight.grad is None for weight in policy.trained.weights.values()):
-            return TrainingError(_unconnected(leaves_of(loss))), moves
+            trial = Trial(unused, _moves(policy, loss_of, trace)._replace(twice=twice))
+        if len(unused) == len(policy.trained.weights):
+            return TrainingError(_unconnected(leaves_of(loss))), trial
     except Exception as error:
-        return error, moves
-    return None, moves
+        return error, trial
+    return None, trial
 
 
 def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace) -> Moves:

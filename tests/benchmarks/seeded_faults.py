@@ -27,7 +27,7 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 COPIED = ("rawloop", "tests", "setup.cfg", "pyproject.toml")
 PATIENCE = 600.0  # seconds for the tests of one fault, and for the doctor
-EVALUATE, LOOP, BATCHES = "evaluate.py", "loop.py", "data/batches.py"
+EVALUATE, LOOP, BATCHES, BUFFERS = "evaluate.py", "loop.py", "data/batches.py", "buffers.py"
 HIGGS, HIGGS_EXAMPLES, SHARED = "families/higgs_audio_v2.py", "families/higgs_examples.py", "families/shared.py"
 CAUSAL_LM, TEXT_EXAMPLES = "families/causal_lm.py", "families/text_examples.py"
 
@@ -261,23 +261,23 @@ FAULTS = (
     ),
     Fault(
         "evaluation with dropout",
-        EVALUATE,
-        "    module.eval()\n",
-        "    module.train()\n",
+        BUFFERS,
+        "            model.train(training)\n",
+        "            model.train()\n",
         ("test_evaluate.py::test_dropout_is_off_and_the_mode_comes_back_even_after_an_error",),
     ),
     Fault(
         "training with the mode of evaluation",
-        EVALUATE,
-        "            part.training = training\n",
-        "            part.training = False\n",
+        BUFFERS,
+        "            module.training = mode\n",
+        "            module.training = False\n",
         ("test_evaluate.py::test_random_streams_modes_and_gradients_are_untouched",),
     ),
     Fault(
         "evaluation moves the training's random streams",
-        EVALUATE,
-        "with _evaluation_mode(self.module), unmoved(self.module), torch.no_grad(), preserved_rng():",
-        "with _evaluation_mode(self.module), unmoved(self.module), torch.no_grad():",
+        BUFFERS,
+        "        with preserved_rng():\n            yield trace\n",
+        "        yield trace\n",
         ("test_evaluate.py::test_random_streams_modes_and_gradients_are_untouched",),
     ),
     Fault(

@@ -1,33 +1,18 @@
-"""Measuring a model without a trace: what a check does must not be seen in what is trained."""
+"""What the checks before step 0 share: naming the samples of an error, and the rounding of a model."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from rawloop.buffers import unmoved
 from rawloop.errors import happening
-from rawloop.seed import preserved_rng
 
 
 def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
     """Let an error inside say which samples the checks were looking at."""
     return happening(f"in the checks before step 0, on the samples {', '.join(dict.fromkeys(ids))}", name_own=True)
-
-
-@contextmanager
-def undisturbed(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put a module into training or evaluation mode; afterwards modes, buffers and random streams are as before."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.train(training)
-    try:
-        with unmoved(module), preserved_rng():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
