@@ -48,7 +48,8 @@ from rawloop.families.clock import check_repeatable, clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.losses import LossModule
 from rawloop.meter import Meter
-from rawloop.optim import NamedOptimizerState, build_optimizer, lr_at
+from rawloop.optim import build_optimizer, lr_at
+from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionPolicy, preflight
 from rawloop.preempt import Preemption
 from rawloop.records import Records, check_packages
@@ -296,7 +297,12 @@ def _assemble(
         PART: settings,
         "base": ready.base,
         "model": model,
-        "optimizer": NamedOptimizerState(optimizer, policy.named_parameters, cast=bool(START_OVER & forced)),
+        "optimizer": NamedOptimizerState(
+            optimizer,
+            policy.named_parameters,
+            restore_options=False,  # the config's may have changed
+            cast=bool(START_OVER & forced),
+        ),
         "precision": policy,
         "train": state,
         "meter": meter,

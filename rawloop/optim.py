@@ -1,15 +1,14 @@
-"""AdamW, the learning-rate schedule as a pure function of the step, and optimizer state keyed by parameter name."""
+"""AdamW, and the learning-rate schedule as a pure function of the step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from rawloop.errors import CheckpointError, UserError
+from rawloop.errors import UserError
 
 
 @dataclass
@@ -86,89 +85,3 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-class NamedOptimizerState:
-    """An optimizer's state for checkpoints, keyed by parameter name instead of by position.
-
-    Positions shift when a parameter is frozen or added; names say what is missing.
-    """
-
-    def __init__(
-        self, optimizer: Optimizer, named: Callable[[], Iterable[tuple[str, nn.Parameter]]], cast: bool = False
-    ) -> None:
-        """`named` tells what the optimizer holds, by name, whenever it is asked: a fallback may have changed it.
-
-        `cast` says that running means are to take the dtype that the parameters have today.
-
-        Raises:
-            UserError: `optimizer` is none, or `named` cannot be called, as what `named_parameters()` returns cannot.
-        """
-        if not isinstance(optimizer, Optimizer) or not callable(named):
-            raise UserError(
-                f"NamedOptimizerState takes an optimizer and what can be called for its parameters, such as "
-                f"model.named_parameters without parentheses: it got {type(optimizer).__name__} and "
-                f"{type(named).__name__}"
-            )
-        self.optimizer, self.named, self.cast = optimizer, named, cast
-
-    @property
-    def names(self) -> dict[str, nn.Parameter]:
-        """The trained parameters that the optimizer holds now."""
-        return {name: parameter for name, parameter in self.named() if parameter.requires_grad}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return `{name: state of that parameter}`; a parameter that was never updated has an empty one.
-
-        Raises:
-            UserError: the optimizer holds trained parameters that have no name, whose state would be lost.
-        """
-        state, names = self.optimizer.state, self.names
-        known = {id(parameter) for parameter in names.values()}
-        held = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        nameless = sum(id(parameter) not in known for parameter in held)
-        if nameless:
-            raise UserError(
-                f"{nameless} of the {len(held)} parameters that the optimizer trains are not among those that "
-                "NamedOptimizerState is told by name: hand in the named_parameters of the model that it trains; under "
-                "a PrecisionPolicy hand in policy.named_parameters, and call policy.adopt(optimizer) before"
-            )
-        return {name: dict(state.get(parameter, {})) for name, parameter in names.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state in its stored dtypes (torch's own loader casts them to the parameter's dtype).
-
-        Raises:
-            CheckpointError: the names or shapes differ from the model's.
-        """
-        names = self.names
-        extra, missing = sorted(set(state) - set(names)), sorted(set(names) - set(state))
-        if extra or missing:
-            raise CheckpointError(
-                f"optimizer state does not fit the model: {len(missing)} weights have none {missing[:3]}, "
-                f"{len(extra)} are not in the model or not trained {extra[:3]}"
-            )
-        for name, values in state.items():
-            if not values:
-                continue
-            parameter = names[name]
-            state = {key: _placed(value, parameter, name) for key, value in values.items()}
-            if self.cast:
-                state = {key: value.to(parameter.dtype) if _averages(value) else value for key, value in state.items()}
-            self.optimizer.state[parameter] = state
-
-
-def _averages(value: Any) -> bool:
-    """Whether it is a running mean, not a step counter."""
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.is_floating_point()
-
-
-def _placed(value: Any, parameter: nn.Parameter, name: str) -> Any:
-    """A copy of a state value on the parameter's device. Step counters stay where fused AdamW keeps them."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.ndim and value.shape != parameter.shape:
-        raise CheckpointError(
-            f"optimizer state of {name} has shape {tuple(value.shape)}, the weight has {tuple(parameter.shape)}"
-        )
-    return value.to(parameter.device, copy=True)

@@ -38,7 +38,19 @@ FLOORS = (
     ),
     (
         "parts",
-        ("precision", "evaluate", "checkpoint", "data", "families", "adapters", "meter", "optim", "diagnose", "demo"),
+        (
+            "precision",
+            "evaluate",
+            "checkpoint",
+            "data",
+            "families",
+            "adapters",
+            "meter",
+            "optim",
+            "optim_state",
+            "diagnose",
+            "demo",
+        ),
     ),
     ("frame", ("loop",)),
     (

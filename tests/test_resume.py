@@ -46,7 +46,8 @@ from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, TrainState, train
 from rawloop.losses import LossModule
 from rawloop.meter import Meter
-from rawloop.optim import NamedOptimizerState, OptimConfig
+from rawloop.optim import OptimConfig
+from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.precision.masters import Trained
 from rawloop.precision.scaler import LossScaleConfig
@@ -383,8 +384,9 @@ def leave_out(patch: pytest.MonkeyPatch, part: type[Any], path: tuple[str, ...])
             state = copy.deepcopy(state)
             fresh = self.state_dict()
             if part is NamedOptimizerState:  # has nothing before its first step
-                fresh = {name: {path[0]: torch.zeros_like(values[path[0]])} for name, values in state.items()}
-            places = [(state, fresh)] if part is not NamedOptimizerState else [(state[n], fresh[n]) for n in state]
+                held = state["state"]
+                fresh = {name: {path[0]: torch.zeros_like(values[path[0]])} for name, values in held.items()}
+            places = [(state, fresh)] if part is not NamedOptimizerState else [(held[n], fresh[n]) for n in held]
             for target, source in places:
                 for key in path[:-1]:
                     target, source = target[key], source[key]

@@ -78,13 +78,13 @@ def _wrong_part(part: Any) -> str | None:
         return f"{what}, a class: hand in the object"
     if isinstance(part, Optimizer):
         return (
-            f"{what}, whose state goes by position, not by name: hand in NamedOptimizerState(optimizer, named) of "
-            "rawloop.optim, where named() gives (name, parameter) of what it holds, such as model.named_parameters"
+            f"{what}, whose state goes by position, not by name: hand in rawloop.NamedOptimizerState(optimizer, "
+            "named), where named() gives (name, parameter) of what it holds, such as model.named_parameters"
         )
     if isinstance(part, LRScheduler):
         return (
-            f"{what}, which does not hold the learning rate that it has set: hand in an object whose state_dict also "
-            "has the lr of every param_group and whose load_state_dict puts it back, or set the lr from the step"
+            f"{what}, whose state does not have the learning rate that it has set: hand in "
+            "rawloop.SchedulerState(scheduler), and rawloop.NamedOptimizerState of its optimizer, which has it"
         )
     if stateful and folder:
         return f"{what} with state_dict and with snapshot: it must have one of them"

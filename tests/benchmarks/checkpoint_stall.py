@@ -35,7 +35,8 @@ from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
 from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager
 from rawloop.dist import World
 from rawloop.loop import TrainState
-from rawloop.optim import NamedOptimizerState, OptimConfig, build_optimizer
+from rawloop.optim import OptimConfig, build_optimizer
+from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState

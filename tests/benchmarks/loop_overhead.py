@@ -49,7 +49,8 @@ from rawloop.dist import World
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.loop import Run, TrainState, train
 from rawloop.losses import LossModule
-from rawloop.optim import NamedOptimizerState, OptimConfig, build_optimizer, lr_at
+from rawloop.optim import OptimConfig, build_optimizer, lr_at
+from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState

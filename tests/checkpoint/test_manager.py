@@ -355,8 +355,8 @@ SCHEDULER = torch.optim.lr_scheduler.ExponentialLR(OPTIMIZER, 0.9)
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        (OPTIMIZER, r"is a SGD, .* hand in NamedOptimizerState\(optimizer, named\) of rawloop.optim"),
-        (SCHEDULER, "is a ExponentialLR, which does not hold the learning rate that it has set: hand in an object"),
+        (OPTIMIZER, r"is a SGD, .* hand in rawloop.NamedOptimizerState\(optimizer, named\), where named\(\) gives"),
+        (SCHEDULER, r"is a ExponentialLR, whose state .*: hand in rawloop.SchedulerState\(scheduler\), and"),
         (None, "is None: leave it out"),
         (np.float64(0.1), r"is a float64: hand in an object with state_dict\(\) and load_state_dict\(state\)"),
         (0.1, "is a float: .* of a number, an object that holds it"),

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rawloop.optim import NamedOptimizerState
+from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionConfig, PrecisionPolicy, StepResult
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
-from rawloop.optim import NamedOptimizerState
+from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 
 CPU = torch.device("cpu")

@@ -1,0 +1,244 @@
+"""The state of optimizers and schedulers for checkpoints: by parameter name, with the options of every group.
+
+torch stores it by position, and a scheduler does not store the learning rate it has set: either resumes wrongly without
+a word.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rawloop.errors import CheckpointError, UserError
+
+# Options that say how this machine computes an update: loading leaves them as they are.
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+
+
+class NamedOptimizerState:
+    """An optimizer's state for checkpoints, keyed by parameter name instead of by position.
+
+    Positions shift when a parameter is frozen or added; names say what is missing. The options of each parameter group
+    (lr, betas, the counters of schedule-free optimizers, ...) are part of the state.
+
+    Args:
+        optimizer: its parameters may be replaced later, as a precision policy does.
+        named: returns (name, parameter) of everything the optimizer holds. It is called at each save and load, since a
+            fallback may have changed the parameters.
+        restore_options: whether loading sets the options of the groups. False keeps those of now, where a config is
+            the truth.
+        cast: whether loading casts running means to the dtype that the parameters have now.
+
+    Raises:
+        UserError: `optimizer` is no optimizer, or `named` cannot be called.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        named: Callable[[], Iterable[tuple[str, nn.Parameter]]],
+        *,
+        restore_options: bool = True,
+        cast: bool = False,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer) or not callable(named):
+            raise UserError(
+                f"NamedOptimizerState takes an optimizer and what can be called for its parameters, such as "
+                f"model.named_parameters without parentheses: it got {type(optimizer).__name__} and "
+                f"{type(named).__name__}"
+            )
+        self.optimizer, self.named = optimizer, named
+        self.restore_options, self.cast = restore_options, cast
+
+    def _groups(self) -> list[dict[str, nn.Parameter]]:
+        """The parameters of each group by name.
+
+        Raises:
+            UserError: the optimizer has state, or trains parameters, without a name.
+        """
+        names, state = {id(parameter): name for name, parameter in self.named()}, self.optimizer.state
+        held = [group["params"] for group in self.optimizer.param_groups]
+        trained = [p for params in held for p in params if p.requires_grad or state.get(p)]
+        nameless = sum(id(parameter) not in names for parameter in trained)
+        if nameless:
+            raise UserError(
+                f"{nameless} of the {len(trained)} parameters that the optimizer trains are not among those that "
+                "NamedOptimizerState is told by name: hand in the named_parameters of the model that it trains; under "
+                "a PrecisionPolicy hand in policy.named_parameters, and call policy.adopt(optimizer) before"
+            )
+        others = [key for key in state if not isinstance(key, torch.Tensor)]
+        if others:
+            raise UserError(
+                f"{type(self.optimizer).__name__} keeps state under {others[0]!r}, which is no parameter: "
+                "NamedOptimizerState stores the state of parameters and the options of their groups"
+            )
+        return [{names[id(p)]: p for p in params if id(p) in names} for params in held]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `groups`, with the shapes of their parameters by name and their options, and `state` by name.
+
+        Raises:
+            UserError: the optimizer has state, or trains parameters, without a name.
+        """
+        groups = self._groups()
+        state = self.optimizer.state
+        return {
+            "groups": [
+                {"params": {name: list(p.shape) for name, p in named.items()}, "options": _options(group)}
+                for named, group in zip(groups, self.optimizer.param_groups, strict=True)
+            ],
+            "state": {name: dict(state[p]) for named in groups for name, p in named.items() if state.get(p)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore state and options, in their stored dtypes (torch's own loader casts to the parameter's dtype).
+
+        Raises:
+            CheckpointError: the groups, names or shapes differ from the optimizer's.
+        """
+        groups = self._groups()
+        if not isinstance(state.get("groups"), list):  # rawloop 0.1 stored {name: state}, without the groups
+            state = _with_groups(state, groups)
+        _check_groups([group["params"] for group in state["groups"]], groups)
+        for named, group, stored in zip(groups, self.optimizer.param_groups, state["groups"], strict=True):
+            if self.restore_options:
+                _set_options(group, stored["options"])
+            for name, parameter in named.items():
+                self.optimizer.state.pop(parameter, None)  # what is not stored was not there
+                if name in state["state"]:
+                    self.optimizer.state[parameter] = self._restored(state["state"][name], parameter, group)
+
+    def _restored(self, values: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
+        # torch keeps the step counter of a fused or capturable optimizer on the device, of any other on the CPU
+        step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        dtype = parameter.dtype if self.cast else None
+        places = {key: step if key == "step" else parameter.device for key in values}
+        return {key: _placed(value, places[key], dtype) for key, value in values.items()}
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _set_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        current = group.get(key)
+        if key in IMPLEMENTATION:
+            continue
+        if isinstance(current, torch.Tensor):  # a captured graph or a scheduler refers to this tensor
+            current.copy_(torch.as_tensor(value))
+        else:
+            group[key] = value
+
+
+def _with_groups(state: Mapping[str, Any], groups: list[dict[str, nn.Parameter]]) -> dict[str, Any]:
+    """Return a state without groups, which has an entry for every trained parameter, as one of the groups of now."""
+    found: list[dict[str, Any]] = [{"params": {}, "options": {}} for _ in groups]
+    for name, values in state.items():
+        index = next((index for index, named in enumerate(groups) if name in named), 0)
+        shapes = [list(value.shape) for value in values.values() if isinstance(value, torch.Tensor) and value.ndim]
+        known = groups[index].get(name)
+        found[index]["params"][name] = [*shapes, list(known.shape) if known is not None else []][0]
+    return {"groups": found, "state": {name: values for name, values in state.items() if values}}
+
+
+def _check_groups(stored: list[Mapping[str, list[int]]], groups: list[dict[str, nn.Parameter]]) -> None:
+    """Refuse a state whose parameters, or their groups or shapes, are others than the optimizer's."""
+    then = {name: index for index, named in enumerate(stored) for name in named}
+    now = {name: index for index, named in enumerate(groups) for name in named}
+    extra, missing = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
+    if extra or missing:
+        raise CheckpointError(
+            f"optimizer state does not fit the model: {len(missing)} weights have none {missing[:3]}, "
+            f"{len(extra)} are not in the model or not trained {extra[:3]}"
+        )
+    moved = [f"{name} from group {then[name]} to {now[name]}" for name in now if then[name] != now[name]]
+    if moved or len(stored) != len(groups):
+        raise CheckpointError(
+            f"the optimizer's parameter groups differ from the checkpoint's: {len(stored)} then, {len(groups)} now; "
+            f"{len(moved)} weights have moved {moved[:3]}. Build the groups as they were: each has options of its own"
+        )
+    for index, named in enumerate(groups):
+        for name, parameter in named.items():
+            if list(parameter.shape) != stored[index][name]:
+                raise CheckpointError(
+                    f"optimizer state of {name} has shape {tuple(stored[index][name])}, the weight has "
+                    f"{tuple(parameter.shape)}"
+                )
+
+
+def _placed(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Return a copy of a state value on `device`, at any depth; running means in `dtype`, if one is given."""
+    if isinstance(value, torch.Tensor):
+        averages = value.ndim > 0 and value.is_floating_point()
+        return value.to(device, dtype if averages else None, copy=True)
+    if isinstance(value, dict):
+        return {key: _placed(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_placed(item, device, dtype) for item in value)
+    return value
+
+
+class SchedulerState:
+    """The state of a torch learning-rate scheduler, for checkpoints.
+
+    A scheduler does not store the learning rates it has set: save it together with a `NamedOptimizerState` of its
+    optimizer, which does.
+
+    Raises:
+        UserError: `scheduler` is no scheduler of torch.
+    """
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        if not isinstance(scheduler, LRScheduler):
+            raise UserError(f"SchedulerState takes a torch LRScheduler: it got a {type(scheduler).__name__}")
+        self.scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scheduler's state, in values that JSON can hold."""
+        state: dict[str, Any] = plain(self.scheduler.state_dict())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the scheduler's state.
+
+        Raises:
+            CheckpointError: the state is that of another kind of scheduler.
+        """
+        own, stored = self.scheduler.state_dict(), _unpacked(state)
+        if own.keys() != stored.keys():
+            names = sorted(own.keys() ^ stored.keys())
+            raise CheckpointError(
+                f"the checkpoint's scheduler is no {type(self.scheduler).__name__} as here: {', '.join(names[:5])} "
+                "differ; build the scheduler that the run was trained with"
+            )
+        self.scheduler.load_state_dict(stored)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as Python's own numbers and dicts with string keys; MultiStepLR keeps a Counter of ints."""
+    if isinstance(value, Counter) or (isinstance(value, dict) and not all(isinstance(key, str) for key in value)):
+        return {"pairs": [[plain(key), plain(item)] for key, item in value.items()], "type": type(value).__name__}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    if isinstance(value, bool | torch.Tensor):
+        return value
+    if isinstance(value, Integral):  # of numpy, too
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"pairs", "type"}:
+        pairs = {key: _unpacked(item) for key, item in value["pairs"]}
+        return Counter(pairs) if value["type"] == "Counter" else pairs
+    if isinstance(value, dict):
+        return {key: _unpacked(item) for key, item in value.items()}
+    return type(value)(map(_unpacked, value)) if isinstance(value, list | tuple) else value
