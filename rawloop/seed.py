@@ -6,13 +6,18 @@ A run continues bit for bit only if all of them are restored, on every rank.
 
 import hashlib
 import json
+import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from ctypes import string_at as _memory
+from typing import Any, TypeVar
 
 import torch
+
+Made = TypeVar("Made")
+Seed = Callable[[int], None]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -132,30 +137,85 @@ class RngState:
         _seed_everything(derive_seed("resumed", self.seed, step, self.rank))
 
 
-@contextmanager
-def lent_streams() -> Iterator[Callable[[int], None]]:
-    """Lend torch's CPU stream, python's and numpy's global one, and put them back as they were found.
+class SampleStreams:
+    """Lends torch's CPU stream, python's and numpy's global ones to code that makes samples, and puts them back.
 
-    What it gives seeds them: as often as you like, from a seed of up to 64 bits. It stands around every micro-batch
-    that is made, so states stay in the libraries' own form, and devices are left alone. What a library seeds from the
-    operating system (`numpy.random.default_rng()` without a seed) is not reached.
+    Nothing is seeded until that code draws a number: most families draw none, and seeding costs more than making a
+    small batch does. The first draw is noticed and undone, and the same batch is made again with seeds, as are all
+    later ones. Devices are left alone. Generators that a library seeds from the operating system
+    (`numpy.random.default_rng()` without a seed) are not reached.
     """
-    stream, numpy = torch.default_generator, _numpy()
-    found = stream.get_state(), random.getstate(), numpy.random.get_state(legacy=False) if numpy is not None else None
 
-    def seed(number: int) -> None:
-        stream.manual_seed(number)
+    def __init__(self) -> None:
+        self.drawn = False  # whether anything has been drawn so far
+        self._numpy = _numpy()
+        self._numpy_words: bytes | None = None  # what _mt19937_words gave for the state in _numpy_state
+
+    def lend(self, make: Callable[[Seed | None], Made]) -> Made:
+        """Return `make(seed)`. If `seed` is not None, `make` calls it with a number of up to 64 bits before it draws.
+
+        Calling `make` twice must give the same, apart from what it draws.
+        """
+        self._capture()
+        if not self.drawn:
+            try:
+                made = make(None)
+            except Exception:
+                if not self._moved():
+                    raise
+            else:
+                if not self._moved():
+                    return made
+            self._put_back()
+            self.drawn = True
+        try:
+            return make(self._seed)
+        finally:
+            self._put_back()
+
+    def _seed(self, number: int) -> None:
+        torch.default_generator.manual_seed(number)
         random.seed(number)
-        if numpy is not None:
-            numpy.random.seed([number & 0xFFFFFFFF, number >> 32])
+        if self._numpy is not None:
+            self._numpy.random.seed([number & 0xFFFFFFFF, number >> 32])
 
-    try:
-        yield seed
-    finally:
-        stream.set_state(found[0])
-        random.setstate(found[1])
-        if numpy is not None:
-            numpy.random.set_state(found[2])
+    def _capture(self) -> None:
+        self._torch_state, self._python_state = torch.default_generator.get_state(), random.getstate()
+        if self._numpy is None:
+            return
+        words = _mt19937_words(self._numpy)
+        if words is None or words != self._numpy_words:  # reading the whole state takes 30 us
+            self._numpy_state = self._numpy.random.get_state(legacy=False)
+            # randn() keeps its second number for the next call, which then moves no word.
+            self._numpy_words = None if self._numpy_state["has_gauss"] else words
+
+    def _moved(self) -> bool:
+        now = torch.default_generator.get_state()
+        if _memory(now.data_ptr(), len(now)) != _memory(self._torch_state.data_ptr(), len(now)):  # torch.equal: 4 us
+            return True
+        (_, words, gauss), (_, old, old_gauss) = random.getstate(), self._python_state
+        # Each draw moves the index, which is the last number; where it has gone once around, all others are new.
+        if (words[-1], words[0], gauss) != (old[-1], old[0], old_gauss):
+            return True
+        if self._numpy is None:
+            return False
+        if self._numpy_words is not None:
+            return _mt19937_words(self._numpy) != self._numpy_words
+        return pickle.dumps(self._numpy.random.get_state(legacy=False)) != pickle.dumps(self._numpy_state)
+
+    def _put_back(self) -> None:
+        torch.default_generator.set_state(self._torch_state)
+        random.setstate(self._python_state)
+        if self._numpy is not None:
+            self._numpy.random.set_state(self._numpy_state)
+
+
+def _mt19937_words(numpy: Any) -> bytes | None:
+    """Return the words of numpy's global generator and its place among them, read from memory; None of another kind."""
+    generator = numpy.random.get_bit_generator()
+    if not isinstance(generator, numpy.random.MT19937):
+        return None
+    return _memory(generator.ctypes.state_address, 4 * 625)  # uint32 key[624]; int pos
 
 
 @contextmanager

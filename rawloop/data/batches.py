@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from rawloop.contracts import Batch, Sample
 from rawloop.data.limits import no_fault
 from rawloop.data.workers import Packed, check_descriptors, in_worker, items, pack
 from rawloop.errors import RawloopError, UserError
-from rawloop.seed import derive_seed, lent_streams
+from rawloop.seed import SampleStreams, Seed, derive_seed
 
 
 class Draw(NamedTuple):
@@ -118,7 +118,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         seed: int = 0,
     ) -> None:
         self.samples, self.example, self.collate, self.fault = samples, example, collate, fault
-        self.seed = seed
+        self.seed, self.streams = seed, SampleStreams()
 
     def __getitem__(self, draws: list[Draw]) -> Batch | RawloopError:
         """Return the micro-batch, or the error: raised in a worker it would arrive wrapped in a traceback."""
@@ -136,9 +136,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             UserError: a sample cannot be made into an example, or holds what the model cannot take.
         """
         try:
-            with lent_streams() as seed:
-                examples = [self._example(draw, seed) for draw in draws]
-                batch = self.collate(examples)
+            examples, batch = self.streams.lend(partial(self._make, draws))
             fault = self.fault(batch)
         except (RawloopError, OSError):
             raise
@@ -149,9 +147,13 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             raise UserError(self._blame(draws, examples, fault))
         return examples, batch
 
-    def _example(self, draw: Draw, seed: Callable[[int], None]) -> Any:
-        seed(derive_seed("sample", self.seed, draw.epoch, draw.sample))
-        return self.example(self.samples[draw.sample])
+    def _make(self, draws: list[Draw], seed: Seed | None) -> tuple[list[Any], Batch]:
+        examples = []
+        for draw in draws:
+            if seed is not None:
+                seed(derive_seed("sample", self.seed, draw.epoch, draw.sample))
+            examples.append(self.example(self.samples[draw.sample]))
+        return examples, self.collate(examples)
 
     def _blame(self, draws: list[Draw], examples: list[Any], fault: str) -> str:
         """Find the sample that is at fault: the first that is wrong also when it is alone."""
@@ -179,23 +181,26 @@ class Loader:
             RawloopError: a sample cannot be made into an example; the message names it. Or a data worker was killed.
             UserError: there are not enough file descriptors for so many workers.
         """
-        if self.num_workers:
-            check_descriptors(self.num_workers)
-            wait_for_libraries_threads()
+        if not self.num_workers:
+            for draw in draws:
+                batch = raised(self.batches[draw])
+                yield batch.pin_memory() if self.pin_memory else batch
+            return
+        check_descriptors(self.num_workers)
+        wait_for_libraries_threads()
         loader: DataLoader[Any] = DataLoader(
             self.batches,
             batch_size=None,
             sampler=draws,  # any iterable will do
             num_workers=self.num_workers,
-            collate_fn=pack if self.num_workers else _same,
+            collate_fn=pack,
             worker_init_fn=in_worker,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its own: iter() would draw from the training's random stream
         )
-        for item in items(loader) if self.num_workers else loader:
-            if isinstance(item, RawloopError):
-                raise item
-            yield item.batch() if isinstance(item, Packed) else item
+        for item in items(loader):
+            batch = raised(item)
+            yield batch.batch() if isinstance(batch, Packed) else batch
 
 
 def wait_for_libraries_threads(limit: float = 2.0) -> None:
@@ -222,8 +227,11 @@ def running_threads(own: Collection[int | None]) -> list[int]:
     return found
 
 
-def _same(item: Any) -> Any:
-    return item
+def raised(made: Any) -> Any:
+    """Return a micro-batch, or raise the error that came in its place."""
+    if isinstance(made, RawloopError):
+        raise made
+    return made
 
 
 class TrainWindows:

@@ -8,9 +8,10 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
+from typing import Any
 
 import numpy
 import pytest
@@ -330,3 +331,63 @@ def test_the_training_streams_do_not_notice_what_samples_draw(fails: bool) -> No
     batches = MicroBatches(SAMPLES, example, collate_noisy)
     assert isinstance(batches[[Draw(0, 0), Draw(1, 0)]], UserError if fails else Batch)
     assert [*seen, own()] == expected
+
+
+LIBRARIES: dict[str, Callable[[], float]] = {
+    "torch": lambda: torch.randn(1).item(),
+    "python": lambda: random.random(),
+    "python gauss": lambda: random.gauss(0, 1),
+    "numpy": lambda: float(numpy.random.randn()),
+    "numpy around": lambda: float(numpy.random.rand(624)[0]),
+    "python around": lambda: float(sum(random.getrandbits(32) for _ in range(624))),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("gaussians", [1, 2])
+def test_a_family_that_begins_to_draw_late_is_noticed(library: str, gaussians: int) -> None:
+    """Every fifth sample draws: the same numbers wherever a run begins, and training's streams stand still.
+
+    Training draws some gaussians between two batches. Where their number is odd, a library keeps one for later.
+    """
+
+    def example(sample: Sample) -> float:
+        return LIBRARIES[library]() if int(sample.id) % 5 == 4 else 0.0
+
+    def train() -> list[float]:
+        return [torch.rand(1).item(), random.gauss(0, 1), float(numpy.random.randn())]
+
+    def run(first: int, batches: MicroBatches | None) -> tuple[list[float], list[list[float]]]:
+        torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
+        drawn, own = [], []
+        for index in range(first, 12):
+            own += [train() for _ in range(gaussians)]
+            drawn += batches.made([Draw(index, 0)])[0] if batches else []
+        return drawn, own
+
+    drawn, own = run(0, MicroBatches(SAMPLES, example, collate, seed=3))
+    assert [bool(value) for value in drawn] == [index % 5 == 4 for index in range(12)]
+    assert own == run(0, None)[1]
+    for first in (4, 8):
+        assert run(first, MicroBatches(SAMPLES, example, collate, seed=3))[0] == drawn[first:]
+
+
+def test_nothing_is_seeded_for_a_family_that_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeding all streams and putting them back takes longer than making a small batch."""
+    monkeypatch.setattr(random, "seed", None)
+    monkeypatch.setattr(numpy.random, "seed", None)
+    assert len(list(islice(TrainWindows(loader(), BatchPlan(23, 2)).start(0), 9))) == 9
+
+
+def test_another_generator_of_numpy_is_seeded_and_put_back_too() -> None:
+    streams: Any = numpy.random
+    before = streams.get_bit_generator()
+    streams.set_bit_generator(streams.PCG64(5))
+    try:
+        batches = MicroBatches(SAMPLES, lambda sample: float(numpy.random.rand()), collate)
+        state = str(numpy.random.get_state(legacy=False))
+        first, again = (batches.made([Draw(0, 0)])[0] for _ in range(2))
+        assert first == again
+        assert str(numpy.random.get_state(legacy=False)) == state
+    finally:
+        streams.set_bit_generator(before)
