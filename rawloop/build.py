@@ -22,11 +22,10 @@ from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
 from rawloop.announced import announce, check_streams
 from rawloop.audio import import_torchaudio
 from rawloop.buffers import MovingBuffers, in_words, settle_moves, untouched
-from rawloop.changes import PART, START_OVER, SettingsState, may_differ
+from rawloop.changes import PART, SettingsState
 from rawloop.checkpoint import (
     BestTracker,
     CheckpointManager,
-    RunLock,
     mark_launch,
 )
 from rawloop.config import RunConfig
@@ -56,6 +55,7 @@ from rawloop.records import Records, check_packages
 from rawloop.resume import Claim, claim, restore, stored_precision
 from rawloop.seed import RngState, seed_all
 from rawloop.unused import decide_find_unused
+from rawloop.weights import Source, find_source, load_weights
 
 Say = Callable[[str], None]
 HEARD_RATE = 16_000  # Hz at which clips are looked at for a family that does not say at which it hears them
@@ -91,7 +91,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
 def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed: Claim) -> Run:
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
     precision = world.from_main(stored_precision(claimed.slot))
-    ready = world.on_all_ranks(partial(_prepare_run, config, world, say, precision))
+    ready = world.on_all_ranks(partial(_prepare_run, config, world, say, precision, claimed.source))
     assert ready is not None
     ready.contents.check_ranks(ready.base, world)
     modes = world.gather(ready.policy.name)
@@ -109,7 +109,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     report = _check(config, folder, world, ready, say) if claimed.slot is None else None
     if not claimed.beginning.restarted:  # from here on something of the run stands in its folder
         world.on_all_ranks(partial(mark_launch, folder, world, "claimed"), only_main=True)
-    run = _assemble(config, folder, world, ready, ddp, claimed.lock, buffers)
+    run = _assemble(config, folder, world, ready, ddp, claimed, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
     moving = in_words(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
     for line in [*moving, *([notice] if notice else []), *ready.notices] if world.is_main else ():
@@ -165,7 +165,9 @@ class Ready:
         return trial_loss(self.module, first, self.policy.device)
 
 
-def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None) -> Ready:
+def _prepare_run(
+    config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None, source: Source | None
+) -> Ready:
     import_torchaudio()
     if config.ddp.static_graph and config.train.accumulation > 1:
         raise UserError(
@@ -202,7 +204,7 @@ def _prepare_run(config: RunConfig, world: World, say: Say, precision: dict[str,
     for line in beyond_the_end(config, config.train.max_steps or plan.windows(config.train.epochs)):
         say(line)
     notices: list[str] = []
-    model, policy, base = build_model(config, world, family, notices, precision)
+    model, policy, base = build_model(config, world, family, notices, precision, source)
     for notice in filter(None, [*notices, clock_notice(family)]):
         say(notice)
     module = LossModule(model, family.losses)
@@ -261,7 +263,8 @@ def check_run(config: RunConfig, world: World) -> Report:
         UserError: anything in config, data or model that cannot work.
     """
     check_settings_of_ranks(config, world)
-    ready = world.on_all_ranks(partial(_prepare_run, config, world, lambda line: None, None))
+    source = find_source(config.init_from, world) if config.init_from else None
+    ready = world.on_all_ranks(partial(_prepare_run, config, world, lambda line: None, None, source))
     assert ready is not None
     ready.contents.check_ranks(ready.base, world)
     ready.module.train()
@@ -275,34 +278,28 @@ def _assemble(
     world: World,
     ready: Ready,
     ddp: DDPConfig,
-    lock: RunLock | None,
+    claimed: Claim,
     buffers: MovingBuffers,
 ) -> Run:
-    forced = set(config.resume_force)
-    own = {key.removeprefix("adapter.") for key in forced}
     # It may refuse; records make a run of the folder.
-    model = ModelFiles(ready.model, ready.family.load_model, own, ready.base, buffers.places)
+    model = ModelFiles(ready.model, ready.family.load_model, ready.base, buffers.places)
     policy, records = ready.policy, Records(folder, world, config.records)
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
     total = config.train.max_steps or ready.plan.windows(config.train.epochs)
-    state = TrainState(data=ready.plan.identity(), may_differ=may_differ(config.resume_force))
+    state = TrainState()
     evaluation = config.evaluation
-    other_best = bool(forced & {"evaluation.best_metric", "evaluation.best_mode"})
-    best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience, start_over=other_best)
+    best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience)
     meter = Meter()
-    settings = SettingsState(config, world.size, ready.contents.of_run())
+    origin = claimed.source.state_dict() if claimed.source else None
+    settings = SettingsState(config, world.size, ready.contents.of_run(), origin)
     parts: dict[str, Any] = {
         PART: settings,
         "base": ready.base,
         "model": model,
-        "optimizer": NamedOptimizerState(
-            optimizer,
-            policy.named_parameters,
-            restore_options=False,  # the config's may have changed
-            cast=bool(START_OVER & forced),
-        ),
+        # Options of the groups come from the config, which may have changed.
+        "optimizer": NamedOptimizerState(optimizer, policy.named_parameters, restore_options=False),
         "precision": policy,
         "train": state,
         "meter": meter,
@@ -324,7 +321,7 @@ def _assemble(
         meter=meter,
         buffers=buffers,
         evaluator=ready.evaluator,
-        checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts, lock),
+        checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts, claimed.lock),
         best=best,
         max_norm=config.optim.max_norm,
         log_every=config.train.log_every,
@@ -434,7 +431,12 @@ def _heard(samples: list[Sample], config: DataConfig, family: Family) -> CodeCac
 
 
 def build_model(
-    config: RunConfig, world: World, family: Family, notices: list[str], precision: dict[str, Any] | None
+    config: RunConfig,
+    world: World,
+    family: Family,
+    notices: list[str],
+    precision: dict[str, Any] | None = None,
+    source: Source | None = None,
 ) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
     """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights.
 
@@ -444,17 +446,19 @@ def build_model(
         family: knows how the model is loaded.
         notices: gets a line for everything that the user should know.
         precision: what `stored_precision` said of the checkpoint that will be restored.
+        source: whose weights the model starts from.
 
     Returns:
         the model, its precision policy, and what identifies the weights that the adapter stands on.
     """
     if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks
         transformers.utils.logging.disable_progress_bar()
-    start_over = bool(START_OVER & set(config.resume_force))
-    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision, start_over=start_over)
+    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed)
+    if source is not None:
+        notices += load_weights(source, model, base, family)
     model = policy.prepare(model)
     seed_all(config.seed, world.rank)
     return model, policy, base

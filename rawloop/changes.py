@@ -1,24 +1,26 @@
-"""Which settings may change when a run is resumed: one table of all keys, and the comparison with the checkpoint's.
+"""Which settings may change when a run is resumed: a table of those that may not, and the comparison.
 
-Every checkpoint holds the config of the run that wrote it. What may change is taken and said; what would make another
-run of it is refused before anything is written, unless it is forced by name (`resume_force`).
+Every checkpoint holds the config of the run that wrote it. A changed key is taken and printed, unless the table lists
+it: a change that would make another run is refused before anything is written.
 """
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from os.path import expanduser
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from rawloop.checkpoint.pack import Packed, unpack
 from rawloop.checkpoint.writer import STATE
-from rawloop.config import RunConfig, known_keys, near
+from rawloop.config import RunConfig, known_keys
 from rawloop.errors import UserError
 
 WORLD_SIZE = "world_size"  # no key of the config, and compared like one
 PART = "config"  # of a checkpoint
+ORIGIN = "init_from"  # in that part
 
 
 def _keys(*groups: str) -> frozenset[str]:
@@ -27,76 +29,46 @@ def _keys(*groups: str) -> frozenset[str]:
     return frozenset(name if group == "-" else f"{group}.{name}" for group, *names in split for name in names)
 
 
-# Taken as they are.
-FREE = _keys(
-    "- output resume resume_force device",
-    "model attention activation_checkpointing trust_remote_code",
-    "data allow_outside on_bad_sample num_workers strict",
-    "train epochs max_steps log_every",
-    "optim lr weight_decay beta1 beta2 eps schedule warmup_steps max_norm",
-    "precision fallback tf32 max_skips max_nonfinite_losses",
-    "precision.loss_scale init floor ceiling growth_interval hysteresis",
-    "checks enabled batches expect_chance allow_missing_targets allow",
-    "ddp find_unused_parameters broadcast_buffers gradient_as_bucket_view static_graph timeout",
-    "evaluation enabled every batch_size patience",
-    "checkpoint save_every keep_last keep_every save_at_end asynchronous max_failures",
-    "records tensorboard wandb wandb_project progress",
-)
-# Taken where what they stand for is found to be the same, and what finds it.
-CHECKED = MappingProxyType(
+FIXED = "fixed"
+# The keys that are not free to change, and why: fixed, as the model, the samples or the numbers would be other ones,
+# or taken where a check finds that they stand for the same thing as before.
+NOT_FREE: Mapping[str, str] = MappingProxyType(
     {
-        "model.path": "the fingerprint of the frozen weights (part `base`), the digests of tokenizer and template",
+        **dict.fromkeys(
+            _keys(
+                "- seed",
+                "model family revision stream_weights template_date",
+                "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze unfreeze",
+                "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
+                "precision trainable_dtype",
+                "evaluation best_metric best_mode",
+            ),
+            FIXED,
+        ),
+        "model.path": "the digest of the frozen weights (part `base`), the digests of tokenizer and template",
         "model.codec": "the hash of the codec in the cache of codes",
         "data.train": "the digest of its samples and clips",
-        "data.eval": "nothing; that the best value was measured on other samples is said",
         "data.codes": "the digests of samples and clips",
-        "train.batch_size": "the samples of a step over all ranks (part `train`)",
-        "train.accumulation": "the samples of a step over all ranks (part `train`)",
-        WORLD_SIZE: "the samples of a step over all ranks (part `train`)",
+        "train.batch_size": "the samples of a step over all ranks",
+        "train.accumulation": "the samples of a step over all ranks",
+        WORLD_SIZE: "the samples of a step over all ranks",
         "precision.mode": "the mode in which training goes on (part `precision`)",
-        "precision.trainable_dtype": "the masters (part `precision`)",
         "precision.masters": "the masters (part `precision`)",
     }
 )
-# Whose force lets the precision begin anew over the checkpoint's weights.
-START_OVER = _keys("precision mode trainable_dtype masters")
-# Refused: the model, the samples or the numbers would be other ones.
-FIXED = _keys(
-    "- seed",
-    "model family revision stream_weights template_date",
-    "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze unfreeze",
-    "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
-    "evaluation best_metric best_mode",
-)
-# Of these, not even by force: the stored weights are of another shape, or of another model.
-SHAPES = _keys("model family", "adapter mode rank target_modules modules_to_save dora")
-# Whose product is the number of samples in a step.
+# Their product is the number of samples in a step.
 WINDOW = (WORLD_SIZE, "train.batch_size", "train.accumulation")
-# Where a run is and how it was begun: checkpoints do not depend on it, so that equal runs have equal ones.
-NOT_KEPT = frozenset({"output", "resume", "resume_force"})
-# Which samples there are.
-SAMPLES = _keys("data train task refs_in_scene default_scene max_seconds min_seconds")
-# What `TrainState` compares, and the keys whose force lets it differ.
-POSITION = MappingProxyType(
-    {
-        "window_size": frozenset(WINDOW),
-        "num_samples": SAMPLES,
-        "seed": frozenset({"seed"}),
-        "shuffle": frozenset({"data.shuffle"}),
-    }
-)
-# Whose force lets a fact of `rawloop.facts` differ, and what is said of one that does. All others belong to the model.
-CONTENTS = MappingProxyType({"data.train": SAMPLES, "data.eval": SAMPLES - {"data.train"} | {"data.eval"}})
-OF_MODEL = _keys("model path revision")
+# Keys of one start, not of the run: equal runs have equal checkpoints, wherever they lie and however they were begun.
+NOT_KEPT = frozenset({"output", "resume", "init_from"})
+WAY_ON = "start another run from these weights with --init_from CHECKPOINT --output NEW"
 SAME = "(the same samples)"
-OTHERS = MappingProxyType(
+OTHER_CONTENTS = MappingProxyType(
     {
         "data.train": "the checkpoint was trained on other samples ({then} then, {now} in data.train now; texts, "
-        "order, further keys and clips count): put them back, start a run of its own, or force it by name, "
-        "--resume_force '[data.train]'",
+        f"order, further keys and clips count): put them back, or {WAY_ON}",
         "data.eval": "the run was evaluated on other samples ({then} then, {now} in data.eval now; texts, order, "
-        "further keys and clips count), so its losses could not be compared: put them back, or give those of now "
-        "another path, which is taken",
+        "further keys and clips count), so its losses could not be compared: put them back, or give the new samples "
+        "another path",
     }
 )
 OTHER_READING = (
@@ -118,21 +90,29 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class SettingsState:
     """The config as a part of a checkpoint. Loading it compares, and keeps in `taken` a line for each change.
 
-    `facts` are `Contents.of_run`: digests of what was read, by what the settings say.
+    `facts` are `Contents.of_run`: digests of what was read, by what the settings say. `origin` says which checkpoint's
+    weights the run has started from (`init_from`); all later checkpoints keep it.
     """
 
-    def __init__(self, config: RunConfig, world_size: int, facts: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.config, self.world_size, self.facts = config, world_size, dict(facts)
+    def __init__(
+        self,
+        config: RunConfig,
+        world_size: int,
+        facts: Mapping[str, str] = MappingProxyType({}),
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.world_size, self.facts, self.origin = config, world_size, dict(facts), origin
         self.taken: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the resolved config, nested, but for `NOT_KEPT`, the number of ranks, and the facts."""
         kept = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_KEPT}
-        return {"config": kept, WORLD_SIZE: self.world_size, "facts": self.facts}
+        return {"config": kept, WORLD_SIZE: self.world_size, "facts": self.facts, ORIGIN: self.origin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare; see `compare`."""
         self.taken = compare(state, self.config, self.world_size, self.facts)
+        self.origin = state.get(ORIGIN)
 
 
 def compare(
@@ -147,12 +127,10 @@ def compare(
         facts: the present ones, as far as they are known yet. Those that the checkpoint lacks are not compared.
 
     Returns:
-        a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`, and for each key that is forced and
-        has not changed: as when a command that forces is started again after a kill.
+        a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`.
 
     Raises:
-        UserError: settings have changed that must not and are not forced, all of them named; or a key is forced that
-            there is not.
+        UserError: settings or facts have changed that must not.
     """
     then = {**flat(dataclasses.asdict(RunConfig())), **flat(stored["config"]), WORLD_SIZE: stored[WORLD_SIZE]}
     now = {**flat(dataclasses.asdict(config)), WORLD_SIZE: world_size}
@@ -161,17 +139,23 @@ def compare(
         for key in now
         if key not in NOT_KEPT and then[key] != now[key]
     }
-    forced = set(config.resume_force)
-    _check_forced(forced)
-    _check_fixed(changed, forced)
-    _check_window(then, now, forced)
+    refused = [line for key, line in changed.items() if NOT_FREE.get(key) == FIXED]
+    if refused:
+        raise UserError(
+            "the checkpoint was trained with other settings, which must not change within a run: "
+            f"{', '.join(refused)}: set them back, or {WAY_ON}"
+        )
+    _check_origin(stored.get(ORIGIN), config.init_from)
+    _check_window(then, now)
     others = other_facts(stored, facts)
-    same = facts.get("data.eval") == stored.get("facts", {}).get("data.eval", "") and "data.eval" in changed
-    lines = [f"{line} (forced)" if key in forced else line for key, line in changed.items()]
-    lines = [f"{line} {SAME}" if same and line.startswith("data.eval ") else line for line in lines]
-    lines += _check_facts(others, forced, "data.eval" in changed)
-    idle = sorted(forced - set(changed) - set().union(*map(_keys_of, others)))
-    return lines + [f"resume_force has {key}, which has not changed" for key in idle]
+    other_eval = others.pop("data.eval", None) if "data.eval" in changed else None
+    _check_facts(others)
+    lines = list(changed.values())
+    if other_eval is not None:
+        lines.append(f"data.eval has other contents ({other_eval[0]} -> {other_eval[1]})")
+    elif "data.eval" in changed and "data.eval" in stored.get("facts", {}).keys() & facts.keys():
+        lines = [f"{line} {SAME}" if line == changed["data.eval"] else line for line in lines]
+    return lines
 
 
 def other_facts(stored: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, tuple[str, str]]:
@@ -191,49 +175,38 @@ def check_reading(stored: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """
     others = other_facts(stored, facts)
     data = others.pop("data.eval", None)
-    _check_facts(others, set(), False)
+    _check_facts(others)
     return (
         "" if data is None else "data.eval has other samples than the run was evaluated on: compare no losses with it"
     )
 
 
-def _keys_of(fact: str) -> frozenset[str]:
-    return CONTENTS.get(fact, OF_MODEL)
-
-
-def _check_facts(others: Mapping[str, tuple[str, str]], forced: set[str], other_eval: bool) -> list[str]:
-    """Return a line for each fact that may differ; an evaluation set under another path may.
-
-    Raises:
-        UserError: other facts differ.
-    """
-    taken = [name for name in others if _keys_of(name) & forced or (name == "data.eval" and other_eval)]
-    for name in sorted(set(others) - set(taken)):
+def _check_facts(others: Mapping[str, tuple[str, str]]) -> None:
+    for name in sorted(others):
         then, now = others[name]
-        raise UserError(OTHERS.get(name, OTHER_READING).format(name=name, then=then, now=now))
-    return [f"{name} has other contents ({then} -> {now})" for name, (then, now) in others.items() if name in taken]
+        raise UserError(OTHER_CONTENTS.get(name, OTHER_READING).format(name=name, then=then, now=now))
 
 
-def _check_fixed(changed: Mapping[str, str], forced: set[str]) -> None:
-    refused = [key for key in changed if key in SHAPES or key in FIXED - forced]
-    if not refused:
+def _check_origin(stored: Mapping[str, Any] | None, given: str | None) -> None:
+    """Refuse to resume a run by a command that starts it from other weights than it was started from."""
+    if given is None or (stored is not None and given == stored["given"]):
         return
-    free, stuck = ([key for key in refused if (key in SHAPES) == known] for known in (False, True))
-    advice = "set them back, or start a run of its own"
-    if free:
-        advice = f"set them back, start a run of its own, or force them by name, --resume_force '[{', '.join(free)}]'"
-    if stuck:
-        advice += f" ({', '.join(stuck)} cannot be forced: the stored weights would not fit)"
-    raise UserError(
-        "the checkpoint was trained with other settings, which must not change within a run: "
-        f"{', '.join(changed[key] for key in refused)}: {advice}"
-    )
+    if stored is None:
+        raise UserError(
+            f"init_from is '{given}', and the run that is resumed was not started from a checkpoint's weights: leave "
+            "init_from out to go on with it, or pass another --output and no --resume"
+        )
+    if str(Path(expanduser(given)).resolve()) != stored["checkpoint"]:
+        raise UserError(
+            f"init_from is '{given}', and the run that is resumed was started from '{stored['given']}' "
+            f"({stored['checkpoint']}): set it back, or pass another --output and no --resume"
+        )
 
 
-def _check_window(then: Mapping[str, Any], now: Mapping[str, Any], forced: set[str]) -> None:
+def _check_window(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse another number of samples in a step, which is another data order, before a model is loaded for it."""
     had, has = (math.prod(values[key] for key in WINDOW) for values in (then, now))
-    if had == has or forced & set(WINDOW):
+    if had == has:
         return
     told = [
         f"{values[WORLD_SIZE]} process(es) x train.batch_size {values['train.batch_size']} x train.accumulation "
@@ -242,26 +215,14 @@ def _check_window(then: Mapping[str, Any], now: Mapping[str, Any], forced: set[s
     ]
     rest = now[WORLD_SIZE] * now["train.batch_size"]
     mend = f"set train.accumulation to {had // rest}" if had % rest == 0 else f"choose them so that it is {had} again"
-    names = ", ".join(key for key in WINDOW if then[key] != now[key])
     raise UserError(
         f"a step of the checkpoint's run took {had} samples ({told[0]}), and would now take {has} ({told[1]}), in "
-        f"another data order: {mend}, or force it by name, --resume_force '[{names}]'"
+        f"another data order: {mend}, or {WAY_ON}"
     )
-
-
-def _check_forced(forced: set[str]) -> None:
-    for key in sorted(forced):
-        if key not in known_keys() | {WORLD_SIZE}:
-            raise UserError(f"resume_force has '{key}', which is no key{near(key, known_keys())}")
 
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def may_differ(forced: list[str]) -> frozenset[str]:
-    """What of the data's identity may differ, as the keys are forced that decide it."""
-    return frozenset(item for item, keys in POSITION.items() if keys & set(forced))
 
 
 def stored_settings(slot: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os.path import expanduser
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 import yaml
@@ -34,6 +35,11 @@ from rawloop.yaml_file import flattened, read_yaml
 RUN_MARKS = (METRICS, CHECKPOINTS)  # one of them stands beside the config that a run has written into its folder
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
+# Keys that older runs have written into their config.yaml: the value that changes nothing, and the way on.
+GONE: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {"resume_force": ([], "start another run from the checkpoint's weights with --init_from CHECKPOINT")}
+)
+
 PATHS = "Paths are relative to the folder that the command is started in."
 
 
@@ -45,8 +51,8 @@ class RunConfig:
         output: folder of the run: config, metrics, events, checkpoints, best.
         resume: `latest` continues the run in `output`; `auto` does if it has a checkpoint, and starts it from the
             beginning if not, which is what a job that is requeued should say; a path continues from that checkpoint.
-        resume_force: keys whose change a resume refuses and that are to change all the same, such as '[seed]'
-            (docs/checkpoints.md).
+        init_from: a checkpoint whose weights, and nothing else of it, a new run starts from: RUN/best, RUN/latest, a
+            checkpoint's folder, or an adapter/ or model/ folder. A run that has a checkpoint of its own resumes.
         seed: seed of weights, data order and dropout.
         device: auto, cuda, mps or cpu.
         model: the model.
@@ -64,7 +70,7 @@ class RunConfig:
 
     output: str = "runs/run"
     resume: str | None = None
-    resume_force: list[str] = field(default_factory=list)
+    init_from: str | None = None
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -80,12 +86,12 @@ class RunConfig:
     records: RecordsConfig = field(default_factory=RecordsConfig)
 
     def __post_init__(self) -> None:
+        if self.init_from == "":
+            raise UserError("init_from is empty: name a checkpoint, such as RUN/best, or leave it out")
         if not self.output:
             raise UserError("output is empty: name the folder of the run")
         if self.resume == "":
             raise UserError("resume is empty: say 'latest' or 'auto', or name a checkpoint's folder")
-        if self.resume_force and self.resume is None:
-            raise UserError(f"resume_force is {self.resume_force}, and nothing is resumed: add --resume latest")
 
 
 def known_keys() -> set[str]:
@@ -203,6 +209,10 @@ def _option_keys(arguments: list[str], known: set[str], prog: str) -> list[str]:
 def _file_settings(path: Path, known: set[str]) -> dict[str, Any]:
     """The values in a file by dotted keys, all of them known."""
     settings = read_yaml(path)
+    for key in [key for key in settings if key in GONE]:
+        unused, way_on = GONE[key]
+        if settings.pop(key) != unused:
+            raise UserError(f"'{key}' in {path} is no key any more: take it out, and {way_on}")
     for key in settings:
         _check_key(key, known, f"in {path}")
     return settings

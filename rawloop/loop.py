@@ -62,9 +62,6 @@ class TrainState:
 
     `visited` is the last step whose evaluation is done, if one was due. It is behind `step` in the checkpoint of a run
     that was stopped while it evaluated: then the resumed run begins with that evaluation.
-
-    `data` is the identity of the data order, in which `window` is a position; what of it `may_differ` from a
-    checkpoint's was forced. What did is in `differed`: then, now. What a checkpoint does not say is not compared.
     """
 
     step: int = 0
@@ -72,29 +69,13 @@ class TrainState:
     skipped: int = 0
     samples: int = 0
     visited: int = -1
-    data: dict[str, int] = field(default_factory=dict)
-    may_differ: frozenset[str] = frozenset()
-    differed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters and what the data order depends on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("may_differ", "differed")}
+        """Return the counters."""
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the counters.
-
-        Raises:
-            UserError: the data order is another one, so that samples would be seen twice or never.
-        """
-        pairs = {key: (state["data"][key], value) for key, value in self.data.items() if key in state["data"]}
-        self.differed = {key: (then, now) for key, (then, now) in pairs.items() if then != now}
-        refused = [f"{k} {then} -> {now}" for k, (then, now) in self.differed.items() if k not in self.may_differ]
-        if refused:
-            raise UserError(
-                f"the data order differs from the checkpoint's ({', '.join(refused)}; window_size is processes x "
-                "train.batch_size x train.accumulation): resume with what it was trained with, or force the key that "
-                "has changed it, such as --resume_force '[data.train]'"
-            )
+        """Restore the counters."""
         self.step, self.window = state["step"], state["window"]
         self.skipped, self.samples = state["skipped"], state["samples"]
         self.visited = state["visited"]

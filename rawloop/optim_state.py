@@ -32,7 +32,6 @@ class NamedOptimizerState:
             fallback may have changed the parameters.
         restore_options: whether loading sets the options of the groups. False keeps those of now, where a config is
             the truth.
-        cast: whether loading casts running means to the dtype that the parameters have now.
 
     Raises:
         UserError: `optimizer` is no optimizer, or `named` cannot be called.
@@ -44,7 +43,6 @@ class NamedOptimizerState:
         named: Callable[[], Iterable[tuple[str, nn.Parameter]]],
         *,
         restore_options: bool = True,
-        cast: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer) or not callable(named):
             raise UserError(
@@ -53,7 +51,7 @@ class NamedOptimizerState:
                 f"{type(named).__name__}"
             )
         self.optimizer, self.named = optimizer, named
-        self.restore_options, self.cast = restore_options, cast
+        self.restore_options = restore_options
 
     def _groups(self) -> list[dict[str, nn.Parameter]]:
         """The parameters of each group by name.
@@ -116,9 +114,8 @@ class NamedOptimizerState:
     def _restored(self, values: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
         # torch keeps the step counter of a fused or capturable optimizer on the device, of any other on the CPU
         step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-        dtype = parameter.dtype if self.cast else None
         places = {key: step if key == "step" else parameter.device for key in values}
-        return {key: _placed(value, places[key], dtype) for key, value in values.items()}
+        return {key: _placed(value, places[key]) for key, value in values.items()}
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,15 +169,14 @@ def _check_groups(stored: list[Mapping[str, list[int]]], groups: list[dict[str, 
                 )
 
 
-def _placed(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Return a copy of a state value on `device`, at any depth; running means in `dtype`, if one is given."""
+def _placed(value: Any, device: torch.device) -> Any:
+    """Return a copy of a state value on `device`, at any depth."""
     if isinstance(value, torch.Tensor):
-        averages = value.ndim > 0 and value.is_floating_point()
-        return value.to(device, dtype if averages else None, copy=True)
+        return value.to(device, copy=True)
     if isinstance(value, dict):
-        return {key: _placed(item, device, dtype) for key, item in value.items()}
+        return {key: _placed(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_placed(item, device, dtype) for item in value)
+        return type(value)(_placed(item, device) for item in value)
     return value
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,8 @@ from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
 from rawloop.dist import World
 from rawloop.errors import UserError
-from rawloop.loop import Run, TrainState
+from rawloop.loop import Run
+from rawloop.weights import Source, find_source
 
 Say = Callable[[str], None]
 
@@ -38,11 +39,13 @@ Say = Callable[[str], None]
 class Claim:
     """A run folder that is this process's, and what the run in it begins from.
 
-    `chosen` is the slot to go on from, verified; None for a fresh start. `lock` is rank 0's.
+    `chosen` is the slot to go on from, verified; None for a fresh start, from the weights of `source` if there is one.
+    `lock` is rank 0's.
     """
 
     beginning: Beginning
     chosen: Chosen | None
+    source: Source | None
     lock: RunLock | None
 
     @property
@@ -72,6 +75,7 @@ def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLoc
         world.on_all_ranks(partial(check_resume, folder, beginning.resume), only_main=True)
         chosen = choose(folder, beginning.resume, world)
         world.on_all_ranks(partial(check_settings, chosen.slot, config, world.size), only_main=True)
+    source = find_source(config.init_from, world) if config.init_from and chosen is None else None
     was_there = lock is not None
     lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
     try:
@@ -84,7 +88,7 @@ def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLoc
     for notice in (removed, lock.notice if lock else None):
         if notice:
             say(notice)
-    return Claim(beginning, chosen, lock)
+    return Claim(beginning, chosen, source, lock)
 
 
 def check_resume(folder: Path, resume: str) -> None:
@@ -133,12 +137,14 @@ def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
         run.world.on_all_ranks(partial(_tell_changes, run, config, say), only_main=True)
         say(f"resumed from {restored.slot} at step {restored.step}")
         _agree_with_best_slot(run, folder)
+        if config.init_from:
+            say(f"init_from {config.init_from} is done: the run goes on from its own checkpoint")
         step = restored.step
     run.checkpoints.start(run.state.step)
     if step is not None:  # after checkpoints that are given up are aside: the next resume mends a kill in between
         run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.choice.history])
     run.world.on_all_ranks(partial(mark_launch, folder, run.world, "begun"), only_main=True)
-    run.world.on_all_ranks(partial(_open_records, run, config, folder), only_main=True)
+    run.world.on_all_ranks(partial(_open_records, run, config, folder, claimed.source), only_main=True)
 
 
 def _agree_with_best_slot(run: Run, folder: Path) -> None:
@@ -161,9 +167,6 @@ def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
     assert isinstance(base, BaseFingerprint)
     lines = list(settings.taken)
     named = {line.partition(" ")[0] for line in lines}
-    lines += [f"{key} {then} -> {now}" for key, (then, now) in run.state.differed.items() if key not in named]
-    if run.state.differed:
-        lines.append(_position(run.state))
     unchanged = any(line.startswith("data.eval ") and line.endswith(SAME) for line in lines)
     for key in ("model.stream_weights",) if unchanged else ("data.eval", "model.stream_weights"):
         if key in named and run.best and run.best.value is not None:
@@ -178,16 +181,14 @@ def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
         run.records.event("restore", step=run.state.step, reason=reason, changes=lines)
 
 
-def _position(state: TrainState) -> str:
-    """What the number of the window, which is kept, means in another data order."""
-    before = {**state.data, **{key: then for key, (then, _) in state.differed.items()}}
-    then, now = (state.window * int(d["window_size"]) / int(d["num_samples"]) for d in (before, state.data))
-    return f"the data order is another one, its window {state.window} is next: epoch {then:.2f} then, {now:.2f} now"
-
-
-def _open_records(run: Run, config: RunConfig, folder: Path) -> None:
-    replace_text(folder / "config.yaml", to_yaml(replace(config, resume_force=[])))  # that is done
+def _open_records(run: Run, config: RunConfig, folder: Path, origin: Source | None) -> None:
+    replace_text(folder / "config.yaml", to_yaml(config))
     step = run.state.step
+    if origin is not None:
+        place = f"{origin.slot or origin.folder}{'' if origin.step is None else f' (step {origin.step})'}"
+        run.records.event(
+            "restore", step=step, reason=f"started from the weights of {place}", init_from=origin.state_dict()
+        )
     run.records.event("precision", step=step, reason=run.policy.reason, mode=run.policy.name)
     reason = f"training to step {run.total_steps}"
     if step >= run.total_steps:

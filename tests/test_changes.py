@@ -1,39 +1,46 @@
-"""The table of what may change on a resume: every key is decided on, and what each decision means."""
+"""What may change on a resume: every key is decided on, and each decision is kept."""
 
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
-from rawloop.changes import (
-    CHECKED,
-    FIXED,
-    FREE,
-    NOT_KEPT,
-    POSITION,
-    SHAPES,
-    WINDOW,
-    WORLD_SIZE,
-    SettingsState,
-    compare,
-    flat,
-)
+from rawloop.changes import FIXED, NOT_FREE, NOT_KEPT, WINDOW, WORLD_SIZE, SettingsState, compare, flat
 from rawloop.config import RunConfig, known_keys
-from rawloop.data.batches import BatchPlan
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig
 
+# A key that is added to the config is free on a resume, unless `NOT_FREE` lists it. Decide which, and list it here or
+# there: a key is free if no weight, sample or number of the finished steps depends on it.
+FREE = """
+output resume init_from device
+model: attention activation_checkpointing trust_remote_code
+data: eval allow_outside on_bad_sample num_workers strict
+train: epochs max_steps log_every
+optim: lr weight_decay beta1 beta2 eps schedule warmup_steps max_norm
+precision: fallback tf32 max_skips max_nonfinite_losses
+precision.loss_scale: init floor ceiling growth_interval hysteresis
+checks: enabled batches expect_chance allow_missing_targets allow
+ddp: find_unused_parameters broadcast_buffers gradient_as_bucket_view static_graph timeout
+evaluation: enabled every batch_size patience
+checkpoint: save_every keep_last keep_every save_at_end asynchronous max_failures
+records: tensorboard wandb wandb_project progress
+"""
+
+
+def free_keys() -> set[str]:
+    keys = set()
+    for line in FREE.strip().splitlines():
+        group, _, names = line.rpartition(":")
+        keys |= {f"{group}.{name}" if group else name for name in names.split()}
+    return keys
+
 
 def test_every_key_of_a_config_is_decided_on_once() -> None:
-    decided = [*FREE, *CHECKED, *FIXED]
-    assert sorted(decided) == sorted({*known_keys(), WORLD_SIZE})
-    assert NOT_KEPT <= FREE
-
-
-def test_what_identifies_the_data_can_be_forced_by_keys_that_there_are() -> None:
-    assert set(POSITION) == set(BatchPlan(4, 2).identity())
-    assert set().union(*POSITION.values()) <= {*CHECKED, *FIXED}
+    assert free_keys() == known_keys() - set(NOT_FREE)
+    assert set(NOT_FREE) <= {*known_keys(), WORLD_SIZE}
+    assert free_keys() >= NOT_KEPT
 
 
 def changed(key: str) -> dict[str, Any]:
@@ -50,28 +57,18 @@ def changed(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize("key", sorted({*known_keys(), WORLD_SIZE}))
 def test_each_key_is_taken_or_refused_as_the_table_says(key: str) -> None:
     stored = changed(key)
+    way_on = "or start another run from these weights with --init_from CHECKPOINT --output NEW$"
     if key in NOT_KEPT:
         assert compare(stored, RunConfig(), 2) == []
-        return
-    if key in SHAPES:
-        for forced in ([], [key]):
-            with pytest.raises(
-                UserError, match=rf"{key} another -> .*own \({key} cannot be forced: the stored weights"
-            ):
-                compare(stored, replace(RunConfig(), resume="latest", resume_force=forced), 2)
-        return
-    if key in WINDOW:
-        with pytest.raises(UserError, match=rf"run took \d+ samples .*force it by name, --resume_force '\[{key}\]'$"):
+    elif key in WINDOW:
+        with pytest.raises(UserError, match=rf"run took \d+ samples .*in another data order: .*, {way_on}"):
             compare(stored, RunConfig(), 2)
-    elif key in FIXED:
-        with pytest.raises(UserError, match=rf"{key} another -> .*force them by name, --resume_force '\[{key}\]'$"):
+    elif NOT_FREE.get(key) == FIXED:
+        with pytest.raises(UserError, match=rf"must not change within a run: {key} another -> .*: set .*, {way_on}"):
             compare(stored, RunConfig(), 2)
     else:
         (line,) = compare(stored, RunConfig(), 2)
         assert line.startswith(f"{key} another -> ")
-    by_name = replace(RunConfig(), resume="latest", resume_force=[key])
-    (line,) = compare(stored, by_name, 2)
-    assert line.endswith(" (forced)")
 
 
 def test_equal_settings_and_keys_of_other_versions_are_no_change() -> None:
@@ -93,17 +90,10 @@ def test_a_step_of_another_number_of_samples_is_told_in_numbers() -> None:
     assert str(told.value) == (
         "a step of the checkpoint's run took 16 samples (2 process(es) x train.batch_size 4 x train.accumulation 2), "
         "and would now take 8 (1 process(es) x train.batch_size 4 x train.accumulation 2), in another data order: set "
-        "train.accumulation to 4, or force it by name, --resume_force '[world_size]'"
+        "train.accumulation to 4, or start another run from these weights with --init_from CHECKPOINT --output NEW"
     )
-    with pytest.raises(UserError, match="choose them so that it is 16 again, or force it"):
+    with pytest.raises(UserError, match="choose them so that it is 16 again, or start another"):
         compare(stored, replace(RunConfig(), train=TrainConfig(3, 1, max_steps=1)), 1)
-
-
-def test_what_can_be_forced_is_offered_beside_what_cannot() -> None:
-    config = RunConfig()
-    stored = SettingsState(replace(config, seed=1, adapter=replace(config.adapter, rank=4)), 1).state_dict()
-    with pytest.raises(UserError, match=r"by name, --resume_force '\[seed\]' \(adapter.rank cannot be forced"):
-        compare(stored, config, 1)
 
 
 def test_weights_of_streams_are_one_value() -> None:

@@ -471,3 +471,12 @@ def test_an_unexplained_field_does_not_get_an_option() -> None:
 
 def test_the_shipped_keys_round_trip_through_plain_yaml() -> None:
     assert yaml.safe_load(to_yaml(RunConfig())) == dataclasses.asdict(RunConfig())
+
+
+def test_the_config_of_an_older_run_is_read(write: Callable[..., Path]) -> None:
+    assert read("--config", write("seed: 3\nresume_force: []\n")).seed == 3
+    said = refusal("--config", write("resume_force: [seed]\n"))
+    assert said.endswith(
+        "is no key any more: take it out, and start another run from the checkpoint's weights with "
+        "--init_from CHECKPOINT"
+    )

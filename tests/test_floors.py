@@ -55,7 +55,18 @@ FLOORS = (
     ("frame", ("loop",)),
     (
         "assembly",
-        ("config", "parser", "yaml_file", "foreign_names", "changes", "facts", "announced", "resume", "build"),
+        (
+            "config",
+            "parser",
+            "yaml_file",
+            "foreign_names",
+            "changes",
+            "facts",
+            "announced",
+            "weights",
+            "resume",
+            "build",
+        ),
     ),
     ("door", ("cli", "__main__", "__init__")),
 )

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -445,31 +444,6 @@ def test_whatever_is_left_out_is_noticed(
     print(f"LEFT OUT {part.__name__}{list(path)} {name}: noticed in {', '.join([*where, *states])}")
 
 
-# -- another precision, forced ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("now", [PrecisionConfig("fp32"), PrecisionConfig("native_fp16", masters="residual")], ids=str)
-def test_masters_are_not_lost_by_leaving_their_mode(base: RunConfig, tmp_path: Path, now: PrecisionConfig) -> None:
-    then = replace(base, output=str(tmp_path), adapter=FULL, precision=PrecisionConfig("native_fp16", loss_scale=SCALE))
-    run = build_run(replace(then, train=TrainConfig(1, 1, max_steps=3)), World(), lambda line: None)
-    train(run)
-    run.close()
-    masters = {name: run.policy.trained.value(name) for name in run.policy.trained.weights}
-    assert any(not torch.equal(master, master.half().float()) for master in masters.values())
-    with pytest.raises((UserError, CheckpointError), match=r"this run has 'fp32'|masters do not fit"):
-        build_run(replace(then, precision=now, resume="latest"), World(), lambda line: None)
-    forced = ["precision.mode"] if now.mode == "fp32" else ["precision.masters"]
-    resumed = build_run(replace(then, precision=now, resume="latest", resume_force=forced), World(), lambda line: None)
-    try:
-        for name, master in masters.items():
-            value = resumed.policy.trained.value(name)
-            rest = 0.0 if now.mode == "fp32" else 2.0**-11 * (master - master.half().float()).abs()
-            assert ((value - master).abs() <= rest).all(), name
-        train(resumed)
-    finally:
-        resumed.close()
-
-
 # -- another number of processes ---------------------------------------------------------------------------------------
 
 
@@ -531,38 +505,6 @@ def test_two_processes_then_one_then_two_train_as_one_does(
     assert worst < 2e-6
     afresh = [event for event in read_events(folder / "mixed") if "starts afresh" in event["reason"]]
     assert [event["rank"] for event in afresh] == [1]
-
-
-@pytest.mark.parametrize(
-    ("then", "now"),
-    [
-        ("fp32", "native_fp16 fp16 fp32"),
-        ("fp32", "bf16 bf16 none"),
-        ("bf16 bf16 residual", "bf16 bf16 none"),
-        ("bf16 bf16 none", "bf16 bf16 fp32"),
-        ("bf16 bf16 fp32", "native_fp16 fp16 residual"),
-    ],
-)
-@pytest.mark.parametrize("adapter", [AdapterConfig(rank=2), AdapterConfig(mode="full")], ids=["lora", "full"])
-def test_weights_and_running_means_are_rounded_to_a_forced_precision(
-    short: RunConfig, adapter: AdapterConfig, then: str, now: str
-) -> None:
-    def precision(text: str) -> PrecisionConfig:
-        settings: dict[str, Any] = dict(zip(("mode", "trainable_dtype", "masters"), text.split(), strict=False))
-        if settings["mode"] == "native_fp16":
-            settings["loss_scale"] = SCALE
-        return PrecisionConfig(**settings)
-
-    off = EvaluationConfig(enabled=False)
-    config = replace(short, adapter=adapter, evaluation=off, precision=precision(then))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that updates are lost without masters
-        finished(config)
-        force = ["precision.mode", "precision.masters", "precision.trainable_dtype"]
-        longer = replace(config, train=replace(config.train, max_steps=6), precision=precision(now))
-        run = finished(replace(longer, resume="latest", resume_force=force))
-        assert (run.state.step, run.policy.name) == (6, now.split()[0])
-        assert finished(replace(longer, resume="latest")).state.step == 6
 
 
 # -- which checkpoint is gone on from, and what becomes of the others --------------------------------------------------

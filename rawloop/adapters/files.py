@@ -1,7 +1,7 @@
 """The files that a checkpoint keeps of the model: written, opened again, and compared."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from inspect import signature
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rawloop.adapters.compare import compare, compare_model, memory_of, same_names, tensors_of
-from rawloop.adapters.fingerprint import BaseFingerprint
+from rawloop.adapters.fingerprint import BASE, BaseFingerprint
 from rawloop.adapters.lora import SCALE
 from rawloop.buffers import Place, places
 from rawloop.errors import CheckpointError, UserError
@@ -24,16 +24,14 @@ from rawloop.errors import CheckpointError, UserError
 WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
 BUFFERS = "buffers.safetensors"  # beside an adapter: those that training moves and PEFT's file does not hold
 PREFIX = "base_model.model."  # which PEFT puts before every name
-BASE = "base.json"  # beside an adapter: the fingerprint of its base model, which PEFT has no use for
 
 
 class ModelFiles:
     """The model's files in a checkpoint: `adapter/` in PEFT's format, or `model/`, by `save_pretrained` if it has that.
 
-    What was written is opened again and compared with the weights in memory, by name, shape and value. `forced` names
-    keys of `AdapterConfig` that may be others than the stored adapter's. `base` goes into an adapter's folder, so that
-    it is known, wherever the folder is copied to, which weights it was trained on. So do the buffers of `moving` that
-    PEFT's own file does not hold; a whole model's are in its state.
+    Files are opened again after writing and compared with the weights in memory, by name, shape and value. `base` is
+    written beside an adapter, which so names the weights that it was trained on wherever it is copied to. The buffers
+    of `moving` that PEFT's own file does not hold are written there too; a whole model's are in its state.
 
     Raises:
         UserError: training moves a buffer outside of what is saved.
@@ -43,11 +41,10 @@ class ModelFiles:
         self,
         model: nn.Module,
         load_model: Callable[[str], nn.Module],
-        forced: Collection[str] = frozenset(),
         base: BaseFingerprint | None = None,
         moving: Mapping[str, Place] = MappingProxyType({}),
     ) -> None:
-        self.forced, self.base = forced, base
+        self.base = base
         self.model: Any = unwrapped(model)
         self.load_model = load_model
         self.is_adapter = isinstance(self.model, PeftModel)
@@ -138,7 +135,7 @@ class ModelFiles:
         stored, own = PeftConfig.from_pretrained(folder), self.model.peft_config["default"]
         for key, name in SCALE.items():
             then, now = getattr(stored, name), getattr(own, name)
-            if then != now and key not in self.forced:
+            if then != now:
                 raise CheckpointError(
                     f"{folder} was trained with adapter.{key} {then}, this run has {now}: set it back"
                 )

@@ -5,13 +5,15 @@ import json
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rawloop.errors import UserError
+from rawloop.errors import CheckpointError, UserError
 
+BASE = "base.json"  # beside an adapter: the fingerprint of its base model, which PEFT has no use for
 BLOCK = 1 << 22  # numbers that are widened at a time
 ADAPTERS = (".lora_", ".modules_to_save.")  # what PEFT adds to a model's own weights
 # What PEFT writes around the names of a model's own weights.
@@ -68,14 +70,50 @@ class BaseFingerprint:
         Raises:
             UserError: the checkpoint was trained on other weights.
         """
-        if state["digest"] != self.digest or state.get("weights", self.weights) != self.weights:
-            raise UserError(
-                f"the frozen weights are not those that the checkpoint was trained on: it was {_origin(state)}, this "
-                f"is {_origin(self.origin)}: point model.path (and model.revision) at the same base model, and freeze "
-                "the same weights"
-            )
+        if state["digest"] != self.digest:
+            raise self._other_weights(state)
+        self.check_base(state)
+
+    def check_base(self, state: Mapping[str, Any]) -> None:
+        """Compare the base model alone: the adapter on it may be another one, or none.
+
+        Raises:
+            UserError: the checkpoint was trained on another base model.
+        """
+        if state.get("weights", self.weights) != self.weights:
+            raise self._other_weights(state)
         if state["config"] != self.origin["config"]:
             self.notice = f"the base model's config has changed, its weights have not: {_origin(state)} then"
+
+    def _other_weights(self, state: Mapping[str, Any]) -> UserError:
+        return UserError(
+            f"the frozen weights are not those that the checkpoint was trained on: it was {_origin(state)}, this "
+            f"is {_origin(self.origin)}: point model.path (and model.revision) at the same base model, and freeze "
+            "the same weights"
+        )
+
+
+def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:
+    """Read the fingerprint beside an adapter, or in its checkpoint.
+
+    Returns:
+        what `BaseFingerprint.state_dict` returned then, empty if there is none, and a clause that says why the base
+        model could not be checked, empty if it can be.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = next((f for f in (adapter / BASE, adapter.resolve().parent / "state" / BASE) if f.is_file()), None)
+    if file is None:
+        return {}, f"no {BASE} lies beside it"
+    try:
+        stored = json.loads(file.read_bytes())
+        named = {key: stored[key] for key in ("path", "revision", "config")}
+        state = {**stored, **named, "seed": int(stored.get("seed", 0))}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(f"{file} is damaged: {reason}") from error
+    return state, "" if "weights" in state else f"{file} has no checksum of it"
 
 
 def checksum(tensor: Tensor) -> str:

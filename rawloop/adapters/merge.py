@@ -10,8 +10,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from rawloop.adapters.compare import compare, tensors_of
-from rawloop.adapters.files import BASE, load_buffers
-from rawloop.adapters.fingerprint import BaseFingerprint
+from rawloop.adapters.files import load_buffers
+from rawloop.adapters.fingerprint import BaseFingerprint, stored_fingerprint
 from rawloop.adapters.lora import quiet
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.seed import seed_all
@@ -85,26 +85,14 @@ def load_base(
         UserError: the adapter was trained on other weights.
         CheckpointError: the fingerprint cannot be read.
     """
-    places = [adapter / BASE, adapter.resolve().parent / "state" / BASE]
-    file = next((place for place in places if place.is_file()), None)
-    stored = _fingerprint(file) if file else {}
+    stored, unchecked = stored_fingerprint(adapter)
     seed_all(stored.get("seed", 0), 0)
     base = load_model()
-    if "weights" not in stored:
-        found = f"{file} has no checksum of it" if file else f"no {BASE} lies beside it"
-        return base, f"that {path} is the base model of {adapter} could not be checked: {found}"
+    if unchecked:
+        return base, f"that {path} is the base model of {adapter} could not be checked: {unchecked}"
     own = BaseFingerprint(base.requires_grad_(False), path, revision)
-    own.load_state_dict({**stored, "digest": own.digest})  # the digest is of the model with its adapter
+    own.check_base(stored)
     return base, own.notice
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(file.read_bytes())
-        named = {key: stored[key] for key in ("path", "revision", "config")}
-        return {**stored, **named, "seed": int(stored.get("seed", 0))}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {_in_a_line(error)}") from error
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:

@@ -16,13 +16,9 @@ class BestTracker:
         metric: name of the metric.
         mode: whether smaller (min) or larger (max) is better.
         patience: evaluations in a row that may fail to be the best until `exhausted`; 0 never is.
-        start_over: forget the value of a checkpoint that tracked another metric, instead of refusing it.
     """
 
-    def __init__(
-        self, metric: str = "eval_loss", mode: Mode = "min", patience: int = 0, start_over: bool = False
-    ) -> None:
-        self.start_over = start_over
+    def __init__(self, metric: str = "eval_loss", mode: Mode = "min", patience: int = 0) -> None:
         self.metric = metric
         self.mode = mode
         self.patience = patience
@@ -103,12 +99,10 @@ class BestTracker:
             CheckpointError: the checkpoint tracked another metric, whose value means nothing here.
         """
         if (state["metric"], state["mode"]) != (self.metric, self.mode):
-            if self.start_over:
-                self.forget()
-                return
             raise CheckpointError(
                 f"the checkpoint tracks the best {state['metric']} ({state['mode']}), this run is configured for "
-                f"{self.metric} ({self.mode}): set evaluation.best_metric and best_mode back, or start a run of its own"
+                f"{self.metric} ({self.mode}): set evaluation.best_metric and best_mode back, or start "
+                "another run from these weights with --init_from CHECKPOINT --output NEW"
             )
         self.value, self.step, self.worse_in_a_row = state["value"], state["step"], state["worse_in_a_row"]
         self.considered = state.get("considered")

@@ -137,7 +137,6 @@ def small(config: RunConfig, output: Path, batch_size: int, accumulation: int) -
         config,
         output=str(output),
         resume=None,
-        resume_force=[],
         adapter=replace(config.adapter, dropout=0.0),
         train=replace(config.train, batch_size=batch_size, accumulation=accumulation, max_steps=STEPS, log_every=1),
         checks=replace(config.checks, enabled=False),  # they have rows of their own

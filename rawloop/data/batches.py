@@ -69,15 +69,6 @@ class BatchPlan:
         """Number of windows in which every sample is seen `epochs` times; the last one is filled up."""
         return max(1, math.ceil(round(epochs * self.num_samples / self.window_size, 9)))
 
-    def identity(self) -> dict[str, int]:
-        """What must not change if a resumed run is to see the samples that it would have seen."""
-        return {
-            "window_size": self.window_size,
-            "num_samples": self.num_samples,
-            "seed": self.seed,
-            "shuffle": int(self.shuffle),
-        }
-
     def micro_batches(self, window: int) -> list[list[Draw]]:
         """Return this rank's samples of one window, a list per micro-batch."""
         start = window * self.window_size

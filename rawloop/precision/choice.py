@@ -11,7 +11,7 @@ def refusal(then: str, now: str) -> str:
     """What to say of a checkpoint of the mode `then` in a run of the mode `now`."""
     return (
         f"the checkpoint was trained with precision.mode '{then}', this run has '{now}': resume with --precision.mode "
-        f"{then}, or begin the mode anew over its weights with --resume_force '[precision.mode]'"
+        f"{then}, or start another run from these weights with --init_from CHECKPOINT --output NEW"
     )
 
 
@@ -22,20 +22,13 @@ class Choice:
         config: the wanted mode and its fallbacks.
         hardware: what the device is.
         resume: a policy's state, of a run that goes on in the mode that it had fallen back to.
-        start_over: whether the mode may be another one than that of `resume`.
 
     Raises:
         UserError: the hardware computes neither the mode nor any of its fallbacks natively, or it is not in them that
             the run goes on.
     """
 
-    def __init__(
-        self,
-        config: PrecisionConfig,
-        hardware: Hardware,
-        resume: Mapping[str, Any] | None = None,
-        start_over: bool = False,
-    ) -> None:
+    def __init__(self, config: PrecisionConfig, hardware: Hardware, resume: Mapping[str, Any] | None = None) -> None:
         self.config, self.hardware = config, hardware
         self.name: str = config.mode
         self.reason = f"precision.mode is '{config.mode}'"
@@ -49,7 +42,7 @@ class Choice:
         if resume is not None and resume["history"]:
             self._resume(resume)
         # What `auto` is and whether a fallback is needed is known later; loading the state looks again.
-        if resume is not None and not start_over and self.name != "auto":
+        if resume is not None and self.name != "auto":
             other = resume["mode"] not in (self.name, *self.left)
             if other and resume["mode"] in MODES:  # a word that is none of them is damage, which loading finds
                 raise UserError(refusal(resume["mode"], self.name))

@@ -137,11 +137,6 @@ class Trained:
         """Return what is kept beside the weights, and of what kind it is."""
         return {"kind": type(self).__name__, "kept": self.kept()}
 
-    def fits(self, state: dict[str, Any]) -> bool:
-        """Whether `state` is of the same kind and of the same weights, so that `load_state_dict` takes it."""
-        own, stored = set(self.kept()), set(state["kept"])
-        return own == stored and (not own or state["kind"] == type(self).__name__)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what is kept; made anew from the rounded weights it would lose what it is there for.
 
@@ -149,31 +144,18 @@ class Trained:
             CheckpointError: it is of another kind or of other weights.
         """
         own, stored = self.kept(), state["kept"]
-        if not self.fits(state):
+        if set(own) != set(stored) or (own and state["kind"] != type(self).__name__):
             different = sorted(set(stored) ^ set(own))
             names = f": {len(different)} differ, first {different[0]}" if different else ""
             raise CheckpointError(
                 f"the checkpoint's {state['kind'].lower()} do not fit this model's {type(self).__name__.lower()}{names}"
-                "; set precision.masters and precision.trainable_dtype to what it was trained with, or have them "
-                "converted with --resume_force '[precision.masters]'"
+                "; set precision.masters and precision.trainable_dtype to what it was trained with, or start another "
+                "run from these weights with --init_from CHECKPOINT --output NEW"
             )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
         self._versions = self._counts()
-
-    def take_over(self, state: dict[str, Any]) -> None:
-        """Take what another mode has kept beside the weights, which are loaded: their whole value, or ours of it."""
-        self.follow_weights()
-        for name, kept in state["kept"].items():
-            value = kept.to(self.device, torch.float32)
-            if state["kind"] == Residuals.__name__:
-                value = self.weights[name].detach().float() + value / RESIDUAL_SCALE[kept.dtype]
-            self._assign(name, value)
-
-    def _assign(self, name: str, value: Tensor) -> None:
-        """Give a weight a float32 value."""
-        self.weights[name].data.copy_(value)
 
 
 class Masters(Trained):
@@ -189,11 +171,6 @@ class Masters(Trained):
     def _follow(self, name: str, changed: Tensor) -> None:
         master = self.stand_ins[name].detach()
         master.copy_(torch.where(changed, self.weights[name].detach().float(), master))
-
-    def _assign(self, name: str, value: Tensor) -> None:
-        super()._assign(name, value)
-        if name in self.stand_ins:
-            self.stand_ins[name].detach().copy_(value)
 
     def kept(self) -> dict[str, Tensor]:
         """The masters."""
@@ -244,12 +221,6 @@ class Residuals(Trained):
         stand_in.grad = None
         self._split(name, stand_in.detach())
         stand_in.data = self._empty(stand_in)
-
-    def _assign(self, name: str, value: Tensor) -> None:
-        if name in self.rests:
-            self._split(name, value)
-        else:
-            super()._assign(name, value)
 
     def kept(self) -> dict[str, Tensor]:
         """The residuals."""

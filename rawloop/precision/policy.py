@@ -59,7 +59,6 @@ class PrecisionPolicy:
         resume: what `state_dict` returned, of a run that will go on: in the mode that it had fallen back to, if it
             had. Call `load_state_dict` with it as well, when weights and optimizer are loaded.
         say: is given what the user should know, a sentence at a time.
-        start_over: begin anew, over restored weights, where a loaded state is of another mode or has other masters.
 
     Raises:
         UserError: the device does not compute the wanted mode, or the settings contradict each other.
@@ -73,11 +72,9 @@ class PrecisionPolicy:
         grad_scaler: Any = None,
         resume: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = warn,
-        start_over: bool = False,
     ) -> None:
-        self.start_over = start_over
         self.config, self.device, self.agree, self.say = config, device, agree, say
-        self.choice = Choice(config, describe(device), resume, start_over)
+        self.choice = Choice(config, describe(device), resume)
         self.model: nn.Module | None = None
         self.trained = Trained([], torch.float32, device)
         self.scaler: LossScaler | None = None
@@ -366,19 +363,13 @@ class PrecisionPolicy:
         """Restore what `state_dict` returned, after the model's weights.
 
         Raises:
-            UserError: the state is of another mode, and `start_over` is not set.
+            UserError: the state is of another mode.
             CheckpointError: its masters are of other weights.
         """
         if state["mode"] != self.name:
-            if not self.start_over:
-                raise UserError(refusal(state["mode"], self.name))
-            self.trained.take_over(state["masters"])
-            return
+            raise UserError(refusal(state["mode"], self.name))
         self.choice.history = list(state["history"])
         self.skips_in_a_row, self.bad_losses_in_a_row = state["skips_in_a_row"], state["bad_losses_in_a_row"]
-        if self.start_over and not self.trained.fits(state["masters"]):
-            self.trained.take_over(state["masters"])
-        else:
-            self.trained.load_state_dict(state["masters"])
+        self.trained.load_state_dict(state["masters"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])

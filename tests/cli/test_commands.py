@@ -520,33 +520,27 @@ def test_settings_that_make_another_run_cannot_resume(door: Door, trained: Path,
         ("--precision.mode bf16", "resume with --precision.mode fp32"),
         (
             "--adapter.rank 8 --optim.lr 1",
-            "adapter.rank 4 -> 8: set them back, or start a run of its own (adapter.rank",
+            "adapter.rank 4 -> 8: set them back, or start another run from these weights with --init_from CHECKPOINT",
         ),
         (
             "--seed 1 --data.max_seconds 20 --adapter.alpha 16 --model.stream_weights {text: 0.5}",
             'seed 0 -> 1, model.stream_weights {} -> {"text": 0.5}, adapter.alpha 8.0 -> 16.0, data.max_seconds 30.0 '
-            "-> 20.0: set them back, start a run of its own, or force them by name, --resume_force "
-            "'[seed, model.stream_weights, adapter.alpha, data.max_seconds]'",
+            "-> 20.0: set them back, or start another run",
         ),
-        ("--seed 1 --adapter.dropout 0.1 --resume_force [seed]", "within a run: adapter.dropout 0.0 -> 0.1: set"),
         ("--evaluation.best_mode max", "evaluation.best_mode min -> max: "),
         ("--train.batch_size 1", "run took 2 samples (1 process(es) x train.batch_size 2 x train.accumulation 1), and"),
-        ("--optim.lr 1 --resume_force [optim.l]", "has 'optim.l', which is no key (did you mean 'optim.lr'?)"),
     ):
         words = arguments.replace("{text: 0.5}", "{text:~0.5}").split()
         done = door(*again, *(word.replace("~", " ") for word in words))
         assert done.code == 2
         assert problem in done.err.splitlines()[-1], done.err
         assert unchanged(run) == before
-    done = door(*again[:-2], "--resume_force", "[seed]")
-    assert done.err.startswith("rawloop train: resume_force is ['seed'], and nothing is resumed: add --resume latest")
 
 
 def test_what_may_change_is_taken_and_said(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained / "run", run)
     new = "--optim.lr 1e-4 --train.max_steps 4 --train.batch_size 1 --train.accumulation 2 --evaluation.every 4"
-    new += " --resume_force [seed,data.train]"  # as a command that has forced them is started again
     done = door("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", *new.split())
     assert done.code == 0, done.err
     expected = [
@@ -555,47 +549,15 @@ def test_what_may_change_is_taken_and_said(door: Door, trained: Path, tmp_path: 
         "train.max_steps 3 -> 4",
         "optim.lr 0.003 -> 0.0001",
         "evaluation.every 2 -> 4",
-        "resume_force has data.train, which has not changed",
-        "resume_force has seed, which has not changed",
     ]
     printed = done.out.splitlines()
     place = printed.index(expected[0])
-    assert printed[place : place + 7] == expected
+    assert printed[place : place + 5] == expected
     (event,) = [event for event in read_events(run) if event["kind"] == "restore" and "changes" in event]
     assert (event["step"], event["changes"]) == (3, expected)
     stored = json.loads((run / "checkpoints" / "step-00000004" / "state" / "config.json").read_text())
     assert (stored["config"]["optim"]["lr"], stored["world_size"]) == (1e-4, 1)
     assert metrics_of(run)[: len(metrics_of(trained / "run"))] == metrics_of(trained / "run")
-
-
-def test_what_is_forced_by_name_is_taken(door: Door, trained: Path, tmp_path: Path, demo_data: Path) -> None:
-    run, more = tmp_path / "run", tmp_path / "more"
-    shutil.copytree(trained / "run", run)
-    shutil.copytree(demo_data / "train", more)
-    samples = json.loads((more / "metadata.json").read_text())["samples"]
-    more_samples = [{**sample, "id": f"{sample['id']}-again"} for sample in samples[:2]]
-    (more / "metadata.json").write_text(json.dumps({"samples": [*samples, *more_samples]}))
-    again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", "--train.max_steps", "4")
-    new = ["--data.train", str(more)]
-    said = door(*again, *new).err.splitlines()[-1]
-    assert re.search(r"on other samples \(8 samples, digest \w{16} then, 10 samples, digest \w{16} in data.train", said)
-    assert said.endswith("start a run of its own, or force it by name, --resume_force '[data.train]'")
-    new += ["--precision.mode", "bf16", "--adapter.alpha", "16", "--seed", "5", "--evaluation.best_mode", "max"]
-    force = "[data.train, precision.mode, adapter.alpha, seed, evaluation.best_mode]"
-    done = door(*again, *new, "--resume_force", force)
-    assert done.code == 0, done.err
-    for line in (
-        f"data.train {demo_data / 'train'} -> {more} (forced)",
-        "seed 0 -> 5 (forced)",
-        "num_samples 8 -> 10",
-        "the data order is another one, its window 3 is next: epoch 0.75 then, 0.60 now",
-    ):
-        assert line in done.out.splitlines()
-    assert "resume_force: []" in (run / "config.yaml").read_text()
-    best = json.loads((run / "best.json").read_text())
-    assert (best["step"], best["value"]) == (4, losses_of(run)[4])  # of the other metric it is the first
-    # what was forced once is the run's own from then on
-    assert door(*again, *new, "--train.max_steps", "5").code == 0
 
 
 def test_texts_that_have_changed_are_other_data(door: Door, trained: Path, tmp_path: Path, demo_data: Path) -> None:
@@ -612,9 +574,6 @@ def test_texts_that_have_changed_are_other_data(door: Door, trained: Path, tmp_p
     assert refused.code == 2
     digests = "8 samples, digest [0-9a-f]{16}"
     assert re.search(rf"was trained on other samples \({digests} then, {digests} in data.train now", refused.err)
-    done = door(*again, "--resume_force", "[data.train]")
-    assert done.code == 0, done.err
-    assert re.search(rf"^data.train has other contents \({digests} -> {digests}\)$", done.out, re.MULTILINE)
 
 
 def test_a_resume_passes_over_damaged_settings(door: Door, trained: Path, tmp_path: Path) -> None:

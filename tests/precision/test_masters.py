@@ -122,26 +122,6 @@ def test_a_state_of_another_kind_is_refused_where_there_is_something_to_lose() -
     lora[1].load_state_dict(lora[0].state_dict())
 
 
-@pytest.mark.parametrize("now", [torch.float32, torch.float16])
-@pytest.mark.parametrize("after", list(KINDS.values()))
-@pytest.mark.parametrize("before", [Masters, Residuals])
-def test_what_another_mode_has_kept_is_taken_over(
-    before: type[Trained], after: type[Trained], now: torch.dtype
-) -> None:
-    old, new = before(named(values()), torch.float16, CPU), after(named(values(seed=1)), now, CPU)
-    for name, weight in new.weights.items():  # what the model's file has: rounded values
-        weight.data.copy_(old.weights[name].detach())
-    new.take_over(old.state_dict())
-    assert not new.written()
-    for name, weight in old.weights.items():
-        kept = weight.detach().float() if now == torch.float16 and after is Trained else old.value(name)
-        rounded = 2.0**-11 * (kept - kept.half().float()).abs() + 2.0**-36  # of the residual; subnormal ones
-        far = rounded if now == torch.float16 and after is Residuals else torch.zeros(())
-        assert ((new.value(name) - kept).abs() <= far).all()
-        assert torch.equal(new.weights[name].detach(), kept.to(now))
-        assert not torch.equal(old.value(name), weight.detach().float())
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 def test_units_in_the_last_place_are_the_distances_between_numbers(dtype: torch.dtype) -> None:
     bits = torch.arange(0, 0x7B00 if dtype == torch.float16 else 0x7F00, 37, dtype=torch.int16)

@@ -182,7 +182,6 @@ def test_a_resumed_mode_is_one_that_the_card_has_and_the_config_means() -> None:
         Choice(PrecisionConfig(mode="amp_fp16", fallback=["bf16"]), TITAN, state)
     with pytest.raises(UserError, match=r"trained with precision.mode 'bf16', this run has 'fp32': resume with --prec"):
         Choice(PrecisionConfig(mode="fp32"), H200, state)
-    assert Choice(PrecisionConfig(mode="fp32"), H200, state, start_over=True).name == "fp32"
     assert Choice(PrecisionConfig(mode="fp32"), H200, {**state, "mode": "bf17"}).name == "fp32"  # damage is found later
     followed = Choice(PrecisionConfig(mode="bf16", fallback=["fp32"]), H200, state)
     assert (followed.name, followed.left, followed.history) == ("bf16", ["fp32"], state["history"])

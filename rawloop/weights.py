@@ -1,0 +1,140 @@
+"""`init_from`: a run that starts from the weights of a checkpoint, with all else anew."""
+
+from dataclasses import dataclass
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rawloop.adapters import BaseFingerprint, ModelFiles, stored_fingerprint
+from rawloop.checkpoint import find_latest, verify
+from rawloop.checkpoint.disk import read_packed
+from rawloop.checkpoint.manifest import NAME as MANIFEST
+from rawloop.checkpoint.pack import unpack
+from rawloop.checkpoint.slots import CHECKPOINTS, is_slot_name
+from rawloop.checkpoint.writer import STATE
+from rawloop.contracts import Family
+from rawloop.dist import World
+from rawloop.errors import UserError
+from rawloop.hashing import sha256_file, sha256_files
+
+PARTS = ("adapter", "model")
+FORMS = "name RUN/best, RUN/latest, a checkpoint such as RUN/checkpoints/step-00000500, or an adapter/ or model/ folder"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The weights that a run starts from: `folder`, the `slot` that it stands in (None for a copy), and its step.
+
+    `given` is how the user named it. `digest` is the SHA-256 of the slot's manifest, or of the copied files.
+    """
+
+    given: str
+    folder: Path
+    slot: Path | None
+    step: int | None
+    digest: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the weights come from, as every checkpoint of the run keeps it."""
+        place = str((self.slot or self.folder).resolve())
+        return {"given": self.given, "checkpoint": place, "step": self.step, "digest": self.digest}
+
+
+def find_source(given: str, world: World) -> Source:
+    """Find the weights that `init_from` names, and verify every file on every rank.
+
+    Raises:
+        UserError: there are none, or other ones on some rank.
+        CheckpointError: they are damaged.
+    """
+    source = world.on_all_ranks(lambda: _find(given))
+    assert source is not None
+    world.check_equal({"init_from": f"digest {source.digest[:16]}"}, "put the same checkpoint on all machines")
+    return source
+
+
+def _find(given: str) -> Source:
+    path = Path(expanduser(given))
+    if path.name == "latest" and not path.exists():
+        found = find_latest(path.parent)
+        if found.slot is None:
+            damage = f": {'; '.join(found.damaged.values())}" if found.damaged else ""
+            raise UserError(f"init_from is '{given}', and no checkpoint of {path.parent} is whole{damage}: {FORMS}")
+        path = found.slot
+    if not path.is_dir():
+        raise UserError(f"init_from is '{given}', which is no folder: {FORMS}")
+    if (path / CHECKPOINTS).is_dir():
+        raise UserError(f"init_from is '{given}', which is a run: say {given}/best or {given}/latest")
+    path = path.resolve()
+    files = [file for file in path.glob("*.safetensors") if not file.name.startswith(".")]
+    if (path / MANIFEST).exists() or (is_slot_name(path) and not files):
+        slot, folder = path, next((path / part for part in PARTS if (path / part).is_dir()), None)
+    else:
+        slot, folder = path.parent, path if files else None
+    if not (slot / MANIFEST).exists() and slot != path:
+        if folder is None:
+            raise UserError(f"init_from is '{given}', which is no checkpoint and holds no safetensors file: {FORMS}")
+        return Source(given, folder, None, None, sha256_files(files))
+    manifest = verify(slot)
+    if folder is None or folder.name not in PARTS:
+        raise UserError(f"init_from is '{given}', which holds no weights of a model: {FORMS}")
+    return Source(given, folder, slot, manifest.step, sha256_file(slot / MANIFEST))
+
+
+def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family: Family) -> list[str]:
+    """Put the weights into a model that no precision policy has cast yet. Returns sentences for the user.
+
+    Trained weights are float32 afterwards, so that nothing of them is rounded before the policy casts them: where the
+    checkpoint holds masters beside 16-bit weights, the weights take their values.
+
+    Raises:
+        UserError: the checkpoint was trained in another way, or on another base model.
+        CheckpointError: names or shapes differ.
+    """
+    files = ModelFiles(model, family.load_model)
+    is_adapter = (source.folder / "adapter_config.json").is_file()
+    if is_adapter != files.is_adapter:
+        kinds = {True: "an adapter (adapter.mode lora)", False: "a whole model (adapter.mode full)"}
+        raise UserError(
+            f"init_from is '{source.given}', which holds {kinds[is_adapter]}, and this run trains "
+            f"{kinds[files.is_adapter]}: set adapter.mode to the checkpoint's, or point model.path at a merged or "
+            "whole model instead"
+        )
+    said = _check_base(source, base) if is_adapter else []
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    files.load(source.folder)
+    kept = _masters(source)
+    if kept.get("kind") == "Masters":
+        named = dict(model.named_parameters())
+        for name in sorted(kept["kept"].keys() & named.keys()):
+            named[name].data.copy_(kept["kept"][name])
+        said.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
+    elif kept.get("kept"):
+        said.append("the checkpoint's weights are in 16 bits; what it keeps of their rounding is not taken")
+    place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which no manifest vouches for"
+    return [
+        f"weights from {place} (digest {source.digest[:16]}); counters, optimizer, schedule, random streams and best "
+        "value begin anew",
+        *said,
+    ]
+
+
+def _check_base(source: Source, base: BaseFingerprint) -> list[str]:
+    stored, unchecked = stored_fingerprint(source.folder)
+    if unchecked:
+        return [f"that the base model is the one of {source.folder} could not be checked: {unchecked}"]
+    base.check_base(stored)
+    return [base.notice] if base.notice else []
+
+
+def _masters(source: Source) -> dict[str, Any]:
+    """What a checkpoint keeps beside its 16-bit weights; a copied folder has lost it."""
+    if source.slot is None or not (source.slot / STATE / "precision.json").is_file():
+        return {}
+    masters: dict[str, Any] = unpack(read_packed(source.slot / STATE, "precision"))["masters"]
+    return masters
