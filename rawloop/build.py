@@ -4,61 +4,46 @@ Order matters twice: the precision policy casts weights before DDP and the optim
 restored last, because building things draws from them.
 """
 
-import math
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 
-from rawloop.adapters import BaseFingerprint, ModelFiles, add_adapter
-from rawloop.announced import announce, check_streams
+from rawloop.adapters import BaseFingerprint, ModelFiles
 from rawloop.audio import import_torchaudio
-from rawloop.buffers import MovingBuffers, in_words, settle_moves, untouched
+from rawloop.buffers import MovingBuffers, in_words, settle_moves
 from rawloop.changes import PART, SettingsState
-from rawloop.checkpoint import (
-    BestTracker,
-    CheckpointManager,
-    mark_launch,
-)
+from rawloop.checkpoint import BestTracker, CheckpointManager, mark_launch
+from rawloop.components import announce, build_evaluator, build_family, build_loader, build_model
 from rawloop.config import RunConfig
-from rawloop.contracts import CodecFamily, Family, HearingFamily, IdsFamily, PackingFamily, Sample
-from rawloop.data import DataConfig, codes_folder
-from rawloop.data.batches import BatchPlan, Draw, EvalBatches, Loader, MicroBatches, TrainWindows
-from rawloop.data.codes import CodeCache
-from rawloop.data.limits import Limits, look_ups
-from rawloop.data.prepare import decode_once, prepare
-from rawloop.data.samples import named, read_samples, shared, usable
-from rawloop.data.shards import heard_at
+from rawloop.contracts import Family
+from rawloop.data.batches import BatchPlan, Loader, TrainWindows
+from rawloop.data.limits import Limits
+from rawloop.data.samples import shared
+from rawloop.data.splits import load_samples, open_codes
 from rawloop.diagnose import Report, run_checks
 from rawloop.dist import DDPConfig, World
-from rawloop.errors import BadSample, LibraryError, RawloopError, UserError
+from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
-from rawloop.families import load_family
-from rawloop.families.clock import check_repeatable, clock_notice
+from rawloop.families.clock import clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.losses import LossModule
 from rawloop.meter import Meter
 from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionPolicy, preflight
-from rawloop.preempt import Preemption
 from rawloop.records import Records, check_packages
 from rawloop.resume import Claim, claim, restore, stored_precision
-from rawloop.seed import RngState, seed_all
+from rawloop.seed import RngState
 from rawloop.unused import decide_find_unused
-from rawloop.weights import Source, find_source, load_weights
+from rawloop.weights import Source, find_source
 
 Say = Callable[[str], None]
-HEARD_RATE = 16_000  # Hz at which clips are looked at for a family that does not say at which it hears them
 
 
 def build_run(config: RunConfig, world: World, say: Say) -> Run:
@@ -160,7 +145,7 @@ class Ready:
         Raises:
             UserError: it holds what the model cannot take.
         """
-        learn_limits(self.limits, self.family, self.model, self.policy)
+        self.limits.learn(self.family, self.model, self.policy.device, self.policy.autocast)
         first = self.train.batches.made(self.plan.micro_batches(0)[0])[1]
         return trial_loss(self.module, first, self.policy.device)
 
@@ -180,15 +165,11 @@ def _prepare_run(
         check_best_metric(config.evaluation.best_metric, list(family.streams))
     cache = open_codes(config.data, family)
     of_data: list[str] = []
-
-    def note(line: str) -> None:
-        say(line)
-        of_data.append(line)
-
-    train_samples = load_samples(config, family, cache, "train", note)
-    eval_samples = load_samples(config, family, cache, "eval", note) if config.evaluation.enabled else []
+    splits = ("train", "eval") if config.evaluation.enabled else ("train",)
+    samples = {f"data.{split}": load_samples(config.data, family, cache, split, of_data.append) for split in splits}
+    train_samples, eval_samples = samples["data.train"], samples.get("data.eval", [])
     if same := shared(train_samples, eval_samples):
-        note(
+        of_data.append(
             f"data.eval: {same} of its {len(eval_samples)} samples are also trained on: for these eval_loss "
             "does not measure unseen data; keep the two sets apart"
         )
@@ -201,23 +182,22 @@ def _prepare_run(
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    for line in beyond_the_end(config, config.train.max_steps or plan.windows(config.train.epochs)):
+    for line in (*of_data, *beyond_the_end(config, config.train.max_steps or plan.windows(config.train.epochs))):
         say(line)
     notices: list[str] = []
     model, policy, base = build_model(config, world, family, notices, precision, source)
     for notice in filter(None, [*notices, clock_notice(family)]):
         say(notice)
     module = LossModule(model, family.losses)
-    limits = limits_of(family, model)
+    limits = Limits.of(family, model)
     evaluator = None
     if config.evaluation.enabled:
         evaluator = build_evaluator(config, family, module, policy, limits, cache, eval_samples, world)
-    train = _loader(config, family, limits, cache, train_samples, world)
+    train = build_loader(config, family, limits, cache, train_samples, world)
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
-    read = {"data.train": train_samples, **({"data.eval": eval_samples} if config.evaluation.enabled else {})}
-    contents = contents_of(family, cache, read)
+    contents = contents_of(family, cache, samples)
     return Ready(family, model, policy, module, base, plan, contents, of_data, train, evaluator, limits)
 
 
@@ -326,203 +306,3 @@ def _assemble(
         max_norm=config.optim.max_norm,
         log_every=config.train.log_every,
     )
-
-
-def build_family(config: RunConfig) -> Family:
-    """Return the family of the configured model, told how to make batches.
-
-    Raises:
-        UserError: there is no such family, or it cannot do what the data's config asks for.
-    """
-    family = load_family(config.model)
-    check_streams(config, family)
-    if config.data.packing:
-        if not isinstance(family, PackingFamily):
-            raise UserError(
-                f"data.packing is true, and the family {type(family).__name__} cannot pack: set it to false; samples "
-                "are then padded to the longest of their micro-batch"
-            )
-        family.packing = True
-    return family
-
-
-def prepare_codes(
-    config: DataConfig, family: Family, device: torch.device, preemption: Preemption | None = None
-) -> str:
-    """Encode the clips of both splits that the cache does not have yet, and return a line about it.
-
-    For a model that hears clips as they are, they are decoded once.
-
-    Raises:
-        BadClips: clips that cannot be used, each named with its reason.
-        Preempted: a signal ended it; what was encoded is kept.
-    """
-    import_torchaudio()
-    if not isinstance(family, CodecFamily | HearingFamily):
-        raise UserError(f"models of the family {type(family).__name__} need no codes: train without `rawloop prepare`")
-    splits = [path for path in (config.train, config.eval) if path is not None]
-    samples = [sample for path in splits for sample in read_samples(path, config, notice=_warn)]
-    skip = config.on_bad_sample == "skip"
-    samples, bad = usable(samples, family.check, skip)
-    codec, encode = (
-        family.load_codec(device) if isinstance(family, CodecFamily) else (heard_at(family.sample_rate), None)
-    )
-    report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
-    cache = CodeCache(codes_folder(config), codec.hash, config)
-    bad |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
-    of, done = ("codes of ", "encoded") if encode else ("", "decoded")
-    counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
-    others = f"; {len(bad)} samples that the model cannot take are left out: {named(bad)}" if bad else ""
-    return f"{of}{report.clips} clips in {report.folder}: {counts}{others}"
-
-
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
-    """Open the cache of codes that `rawloop prepare` wrote; None for a family that needs none.
-
-    Raises:
-        UserError: there is no cache, or it is of another codec.
-    """
-    return CodeCache(codes_folder(config), family.codec_hash(), config) if isinstance(family, CodecFamily) else None
-
-
-def load_samples(config: RunConfig, family: Family, cache: CodeCache | None, split: str, say: Say) -> list[Sample]:
-    """Read one split of the data and check every sample: that the model can take it and its clips are encoded.
-
-    Raises:
-        UserError: the split is not configured, empty or broken, a sample cannot be trained, or is not prepared.
-    """
-    path = getattr(config.data, split)
-    if not path:
-        off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
-        raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
-    # with codes, training needs no audio
-    samples = read_samples(path, config.data, check_files=cache is None, notice=say)
-    number, frames = len(samples), None
-    left_out: dict[str, str] = {}
-    if cache is None and any(sample.audio_paths() for sample in samples):
-        cache = _heard(samples, config.data, family)
-    if cache is not None:
-        samples, left_out = cache.usable(samples)
-        cache.check(samples)
-        frames = cache.frames if isinstance(family, CodecFamily | HearingFamily) else None
-    samples, bad = usable(samples, lambda one: family.check(one, frames), config.data.on_bad_sample == "skip")
-    left_out |= bad
-    if not samples:
-        raise UserError(f"data.{split} is '{path}', of which no sample can be used: {named(left_out)}")
-    if left_out:
-        say(
-            f"data.{split}: {len(left_out)} of {number} samples left out, as data.on_bad_sample skip asks for, here or "
-            f"in `rawloop prepare`: {named(left_out)}"
-        )
-    return samples
-
-
-def _heard(samples: list[Sample], config: DataConfig, family: Family) -> CodeCache:
-    """Decode all clips of a model that takes no codes, if that was not done before: no run shall end in the middle."""
-    for sample in samples:
-        with suppress(BadSample):  # looked at again when the lengths of clips are known
-            family.check(sample)
-    rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
-    return decode_once(samples, codes_folder(config), rate, config)
-
-
-def build_model(
-    config: RunConfig,
-    world: World,
-    family: Family,
-    notices: list[str],
-    precision: dict[str, Any] | None = None,
-    source: Source | None = None,
-) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
-    """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights.
-
-    Args:
-        config: the whole configuration.
-        world: the ranks.
-        family: knows how the model is loaded.
-        notices: gets a line for everything that the user should know.
-        precision: what `stored_precision` said of the checkpoint that will be restored.
-        source: whose weights the model starts from.
-
-    Returns:
-        the model, its precision policy, and what identifies the weights that the adapter stands on.
-    """
-    if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks
-        transformers.utils.logging.disable_progress_bar()
-    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision)
-    seed_all(config.seed, 0)
-    model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
-    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed)
-    if source is not None:
-        notices += load_weights(source, model, base, family)
-    model = policy.prepare(model)
-    seed_all(config.seed, world.rank)
-    return model, policy, base
-
-
-def build_evaluator(
-    config: RunConfig,
-    family: Family,
-    module: LossModule,
-    policy: PrecisionPolicy,
-    limits: Limits,
-    cache: CodeCache | None,
-    samples: list[Sample],
-    world: World,
-) -> Evaluator:
-    """Build the evaluator over this rank's share of the samples."""
-    loader = _loader(config, family, limits, cache, samples, world)
-    size = config.evaluation.batch_size
-    batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
-    return Evaluator(config.evaluation, module, batches, policy, world, family.stream_weights)
-
-
-def _loader(
-    config: RunConfig, family: Family, limits: Limits, cache: CodeCache | None, samples: list[Sample], world: World
-) -> Loader:
-    example = partial(family.example, codes=cache or no_codes)
-    batches = MicroBatches(samples, example, family.collate, limits.fault, config.seed)
-    firsts = [Draw(index, epoch=0) for index in range(min(2, len(samples)))]
-    check_repeatable(lambda: batches.made(firsts)[1])
-    return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
-
-
-def limits_of(family: Family, model: nn.Module) -> Limits:
-    """What batches of a model may hold: ids that it has an embedding for, targets that the family's heads can name.
-
-    A token beyond the embedding is no mistake where the family's own probe has it: some models put audio in its place
-    before they look anything up.
-    """
-    classes = {stream: round(math.exp(nats)) for stream, nats in family.chance().items()}
-    ids = dict(family.num_ids) if isinstance(family, IdsFamily) else {}
-    table, tokens = _embedding(model), family.probe().inputs.get("input_ids")
-    if table is not None:
-        ids["input_ids"] = max(len(table), int(tokens.max()) + 1 if tokens is not None else 0)
-    return Limits(ids, classes)
-
-
-def learn_limits(limits: Limits, family: Family, model: nn.Module, policy: PrecisionPolicy) -> None:
-    """Run the family's probe on the prepared model, to see which further inputs are ids of an embedding."""
-    found: dict[str, int] = {}
-    probe = family.probe().to(policy.device)
-    with untouched(model, training=False), torch.no_grad(), policy.autocast(), look_ups(model, probe.inputs, found):
-        family.logits(model, probe)
-    limits.ids.update({name: rows for name, rows in found.items() if name not in limits.ids})
-
-
-def _embedding(model: nn.Module) -> Tensor | None:
-    """The weight of the input embedding, of models that have one."""
-    try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return weight if isinstance(weight, Tensor) else None
-
-
-def no_codes(path: Path) -> Tensor:
-    """Stands for the cache of codes where a family needs none."""
-    raise AssertionError(f"codes of {path} were asked for by a family that has no codec")

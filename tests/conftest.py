@@ -141,8 +141,8 @@ def demo_data(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Folder with a part of the bundled speech, 8 clips in `train` and 5 in `eval`, and its `codes`. Read it only."""
     import torch
 
-    from rawloop.build import prepare_codes
     from rawloop.data import DataConfig
+    from rawloop.data.splits import prepare_codes
     from rawloop.families import ModelConfig, load_family
 
     folder = tmp_path_factory.mktemp("demo_data")

@@ -14,12 +14,13 @@ import transformers
 from torch import Tensor, nn
 
 from rawloop.adapters import AdapterConfig
-from rawloop.build import build_run, learn_limits, limits_of
+from rawloop.build import build_run
 from rawloop.checkpoint import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
+from rawloop.data.limits import Limits
 from rawloop.data.samples import read_samples
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig, World
@@ -194,7 +195,7 @@ def test_limits_are_those_of_the_loaded_model(demo_checkpoint: Path, text_checkp
     for path, classes in ((demo_checkpoint / "model", ["audio", "text"]), (text_checkpoint, ["text"])):
         family = load_family(ModelConfig(path=str(path)))
         model: Any = family.load_model()
-        limits = limits_of(family, model)
+        limits = Limits.of(family, model)
         assert list(limits.classes) == classes
         assert limits.classes["text"] == limits.ids["input_ids"] == model.get_input_embeddings().num_embeddings
         assert limits.classes.get("audio", 1026) == 1026
@@ -210,8 +211,8 @@ class OwnEmbedding(nn.Module):
 
 def test_a_model_without_a_known_embedding_takes_any_token(text_checkpoint: Path) -> None:
     family = load_family(ModelConfig(path=str(text_checkpoint)))
-    assert "input_ids" not in limits_of(family, OwnEmbedding()).ids
-    assert "input_ids" not in limits_of(family, nn.Linear(2, 2)).ids
+    assert "input_ids" not in Limits.of(family, OwnEmbedding()).ids
+    assert "input_ids" not in Limits.of(family, nn.Linear(2, 2)).ids
 
 
 def test_a_token_of_the_familys_own_probe_is_let_pass_without_an_embedding(text_checkpoint: Path) -> None:
@@ -224,21 +225,21 @@ def test_a_token_of_the_familys_own_probe_is_let_pass_without_an_embedding(text_
     family = load_family(ModelConfig(path=str(text_checkpoint)))
     highest = int(family.probe().inputs["input_ids"].max())
     assert highest > 3
-    assert limits_of(family, Small()).ids["input_ids"] == highest + 1
+    assert Limits.of(family, Small()).ids["input_ids"] == highest + 1
 
 
 def learned(family: Any, model: Any) -> dict[str, int]:
     """What is known of a model's inputs when its probe has run."""
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"), World().any)
-    limits = limits_of(family, policy.prepare(model))
-    learn_limits(limits, family, model, policy)
+    limits = Limits.of(family, policy.prepare(model))
+    limits.learn(family, model, policy.device, policy.autocast)
     return limits.ids
 
 
 def test_a_code_beyond_its_codebook_is_found(demo_checkpoint: Path, demo_data: Path) -> None:
     """The model adds the codebook's number times its size: an id of 1026 is another codebook's, and no error."""
     family = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
-    limits = limits_of(family, family.load_model())
+    limits = Limits.of(family, family.load_model())
     sample = read_samples(str(demo_data / "train"), DataConfig())[0]
     example = family.example(sample, CodeCache(demo_data / "codes"))
     assert limits.fault(family.collate([example])) is None

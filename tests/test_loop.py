@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rawloop.adapters import AdapterConfig
-from rawloop.build import build_run, prepare_codes
+from rawloop.build import build_run
 from rawloop.checkpoint import CheckpointConfig, find_slots
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
+from rawloop.data.splits import prepare_codes
 from rawloop.demo import SPEECH
 from rawloop.diagnose import ChecksConfig
 from rawloop.dist import DDPConfig, World

@@ -12,8 +12,8 @@ import torch
 
 import rawloop.demo
 from rawloop.audio import import_torchaudio
-from rawloop.build import prepare_codes
 from rawloop.data import DataConfig
+from rawloop.data.splits import prepare_codes
 from rawloop.demo.checkpoint import build_demo_checkpoint, demo_is_built
 from rawloop.families import ModelConfig, load_family
 from rawloop.parser import Parser

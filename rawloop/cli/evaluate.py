@@ -10,15 +10,6 @@ from typing import NamedTuple
 
 from rawloop.adapters import BaseFingerprint, ModelFiles
 from rawloop.audio import import_torchaudio
-from rawloop.build import (
-    build_evaluator,
-    build_family,
-    build_model,
-    learn_limits,
-    limits_of,
-    load_samples,
-    open_codes,
-)
 from rawloop.changes import check_reading, stored_settings
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
@@ -29,7 +20,10 @@ from rawloop.checkpoint.reader import check_same
 from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import COMMANDS
+from rawloop.components import build_evaluator, build_family, build_model
 from rawloop.config import RunConfig, moved_run, parse
+from rawloop.data.limits import Limits
+from rawloop.data.splits import load_samples, open_codes
 from rawloop.dist import World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
@@ -104,7 +98,7 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     import_torchaudio()
     family = build_family(config)
     cache = open_codes(config.data, family)
-    samples = load_samples(config, family, cache, "eval", lambda line: _tell(line, world))
+    samples = load_samples(config.data, family, cache, "eval", lambda line: _tell(line, world))
     slot = None if checkpoint is None else slot_of(Path(expanduser(config.output)), checkpoint)
     contents = contents_of(family, cache, {"data.eval": samples})
     clock = clock_notice(family)
@@ -121,8 +115,8 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
             )
         base.load_state_dict(unpack(read_packed(slot / STATE, "base")))
         files.load(slot / files.folder)
-    limits = limits_of(family, model)
-    learn_limits(limits, family, model, policy)
+    limits = Limits.of(family, model)
+    limits.learn(family, model, policy.device, policy.autocast)
     module = LossModule(model, family.losses)
     evaluator = build_evaluator(config, family, module, policy, limits, cache, samples, world)
     return subject, evaluator, base, contents

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from rawloop.audio import import_torchaudio
-from rawloop.build import build_family, load_samples, no_codes, open_codes
 from rawloop.cli import COMMANDS
+from rawloop.components import build_family
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
 from rawloop.data.batches import BatchPlan, Draw, MicroBatches
+from rawloop.data.splits import load_samples, no_codes, open_codes
 from rawloop.diagnose.table import table
 from rawloop.errors import UserError, nearest
 
@@ -45,7 +46,7 @@ def run(argv: list[str]) -> None:
     import_torchaudio()
     family = build_family(config)
     cache = open_codes(config.data, family)
-    samples = load_samples(config, family, cache, split, _complain)
+    samples = load_samples(config.data, family, cache, split, _complain)
     draws = chosen(samples, config, split, options["sample"])
     batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, seed=config.seed)
     examples, batch = batches.made(draws)

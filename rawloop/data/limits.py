@@ -6,15 +6,18 @@ the batch is made, at the cost of one pass over its numbers.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rawloop.contracts import IGNORE, Batch
+from rawloop.buffers import untouched
+from rawloop.contracts import IGNORE, Batch, Family, IdsFamily
 
+Autocast = Callable[[], AbstractContextManager[Any]]
 TOKENIZER = "use the tokenizer and codec that belong to the model"
 MASKS = ("mask", "bias")  # in the name of an input: minus infinity is how it says that nothing is to be seen there
 
@@ -29,6 +32,37 @@ class Limits:
 
     ids: dict[str, int]
     classes: Mapping[str, int]
+    probe: Batch | None = None  # the family's, which `learn` runs
+
+    @classmethod
+    def of(cls, family: Family, model: nn.Module) -> "Limits":
+        """Return the ids that a model has an embedding for, and the targets that the family's heads can name.
+
+        A token beyond the embedding is no mistake where the family's own probe has it: some models put audio in its
+        place before they look anything up.
+        """
+        classes = {stream: round(math.exp(nats)) for stream, nats in family.chance().items()}
+        ids = dict(family.num_ids) if isinstance(family, IdsFamily) else {}
+        probe = family.probe()
+        table, tokens = _embedding(model), probe.inputs.get("input_ids")
+        if table is not None:
+            ids["input_ids"] = max(len(table), int(tokens.max()) + 1 if tokens is not None else 0)
+        return cls(ids, classes, probe)
+
+    def learn(
+        self,
+        family: Family,
+        model: nn.Module,
+        device: torch.device,
+        autocast: Autocast,
+    ) -> None:
+        """Run the probe on the prepared model, to see which further inputs are ids of an embedding."""
+        assert self.probe is not None, "limits that were not made by Limits.of learn nothing"
+        found: dict[str, int] = {}
+        probe = self.probe.to(device)
+        with untouched(model, training=False), torch.no_grad(), autocast(), look_ups(model, probe.inputs, found):
+            family.logits(model, probe)
+        self.ids = found | self.ids
 
     def fault(self, batch: Batch) -> str | None:
         """Say what is wrong with a batch that is on the CPU, or None."""
@@ -72,6 +106,15 @@ class Limits:
         if int(labels.positions.min()) < 0:
             return f"a target of the stream '{stream}' is the first of all: nothing stands before it to predict it from"
         return None
+
+
+def _embedding(model: nn.Module) -> Tensor | None:
+    """The weight of the input embedding, of models that have one."""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _fault_of_numbers(name: str, values: Tensor) -> str | None:

@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import HiggsAudioV2Processor, Trainer, TrainingArguments
 
 from rawloop.adapters import AdapterConfig
-from rawloop.build import build_run, prepare_codes
+from rawloop.build import build_run
 from rawloop.checkpoint import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.contracts import Sample
@@ -46,6 +46,7 @@ from rawloop.data import DataConfig
 from rawloop.data.batches import EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
+from rawloop.data.splits import prepare_codes
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
 from rawloop.diagnose import ChecksConfig

@@ -44,12 +44,13 @@ from transformers import (
 )
 
 from rawloop.adapters import AdapterConfig
-from rawloop.build import build_run, prepare_codes
+from rawloop.build import build_run
 from rawloop.config import RunConfig
 from rawloop.contracts import Text
 from rawloop.data import DataConfig
 from rawloop.data.batches import BatchPlan, Loader, MicroBatches, TrainWindows
 from rawloop.data.samples import read_samples
+from rawloop.data.splits import prepare_codes
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
 from rawloop.diagnose import ChecksConfig

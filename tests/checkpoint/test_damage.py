@@ -135,7 +135,7 @@ def test_a_read_only_folder_is_told_before_a_model_is_loaded_and_can_be_resumed_
     shutil.copytree(trained.output, run)
     lock(run.parent, locked=True)
     with monkeypatch.context() as patch:
-        patch.setattr("rawloop.build.load_family", None)  # not needed
+        patch.setattr("rawloop.components.load_family", None)  # not needed
         with pytest.raises(UserError, match=r"^output is '.*/locked/new', which cannot be made: Permission denied"):
             go(replace(trained, output=str(run.parent / "new")))
         with pytest.raises(UserError, match=r"^output is '.*', and nothing can be written into .*/run: Permission den"):

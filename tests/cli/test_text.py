@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rawloop.build import build_family
+from rawloop.components import build_family
 from rawloop.config import parse
 from rawloop.records import read_events, read_metrics
 

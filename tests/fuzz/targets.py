@@ -21,13 +21,13 @@ import rawloop.cli.train
 import rawloop.families.audio_chat
 import rawloop.families.causal_lm
 import rawloop.families.higgs_audio_v2
-from rawloop.build import limits_of
 from rawloop.checkpoint import find_latest, verify
 from rawloop.cli import main
 from rawloop.config import known_keys, parse
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
+from rawloop.data.limits import Limits
 from rawloop.data.samples import read_samples
 from rawloop.families import ModelConfig, load_family
 
@@ -66,7 +66,7 @@ def model(rng: random.Random, base: Path, work: Path) -> str:
         codes = torch.zeros(9, getattr(getattr(family, "settings", None), "num_codebooks", 8), dtype=torch.int64)
         batch = family.collate([family.example(sample, lambda path: codes)])
         loaded = family.load_model()
-        limits_of(family, loaded)
+        Limits.of(family, loaded)
         losses = family.losses(loaded, batch)
     return f"{kind} as {name}, {way}: {sum(float(loss.total.detach()) for loss in losses.values()):.3f}"
 

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
 from rawloop.adapters.finished import check_lora, kinds, lora_layers
-from rawloop.announced import announce, check_streams
 from rawloop.build import build_run
+from rawloop.components import announce, check_streams
 from rawloop.config import RunConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError

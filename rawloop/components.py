@@ -1,0 +1,176 @@
+"""The components that a run, an evaluation and an inspection are built from: each function makes one of them."""
+
+import sys
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+
+from rawloop.adapters import BaseFingerprint, add_adapter
+from rawloop.config import RunConfig
+from rawloop.contracts import Family, PackingFamily, Sample
+from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
+from rawloop.data.codes import CodeCache
+from rawloop.data.limits import Limits
+from rawloop.data.splits import no_codes
+from rawloop.dist import World, unwrap_ddp
+from rawloop.errors import RawloopError, UserError
+from rawloop.evaluate import Evaluator
+from rawloop.families import load_family
+from rawloop.families.clock import check_repeatable
+from rawloop.losses import LossModule
+from rawloop.precision import PrecisionPolicy
+from rawloop.precision.modes import DTYPES, MODES
+from rawloop.seed import seed_all
+from rawloop.weights import Source, load_weights
+
+
+def build_family(config: RunConfig) -> Family:
+    """Return the family of the configured model, told how to make batches.
+
+    Raises:
+        UserError: there is no such family, or it cannot do what the data's config asks for.
+    """
+    family = load_family(config.model)
+    check_streams(config, family)
+    if config.data.packing:
+        if not isinstance(family, PackingFamily):
+            raise UserError(
+                f"data.packing is true, and the family {type(family).__name__} cannot pack: set it to false; samples "
+                "are then padded to the longest of their micro-batch"
+            )
+        family.packing = True
+    return family
+
+
+def check_streams(config: RunConfig, family: Family) -> None:
+    """Refuse a family that does not weigh its streams as the config says.
+
+    Raises:
+        UserError: it has another weight for a stream, or none.
+    """
+    for stream, weight in config.model.stream_weights.items():
+        own = family.stream_weights.get(stream, 0.0)
+        if own != weight:
+            raise UserError(
+                f"model.stream_weights.{stream} is {weight:g}, and the family {type(family).__name__} weighs it "
+                f"{own:g} (it has {dict(family.stream_weights)}): a family takes them from its config"
+            )
+
+
+def build_model(
+    config: RunConfig,
+    world: World,
+    family: Family,
+    notices: list[str],
+    precision: dict[str, Any] | None = None,
+    source: Source | None = None,
+) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
+    """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights.
+
+    Args:
+        config: the whole configuration.
+        world: the ranks.
+        family: knows how the model is loaded.
+        notices: gets a line for everything that the user should know.
+        precision: what `stored_precision` said of the checkpoint that will be restored.
+        source: whose weights the model starts from.
+
+    Returns:
+        the model, its precision policy, and what identifies the weights that the adapter stands on.
+    """
+    if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks
+        transformers.utils.logging.disable_progress_bar()
+    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision)
+    seed_all(config.seed, 0)
+    model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
+    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed)
+    if source is not None:
+        notices += load_weights(source, model, base, family)
+    model = policy.prepare(model)
+    seed_all(config.seed, world.rank)
+    return model, policy, base
+
+
+def build_evaluator(
+    config: RunConfig,
+    family: Family,
+    module: LossModule,
+    policy: PrecisionPolicy,
+    limits: Limits,
+    cache: CodeCache | None,
+    samples: list[Sample],
+    world: World,
+) -> Evaluator:
+    """Build the evaluator over this rank's share of the samples."""
+    loader = build_loader(config, family, limits, cache, samples, world)
+    size = config.evaluation.batch_size
+    batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
+    return Evaluator(config.evaluation, module, batches, policy, world, family.stream_weights)
+
+
+def build_loader(
+    config: RunConfig, family: Family, limits: Limits, cache: CodeCache | None, samples: list[Sample], world: World
+) -> Loader:
+    """Build what makes micro-batches of the samples, and see that they are the same each time.
+
+    Raises:
+        UserError: they are not.
+    """
+    example = partial(family.example, codes=cache or no_codes)
+    batches = MicroBatches(samples, example, family.collate, limits.fault, config.seed)
+    firsts = [Draw(index, epoch=0) for index in range(min(2, len(samples)))]
+    check_repeatable(lambda: batches.made(firsts)[1])
+    return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
+
+
+def announce(
+    config: RunConfig, family: Family, module: nn.Module, policy: PrecisionPolicy, optimizer: Optimizer
+) -> str:
+    """Read off the finished module, in DDP or not, what is trained and in which dtypes, and return it in a line.
+
+    Raises:
+        RawloopError: other weights are trained than the policy steps and the optimizer holds, or in another dtype.
+    """
+    wrapped = unwrap_ddp(module)
+    assert isinstance(wrapped, LossModule)
+    named = dict(wrapped.model.named_parameters())
+    trained = {name: weight for name, weight in named.items() if weight.requires_grad}
+    stepped = dict(policy.named_parameters())
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    without = {name for name, weight in stepped.items() if id(weight) not in held}
+    for what, names in (
+        ("are trained by the model and not by the precision policy", set(trained) - set(stepped)),
+        ("are trained by the precision policy and not by the model", set(stepped) - set(trained)),
+        ("are trained, and the optimizer does not hold them", without),
+    ):
+        if names:
+            raise RawloopError(f"{len(names)} weights {what}, first {min(names)}: this is not what was asked for")
+    wanted = config.precision.trainable_dtype if policy.name == config.precision.mode else "auto"
+    allowed = MODES[policy.name].trainable if wanted == "auto" else (wanted,)
+    for name, weight in trained.items():
+        if weight.dtype not in {DTYPES[kind] for kind in allowed}:
+            raise RawloopError(
+                f"{name} would be trained in {_short(weight.dtype)}, and precision {policy.name} trains "
+                f"{' or '.join(allowed)}"
+            )
+    frozen = [weight for name, weight in named.items() if name not in trained]
+    streams = ", ".join(f"{stream} x {weight:g}" for stream, weight in family.stream_weights.items())
+    kept = f", beside {_dtypes(frozen)} frozen" if frozen else ""
+    return f"training {_dtypes(list(trained.values()))} weights{kept}; streams: {streams}"
+
+
+def _dtypes(weights: list[nn.Parameter]) -> str:
+    """How many numbers of which dtype, such as `1,536 float32`."""
+    counts: Counter[str] = Counter()
+    for weight in weights:
+        counts[_short(weight.dtype)] += weight.numel()
+    return " and ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

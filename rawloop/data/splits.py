@@ -1,0 +1,113 @@
+"""The two splits of a run's data: encoded before training, read, and every sample checked before step 0."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rawloop.audio import import_torchaudio
+from rawloop.contracts import CodecFamily, Family, HearingFamily, Sample
+from rawloop.data.codes import CodeCache
+from rawloop.data.config import DataConfig, codes_folder
+from rawloop.data.prepare import decode_once, prepare
+from rawloop.data.samples import named, read_samples, usable
+from rawloop.data.shards import heard_at
+from rawloop.errors import BadSample, UserError
+from rawloop.preempt import Preemption
+
+HEARD_RATE = 16_000  # Hz at which clips are looked at for a family that does not say at which it hears them
+
+
+def prepare_codes(
+    config: DataConfig, family: Family, device: torch.device, preemption: Preemption | None = None
+) -> str:
+    """Encode the clips of both splits that the cache does not have yet, and return a line about it.
+
+    For a model that hears clips as they are, they are decoded once.
+
+    Raises:
+        BadClips: clips that cannot be used, each named with its reason.
+        Preempted: a signal ended it; what was encoded is kept.
+    """
+    import_torchaudio()
+    if not isinstance(family, CodecFamily | HearingFamily):
+        raise UserError(f"models of the family {type(family).__name__} need no codes: train without `rawloop prepare`")
+    splits = [path for path in (config.train, config.eval) if path is not None]
+    samples = [sample for path in splits for sample in read_samples(path, config, notice=_warn)]
+    skip = config.on_bad_sample == "skip"
+    samples, bad = usable(samples, family.check, skip)
+    codec, encode = (
+        family.load_codec(device) if isinstance(family, CodecFamily) else (heard_at(family.sample_rate), None)
+    )
+    report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
+    cache = CodeCache(codes_folder(config), codec.hash, config)
+    bad |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
+    of, done = ("codes of ", "encoded") if encode else ("", "decoded")
+    counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
+    others = f"; {len(bad)} samples that the model cannot take are left out: {named(bad)}" if bad else ""
+    return f"{of}{report.clips} clips in {report.folder}: {counts}{others}"
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
+    """Open the cache of codes that `rawloop prepare` wrote; None for a family that needs none.
+
+    Raises:
+        UserError: there is no cache, or it is of another codec.
+    """
+    return CodeCache(codes_folder(config), family.codec_hash(), config) if isinstance(family, CodecFamily) else None
+
+
+def load_samples(
+    config: DataConfig, family: Family, cache: CodeCache | None, split: str, say: Callable[[str], None]
+) -> list[Sample]:
+    """Read one split of the data and check every sample: that the model can take it and its clips are encoded.
+
+    Raises:
+        UserError: the split is not configured, empty or broken, a sample cannot be trained, or is not prepared.
+    """
+    path = getattr(config, split)
+    if not path:
+        off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
+        raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
+    # with codes, training needs no audio
+    samples = read_samples(path, config, check_files=cache is None, notice=say)
+    number, frames = len(samples), None
+    left_out: dict[str, str] = {}
+    if cache is None and any(sample.audio_paths() for sample in samples):
+        cache = _heard(samples, config, family)
+    if cache is not None:
+        samples, left_out = cache.usable(samples)
+        cache.check(samples)
+        frames = cache.frames if isinstance(family, CodecFamily | HearingFamily) else None
+    samples, bad = usable(samples, lambda one: family.check(one, frames), config.on_bad_sample == "skip")
+    left_out |= bad
+    if not samples:
+        raise UserError(f"data.{split} is '{path}', of which no sample can be used: {named(left_out)}")
+    if left_out:
+        say(
+            f"data.{split}: {len(left_out)} of {number} samples left out, as data.on_bad_sample skip asks for, here or "
+            f"in `rawloop prepare`: {named(left_out)}"
+        )
+    return samples
+
+
+def _heard(samples: list[Sample], config: DataConfig, family: Family) -> CodeCache:
+    """Decode all clips of a model that takes no codes, if that was not done before: no run shall end in the middle."""
+    for sample in samples:
+        with suppress(BadSample):  # looked at again when the lengths of clips are known
+            family.check(sample)
+    rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
+    return decode_once(samples, codes_folder(config), rate, config)
+
+
+def no_codes(path: Path) -> Tensor:
+    """Stands for the cache of codes where a family needs none."""
+    raise AssertionError(f"codes of {path} were asked for by a family that has no codec")
