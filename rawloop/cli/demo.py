@@ -10,15 +10,13 @@ from pathlib import Path
 
 import torch
 
-import rawloop.demo
 from rawloop.audio import import_torchaudio
 from rawloop.data import DataConfig
 from rawloop.data.splits import prepare_codes
+from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint, demo_is_built
 from rawloop.families import ModelConfig, load_family
 from rawloop.parser import Parser
-
-SPEECH = Path(rawloop.demo.__file__).parent / "speech"
 
 
 def run(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The demo: bundled speech and a small checkpoint built on the user's machine, so that everything runs offline.
 
-`speech/` is data made by `make_speech.py`; `checkpoint.py` builds a model and a codec of the real classes from it.
+`checkpoint.py` builds a model and a codec of the real classes, fitted to `speech/`, which `tests/demo/make_speech.py`
+made.
 """
 
 from pathlib import Path

@@ -10,9 +10,9 @@ import pytest
 import soundfile
 
 from rawloop.demo import SPEECH
-from rawloop.demo.make_speech import SAMPLE_RATE, make_speech, speak, write_flac
-from rawloop.demo.sentences import SPLITS, VOICES, Dialogue, Line
 from rawloop.errors import RawloopError, UserError
+from tests.demo.make_speech import SAMPLE_RATE, make_speech, speak, write_flac
+from tests.demo.sentences import SPLITS, VOICES, Dialogue, Line
 
 
 def espeak_version() -> str:
@@ -68,6 +68,7 @@ def test_flac_keeps_eleven_bits_and_tells_the_duration(tmp_path: Path) -> None:
 
 
 def test_the_command_line_wants_one_folder() -> None:
-    done = subprocess.run([sys.executable, "-m", "rawloop.demo.make_speech"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.demo.make_speech"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1
     assert done.stderr.startswith("usage:")

@@ -1,6 +1,6 @@
 """Speaks the sentences of `sentences.py` with espeak-ng: how the files in `speech/` were made.
 
-Kept so that the data can be checked and made again: `python -m rawloop.demo.make_speech OUT`. The demo itself reads
+Kept so that the data can be checked and made again: `python -m tests.demo.make_speech OUT`. The demo itself reads
 the finished files and needs no espeak-ng.
 """
 
@@ -18,8 +18,8 @@ import soundfile
 import torch
 import torchaudio
 
-from rawloop.demo.sentences import SPLITS, VOICES, Dialogue, Line
 from rawloop.errors import RawloopError, UserError
+from tests.demo.sentences import SPLITS, VOICES, Dialogue, Line
 
 Wave = npt.NDArray[np.float32]
 
@@ -42,7 +42,7 @@ def speak(line: Line) -> Wave:
         path = Path(folder) / "line.wav"
         options = ["-v", voice.espeak, "-s", str(voice.speed), "-p", str(voice.pitch), "-w", str(path)]
         try:
-            subprocess.run(["espeak-ng", *options, line.text], check=True, capture_output=True)  # noqa: S603, S607
+            subprocess.run(["espeak-ng", *options, line.text], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RawloopError(f"espeak-ng cannot speak {line.text!r} as {line.voice}: {error}") from error
         wave, rate = soundfile.read(path, dtype="float32")
@@ -136,9 +136,9 @@ def make_speech(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run from the command line: `python -m rawloop.demo.make_speech OUT`."""
+    """Run from the command line: `python -m tests.demo.make_speech OUT`."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m rawloop.demo.make_speech OUT")
+        sys.exit("usage: python -m tests.demo.make_speech OUT")
     try:
         make_speech(Path(sys.argv[1]))
     except RawloopError as error:
