@@ -6,21 +6,17 @@ draws at random while it makes an example is a pure function too, of (seed, epoc
 """
 
 import math
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from rawloop.contracts import Batch, Sample
 from rawloop.data.limits import no_fault
-from rawloop.data.workers import Packed, check_descriptors, in_worker, items, pack
+from rawloop.data.workers import Workers
 from rawloop.errors import RawloopError, UserError
 from rawloop.seed import SampleStreams, Seed, derive_seed
 
@@ -75,6 +71,12 @@ class BatchPlan:
         stride = self.world_size * self.batch_size
         firsts = [start + micro * stride + self.rank * self.batch_size for micro in range(self.accumulation)]
         return [[self._sample(first + i) for i in range(self.batch_size)] for first in firsts]
+
+    def stream(self, window: int) -> Iterator[list[Draw]]:
+        """Yield this rank's samples of each micro-batch, from one window on, without end."""
+        while True:
+            yield from self.micro_batches(window)
+            window += 1
 
     def _sample(self, position: int) -> Draw:
         epoch, offset = divmod(position, self.num_samples)
@@ -160,69 +162,30 @@ class MicroBatches(Dataset[Batch | RawloopError]):
 
 
 class Loader:
-    """Iterates micro-batches of given samples, re-iterable for evaluation, in windows for training."""
+    """Makes micro-batches of given samples, in this process or in workers, which live as long as the loader.
+
+    Give the training stream and the evaluation a loader each: with workers, an iteration ends where the next begins.
+    """
 
     def __init__(self, batches: MicroBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
-        self.batches, self.num_workers, self.pin_memory = batches, num_workers, pin_memory
+        self.batches, self.pin_memory = batches, pin_memory
+        self.workers = Workers(batches, num_workers, pin_memory) if num_workers else None
 
-    def iterate(self, draws: Iterator[list[Draw]]) -> Iterator[Batch]:
+    def iterate(self, draws: Iterable[list[Draw]]) -> Iterator[Batch]:
         """Yield a micro-batch for each list of samples.
 
         Raises:
-            RawloopError: a sample cannot be made into an example; the message names it. Or a data worker was killed.
+            RawloopError: a sample cannot be made into an example; the message names it. Or a data worker has died.
             UserError: there are not enough file descriptors for so many workers.
         """
-        if not self.num_workers:
-            for draw in draws:
-                batch = raised(self.batches[draw])
-                yield batch.pin_memory() if self.pin_memory else batch
-            return
-        check_descriptors(self.num_workers)
-        wait_for_libraries_threads()
-        loader: DataLoader[Any] = DataLoader(
-            self.batches,
-            batch_size=None,
-            sampler=draws,  # any iterable will do
-            num_workers=self.num_workers,
-            collate_fn=pack,
-            worker_init_fn=in_worker,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # its own: iter() would draw from the training's random stream
-        )
-        for item in items(loader):
-            batch = raised(item)
-            yield batch.batch() if isinstance(batch, Packed) else batch
-
-
-def wait_for_libraries_threads(limit: float = 2.0) -> None:
-    """Wait, for `limit` seconds at most, until no thread but Python's own is running: then a fork is safe.
-
-    A thread of a library that takes the GIL (gloo's, when it frees a tensor after a collective) holds the interpreter's
-    list of threads for a moment, without the GIL. Up to Python 3.11 at least, `fork` does not wait for that, and a
-    child that is forked in this moment waits for it for ever (`_PyThreadState_DeleteExcept`), and with it all ranks.
-    """
-    own = {threading.get_native_id(), *(thread.native_id for thread in threading.enumerate())}
-    deadline = time.monotonic() + limit
-    while running_threads(own) and time.monotonic() < deadline:
-        time.sleep(0.001)  # lets go of the GIL, which they may want
-
-
-def running_threads(own: Collection[int | None]) -> list[int]:
-    """The ids of this process's threads that are running or about to, without `own`. None are known off Linux."""
-    found = []
-    for task in Path("/proc/self/task").glob("*"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            state = (task / "stat").read_text().rpartition(")")[2].split()[0]  # the name before it may hold anything
-            if state in "RD" and int(task.name) not in own:
-                found.append(int(task.name))
-    return found
-
-
-def raised(made: Any) -> Any:
-    """Return a micro-batch, or raise the error that came in its place."""
-    if isinstance(made, RawloopError):
-        raise made
-    return made
+        pin = self.pin_memory and self.workers is None
+        for made in self.workers.iterate(draws) if self.workers else map(self.batches.__getitem__, draws):
+            if isinstance(made, RawloopError):
+                try:
+                    raise made
+                finally:
+                    del made  # its traceback holds this frame, and the frame the workers
+            yield made.pin_memory() if pin else made
 
 
 class TrainWindows:
@@ -233,14 +196,9 @@ class TrainWindows:
 
     def start(self, window: int) -> Iterator[list[Batch]]:
         """Yield this rank's windows, beginning with number `window`."""
-        stream = self.loader.iterate(self._draws(window))
+        stream = self.loader.iterate(self.plan.stream(window))
         while True:
             yield [next(stream) for _ in range(self.plan.accumulation)]
-
-    def _draws(self, window: int) -> Iterator[list[Draw]]:
-        while True:
-            yield from self.plan.micro_batches(window)
-            window += 1
 
 
 class EvalBatches:
@@ -258,4 +216,4 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate the share from its beginning."""
-        return self.loader.iterate(iter(self.draws))
+        return self.loader.iterate(self.draws)

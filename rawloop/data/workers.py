@@ -1,20 +1,23 @@
-"""Data workers: what they hand over, how they end, and what is said when one does.
+"""Data workers: when they are forked, how batches travel from them, and the error when one of them dies.
 
 A batch travels as plain bytes. torch would move each tensor by a file descriptor into shared memory: a run with few
 descriptors hangs on that, and a small /dev/shm kills workers (SIGBUS). A batch has some kilobytes, or some megabytes of
-features; one copy more is nothing beside making it.
+features, and another copy of it costs little beside making it.
 """
 
 import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from rawloop.contracts import Batch, Labels
 from rawloop.errors import RawloopError, UserError
@@ -51,18 +54,94 @@ def _tensor(content: bytearray, dtype: torch.dtype, shape: torch.Size) -> Tensor
     return torch.frombuffer(content, dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
 
 
-def pack(item: Any) -> Any:
-    """What a worker does with a micro-batch before it hands it over; errors stay as they are."""
+class Order:
+    """The sampler of a DataLoader: yields the places that were assigned last."""
+
+    draws: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate them from the beginning."""
+        return iter(self.draws)
+
+
+class Workers:
+    """Processes that make the micro-batches of one data set, forked at the first use and kept until they are collected.
+
+    Args:
+        dataset: makes a micro-batch, or the error that it ends in, of a list of places.
+        number: of processes.
+        pin_memory: hand batches over in page-locked memory.
+    """
+
+    def __init__(self, dataset: Dataset[Batch | RawloopError], number: int, pin_memory: bool) -> None:
+        self.number, self.order, self.turn = number, Order(), 0
+        self.loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self.order,
+            num_workers=number,
+            collate_fn=_pack,
+            worker_init_fn=_begin,
+            pin_memory=pin_memory,
+            persistent_workers=True,
+            generator=torch.Generator(),  # torch would seed workers from training's random stream
+        )
+
+    def iterate(self, draws: Iterable[Any]) -> Iterator[Batch | RawloopError]:
+        """Yield the micro-batch of each list of places, or its error. An earlier iteration ends with this one.
+
+        Raises:
+            RawloopError: a worker has died or cannot be started; or a later iteration has begun meanwhile.
+            UserError: this process may not open enough files.
+        """
+        if not self.turn:
+            check_descriptors(self.number)
+            wait_for_libraries_threads()
+        self.turn, self.order.draws = self.turn + 1, draws
+        turn = self.turn
+        iterator = self._start()
+        while True:
+            if turn != self.turn:
+                raise RawloopError("the data workers make other batches by now: give each use a Loader of its own")
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._death(iterator, error) from error
+            yield item.batch() if isinstance(item, Packed) else item
+
+    def _start(self) -> Any:
+        """Fork the workers, or point those that are there at the new places."""
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(self.loader)
+        except OSError as error:
+            raise RawloopError(f"data.num_workers is {self.number}, which cannot be started: {error}") from error
+        except RuntimeError as error:
+            raise self._death(self.loader._iterator, error) from error
+        finally:
+            # torch raises a worker's death wherever the main thread stands, in a step of other samples. Asked for the
+            # next batch, the loader finds it itself.
+            if before is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, before)
+
+    def _death(self, iterator: Any, error: RuntimeError) -> Exception:
+        """Return what to raise for torch's error: the death of a worker in one line, or the error itself."""
+        dead = [worker for worker in iterator._workers if worker.exitcode]
+        return RawloopError(_in_words(dead[0].pid, dead[0].exitcode)) if dead else error
+
+
+def _pack(item: Any) -> Any:
     return Packed(item) if isinstance(item, Batch) else item
 
 
-def in_worker(number: int) -> None:
-    """The first thing that a worker does."""
+def _begin(number: int) -> None:
     left_to_the_parent()
 
 
 def check_descriptors(num_workers: int) -> None:
-    """Let this process open as many files as its workers need.
+    """Let this process open as many files as so many workers need.
 
     Raises:
         UserError: it may not.
@@ -82,34 +161,34 @@ def _open_files() -> int:
     try:
         return len(os.listdir("/proc/self/fd"))
     except OSError:
-        return 32  # not Linux, or none is left to look with
+        return 32  # not Linux, or no descriptor is left to look with
 
 
-def items(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate a loader with workers, and say in one line how one of them ended before its time.
+def wait_for_libraries_threads(limit: float = 2.0) -> None:
+    """Wait, for `limit` seconds at most, until only Python's own threads are running: then a fork is safe.
 
-    Raises:
-        RawloopError: a worker has ended, or cannot be started.
+    A thread of a library that takes the GIL (gloo's, when it frees a tensor after a collective) holds the interpreter's
+    list of threads for a moment, without the GIL. Up to Python 3.11 at least, `fork` does not wait for that, and a
+    child that is forked in this moment waits for it for ever (`_PyThreadState_DeleteExcept`), and with it all ranks.
     """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        iterator: Any = iter(loader)
-    except OSError as error:
-        raise RawloopError(f"data.num_workers is {loader.num_workers}, which cannot be started: {error}") from error
-    finally:
-        # torch raises a worker's end wherever the main thread stands, in a step of other samples; asked, it knows too.
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        ended = [worker for worker in iterator._workers if worker.exitcode]
-        if not ended:
-            raise
-        raise RawloopError(_ended(ended[0].pid, ended[0].exitcode)) from error
+    known = {threading.get_native_id(), *(thread.native_id for thread in threading.enumerate())}
+    deadline = time.monotonic() + limit
+    while running_threads(known) and time.monotonic() < deadline:
+        time.sleep(0.001)  # lets go of the GIL, which they may want
 
 
-def _ended(pid: int, code: int) -> str:
+def running_threads(known: Collection[int | None]) -> list[int]:
+    """Return the ids of this process's threads that are running or about to, without `known`. Empty off Linux."""
+    found = []
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]  # the name before it may hold anything
+            if state in "RD" and int(task.name) not in known:
+                found.append(int(task.name))
+    return found
+
+
+def _in_words(pid: int, code: int) -> str:
     if code > 0:
         return f"a data worker (process {pid}) has ended with exit code {code}; its output says why"
     name = signal.Signals(-code).name

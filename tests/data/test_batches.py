@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rawloop.contracts import Batch, Labels, Sample
-from rawloop.data import batches
+from rawloop.data import workers
 from rawloop.data.batches import BatchPlan, Draw, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.errors import RawloopError, UserError
@@ -52,14 +52,14 @@ def test_workers_are_forked_when_no_library_s_thread_is_running(monkeypatch: pyt
     thread.start()
     seen: set[int] = set()
     while thread.native_id not in seen:
-        seen |= set(batches.running_threads({threading.get_native_id()}))
-    assert thread.native_id not in batches.running_threads({thread.native_id})
+        seen |= set(workers.running_threads({threading.get_native_id()}))
+    assert thread.native_id not in workers.running_threads({thread.native_id})
     monkeypatch.setattr(threading, "enumerate", lambda: [threading.main_thread()])
     begun = time.monotonic()
-    batches.wait_for_libraries_threads(limit=0.3)
+    workers.wait_for_libraries_threads(limit=0.3)
     assert time.monotonic() - begun >= 0.3
     threading.Timer(0.1, stop.set).start()
-    batches.wait_for_libraries_threads(limit=30)
+    workers.wait_for_libraries_threads(limit=30)
     assert ends
     assert ends[0] <= time.monotonic()
     monkeypatch.undo()

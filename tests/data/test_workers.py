@@ -4,14 +4,16 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from rawloop.contracts import Batch, Labels, Sample
-from rawloop.data.batches import Draw, Loader, MicroBatches
+from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
 from rawloop.data.workers import PER_WORKER, Packed
 from rawloop.errors import RawloopError, UserError
 
@@ -123,6 +125,55 @@ def test_a_worker_s_end_is_not_raised_in_the_middle_of_a_step(monkeypatch: pytes
         torch.ones(10).sum()
     with pytest.raises(RawloopError, match=r"was killed by SIGKILL: the system does that when memory runs out"):
         list(stream)
+
+
+def pid_of_maker(sample: Sample) -> int:
+    return os.getpid()
+
+
+def test_workers_live_as_long_as_their_loader() -> None:
+    """Forked at each evaluation they would be forked beside more and more threads, and late in a run."""
+    both = loader(2, pid_of_maker)
+    evaluations = EvalBatches(both, 16, 2)
+    first, again = ({pid for batch in evaluations for pid in batch.inputs["x0"].tolist()} for _ in range(2))
+    assert len(first) == 2
+    assert first == again
+    half = iter(evaluations)
+    next(half)  # and is left
+    assert {pid for batch in evaluations for pid in batch.inputs["x0"].tolist()} == first
+    del both, evaluations, half
+    deadline = time.monotonic() + 5
+    while any(map(psutil.pid_exists, first)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(psutil.pid_exists, first))
+
+
+def test_the_order_of_a_later_iteration_is_that_of_a_first() -> None:
+    both = loader(2)
+    orders = [[batch.ids for batch in both.iterate(draws(count))] for count in (9, 30, 9)]
+    assert orders == [[[str(index)] for index in range(count)] for count in (9, 30, 9)]
+
+
+def test_a_stream_whose_workers_make_other_batches_by_now_is_refused() -> None:
+    """It would go on with the batches of the evaluation."""
+    both = loader(2)
+    stream = both.iterate(draws(20))
+    next(stream)
+    assert len(list(both.iterate(draws(4)))) == 4
+    with pytest.raises(RawloopError, match="the data workers make other batches by now: give each use a Loader"):
+        next(stream)
+
+
+def test_a_worker_that_was_killed_while_it_waited_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two evaluations."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    both = loader(1)
+    assert len(list(both.iterate(draws(3)))) == 3
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    with pytest.raises(RawloopError, match=r"^a data worker \(process \d+\) was killed by SIGKILL"):
+        list(both.iterate(draws(3)))
 
 
 def test_the_number_of_workers_is_bounded(tmp_path: Path) -> None:
