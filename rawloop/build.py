@@ -25,6 +25,7 @@ from rawloop.data.batches import BatchPlan, Loader, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.data.samples import shared
 from rawloop.data.splits import load_samples, open_codes
+from rawloop.data.workers import SPARE, check_descriptors
 from rawloop.diagnose import Report, run_checks
 from rawloop.dist import DDPConfig, World
 from rawloop.errors import LibraryError, RawloopError, UserError
@@ -160,6 +161,8 @@ def _prepare_run(
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
     check_packages(config.records)
+    if config.data.num_workers:
+        check_descriptors(config.data.num_workers * (2 if config.evaluation.enabled else 1), SPARE)
     family = build_family(config)
     if config.evaluation.enabled:
         check_best_metric(config.evaluation.best_metric, list(family.streams))

@@ -23,7 +23,8 @@ from rawloop.contracts import Batch, Labels
 from rawloop.errors import RawloopError, UserError
 from rawloop.preempt import left_to_the_parent
 
-PER_WORKER = 8  # file descriptors of this process that a worker takes, and some more
+PER_WORKER = 8  # file descriptors that a worker takes in the process that started it, and some more
+SPARE = 16  # those that a run opens after its start: records, checkpoints
 
 
 class Packed:
@@ -140,20 +141,20 @@ def _begin(number: int) -> None:
     left_to_the_parent()
 
 
-def check_descriptors(num_workers: int) -> None:
-    """Let this process open as many files as so many workers need.
+def check_descriptors(num_workers: int, spare: int = 0) -> None:
+    """Let this process open as many files as so many workers need, and `spare` ones.
 
     Raises:
         UserError: it may not.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _open_files() + PER_WORKER * (num_workers + 1)
+    needed = _open_files() + PER_WORKER * num_workers + spare
     if needed > soft and (hard == resource.RLIM_INFINITY or needed <= hard):
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     elif needed > soft:
         raise UserError(
-            f"data.num_workers is {num_workers}, for which this process needs about {needed} open files, and it may "
-            f"have {hard}: allow it more (`ulimit -n 4096`), or lower data.num_workers"
+            f"{num_workers} data workers need about {needed} open files in this process, which may have {hard}: allow "
+            "it more (`ulimit -n 4096`), or lower data.num_workers"
         )
 
 

@@ -12,10 +12,15 @@ import psutil
 import pytest
 import torch
 
+from rawloop.build import check_run
+from rawloop.config import RunConfig
 from rawloop.contracts import Batch, Labels, Sample
+from rawloop.data import DataConfig
 from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
-from rawloop.data.workers import PER_WORKER, Packed
+from rawloop.data.workers import PER_WORKER, SPARE, Packed
+from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
+from rawloop.families import ModelConfig
 
 SAMPLES = [Sample(f"innocent-{i}", ()) for i in range(64)]
 
@@ -79,8 +84,23 @@ def test_too_few_file_descriptors_are_one_line() -> None:
     def run() -> None:
         limit = len(os.listdir("/proc/self/fd")) + PER_WORKER
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        with pytest.raises(UserError, match=rf"data.num_workers is 2, .* open files, and it may have {limit}: "):
+        with pytest.raises(UserError, match=rf"^2 data workers need about \d+ open .* may have {limit}: "):
             next(loader(2).iterate(iter(draws(2))))
+
+    in_a_process(run)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_run_counts_the_workers_of_its_evaluations_at_the_start(demo_checkpoint: Path, demo_data: Path) -> None:
+    """They are started at the first evaluation, which after a resume may be the last one."""
+
+    def run() -> None:
+        limit = len(os.listdir("/proc/self/fd")) + 2 * PER_WORKER + SPARE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        data = DataConfig(str(demo_data / "train"), str(demo_data / "eval"), str(demo_data / "codes"), num_workers=2)
+        config = RunConfig(device="cpu", model=ModelConfig(path=str(demo_checkpoint / "model")), data=data)
+        with pytest.raises(UserError, match=rf"^4 data workers need about \d+ open .* may have {limit}: allow it more"):
+            check_run(config, World())
 
     in_a_process(run)
 
@@ -177,8 +197,6 @@ def test_a_worker_that_was_killed_while_it_waited_is_named(monkeypatch: pytest.M
 
 
 def test_the_number_of_workers_is_bounded(tmp_path: Path) -> None:
-    from rawloop.data import DataConfig
-
     cores = os.cpu_count() or 1
     with pytest.raises(UserError, match=rf"is 100000: it must lie between 0 and \d+, .* has {cores} cores"):
         DataConfig(num_workers=100_000)
