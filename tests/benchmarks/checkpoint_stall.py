@@ -60,8 +60,9 @@ SIZES = {"lora": Size(64, 2, 256, "lora"), "full": Size(512, 5, 512, "full")}
 class Training:
     """A model after a few steps, with its optimizer."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, device: torch.device = CPU) -> None:
         torch.manual_seed(0)
+        self.device = device
         config = LlamaConfig(
             vocab_size=size.vocabulary,
             hidden_size=size.hidden,
@@ -72,10 +73,10 @@ class Training:
             use_cache=False,
         )
         self.model = add_adapter(LlamaForCausalLM(config), AdapterConfig(mode=size.mode, rank=8), [])
-        self.policy = PrecisionPolicy(PrecisionConfig("fp32"), CPU)
-        self.policy.prepare(self.model)
+        self.policy = PrecisionPolicy(PrecisionConfig("fp32"), device)
+        self.model = self.policy.prepare(self.model)
         self.optimizer: Optimizer = build_optimizer(self.policy.named_parameters(), OptimConfig(lr=1e-3))
-        self.ids = torch.randint(size.vocabulary, (2, 32))
+        self.ids = torch.randint(size.vocabulary, (2, 32), device=device)
         for _ in range(2):
             self.step()
 
@@ -149,7 +150,9 @@ class HFTrainer(Way):
 
     def __init__(self, training: Training, folder: Path) -> None:
         folder.mkdir()
-        arguments = TrainingArguments(str(folder), report_to=[], disable_tqdm=True, use_cpu=True, save_total_limit=1)
+        arguments = TrainingArguments(
+            str(folder), report_to=[], disable_tqdm=True, use_cpu=training.device == CPU, save_total_limit=1
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: 1.0)
         self.trainer = Trainer(training.model, arguments, optimizers=(training.optimizer, schedule))
 
@@ -164,7 +167,7 @@ class Accelerate(Way):
     def __init__(self, training: Training, folder: Path) -> None:
         from accelerate import Accelerator
 
-        self.accelerator, self.folder = Accelerator(cpu=True), folder
+        self.accelerator, self.folder = Accelerator(cpu=training.device == CPU), folder
         self.accelerator.prepare(training.model, training.optimizer)
 
     def save(self, step: int) -> None:
@@ -194,6 +197,8 @@ def held(training: Training, folder: Path, repetitions: int) -> dict[str, list[f
     for number in range(1, repetitions + 2):
         for name in order.sample(list(peers), len(peers)):
             training.step()
+            if training.device.type == "cuda":
+                torch.cuda.synchronize()
             os.sync()  # what the one before has left to write is no business of this one
             begun = time.perf_counter()
             peers[name].save(number)

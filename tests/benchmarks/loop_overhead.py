@@ -1,7 +1,7 @@
 """Time rawloop's loop and its peers against a loop written by hand, on the same tiny LoRA model.
 
     pip install -e '.[bench]'
-    python tests/benchmarks/loop_overhead.py --rounds 10 --steps 200
+    python tests/benchmarks/loop_overhead.py --rounds 10 --steps 200       # --device cuda
 
 A step of this model takes about 2 ms on one thread, so the overhead of a loop is visible. All peers get the same
 weights, the same rows in the same order, the same loss function, fused AdamW, the norm clipped at 1.0, a linear
@@ -29,6 +29,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -55,21 +56,41 @@ from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState
 
-BATCH, LENGTH, VOCAB, HIDDEN = 2, 16, 256, 192
+HIDDEN = 192
 LR, MAX_NORM, LOG_EVERY, NEVER = 1e-3, 1.0, 10, 10**9
 TURN, TIMED = 12, LOG_EVERY  # steps; the first of a turn find the caches full of another peer's data
-TARGETS = BATCH * (LENGTH - 1)
 SAME_LOSS = 2e-5  # nats; other orders of summation differ by less, other work by more
 CPU = torch.device("cpu")
 
 Row = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Work:
+    """A step: rows of so many tokens, on a device, with or without autocast to bfloat16."""
+
+    batch: int = 2
+    length: int = 16
+    vocab: int = 256
+    device: torch.device = CPU
+    mode: Any = "fp32"
+
+    @property
+    def targets(self) -> int:
+        return self.batch * (self.length - 1)
+
+    def loss(self, model: Any, batch: Row) -> Tensor:
+        """The mean over a batch's targets, for the peers that have no precision policy."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mode == "bf16"):
+            return summed_nats(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / self.targets
+
+
 class Rows(Dataset[Row]):
     """Random token ids, the same for everybody, from a part of the vocabulary: something that can be learnt."""
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.ids = torch.randint(VOCAB // 8, (length, LENGTH), generator=torch.Generator().manual_seed(seed))
+    def __init__(self, steps: int, seed: int, work: Work) -> None:
+        shape, generator = (steps * work.batch, work.length), torch.Generator().manual_seed(seed)
+        self.ids, self.work = torch.randint(work.vocab // 8, shape, generator=generator), work
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -118,7 +139,7 @@ class Stopwatch:
     """Counts forward passes in training, hands on to the next peer where a turn ends, and times the turns' steps."""
 
     def __init__(self, model: Any, name: str, relay: Relay) -> None:
-        self.name, self.relay = name, relay
+        self.name, self.relay, self.device = name, relay, next(model.parameters()).device
         self.steps = 0
         self.start = Seconds(0.0, 0.0)
         self.turns: list[Seconds] = []
@@ -127,8 +148,10 @@ class Stopwatch:
     def note(self, module: nn.Module, _: Any) -> None:
         if not module.training:
             return
-        now = Seconds(time.perf_counter(), time.thread_time())
         place = self.steps % TURN
+        if self.device.type == "cuda" and place in (0, TURN - TIMED):
+            torch.cuda.synchronize()
+        now = Seconds(time.perf_counter(), time.thread_time())
         if place == 0 and self.steps:
             self.turns.append(Seconds(*((end - start) / TIMED for end, start in zip(now, self.start, strict=True))))
             self.relay.hand_on()
@@ -138,11 +161,11 @@ class Stopwatch:
         self.steps += 1
 
 
-def build_model() -> Any:
+def build_model(work: Work) -> Any:
     """A 1-layer Llama with LoRA on its attention, the same weights at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=work.vocab,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=1,
@@ -152,7 +175,7 @@ def build_model() -> Any:
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
-    return model.train()
+    return model.to(work.device).train()
 
 
 def fused_adamw(model: nn.Module) -> AdamW:
@@ -164,16 +187,12 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def in_order(rows: Rows) -> DataLoader[Row]:
-    return DataLoader(rows, batch_size=BATCH, shuffle=False, collate_fn=collate)
+    return DataLoader(rows, batch_size=rows.work.batch, shuffle=False, collate_fn=collate)
 
 
 def summed_nats(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss function of all peers: the sum over a batch's targets."""
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-
-
-def mean_loss(model: Any, batch: Row) -> Tensor:
-    return summed_nats(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / TARGETS
 
 
 def write_line(log: TextIO, step: int, loss: Tensor, norm: Tensor | None, schedule: Any) -> None:
@@ -190,8 +209,8 @@ def bare(model: Any, rows: Rows, folder: Path) -> None:
     parameters = trainable(model)
     with (folder / "log.jsonl").open("w") as log:
         for step, batch in enumerate(loader, start=1):
-            inputs = {name: tensor.to(CPU) for name, tensor in batch.items()}
-            loss = mean_loss(model, inputs)
+            inputs = {name: tensor.to(rows.work.device) for name, tensor in batch.items()}
+            loss = rows.work.loss(model, inputs)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
@@ -207,7 +226,12 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
 
 
 def to_batch(rows: list[Row]) -> Batch:
-    return Batch(collate(rows), {}, {"text": TARGETS}, [str(i) for i in range(len(rows))])
+    return Batch(
+        collate(rows),
+        {},
+        {"text": len(rows) * (len(rows[0]["labels"]) - 1)},
+        [str(i) for i in range(len(rows))],
+    )
 
 
 def as_it_is(row: Any) -> Any:
@@ -216,9 +240,10 @@ def as_it_is(row: Any) -> Any:
 
 def rawloop(model: Any, rows: Rows, folder: Path) -> None:
     """With everything that is on by default; an evaluation and a save are asked for at every step, but never due."""
-    total, world, state, best = len(rows) // BATCH, World(), TrainState(), BestTracker()
+    work, world, state, best = rows.work, World(device=rows.work.device), TrainState(), BestTracker()
+    total = len(rows) // work.batch
     config = OptimConfig(lr=LR, schedule="linear", max_norm=MAX_NORM)
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=world.any)
+    policy = PrecisionPolicy(PrecisionConfig(mode=work.mode), work.device, agree=world.any)
     model = policy.prepare(model)
     module = LossModule(model, losses)
     optimizer = build_optimizer(model.named_parameters(), config)
@@ -235,7 +260,7 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
         }
         run = Run(
             module=module,
-            windows=TrainWindows(loader, BatchPlan(len(rows), BATCH, shuffle=False)),
+            windows=TrainWindows(loader, BatchPlan(len(rows), work.batch, shuffle=False)),
             policy=policy,
             optimizer=optimizer,
             lr=lambda step: lr_at(step, total, config),
@@ -245,7 +270,12 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
             world=world,
             state=state,
             evaluator=Evaluator(
-                EvaluationConfig(every=NEVER), module, EvalBatches(loader, BATCH, BATCH), policy, world, weights
+                EvaluationConfig(every=NEVER),
+                module,
+                EvalBatches(loader, work.batch, work.batch),
+                policy,
+                world,
+                weights,
             ),
             checkpoints=CheckpointManager(folder, CheckpointConfig(save_every=NEVER), world, records, parts),
             best=best,
@@ -261,15 +291,15 @@ def accelerate(model: Any, rows: Rows, folder: Path) -> None:
     """The loop of accelerate's own examples."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=rows.work.device == CPU)
     optimizer = fused_adamw(model)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(rows) // BATCH)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(rows) // rows.work.batch)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, in_order(rows), schedule)
     parameters = trainable(model)
     with (folder / "log.jsonl").open("w") as log:
         for step, batch in enumerate(loader, start=1):
             with accelerator.accumulate(model):
-                loss = mean_loss(model, batch)
+                loss = rows.work.loss(model, batch)
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(parameters, MAX_NORM)
                 optimizer.step()
@@ -284,13 +314,13 @@ def fabric(model: Any, rows: Rows, folder: Path) -> None:
     """The loop of Lightning Fabric's own examples."""
     from lightning_fabric import Fabric
 
-    lightning = Fabric(accelerator="cpu", devices=1)
+    lightning = Fabric(accelerator=rows.work.device.type, devices=1)
     wrapped, optimizer = lightning.setup(model, fused_adamw(model))
     loader = lightning.setup_dataloaders(in_order(rows))
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
     with (folder / "log.jsonl").open("w") as log:
         for step, batch in enumerate(loader, start=1):
-            loss = mean_loss(wrapped, batch)
+            loss = rows.work.loss(wrapped, batch)
             lightning.backward(loss)
             norm = lightning.clip_gradients(wrapped, optimizer, max_norm=MAX_NORM)
             optimizer.step()
@@ -306,8 +336,8 @@ def trainer(model: Any, rows: Rows, folder: Path) -> None:
 
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=len(rows) // BATCH,
+        per_device_train_batch_size=rows.work.batch,
+        max_steps=len(rows) // rows.work.batch,
         learning_rate=LR,
         lr_scheduler_type="linear",
         optim="adamw_torch_fused",
@@ -316,11 +346,12 @@ def trainer(model: Any, rows: Rows, folder: Path) -> None:
         train_sampling_strategy="sequential",
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=rows.work.device == CPU,
+        bf16=rows.work.mode == "bf16",
     )
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        return summed_nats(outputs.logits, labels) / TARGETS
+        return summed_nats(outputs.logits, labels) / rows.work.targets
 
     Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, compute_loss_func=loss).train()
 
@@ -342,11 +373,13 @@ class Measured(NamedTuple):
     loss: float
 
 
-def run_round(names: list[str], steps: int, folder: Path) -> dict[str, Measured]:
-    """Train all peers, each with a thread of its own, of which one runs at a time."""
-    rows, relay = Rows(steps * BATCH, seed=1), Relay(names)
+def run_round(
+    names: list[str], steps: int, folder: Path, work: Work, build: Callable[[Work], Any] = build_model
+) -> dict[str, Measured]:
+    """Train all peers, each in a thread of its own. One of them runs at a time."""
+    rows, relay = Rows(steps, 1, work), Relay(names)
     with quiet(folder), ThreadPoolExecutor(len(names)) as threads:
-        models = {name: build_model() for name in names}
+        models = {name: build(work) for name in names}
         watches = {name: Stopwatch(models[name], name, relay) for name in names}
 
         def run(name: str) -> None:
@@ -360,14 +393,14 @@ def run_round(names: list[str], steps: int, folder: Path) -> dict[str, Measured]
         for done in [threads.submit(run, name) for name in names]:
             done.result()
     assert {watch.steps for watch in watches.values()} == {steps}, "a peer took another number of steps"
-    return {name: Measured(watches[name].turns[1:], score(models[name])) for name in names}
+    return {name: Measured(watches[name].turns[1:], score(models[name], work)) for name in names}
 
 
-def score(model: Any) -> float:
+def score(model: Any, work: Work) -> float:
     """The loss on rows outside the training set, in nats."""
-    ids = Rows(64, seed=2).ids
+    ids = Rows(32, 2, work).ids[:64].to(work.device)
     with torch.no_grad():
-        loss = summed_nats(model.eval()(input_ids=ids).logits, ids) / (len(ids) * (LENGTH - 1))
+        loss = summed_nats(model.eval()(input_ids=ids).logits, ids) / (len(ids) * (work.length - 1))
     return loss.item()
 
 
@@ -422,6 +455,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time rawloop's loop and its peers on the same tiny model.")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200, help="of each peer in a round (default: %(default)s)")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--peers", default=",".join(PEERS), help="names, with commas between (default: %(default)s)")
     options = parser.parse_args()
     options.peers = ["bare loop", *(name for name in options.peers.split(",") if name != "bare loop")]
@@ -441,7 +475,7 @@ def main() -> int:
     for number in range(options.rounds):
         order = random.Random(number).sample(options.peers, len(options.peers))
         with tempfile.TemporaryDirectory() as folder:
-            for name, measured in run_round(order, options.steps, Path(folder)).items():
+            for name, measured in run_round(order, options.steps, Path(folder), Work(device=options.device)).items():
                 results[name].append(measured)
     packages = ["torch", "transformers", "peft", *(PACKAGES[name] for name in options.peers if name in PACKAGES)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
