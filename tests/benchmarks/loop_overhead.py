@@ -143,7 +143,7 @@ class Stopwatch:
         self.steps = 0
         self.start = Seconds(0.0, 0.0)
         self.turns: list[Seconds] = []
-        model.get_base_model().register_forward_pre_hook(self.note)
+        getattr(model, "get_base_model", lambda: model)().register_forward_pre_hook(self.note)
 
     def note(self, module: nn.Module, _: Any) -> None:
         if not module.training:
@@ -246,13 +246,13 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode=work.mode), work.device, agree=world.any)
     model = policy.prepare(model)
     module = LossModule(model, losses)
-    optimizer = build_optimizer(model.named_parameters(), config)
+    optimizer = build_optimizer(policy.named_parameters(), config)
     samples: Any = rows
     loader = Loader(MicroBatches(samples, as_it_is, to_batch))
     weights = {"text": 1.0}
     with Records(folder, world, RecordsConfig()) as records:
         parts: dict[str, Any] = {
-            "optimizer": NamedOptimizerState(optimizer, model.named_parameters),
+            "optimizer": NamedOptimizerState(optimizer, policy.named_parameters),
             "precision": policy,
             "train": state,
             "best": best,
@@ -398,10 +398,10 @@ def run_round(
 
 def score(model: Any, work: Work) -> float:
     """The loss on rows outside the training set, in nats."""
-    ids = Rows(32, 2, work).ids[:64].to(work.device)
+    parts = Rows(32, 2, work).ids.to(work.device).view(-1, work.batch, work.length)
     with torch.no_grad():
-        loss = summed_nats(model.eval()(input_ids=ids).logits, ids) / (len(ids) * (work.length - 1))
-    return loss.item()
+        total = sum(summed_nats(model.eval()(input_ids=ids).logits, ids).item() for ids in parts)
+    return total / (len(parts) * work.targets)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,407 @@
+"""Speed and memory of rawloop on one GPU, in one JSON file and one Markdown file.
+
+    bash launch/gpu_check.sh                                           # the GPU tests, then this
+    PYTHONPATH=. python tests/benchmarks/gpu_bench.py --output runs/gpu_check
+    PYTHONPATH=. python tests/benchmarks/gpu_bench.py --output /tmp/gpu_check --cpu      # a rehearsal with tiny sizes
+
+Four sections: the loop against its peers; how long a save holds training; memory and speed by precision mode; tokens
+per second and MFU of LoRA on models with 1 and 3 billion random weights, beside a loop by hand. A section whose time
+has come to an end is cut short, and the tables say so. An error ends its section; the script then fails at its end.
+
+MFU counts the floating-point operations that the step needs: per token 4 x the frozen weights (forward, and backward
+to the activations), 6 x the trained ones, and 6 x layers x length x hidden size for causal attention.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+# Both set the environment of torch when they are imported, so they come first.
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.benchmarks import checkpoint_stall, loop_overhead
+
+# Dense tensor-core TFLOPS in 16 bits, from the vendors' data sheets, by a part of the device's name. The first match
+# counts.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "A10": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "TITAN RTX": 130,
+    "V100": 125,
+    "T4": 65,
+}
+Row = dict[str, Any]
+
+
+class Size(NamedTuple):
+    """A Llama with random weights; `lora` is the rank, 0 trains all of them."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocab: int
+    lora: int = 16
+    stored: torch.dtype = torch.bfloat16
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=max(1, self.heads // 4),
+            use_cache=False,
+        )
+
+    def build(self, work: loop_overhead.Work) -> Any:
+        """Build the model on the device, where random numbers are fast."""
+        torch.manual_seed(0)
+        with torch.device(work.device):
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=self.stored)
+            if self.lora:
+                model = get_peft_model(model, LoraConfig(r=self.lora, target_modules="all-linear"))
+        if work.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return model.train()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a check on a GPU, or of its rehearsal on the CPU."""
+
+    device: torch.device
+    rounds: int
+    steps: int
+    repetitions: int
+    batch: int
+    length: int
+    saves: tuple[str, ...]
+    by_mode: dict[str, Size]
+    by_size: dict[str, Size]
+
+
+GPU = Plan(
+    torch.device("cuda"),
+    rounds=6,
+    steps=100,
+    repetitions=8,
+    batch=4,
+    length=1024,
+    saves=("lora", "full"),
+    by_mode={
+        "1.1B LoRA": Size(2048, 16, 32, 8192, 32000),
+        "0.2B full": Size(1024, 12, 16, 4096, 8192, lora=0, stored=torch.float32),
+    },
+    by_size={"1.1B LoRA": Size(2048, 16, 32, 8192, 32000), "3.0B LoRA": Size(3072, 28, 24, 8192, 32000)},
+)
+REHEARSAL = Plan(
+    torch.device("cpu"),
+    rounds=1,
+    steps=2 * loop_overhead.TURN + 1,
+    repetitions=1,
+    batch=2,
+    length=8,
+    saves=("lora",),
+    by_mode={
+        "tiny LoRA": Size(32, 1, 4, 64, 64, lora=2),
+        "tiny full": Size(32, 1, 4, 64, 64, lora=0, stored=torch.float32),
+    },
+    by_size={"tiny LoRA": Size(32, 1, 4, 64, 64, lora=2)},
+)
+MODES = ("fp32", "bf16", "amp_fp16", "native_fp16")
+
+
+def peers() -> list[str]:
+    """The loops whose packages are installed."""
+    missing = {name for name, package in loop_overhead.PACKAGES.items() if not _installed(package)}
+    return [name for name in loop_overhead.PEERS if name not in missing]
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+def loop(plan: Plan) -> Iterator[Row]:
+    """The cost of the loop against a loop by hand, on a model whose step is short."""
+    results: dict[str, list[Any]] = {name: [] for name in peers()}
+    for number in range(plan.rounds):
+        order = random.Random(number).sample(list(results), len(results))
+        with tempfile.TemporaryDirectory() as folder:
+            work = loop_overhead.Work(device=plan.device)
+            for name, measured in loop_overhead.run_round(order, plan.steps, Path(folder), work).items():
+                results[name].append(measured)
+    for name, rounds in results.items():
+        wall = loop_overhead.ratios(rounds, results["bare loop"], 0)
+        milliseconds = 1000 * statistics.median(turn.wall for one in rounds for turn in one.turns)
+        yield {
+            "loop": name,
+            "ms per step": round(milliseconds, 3),
+            "against the bare loop": round(statistics.median(wall), 3),
+            "least": round(min(wall), 3),
+            "most": round(max(wall), 3),
+            "loss after": round(rounds[0].loss, 4),
+        }
+
+
+def saves(plan: Plan) -> Iterator[Row]:
+    """How long a save holds training."""
+    for name in plan.saves:
+        training = checkpoint_stall.Training(checkpoint_stall.SIZES[name], plan.device)
+        with tempfile.TemporaryDirectory() as folder:
+            held = checkpoint_stall.held(training, Path(folder), plan.repetitions)
+        for way, seconds in held.items():
+            pairs = zip(seconds, held["torch.save"], strict=True)
+            yield {
+                "saved": f"{name}, {training.bytes() / 1e6:.1f} MB",
+                "way": way,
+                "ms held": round(1000 * statistics.median(seconds), 2),
+                "least": round(1000 * min(seconds), 2),
+                "most": round(1000 * max(seconds), 2),
+                "against torch.save": round(statistics.median(own / bare for own, bare in pairs), 2),
+            }
+
+
+def by_mode(plan: Plan) -> Iterator[Row]:
+    """Speed and memory of rawloop by precision mode."""
+    for name, size in plan.by_mode.items():
+        for mode in MODES:
+            yield speed(plan, name, size, "rawloop", mode)
+
+
+def by_size(plan: Plan) -> Iterator[Row]:
+    """Speed and memory of rawloop beside a loop by hand, both in bf16."""
+    for name, size in plan.by_size.items():
+        for peer in ("bare loop", "rawloop"):
+            yield speed(plan, name, size, peer, "bf16")
+
+
+def speed(plan: Plan, name: str, size: Size, peer: str, mode: str) -> Row:
+    """Train for a few turns. The batch is halved until it fits into the device's memory."""
+    batch = plan.batch
+    while True:
+        work = loop_overhead.Work(batch, plan.length, size.vocab, plan.device, mode)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                steps = 3 * loop_overhead.TURN + 1
+                measured = loop_overhead.run_round([peer], steps, Path(folder), work, size.build)[peer]
+            break
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+        free()
+    peak = torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0
+    free()
+    seconds = statistics.median(turn.wall for turn in measured.turns)
+    tokens = batch * plan.length / seconds
+    flops, limit = operations_per_token(size, plan.length), peak_flops(plan.device)
+    return {
+        "model": name,
+        "loop": peer,
+        "mode": mode,
+        "batch": f"{batch} x {plan.length}",
+        "ms per step": round(1000 * seconds, 2),
+        "tokens/s": round(tokens),
+        "TFLOPS": round(tokens * flops / 1e12, 2),
+        "MFU": round(tokens * flops / limit, 3) if limit else None,
+        "peak GiB": round(peak / 2**30, 2) if peak else None,
+    }
+
+
+def free() -> None:
+    """Give the memory of the run before back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def operations_per_token(size: Size, length: int) -> float:
+    """Floating-point operations that a training step needs per token."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers by an old name
+        model = AutoModelForCausalLM.from_config(size.config())
+        frozen = sum(p.numel() for p in model.parameters()) - size.vocab * size.hidden  # an embedding is a look-up
+        trained = 0 if size.lora else frozen
+        if size.lora:
+            model = get_peft_model(model, LoraConfig(r=size.lora, target_modules="all-linear"))
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = frozen if size.lora else 0
+    return 4.0 * frozen + 6.0 * trained + 6.0 * size.layers * length * size.hidden
+
+
+def peak_flops(device: torch.device) -> float:
+    """The device's dense 16-bit rate, or 0 if it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Plan], Iterator[Row]]]] = {
+    "loop": ("The cost of the loop", loop),
+    "saves": ("How long a save holds training", saves),
+    "by_mode": ("Memory and speed by precision mode", by_mode),
+    "by_size": ("LoRA on large models, bf16", by_size),
+}
+
+
+def measure(plan: Plan, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run all sections within a time, and return their rows, errors, and the names of those that were cut short."""
+    found: dict[str, Any] = {"errors": {}, "cut_short": []}
+    deadline = time.monotonic() + seconds
+    for name, (title, section) in SECTIONS.items():
+        found[name] = rows = []
+        rows_of_section = section(plan)
+        say(f"{title} ({deadline - time.monotonic():.0f} s left)")
+        try:
+            while True:
+                if time.monotonic() > deadline:
+                    found["cut_short"].append(name)
+                    break
+                row = next(rows_of_section, None)
+                if row is None:
+                    break
+                rows.append(row)
+                say(f"  {row}")
+        except Exception:  # the other sections are measured all the same, and the script fails at its end
+            found["errors"][name] = traceback.format_exc()
+            say(found["errors"][name])
+        free()
+    return found
+
+
+def machine(plan: Plan) -> dict[str, Any]:
+    """Everything that figures depend on."""
+    packages = ("torch", "transformers", "peft", *loop_overhead.PACKAGES.values())
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages if _installed(name)},
+        "command": " ".join(["python", *sys.argv]),
+        "rehearsal": plan is REHEARSAL,
+    }
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    found["commit"] = commit.stdout.strip() or None
+    if plan.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(plan.device)
+        found["device"] = properties.name
+        found["memory GiB"] = round(properties.total_memory / 2**30, 1)
+        found["compute capability"] = f"{properties.major}.{properties.minor}"
+        found["cuda"] = torch.version.cuda
+        found["16-bit TFLOPS"] = peak_flops(plan.device) / 1e12 or None
+    else:
+        found["device"] = platform.processor() or platform.machine()
+    return found
+
+
+def tests_of(file: Path | None) -> dict[str, Any] | None:
+    """The counts and failures of a JUnit file of pytest; an incomplete file counts as a failure."""
+    if file is None:
+        return None
+    if not file.exists():
+        why = "the tests wrote no result: they crashed, or were ended after their time"
+        return {"passed": 0, "failed": 1, "skipped": 0, "seconds": None, "failures": [why]}
+    suite = next(ElementTree.parse(file).getroot().iter("testsuite"))  # our own file
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    bad = [
+        case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
+    ]
+    failed = counts["failures"] + counts["errors"]
+    return {
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "seconds": float(suite.get("time", 0)),
+        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in bad],
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table."""
+    names = list(rows[0])
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join('-' if row[name] is None else str(row[name]) for name in names)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def report(found: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    facts = found["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    memory = f", {facts['memory GiB']} GiB" if "memory GiB" in facts else ""
+    parts = [
+        f"# GPU check: {facts['device']}{memory}",
+        f"{facts['date']}, Python {facts['python']}, {packages}; commit {facts['commit']}; `{facts['command']}`",
+    ]
+    if facts["rehearsal"]:
+        parts.append("**A rehearsal on the CPU with tiny sizes: the figures mean nothing.**")
+    if found["tests"] is not None:
+        counts = found["tests"]
+        line = f"GPU tests: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+        parts.append("\n".join([line, *(f"- {name}" for name in counts["failures"])]))
+    for name, (title, _) in SECTIONS.items():
+        parts.append(f"## {title}")
+        if found[name]:
+            parts.append(table(found[name]))
+        if name in found["cut_short"]:
+            parts.append("Cut short: the time was used up.")
+        if name in found["errors"]:
+            parts.append(f"Failed:\n\n```text\n{found['errors'][name].strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and write both files. Returns 1 if a test or a section failed."""
+    parser = argparse.ArgumentParser(description="Measure speed and memory of rawloop on one GPU.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for gpu_check.json and gpu_check.md")
+    parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU, with tiny sizes")
+    parser.add_argument("--seconds", type=float, default=300, help="no row is begun later (default: %(default)s)")
+    parser.add_argument("--tests", type=Path, help="JUnit file of the GPU tests, to be reported as well")
+    options = parser.parse_args(arguments)
+    if not options.cpu and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        why = f"torch.cuda.is_available() is false (torch {torch.__version__}, {built})"
+        print(f"gpu_bench: no GPU: {why}; run it where there is one, or rehearse with --cpu", file=sys.stderr)
+        return 2
+    plan = REHEARSAL if options.cpu else GPU
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    found = {"machine": machine(plan), "tests": tests_of(options.tests)}
+    found |= measure(plan, options.seconds, partial(print, flush=True))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "gpu_check.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.output / "gpu_check.md").write_text(report(found))
+    print(f"results: {options.output / 'gpu_check.json'} and {options.output / 'gpu_check.md'}")
+    return 1 if found["errors"] or (found["tests"] or {}).get("failed") else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
