@@ -39,7 +39,7 @@ from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionPolicy, preflight
 from rawloop.records import Records, check_packages
-from rawloop.resume import Claim, claim, restore, stored_precision
+from rawloop.resume import Claim, claim, goes_back, restore, stored_precision
 from rawloop.seed import RngState
 from rawloop.unused import decide_find_unused
 from rawloop.weights import Source, find_source
@@ -93,8 +93,8 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     buffers = settle_moves(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say) if claimed.slot is None else None
-    if not claimed.beginning.restarted:  # from here on something of the run stands in its folder
-        world.on_all_ranks(partial(mark_launch, folder, world, "claimed"), only_main=True)
+    if not goes_back(folder, config.resume):  # a restart must go back again until later checkpoints are aside
+        world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, ddp, claimed, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
     moving = in_words(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})

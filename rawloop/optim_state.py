@@ -30,8 +30,8 @@ class NamedOptimizerState:
         optimizer: its parameters may be replaced later, as a precision policy does.
         named: returns (name, parameter) of everything the optimizer holds. It is called at each save and load, since a
             fallback may have changed the parameters.
-        restore_options: whether loading sets the options of the groups. False keeps those of now, where a config is
-            the truth.
+        restore_options: whether the options of the groups are stored and restored. False where a config sets them: a
+            resumed run that has no step left would store other ones than the run before.
 
     Raises:
         UserError: `optimizer` is no optimizer, or `named` cannot be called.
@@ -87,7 +87,10 @@ class NamedOptimizerState:
         state = self.optimizer.state
         return {
             "groups": [
-                {"params": {name: list(p.shape) for name, p in named.items()}, "options": _options(group)}
+                {
+                    "params": {name: list(p.shape) for name, p in named.items()},
+                    "options": _options(group) if self.restore_options else {},
+                }
                 for named, group in zip(groups, self.optimizer.param_groups, strict=True)
             ],
             "state": {name: dict(state[p]) for named in groups for name, p in named.items() if state.get(p)},

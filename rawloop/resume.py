@@ -105,6 +105,11 @@ def check_resume(folder: Path, resume: str) -> None:
         )
 
 
+def goes_back(folder: Path, resume: str | None) -> bool:
+    """Whether the user names a checkpoint of the run's own folder."""
+    return resume is not None and resume not in ("latest", "auto") and is_inside(folder, resume)
+
+
 def check_settings(slot: Path, config: RunConfig, world_size: int) -> None:
     """Refuse changed settings that would make another run of it, before anything is loaded or written.
 
@@ -143,7 +148,7 @@ def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
     run.checkpoints.start(run.state.step)
     if step is not None:  # after checkpoints that are given up are aside: the next resume mends a kill in between
         run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.choice.history])
-    run.world.on_all_ranks(partial(mark_launch, folder, run.world, "begun"), only_main=True)
+    run.world.on_all_ranks(partial(mark_launch, folder, run.world), only_main=True)
     run.world.on_all_ranks(partial(_open_records, run, config, folder, claimed.source), only_main=True)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from rawloop.adapters import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig, find_slots, mark_launch, verify
+from rawloop.checkpoint import CheckpointConfig, CheckpointManager, find_slots, mark_launch, verify
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.data import DataConfig
@@ -387,7 +387,6 @@ def test_a_restart_without_a_checkpoint_of_its_own_begins_where_the_command_says
     with pytest.raises(KeyboardInterrupt):
         go(config, World(launch="a"), stopped_at(4))
     assert slots(tmp_path) == [3]  # what came from elsewhere is saved at once
-    mark_launch(tmp_path, World(launch="a"), "claimed")  # as if it had died right after that
     with pytest.raises(KeyboardInterrupt):
         go(config, World(launch="a", restarts=1), stopped_at(4))
     shutil.rmtree(tmp_path / "checkpoints")  # as if it had died before
@@ -396,6 +395,25 @@ def test_a_restart_without_a_checkpoint_of_its_own_begins_where_the_command_says
     assert (
         state(tmp_path, 4)["adapter/adapter_model.safetensors"] == state(whole, 4)["adapter/adapter_model.safetensors"]
     )
+
+
+def test_a_restart_of_a_run_that_goes_back_goes_back_only_once(
+    base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
+    config = replace(config, checkpoint=CheckpointConfig(save_every=1, keep_last=0))
+    go(config)
+    back = replace(config, resume=str(tmp_path / "checkpoints" / "step-00000001"))
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointManager, "restore", interrupt)  # later checkpoints are still in their place
+        with pytest.raises(KeyboardInterrupt):
+            go(back, World(launch="a"))
+    with pytest.raises(KeyboardInterrupt):
+        go(back, World(launch="a", restarts=1), stopped_at(4))
+    assert slots(tmp_path) == [1, 2, 3]
+    go(back, World(launch="a", restarts=2))
+    restored = [event for event in read_events(tmp_path) if event["reason"].startswith("restored ")]
+    assert [event["step"] for event in restored] == [1, 3]
 
 
 def test_a_folder_of_another_run_is_refused_by_a_restart_too(base: RunConfig, whole: Path) -> None:
@@ -411,7 +429,7 @@ def test_a_run_that_was_told_to_stop_is_not_restarted(base: RunConfig, tmp_path:
     first, again = World(launch="a"), World(launch="a", restarts=1)
     with pytest.raises(Preempted):
         go(config, first, in_training(1))
-    mark_launch(tmp_path, first, "stopped")
+    mark_launch(tmp_path, first, stopped=True)
     with pytest.raises(Preempted, match="was told to stop before torchrun started it again"):
         go(config, again)
     assert go(replace(config, resume="latest"), replace(first, launch="b")).state.step == 2

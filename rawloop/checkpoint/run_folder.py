@@ -1,41 +1,37 @@
 """Claiming an output folder, so that one run never writes over another.
 
-torchrun starts its processes again when one of them has died. What they find in the folder then is of their own launch
-if the mark says so, and they may go on with it unasked; a folder that was refused at first is refused again.
+When a process dies, torchrun starts all of them again, also where the folder of another run was refused. So a launch
+marks the folder that it has claimed: its restarts go on from the newest checkpoint there, as `--resume auto` does.
 """
 
 import fcntl
-import json
 import os
 import socket
 from os.path import expanduser
 from pathlib import Path
 from stat import S_ISREG
 from tempfile import TemporaryFile
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.slots import BEST, CHECKPOINTS, find_slots, readable_best
 from rawloop.dist import World
-from rawloop.errors import Preempted, RawloopError, UserError
+from rawloop.errors import Preempted, UserError
 from rawloop.preempt import STOP_FILE
 
-# How far the processes of a launch came: the folder is theirs, what lies in it is of this run, they were told to stop.
-Stage = Literal["claimed", "begun", "stopped"]
-LAUNCH = ".launch"
+LAUNCH = ".launch"  # the launch's name, and on the next line whether its processes were told to stop
+STOPPED = "stopped"
 LOCK = ".lock"
 
 
 class Beginning(NamedTuple):
     """What a run begins from: `latest`, the folder of a slot, or None for a fresh start.
 
-    `own`: what lies in its folder is of this run, though there may be no checkpoint yet. `restarted`: torchrun has
-    started its processes again.
+    `own` says that the files in its folder belong to this run, though there may be no checkpoint yet.
     """
 
     resume: str | None
     own: bool
-    restarted: bool
 
 
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "best.json", CHECKPOINTS, BEST)
@@ -200,31 +196,25 @@ def _not_writable(folder: Path, place: Path, error: OSError) -> UserError:
     )
 
 
-def mark_launch(folder: Path, world: World, stage: Stage) -> None:
-    """Note for a restart of this launch's processes how far they came. Only rank 0 does, and only under torchrun."""
+def mark_launch(folder: Path, world: World, *, stopped: bool = False) -> None:
+    """Mark the folder as this launch's, or its run as stopped, for torchrun's restarts. Rank 0 under torchrun does."""
     if world.launch and world.is_main:
-        replace_text(folder / LAUNCH, json.dumps({"launch": world.launch, "stage": stage}))
+        replace_text(folder / LAUNCH, f"{world.launch}\n{STOPPED if stopped else ''}")
 
 
-def earlier_stage(folder: Path, world: World) -> Stage | None:
-    """Return how far this launch's processes came in the folder before they were restarted, if they were.
+def _mark(folder: Path, world: World) -> str | None:
+    """What the processes of this launch that torchrun has restarted have left, None if they have left nothing.
 
-    The first processes of a launch remove a mark of its name: schedulers give a job that is put back its old id.
+    A scheduler gives a requeued job its old id: the first processes of a launch remove a mark of its name.
     """
     file = folder / LAUNCH
-    try:
-        mark = json.loads(file.read_bytes())
-        launch, stage = mark["launch"], mark["stage"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RawloopError(f"{file} is damaged ({error}): delete it, and start again") from error
-    if launch != world.launch:
+    launch, _, mark = file.read_text(errors="replace").rpartition("\n") if file.is_file() else ("", "", "")
+    if not world.launch or launch != world.launch:
         return None
     if not world.restarts:
         file.unlink()
         return None
-    return stage if stage in get_args(Stage) else None
+    return mark
 
 
 def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
@@ -244,15 +234,13 @@ def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
 
 
 def _begin(folder: Path, resume: str | None, world: World) -> Beginning:
-    stage = earlier_stage(folder, world)
-    if stage == "stopped":
+    mark = _mark(folder, world)
+    if mark == STOPPED:
         raise Preempted("was told to stop before torchrun started it again; go on with --resume latest")
-    elsewhere = resume is not None and resume not in ("latest", "auto") and not is_inside(folder, resume)
-    # What a claimed folder has, though it is gone on from elsewhere, is the copy that was saved of that at once.
-    if find_slots(folder) and (resume == "auto" or stage == "begun" or (stage == "claimed" and elsewhere)):
-        return Beginning("latest", True, stage is not None)
-    own = resume is not None or stage is not None
-    return Beginning(None if resume == "auto" else resume, own, stage is not None)
+    own = mark is not None or resume is not None
+    if find_slots(folder) and (mark is not None or resume == "auto"):
+        return Beginning("latest", own)
+    return Beginning(None if resume == "auto" else resume, own)
 
 
 def is_inside(folder: Path, resume: str) -> bool:

@@ -45,9 +45,9 @@ def run(argv: list[str]) -> None:
                 print(summary(built, folder), flush=True)
         except Preempted:
             try:
-                mark_launch(folder, world, "stopped")
+                mark_launch(folder, world, stopped=True)
             except OSError as error:  # of a stop that is done and saved
-                _tell(f"that it was stopped is not noted ({error}): torchrun --max-restarts will start it again")
+                _tell(f"the stop could not be marked ({error}): torchrun --max-restarts will start it again")
             raise
         finally:
             built.close()

@@ -25,7 +25,7 @@ from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import is_inside
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import UserError
 from rawloop.records import Records, RecordsConfig
 
 
@@ -190,21 +190,20 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 def test_a_job_that_is_put_back_under_its_old_id_is_no_restart(tmp_path: Path) -> None:
     """Its marks are of the launch before: what that one was told, and that the folder was its own, count no more."""
     first, again = World(launch="4711"), World(launch="4711", restarts=1)
-    for stage in ("stopped", "begun"):
-        mark_launch(tmp_path, first, stage)
-        assert where_to_begin(tmp_path, None, first) == (None, False, False)
-        assert where_to_begin(tmp_path, None, again) == (None, False, False)
-    mark_launch(tmp_path, first, "claimed")
+    for stopped in (True, False):
+        mark_launch(tmp_path, first, stopped=stopped)
+        assert where_to_begin(tmp_path, None, first) == (None, False)
+        assert where_to_begin(tmp_path, None, again) == (None, False)
+    mark_launch(tmp_path, first)
     where_to_begin(tmp_path, None, World(launch="another"))
-    assert where_to_begin(tmp_path, None, again) == (None, True, True)
+    assert where_to_begin(tmp_path, None, again) == (None, True)
 
 
-@pytest.mark.parametrize("text", ["", "x", "7", "[]", '{"launch": "4711"}', "\xff"])
-def test_a_damaged_mark_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "x", "4711", '{"launch": "4711"}', "\xff"])
+def test_a_damaged_mark_is_none(tmp_path: Path, text: str) -> None:
+    """The folder is then one of another run: it is refused, unless the user says how to go on with it."""
     (tmp_path / ".launch").write_bytes(text.encode("latin1"))
-    for world in (World(), World(launch="4711", restarts=1)):
-        with pytest.raises(RawloopError, match=r"\.launch is damaged \(.*\): delete it, and start again"):
-            where_to_begin(tmp_path, "auto", world)
+    assert where_to_begin(tmp_path, None, World(launch="4711", restarts=1)) == (None, False)
 
 
 def test_a_folder_in_the_place_of_the_stop_file_is_the_users_to_remove(tmp_path: Path) -> None:

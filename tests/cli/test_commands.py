@@ -430,7 +430,7 @@ def test_a_stop_that_cannot_be_noted_ends_with_75_and_says_so(
     done = door("train", "--config", config, "--output", tmp_path / "run")
     assert done.code == 75
     *_, noted, last = done.err.splitlines()
-    assert "that it was stopped is not noted ([Errno 28] No space left on device)" in noted
+    assert "the stop could not be marked ([Errno 28] No space left on device)" in noted
     assert "go on from it with --resume latest" in last
 
 
