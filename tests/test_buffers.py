@@ -22,7 +22,7 @@ from rawloop.buffers import MovingBuffers, in_words, places, settle_moves, untou
 from rawloop.build import build_run
 from rawloop.checkpoint import CheckpointConfig
 from rawloop.cli import main
-from rawloop.cli.doctor import one_by_one
+from rawloop.cli.doctor import Doctor
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
@@ -198,7 +198,7 @@ def test_merge_puts_them_into_the_model(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_doctor_notices_them(folder: Path) -> None:
-    found = one_by_one(config_in(folder, "run"), World(), folder, [])
+    found = Doctor(config_in(folder, "run"), World(), folder).first_pass()
     assert found.endswith("training moves 3 buffers (first norm.running_mean): docs/checkpoints.md")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rawloop.cli import doctor, main
+from rawloop.cli import doctor, grouping, main
 from rawloop.errors import RawloopError
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 
@@ -39,7 +39,7 @@ def test_the_first_failure_says_what_and_the_rest_waits(config: Path, door: Call
 def rows(door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[list[str]], Any]]:
     """Give `rows(*arguments)`: the three rows of the checks before step 0, without what needs other processes."""
     for name in ("equal_groupings", "equal_processes", "killed_and_resumed"):
-        monkeypatch.setattr(doctor, name, lambda *_: "left out")
+        monkeypatch.setattr(doctor.Doctor, name, lambda _: "left out")
 
     def run(*arguments: str | Path) -> tuple[list[list[str]], Any]:
         done = door("doctor", *arguments)
@@ -174,7 +174,7 @@ def test_a_loss_scale_that_overflows_is_lowered_as_in_training(
     config: Path, door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("equal_groupings", "equal_processes", "killed_and_resumed"):
-        monkeypatch.setattr(doctor, name, lambda *_: "left out")
+        monkeypatch.setattr(doctor.Doctor, name, lambda _: "left out")
     scale = ["--precision.loss_scale.init", "16777216", "--precision.mode", "amp_fp16"]
     done = door("doctor", "--config", config, *scale, "--checks.enabled", "false", "--evaluation.enabled", "false")
     assert done.code == 0, done.out
@@ -185,7 +185,7 @@ def test_what_is_not_finite_in_another_grouping_is_said_to_be_that(tmp_path: Pat
     content = (second / "loss.json").read_text()
     (second / "loss.json").write_text(content.replace("[]", '["loss/text nan"]', 1))
     with pytest.raises(RawloopError, match=r"^not finite: loss/text nan; as one batch of 4 on one process all is fin"):
-        doctor.compare(first, second, "why")
+        grouping.compare(first, second, "why")
 
 
 def written(folder: Path, gradient: list[float], loss: Any, mode: str = "fp32", name: str = "w") -> Path:
@@ -219,22 +219,22 @@ def test_differences_beyond_rounding_are_found(
 ) -> None:
     first, second = written(tmp_path / "a", [1.0, 2.0], 3.0, mode), written(tmp_path / "b", gradient, loss, mode)
     if found is None:
-        assert doctor.compare(first, second, "why").startswith("gradients differ by")
+        assert grouping.compare(first, second, "why").startswith("gradients differ by")
         return
     with pytest.raises(RawloopError, match=found):
-        doctor.compare(first, second, "why")
+        grouping.compare(first, second, "why")
 
 
 def test_gradients_of_other_weights_are_found(tmp_path: Path) -> None:
     first, second = written(tmp_path / "a", [1.0], 1.0), written(tmp_path / "b", [1.0], 1.0, name="v")
     with pytest.raises(RawloopError, match="gradients reach 1 weights in one and 1 in the other: why"):
-        doctor.compare(first, second, "why")
+        grouping.compare(first, second, "why")
 
 
 def test_gradients_of_zero_are_no_pass(tmp_path: Path) -> None:
     first, second = written(tmp_path / "a", [0.0, 0.0], 1.0), written(tmp_path / "b", [0.0, 0.0], 1.0)
     with pytest.raises(RawloopError, match="the gradient is zero in every trained weight"):
-        doctor.compare(first, second, "why")
+        grouping.compare(first, second, "why")
 
 
 def test_files_that_differ_are_named(tmp_path: Path) -> None:
