@@ -1,5 +1,6 @@
 """The components that a run, an evaluation and an inspection are built from: each function makes one of them."""
 
+import operator
 import sys
 from collections import Counter
 from functools import partial
@@ -110,7 +111,15 @@ def build_evaluator(
     loader = build_loader(config, family, limits, cache, samples, world)
     size = config.evaluation.batch_size
     batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
-    return Evaluator(config.evaluation, module, batches, policy, world, family.stream_weights)
+    return Evaluator(
+        operator.call,  # a LossModule is model and loss in one
+        batches,
+        model=module,
+        policy=policy,
+        world=world,
+        weights=family.stream_weights,
+        every=config.evaluation.every,
+    )
 
 
 def build_loader(

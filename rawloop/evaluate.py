@@ -1,25 +1,26 @@
-"""The evaluator: always a true eval_loss.
+"""The evaluator: always a true eval_loss, for any loss function and any batches.
 
 Sums are kept in float64 over every sample exactly once, on any number of ranks, and divided once. A number that cannot
-be measured is an error before training starts; a batch that gives no finite loss is named and makes the evaluation
-invalid, never best.
+be measured is an error; a batch whose loss is not finite is named and makes the evaluation invalid, never best.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rawloop.buffers import untouched
-from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import World
+from rawloop.contracts import Batch
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import Preempted, UserError, happening, nearest
-from rawloop.losses import LossModule
+from rawloop.inputs import moved
+from rawloop.losses import as_stream_losses, joined, not_weighable, sums_by_name
 from rawloop.preempt import agreed
 
 
@@ -54,6 +55,11 @@ class EvaluationConfig:
             raise UserError(f"evaluation.best_mode is '{self.best_mode}': it must be min or max")
 
 
+Pairs = dict[str, tuple[Any, int]]  # sum and count by name
+LOSS = "eval_loss/"
+AGAIN = "pass a list, a DataLoader, or a function that returns the batches anew"
+
+
 def check_best_metric(metric: str, streams: Iterable[str]) -> None:
     """Refuse a metric that no evaluation of these streams measures; their parts have numbers.
 
@@ -79,160 +85,201 @@ class Evaluation(NamedTuple):
 
 
 class Share(NamedTuple):
-    """One rank's part of an evaluation: sums and target counts by name (`audio`, `audio/0`, ...).
+    """One rank's part of an evaluation: (sum, count) by name (`eval_loss/audio`, `eval_loss/audio/0`, `accuracy`).
 
-    `bad_ids` are of batches that are not finite; `stopped` says by what the share was cut short, if it was.
+    `values` are gathered for metrics. `bad_ids` are of batches that are not finite. `stopped` is the reason for which
+    the share was cut short, if it was.
     """
 
-    sums: dict[str, float]
-    counts: dict[str, int]
+    sums: dict[str, tuple[float, int]]
+    values: dict[str, list[Any]]
+    num_batches: int
     bad_ids: list[str]
     stopped: str | None = None
 
 
-class Policy(Protocol):
-    """What evaluation needs of a precision policy."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which training runs its forward passes."""
-        ...
-
-
 class Evaluator:
-    """Scores this rank's share of the evaluation set and reduces over ranks once, at the end.
+    """Scores this rank's batches, and reduces over the ranks once, at the end.
+
+    `loss_fn(model, batch)` returns a loss as `as_stream_losses` takes it: `(sum, count)`, `StreamLoss.of_mean(mean,
+    count)`, or a dict of these by name of a stream. It may return a pair `(losses, more)` instead, with a dict of
+    metrics: `(sum, count)` is averaged over all batches, and tensors or lists are gathered for `metrics`.
 
     Args:
-        config: when to evaluate.
-        module: the raw model with its loss, not wrapped in DDP: shards may be uneven.
-        batches: this rank's batches, re-iterable; over all ranks each sample stands in exactly one.
-        policy: gives the autocast context of training.
-        world: the ranks.
-        weights: weight of each stream's mean in eval_loss, as in the training loss. Every stream that is measured has
-            one; 0 reports its mean and leaves it out of eval_loss.
+        loss_fn: scores one batch, on the model's device.
+        batches: of this rank, to be iterated at each evaluation: a list, a DataLoader, or a function that returns an
+            iterable. Any kind of batch: tensors, lists, dicts, objects with attributes.
+        policy: a `PrecisionPolicy`, for the autocast of training; None is float32.
+        world: the ranks; those of torch.distributed by default.
+        weights: weight of each stream's mean in eval_loss, by default 1. 0 reports the mean and leaves it out.
+        model: scored in evaluation mode, without its DDP wrapper: ranks may have different numbers of batches. By
+            default the one that the policy has prepared.
+        metrics: is given the gathered values of all ranks, by name, as lists, and returns further metrics. Called on
+            rank 0.
+        every: steps between two evaluations, for `due`.
 
     Raises:
-        UserError: there are no weights, or one of them is not a number of 0 or more, or all are 0.
+        UserError: there is no model, the batches can be iterated only once, or the weights are not numbers of 0 or
+            more, or all of them are 0.
     """
 
     def __init__(
         self,
-        config: EvaluationConfig,
-        module: LossModule,
-        batches: Iterable[Batch],
-        policy: Policy,
-        world: World,
-        weights: Mapping[str, float],
+        loss_fn: Callable[[Any, Any], Any],
+        batches: Iterable[Any] | Callable[[], Iterable[Any]],
+        *,
+        policy: Any = None,
+        world: World | None = None,
+        weights: Mapping[str, float] | None = None,
+        model: nn.Module | None = None,
+        metrics: Callable[[dict[str, list[Any]]], Mapping[str, float]] | None = None,
+        every: int = 500,
     ) -> None:
-        self.config, self.module, self.batches = config, module, batches
-        self.policy, self.world, self.weights = policy, world, weights
-        wrong = [f"{stream} {weight}" for stream, weight in weights.items() if not 0 <= weight < math.inf]
-        if wrong or not any(weights.values()):
+        model = model if model is not None else getattr(policy, "model", None)
+        self.loss_fn, self.batches, self.policy = loss_fn, batches, policy
+        self.world: World = world or getattr(policy, "world", None) or World.current()
+        self.weights, self.metrics, self.every = weights, metrics, every
+        self._num_batches = 0  # of this rank's last evaluation
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"the evaluator's model is {model!r}: pass model=..., or a policy after policy.prepare(model)"
+            )
+        self.model = unwrap_ddp(model)
+        if any(unwrap_ddp(module) is not module for module in self.model.modules()):
+            raise UserError("a module inside the evaluator's model is wrapped in DDP: pass the model without wrappers")
+        if isinstance(batches, Iterator):
+            raise UserError(
+                f"the evaluation's batches are a {type(batches).__name__}, which is empty the second time: {AGAIN}"
+            )
+        wrong = [f"{stream} {weight}" for stream, weight in (weights or {}).items() if not 0 <= weight < math.inf]
+        if weights is not None and (wrong or not any(weights.values())):
             raise UserError(
                 f"the evaluation's weights are {dict(weights)}: eval_loss is a sum over streams of weight x mean, so "
                 "every weight must be a number of 0 or more, and one at least above 0"
             )
 
-    def due(self, step: int, last: bool) -> bool:
+    def due(self, step: int, last: bool = False) -> bool:
         """Whether to evaluate at this step: at the start, every `every` steps, and at the end."""
-        return last or step % self.config.every == 0
+        return last or step % self.every == 0
 
     def run(self, wanted: Callable[[], str | None] = lambda: None) -> Evaluation:
-        """Evaluate now, on all ranks together. Modes, buffers and random streams are left as they were.
+        """Evaluate now, on all ranks together. Modes, buffers, gradients and random streams are left as they were.
 
         Args:
-            wanted: says before each batch by what the run is to be stopped; not None on any rank ends the evaluation.
+            wanted: called before each batch; a reason to stop, on any rank, ends the evaluation.
 
         Returns:
-            metrics: `eval_loss` (the weighted sum of the streams' means, nats), `eval_loss/<stream>`,
-            `eval_loss/<stream>/<part>`, `eval_targets/<stream>`, `eval_seconds`.
+            metrics: `eval_loss` (the weighted sum of the streams' means), `eval_loss/<stream>`,
+            `eval_loss/<stream>/<part>`, `eval_targets/<stream>`, `eval_seconds`, and those of your own.
 
         Raises:
-            UserError: a stream has no target in the whole evaluation set, or no weight.
+            UserError: there are no batches, a stream has no target in all of them, or no weight.
             Preempted: it was cut short; raised on every rank, with the reason as its message.
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
-        with untouched(self.module, training=False), torch.no_grad():
+        with untouched(self.model, training=False), torch.no_grad():
             share = self.world.on_all_ranks(lambda: self._own_share(wanted))
         assert share is not None
         shares = self.world.gather(share)
         stopped = agreed([share.stopped for share in shares])
         if stopped is not None:
             raise Preempted(stopped)
-        metrics = self._means([(share.sums, share.counts) for share in shares])
+        if not any(share.num_batches for share in shares):
+            raise self.world.raised_on_all(UserError("the evaluation set is empty: no rank has a batch"))
+        metrics = self._means(shares) | self._of_gathered(shares)
         bad = sorted(name for share in shares for name in share.bad_ids)
         metrics["eval_seconds"] = self.world.from_main(time.perf_counter() - start)  # one number on all ranks
         return Evaluation(metrics, valid=not bad, bad_ids=bad)
 
     def _own_share(self, wanted: Callable[[], str | None]) -> Share:
-        rows: list[Tensor] = []
-        measured: list[tuple[list[str], list[str]]] = []  # of each batch, the names of its sums, and its samples
-        counts: dict[str, int] = {}
-        for batch in self.batches:
+        device = next((weight.device for weight in self.model.parameters()), self.world.device)
+        autocast = self.policy.autocast if self.policy is not None else nullcontext
+        measured: list[tuple[Pairs, list[str]]] = []
+        values: dict[str, list[Any]] = {}
+        for number, batch in enumerate(self.batches() if callable(self.batches) else self.batches):
             stopped = wanted()
             if stopped is not None:
-                return Share({}, {}, [], stopped)
-            place = f"in the evaluation, on rank {self.world.rank}, in the batch of the samples {', '.join(batch.ids)}"
-            with happening(place, name_own=True), self.policy.autocast():
-                losses = self.module(batch.to(self.world.device))
-            named = dict(_named(losses))
-            # A few numbers per batch stay on the device; logits are never kept and nothing is synced until the end.
-            rows += [total for total, _ in named.values()]
-            measured.append((list(named), batch.ids))
-            for name, (_, count) in named.items():
-                counts[name] = counts.get(name, 0) + count
-        numbers = iter(torch.stack(rows).cpu().tolist() if rows else [])
-        terms: dict[str, list[float]] = {name: [] for name in counts}
-        bad: list[str] = []
-        for names, ids in measured:
-            values = {name: next(numbers) for name in names}
-            bad += [] if all(map(math.isfinite, values.values())) else ids
-            for name, value in values.items():
-                terms[name].append(value)
-        return Share({name: sum(values) for name, values in terms.items()}, counts, bad)
+                return Share({}, {}, number, [], stopped)
+            ids = batch.ids if isinstance(batch, Batch) else []
+            place = f"the batch of the samples {', '.join(ids)}" if ids else f"batch {number}"
+            with happening(f"in the evaluation, on rank {self.world.rank}, in {place}", name_own=True):
+                with autocast():
+                    result = self.loss_fn(self.model, moved(batch, device))
+                measured.append((self._pairs(result, values), ids or [f"batch {number} of rank {self.world.rank}"]))
+        if not measured and self._num_batches:
+            raise UserError(
+                f"the evaluation's batches came to an end: {self._num_batches} the last time, none now; {AGAIN}"
+            )
+        self._num_batches = len(measured)
+        return _share(measured, {name: list(chain.from_iterable(map(_items, v))) for name, v in values.items()})
 
-    def _means(self, shares: Sequence[tuple[dict[str, float], dict[str, int]]]) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for share_sums, share_counts in shares:
-            for name, value in share_sums.items():
-                sums[name] = sums.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + share_counts[name]
-        problem = self._not_weighable(counts)
+    def _pairs(self, result: Any, values: dict[str, list[Any]]) -> Pairs:
+        """Return sums and counts of one batch by name, and add to `values` what is to be gathered.
+
+        A few numbers stay on the device; nothing waits for it until the end, and no logits are kept.
+        """
+        more: Mapping[str, Any] = {}
+        if type(result) is tuple and len(result) == 2 and isinstance(result[1], Mapping):
+            result, more = result
+        pairs: Pairs = dict(sums_by_name(as_stream_losses(result), "eval_loss"))
+        for name, value in more.items():
+            if name.startswith("eval_"):
+                raise UserError(f"a metric is called '{name}': names that begin with eval_ are the evaluator's")
+            if type(value) is tuple and len(value) == 2 and isinstance(value[1], int):
+                pairs[name] = value
+            elif self.metrics is not None:
+                values.setdefault(name, []).append(value)
+            else:
+                raise UserError(
+                    f"the metric '{name}' is a {type(value).__name__}: return (sum, count) to average it, or pass a "
+                    "function of the gathered values as `metrics`"
+                )
+        return pairs
+
+    def _of_gathered(self, shares: Sequence[Share]) -> dict[str, float]:
+        """Return the metrics of the gathered values; rank 0's on all ranks."""
+        if self.metrics is None:
+            return {}
+        names, function = dict.fromkeys(name for share in shares for name in share.values), self.metrics
+        values = {name: [item for share in shares for item in share.values.get(name, [])] for name in names}
+        computed = self.world.on_all_ranks(
+            lambda: {name: float(value) for name, value in function(values).items()}, only_main=True
+        )
+        return self.world.from_main(computed) or {}
+
+    def _means(self, shares: Sequence[Share]) -> dict[str, float]:
+        sums = joined(share.sums for share in shares)
+        targets = {name.removeprefix(LOSS): count for name, (_, count) in sums.items() if name.startswith(LOSS)}
+        targets = {stream: count for stream, count in targets.items() if "/" not in stream}
+        weights = self.weights or dict.fromkeys(targets, 1.0)
+        problem = not_weighable(targets, weights)
         if problem:
             raise self.world.raised_on_all(UserError(problem))
-        means = {name: sums[name] / counts[name] for name in sums if counts[name]}
-        metrics = {"eval_loss": sum(weight * means[stream] for stream, weight in self.weights.items() if weight)}
-        metrics |= {f"eval_loss/{name}": mean for name, mean in means.items()}
-        metrics |= {f"eval_targets/{stream}": float(counts[stream]) for stream in self.weights if stream in counts}
-        return metrics
-
-    def _not_weighable(self, counts: Mapping[str, int]) -> str | None:
-        """Why eval_loss does not exist, by the target counts of all that was measured, if it does not."""
-        streams = [name for name in counts if name.partition("/")[0] == name]
-        for stream in (stream for stream, weight in self.weights.items() if weight):
-            if stream not in counts:
-                return (
-                    f"the weights have the stream '{stream}', which no batch measures{nearest(stream, streams)}: its "
-                    f"loss does not exist; measured are {', '.join(streams) or 'none'}"
-                )
-            if not counts[stream]:
-                return (
-                    f"the evaluation set has no target in the stream '{stream}': its loss does not exist; mend "
-                    "data.eval, or set evaluation.enabled to false"
-                )
-        unknown = [stream for stream in streams if stream not in self.weights]
-        if unknown:
-            return (
-                f"the evaluation measures the stream '{unknown[0]}', which has no weight (weights are for "
-                f"{', '.join(self.weights)}): give it one; 0 reports its mean and leaves it out of eval_loss"
-            )
-        return None
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        metrics = {"eval_loss": sum(weight * means[LOSS + stream] for stream, weight in weights.items() if weight)}
+        metrics |= means
+        return metrics | {f"eval_targets/{name}": float(targets[name]) for name in weights if name in targets}
 
 
-def _named(losses: dict[str, StreamLoss]) -> Iterable[tuple[str, tuple[Tensor, int]]]:
-    for stream, loss in losses.items():
-        yield stream, (loss.total.float(), loss.targets)
-        if loss.parts is not None:  # as many as there are part_targets: LossModule has looked
-            for part, (total, count) in enumerate(zip(loss.parts.float(), loss.part_targets, strict=True)):
-                yield f"{stream}/{part}", (total, count)
+def _share(measured: list[tuple[Pairs, list[str]]], values: dict[str, list[Any]]) -> Share:
+    """Read all numbers from the device at once, and add them up in float64."""
+    totals = [total for pairs, _ in measured for total, _ in pairs.values()]
+    rows = [total.detach().float().reshape(()) for total in totals if isinstance(total, Tensor)]
+    read = iter(torch.stack(rows).cpu().tolist() if rows else [])
+    shares: list[dict[str, tuple[float, int]]] = []
+    bad: list[str] = []
+    for pairs, ids in measured:
+        shares.append(
+            {n: (next(read) if isinstance(t, Tensor) else float(t), count) for n, (t, count) in pairs.items()}
+        )
+        bad += [] if all(math.isfinite(total) for total, _ in shares[-1].values()) else ids
+    return Share(joined(shares), values, len(measured), bad)
+
+
+def _items(value: Any) -> list[Any]:
+    """Return the items of a gathered value: the rows of a tensor, as Python numbers or lists, or those of a list."""
+    if isinstance(value, Tensor):
+        rows: list[Any] = value.detach().reshape(len(value) if value.ndim else 1, *value.shape[1:]).tolist()
+        return rows
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -7,6 +7,7 @@ gives `loss=None` and no error. So every key of a batch must be the name of a pa
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -73,7 +74,7 @@ def arguments_for(model: nn.Module, batch: Any) -> dict[str, Any]:
                 f"{_owner(model)}.forward: take one of them out"
             )
         taken[name] = key
-        arguments[name] = value if first is None else _moved(value, first.device)
+        arguments[name] = value if first is None else moved(value, first.device)
     return arguments
 
 
@@ -189,13 +190,26 @@ def _items(batch: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Move tensors, also those in lists, tuples and dicts. Only pinned memory can be copied without waiting for it."""
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a value whose tensors are on `device`: those of lists, tuples, mappings and attributes of objects, too.
+
+    Only pinned memory can be copied without waiting for it.
+    """
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=value.is_pinned())
-    if type(value) in (list, tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return {key: _moved(item, device) for key, item in value.items()} if type(value) is dict else value
+    if callable(getattr(value, "to", None)):  # rawloop's Batch, and those of transformers
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    attributes = {} if callable(value) else getattr(value, "__dict__", {})
+    changed = {name: after for name, item in attributes.items() if (after := moved(item, device)) is not item}
+    if changed:
+        value = copy(value)
+        vars(value).update(changed)
+    return value
 
 
 def _loss_of(output: Any) -> Any:

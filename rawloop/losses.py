@@ -1,6 +1,6 @@
 """Model and loss as one module, which DDP wraps; the check of what a loss function returns; the training loss."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,25 @@ def _fault_of(loss: Any) -> str | None:
     return None
 
 
+def sums_by_name(losses: Mapping[str, StreamLoss], prefix: str) -> Iterator[tuple[str, tuple[Tensor, int]]]:
+    """Yield name, sum and number of targets of every stream and part: `loss/audio`, `loss/audio/0`."""
+    for stream, loss in losses.items():
+        yield f"{prefix}/{stream}", (loss.total, loss.targets)
+        if loss.parts is not None:
+            for part, (total, count) in enumerate(zip(loss.parts, loss.part_targets, strict=True)):
+                yield f"{prefix}/{stream}/{part}", (total, count)
+
+
+def joined(shares: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Add up sums and counts by name, in float64. Batches and ranks may have different names."""
+    sums: dict[str, tuple[float, int]] = {}
+    for share in shares:
+        for name, (total, count) in share.items():
+            before, counted = sums.get(name, (0.0, 0))
+            sums[name] = before + total, counted + count
+    return sums
+
+
 def weighted_mean(
     losses: Mapping[str, StreamLoss], weights: Mapping[str, float], targets: Mapping[str, int], ranks: int
 ) -> Tensor:
@@ -110,3 +129,27 @@ def weighted_mean(
     factors = {stream: ranks * weights[stream] / (targets[stream] or 1) for stream in losses}
     terms = [losses[stream].total * factor for stream, factor in factors.items()]
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+
+def not_weighable(targets: Mapping[str, int], weights: Mapping[str, float]) -> str | None:
+    """Say why eval_loss does not exist, by the number of targets of each stream, if it does not."""
+    if not targets:
+        return "the evaluation's loss function has returned no loss: it must return (sum, count), or a dict of these"
+    for stream in (stream for stream, weight in weights.items() if weight):
+        if stream not in targets:
+            return (
+                f"the weights have the stream '{stream}', which no batch measures{nearest(stream, targets)}: its "
+                f"loss does not exist; measured are {', '.join(targets)}"
+            )
+        if not targets[stream]:
+            return (
+                f"the evaluation set has no target in the stream '{stream}': its loss does not exist; mend "
+                "data.eval, or set evaluation.enabled to false"
+            )
+    unknown = [stream for stream in targets if stream not in weights]
+    if unknown:
+        return (
+            f"the evaluation measures the stream '{unknown[0]}', which has no weight (weights are for "
+            f"{', '.join(weights)}): give it one; 0 reports its mean and leaves it out of eval_loss"
+        )
+    return None

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from rawloop.contracts import StreamLoss
 from rawloop.dist import World
+from rawloop.losses import joined
 
 
 class Meter:
@@ -57,14 +58,8 @@ class Meter:
             names = [f"loss/{stream}", *(f"loss/{stream}/{part}" for part in range(len(sums) - 1))]
             own |= dict(zip(names, zip(sums, self.targets[stream], strict=True), strict=True))
         self.start_afresh()
-        shares = world.gather(own)
-        means = {}
-        for name in dict.fromkeys(name for share in shares for name in share):
-            found = [share[name] for share in shares if name in share]
-            count = sum(count for _, count in found)
-            if count:
-                means[name] = sum(value for value, _ in found) / count
-        return means
+        means = joined(world.gather(own)).items()
+        return {name: total / count for name, (total, count) in means if count}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and counts since the last line."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from operator import call
 from pathlib import Path
 from typing import Any
 
@@ -391,7 +392,7 @@ def test_an_evaluation_moves_no_buffer() -> None:
     module = LossModule(net, lambda model, batch: {"s": StreamLoss(model(batch.inputs["x"]), 1)})
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
     batches = [Batch({"x": torch.ones(1, 2)}, {}, {"s": 1}, ["a"])]
-    Evaluator(EvaluationConfig(), module, batches, policy, World(), {"s": 1.0}).run()
+    Evaluator(call, batches, model=module, policy=policy).run()
     assert net.state.tolist() == [0.0, 0.0]
 
 

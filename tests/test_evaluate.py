@@ -2,7 +2,10 @@
 
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import call
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +54,7 @@ def evaluator(scene: Scene, batches: Iterable[Batch], world: World | None = None
     family: Family = scene.family
     module = LossModule(scene.model, family.losses).train()
     policy = PrecisionPolicy(PrecisionConfig(mode=mode), CPU)
-    return Evaluator(EvaluationConfig(), module, batches, policy, world or World(), family.stream_weights)
+    return Evaluator(call, batches, model=module, policy=policy, world=world or World(), weights=family.stream_weights)
 
 
 def batches_of(scene: Scene, size: int = 2, samples: list[Sample] | None = None, world: World | None = None) -> Any:
@@ -229,7 +232,7 @@ def test_random_streams_modes_and_gradients_are_untouched(scene: Scene) -> None:
     before = capture_rng()
     first, second = ready.run(), ready.run()
     assert same(capture_rng(), before)
-    assert ready.module.training
+    assert ready.model.training
     assert scene.model.get_submodule("model").training
     assert not frozen.training
     assert torch.is_grad_enabled()
@@ -248,7 +251,7 @@ def test_dropout_is_off_and_the_mode_comes_back_even_after_an_error(scene: Scene
         ready = evaluator(scene, Broken(batches_of(scene), broken=True))
         with pytest.raises(RawloopError, match=r"^the codes of clip\.wav"):
             ready.run()
-        assert ready.module.training
+        assert ready.model.training
     finally:
         handle.remove()
 
@@ -330,7 +333,7 @@ class Measuring:
 
     def evaluator(self, weights: dict[str, float], world: World | None = None) -> Evaluator:
         policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
-        return Evaluator(EvaluationConfig(), self.module, self, policy, world or World(), weights)
+        return Evaluator(call, self, model=self.module, policy=policy, world=world or World(), weights=weights)
 
     def means(self, **weights: float) -> dict[str, float]:
         found = self.evaluator(weights).run()
@@ -434,15 +437,7 @@ def test_losses_whose_names_would_be_guessed_are_refused(batch: Measured, messag
 
 
 def test_it_is_due_at_the_start_at_every_multiple_and_at_the_end() -> None:
-    config = EvaluationConfig(every=20)
-    ready = Evaluator(
-        config,
-        LossModule(nn.Identity(), lambda model, batch: {}),
-        [],
-        PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU),
-        World(),
-        {"text": 1.0},
-    )
+    ready = Evaluator(call, [], model=nn.Identity(), world=World(), every=20)
     assert [step for step in range(70) if ready.due(step, last=step == 69)] == [0, 20, 40, 60, 69]
 
 
@@ -465,3 +460,179 @@ def test_what_is_no_loss_of_a_stream_is_named(given: Any, message: str) -> None:
     module = LossModule(nn.Identity(), lambda model, batch: {"a": given})
     with pytest.raises(UserError, match=message):
         module(Batch({}, {}, {"a": 2}, ["x"]))
+
+
+# -- any loss function, any batches --------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class Rows:
+    """A batch object with attributes, as many collators return."""
+
+    x: Tensor
+    y: Tensor
+
+
+def numbers(size: int) -> tuple[Tensor, Tensor]:
+    x = torch.arange(float(size))
+    return x, 3 * x + 1
+
+
+def linear() -> nn.Module:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 2.0)
+    nn.init.constant_(model.bias, 0.0)
+    return model
+
+
+def squares(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    errors: Tensor = model(x[:, None])[:, 0] - y
+    return errors.square()
+
+
+READERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "list": (lambda x, y: [x, y], lambda batch: (batch[0], batch[1])),
+    "tuple": (lambda x, y: (x, y), lambda batch: (batch[0], batch[1])),
+    "named tuple": (Pair, lambda batch: (batch.x, batch.y)),
+    "dict": (lambda x, y: {"x": x, "more": {"y": [y]}}, lambda batch: (batch["x"], batch["more"]["y"][0])),
+    "object": (Rows, lambda batch: (batch.x, batch.y)),
+    "tensor": (lambda x, y: torch.stack([x, y]), lambda batch: (batch[0], batch[1])),
+}
+RESULTS: dict[str, Callable[[Tensor], Any]] = {
+    "sum and count": lambda errors: (errors.sum(), len(errors)),
+    "mean with count": lambda errors: StreamLoss.of_mean(errors.mean(), len(errors)),
+    "by name": lambda errors: {"loss": (errors.sum(), len(errors))},
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("result", RESULTS)
+def test_any_batch_and_any_loss_give_the_true_mean(kind: str, result: str) -> None:
+    make, read = READERS[kind]
+    batches = [make(*numbers(size)) for size in (1, 5, 2)]
+    evaluator = Evaluator(lambda model, batch: RESULTS[result](squares(model, *read(batch))), batches, model=linear())
+    errors = [(x + 1) ** 2 for size in (1, 5, 2) for x in range(size)]
+    for _ in range(2):
+        metrics = evaluator.run().metrics
+        assert metrics["eval_loss"] == metrics["eval_loss/loss"] == sum(errors) / len(errors)
+        assert metrics["eval_targets/loss"] == 8
+
+
+def test_batches_go_to_the_device_of_the_model() -> None:
+    model, seen = linear().to("meta"), []
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        seen.append(
+            [batch["x"].device.type, *(item.device.type for item in batch["more"]), batch["rows"].y.device.type]
+        )
+        return torch.tensor(1.0), 1
+
+    rows = Rows(*numbers(2))
+    Evaluator(loss, [{"x": torch.ones(1), "more": (torch.ones(1),), "rows": rows}], model=model).run()
+    assert seen == [["meta"] * 3]
+    assert rows.x.device.type == "cpu"  # the caller's own batch stays as it is
+
+
+class Once:
+    """Batches that can be iterated once, and do not look it."""
+
+    def __init__(self) -> None:
+        self.left = iter([numbers(2)])
+
+    def __iter__(self) -> Any:
+        return self.left
+
+
+def error_sum(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    return squares(model, *batch).sum(), len(batch[0])
+
+
+def test_batches_that_are_empty_the_second_time_are_refused() -> None:
+    again = "pass a list, a DataLoader, or a function that returns the batches anew"
+    with pytest.raises(UserError, match=f"batches are a generator, which is empty the second time: {again}"):
+        Evaluator(error_sum, (numbers(size) for size in (1, 2)), model=linear())
+    evaluator = Evaluator(error_sum, Once(), model=linear())
+    evaluator.run()
+    with pytest.raises(UserError, match=f"came to an end: 1 the last time, none now; {again}"):
+        evaluator.run()
+    anew = Evaluator(error_sum, lambda: (numbers(size) for size in (1, 2)), model=linear())
+    assert anew.run().metrics["eval_loss"] == anew.run().metrics["eval_loss"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "batches", "message"),
+    [
+        (error_sum, [], "the evaluation set is empty: no rank has a batch"),
+        (lambda model, batch: {}, [numbers(1)], "loss function has returned no loss: it must return"),
+        (
+            lambda model, batch: torch.tensor(1.0),
+            [numbers(1)],
+            r"gave a Tensor.*on rank 0, in batch 0",
+        ),
+        (lambda model, batch: (error_sum(model, batch), {"eval_x": (1, 1)}), [numbers(1)], "metric is called 'eval_x'"),
+        (
+            lambda model, batch: (error_sum(model, batch), {"auc": batch[0]}),
+            [numbers(1)],
+            "metric 'auc' is a Tensor",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(loss: Any, batches: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Evaluator(loss, batches, model=linear()).run()
+
+
+def test_an_evaluator_without_a_model_is_refused() -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
+    with pytest.raises(UserError, match=r"the evaluator's model is None: pass model=\.\.\., or a policy after"):
+        Evaluator(error_sum, [numbers(1)], policy=policy)
+    model = policy.prepare(linear())
+    assert Evaluator(error_sum, [numbers(1)], policy=policy).model is model
+
+
+def test_a_batch_without_ids_is_named_by_its_number() -> None:
+    batches = [numbers(1), (torch.tensor([math.inf]), torch.zeros(1)), numbers(2)]
+    found = Evaluator(error_sum, batches, model=linear()).run()
+    assert (found.valid, found.bad_ids) == (False, ["batch 1 of rank 0"])
+
+
+# -- metrics of one's own ------------------------------------------------------------------------------------------
+
+
+def with_metrics(model: nn.Module, batch: Any) -> Any:
+    """The loss, a metric that is averaged by its own count (as a character error rate), and values to be gathered."""
+    x, y = batch
+    errors = squares(model, x, y)
+    hits = (errors < 5).sum()
+    return (errors.sum(), len(x)), {"accuracy": (hits, len(x)), "letters": (1.5, 3), "error": errors, "name": ["a"]}
+
+
+def median(values: dict[str, list[Any]]) -> dict[str, float]:
+    return {"median": statistics.median(values["error"]), "names": len(values["name"])}
+
+
+def test_metrics_are_averaged_by_count_or_computed_from_all_values() -> None:
+    evaluator = Evaluator(with_metrics, [numbers(3), numbers(1)], model=linear(), metrics=median)
+    metrics = evaluator.run().metrics
+    assert (metrics["accuracy"], metrics["letters"]) == (3 / 4, 0.5)
+    assert (metrics["median"], metrics["names"]) == (2.5, 2)
+    assert metrics["eval_loss"] == (1 + 4 + 9 + 1) / 4
+
+
+def metrics_on_ranks(world: World) -> dict[str, float]:
+    """DDP hangs on shares that are not even: the raw model is scored. Rank 1 has one batch, rank 0 has two."""
+    model = world.wrap(linear())
+    share = [numbers(1)] if world.rank else [numbers(3), numbers(2)]
+    return Evaluator(with_metrics, share, model=model, metrics=median).run().metrics
+
+
+def test_ranks_evaluate_their_own_batches_and_agree_on_all_metrics(run_ranks: Callable[..., list[Any]]) -> None:
+    one, other = run_ranks(metrics_on_ranks)
+    assert one == other
+    assert (one["eval_loss"], one["accuracy"], one["median"]) == ((14 + 5 + 1) / 6, 5 / 6, 2.5)
+    assert one["names"] == 3

@@ -112,7 +112,7 @@ def in_evaluation(step: int) -> Change:
 
     def change(run: Run) -> None:
         assert run.evaluator is not None
-        batches = run.evaluator.batches
+        batches: Any = run.evaluator.batches
 
         class Signalling:
             def __iter__(self) -> Iterator[Batch]:

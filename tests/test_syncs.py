@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from operator import call
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from rawloop.buffers import MovingBuffers, places
 from rawloop.contracts import Batch, Labels, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.dist import DDPConfig, World
-from rawloop.evaluate import EvaluationConfig, Evaluator
+from rawloop.evaluate import Evaluator
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule
 from rawloop.meter import Meter
@@ -248,7 +249,7 @@ def evaluator_of(run: Run, batches: int, look: Look = nothing) -> Evaluator:
     assert isinstance(run.module, LossModule)
     run.module.losses = losses(look)
     share = EvalBatches(loader(2 * batches), 2 * batches, 2)
-    return Evaluator(EvaluationConfig(), run.module, share, run.policy, run.world, run.weights)
+    return Evaluator(call, share, model=run.module, policy=run.policy, world=run.world, weights=run.weights)
 
 
 def test_an_evaluation_waits_no_more_for_more_batches(tmp_path: Path) -> None:

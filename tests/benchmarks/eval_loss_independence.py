@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from operator import call
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,9 @@ def by_rawloop(world: World, scene: Scene, cases: list[tuple[int, bool]]) -> lis
         samples = scene.order(shuffled)
         loader = Loader(MicroBatches(samples, lambda sample: family.example(sample, cache), family.collate))
         batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
-        evaluation = Evaluator(EvaluationConfig(), module, batches, policy, world, family.stream_weights).run()
+        evaluation = Evaluator(
+            call, batches, model=module, policy=policy, world=world, weights=family.stream_weights
+        ).run()
         found.append(evaluation.metrics["eval_loss"])
     return found
 

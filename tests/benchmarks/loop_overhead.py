@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import call
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -47,7 +48,7 @@ from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.dist import World
-from rawloop.evaluate import EvaluationConfig, Evaluator
+from rawloop.evaluate import Evaluator
 from rawloop.loop import Run, TrainState, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig, build_optimizer, lr_at
@@ -270,12 +271,13 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
             world=world,
             state=state,
             evaluator=Evaluator(
-                EvaluationConfig(every=NEVER),
-                module,
+                call,
                 EvalBatches(loader, work.batch, work.batch),
-                policy,
-                world,
-                weights,
+                model=module,
+                policy=policy,
+                world=world,
+                weights=weights,
+                every=NEVER,
             ),
             checkpoints=CheckpointManager(folder, CheckpointConfig(save_every=NEVER), world, records, parts),
             best=best,

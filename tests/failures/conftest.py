@@ -142,9 +142,7 @@ def by_rawloop(loss_of: Callable[[nn.Module], Tensor]) -> Callable[..., Any]:
 def evaluator() -> Callable[..., Any]:
     """Give `evaluator(model, rows, policy)`: rawloop's evaluator over the rows of a data set, one row in a batch."""
     from rawloop.contracts import IGNORE, Batch, Labels, StreamLoss
-    from rawloop.dist import World
-    from rawloop.evaluate import EvaluationConfig, Evaluator
-    from rawloop.losses import LossModule
+    from rawloop.evaluate import Evaluator
 
     def batch(number: int, row: dict[str, list[int]]) -> Batch:
         labels = torch.tensor(row["labels"])
@@ -162,7 +160,7 @@ def evaluator() -> Callable[..., Any]:
 
     def build(model: nn.Module, rows: list[dict[str, list[int]]], policy: Any) -> Any:
         batches = [batch(number, row) for number, row in enumerate(rows)]
-        return Evaluator(EvaluationConfig(), LossModule(model, losses), batches, policy, World(), {"text": 1.0})
+        return Evaluator(losses, batches, model=model, policy=policy)
 
     return build
 

@@ -8,6 +8,7 @@ batch's text targets alone; without text labels it is a mean over the batch's ow
 """
 
 from collections.abc import Callable
+from operator import call
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from rawloop.contracts import Audio, Batch, Sample, Text, Turn
-from rawloop.dist import World
-from rawloop.evaluate import EvaluationConfig, Evaluator
+from rawloop.evaluate import Evaluator
 from rawloop.families import ModelConfig, load_family
 from rawloop.losses import LossModule
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
@@ -107,5 +107,5 @@ def test_rawloops_does_not(higgs: Any, examples: list[Any], true_sums: dict[str,
     mean = sum(total / count for total, count in true_sums.values())
     for size in (1, 2, 3):
         batches: list[Batch] = [higgs.collate(examples[k : k + size]) for k in range(0, 3, size)]
-        evaluator = Evaluator(EvaluationConfig(), module, batches, policy, World(), higgs.stream_weights)
+        evaluator = Evaluator(call, batches, model=module, policy=policy, weights=higgs.stream_weights)
         assert evaluator.run().metrics["eval_loss"] == pytest.approx(mean, rel=1e-6)
