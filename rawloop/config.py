@@ -15,24 +15,19 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from rawloop.adapters import AdapterConfig
-from rawloop.checkpoint import CheckpointConfig
-from rawloop.checkpoint.slots import CHECKPOINTS
+from rawloop.adapters.config import AdapterConfig
+from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.data import DataConfig
-from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.errors import UserError, nearest
-from rawloop.evaluate import EvaluationConfig
-from rawloop.families import ModelConfig
+from rawloop.families.config import ModelConfig
 from rawloop.foreign_names import NOT_AS_HF_TRAINER, OF_HF_TRAINER
-from rawloop.loop import TrainConfig
-from rawloop.optim import OptimConfig
 from rawloop.parser import Parser, add_options
-from rawloop.precision import PrecisionConfig
-from rawloop.records import METRICS, RecordsConfig
+from rawloop.precision.config import PrecisionConfig
+from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
 from rawloop.yaml_file import flattened, read_yaml
 
-RUN_MARKS = (METRICS, CHECKPOINTS)  # one of them stands beside the config that a run has written into its folder
+RUN_MARKS = ("metrics.jsonl", "checkpoints")  # one of them stands in a run folder, beside its config
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
 # Keys that older runs have written into their config.yaml: the value that changes nothing, and the way on.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, reduce
 from inspect import signature
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
@@ -25,36 +25,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawloop.errors import RawloopError, UserError
+from rawloop.settings import DDPConfig as DDPConfig
 from rawloop.waiting import Waiting
 
 T = TypeVar("T")
 E = TypeVar("E", bound=RawloopError)
-
-
-@dataclass
-class DDPConfig:
-    """DistributedDataParallel, with every switch explicit.
-
-    Args:
-        find_unused_parameters: true: search each step's graph for parameters without a gradient, which is needed when
-            a batch may leave a trained parameter unused on some rank; costs 5 to 10% of a step. false: do not, refuse
-            a run whose first batch leaves one unused, and end it with the names if a later one does. auto: false
-            unless the first batch leaves one unused.
-        broadcast_buffers: copy rank 0's buffers to all ranks at every forward pass.
-        gradient_as_bucket_view: let gradients live inside the all-reduce buckets (saves one copy of the gradients).
-        static_graph: promise that the graph never changes. Not together with gradient accumulation.
-        timeout: seconds that ranks wait for one that does not come, before the run ends and says which one it was.
-    """
-
-    find_unused_parameters: bool | Literal["auto"] = "auto"
-    broadcast_buffers: bool = False
-    gradient_as_bucket_view: bool = True
-    static_graph: bool = False
-    timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.timeout < 1e6:
-            raise UserError(f"ddp.timeout is {self.timeout}: it must be above 0 and below 1,000,000 seconds")
 
 
 class Wrapped(NamedTuple):

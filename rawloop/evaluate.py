@@ -8,9 +8,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,38 +21,7 @@ from rawloop.errors import Preempted, UserError, happening, nearest
 from rawloop.inputs import moved
 from rawloop.losses import as_stream_losses, joined, not_weighable, sums_by_name
 from rawloop.preempt import agreed
-
-
-@dataclass
-class EvaluationConfig:
-    """Evaluation during training. Its cadence is independent of saving.
-
-    Args:
-        enabled: whether to evaluate at all. Off, there is no best model, and nothing else changes.
-        every: evaluate after this many steps, besides at step 0 and at the end.
-        batch_size: samples per batch and process. The result does not depend on it beyond rounding.
-        best_metric: the metric whose best value makes the best model, such as eval_loss/audio.
-        best_mode: whether the best value is the smallest (min) or the largest (max).
-        patience: stop after this many evaluations in a row that were not the best; 0 never stops early.
-    """
-
-    enabled: bool = True
-    every: int = 500
-    batch_size: int = 4
-    best_metric: str = "eval_loss"
-    best_mode: Literal["min", "max"] = "min"
-    patience: int = 0
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.batch_size < 1:
-            raise UserError(
-                f"evaluation.every ({self.every}) and evaluation.batch_size ({self.batch_size}) must be 1 or more"
-            )
-        if self.patience < 0:
-            raise UserError(f"evaluation.patience is {self.patience}: it must be 0 (never stop early) or more")
-        if self.best_mode not in ("min", "max"):
-            raise UserError(f"evaluation.best_mode is '{self.best_mode}': it must be min or max")
-
+from rawloop.settings import EvaluationConfig as EvaluationConfig
 
 Pairs = dict[str, tuple[Any, int]]  # sum and count by name
 LOSS = "eval_loss/"

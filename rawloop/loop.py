@@ -27,33 +27,7 @@ from rawloop.optim import set_lr
 from rawloop.precision import PrecisionPolicy, StepResult, preflight
 from rawloop.preempt import Preemption, agreed
 from rawloop.records import Records
-
-
-@dataclass
-class TrainConfig:
-    """How long to train and on how much at a time.
-
-    Args:
-        batch_size: samples per micro-batch and process.
-        accumulation: micro-batches per optimizer step and process.
-        epochs: passes over the training set. Exactly one of epochs and max_steps is used: max_steps if it is not 0.
-        max_steps: number of optimizer steps.
-        log_every: steps between lines in metrics.jsonl; losses are read from the device only for a line.
-    """
-
-    batch_size: int = 1
-    accumulation: int = 1
-    epochs: float = 1.0
-    max_steps: int = 0
-    log_every: int = 10
-
-    def __post_init__(self) -> None:
-        endless = self.max_steps == 0 and not 0 < self.epochs < 1e9
-        if self.max_steps < 0 or self.log_every < 1 or endless:
-            raise UserError(
-                f"train.max_steps ({self.max_steps}) must not be below 0, train.log_every ({self.log_every}) must be "
-                f"1 or more, and train.epochs ({self.epochs}) above 0 and below 1e9 where max_steps is 0"
-            )
+from rawloop.settings import TrainConfig as TrainConfig
 
 
 @dataclass

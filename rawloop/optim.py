@@ -2,49 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from rawloop.errors import UserError
-
-
-@dataclass
-class OptimConfig:
-    """AdamW and its schedule.
-
-    Args:
-        lr: peak learning rate.
-        weight_decay: decoupled weight decay of matrices; vectors (norms, biases) get none.
-        beta1: decay of the gradient's running mean.
-        beta2: decay of the squared gradient's running mean.
-        eps: added to the root of the running mean square.
-        schedule: after warm-up: constant, linear to 0, or cosine to 0.
-        warmup_steps: steps over which the learning rate rises linearly from 0 to lr.
-        max_norm: clip the global gradient norm to this; 0 clips nothing.
-    """
-
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 0
-    max_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be a number above 0")
-        for name in ("warmup_steps", "max_norm", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be a number, and not below 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+from rawloop.settings import OptimConfig as OptimConfig
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> AdamW:

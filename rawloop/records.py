@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
+from rawloop.settings import RecordsConfig as RecordsConfig
 from rawloop.sinks import Sinks
 
 EventKind = Literal[
@@ -40,23 +40,6 @@ SHOWN = {
     "lr": "lr {:.3g}",
     "samples_per_second": "{:.1f} samples/s",
 }
-
-
-@dataclass
-class RecordsConfig:
-    """Where metrics go besides `metrics.jsonl`, which is always written.
-
-    Args:
-        tensorboard: also write TensorBoard files into the run folder (needs the package tensorboard).
-        wandb: also send metrics to Weights & Biases (needs the package wandb).
-        wandb_project: project that the run appears in there.
-        progress: show a progress bar on rank 0; where stderr is no terminal, a line per log step and per evaluation.
-    """
-
-    tensorboard: bool = False
-    wandb: bool = False
-    wandb_project: str = "rawloop"
-    progress: bool = True
 
 
 def check_packages(config: RecordsConfig) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -480,3 +482,13 @@ def test_the_config_of_an_older_run_is_read(write: Callable[..., Path]) -> None:
         "is no key any more: take it out, and start another run from the checkpoint's weights with "
         "--init_from CHECKPOINT"
     )
+
+
+def test_the_config_is_there_without_torch() -> None:
+    """Tools that write or check configs should not wait for torch, transformers and peft."""
+    code = (
+        "import sys; from rawloop import RunConfig; from rawloop.config import parse, to_yaml; to_yaml(RunConfig()); "
+        "print([name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

@@ -19,6 +19,8 @@ FLOORS = (
         "ground",
         (
             "errors",
+            "lazy",
+            "settings",
             "contracts",
             "waiting",
             "dist",

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from rawloop.checkpoint import slots
 from rawloop.checkpoint.background import Save, Saves, Written
 from rawloop.checkpoint.capture import Capture, Parts
+from rawloop.checkpoint.config import CheckpointConfig as CheckpointConfig
 from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
 from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of
 from rawloop.checkpoint.pack import pack, unpack
@@ -29,37 +30,6 @@ from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World, read_ranks
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.records import EventKind, Records
-
-
-@dataclass
-class CheckpointConfig:
-    """When checkpoints are written and how many are kept.
-
-    Args:
-        save_every: optimizer steps between two checkpoints; 0 writes none but the one at the end.
-        keep_last: newest checkpoints to keep; 0 keeps all. The best one has a slot of its own and is not counted, nor
-            are those of `keep_every`.
-        keep_every: never delete the checkpoint of a step that is a multiple of this; 0 spares none.
-        save_at_end: write a checkpoint after the last step, whatever `save_every` says.
-        asynchronous: copy the state in host memory and let training go on while it is written. Off: train on when it
-            is on the disk, which saves the memory of the copy.
-        max_failures: end the run when this many saves in a row could not be written. The last one of a run must be.
-    """
-
-    save_every: int = 500
-    keep_last: int = 3
-    keep_every: int = 0
-    save_at_end: bool = True
-    asynchronous: bool = True
-    max_failures: int = 3
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("save_every", "keep_last", "keep_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"checkpoint.{name} is {getattr(self, name)}: it must be 0 or more")
-        if self.max_failures < 1:
-            raise UserError(f"checkpoint.max_failures is {self.max_failures}: it must be 1 or more")
 
 
 class Restored(NamedTuple):

@@ -1,46 +1,19 @@
 """What the checks before step 0 look for and found: what is expected and allowed, the tables, what stops the run."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rawloop.diagnose import causality, verdict
 from rawloop.diagnose.causality import Movement
 from rawloop.diagnose.census import Census
+from rawloop.diagnose.config import ChecksConfig as ChecksConfig
 from rawloop.diagnose.verdict import Verdict
 from rawloop.errors import TrainingError, UserError
 from rawloop.records import Records
 
 CENSUS = "census.json"
-Finding = Literal["leak", "dead", "blind", "mismatch"]
-
-
-@dataclass
-class ChecksConfig:
-    """Checks of labels, first loss and causality before step 0 of a new run.
-
-    Args:
-        enabled: whether to check at all. A resumed run is not checked again.
-        batches: micro-batches of training data that each process looks at.
-        expect_chance: the first loss is expected to be that of guessing, as with random weights; without it such a loss
-            is a warning.
-        allow_missing_targets: train even if a stop token is never a target, so that generation does not learn to stop.
-        allow: findings to let pass that would stop the run, of leak, dead, blind and mismatch (losses that are not the
-            cross-entropy of the logits, such as weighted ones, or with a further term).
-    """
-
-    enabled: bool = True
-    batches: int = 4
-    expect_chance: bool = False
-    allow_missing_targets: bool = False
-    allow: list[Finding] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.batches < 1:
-            raise UserError(
-                f"checks.batches is {self.batches}: it must be 1 or more; set checks.enabled to false for no checks"
-            )
 
 
 @dataclass

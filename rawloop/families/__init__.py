@@ -2,16 +2,16 @@
 
 import importlib
 import json
-import math
 import re
-from dataclasses import dataclass, field
-from datetime import datetime
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from rawloop.contracts import Family
 from rawloop.errors import LibraryError, UserError, nearest
+from rawloop.families.config import ModelConfig as ModelConfig
+
+if TYPE_CHECKING:
+    from rawloop.contracts import Family
 
 FAMILIES = {
     "higgs_audio_v2": "rawloop.families.higgs_audio_v2:HiggsAudioV2",
@@ -24,52 +24,7 @@ WRITTEN = "point it at a folder that save_pretrained wrote"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-@dataclass
-class ModelConfig:
-    """The model to fine-tune.
-
-    Args:
-        path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base; a
-            family of your own makes of it what it likes.
-        family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2, causal_lm, audio_chat); or
-            your own as `package.module:Class`.
-        codec: folder or hub id of the audio codec. Default: the one that the checkpoint's processor names.
-        revision: commit or tag of the hub repository; pin it, hub files change.
-        stream_weights: weight of each stream's mean loss, such as {audio: 1.0, text: 1.0}; causal_lm has text alone. A
-            weight of 0 leaves the stream out, head included.
-        attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
-        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        trust_remote_code: let the checkpoint's own Python code run while its type is read, and in families of your own
-            that ask for it; rawloop's families never run any. Only for checkpoints that you trust.
-        template_date: date, or date and time, such as 2024-07-26, that a chat template which asks for the time is told.
-    """
-
-    path: str = ""
-    family: str = "auto"
-    codec: str | None = None
-    revision: str | None = None
-    stream_weights: dict[str, float] = field(default_factory=dict)
-    attention: str = "sdpa"
-    activation_checkpointing: bool = False
-    trust_remote_code: bool = False
-    template_date: str = "2024-07-26"
-
-    def __post_init__(self) -> None:
-        self.path = expanduser(self.path)  # transformers knows no ~
-        self.codec = expanduser(self.codec) if self.codec else self.codec
-        try:
-            datetime.fromisoformat(self.template_date)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"model.template_date is '{self.template_date}': it must be a date such as 2024-07-26, or one with a "
-                "time, 2024-07-26T09:00:00"
-            ) from None
-        for stream, weight in self.stream_weights.items():
-            if not 0 <= weight < math.inf:
-                raise UserError(f"model.stream_weights.{stream} is {weight}: it must be a number, and not below 0")
-
-
-def load_family(config: ModelConfig) -> Family:
+def load_family(config: ModelConfig) -> "Family":
     """Return the family object for a model: by name, by import path, or by what the checkpoint's config.json says.
 
     `auto` takes a family of that `model_type`, else causal_lm where the checkpoint holds the very class that
@@ -100,7 +55,7 @@ def load_family(config: ModelConfig) -> Family:
     module_name, _, class_name = FAMILIES[name].partition(":")
     owner = getattr(importlib.import_module(module_name), class_name)
     with door(config.path, "config.json, tokenizer or chat template"):
-        family = cast(Family, owner(config))
+        family = cast("Family", owner(config))
         family.probe()  # what the tokenizer, or what it needs of the config, cannot do is found now
     return family
 

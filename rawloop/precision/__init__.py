@@ -1,8 +1,26 @@
 """How numbers are held and computed: modes as rows of one table, and the policy that applies a row."""
 
-from rawloop.precision.modes import MODES, Mode, PrecisionConfig
-from rawloop.precision.policy import PrecisionPolicy, StepResult
-from rawloop.precision.preflight import preflight
-from rawloop.precision.scaler import LossScaleConfig
+from typing import TYPE_CHECKING
+
+from rawloop.lazy import importer
+
+if TYPE_CHECKING:
+    from rawloop.precision.modes import MODES, Mode, PrecisionConfig
+    from rawloop.precision.policy import PrecisionPolicy, StepResult
+    from rawloop.precision.preflight import preflight
+    from rawloop.precision.scaler import LossScaleConfig
+else:
+    __getattr__ = importer(
+        __name__,
+        {
+            "LossScaleConfig": "rawloop.precision.scaler",
+            "MODES": "rawloop.precision.modes",
+            "Mode": "rawloop.precision.modes",
+            "PrecisionConfig": "rawloop.precision.modes",
+            "PrecisionPolicy": "rawloop.precision.policy",
+            "StepResult": "rawloop.precision.policy",
+            "preflight": "rawloop.precision.preflight",
+        },
+    )
 
 __all__ = ["MODES", "LossScaleConfig", "Mode", "PrecisionConfig", "PrecisionPolicy", "StepResult", "preflight"]

@@ -5,7 +5,6 @@ divided by it in float32. Both scalers have a floor, which torch's lacks: after 
 that dividing by it overflows, and the first good step poisons the weights.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,39 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rawloop.errors import UserError
+from rawloop.precision.config import LossScaleConfig as LossScaleConfig
 
 FP16_LOSS_CEILING = 2.0**15
-
-
-@dataclass
-class LossScaleConfig:
-    """Dynamic loss scaling, for FP16 modes only.
-
-    Args:
-        init: scale at the start. 2^15 is the largest that an FP16 loss can be multiplied by.
-        floor: never below this; a step that is not finite at the floor is counted and skipped.
-        ceiling: never above this.
-        growth_interval: double the scale after this many good steps in a row.
-        hysteresis: halve it only at the n-th step in a row that is not finite.
-    """
-
-    init: float = 2.0**15
-    floor: float = 1.0
-    ceiling: float = 2.0**24
-    growth_interval: int = 2000
-    hysteresis: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.floor <= self.init <= self.ceiling:
-            raise UserError(
-                f"precision.loss_scale needs 0 < floor <= init <= ceiling: they are {self.floor:g}, {self.init:g} and "
-                f"{self.ceiling:g}"
-            )
-        if self.growth_interval < 1 or self.hysteresis < 1:
-            raise UserError(
-                f"precision.loss_scale.growth_interval ({self.growth_interval}) and hysteresis ({self.hysteresis}) "
-                "must be 1 or more"
-            )
 
 
 class LossScaler:

@@ -1,0 +1,144 @@
+"""Which mode of precision is wanted, and what it falls back to."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rawloop.errors import UserError
+
+Name = Literal["fp32", "bf16", "amp_fp16", "native_fp16"]
+
+# The dtypes that trained weights may have in each mode, the default first.
+TRAINABLE: dict[str, tuple[str, ...]] = {
+    "fp32": ("fp32",),
+    "bf16": ("fp32", "bf16"),
+    "amp_fp16": ("fp32",),
+    "native_fp16": ("fp32", "fp16"),
+}
+SCALED = ("amp_fp16", "native_fp16")  # modes with a loss scaler
+WHY_NOT = {
+    ("amp_fp16", "fp16"): ": GradScaler refuses them (`Attempting to unscale FP16 gradients.`); mode native_fp16 "
+    "trains FP16 weights, with masters",
+    ("fp32", "fp16"): "; mode native_fp16 trains FP16 weights",
+    ("fp32", "bf16"): "; mode bf16 can train bfloat16 weights",
+}
+
+
+@dataclass
+class LossScaleConfig:
+    """Dynamic loss scaling, for FP16 modes only.
+
+    Args:
+        init: scale at the start. 2^15 is the largest that an FP16 loss can be multiplied by.
+        floor: never below this; a step that is not finite at the floor is counted and skipped.
+        ceiling: never above this.
+        growth_interval: double the scale after this many good steps in a row.
+        hysteresis: halve it only at the n-th step in a row that is not finite.
+    """
+
+    init: float = 2.0**15
+    floor: float = 1.0
+    ceiling: float = 2.0**24
+    growth_interval: int = 2000
+    hysteresis: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= self.init <= self.ceiling:
+            raise UserError(
+                f"precision.loss_scale needs 0 < floor <= init <= ceiling: they are {self.floor:g}, {self.init:g} and "
+                f"{self.ceiling:g}"
+            )
+        if self.growth_interval < 1 or self.hysteresis < 1:
+            raise UserError(
+                f"precision.loss_scale.growth_interval ({self.growth_interval}) and hysteresis ({self.hysteresis}) "
+                "must be 1 or more"
+            )
+
+
+@dataclass
+class PrecisionConfig:
+    """The dtype of weights and of computation.
+
+    Args:
+        mode: fp32: everything in float32, the reference. bf16: bfloat16 autocast over float32 trainables; frozen
+            weights stay as stored (Ampere and later, Apple, CPU). amp_fp16: FP16 autocast over float32 trainables with
+            torch's GradScaler (Volta, Turing). native_fp16: FP16 weights without autocast, with loss scaling of our
+            own: a frozen base beside float32 adapters, or, in full fine-tuning, float32 masters (Turing, least memory).
+            auto: by what the device computes natively, what the weights are stored in, and how many are trained.
+        fallback: modes to go on in, in this order, where the mode turns out not to work; all ranks change together.
+            Empty: stop with an error instead. Not set: empty for a named mode; for auto bf16 -> fp32,
+            amp_fp16 -> bf16 -> fp32, native_fp16 -> amp_fp16 -> fp32.
+        trainable_dtype: of trained weights. auto: fp32, but in native_fp16 fp16 where most weights are trained. bf16
+            goes with mode bf16, fp16 with mode native_fp16. It holds for `mode`, not for the modes of `fallback`.
+        masters: what keeps the updates that 16-bit trainables would lose. fp32: float32 masters (16 bytes per weight
+            with AdamW). residual: a 16-bit residual (14 bytes). none: nothing; only with bf16 trainables, and warned
+            of.
+        tf32: let float32 matrix products on NVIDIA GPUs round their inputs to TF32 (10 bits of mantissa). Off, so
+            that fp32 means float32.
+        max_skips: give the mode up after this many steps in a row whose loss or gradients were not finite.
+        max_nonfinite_losses: give it up, where another is left, after this many steps in a row whose loss itself was
+            not finite: no loss scale mends that.
+        loss_scale: of the FP16 modes.
+    """
+
+    mode: Literal["auto", "fp32", "bf16", "amp_fp16", "native_fp16"] = "auto"
+    fallback: list[Name] | None = None
+    trainable_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    masters: Literal["fp32", "residual", "none"] = "fp32"
+    tf32: bool = False
+    max_skips: int = 25
+    max_nonfinite_losses: int = 5
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", *TRAINABLE):
+            raise UserError(f"precision.mode is '{self.mode}': it must be auto, {', '.join(TRAINABLE)}")
+        for name in ("max_skips", "max_nonfinite_losses"):
+            if getattr(self, name) < 1:
+                raise UserError(f"precision.{name} is {getattr(self, name)}: it must be 1 or more")
+        self._check_fallback()
+        self._check_trainables()
+        scales = self.mode == "auto" or any(mode in SCALED for mode in (self.mode, *(self.fallback or [])))
+        if self.loss_scale != LossScaleConfig() and not scales:
+            raise UserError(
+                f"precision.loss_scale is set and precision.mode is '{self.mode}', which scales no loss: "
+                "take it out, or choose amp_fp16 or native_fp16"
+            )
+
+    def _check_fallback(self) -> None:
+        chain = [self.mode, *(self.fallback or [])]
+        wrong = [mode for mode in chain[1:] if mode not in TRAINABLE]
+        if wrong:
+            raise UserError(f"precision.fallback has '{wrong[0]}': it must be of {', '.join(TRAINABLE)}")
+        if len(set(chain)) < len(chain):
+            raise UserError(f"precision.fallback comes back to a mode ({' -> '.join(chain)}): nothing is tried twice")
+        if "fp32" in chain[:-1]:
+            raise UserError(f"precision.fallback goes on after fp32 ({' -> '.join(chain)}): it is the last resort")
+
+    def _check_trainables(self) -> None:
+        wanted = self.trainable_dtype
+        if wanted != "auto" and self.mode == "auto":
+            raise UserError(f"precision.trainable_dtype is '{wanted}' and precision.mode is 'auto': name the mode")
+        if wanted != "auto" and wanted not in TRAINABLE[self.mode]:
+            allowed = " or ".join(TRAINABLE[self.mode])
+            raise UserError(
+                f"precision.trainable_dtype is '{wanted}' and precision.mode is '{self.mode}', which trains {allowed}"
+                f"{WHY_NOT.get((self.mode, wanted), '')}"
+            )
+        if self.masters == "none" and wanted != "bf16":
+            raise UserError(
+                "precision.masters is 'none': FP16 weights without masters or residual lose most of their updates; "
+                "only bf16 trainables go without (precision.mode bf16, precision.trainable_dtype bf16)"
+            )
+        if self.masters == "none" and "native_fp16" in (self.fallback or []):
+            raise UserError(
+                "precision.masters is 'none' and precision.fallback has native_fp16, whose FP16 weights lose most "
+                "of their updates without masters: take one of them out"
+            )
+        if self.masters == "residual" and not self._may_train_16_bits():
+            raise UserError(
+                f"precision.masters is 'residual' and precision.mode is '{self.mode}' with float32 trainables, which "
+                "need none: take it out, or choose native_fp16, or trainable_dtype bf16"
+            )
+
+    def _may_train_16_bits(self) -> bool:
+        return self.trainable_dtype in ("bf16", "fp16") or "native_fp16" in (self.mode, *(self.fallback or []))

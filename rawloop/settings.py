@@ -1,0 +1,144 @@
+"""The settings of the parts that are one file each; those of a package stand in its config.py. None needs torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from rawloop.errors import UserError
+
+
+@dataclass
+class DDPConfig:
+    """DistributedDataParallel, with every switch explicit.
+
+    Args:
+        find_unused_parameters: true: search each step's graph for parameters without a gradient, which is needed when
+            a batch may leave a trained parameter unused on some rank; costs 5 to 10% of a step. false: do not, refuse
+            a run whose first batch leaves one unused, and end it with the names if a later one does. auto: false
+            unless the first batch leaves one unused.
+        broadcast_buffers: copy rank 0's buffers to all ranks at every forward pass.
+        gradient_as_bucket_view: let gradients live inside the all-reduce buckets (saves one copy of the gradients).
+        static_graph: promise that the graph never changes. Not together with gradient accumulation.
+        timeout: seconds that ranks wait for one that does not come, before the run ends and says which one it was.
+    """
+
+    find_unused_parameters: bool | Literal["auto"] = "auto"
+    broadcast_buffers: bool = False
+    gradient_as_bucket_view: bool = True
+    static_graph: bool = False
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < 1e6:
+            raise UserError(f"ddp.timeout is {self.timeout}: it must be above 0 and below 1,000,000 seconds")
+
+
+@dataclass
+class RecordsConfig:
+    """Where metrics go besides `metrics.jsonl`, which is always written.
+
+    Args:
+        tensorboard: also write TensorBoard files into the run folder (needs the package tensorboard).
+        wandb: also send metrics to Weights & Biases (needs the package wandb).
+        wandb_project: project that the run appears in there.
+        progress: show a progress bar on rank 0; where stderr is no terminal, a line per log step and per evaluation.
+    """
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "rawloop"
+    progress: bool = True
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation during training. Its cadence is independent of saving.
+
+    Args:
+        enabled: whether to evaluate at all. Off, there is no best model, and nothing else changes.
+        every: evaluate after this many steps, besides at step 0 and at the end.
+        batch_size: samples per batch and process. The result does not depend on it beyond rounding.
+        best_metric: the metric whose best value makes the best model, such as eval_loss/audio.
+        best_mode: whether the best value is the smallest (min) or the largest (max).
+        patience: stop after this many evaluations in a row that were not the best; 0 never stops early.
+    """
+
+    enabled: bool = True
+    every: int = 500
+    batch_size: int = 4
+    best_metric: str = "eval_loss"
+    best_mode: Literal["min", "max"] = "min"
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1:
+            raise UserError(
+                f"evaluation.every ({self.every}) and evaluation.batch_size ({self.batch_size}) must be 1 or more"
+            )
+        if self.patience < 0:
+            raise UserError(f"evaluation.patience is {self.patience}: it must be 0 (never stop early) or more")
+        if self.best_mode not in ("min", "max"):
+            raise UserError(f"evaluation.best_mode is '{self.best_mode}': it must be min or max")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay of matrices; vectors (norms, biases) get none.
+        beta1: decay of the gradient's running mean.
+        beta2: decay of the squared gradient's running mean.
+        eps: added to the root of the running mean square.
+        schedule: after warm-up: constant, linear to 0, or cosine to 0.
+        warmup_steps: steps over which the learning rate rises linearly from 0 to lr.
+        max_norm: clip the global gradient norm to this; 0 clips nothing.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be a number above 0")
+        for name in ("warmup_steps", "max_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be a number, and not below 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+
+
+@dataclass
+class TrainConfig:
+    """How long to train and on how much at a time.
+
+    Args:
+        batch_size: samples per micro-batch and process.
+        accumulation: micro-batches per optimizer step and process.
+        epochs: passes over the training set. Exactly one of epochs and max_steps is used: max_steps if it is not 0.
+        max_steps: number of optimizer steps.
+        log_every: steps between lines in metrics.jsonl; losses are read from the device only for a line.
+    """
+
+    batch_size: int = 1
+    accumulation: int = 1
+    epochs: float = 1.0
+    max_steps: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        endless = self.max_steps == 0 and not 0 < self.epochs < 1e9
+        if self.max_steps < 0 or self.log_every < 1 or endless:
+            raise UserError(
+                f"train.max_steps ({self.max_steps}) must not be below 0, train.log_every ({self.log_every}) must be "
+                f"1 or more, and train.epochs ({self.epochs}) above 0 and below 1e9 where max_steps is 0"
+            )
