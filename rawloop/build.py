@@ -31,7 +31,7 @@ from rawloop.dist import DDPConfig, World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
-from rawloop.families.clock import clock_notice
+from rawloop.families.chat_template import clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.losses import LossModule
 from rawloop.meter import Meter

@@ -22,7 +22,7 @@ from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
-from rawloop.families.clock import check_repeatable
+from rawloop.families.sample_checks import check_repeatable
 from rawloop.losses import LossModule
 from rawloop.precision import PrecisionPolicy
 from rawloop.precision.modes import DTYPES, MODES

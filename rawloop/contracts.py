@@ -78,6 +78,16 @@ class Labels(NamedTuple):
     positions: Tensor
     targets: Tensor
 
+    @classmethod
+    def shifted(cls, labels: Tensor) -> "Labels":
+        """Return the targets of (batch, sequence) labels that stand at their own tokens: each is predicted one before.
+
+        Position 0 of a row is predicted by nothing and must be -100.
+        """
+        flat = labels.flatten()
+        positions = torch.nonzero(torch.ne(flat, IGNORE)).squeeze(1)
+        return cls(positions - 1, flat[positions])
+
 
 @dataclass
 class Batch:

@@ -153,3 +153,14 @@ def not_weighable(targets: Mapping[str, int], weights: Mapping[str, float]) -> s
             f"{', '.join(weights)}): give it one; 0 reports its mean and leaves it out of eval_loss"
         )
     return None
+
+
+def exact(logits: Tensor) -> Tensor:
+    """Return logits in float32 at least: 16 bits are too few for a log-softmax over a vocabulary. Float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside a PEFT wrapper; adapters stay in its layers."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap else model

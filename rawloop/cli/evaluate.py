@@ -28,7 +28,7 @@ from rawloop.dist import World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
-from rawloop.families.clock import clock_notice
+from rawloop.families.chat_template import clock_notice
 from rawloop.losses import LossModule
 from rawloop.records import json_value
 from rawloop.resume import stored_precision

@@ -1,10 +1,11 @@
-"""The one door to a checkpoint's folder: whatever a library raises over it is one line that names folder, file, cause.
+"""The one door to a checkpoint's folder: any error of a library becomes one line that names folder, file and cause.
 
 `from_pretrained`, processors and chat templates run code of several libraries over files that anybody may have written.
-What they raise is no list that could be kept: KeyError, pyo3's PanicException, RecursionError, and bare Exception too.
+They raise errors of all types: KeyError, pyo3's PanicException, RecursionError, and bare Exception too.
 """
 
 import json
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -49,17 +50,18 @@ def door(path: str, file: str, key: str = "model.path") -> Iterator[None]:
             raise
         found = damage(Path(path), file)
         said = f"{found}: fetch it again" if found else f"{file} cannot be loaded: {cause(error)}"
-        raise _library_error(f"{key} is '{path}', whose {said}", error) from error
+        raise library_error(f"{key} is '{path}', whose {said}", error) from error
 
 
-def _library_error(line: str, error: BaseException) -> LibraryError:
+def library_error(line: str, error: BaseException) -> LibraryError:
+    """Return the refusal for a library's error, with its traceback."""
     refused = LibraryError(line)
     refused.trace = "".join(traceback.format_exception(error))
     return refused
 
 
 def cause(error: BaseException) -> str:
-    """What a library says, in one line, with the type of the error where that says more."""
+    """Return a library's error in one line, with its type where the text alone does not say enough."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     plain = (
@@ -69,7 +71,7 @@ def cause(error: BaseException) -> str:
 
 
 def damage(folder: Path, reading: str) -> str | None:
-    """A file of a folder that cannot be what its name says, and why; those that `reading` names come first."""
+    """Return the first damaged file of a folder and what is wrong with it. Files that `reading` names come first."""
     files = sorted(folder.iterdir(), key=lambda file: (file.name not in reading, file.name)) if folder.is_dir() else []
     problems = ((file.name, _problem(file)) for file in files)
     return next((f"{name} {problem}" for name, problem in problems if problem), None)
@@ -99,23 +101,6 @@ def _problem(file: Path) -> str | None:
     return None
 
 
-def rendered(owner: Any, path: str, messages: list[dict[str, Any]], **options: Any) -> Any:
-    """Return what `apply_chat_template` of a tokenizer or processor makes of messages; `path` is its folder.
-
-    Raises:
-        UserError: whatever its template raised, in one line; a `LibraryError` where no template says such a thing.
-    """
-    try:
-        return owner.apply_chat_template(messages, **options)
-    except PASSED:
-        raise
-    except Exception as error:
-        line = f"the chat template of {path} refuses it: {cause(error)}"
-        if isinstance(error, TemplateError | ValueError):  # what templates say of a conversation
-            raise UserError(line) from error
-        raise _library_error(line, error) from error
-
-
 def check_sizes(folder: Path, settings: Any, build: Callable[[], torch.nn.Module]) -> None:
     """Refuse a config.json that asks for far more weights than the folder's files hold, before memory is.
 
@@ -131,7 +116,7 @@ def check_sizes(folder: Path, settings: Any, build: Callable[[], torch.nn.Module
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             names = opened.keys()
-            stored += sum(_product(opened.get_slice(name).get_shape()) for name in names)
+            stored += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
             tensors += len(names)
     if not stored or getattr(settings, "quantization_config", None):
         return
@@ -149,13 +134,6 @@ def check_sizes(folder: Path, settings: Any, build: Callable[[], torch.nn.Module
             f"model.path is '{folder}', whose config.json makes a model of {wanted:,} weights, and its files hold "
             f"{stored:,}: they do not belong together"
         )
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _numbers(tree: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -1,96 +1,113 @@
-"""What families have in common: loading without surprises, recomputed activations, exact logits, labels, other inputs.
+"""What families share: loading of transformers' models, stream weights, logits at the targets, changed inputs.
 
 A family of your own may use all of it.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed, Sample, Text, Turn
+from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed
 from rawloop.errors import LibraryError, UserError
 from rawloop.families import ModelConfig
-from rawloop.families.clock import stop_clock
+from rawloop.families.chat_template import stop_clock
 from rawloop.families.door import check_sizes, door
+from rawloop.losses import exact
 
-# Where a target's own token may stand, seen from the position that predicts it. One further is right; 0 is a label that
-# was never shifted, -1 one that was shifted to the wrong side, 2 one that was shifted twice.
+# Where a target's own token may stand, seen from the position that predicts it. 1 is right. 0 is a label that was not
+# shifted, -1 one that was shifted to the wrong side, 2 one that was shifted twice.
 OFFSETS = (1, 0, -1, 2)
 
 
-def load_settings(config: ModelConfig) -> tuple[Any, Any]:
-    """Return the checkpoint's config and tokenizer.
+def weights_of(config: ModelConfig, streams: Sequence[str]) -> dict[str, float]:
+    """Return the weight of each stream, without those whose weight is 0. The first one must have a weight.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: a weight is of another stream, or the first stream's is 0.
     """
-    settings, tokenizer = load_parts(config, AutoTokenizer, "tokenizer.json or tokenizer_config.json")
-    stop_clock(tokenizer, config.template_date)
-    return settings, tokenizer
+    unknown = sorted(set(config.stream_weights) - set(streams))
+    if unknown:
+        raise UserError(f"model.stream_weights has {unknown}: this model has the streams {', '.join(streams)}")
+    weights = {stream: float(config.stream_weights.get(stream, 1.0)) for stream in streams}
+    if not weights[streams[0]]:
+        raise UserError(
+            f"model.stream_weights sets {streams[0]} to 0: the model would not learn its main stream; give it a weight"
+        )
+    return {stream: weight for stream, weight in weights.items() if weight}
 
 
 def load_parts(config: ModelConfig, owner: Any, file: str) -> tuple[Any, Any]:
-    """Return the checkpoint's config, and its tokenizer or processor.
+    """Return the checkpoint's config, and its tokenizer or processor, whose chat templates are told one date.
 
     Args:
         config: where they lie.
         owner: AutoTokenizer or AutoProcessor.
-        file: what `owner` reads, for messages.
+        file: that `owner` reads, for messages.
 
     Raises:
         UserError: they cannot be read, or the folder has no tokenizer_config.json.
     """
-    check_tokenizer(config.path)
+    folder = Path(config.path)
+    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        # transformers would make up a tokenizer: without special tokens, or of another class
+        raise UserError(
+            f"model.path is '{config.path}', which has tokenizer.json and no tokenizer_config.json: without it the "
+            "tokenizer has no special tokens; copy it from where the model is from"
+        )
     with door(config.path, "config.json"):
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
     with door(config.path, file):
         part = owner.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    for holder in (part, getattr(part, "tokenizer", None)):
+        stop_clock(holder, config.template_date)
     return settings, part
 
 
-def check_tokenizer(path: str) -> None:
-    """Refuse a folder whose tokenizer transformers would make up: without special tokens, or of another class."""
-    folder = Path(path)
-    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        raise UserError(
-            f"model.path is '{path}', which has tokenizer.json and no tokenizer_config.json: without it the tokenizer "
-            "has no special tokens; copy it from where the model is from"
-        )
-
-
-def load_weights(model_class: Any, config: ModelConfig, path: str | None, **options: Any) -> tuple[Any, list[str]]:
-    """Load a model in its stored dtype on the CPU.
+def load_weights(
+    model_class: Any, config: ModelConfig, path: str | None, hints: Mapping[str, str] | None = None, **options: Any
+) -> Any:
+    """Load a model in its stored dtype on the CPU. It recomputes activations if the config says so.
 
     Args:
         model_class: a model class of transformers, or an AutoModel.
-        config: where it lies, and how it attends.
+        config: where the model lies, and how it attends.
         path: another folder than the configured one, for the weights of a checkpoint.
+        hints: what to do about a weight that the checkpoint lacks, by its name.
         options: further keywords of `from_pretrained`.
 
-    Returns:
-        the model, and the names of the weights that the checkpoint lacks, sorted.
-
     Raises:
-        UserError: the checkpoint cannot be read, or its weights have other shapes than its config says.
+        UserError: see `load_from`.
     """
+    source, revision = path or config.path, None if path else config.revision
     options |= {"dtype": "auto", "attn_implementation": config.attention}
     try:
-        return load_from(model_class, path or config.path, None if path else config.revision, **options)
+        model = load_from(model_class, source, revision, hints=hints, **options)
     except LibraryError as error:
         if "attention" in str(error.__cause__).lower():
             error.args = (f"{error} (model.attention is '{config.attention}')",)
         raise
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    return model
 
 
 def load_from(
-    model_class: Any, source: str, revision: str | None, key: str = "model.path", **options: Any
-) -> tuple[Any, list[str]]:
-    """Load a model through the door; see `load_weights` and `door`."""
+    model_class: Any,
+    source: str,
+    revision: str | None,
+    key: str = "model.path",
+    hints: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Any:
+    """Load a model; `key` is the setting that names its folder. See `load_weights`.
+
+    Raises:
+        UserError: the checkpoint cannot be read, lacks weights, or has weights of other shapes than its config says.
+    """
     with door(source, "model", key):
         settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         check_sizes(Path(source), settings, lambda: empty(model_class, settings))
@@ -106,19 +123,17 @@ def load_from(
         raise UserError(
             f"{source}: {name} is stored as {tuple(stored)}, its config.json makes it {tuple(wanted)}: fetch it again"
         )
-    return model, sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be trained from random numbers
+        hint = (hints or {}).get(missing[0], "fetch it again")
+        raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: {hint}")
+    return model
 
 
 def empty(model_class: Any, settings: Any) -> Any:
-    """A model without its weights, of a class or an AutoModel."""
-    made = model_class._from_config if issubclass(model_class, PreTrainedModel) else model_class.from_config
-    return made(settings)
-
-
-def refuse_missing(missing: list[str], source: str) -> None:
-    """Refuse a checkpoint that lacks weights: they would be trained from random numbers."""
-    if missing:
-        raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: fetch it again")
+    """Build a model with random weights, of a class or an AutoModel."""
+    build = model_class._from_config if issubclass(model_class, PreTrainedModel) else model_class.from_config
+    return build(settings)
 
 
 def enable_activation_checkpointing(model: Any) -> None:
@@ -130,16 +145,40 @@ def enable_activation_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def exact(logits: Tensor) -> Tensor:
-    """In float32 at least: 16 bits are too few for a log-softmax over a vocabulary. Float64 stays, for proofs."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def target_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """Run a language model with its head applied at some positions only.
 
+    A vocabulary of 150,000 over every position would take more memory than the rest of the head's work. The model's own
+    forward is called, so whatever it does to its logits (scaling, soft capping) is done. Only the input of the head is
+    cut down, and its output is made exact.
 
-def shifted(labels: Tensor) -> Labels:
-    """Targets with the positions that predict them: one to the left, in the flattened (batch, sequence)."""
-    flat = labels.flatten()
-    positions = torch.nonzero(torch.ne(flat, IGNORE)).squeeze(1)
-    return Labels(positions - 1, flat[positions])
+    Args:
+        model: a language model of transformers.
+        inputs: keywords of its forward.
+        positions: (targets,) int64 into the flattened (batch, sequence).
+
+    Returns:
+        (targets, vocabulary) float32, float64 of a float64 model.
+
+    Raises:
+        UserError: the model makes its logits in another way.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output embeddings: it is no language model that is known here")
+    cut = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1).index_select(0, positions)[None],))
+    widen = head.register_forward_hook(lambda _, __, made: exact(made))
+    try:
+        logits: Tensor = model(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        cut.remove()
+        widen.remove()
+    if logits.shape[:2] != (1, len(positions)):
+        raise UserError(
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {len(positions)} targets: it does "
+            "not make them with its output embeddings; it needs a family of its own (model.family package.module:Class)"
+        )
+    return exact(logits[0])
 
 
 def perturbed(
@@ -205,31 +244,3 @@ def _cuts(own: Mapping[str, Tensor], documents: Tensor) -> Tensor:
                 cuts[number] = int(places[(len(places) - 1) // 2])
                 break
     return torch.tensor(cuts, device=documents.device)
-
-
-def forged_token(turn: Turn, control: re.Pattern[str]) -> str | None:
-    """Return a control token that a turn's texts spell, also from the end of one part and the beginning of the next.
-
-    Chat templates put parts one behind the other, some without the blanks around each.
-    """
-    texts = [part.text for part in turn.parts if isinstance(part, Text)]
-    spelt = (*texts, "".join(texts), "".join(text.strip() for text in texts))
-    return next((found.group() for text in spelt if (found := control.search(text)) is not None), None)
-
-
-def refuse_tools(sample: Sample) -> None:
-    """Refuse tools, calls and thoughts where a family has no place for them."""
-    named = ["tools"] if sample.tools else []
-    named += ["a tool turn" for turn in sample.turns if turn.role == "tool"]
-    named += [key for turn in sample.turns for key in turn.fields if key not in ("name", "tool_call_id")]
-    if named:
-        raise UserError(
-            f"sample '{sample.id}' ({sample.source}) has {named[0]}, for which this family of models has no place: "
-            "take it out, or train a text model (model.family causal_lm)"
-        )
-
-
-def unwrapped(model: Any) -> Any:
-    """Return the model inside a PEFT wrapper; adapters stay in its layers."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap else model

@@ -63,7 +63,7 @@ def test_every_seed_refuses_a_kind_whose_end_is_masked(
 
     def example(self: CausalLM, *arguments: Any, **named: Any) -> Any:
         made = honest(self, *arguments, **named)
-        end = {"text": self.tokenizer.eos_token_id, "assistant": self.encoder.end_of_turn}[kind]
+        end = {"text": self.tokenizer.eos_token_id, "assistant": self.encoder.template.end_of_turn}[kind]
         return replace(made, labels=made.labels.masked_fill(made.labels == end, IGNORE))
 
     monkeypatch.setattr(CausalLM, "example", example)

@@ -41,8 +41,7 @@ from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.audio_chat import AudioChat
 from rawloop.families.audio_chat.examples import ChatEncoder, Example
-from rawloop.families.clock import check_repeatable
-from rawloop.families.letters import Letters
+from rawloop.families.sample_checks import Letters, check_repeatable
 from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics
 from rawloop.segments import Segment
@@ -412,7 +411,7 @@ BAD = {
     "audio in a system turn": [turn("system", CLIPS[0]), turn("user", "a"), turn("assistant", "b", trained=True)],
     "a scene turn": [turn("scene", "quiet"), turn("user", "hello"), turn("assistant", "well", trained=True)],
     "nothing to learn": [turn("user", "hello"), turn("assistant", "well")],
-    "begins with its trained turn": [turn("assistant", "well", trained=True)],
+    "its first message is a trained assistant turn": [turn("assistant", "well", trained=True)],
     "control token <|AUDIO|>": [turn("user", "a <|AUDIO|>"), turn("assistant", "b", trained=True)],
     "control token <|im_end|>": [turn("user", "a"), turn("assistant", "b<|im_end|>", trained=True)],
     "control token <|endoftext|>": [turn("user", "a"), turn("assistant", "<|endoftext|>", trained=True)],
@@ -445,10 +444,9 @@ def test_letters_that_the_tokenizer_does_not_know_are_refused(family: AudioChat)
 
 @pytest.mark.parametrize("message", list(BAD))
 def test_conversations_that_would_train_wrongly_are_refused_by_name(family: AudioChat, message: str) -> None:
-    for refuse in (family.check, lambda one: family.example(one, no_codes)):
-        with pytest.raises(UserError, match=r"sample 's1' \(x.jsonl line 3\)") as caught:
-            refuse(sample(*BAD[message]))
-        assert message in str(caught.value)
+    with pytest.raises(UserError, match=r"sample 's1' \(x.jsonl line 3\)") as caught:
+        family.check(sample(*BAD[message]))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -515,15 +513,15 @@ def with_template(family: AudioChat, change: Callable[[str], str]) -> ChatEncode
 def test_templates_that_cannot_be_split_are_refused(family: AudioChat) -> None:
     with pytest.raises(UserError, match="cannot be split into prompt and answer"):
         with_template(family, lambda text: text.replace("add_generation_prompt", "false"))
-    with pytest.raises(UserError, match="no special token: the model could not learn to stop"):
+    with pytest.raises(UserError, match="no control token: the model could not learn to stop"):
         with_template(family, lambda text: text.replace("<|im_end|>", "."))
-    with pytest.raises(UserError, match="cannot be split into prompt and answer: it writes '2<"):
+    with pytest.raises(UserError, match=r"cannot be split into prompt and answer: .* the answer it goes on '"):
         with_template(family, lambda text: "{{ messages | length }}" + text)
     one = said(CLIPS[0])
     wordy = with_template(family, lambda text: "{% if messages | length > 4 %}A long talk.{% endif %}" + text)
-    wordy.example(one)
-    with pytest.raises(UserError, match=r"sample 's1' .* not how the whole conversation begins"):
-        wordy.example(sample(*TALK))
+    wordy.check(one)
+    with pytest.raises(UserError, match=r"sample 's1' .* cannot be split at messages\[4\]"):
+        wordy.check(sample(*TALK))
     forgetful = with_template(
         family, lambda text: text.replace("{{ content['text'] }}", "{{ content['text'] | replace('What', '') }}", 1)
     )
@@ -536,12 +534,12 @@ def test_templates_that_cannot_be_split_are_refused(family: AudioChat) -> None:
         with_template(family, lambda text: "{{ x.y }}" + text)
     refusal = "{% if messages | length > 4 %}{{ raise_exception('too many turns') }}{% endif %}"
     with pytest.raises(UserError, match=r"sample 's1' .* refuses it: too many turns"):
-        with_template(family, lambda text: refusal + text).example(sample(*TALK))
+        with_template(family, lambda text: refusal + text).check(sample(*TALK))
 
 
 def test_a_text_that_merges_with_its_header_is_refused(family: AudioChat) -> None:
-    with pytest.raises(UserError, match=r"sample 's1' .* may merge with what stands before it: strip it"):
-        family.example(said(CLIPS[0], answer="\n\nGood morning."), no_codes)
+    with pytest.raises(UserError, match=r"sample 's1' .* take blanks from the beginning of the answer"):
+        family.check(said(CLIPS[0], answer="\n\nGood morning."))
 
 
 def test_checkpoints_that_cannot_be_trained_are_refused(checkpoint: Path, tmp_path: Path) -> None:

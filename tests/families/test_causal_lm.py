@@ -21,8 +21,9 @@ from rawloop.diagnose import probe
 from rawloop.diagnose.agreement import disagreements
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.causal_lm import CausalLM, documents, target_logits
+from rawloop.families.causal_lm import CausalLM, documents
 from rawloop.families.causal_lm.examples import Example
+from rawloop.families.shared import target_logits
 from rawloop.losses import weighted_mean
 
 
@@ -481,7 +482,7 @@ def test_checkpoints_that_cannot_be_trained_are_refused(change: Callable[..., Pa
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [({"audio": 1.0}, r"\['audio'\]: a text model has one stream"), ({"text": 0.0}, "to 0")]
+    ("weights", "message"), [({"audio": 1.0}, r"\['audio'\]: this model has the streams text"), ({"text": 0.0}, "to 0")]
 )
 def test_weights_of_streams_that_make_no_sense_are_refused(
     text_checkpoint: Path, weights: dict[str, float], message: str

@@ -174,7 +174,7 @@ def test_reasoning_that_a_template_drops_from_earlier_turns_is_no_mistake(text_c
     sample = ("user: Hi", "assistant: hm</t>Ho", "user: Who?", "assistant: well</t>Me")
     assert learnt(by, by.example(chat(*sample)))[-1] == (True, "well</t>Me<|im_end|>")
     with pytest.raises(UserError, match="drops or changes the words of messages"):
-        by.example(chat(*sample, trained=(1, 3)))
+        by.check(chat(*sample, trained=(1, 3)))
 
 
 # -- refused -----------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ BAD = {
     "its trained text turn says nothing": text("\n"),
     "it has nothing to learn: no assistant turn is trained": chat("user: a", "assistant: b", trained=()),
     "its user turn is trained: only assistant turns can be": chat("user: a", "user: b", "assistant: c", trained=(1, 2)),
-    "it has a scene turn: chats of a text model have system, user": chat("scene: a", "user: b", "assistant: c"),
+    "it has a scene turn: turns of this model are system, user": chat("scene: a", "user: b", "assistant: c"),
     "it has a text turn": chat("text: a", "user: b", "assistant: c"),
     "its first message is a trained assistant turn": chat("assistant: a", "user: b", "assistant: c", trained=(0, 2)),
     "it takes 140 positions, the model has 128: shorten it": text("x" * 138),
@@ -203,11 +203,10 @@ BAD = {
 
 @pytest.mark.parametrize("message", list(BAD))
 def test_samples_that_would_train_wrongly_are_refused_by_name(chatml: TextEncoder, message: str) -> None:
-    for refuse in (chatml.check, chatml.example):
-        with pytest.raises(UserError) as caught:
-            refuse(BAD[message])
-        assert message in str(caught.value)
-        assert str(caught.value).startswith(f"sample '{BAD[message].id}' (x")
+    with pytest.raises(UserError) as caught:
+        chatml.check(BAD[message])
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"sample '{BAD[message].id}' (x")
 
 
 @pytest.mark.parametrize("sample", [text("x" * 126), text("<t><s ></ s>"), chat("user: a", "assistant: b" * 9)])
@@ -217,10 +216,11 @@ def test_what_can_be_trained_is_not_refused(chatml: TextEncoder, sample: Sample)
 
 
 def test_text_needs_an_end_and_ids_a_place_in_the_vocabulary(text_checkpoint: Path) -> None:
-    by = encoder(text_checkpoint)
-    by.vocabulary = 200
+    settings = AutoConfig.from_pretrained(text_checkpoint)
+    settings.vocab_size = 200
+    by = TextEncoder(settings, AutoTokenizer.from_pretrained(text_checkpoint), "models/tiny")
     with pytest.raises(UserError, match=r"its token <.*> has the id 2\d\d, and the vocabulary of .* ends at 200"):
-        by.example(text("Hi"))
+        by.check(text("Hi"))
     by = encoder(text_checkpoint)
     by.tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"it is plain text, and the tokenizer of .* has no eos_token"):
@@ -337,7 +337,7 @@ def test_templates_that_write_json_text(template: str, written: str, text_checkp
     assert answer == (True, "On.<|im_end|>")
     lost = template.replace("+ c.function.arguments", "").replace("{{ m.content | tojson }}", "")
     with pytest.raises(UserError, match=r"drops or changes the words of messages\[2\]|has the arguments of call 0"):
-        encoder(text_checkpoint, lost).example(Sample("c", turns, source="x"))
+        encoder(text_checkpoint, lost).check(Sample("c", turns, source="x"))
 
 
 def test_a_tool_turn_and_calls_before_it_are_context(text_checkpoint: Path) -> None:

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 from rawloop.cli import main
 from rawloop.contracts import Audio, Batch, Labels, Sample, Text, Turn
 from rawloop.errors import UserError
-from rawloop.families import ModelConfig, load_family
-from rawloop.families import clock as clock_module
-from rawloop.families.clock import DIRECTIVES, check_repeatable, clock_notice, stop_clock
+from rawloop.families import ModelConfig, load_family, sample_checks
+from rawloop.families.chat_template import DIRECTIVES, clock_notice, stop_clock
+from rawloop.families.sample_checks import check_repeatable
 
 DATED = "{% if strftime_now is defined %}Today is {{ strftime_now('%A, %d %b %Y') }}.{% endif %}"
 DATES = ("2024-07-26", "1999-01-02T03:04:05")
-later = clock_module._later
+later = sample_checks._later
 
 
 def rendered(tokenizer: Any, template: str) -> str:

@@ -1,14 +1,13 @@
 """The family of models that hear audio and answer in text: Qwen2-Audio, and classes of transformers built like it.
 
-What such a class needs: a processor whose `apply_chat_template` gives `input_ids` and features, with one token repeated
+Such a class needs a processor whose `apply_chat_template` gives `input_ids` and features, with one token repeated
 for a clip's positions, and a causal language model behind `AutoModelForMultimodalLM`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +15,34 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
+from rawloop.contracts import (
+    IGNORE,
+    Audio,
+    Batch,
+    Context,
+    Labels,
+    Perturbed,
+    Piece,
+    Sample,
+    Special,
+    StreamLoss,
+    Text,
+    Turn,
+)
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.audio_chat.examples import ChatEncoder, Example
-from rawloop.families.clock import stop_clock
 from rawloop.families.shared import (
-    enable_activation_checkpointing,
-    exact,
     load_parts,
     load_weights,
     perturbed,
-    refuse_missing,
     rows_of,
-    shifted,
-    unwrapped,
+    target_logits,
+    weights_of,
     with_inputs,
 )
 from rawloop.inputs import check_inputs
+from rawloop.losses import unwrapped
 
 STREAM = "text"
 
@@ -43,17 +52,9 @@ class AudioChat:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        unknown = set(config.stream_weights) - {STREAM}
-        if unknown:
-            raise UserError(f"model.stream_weights has {sorted(unknown)}: this family has the stream text alone")
-        weight = float(config.stream_weights.get(STREAM, 1.0))
-        if weight == 0.0:
-            raise UserError("model.stream_weights sets text to 0: nothing would be learnt; give it a weight")
+        self.stream_weights: Mapping[str, float] = weights_of(config, (STREAM,))
         self.streams: Sequence[str] = (STREAM,)
-        self.stream_weights: Mapping[str, float] = {STREAM: weight}
         self.settings, self.processor = load_parts(config, AutoProcessor, "processor_config.json or tokenizer.json")
-        for holder in (self.processor, self.processor.tokenizer):
-            stop_clock(holder, config.template_date)
         self.text_settings: Any = self.settings.get_text_config()
         self.encoder = ChatEncoder(self.processor, self._audio_token(), self.text_settings.max_position_embeddings)
         self.sample_rate = self.encoder.sample_rate
@@ -78,11 +79,8 @@ class AudioChat:
         Raises:
             UserError: the checkpoint cannot be read, or lacks weights that would be trained from random numbers.
         """
-        model, missing = load_weights(AutoModelForMultimodalLM, self.config, path)
-        refuse_missing(missing, path or self.config.path)
-        if self.config.activation_checkpointing:
-            enable_activation_checkpointing(model)
-        return cast(nn.Module, model)
+        model: nn.Module = load_weights(AutoModelForMultimodalLM, self.config, path)
+        return model
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
         """Refuse a sample that cannot be trained; `frames` are samples at `sample_rate`. See `ChatEncoder.check`."""
@@ -100,9 +98,9 @@ class AudioChat:
         without audio has no features: the model then runs its language model alone.
         """
         # Any token but the audio's would do as padding; checkpoints may have none, or use the audio token.
-        filler = self.encoder.template.end_of_turn
+        filler = self.encoder.end_of_turn
         input_ids = pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=filler)
-        labels = shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
+        labels = Labels.shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
         heard = [e.features for e in examples if e.features]
         features = {name: torch.cat([clips[name] for clips in heard]) for name in (heard[0] if heard else ())}
         return Batch(
@@ -115,9 +113,6 @@ class AudioChat:
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
 
-        The model's own forward runs, whatever it does around its head, but the head sees only the positions that have
-        targets: a vocabulary of 156,032 over every position would take more memory than the rest of the head's work.
-
         Returns:
             `text`: (targets, vocabulary).
         """
@@ -127,10 +122,7 @@ class AudioChat:
             self._checked.add(tuple(batch.inputs))
         # Features come in float32, and not every class casts them to its encoder's dtype.
         inputs = {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
-        with _only_at(batch.labels[STREAM].positions, base.get_output_embeddings()):
-            logits = base(**inputs, use_cache=False).logits.flatten(0, -2)
-        assert len(logits) == batch.targets[STREAM]
-        return {STREAM: exact(logits)}
+        return {STREAM: target_logits(base, inputs, batch.labels[STREAM].positions)}
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
         """Score the targets, in nats."""
@@ -147,7 +139,7 @@ class AudioChat:
 
     def special_targets(self) -> Sequence[Special]:
         """The token that ends a turn: without it as a target a model forgets how to stop."""
-        token = self.encoder.template.end_of_turn
+        token = self.encoder.end_of_turn
         name = self.processor.tokenizer.convert_ids_to_tokens(token)
         return (Special(STREAM, name, token, required=True, roles=("assistant",)),)
 
@@ -179,17 +171,3 @@ class AudioChat:
             return changed
         heard = {STREAM: clips.cumsum(1).flatten()[batch.labels[STREAM].positions] > 0}
         return changed._replace(contexts={**changed.contexts, "clips": Context(with_inputs(batch, quiet), heard)})
-
-
-@contextmanager
-def _only_at(positions: Tensor, head: nn.Module) -> Iterator[None]:
-    """While this is open, `head` sees only these positions of its flattened input."""
-
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, -2).index_select(0, positions), *inputs[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,12 +1,12 @@
 """Conversations with audio as tensors: inputs are the processor's own, labels stand on what the assistant says.
 
-The processor renders its chat template, extracts features and gives each clip its positions. Nothing of that is done
-again here. What it has no notion of is added: which tokens a trained turn says, and refusals where it would truncate a
-clip, let a text forge a turn, or drop audio.
+The processor renders its chat template, extracts features and gives each clip its positions. This module adds what the
+processor does not know: which tokens a trained turn says, and refusals where it would truncate a clip, let a text forge
+a turn, or drop audio.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,13 +16,22 @@ import torch
 from torch import Tensor
 
 from rawloop.audio import BadAudio, load_audio
-from rawloop.contracts import IGNORE, Audio, Piece, Sample, Text, Turn
+from rawloop.contracts import IGNORE, Audio, Piece, Sample, Text
 from rawloop.errors import BadSample, UserError
-from rawloop.families.audio_chat.template import QUESTION, ChatTemplate, Messages
-from rawloop.families.letters import Letters
-from rawloop.families.shared import forged_token, refuse_tools
+from rawloop.families.chat_template import ChatTemplate, Messages
+from rawloop.families.sample_checks import (
+    Letters,
+    about,
+    check_control,
+    check_conversation,
+    check_no_tools,
+    control_pattern,
+    words_of,
+)
 
 SHORTEST = 0.1  # seconds: below this a clip takes no position at all, or so few that models take them for unexpanded
+ROLES = ("system", "user", "assistant")
+QUESTION = {"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "one"}]}
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,8 @@ class Example:
     """One encoded sample.
 
     `input_ids` and `labels` are (sequence,) int64; a label stands at the position of its own token and is predicted
-    from the one before. `features` are what else the model's forward takes of the clips, (windows, ...) each, empty
-    without audio. `messages` is the conversation as the chat template sees it, for people to look at.
+    from the one before. `features` are the other inputs of the model's forward, (windows, ...) each, empty without
+    audio. `messages` is the conversation as the chat template sees it, for people to look at.
     """
 
     id: str
@@ -52,103 +61,102 @@ class ChatEncoder:
 
     def __init__(self, processor: Any, audio_token: int, max_positions: int) -> None:
         self.processor, self.audio_token, self.max_positions = processor, audio_token, max_positions
-        self.template = ChatTemplate(processor, audio_token)
-        self.letters = Letters(processor.tokenizer, processor.tokenizer.name_or_path)
+        tokenizer = processor.tokenizer
+        if processor.chat_template is None:
+            raise UserError("the checkpoint's processor has no chat template: prompts cannot be built as in generation")
+        self.template = ChatTemplate(processor, tokenizer.name_or_path, QUESTION, audio_token)
+        self.end_of_turn = self.template.end_of_turn
+        self.letters = Letters(tokenizer, tokenizer.name_or_path)
+        self.control = self._control()
         self._known: dict[int, int] = {}  # positions of a clip, by its length
         self.sample_rate: int = processor.feature_extractor.sampling_rate
         # A longer clip would be cut: after so many windows of features, or after the only one.
         self.longest: float = getattr(processor, "max_audio_len", None) or processor.feature_extractor.chunk_length
 
+    def _control(self) -> re.Pattern[str]:
+        """Match the tokens that the template writes itself. Others, such as times in a transcript, may be spelt."""
+        tokenizer = self.processor.tokenizer
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "two"}]}
+        ids = {*self.template.ids(self.template.render([QUESTION, answer])), self.audio_token}
+        names = [name for name, token in tokenizer.get_added_vocab().items() if token in ids]
+        return control_pattern([*names, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token])
+
     def check(self, sample: Sample, samples_of: Callable[[Path], int] | None = None) -> None:
-        """Refuse what can be seen without decoding: cheap enough for every sample of a data set before it is trained.
+        """Refuse a sample that cannot be trained, without decoding its clips.
 
         Args:
             sample: the conversation.
             samples_of: gives the length of a clip at `sample_rate`, if it is known.
 
         Raises:
-            UserError: no turn is trained, audio stands in another turn than a user's, a text holds a control token, or
-                the chat template refuses the conversation, drops words or cannot be split at its turns.
-            BadSample: a clip is shorter or longer than what the model hears, or the whole is longer than the model.
+            UserError: no turn is trained, audio stands in another turn than a user's, or the chat template refuses the
+                conversation, drops words or cannot be split at its turns.
+            BadSample: a text holds a control token, a clip is shorter or longer than the model hears, or the whole is
+                longer than the model.
         """
-        refuse_tools(sample)
-        for index, turn in enumerate(sample.turns):
-            self._check_turn(turn, index, sample)
-        if not any(turn.trained for turn in sample.turns):
-            raise UserError(f"{_where(sample)} has nothing to learn: no assistant turn is trained")
-        messages = _messages(sample)
-        with _refusing(sample):
-            self.template.check_words(messages)
-        if samples_of is not None:
-            self._measure(sample, [(path, samples_of(path)) for path in sample.audio_paths()], messages)
+        with about(sample):
+            check_no_tools(sample)
+            check_conversation(sample, ROLES, hears=True)
+            for turn in sample.turns:
+                check_control(turn, self.control)
+                self.letters.check(words_of(turn))
+            trained = [index for index, turn in enumerate(sample.turns) if turn.trained]
+            messages = _messages(sample)
+            text = self.template.render(messages)
+            self.template.check_words(text, messages, trained)
+            ids = self.template.ids(text)
+            for index in trained:
+                self.template.check_span(messages, index, ids)
+            if samples_of is not None:
+                self._measure(len(ids), {path: samples_of(path) for path in sample.audio_paths()}, sample)
 
-    def _measure(self, sample: Sample, clips: list[tuple[Path, int]], messages: Messages) -> None:
-        for path, length in clips:
-            self._check_seconds(length / self.sample_rate, path, sample)
-        with _refusing(sample):
-            ids = self.template.ids(messages)
-            self._labels(sample, ids, messages)
-        without = len(ids) - len(clips)  # where each clip has one position
+    def _measure(self, text: int, lengths: dict[Path, int], sample: Sample) -> None:
+        """Refuse a sample that is too long; in its `text` positions each clip has one."""
+        for path, length in lengths.items():
+            self._check_seconds(length, path)
+        clips = [lengths[path] for path in sample.audio_paths()]
         second = self.sample_rate
-        most = min(-(-max((n for _, n in clips), default=0) // second) * second, int(self.longest * second))
-        if without + (len(clips) and len(clips) * self._positions(most)) > self.max_positions:
-            self._check_length(sample, without + sum(self._positions(length) for _, length in clips))
+        most = min(-(-max(clips, default=0) // second) * second, int(self.longest * second))
+        if text + len(clips) * (self._positions(most) if clips else 0) > self.max_positions:
+            self._check_length(text - len(clips) + sum(self._positions(length) for length in clips))
 
     def _positions(self, length: int) -> int:
         """Return how many positions a clip of so many samples takes."""
         if length not in self._known:
-            encoded = self.template.encode([QUESTION], [torch.zeros(length)])
-            self._known[length] = int((encoded["input_ids"] == self.audio_token).sum())
+            ids = self._encoded([QUESTION], [torch.zeros(length)])["input_ids"]
+            self._known[length] = int((ids == self.audio_token).sum())
         return self._known[length]
 
-    def _check_length(self, sample: Sample, positions: int) -> None:
+    def _check_length(self, positions: int) -> None:
         if positions > self.max_positions:
             raise BadSample(
-                f"{_where(sample)}: it takes {positions} positions, the model has {self.max_positions}: shorten its "
-                "text, or leave clips out"
+                f"it takes {positions} positions, the model has {self.max_positions}: shorten its text, or leave clips "
+                "out"
             )
 
-    def _check_turn(self, turn: Turn, index: int, sample: Sample) -> None:
-        if turn.role not in ("system", "user", "assistant"):
-            raise UserError(
-                f"{_where(sample)} has a {turn.role} turn, which a chat template does not know: take it out"
-            )
-        if turn.role != "user" and any(isinstance(part, Audio) for part in turn.parts):
-            raise UserError(
-                f"{_where(sample)}: audio in a {turn.role} turn; this model hears audio and answers in text: "
-                "clips belong into user turns"
-            )
-        if turn.trained and index == 0:
-            raise UserError(f"{_where(sample)} begins with its trained turn: there is nothing to answer to")
-        if turn.trained and not "".join(part.text for part in turn.parts if isinstance(part, Text)).strip():
-            raise UserError(f"{_where(sample)}: its trained {turn.role} turn says nothing: write it, or leave it out")
-        if forged := forged_token(turn, self.template.control):
-            raise UserError(f"{_where(sample)}: its text contains the control token {forged}: take it out")
-        self.letters.check("".join(part.text for part in turn.parts if isinstance(part, Text)), sample)
-
-    def _check_seconds(self, seconds: float, path: Path, sample: Sample) -> None:
+    def _check_seconds(self, length: int, path: Path) -> None:
+        seconds = length / self.sample_rate
         if not SHORTEST <= seconds <= self.longest:
             raise BadSample(
-                f"{_where(sample)}: {path} lasts {seconds:.2f} s, the model hears clips of {SHORTEST} to "
-                f"{self.longest:g} s: cut it into several samples, or leave it out; it is never truncated"
+                f"{path} lasts {seconds:.2f} s, the model hears clips of {SHORTEST} to {self.longest:g} s: cut it into "
+                "several samples, or leave it out; it is never truncated"
             )
 
     def example(self, sample: Sample) -> Example:
-        """Decode a sample's clips and encode it.
+        """Decode the clips of a sample that `check` has passed, and encode it.
 
         Raises:
-            UserError: see `check` and `encode`.
-            BadSample: likewise; a clip cannot be decoded, or is silent.
+            BadSample: a clip cannot be decoded, is silent, or has another length than it had.
         """
-        self.check(sample)
-        return self.encode(sample, [self._waveform(path, sample) for path in sample.audio_paths()])
+        with about(sample):
+            return self.encode(sample, [self._waveform(path) for path in sample.audio_paths()])
 
-    def _waveform(self, path: Path, sample: Sample) -> Tensor:
+    def _waveform(self, path: Path) -> Tensor:
         try:
             waveform = load_audio(path, self.sample_rate)
         except BadAudio as reason:
-            raise BadSample(f"{_where(sample)}: {path} {reason}") from reason
-        self._check_seconds(len(waveform) / self.sample_rate, path, sample)
+            raise BadSample(f"{path} {reason}") from reason
+        self._check_seconds(len(waveform), path)
         return waveform
 
     def encode(self, sample: Sample, waveforms: Sequence[Tensor]) -> Example:
@@ -159,27 +167,29 @@ class ChatEncoder:
             waveforms: (samples,) float32 at `sample_rate`, in order of appearance.
 
         Raises:
-            UserError: the chat template refuses the conversation or cannot be split at its turns.
+            UserError: the processor does not take so many clips, or the chat template has no place for one.
             BadSample: the sample is longer than the model.
         """
         messages = _messages(sample)
-        with _refusing(sample):
-            encoded = self.template.encode(messages, waveforms)
-            ids: list[int] = encoded.pop("input_ids")[0].tolist()
-            labels = self._labels(sample, ids, messages)
-        self._check_length(sample, len(ids))
+        encoded = self._encoded(messages, waveforms)
+        ids: list[int] = encoded.pop("input_ids")[0].tolist()
+        self._check_length(len(ids))
         encoded.pop("attention_mask")
-        return Example(sample.id, torch.tensor(ids), torch.tensor(labels), dict(encoded), messages)
-
-    def _labels(self, sample: Sample, ids: list[int], messages: Messages) -> list[int]:
-        """What each trained turn says, from behind its header up to and with its end of turn."""
         labels = [IGNORE] * len(ids)
         for index, turn in enumerate(sample.turns):
             if turn.trained:
-                start = self.template.length(ids, messages[:index], header=True)
-                end = self.template.end(ids, start)
+                start, end = self.template.span(messages, index, ids)
                 labels[start:end] = ids[start:end]
-        return labels
+        return Example(sample.id, torch.tensor(ids), torch.tensor(labels), encoded, messages)
+
+    def _encoded(self, messages: Messages, waveforms: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the processor's `input_ids` (1, sequence), masks and features of a conversation."""
+        clips = iter(waveforms)
+        heard = [
+            {**m, "content": [{**p, "audio": next(clips).numpy()} if "audio" in p else p for p in m["content"]]}
+            for m in messages
+        ]
+        return dict(self.template.run(heard, tokenize=True, return_dict=True, return_tensors="pt"))
 
     def pieces(self, example: Example) -> Iterator[Piece]:
         """Yield runs of positions of one turn that are audio, learnt text or other text.
@@ -190,29 +200,14 @@ class ChatEncoder:
         ids, labels, start = example.input_ids.tolist(), example.labels.tolist(), 0
         for count, message in enumerate(example.messages, 1):
             last = count == len(example.messages)
-            end = len(ids) if last else self.template.length(ids, example.messages[:count], header=False)
+            end = len(ids) if last else self.template.length(ids, example.messages[:count])
             kinds = groupby(range(start, end), key=lambda i: (ids[i] == self.audio_token, labels[i] != IGNORE))
             for (audio, learnt), run in kinds:
                 places = list(run)
-                text = (
-                    f"(audio, {len(places)} positions)"
-                    if audio
-                    else self.processor.tokenizer.decode(ids[places[0] : places[-1] + 1])
-                )
+                words = self.processor.tokenizer.decode(ids[places[0] : places[-1] + 1])
+                text = f"(audio, {len(places)} positions)" if audio else words
                 yield Piece(message["role"], "text", text, len(places), len(places) if learnt else 0)
             start = end
-
-
-def _where(sample: Sample) -> str:
-    return f"sample '{sample.id}' ({sample.source})"
-
-
-@contextmanager
-def _refusing(sample: Sample) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{_where(sample)}: its chat template or processor refuses it: {error}") from error
 
 
 def _messages(sample: Sample) -> Messages:

@@ -4,30 +4,22 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Sample, Special, StreamLoss
+from rawloop.contracts import IGNORE, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm.examples import Example, TextEncoder
-from rawloop.families.shared import (
-    enable_activation_checkpointing,
-    exact,
-    load_settings,
-    load_weights,
-    perturbed,
-    refuse_missing,
-    rows_of,
-    shifted,
-    unwrapped,
-)
+from rawloop.families.sample_checks import is_text
+from rawloop.families.shared import load_parts, load_weights, perturbed, rows_of, target_logits, weights_of
 from rawloop.inputs import check_inputs
+from rawloop.losses import unwrapped
 
 PACKED_ATTENTION = ("sdpa", "eager")
 PROBES = ("One two three four five six.", "Seven eight nine ten eleven twelve.")
@@ -42,16 +34,9 @@ class CausalLM:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.packing = False
-        if set(config.stream_weights) - {"text"}:
-            raise UserError(
-                f"model.stream_weights has {sorted(config.stream_weights)}: a text model has one stream, text"
-            )
-        weight = float(config.stream_weights.get("text", 1.0))
-        if weight == 0.0:
-            raise UserError("model.stream_weights sets text to 0: nothing would be learnt; give it a weight")
-        self.stream_weights: Mapping[str, float] = {"text": weight}
+        self.stream_weights: Mapping[str, float] = weights_of(config, ("text",))
         self.streams: Sequence[str] = ("text",)
-        settings, self.tokenizer = load_settings(config)
+        settings, self.tokenizer = load_parts(config, AutoTokenizer, "tokenizer.json or tokenizer_config.json")
         self.decoder = getattr(settings, "is_decoder", None) is not False  # BERT and its like can be either
         self.encoder = TextEncoder(settings.get_text_config(), self.tokenizer, config.path)
         self._kinds: set[str] = set()
@@ -66,24 +51,21 @@ class CausalLM:
         Raises:
             UserError: the checkpoint cannot be read, lacks weights, is not causal, or cannot keep documents apart.
         """
-        model, missing = load_weights(AutoModelForCausalLM, self.config, path)
-        refuse_missing(missing, path or self.config.path)
+        model: nn.Module = load_weights(AutoModelForCausalLM, self.config, path)
         if self.packing:
             self._check_packing(model)
         if self.packing or (not self.decoder and self.config.attention in PACKED_ATTENTION):
             self._check_past(model)
-        if self.config.activation_checkpointing:
-            enable_activation_checkpointing(model)
-        return cast(nn.Module, model)
+        return model
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
         """Refuse a sample that cannot be trained, and note its kind; see `TextEncoder.check`."""
         self.encoder.check(sample)  # one that is left out is of no kind
-        self._kinds.add("text" if self.encoder.is_text(sample) else "chat")
+        self._kinds.add("text" if is_text(sample) else "chat")
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor] | None = None) -> Example:
         """Encode one sample, which has no audio; see `TextEncoder.example`."""
-        self._kinds.add("text" if self.encoder.is_text(sample) else "chat")
+        self._kinds.add("text" if is_text(sample) else "chat")
         return self.encoder.example(sample)
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -99,12 +81,12 @@ class CausalLM:
                 "input_ids": torch.cat([e.input_ids for e in examples])[None],
                 "position_ids": torch.cat([torch.arange(len(e.input_ids)) for e in examples])[None],
             }
-            labels = shifted(torch.cat([e.labels for e in examples]))
+            labels = Labels.shifted(torch.cat([e.labels for e in examples]))
         else:
             padding = self.tokenizer.pad_token_id or 0  # any id will do: nothing sees it
             rows = [e.input_ids for e in examples]
             inputs = {"input_ids": pad_sequence(rows, batch_first=True, padding_value=padding)}
-            labels = shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
+            labels = Labels.shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
         return Batch(inputs, {"text": labels}, {"text": len(labels.targets)}, [e.id for e in examples])
 
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -140,7 +122,7 @@ class CausalLM:
         if self.tokenizer.eos_token_id is not None:
             ends[self.tokenizer.eos_token_id] = ["text"] if "text" in self._kinds else []
         if "chat" in self._kinds:
-            ends.setdefault(self.encoder.end_of_turn, []).append("assistant")
+            ends.setdefault(self.encoder.template.end_of_turn, []).append("assistant")
         name = self.tokenizer.convert_ids_to_tokens
         return [Special("text", name(i), i, bool(roles), tuple(roles)) for i, roles in ends.items()]
 
@@ -207,38 +189,3 @@ def documents(batch: Batch) -> Tensor:
     if "position_ids" in batch.inputs:
         return (batch.inputs["position_ids"].flatten() == 0).cumsum(0) - 1
     return rows_of(batch.inputs["input_ids"])
-
-
-def target_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """Run a language model with its head applied at some positions only.
-
-    The model's own forward is called, so that whatever it does to its logits (scaling, soft capping) is done; only what
-    goes into the head is cut down on its way, and what comes out is made exact.
-
-    Args:
-        model: a causal LM of transformers.
-        inputs: keywords of its forward.
-        positions: (targets,) int64 into the flattened (batch, sequence).
-
-    Returns:
-        (targets, vocabulary) float32, float64 of a float64 model.
-
-    Raises:
-        UserError: the model makes its logits in another way.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UserError(f"{type(model).__name__} has no output embeddings: it is no language model that is known here")
-    cut = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1).index_select(0, positions)[None],))
-    widen = head.register_forward_hook(lambda _, __, made: exact(made))
-    try:
-        logits: Tensor = model(**inputs, use_cache=False, return_dict=True).logits
-    finally:
-        cut.remove()
-        widen.remove()
-    if logits.shape[:2] != (1, len(positions)):
-        raise UserError(
-            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {len(positions)} targets: it does "
-            "not make them with its output embeddings; it needs a family of its own (model.family package.module:Class)"
-        )
-    return exact(logits[0])

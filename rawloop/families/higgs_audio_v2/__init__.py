@@ -3,12 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.contracts import (
     IGNORE,
@@ -29,18 +28,14 @@ from rawloop.families import ModelConfig
 from rawloop.families.higgs_audio_v2 import views
 from rawloop.families.higgs_audio_v2.codec import codec_hash, load_codec
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
-from rawloop.families.shared import (
-    enable_activation_checkpointing,
-    exact,
-    load_settings,
-    load_weights,
-    refuse_missing,
-    shifted,
-    unwrapped,
-)
+from rawloop.families.shared import load_parts, load_weights, weights_of
 from rawloop.inputs import check_inputs
+from rawloop.losses import exact, unwrapped
 
 STREAMS = ("audio", "text")
+NO_TEXT_HEAD = {
+    "text_lm_head.weight": "it has no text head; set model.stream_weights to {text: 0} to train on audio alone"
+}
 
 
 class HiggsAudioV2:
@@ -48,19 +43,9 @@ class HiggsAudioV2:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        unknown = set(config.stream_weights) - set(STREAMS)
-        if unknown:
-            raise UserError(
-                f"model.stream_weights has {sorted(unknown)}: Higgs Audio v2 has the streams audio and text"
-            )
-        weights = {stream: float(config.stream_weights.get(stream, 1.0)) for stream in STREAMS}
-        self.stream_weights: Mapping[str, float] = {
-            stream: weight for stream, weight in weights.items() if weight != 0.0
-        }
+        self.stream_weights: Mapping[str, float] = weights_of(config, STREAMS)
         self.streams: Sequence[str] = tuple(self.stream_weights)
-        if "audio" not in self.streams:
-            raise UserError("model.stream_weights sets audio to 0: nothing would be learnt of speech; give it a weight")
-        self.settings, self.tokenizer = load_settings(config)
+        self.settings, self.tokenizer = load_parts(config, AutoTokenizer, "tokenizer.json or tokenizer_config.json")
         self._check_settings()
         self.num_ids = {"audio_input_ids": self.settings.codebook_size}
         self.encoder = HiggsEncoder(self.settings, self.tokenizer)
@@ -90,18 +75,10 @@ class HiggsAudioV2:
         Raises:
             UserError: the checkpoint cannot be read, or lacks weights that would be trained from random numbers.
         """
-        source = path or self.config.path
-        head = "text" in self.streams
-        model, missing = load_weights(HiggsAudioV2ForConditionalGeneration, self.config, path, use_text_head=head)
-        if missing == ["text_lm_head.weight"]:
-            raise UserError(
-                f"{source} has no text head (text_lm_head.weight): set model.stream_weights to "
-                "{text: 0} to train on audio alone"
-            )
-        refuse_missing(missing, source)
-        if self.config.activation_checkpointing:
-            enable_activation_checkpointing(model)
-        return cast(nn.Module, model)
+        model: nn.Module = load_weights(
+            HiggsAudioV2ForConditionalGeneration, self.config, path, NO_TEXT_HEAD, use_text_head="text" in self.streams
+        )
+        return model
 
     def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
         """Load the codec for `rawloop prepare`; see `rawloop.families.higgs_audio_v2.codec.load_codec`."""
@@ -126,7 +103,7 @@ class HiggsAudioV2:
         result, and attention keeps its fast causal path.
         """
         padded = self.encoder.pad(examples)
-        labels = {"audio": self._audio_labels(padded), "text": shifted(padded["labels"])}
+        labels = {"audio": self._audio_labels(padded), "text": Labels.shifted(padded["labels"])}
         labels = {stream: labels[stream] for stream in self.streams}
         names = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
         targets = {stream: int((pair.targets != IGNORE).sum()) for stream, pair in labels.items()}

@@ -13,7 +13,7 @@ from rawloop.contracts import CodecInfo
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, check_path, local_folder, read_json
 from rawloop.families.door import door
-from rawloop.families.shared import load_from, refuse_missing
+from rawloop.families.shared import load_from
 from rawloop.hashing import hash_folder
 
 FILES = ["config.json", "*.safetensors"]
@@ -61,9 +61,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
     named = read_json(folder / "config.json").get("model_type")
     if named != HiggsAudioV2TokenizerModel.config_class.model_type:
         raise UserError(f"model.codec is '{path}', a model of type '{named}': give the folder of the codec")
-    model, missing = load_from(HiggsAudioV2TokenizerModel, str(folder), None, KEY, dtype=torch.float32)
-    refuse_missing(missing, path)
-    codec: Any = model.eval().to(device)
+    codec: Any = load_from(HiggsAudioV2TokenizerModel, str(folder), None, KEY, dtype=torch.float32).eval().to(device)
     with door(config.path, "processor_config.json"):
         extractor: Any = DacFeatureExtractor.from_pretrained(config.path, revision=config.revision)
     settings = codec.config

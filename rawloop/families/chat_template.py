@@ -1,0 +1,302 @@
+"""A checkpoint's chat template: writes a conversation, and finds in its tokens where an answer begins and ends.
+
+No token's name is assumed. An answer begins where the prompt ends that the template writes when it is asked for an
+answer, so a prompt in training is, token for token, the prompt that generation will see. It ends with the first control
+token that the template writes behind it. A template for which that does not hold is refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+
+from rawloop.errors import UserError
+from rawloop.families.door import PASSED, cause, library_error
+
+Messages = list[dict[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+QUESTION = {"role": "user", "content": "Hello."}
+ANSWERS = ("One two.", "Three.")  # what the template writes behind both of them ends a turn
+CALLS = "tool_calls"
+REASONING = ("reasoning_content", "reasoning", "thinking")
+OTHER_ARGUMENTS = {"another": "argument"}
+MARK = "{#- the clock is stopped at "
+DIRECTIVES = (*"aAwdbBmyYHIpMSfzZjUWGuVcxXDFTeRh", "-d", "-m", "-I", "-H", "-M", "-S", "-j", "-y")
+DRAWS = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # all that Jinja has of it
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer or a processor.
+
+    Args:
+        owner: the tokenizer, or a processor with a tokenizer.
+        path: the checkpoint, for messages.
+        question: a user's message that the template takes.
+        placeholder: id of the token that stands for a clip. A processor repeats it for the clip's positions.
+    """
+
+    def __init__(
+        self, owner: Any, path: str, question: Mapping[str, Any] = QUESTION, placeholder: int | None = None
+    ) -> None:
+        self.owner, self.path, self.question, self.placeholder = owner, path, dict(question), placeholder
+        self.tokenizer = getattr(owner, "tokenizer", owner)
+
+    def run(self, messages: Messages, **options: Any) -> Any:
+        """Return the result of `apply_chat_template`.
+
+        Raises:
+            UserError: the template refuses the messages; a `LibraryError` if it fails in a way that templates do not.
+        """
+        try:
+            return self.owner.apply_chat_template(messages, **options)
+        except PASSED:
+            raise
+        except Exception as error:
+            line = f"the chat template of {self.path} refuses it: {cause(error)}"
+            if isinstance(error, TemplateError | ValueError):
+                raise UserError(line) from error
+            raise library_error(line, error) from error
+
+    def render(self, messages: Messages, *, asks: bool = False, tools: Tools = ()) -> str:
+        """Return a conversation as text. `asks` adds the header of the answer that is to come."""
+        options = {"tools": list(tools)} if tools else {}
+        text: str = self.run(messages, tokenize=False, add_generation_prompt=asks, **options)
+        return text
+
+    def taken(self, messages: Messages, tools: Tools = ()) -> tuple[Messages, str]:
+        """Return messages in the form that the template takes, and their text.
+
+        Some templates (DeepSeek's) want the arguments of tool calls as JSON text.
+        """
+        try:
+            return messages, self.render(messages, tools=tools)
+        except UserError:
+            texts = [_with_text_arguments(message) for message in messages]
+            if texts != messages:
+                with suppress(UserError):  # the first refusal is about the messages as the record has them
+                    return texts, self.render(texts, tools=tools)
+            raise
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a rendered text. Processors put BOS before it, unless the template has written one."""
+        bos = self.tokenizer.bos_token
+        begins = self.owner is not self.tokenizer and not (bos and text.startswith(bos))
+        ids: list[int] = self.tokenizer(text, add_special_tokens=begins, verbose=False)["input_ids"]
+        return ids
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """Id of the token that ends an assistant turn.
+
+        Raises:
+            UserError: the template takes no plain conversation, or cannot be split into prompt and answer.
+        """
+        parts = isinstance(self.question["content"], list)
+        contents = ([{"type": "text", "text": a}] if parts else a for a in ANSWERS)
+        try:
+            first, second = (self.render([self.question, {"role": "assistant", "content": c}]) for c in contents)
+            asked, plain = self.render([self.question], asks=True), self.render([self.question])
+        except UserError as error:
+            error.args = (f"a user and an assistant turn: {error}",)
+            raise
+        between = first[len(asked) :].partition(ANSWERS[0])[0]
+        # A template that writes a header only with the answer would teach it. A channel before the answer is learnt.
+        if not first.startswith(asked) or (asked == plain and between.strip()):
+            raise UserError(
+                f"the chat template of {self.path} cannot be split into prompt and answer: asked for an answer it ends "
+                f"with {asked[-40:]!r}, with the answer it goes on {first[-80:]!r}: use a template whose "
+                "{% if add_generation_prompt %} writes all that stands before an answer"
+            )
+        pairs = zip(reversed(self.ids(first)), reversed(self.ids(second)), strict=False)
+        ending = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)][::-1]
+        control = control_tokens(self.tokenizer)
+        found = [token for token in ending if token in control]
+        if not found:
+            raise UserError(
+                f"the chat template of {self.path} cannot be split into turns: it ends an assistant turn with "
+                f"{self.tokenizer.decode(ending)!r}, in which there is no control token: the model could not learn to "
+                "stop; use a template whose turns end with one"
+            )
+        return found[0]
+
+    def span(self, messages: Messages, index: int, ids: list[int], tools: Tools = ()) -> tuple[int, int]:
+        """Return where the answer `messages[index]` begins in the tokens of its conversation, and where its turn ends.
+
+        Raises:
+            UserError: the template writes the beginning of the conversation otherwise when more follows.
+        """
+        start = self.length(ids, messages[:index], asks=True, tools=tools)
+        if self.end_of_turn not in ids[start:]:
+            raise self._cannot_split(index, start)
+        return start, ids.index(self.end_of_turn, start) + 1
+
+    def check_span(self, messages: Messages, index: int, ids: list[int], tools: Tools = ()) -> None:
+        """Refuse an answer that does not end in the whole conversation as it ends alone. See `span`."""
+        _, end = self.span(messages, index, ids, tools)
+        if index < len(messages) - 1:
+            alone = self._short(self.ids(self.render(messages[: index + 1], tools=tools)))
+            whole = self._short(ids[:end])
+            if alone[: len(whole)] != whole:
+                raise self._cannot_split(index, _parting(alone, whole))
+
+    def length(self, ids: list[int], messages: Messages, *, asks: bool = False, tools: Tools = ()) -> int:
+        """Return how many of a conversation's tokens its first messages take, clips at their full length.
+
+        Raises:
+            UserError: these messages alone have other tokens.
+        """
+        begin = self._short(self.ids(self.render(messages, asks=asks, tools=tools)))
+        places = [*self._places(ids), len(ids)]
+        if len(begin) >= len(places) or [ids[place] for place in places[: len(begin)]] != begin:
+            raise self._cannot_split(len(messages), _parting(begin, self._short(ids)))
+        return places[len(begin)]
+
+    def _places(self, ids: list[int]) -> Sequence[int]:
+        """Positions of tokens without the repetitions of the placeholder."""
+        p = self.placeholder
+        return range(len(ids)) if p is None else [i for i, t in enumerate(ids) if t != p or not i or ids[i - 1] != p]
+
+    def _short(self, ids: list[int]) -> list[int]:
+        return ids if self.placeholder is None else [ids[place] for place in self._places(ids)]
+
+    def _cannot_split(self, index: int, place: int) -> UserError:
+        return UserError(
+            f"the chat template of {self.path} cannot be split at messages[{index}]: the conversation up to there has "
+            f"other tokens (from {place} on) than it has in the whole. Train the last assistant turn only, take blanks "
+            "from the beginning of the answer, or use a template with {% if add_generation_prompt %} that keeps "
+            "earlier turns as they were"
+        )
+
+    def check_words(self, text: str, messages: Messages, trained: Sequence[int] = ()) -> None:
+        """Refuse a text that lacks words of its messages. Answers that are context may: some drop old reasoning.
+
+        Raises:
+            UserError: it does.
+        """
+        said = "".join(text.split())
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and index not in trained:
+                continue
+            for key, words in _words(message):
+                # Llama 3's template writes the result of a tool as JSON text.
+                quoted = json.dumps(words, ensure_ascii=False)[1:-1] if message["role"] == "tool" else words
+                if not any("".join(form.split()) in said for form in (words, quoted)):
+                    raise UserError(
+                        f"the chat template of {self.path} drops or changes the words of messages[{index}] "
+                        f"({message['role'] if key == 'content' else key}): write it as the template has it, or leave "
+                        "it out"
+                    )
+
+    def check_tools(self, text: str, messages: Messages, tools: Tools) -> None:
+        """Refuse a text without its tools and tool calls: with others it must become another text.
+
+        Raises:
+            UserError: a part of them is not in the text.
+        """
+        lost = "'tools'" if tools and self.render(messages) == text else None
+        for index, message in enumerate(messages):
+            for what, changed in _changed(message):
+                others = [*messages[:index], {**message, **changed}, *messages[index + 1 :]]
+                if lost is None and self.render(others, tools=tools) == text:
+                    lost = f"{what} in messages[{index}]"
+        if lost is not None:
+            raise UserError(
+                f"it has {lost}, which the chat template of {self.path} does not write: use a template that does, or "
+                "take it out"
+            )
+
+
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return id and name of every special token: they give a conversation its shape, and no text may spell them."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(added | set(tokenizer.all_special_tokens))
+    return {tokenizer.convert_tokens_to_ids(name): name for name in names}
+
+
+def stop_clock(holder: Any, date: str) -> None:
+    """Let the chat templates of a tokenizer or a processor be told `date` (ISO 8601) when they ask for the time.
+
+    transformers gives templates `strftime_now`, and no way to say what it returns. So a macro of that name is put
+    before the template.
+
+    Raises:
+        UserError: a template draws at random.
+    """
+    templates = getattr(holder, "chat_template", None)
+    if isinstance(templates, dict):
+        holder.chat_template = {name: _stopped(template, date) for name, template in templates.items()}
+    elif isinstance(templates, str):
+        holder.chat_template = _stopped(templates, date)
+
+
+def _stopped(template: str, date: str) -> str:
+    if drawn := DRAWS.search(template):
+        raise UserError(
+            f"the chat template draws at random ({drawn.group().strip()}): the same sample would be other numbers each "
+            "time; take that out of the template"
+        )
+    if "strftime_now" not in template or template.startswith(MARK):
+        return template
+    moment = datetime.fromisoformat(date)
+    filters = "".join(f"|replace('%{d}', '{moment.strftime(f'%{d}')}')" for d in DIRECTIVES)
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{- format{filters}|replace('%%', '%') -}}}}{{% endmacro +%}}"
+    return f"{MARK}{date} -#}}{macro}{template}"
+
+
+def clock_notice(family: Any) -> str:
+    """Return a sentence that says which date a family's chat template is told, or "" if it does not ask."""
+    for holder in (getattr(family, name, None) for name in ("processor", "tokenizer")):
+        templates = getattr(holder, "chat_template", None)
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            if template is not None and template.startswith(MARK):
+                date = template.removeprefix(MARK).partition(" ")[0]
+                return (
+                    f"the chat template asks for the time: it is told {date} (model.template_date), in training and in "
+                    "evaluation, on whichever day"
+                )
+    return ""
+
+
+def _words(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a message that a template must write, each with its key."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    yield from (("content", part["text"]) for part in parts if part["type"] == "text")
+    yield from ((key, message[key]) for key in REASONING if isinstance(message.get(key), str))
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if CALLS not in message:
+        return message
+    texts = [json.dumps(c.get("function", c).get("arguments", {}), ensure_ascii=False) for c in message[CALLS]]
+    return {**message, CALLS: [_with(c, "arguments", t) for c, t in zip(message[CALLS], texts, strict=True)]}
+
+
+def _changed(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield changes of a message with tool calls, each with the part that it changes."""
+    calls = message.get(CALLS, [])
+    if calls and message["content"].strip():
+        yield f"'content' beside '{CALLS}'", {"content": f"{message['content']} ."}
+    for number, call in enumerate(calls):
+        function = call.get("function", call)
+        text = isinstance(function.get("arguments"), str)
+        another: Any = json.dumps(OTHER_ARGUMENTS) if text else OTHER_ARGUMENTS
+        for key, value in (("name", f"{function['name']}_"), ("arguments", another)):
+            changed = [*calls[:number], _with(call, key, value), *calls[number + 1 :]]
+            yield f"the {key} of call {number} of '{CALLS}'", {CALLS: changed}
+
+
+def _with(call: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return a call with another value in its function."""
+    return {**call, "function": {**call["function"], key: value}} if "function" in call else {**call, key: value}
+
+
+def _parting(first: Sequence[int], second: Sequence[int]) -> int:
+    """The first position in which two sequences differ."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
