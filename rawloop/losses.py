@@ -160,7 +160,7 @@ def exact(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def unwrapped(model: Any) -> Any:
+def without_adapter(model: Any) -> Any:
     """Return the model inside a PEFT wrapper; adapters stay in its layers."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if unwrap else model

@@ -57,7 +57,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--model.family", "higs_audio_v2"], r"'higs_audio_v2' \(did you mean 'higgs_audio_v2'\?\)"),
         (["--model.attention", "fast"], r"cannot be loaded: Specified `attn_implementation=\"fast\"`"),
         (["--model.attention", "flash_attention_2"], r"cannot be loaded: FlashAttention2 has been toggled on"),
-        (["--model.stream_weights.video", "1"], r"stream_weights has \['video'\]: this model has the streams audio, text"),
+        (["--model.stream_weights.video", "1"], r"stream_weights has \['video'\]: this model has the streams audio, "),
         (["--model.stream_weights.text", "-1"], r"stream_weights\.text is -1\.0: it must be a number, and not below 0"),
         (["--adapter.target_modules", "[qproj]"], r"has 'qproj', which matches no layer of the model; near: q_proj"),
         (["--adapter.freeze", "['*']"], r"no weight of the model is trainable: adapter\.mode is lora and adapter\.fre"),

@@ -42,7 +42,7 @@ from rawloop.families.shared import (
     with_inputs,
 )
 from rawloop.inputs import check_inputs
-from rawloop.losses import unwrapped
+from rawloop.losses import without_adapter
 
 STREAM = "text"
 
@@ -116,7 +116,7 @@ class AudioChat:
         Returns:
             `text`: (targets, vocabulary).
         """
-        base = unwrapped(model)
+        base = without_adapter(model)
         if tuple(batch.inputs) not in self._checked:
             check_inputs(base, batch.inputs)
             self._checked.add(tuple(batch.inputs))

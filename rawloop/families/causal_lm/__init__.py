@@ -19,7 +19,7 @@ from rawloop.families.causal_lm.examples import Example, TextEncoder
 from rawloop.families.sample_checks import is_text
 from rawloop.families.shared import load_parts, load_weights, perturbed, rows_of, target_logits, weights_of
 from rawloop.inputs import check_inputs
-from rawloop.losses import unwrapped
+from rawloop.losses import without_adapter
 
 PACKED_ATTENTION = ("sdpa", "eager")
 PROBES = ("One two three four five six.", "Seven eight nine ten eleven twelve.")
@@ -95,7 +95,7 @@ class CausalLM:
         Returns:
             `text`: (targets, vocabulary).
         """
-        base = unwrapped(model)
+        base = without_adapter(model)
         if tuple(batch.inputs) not in self._checked:
             check_inputs(base, batch.inputs)
             self._checked.add(tuple(batch.inputs))

@@ -30,7 +30,7 @@ from rawloop.families.higgs_audio_v2.codec import codec_hash, load_codec
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
 from rawloop.families.shared import load_parts, load_weights, weights_of
 from rawloop.inputs import check_inputs
-from rawloop.losses import exact, unwrapped
+from rawloop.losses import exact, without_adapter
 
 STREAMS = ("audio", "text")
 NO_TEXT_HEAD = {
@@ -126,7 +126,7 @@ class HiggsAudioV2:
         Returns:
             `audio`: (targets, codebooks, codebook_size); `text`: (targets, vocabulary).
         """
-        base = unwrapped(model)
+        base = without_adapter(model)
         if tuple(batch.inputs) not in self._checked:
             check_inputs(base.model, batch.inputs)
             self._checked.add(tuple(batch.inputs))
