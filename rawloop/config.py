@@ -129,7 +129,7 @@ def parse(
         origins |= dict.fromkeys(settings, file)
         values = parser.read_settings(settings, values)
     parser.origin = Parser.origin
-    origins |= dict.fromkeys(_option_keys(rest, known, prog), parser.origin)
+    origins |= dict.fromkeys(_option_keys(rest, known | own.keys(), prog), parser.origin)
     values = parser.read_options(rest, values).as_dict()
     try:
         return _built(RunConfig, values), options

@@ -16,7 +16,7 @@ from rawloop.yaml_file import check_node, nested
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, with every complaint turned into one `UserError` line that says where a value stands."""
+    """jsonargparse's parser. Every complaint is a `UserError` of one line that names the value's origin."""
 
     origin = "the command line"
     meant: Mapping[str, str] = MappingProxyType({})  # options of other commands -> the one of this command
@@ -28,22 +28,24 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        required = re.match(r"the following arguments are required: (.*)", message)
+        if required:
+            missing = [f"--{name.strip()}" for name in required[1].split(",")]
+            raise UserError(f"{' and '.join(missing)} must be given; `{self.prog} --help` lists all options")
         names = [name for action in self._actions for name in action.option_strings]
         hint = nearest(self.meant.get(unknown[1], unknown[1]), names) if unknown else ""
         raise UserError(explain(message, self.origin, self.hints) + hint)
 
     def read_settings(self, values: Mapping[str, Any], before: Any = None) -> Any:
-        """Return settings given by dotted keys over those read before, if any, in their types."""
+        """Return settings, given by dotted keys, in their types. They override the settings read `before`."""
         with self._within_bounds():
             return self._checked(self.parse_object(nested(dict(values)), namespace=before))
 
     def read_options(self, arguments: list[str], before: Any = None) -> Any:
-        """Return what a command line says, over settings read before, if any, in their types."""
+        """Return the settings of a command line, in their types. They override the settings read `before`."""
         with self._within_bounds():
             for word in arguments:
-                if "&" in word and "*" in word:  # aliases of YAML, which would take a word as long as memory
-                    with suppress(yaml.YAMLError):
-                        check_node(yaml.compose(word, Loader=yaml.SafeLoader), self.origin)
+                _check_aliases(word, self.origin)
             return self._checked(self.parse_args(arguments, namespace=before))
 
     @contextmanager
@@ -56,7 +58,7 @@ class Parser(ArgumentParser):
             raise UserError(f"a number in {self.origin} is too large: {error}") from error
 
     def _checked(self, values: Any) -> Any:
-        """Refuse what passes jsonargparse's types: null for any key, and what no file or tensor takes."""
+        """Refuse values that jsonargparse lets through: a null, too large a number, characters that are no text."""
         for key, hint in self.hints.items():
             value = values[key]
             if value is None and type(None) not in get_args(hint):
@@ -94,7 +96,7 @@ SHOWN = 120  # characters of a value in a message
 
 
 def explain(message: str, origin: str, hints: Mapping[str, Any]) -> str:
-    """Put jsonargparse's words about a wrong type into one line of ours; other messages are only joined to a line."""
+    """Say in one line what type a value must have. Other messages of jsonargparse are joined to one line."""
     line = "; ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     found = WRONG_LIST.search(line)
     if found:
@@ -112,7 +114,7 @@ def explain(message: str, origin: str, hints: Mapping[str, Any]) -> str:
 
 
 def in_words(hint: object) -> str:
-    """What a value of a type must be, such as `a whole number`; of a type hint, or of its name."""
+    """Describe the values of a type, given by its hint or its name, such as `a whole number`."""
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(in_words(part) for part in get_args(hint) if part is not type(None))
     name = getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint)
@@ -122,13 +124,20 @@ def in_words(hint: object) -> str:
 
 
 def short(text: str) -> str:
-    """A text in one line, cut in its middle where it is long."""
+    """Return a text in one line. The middle of a long one is left out."""
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 4 :]} ({len(text):,} characters)"
 
 
+def _check_aliases(word: str, origin: str) -> None:
+    """Refuse a word whose YAML aliases would grow without end."""
+    if "&" in word and "*" in word:
+        with suppress(yaml.YAMLError):
+            check_node(yaml.compose(word, Loader=yaml.SafeLoader), origin)
+
+
 def _parts(value: Any) -> Iterator[Any]:
-    """A value, or those in a list or a dict, keys included."""
+    """Yield the items of a list, the keys and items of a dict, or the value itself."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     yield from value if isinstance(value, list) else [value]
@@ -143,7 +152,7 @@ def _is_text(value: str) -> bool:
 
 
 def add_options(parser: Parser, owner: type, group: str = "") -> None:
-    """Add an option for each field of a config dataclass, and of those inside it, helped by its docstring."""
+    """Add an option for each field of a config dataclass, and of those inside it. Their docstrings are the help."""
     summary, texts = field_help(owner)
     section = parser.add_argument_group(group or "run", summary if group else None)
     hints = get_type_hints(owner)

@@ -35,7 +35,8 @@ def run(argv: list[str]) -> None:
             be written; nothing is left of it.
     """
     parser = Parser(prog="rawloop merge", description="Merge a LoRA adapter into its base model.")
-    parser.meant = {"--checkpoint": "--adapter", "--config": "--adapter"}
+    of_the_base = dict.fromkeys(("--base", "--base_model", "--model"), "--model.path")
+    parser.meant = {"--checkpoint": "--adapter", "--config": "--adapter", **of_the_base}
     parser.add_argument("--adapter", type=str, required=True, help="folder with adapter_config.json")
     parser.add_argument("--output", type=str, required=True, help="folder for the merged model; must not exist yet")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the written weights")

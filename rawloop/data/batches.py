@@ -50,8 +50,9 @@ class BatchPlan:
                 f"train.batch_size ({self.batch_size}) and train.accumulation ({self.accumulation}) must be 1 or more"
             )
         if self.num_samples < self.window_size:
+            processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
             raise UserError(
-                f"one step takes {self.window_size} samples ({self.world_size} processes x train.batch_size "
+                f"one step takes {self.window_size} samples ({processes} x train.batch_size "
                 f"{self.batch_size} x train.accumulation {self.accumulation}), the training set has "
                 f"{self.num_samples}: lower one of them, or add data"
             )

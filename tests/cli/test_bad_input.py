@@ -62,7 +62,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--adapter.target_modules", "[qproj]"], r"has 'qproj', which matches no layer of the model; near: q_proj"),
         (["--adapter.freeze", "['*']"], r"no weight of the model is trainable: adapter\.mode is lora and adapter\.fre"),
         (["--adapter.alpha", "0"], r"adapter\.alpha is 0\.0: it must be above 0"),
-        (["--train.batch_size", "9"], r"one step takes 9 samples \(1 processes x train\.batch_size 9 x train\.accum"),
+        (["--train.batch_size", "9"], r"one step takes 9 samples \(1 process x train\.batch_size 9 x train\.accum"),
         (["--train.batch_size", "0"], r"train\.batch_size \(0\) and train\.accumulation \(1\) must be 1 or more"),
         (["--train.max_steps", "-1"], r"train\.max_steps \(-1\) must not be below 0"),
         (["--optim.beta2", "1"], r"optim\.beta2 is 1\.0: it must be at least 0 and below 1"),
@@ -126,6 +126,21 @@ def test_config_files(refusal: Refusal, tmp_path: Path, text: str, line: str) ->
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     assert refusal("train", "--config", file, "--output", tmp_path / "run") == line.replace("FILE", str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["evaluate", "--checkpont", "best"], r"unknown key 'checkpont' .* \(did you mean 'checkpoint'\?\)"),
+        (["evaluate", "--confg", "x.yaml"], r"unknown key 'confg' .* \(did you mean 'config'\?\)"),
+        (["merge", "--adapter", "x"], "^--output must be given; `rawloop merge --help` lists all options$"),
+        (["merge", "--adapter", "x", "--output", "y", "--base", "z"], r"--base z \(did you mean '--model\.path'\?\)"),
+        (["merge", "--adpter", "x"], r"did you mean '--adapter'"),
+    ],
+)
+def test_options_of_the_command_are_suggested(refusal: Refusal, arguments: list[str], line: str) -> None:
+    said = refusal(*arguments)
+    assert re.search(line, said), said
 
 
 def test_words_that_are_not_utf8(refusal: Refusal, config: Path) -> None:
@@ -268,7 +283,7 @@ def test_evaluate(refusal: Refusal, config: Path, tmp_path: Path) -> None:
 
 
 def test_merge(refusal: Refusal, tmp_path: Path) -> None:
-    assert refusal("merge") == "the following arguments are required: adapter, output"
+    assert refusal("merge") == "--adapter and --output must be given; `rawloop merge --help` lists all options"
     for option in ("adaptor", "checkpoint", "config"):
         assert refusal("merge", f"--{option}", "x").endswith(f"--{option} x (did you mean '--adapter'?)")
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "merged")
@@ -320,7 +335,7 @@ def test_ranks_without_a_launcher(refusal: Refusal, config: Path, monkeypatch: p
         ),
         pytest.param(
             ["merge", "--adapter", "x"],
-            "rawloop merge: the following arguments are required: output",
+            "rawloop merge: --output must be given; `rawloop merge --help` lists all options",
             marks=pytest.mark.slow,
         ),
         (
