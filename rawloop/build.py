@@ -26,8 +26,9 @@ from rawloop.data.limits import Limits
 from rawloop.data.samples import shared
 from rawloop.data.splits import load_samples, open_codes
 from rawloop.data.workers import SPARE, check_descriptors
+from rawloop.ddp import DDPConfig, decide_find_unused
 from rawloop.diagnose import Report, run_checks
-from rawloop.dist import DDPConfig, World
+from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.facts import Contents, check_settings_of_ranks, contents_of
@@ -41,7 +42,6 @@ from rawloop.precision import PrecisionPolicy, preflight
 from rawloop.records import Records, check_packages
 from rawloop.resume import Claim, claim, goes_back, restore, stored_precision
 from rawloop.seed import RngState
-from rawloop.unused import decide_find_unused
 from rawloop.weights import Source, find_source
 
 Say = Callable[[str], None]
@@ -89,7 +89,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     ready.module.train()
     trial = preflight(ready.policy, ready.first_loss)
     say(f"precision: {ready.policy.name} ({ready.policy.reason})")
-    ddp, notice = decide_find_unused(config.ddp, world, trial.unused)
+    ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = settle_moves(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say) if claimed.slot is None else None

@@ -18,7 +18,8 @@ from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
 from rawloop.data.splits import no_codes
-from rawloop.dist import World, unwrap_ddp
+from rawloop.ddp import unwrap_ddp
+from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family

@@ -1,11 +1,11 @@
-"""Ranks and collectives: the only reader of the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, those of torchrun's
-restarts), the only user of torch.distributed.
+"""Ranks and collectives.
 
 `World.current()` describes the processes that torch.distributed knows, or a single process where it is not initialised.
 `open_world` starts and ends the process group as well.
 """
 
 import atexit
+import ctypes
 import json
 import os
 import pickle
@@ -15,19 +15,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, reduce
-from inspect import signature
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from rawloop.ddp import DDPConfig, wrap_in_ddp
 from rawloop.errors import RawloopError, UserError
-from rawloop.settings import DDPConfig as DDPConfig
-from rawloop.waiting import Waiting
+from rawloop.launcher import choose_device, read_launch, read_ranks
+from rawloop.waiting import Waiting, is_lost_rank, nccl_advice
 
+FOREVER = timedelta(days=1000)
+ABORT = 5.0  # seconds in which a process group is aborted
 T = TypeVar("T")
 E = TypeVar("E", bound=RawloopError)
 
@@ -148,29 +150,35 @@ class World:
     def on_all_ranks(self, work: Callable[[], T], only_main: bool = False) -> T | None:
         """Run `work` on every rank (or on rank 0), then agree: an error on any rank is raised on all of them.
 
-        No rank is left waiting in a collective for one that has failed.
+        No rank is left waiting in a collective for one that has failed, and none gives up on one that works for long.
 
         Raises:
             RawloopError: the first failing rank's own error; other ranks' copies name that rank.
+            Exception: any other error, on the rank where it happened; the others raise a RawloopError that quotes it.
         """
         result: T | None = None
-        error: RawloopError | None = None
+        error: Exception | None = None
         if self.is_main or not only_main:
             try:
-                result = work()
-            except RawloopError as caught:
-                error = caught
-            except OSError as caught:  # a failing disk on one rank must not leave the others waiting
+                with self.working():
+                    result = work()
+            except OSError as caught:  # a failing disk is no bug
                 error = RawloopError(f"{type(caught).__name__}: {caught}")
-        kinds = self.gather(None if error is None else (type(error), str(error)))
-        failed = [(rank, kind) for rank, kind in enumerate(kinds) if kind is not None]
-        if not failed:
+            except Exception as caught:
+                error = caught
+        said = self.gather(_in_words(error) if error else None)
+        rank = next((rank for rank, words in enumerate(said) if words), None)
+        if rank is None:
             return result
-        rank, (kind, message) = failed[0]
-        raised = error
-        if raised is None or self.rank != rank:
-            raised = kind(message if rank == 0 else f"rank {rank}: {message}")
-        raise self.raised_on_all(raised)
+        if error is not None and self.rank == rank:
+            raise self.raised_on_all(error) if isinstance(error, RawloopError) else error
+        kind, failed, message = said[rank] or (RawloopError, "", "")
+        name = f"rank {rank}{failed}: " if rank or failed else ""
+        raise self.raised_on_all(kind(f"{name}{message}")) from error
+
+    def working(self) -> AbstractContextManager[None]:
+        """Tell the others, while inside, that this rank works and will come: none of them gives up on it."""
+        return self.waiting.working() if self.waiting else nullcontext()
 
     def raised_on_all(self, error: E) -> E:
         """Mark an error that all ranks raise alike: rank 0 alone tells it."""
@@ -210,82 +218,20 @@ class World:
         config = config or DDPConfig()
         self.wrapped[:] = [other for other in self.wrapped if other.module() not in (None, module)]
         self.wrapped.append(Wrapped(ref(module), config))
-        # torch 2.13 renames broadcast_buffers and warns about the old name
-        renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
-        buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": config.broadcast_buffers}
-        return DistributedDataParallel(
-            module,
-            find_unused_parameters=bool(config.find_unused_parameters),
-            gradient_as_bucket_view=config.gradient_as_bucket_view,
-            static_graph=config.static_graph,
-            **buffers,
-        )
+        return wrap_in_ddp(module, config)
+
+
+def _in_words(error: Exception) -> tuple[type[RawloopError], str, str]:
+    """Return the type that other ranks raise for an error of this one, what follows `rank N`, and the message."""
+    if not isinstance(error, RawloopError):
+        return RawloopError, " failed", f"{type(error).__name__}: {error}"
+    # A subclass from elsewhere may be unknown to the others, or take other arguments.
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == RawloopError.__module__)
+    return kind, "", str(error)
 
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def unwrap_ddp(module: nn.Module) -> nn.Module:
-    """What DDP wraps, or the module itself where there is no DDP."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-    """Context in which a DDP module keeps its gradients local, if `wanted` and if it is DDP at all."""
-    if wanted and isinstance(module, DistributedDataParallel):
-        return module.no_sync()
-    return nullcontext()
-
-
-def choose_device(wanted: str, local_rank: int, size: int = 1) -> torch.device:
-    """Return the device for this process: `wanted`, or for `auto` its own GPU, else MPS, else the CPU.
-
-    Raises:
-        UserError: the device does not exist on this machine.
-    """
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if wanted not in ("cuda", "mps", "cpu"):
-        raise UserError(f"device is '{wanted}': it must be auto, cuda, mps or cpu; CUDA_VISIBLE_DEVICES chooses GPUs")
-    if wanted == "cuda":
-        found = torch.cuda.device_count()
-        if not found:
-            raise UserError("device is 'cuda', and torch sees no GPU here: use 'auto' or 'cpu', or mend the driver")
-        if local_rank >= found:
-            raise UserError(
-                f"device is 'cuda' and this process is number {local_rank} on its machine, which has {found} GPU(s): "
-                f"start at most {found} process(es) per machine, or set device to 'cpu'"
-            )
-        return torch.device("cuda", local_rank)
-    if wanted == "mps" and size > 1:
-        raise UserError(f"device is 'mps' and there are {size} processes: gloo has no MPS; start one, or use 'cpu'")
-    if wanted == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device is 'mps', which this machine or this build of torch does not have: use 'auto' or 'cpu'")
-    return torch.device(wanted)
-
-
-def read_ranks() -> tuple[int, int, int]:
-    """Return (rank, world size, local rank) as torchrun sets them; (0, 1, 0) without torchrun."""
-    try:
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        return rank, size, int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
-
-
-def read_launch() -> tuple[str, int]:
-    """Return (name of the launch, number of restarts) as torchrun sets them; ("", 0) without torchrun."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if not count.isdecimal():
-        raise UserError(f"TORCHELASTIC_RESTART_COUNT is '{count}': it must be a whole number")
-    return os.environ.get("TORCHELASTIC_RUN_ID", ""), int(count)
-
-
-def is_lost_rank(error: Exception) -> bool:
-    """Whether an error says that another rank has gone or did not come."""
-    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def _hold(group: object) -> None:
@@ -307,8 +253,10 @@ def _world_of(default: Any) -> World:
         return world
     options = getattr(default._get_backend(default._device_types[0]), "options", None)  # not every backend has them
     limit = options._timeout if options else dist.default_pg_timeout
-    # Agreements have a group of their own: a plain NCCL group cannot reduce CPU tensors.
+    # Agreements have a group of their own: a plain NCCL group cannot reduce CPU tensors, and here `Waiting` sets the
+    # limits, for a rank that works longer than ddp.timeout ends nothing.
     group = dist.new_group(backend="gloo", timeout=limit)
+    dist.distributed_c10d._set_pg_timeout(FOREVER, group)
     store = dist.PrefixStore("rawloop", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
     return replace(world, waiting=Waiting(store, rank, size, limit.total_seconds()), group=group)
 
@@ -330,22 +278,40 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     world = World(rank, size, local_rank, choose_device(device, local_rank, size), *read_launch())
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if size == 1:
-        yield world
+    if size == 1 or dist.is_initialized():
+        yield world if size == 1 else World.current()
         return
     world = _join(world, timeout)
     assert world.waiting is not None
     try:
         yield world
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise world.waiting.explain(error) from error
-    finally:
-        # gloo's threads need the GIL to let go of the last collective's tensors. One that still waits for it when the
-        # interpreter ends aborts the process ("terminate called without an active exception"): let them have it.
-        time.sleep(0.1)
-        dist.destroy_process_group()
+    except BaseException as error:
+        # Destroying the group waits for its collectives, for ever if another rank does not come, and closing it ends
+        # the others, and then the launcher this rank: its own message comes first, at exit the group is aborted.
+        atexit.register(_abort)
+        if is_lost_rank(error) and isinstance(error, RuntimeError):
+            raise world.waiting.explain(error) from error
+        if advice := nccl_advice(error):
+            error.add_note(advice)
+        raise
+    # gloo's threads need the GIL to let go of the last collective's tensors. One that still waits for it when the
+    # interpreter ends aborts the process ("terminate called without an active exception"): let them have it.
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
+def _abort() -> None:
+    """Let a run that has failed leave its process group without waiting for anybody."""
+    if not dist.is_initialized():
+        return
+    for group in (dist.group.WORLD, World.current().group):
+        # Its destructor waits for collectives that may never end: it must not run.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    if "nccl" in dist.get_backend_config():
+        thread = Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
+        thread.start()
+        thread.join(ABORT)
+    time.sleep(0.1)  # for gloo's threads, as above
 
 
 def _join(world: World, timeout: float) -> World:

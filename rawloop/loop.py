@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint import BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import World, no_sync, unwrap_ddp
+from rawloop.ddp import no_sync, unwrap_ddp
+from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, Preempted, RawloopError, TrainingError, UserError, happening, nearest
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.losses import weighted_mean

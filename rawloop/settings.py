@@ -19,7 +19,7 @@ class DDPConfig:
         broadcast_buffers: copy rank 0's buffers to all ranks at every forward pass.
         gradient_as_bucket_view: let gradients live inside the all-reduce buckets (saves one copy of the gradients).
         static_graph: promise that the graph never changes. Not together with gradient accumulation.
-        timeout: seconds that ranks wait for one that does not come, before the run ends and says which one it was.
+        timeout: seconds that ranks wait for one that neither comes nor works, before the run ends and names it.
     """
 
     find_unused_parameters: bool | Literal["auto"] = "auto"

@@ -22,8 +22,9 @@ from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
 from rawloop.data.samples import read_samples
+from rawloop.ddp import DDPConfig
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, World
+from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family

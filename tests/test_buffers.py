@@ -27,8 +27,9 @@ from rawloop.cli.doctor import Doctor
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
+from rawloop.ddp import DDPConfig
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, World
+from rawloop.dist import World
 from rawloop.errors import CheckpointError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig

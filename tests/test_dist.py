@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawloop.contracts import Batch, Labels, StreamLoss
-from rawloop.dist import DDPConfig, World, choose_device, no_sync, open_world, read_ranks
+from rawloop.ddp import DDPConfig, no_sync
+from rawloop.dist import World, open_world
 from rawloop.errors import CheckpointError, RawloopError, TrainingError, UserError
+from rawloop.launcher import choose_device, read_ranks
 from rawloop.losses import LossModule
+from rawloop.waiting import is_lost_rank, nccl_advice
 
 CPU = torch.device("cpu")
 Ranks = Callable[..., list[Any]]
@@ -248,7 +253,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from rawloop.dist import DDPConfig, World
+from rawloop.ddp import DDPConfig
+from rawloop.dist import World
 from rawloop.errors import UserError
 
 backend, said = sys.argv[1], {}
@@ -271,40 +277,68 @@ if backend == "gloo":
     module(torch.full((2,), world.rank + 1.0)).backward()
     said["gradient"] = net.weight.grad.tolist()
 dist.destroy_process_group()
-dist.init_process_group(backend)
+dist.init_process_group(backend, init_method=f"file://{sys.argv[2]}/store", rank=world.rank, world_size=2)
 said["anew"] = [World.current() is world, World.current().sum([1.0])]
-with open(f"{sys.argv[2]}/{world.rank}", "w") as file:
-    json.dump(said, file)
+print(json.dumps(said))
 dist.destroy_process_group()
 """
 
 
-def start_script(source: str, rank: int, port: int, *arguments: str, size: int = 2) -> "subprocess.Popen[str]":
-    """Start one rank of a script that finds its process group by itself."""
-    ranks = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    environment = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", source, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+FORK = """
+import json, os, signal, sys, time
+import torch
+import torch._dynamo  # DDP imports it, which takes seconds
+import rawloop.cli, rawloop.dist, rawloop.losses
+
+source, folder, port, size = sys.argv[1:5]
+left, codes = {}, {}
+for rank in range(int(size)):
+    child = os.fork()
+    if not child:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=size, LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv = ["script", *sys.argv[5:]]
+        exec(compile(source, "script", "exec"), {"__name__": "__main__"})
+        sys.exit()
+    left[child] = rank
+stopped = set()
+while left:
+    for child in list(left):
+        ended, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if ended and os.WIFSTOPPED(status):
+            stopped.add(child)
+        elif ended:
+            codes[left.pop(child)] = os.waitstatus_to_exitcode(status)
+    if stopped and stopped == set(left):
+        [os.kill(child, signal.SIGKILL) for child in left]
+    time.sleep(0.02)
+print(json.dumps([codes[rank] for rank in range(int(size))]))
+"""
 
 
-def end_scripts(processes: list["subprocess.Popen[str]"], timeout: float = 300.0) -> list[tuple[int, str, str]]:
-    """Wait for all of them; return exit codes and outputs. None outlives the call."""
-    try:
-        ended = [(*process.communicate(timeout=timeout), process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [(code, out, error) for out, error, code in ended]
+def run_scripts(folder: Path, source: str, *arguments: str, size: int = 2) -> list[tuple[int, str, str]]:
+    """Run a script as so many ranks; return their exit codes, outputs and errors. A stopped rank is killed at the end.
+
+    They are forked, so that they start at the same time on any machine.
+    """
+    command = [sys.executable, "-c", FORK, source, str(folder), str(free_port()), str(size), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            codes = json.loads(process.communicate(timeout=280)[0])
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    texts = [[(folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(size)]
+    return [(code, out, errors) for code, (out, errors) in zip(codes, texts, strict=True)]
 
 
 @pytest.mark.parametrize("backend", ["gloo", "cuda:gloo"])  # the second has nothing for the CPU, as plain nccl
 def test_the_world_of_a_group_that_the_script_has_initialised(tmp_path: Path, backend: str) -> None:
-    port = free_port()
-    for code, _, errors in end_scripts([start_script(FOREIGN, r, port, backend, str(tmp_path)) for r in range(2)]):
+    for rank, (code, out, errors) in enumerate(run_scripts(tmp_path, FOREIGN, backend, str(tmp_path))):
         assert code == 0, errors
-    for rank in range(2):
-        said = json.loads((tmp_path / str(rank)).read_text())
+        said = json.loads(out)
         assert said.pop("before").startswith("WORLD_SIZE is 2, and torch.distributed is not initialised: ")
         if backend == "gloo":
             assert (said.pop("ddp"), said.pop("wrapped")) == (True, [[True, False]])
@@ -338,8 +372,10 @@ import contextlib, os, signal, socket, sys, time, torch
 import torch._dynamo  # DDP imports it, for a second; forked children have it already
 from torch import nn
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import DDPConfig, open_world
+from rawloop.ddp import DDPConfig
+from rawloop.dist import open_world
 from rawloop.losses import LossModule
+from rawloop.waiting import is_lost_rank, nccl_advice
 
 def scored(model, batch):
     return {"a": StreamLoss(model(batch.inputs["x"]).sum(), 4)}
@@ -411,27 +447,24 @@ def test_a_rank_that_fails_outside_an_agreement_does_not_leave_the_others_waitin
 # -- a rank that does not come in time ---------------------------------------------------------------------------
 
 AWAY = """
-import json, os, sys, time
+import json, sys, time
 import torch
-from rawloop.cli import call
 from rawloop.dist import open_world
 from rawloop.errors import LostRank
 
-rank, size, away, port, ddp = (int(word) for word in sys.argv[1:])
-os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+away, ddp = (int(word) for word in sys.argv[1:])
 try:
     with open_world("cpu", timeout=2.0) as world:
         world.gather("all are here")
         module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1)) if ddp else None
-        if rank == away:
-            time.sleep(6)
-        elif rank == size - 1:
+        if world.rank == away:
+            time.sleep(8)
+        elif world.rank == world.size - 1:
             time.sleep(1)  # a mark that comes late must count
         if module is not None:
             module(torch.ones(1)).backward()
         else:
-            world.gather({"rank": rank})
+            world.gather({"rank": world.rank})
 except LostRank as error:
     print(json.dumps([error.is_reporter, error.exit_code, str(error)]))
 """
@@ -448,31 +481,166 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("away", "ddp"), [(1, 0), pytest.param(0, 0, marks=SLOW), pytest.param(2, 1, marks=SLOW)])
-def test_a_timeout_says_who_did_not_come_and_which_key_sets_it(away: int, ddp: int) -> None:
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", AWAY, *map(str, (rank, 3, away, port, ddp))], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(3)
-    ]
-    try:
-        said = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def test_a_timeout_says_who_did_not_come_and_which_key_sets_it(tmp_path: Path, away: int, ddp: int) -> None:
+    said = [json.loads(out) for _, out, _ in run_scripts(tmp_path, AWAY, str(away), str(ddp), size=3)]
     first, second = (rank for rank in range(3) if rank != away)
     is_reporter, code, words = said[first]
     assert words.startswith(f"rank {away} did not come in time: the others waited 2 s (ddp.timeout): look what held")
     assert (is_reporter, code) == (True, 1)
-    if (away, ddp) == (1, 0):  # rank 0 holds the store here, and its time is over earlier
-        unknown = "a rank did not come in time, within 2 s (ddp.timeout); which one is not known"
-        assert said[second][2].startswith(unknown)
+    if (away, ddp) == (1, 0):  # rank 0 holds the store here, and ends earlier
+        assert said[second][2].startswith((words, "another rank has ended, and its message says why ("))
     else:
         assert said[second] == [False, 1, words]
-    late = (f"rank {away} came too late: rank {first} had waited 2 s for it (ddp.timeout)", "another rank has ended")
-    assert said[away][2].startswith(late)
+    late = (f"rank {away} came too late: rank {r} had waited 2 s for it (ddp.timeout)" for r in (first, second))
+    assert said[away][2].startswith((*late, "another rank has ended"))
+
+
+# -- a rank that works for long ----------------------------------------------------------------------------------
+
+WORKING = """
+import os, signal, sys, time
+from rawloop.dist import open_world
+
+how = sys.argv[1]
+with open_world("cpu", timeout=5.0) as world:
+    world.gather("all are here")
+
+    def work():
+        if how == "works":
+            time.sleep(15)
+            return "done"
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+
+    busy = 0 if how == "works" else 1  # rank 0 has the store
+    result = world.on_all_ranks(lambda: work() if world.rank == busy else None)
+    print(world.gather(result))
+"""
+
+
+@pytest.mark.parametrize("how", ["works", "dies", "is silent"])
+def test_ranks_wait_for_one_that_works_and_for_no_other(tmp_path: Path, how: str) -> None:
+    first, second = run_scripts(tmp_path, WORKING, how)
+    if how == "works":
+        assert first[:2] == second[:2] == (0, "['done', None]\n"), first[2]
+        return
+    words = {
+        "dies": "LostRank: another rank has ended, and its message says why (",
+        "is silent": "LostRank: rank 1 did not come in time: the others waited 5 s (ddp.timeout)",
+    }
+    assert first[0] == 1
+    assert words[how] in first[2]
+
+
+# -- a rank that fails -------------------------------------------------------------------------------------------
+
+FAILING = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from torch import nn
+from rawloop.dist import open_world
+
+how, blocks = sys.argv[1], sys.argv[2] == "blocks"
+if blocks:  # as NCCL does when another rank never comes
+    dist.destroy_process_group = dist.distributed_c10d._abort_process_group = lambda: time.sleep(1000)
+    dist.get_backend_config = lambda *_: "cpu:gloo,cuda:nccl"
+    torch.cuda.current_device = lambda: 0
+with open_world("cpu") as world:
+    module = world.wrap(nn.Linear(2, 1))
+    loss = module(torch.ones(2)).sum()
+
+    def work():
+        if world.rank == 1:
+            raise KeyError("of a user's function")
+
+    if how == "agreed":
+        world.on_all_ranks(work)
+    work()  # rank 0 goes on, into the all-reduce of its backward pass
+    loss.backward()
+"""
+
+
+@pytest.mark.parametrize(("how", "blocks"), [("agreed", "ends"), ("backward", "ends"), ("backward", "blocks")])
+def test_a_rank_that_fails_tells_first_and_the_others_end(tmp_path: Path, how: str, blocks: str) -> None:
+    start = time.monotonic()
+    first, second = run_scripts(tmp_path, FAILING, how, blocks)
+    assert time.monotonic() - start < 200  # ddp.timeout is 600 s
+    assert (first[0], second[0]) == (1, 1)
+    assert second[2].rstrip().endswith('KeyError: "of a user\'s function"')
+    agreed = 'RawloopError: rank 1 failed: KeyError: "of a user\'s function"'
+    assert first[2].rstrip().endswith(agreed) if how == "agreed" else "LostRank: another rank has ended" in first[2]
+
+
+HEAD = "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1691, "
+
+
+@pytest.mark.parametrize(
+    ("text", "lost", "advice"),
+    [
+        (
+            f"{HEAD}invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.19.3\nncclInvalidUsage: This "
+            "usually reflects invalid usage of NCCL library.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 "
+            "both on CUDA device 1000",
+            False,
+            "one process per GPU",
+        ),
+        (
+            f"{HEAD}unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.21.5\n"
+            "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \n"
+            "Last error:\nError while creating shared memory segment /dev/shm/nccl-EoOvZr (size 7340384)",
+            False,
+            "--shm-size",
+        ),
+        (
+            f"{HEAD}unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.18.6\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 'out of memory'",
+            False,
+            "lower train.batch_size",
+        ),
+        (
+            f"{HEAD}unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.18.6\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 'invalid device context'",
+            False,
+            "CUDA_LAUNCH_BLOCKING=1",
+        ),
+        (
+            f"{HEAD}remote process exited or there was a network error, NCCL version 2.21.5\nncclRemoteError: A call "
+            "failed possibly due to a network error or a remote process exiting prematurely.\nLast error:\n"
+            "socketProgressOpt: Call to recv from 172.17.0.2<33759> failed : Connection reset by peer",
+            True,
+            None,
+        ),
+        (
+            f"{HEAD}internal error, NCCL version 2.14.3\nncclInternalError: Internal check failed.\nLast error:\n"
+            "Net : Connection closed by remote peer user<50260>",
+            True,
+            None,
+        ),
+        (
+            "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, "
+            "NumelIn=466119168, NumelOut=466119168, Timeout(ms)=600000) ran for 600004 milliseconds before timing out.",
+            True,
+            None,
+        ),
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6057",
+            True,
+            None,
+        ),
+        ("CUDA error: device-side assert triggered", False, None),
+    ],
+)
+def test_an_error_of_nccl_is_another_ranks_only_if_it_says_so(text: str, lost: bool, advice: str | None) -> None:
+    for error in (torch.distributed.DistBackendError(text), RuntimeError(text)):
+        assert is_lost_rank(error) == lost
+        found = nccl_advice(error)
+        assert (found is None) if advice is None else (found is not None and advice in found)
+
+
+@pytest.mark.parametrize("kind", [torch.distributed.DistNetworkError, torch.distributed.DistStoreError])
+def test_the_store_fails_where_its_host_has_gone(kind: type[Exception]) -> None:
+    assert is_lost_rank(kind("wait timeout after 300000ms, keys: /restart-0"))
 
 
 # -- what the environment says -----------------------------------------------------------------------------------

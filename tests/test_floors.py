@@ -22,6 +22,7 @@ FLOORS = (
             "lazy",
             "settings",
             "contracts",
+            "launcher",
             "waiting",
             "dist",
             "preempt",
@@ -31,7 +32,7 @@ FLOORS = (
             "buffers",
             "losses",
             "inputs",
-            "unused",
+            "ddp",
             "hashing",
             "segments",
             "containers",
@@ -77,8 +78,8 @@ PARTS, FRAME = 1, 2
 
 # What is named -> the only places that may name it. A place is a room, or a path within the package.
 ONLY_IN = {
-    "torch.distributed": ("dist",),
-    "torch.nn.parallel.DistributedDataParallel": ("dist",),
+    "torch.distributed": ("dist", "waiting"),
+    "torch.nn.parallel.DistributedDataParallel": ("ddp",),
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),
     "torch.cpu.amp": ("precision",),
@@ -222,10 +223,10 @@ def rooms(source: Source) -> Iterator[str]:
 
 
 def ranks(source: Source) -> Iterator[str]:
-    """Only dist.py knows the names of the launcher's variables."""
+    """Only launcher.py knows the names of the launcher's variables."""
     for name in RANK_VARIABLES:
-        if name in source.constants and source.path != "dist.py":
-            yield f"{source.path}:{source.constants[name]}: {name} is read by dist.py only"
+        if name in source.constants and source.path != "launcher.py":
+            yield f"{source.path}:{source.constants[name]}: {name} is read by launcher.py only"
 
 
 def frame(source: Source) -> Iterator[str]:
@@ -278,7 +279,7 @@ BROKEN = {
     "evaluate.py: from torch import distributed": "torch.distributed belongs into dist",
     "cli/a.py: from torch.distributed.fsdp import FSDP": "torch.distributed.fsdp.FSDP belongs into dist",
     "seed.py: import torch; torch.distributed.barrier()": "torch.distributed.barrier belongs into dist",
-    "build.py: from torch.nn.parallel import DistributedDataParallel as D": "DistributedDataParallel belongs into dist",
+    "build.py: from torch.nn.parallel import DistributedDataParallel as D": "DistributedDataParallel belongs into ddp",
     "build.py: def f(): import peft": "build.py:1: peft belongs into adapters",
     "families/a.py: from peft import LoraConfig": "peft.LoraConfig belongs into adapters",
     "evaluate.py: import torch as t; t.autocast('cpu')": "torch.autocast belongs into precision",
@@ -286,9 +287,9 @@ BROKEN = {
     "loop.py: from torch.cuda import amp": "torch.cuda.amp belongs into precision",
     "build.py: from fairscale import GradScaler": "fairscale.GradScaler belongs into precision",
     "build.py: from transformers import HiggsAudioV2Config": "HiggsAudioV2Config belongs into families or demo",
-    "loop.py: import os; os.environ['RANK']": "loop.py:1: RANK is read by dist.py only",
-    "cli/a.py: import os; os.getenv('WORLD_SIZE')": "cli/a.py:1: WORLD_SIZE is read by dist.py only",
-    "build.py: import os; os.getenv('TORCHELASTIC_RESTART_COUNT')": "TORCHELASTIC_RESTART_COUNT is read by dist.py",
+    "loop.py: import os; os.environ['RANK']": "loop.py:1: RANK is read by launcher.py only",
+    "cli/a.py: import os; os.getenv('WORLD_SIZE')": "cli/a.py:1: WORLD_SIZE is read by launcher.py only",
+    "build.py: import os; os.getenv('TORCHELASTIC_RESTART_COUNT')": "TORCHELASTIC_RESTART_COUNT is read by launcher.py",
     "data/a.py: import rawloop.data.b | data/b.py: from rawloop.data import c | data/c.py: from . import a": (
         "rawloop.data.a: is part of an import cycle"
     ),
@@ -313,7 +314,7 @@ def test_types_count_as_imports() -> None:
         "loop.py: from rawloop.dist import World; World() | dist.py: | cli/a.py: import rawloop.loop",
         "data/a.py: from rawloop.data.b import x | data/b.py: | data/__init__.py: from .a import y",
         "loop.py: from rawloop.optim import Plan, f; plan = Plan; f(plan.autocast()) | optim.py:",
-        "dist.py: import torch.distributed as dist; import os; os.environ['RANK']",
+        "dist.py: import torch.distributed as dist | launcher.py: import os; os.environ['RANK']",
         "adapters/lora.py: import peft | families/higgs_audio_v2.py: from transformers import HiggsAudioV2Processor",
         "precision/policy.py: import torch; torch.autocast('cpu'); torch.amp.GradScaler()",
         "data/a.py: import rawloop.data.b | data/b.py: def f(): import rawloop.data.a",

@@ -22,9 +22,10 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.data.splits import prepare_codes
+from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, World
+from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family

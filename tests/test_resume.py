@@ -37,8 +37,9 @@ from rawloop.checkpoint.reader import choose
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
+from rawloop.ddp import unwrap_ddp
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import World, unwrap_ddp
+from rawloop.dist import World
 from rawloop.errors import CheckpointError, Preempted, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig

@@ -31,7 +31,8 @@ from rawloop.adapters import AdapterConfig, add_adapter
 from rawloop.buffers import MovingBuffers, places
 from rawloop.contracts import Batch, Labels, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
-from rawloop.dist import DDPConfig, World
+from rawloop.ddp import DDPConfig
+from rawloop.dist import World
 from rawloop.evaluate import Evaluator
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule

@@ -27,8 +27,9 @@ from rawloop.checkpoint.reader import Chosen, changes, check_parts, choose
 from rawloop.checkpoint.run_folder import RunLock, is_inside
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
-from rawloop.dist import World, read_ranks
+from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError, UserError
+from rawloop.launcher import read_ranks
 from rawloop.records import EventKind, Records
 
 

@@ -94,7 +94,7 @@ def check_words(words: list[str]) -> None:
 
 def leave_exit_code(file: Path, code: int) -> None:
     """Write the exit code down for the launcher of this machine; the first of its processes does."""
-    from rawloop.dist import read_ranks
+    from rawloop.launcher import read_ranks
 
     if read_ranks()[2] == 0:
         file.write_text(str(code))

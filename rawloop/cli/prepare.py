@@ -5,9 +5,9 @@ import os
 from rawloop.cli import COMMANDS
 from rawloop.config import parse
 from rawloop.data.splits import prepare_codes
-from rawloop.dist import choose_device, read_ranks
 from rawloop.errors import UserError
 from rawloop.families import load_family
+from rawloop.launcher import choose_device, read_ranks
 from rawloop.preempt import watched
 
 

@@ -51,10 +51,11 @@ from rawloop.data import DataConfig
 from rawloop.data.batches import BatchPlan, Loader, MicroBatches, TrainWindows
 from rawloop.data.samples import read_samples
 from rawloop.data.splits import prepare_codes
+from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
 from rawloop.diagnose import ChecksConfig
-from rawloop.dist import DDPConfig, World, open_world
+from rawloop.dist import World, open_world
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Run, TrainConfig, accumulate, take_window

@@ -33,10 +33,11 @@ from rawloop.adapters import AdapterConfig, add_adapter
 from rawloop.audio import load_audio
 from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
+from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
 from rawloop.diagnose import probe
 from rawloop.diagnose.agreement import disagreements
-from rawloop.dist import DDPConfig, World
+from rawloop.dist import World
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.audio_chat import AudioChat

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.dist import DDPConfig, World, no_sync
+from rawloop.ddp import DDPConfig, no_sync
+from rawloop.dist import World
 from rawloop.errors import TrainingError
 from rawloop.losses import LossModule
 from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
