@@ -104,18 +104,21 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on `device`; copies from pinned memory do not block the host."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        labels = {
-            stream: Labels(*(tensor.to(device, non_blocking=True) for tensor in pair))
-            for stream, pair in self.labels.items()
-        }
-        return Batch(inputs, labels, self.targets, self.ids)
+        return self._map(lambda tensor: _copied(tensor, device))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory (called by torch's DataLoader when pinning is on)."""
-        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
-        labels = {stream: Labels(*(tensor.pin_memory() for tensor in pair)) for stream, pair in self.labels.items()}
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        labels = {stream: Labels(*map(change, pair)) for stream, pair in self.labels.items()}
         return Batch(inputs, labels, self.targets, self.ids)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    # A copy from pageable memory that does not block may read the memory after it has been given to another tensor.
+    return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 class StreamLoss(NamedTuple):

@@ -65,7 +65,7 @@ def capture_rng() -> dict[str, Any]:
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state(torch.cuda.current_device())  # other devices are other ranks'
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
     numpy = _numpy()
@@ -100,16 +100,23 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 def _restore_devices(state: dict[str, Any]) -> None:
-    saved = state.get("cuda", [])
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index, device_state in enumerate(saved[:found]):
-        torch.cuda.set_rng_state(device_state, index)
-    if len(saved) > found:
-        warnings.warn(f"random states of {len(saved)} GPU(s) were saved, {found} are here", stacklevel=3)
+    lost = []
+    if "cuda" in state and torch.cuda.is_available():
+        device, saved = torch.cuda.current_device(), state["cuda"]
+        if not isinstance(saved, list):
+            torch.cuda.set_rng_state(saved, device)
+        elif len(saved) == torch.cuda.device_count():  # an older checkpoint has the streams of all GPUs of a machine
+            torch.cuda.set_rng_state(saved[device], device)
+        else:
+            lost.append(f"GPU ({len(saved)} GPUs per machine then, {torch.cuda.device_count()} now)")
+    elif "cuda" in state:
+        lost.append("GPU (there is none here)")
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
     elif "mps" in state:
-        warnings.warn("the saved MPS random state is not restored: this machine has no MPS device", stacklevel=3)
+        lost.append("MPS device (there is none here)")
+    for device_name in lost:
+        warnings.warn(f"the saved random state of the {device_name} is not restored", stacklevel=3)
 
 
 class RngState:

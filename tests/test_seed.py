@@ -81,16 +81,55 @@ def test_starting_afresh_differs_by_step_and_rank_and_from_the_first_start() -> 
     assert len({values[1] for values in seen}) == 4
 
 
-def test_streams_of_absent_devices_are_named() -> None:
-    state = capture_rng()
-    found = torch.cuda.device_count()
-    state["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * (found + 1)
-    with pytest.warns(UserWarning, match=f"of {found + 1} GPU"):
+class Gpus:
+    """Stands for torch.cuda on a machine with some GPUs, of which this process uses one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, number: int, current: int) -> None:
+        self.asked: list[int] = []
+        self.restored: list[tuple[int, int]] = []
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: number)
+        patch.setattr(torch.cuda, "current_device", lambda: current)
+        patch.setattr(torch.cuda, "get_rng_state", self.get)
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: self.restored.append((int(state[0]), device)))
+
+    def get(self, device: int) -> torch.Tensor:
+        self.asked.append(device)
+        return torch.tensor([100 + device], dtype=torch.uint8)
+
+
+def test_a_rank_keeps_the_stream_of_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        gpus = Gpus(patch, number=4, current=2)  # the third of four on the second machine
+        state = RngState(0, rank=6).state_dict()
+        assert gpus.asked == [2]
+    with monkeypatch.context() as patch:
+        gpus = Gpus(patch, number=8, current=6)  # the same rank, on one machine
+        RngState(0, rank=6).load_state_dict(state)
+        assert gpus.restored == [(102, 6)]
+
+
+def test_a_list_of_an_older_checkpoint_is_read_on_machines_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {**capture_rng(), "cuda": [torch.tensor([number], dtype=torch.uint8) for number in range(4)]}
+    with monkeypatch.context() as patch:
+        gpus = Gpus(patch, number=4, current=2)
         restore_rng(state)
-    if not torch.backends.mps.is_available():
-        state = {**capture_rng(), "mps": torch.zeros(16, dtype=torch.uint8)}
-        with pytest.warns(UserWarning, match="MPS"):
+        assert gpus.restored == [(2, 2)]
+    with monkeypatch.context() as patch:
+        gpus = Gpus(patch, number=8, current=2)
+        with pytest.warns(UserWarning, match=r"state of the GPU \(4 GPUs per machine then, 8 now\) is not restored"):
             restore_rng(state)
+        assert gpus.restored == []
+
+
+def test_streams_of_absent_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = capture_rng()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name, device in (("cuda", "GPU"), ("mps", "MPS device")):
+        with pytest.warns(UserWarning, match=f"{device} \\(there is none here\\) is not restored"):
+            restore_rng({**state, name: torch.zeros(16, dtype=torch.uint8)})
 
 
 def test_restoring_what_was_captured_here_says_nothing() -> None:
@@ -100,10 +139,10 @@ def test_restoring_what_was_captured_here_says_nothing() -> None:
 
 
 @pytest.mark.gpu
-def test_every_gpu_stream_is_restored() -> None:
+def test_the_gpu_stream_is_restored() -> None:
     torch.rand(1, device="cuda")
     state = capture_rng()
-    expected = [torch.rand(3, device=index).tolist() for index in range(torch.cuda.device_count())]
+    expected = torch.rand(3, device="cuda").tolist()
     seed_all(1, 0)
     restore_rng(state)
-    assert [torch.rand(3, device=index).tolist() for index in range(torch.cuda.device_count())] == expected
+    assert torch.rand(3, device="cuda").tolist() == expected
