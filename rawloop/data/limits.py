@@ -127,11 +127,11 @@ def _fault_of_numbers(name: str, values: Tensor) -> str | None:
 
 
 def _outside(values: Tensor, size: int) -> tuple[list[int], int] | None:
-    """The first place whose value is below 0, or `size` or more, and that value."""
-    wrong = torch.nonzero((values < 0) | (values >= size))
-    if not len(wrong):
+    """Return the first place whose value is below 0, or `size` or more, and that value."""
+    least, most = torch.aminmax(values)
+    if least >= 0 and most < size:  # nonzero() is slower, and no batch of a healthy data set needs it
         return None
-    place: list[int] = wrong[0].tolist()
+    place: list[int] = torch.nonzero((values < 0) | (values >= size))[0].tolist()
     return place, int(values[tuple(place)])
 
 
