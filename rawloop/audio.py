@@ -44,7 +44,7 @@ BLOCK = 2**20  # samples decoded at a time, over all channels: 4 MB
 
 
 def load_audio(
-    path: Path, sample_rate: int, *, min_seconds: float = 0.0, max_seconds: float = math.inf, frame_rate: float = 0.0
+    path: Path, sample_rate: int, min_seconds: float = 0.0, max_seconds: float = math.inf, frame_rate: float = 0.0
 ) -> Tensor:
     """Decode a clip, mix it to mono and resample it.
 

@@ -1,11 +1,15 @@
-"""The codes of all clips, read side: training asks for a clip by its path and never opens or decodes its audio.
+"""The codes of all clips, for reading: training asks for a clip by its path and never opens or decodes its audio.
 
-`check` looks at all clips of a data set once, at start-up: whether each has codes, and whether its audio file is still
-the one that was encoded. After that a look-up is a dictionary access and one read. Audio files that are gone are not
-missed: only their codes are needed.
+`check` looks at all clips of a data set once, at the start: whether each has codes, and whether its audio file is still
+the one that was encoded. After that, getting codes is a dictionary access and one read. Audio files that are gone are
+not missed: only their codes are needed.
+
+Shards are read, not mapped: a mapped file that loses its end while it is read kills the process (SIGBUS).
 """
 
+import json
 import os
+import zlib
 from collections.abc import Iterable
 from os.path import expanduser
 from pathlib import Path
@@ -16,12 +20,12 @@ from torch import Tensor
 
 from rawloop.contracts import CodecInfo, Sample
 from rawloop.data.config import DataConfig
-from rawloop.data.shards import CODEC_FILE, HEARD, Row, Shard, checksum, read_codec, read_rows, shard_file
+from rawloop.data.shards import CODEC_FILE, HEARD, Row, read_codec, read_rows, shard_file
 from rawloop.errors import RawloopError, UserError
 from rawloop.segments import content_hash, segment_of
 
 PREPARE = "run `rawloop prepare`"
-LASTS = "lasts "  # so begins what `load_audio` says of a clip that is too long or too short
+LASTS = "lasts "  # the first word of every complaint about a clip's length
 NO_FILE, NO_CODES, CHANGED, BAD = range(4)  # what can be wrong with a clip
 WRONG = {
     NO_FILE: ("without codes, and without files", f"restore them and {PREPARE}, or remove their samples"),
@@ -31,19 +35,67 @@ WRONG = {
 }
 
 
-class CodeCache:
-    """Codes of clips, by path: `cache(path)` gives (frames, codebooks) int64.
+class Shard:
+    """The codes in one file. The file is open only while it is read.
 
-    Works in forked and in spawned DataLoader workers: each process reads the headers of the shards that it needs.
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"its header of {length} bytes is not in a file of {size}")
+            try:
+                header = json.loads(stream.read(length))
+                header.pop("__metadata__", None)
+                self.places = {name: _place(8 + length, entry) for name, entry in header.items()}
+            except (AttributeError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"its header cannot be read: {error}") from error
+        end = max((place + 2 * frames * books for place, frames, books in self.places.values()), default=0)
+        if end > size:
+            raise ValueError(f"its header promises {end} bytes, it has {size}")
+
+    def codes(self, sha256: str) -> tuple[Tensor, int]:
+        """Return the codes of a content, (frames, codebooks) uint16, and their CRC-32."""
+        if sha256 not in self.places:
+            raise ValueError(f"it has no codes of {sha256}")
+        place, frames, books = self.places[sha256]
+        with open(self.file, "rb") as stream:
+            stream.seek(place)
+            content = bytearray(stream.read(2 * frames * books))
+        if len(content) < 2 * frames * books:
+            raise ValueError(f"it ends before byte {place + 2 * frames * books}")
+        if not content:
+            return torch.empty(frames, books, dtype=torch.uint16), 0
+        return torch.frombuffer(content, dtype=torch.uint16).view(frames, books), zlib.crc32(content)
+
+
+def _place(start: int, entry: Any) -> tuple[int, int, int]:
+    """Return where a tensor of codes begins in its file, and its shape."""
+    (frames, books), (first, last) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] != "U16" or min(frames, books, first) < 0 or last - first != 2 * frames * books:
+        raise ValueError(f"it holds a tensor that is no codes: {entry}")
+    return start + first, frames, books
+
+
+class CodeCache:
+    """Codes of clips by path: `cache(path)` gives (frames, codebooks) int64.
+
+    Works in forked and in spawned data workers: each process reads the headers of the shards that it needs.
 
     Args:
         folder: the cache that `rawloop prepare` wrote (`codes_folder(config)`).
-        codec: hash of the codec; needed when the cache holds codes of several. A prefix of the hash will do.
-        config: clips outside its `min_seconds` and `max_seconds` are bad, also if they were good when encoded; with its
-            `on_bad_sample` at skip `usable` leaves out all samples with bad clips. Default: no limits.
+        codec: hash of the codec, or a prefix of it; needed if the cache holds codes of several codecs.
+        config: clips outside its `min_seconds` and `max_seconds` are bad, even if they were good when they were
+            encoded. If its `on_bad_sample` is skip, `usable` leaves out all samples with bad clips. Default: no limits.
 
     Raises:
-        UserError: no codes there, none of this codec, or codes of several codecs and no choice made.
+        UserError: there are no codes, none of this codec, or codes of several codecs and `codec` names none.
         RawloopError: the index is damaged.
     """
 
@@ -51,7 +103,7 @@ class CodeCache:
         self.config = config
         self.folder, self.codec = _choose(Path(expanduser(folder)), codec)
         self._rows = read_rows(self.folder)
-        self._current: set[str] = set()  # paths whose audio file was found to be the one that was encoded
+        self._current: set[str] = set()  # paths whose audio file is known to be the one that was encoded
         self._shards: dict[int, Shard] = {}
         self._contents: dict[str, Row] | None = None
 
@@ -63,8 +115,11 @@ class CodeCache:
             RawloopError: the cache is damaged.
         """
         row = self._row(str(path))
-        codes = self._read(row)
-        if codes.shape != (row.frames, self.codec.codebooks) or not row.frames or checksum(codes) != row.crc:
+        try:
+            codes, crc = self._shard(row.shard).codes(row.sha256)
+        except (ValueError, FileNotFoundError) as error:
+            raise self._damaged(row.shard, error) from error
+        if codes.shape != (row.frames, self.codec.codebooks) or not row.frames or crc != row.crc:
             raise self._damaged(row.shard, f"the codes of {path} are not what was written")
         return codes.to(torch.int64)
 
@@ -73,17 +128,17 @@ class CodeCache:
         return self._row(str(path)).frames
 
     def identity(self, path: Path) -> str:
-        """Return what tells a clip's codes from others, without reading them. Raises as calling does."""
+        """Return a text that differs between different codes, without reading them. Raises as calling does."""
         row = self._row(str(path))
         return f"{self.codec.hash[:16]} {row.frames} {row.crc:08x}"
 
     def knows(self, sample: Sample) -> bool:
-        """Whether every clip of a sample was looked at as it is now, be it good or bad, but for limits of length."""
+        """Whether every clip of a sample was looked at as it is now, good or bad; limits of length may have changed."""
         rows = (self._known(str(path)) for path in sample.audio_paths())
         return all(row is not None and not (row.bad or "").startswith(LASTS) and _unchanged(row) for row in rows)
 
     def usable(self, samples: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
-        """Split samples into those to train on, and those to leave out, as `rawloop prepare` or the config asks for.
+        """Split samples into those to train on and those to leave out, as `rawloop prepare` or the config asks for.
 
         Returns:
             The kept samples, in order, and the reason for each one left out, by sample id.
@@ -101,10 +156,10 @@ class CodeCache:
     def check(self, samples: Iterable[Sample]) -> None:
         """Verify that every clip of `samples` has codes, made from the audio that is on disk now, if there is any.
 
-        Costs one stat per clip; a file is only hashed if it was moved or touched since.
+        Costs one stat per clip; a file is hashed only if it was moved or touched since.
 
         Raises:
-            UserError: one message with the number of clips without codes and the first five by name.
+            UserError: one message with the number of clips without codes, and the names of the first five.
             RawloopError: a shard is gone or has lost its end.
         """
         problems: dict[int, list[str]] = {}
@@ -117,7 +172,7 @@ class CodeCache:
                 problems.setdefault(found[0], []).append(found[1])
         if problems:
             raise UserError("; ".join(_problem(*pair) for pair in sorted(problems.items())))
-        for number in sorted({row.shard for row in rows if row.shard >= 0}):  # clips that are decoded only have none
+        for number in sorted({row.shard for row in rows if row.shard >= 0}):  # clips that are only decoded have none
             self._shard(number)
 
     def _skipped(self, path: Path) -> str | None:
@@ -129,7 +184,7 @@ class CodeCache:
         return f"{path}: {fault}" if fault and skip and _unchanged(row) else None
 
     def _fault(self, row: Row) -> str | None:
-        """Say why a clip cannot be used, or None."""
+        """Return why a clip cannot be used, or None."""
         if row.bad or self.config is None:
             return row.bad
         return self.config.fault_of_length(row.frames, self.codec.frame_rate)
@@ -147,15 +202,13 @@ class CodeCache:
 
     def _find(self, path: str) -> Row | tuple[int, str]:
         """Return the row with the codes of the file at `path` as it is now, or what is wrong and with which clip."""
-        row = self._known(path)
+        row = known = self._known(path)
+        if row is None or not _unchanged(row):
+            row = self._by_content(path)
+        if row is None and known is not None:
+            return CHANGED, path
         if row is None:
-            row = self._by_content(path)
-            if row is None:
-                return NO_CODES if segment_of(path).file.exists() else NO_FILE, path
-        elif not _unchanged(row):
-            row = self._by_content(path)
-            if row is None:
-                return CHANGED, path
+            return NO_CODES if segment_of(path).file.exists() else NO_FILE, path
         fault = self._fault(row)
         if fault:
             return BAD, f"{path} ({fault})"
@@ -174,35 +227,30 @@ class CodeCache:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
-    def _read(self, row: Row) -> Tensor:
-        try:
-            return self._shard(row.shard).codes(row.sha256)
-        except (ValueError, FileNotFoundError) as error:
-            raise self._damaged(row.shard, _reason(error)) from error
-
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
             try:
                 self._shards[number] = Shard(shard_file(self.folder, number))
             except (ValueError, FileNotFoundError) as error:
-                raise self._damaged(number, _reason(error)) from error
+                raise self._damaged(number, error) from error
             except OSError as error:
                 raise RawloopError(f"{shard_file(self.folder, number)} cannot be read: {error.strerror}") from error
         return self._shards[number]
 
-    def _damaged(self, number: int, why: str) -> RawloopError:
-        file = shard_file(self.folder, number)
-        return RawloopError(f"{file} is damaged ({why}): delete it and {PREPARE} again")
+    def _damaged(self, number: int, why: object) -> RawloopError:
+        reason = "the file is gone" if isinstance(why, FileNotFoundError) else why
+        return RawloopError(f"{shard_file(self.folder, number)} is damaged ({reason}): delete it and {PREPARE} again")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}  # a spawned worker reads the headers that it needs
 
 
 def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
+    """Return the folder and the description of the one codec that is asked for."""
     found = {file.parent: read_codec(file.parent) for file in sorted(folder.glob(f"*/{CODEC_FILE}"))}
     if not found:
         raise UserError(f"{folder} holds no codes: {PREPARE} first, or set --data.codes to the folder it wrote")
-    if codec is None:  # whoever wants codes means none that were only heard
+    if codec is None:  # clips that were only decoded have no codes
         found = {place: info for place, info in found.items() if not info.hash.startswith(HEARD)} or found
     fitting = {place: info for place, info in found.items() if codec is None or info.hash.startswith(codec)}
     known = ", ".join(f"{info.hash[:16]} at {info.sample_rate} Hz" for info in found.values())
@@ -225,10 +273,6 @@ def _unchanged(row: Row) -> bool:
     except OSError as error:
         raise UserError(f"{row.path} cannot be looked up: {error.strerror}") from error
     return (now.st_size, now.st_mtime_ns) == (row.size, row.mtime_ns)
-
-
-def _reason(error: Exception) -> str:
-    return "the file is gone" if isinstance(error, FileNotFoundError) else str(error)
 
 
 def _problem(kind: int, clips: list[str]) -> str:

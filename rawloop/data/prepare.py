@@ -1,8 +1,8 @@
 """Encodes every clip of a data set once, so that training never runs the codec.
 
-A clip that is in the cache already is not encoded again, whichever data set or path it comes from. Clips are encoded
-one at a time, since padding a batch of them would change their codes; threads decode ahead meanwhile. Stopped at any
-moment, a second run goes on where the first one was.
+A clip that is in the cache is not encoded again, whichever data set or path it comes from. Clips are encoded one at a
+time, since padding a batch of them would change their codes; meanwhile threads decode the next ones. A run that is
+stopped at any moment is continued by the next one.
 """
 
 import json
@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 from rawloop.audio import BadAudio, load_audio
 from rawloop.contracts import CodecInfo, Sample
-from rawloop.data.codes import CodeCache
 from rawloop.data.config import DataConfig
-from rawloop.data.shards import Row, ShardWriter, heard_at, is_codec_folder, open_writer, write_file
+from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
 from rawloop.errors import Preempted, RawloopError
 from rawloop.preempt import Preemption, watched
 from rawloop.segments import content_hash, segment_of
 
 Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
+INTERRUPT = "SIGINT"
 DECODERS = 4  # threads that hash and decode ahead of the codec
 AHEAD = 16  # clips decoded ahead: at most 50 MB of waveforms
 LOG_SECONDS = 60.0  # between two states of the progress bar where stderr is no terminal
@@ -55,8 +55,8 @@ class BadClip:
 class PrepareReport:
     """What `prepare` found and did. It is written to `report.json` in the cache folder.
 
-    `encoded` clips went through the codec now, `reused` had codes before (or the content of another clip). `left_out`
-    are the ids of the samples that need a bad clip. `audio_seconds` of the encoded clips, `seconds` of wall time.
+    `encoded` clips went through the codec now; `reused` ones had codes, or the content of another clip. `left_out` has
+    the ids of the samples that need a bad clip. `audio_seconds` are those of the encoded clips, `seconds` wall time.
     """
 
     folder: str
@@ -73,13 +73,20 @@ class PrepareReport:
 
 
 class BadClips(RawloopError):
-    """Some clips cannot be used, and `prepare` was not asked to skip them. All others are encoded; see `report`."""
+    """Some clips cannot be used, and the config does not say to skip them. All others are encoded; see `report`."""
 
-    report: PrepareReport
+    def __init__(self, report: PrepareReport) -> None:
+        first = report.bad[0]
+        super().__init__(
+            f"{len(report.bad)} of {report.clips} clips cannot be used, and {len(report.left_out)} of {report.samples} "
+            f"samples need them. {Path(report.folder) / REPORT} names all; the first is {first.path} ({first.reason}). "
+            "Mend them, or leave their samples out with --data.on_bad_sample skip"
+        )
+        self.report = report
 
 
 class Clip(NamedTuple):
-    """An audio file, hashed and perhaps decoded: `waveform` (samples,) float32 if it must be encoded."""
+    """An audio file after hashing. If it must be encoded, `waveform` is (samples,) float32."""
 
     row: Row
     waveform: Tensor | None = None
@@ -103,22 +110,22 @@ def prepare(
     Args:
         samples: from `read_samples`; clips that several of them share are encoded once.
         encode: the codec: waveform (samples,) float32 on the CPU -> codes (frames, codebooks) of any integer type.
-            None: clips are decoded only, and their length noted; see `heard_at`.
+            None: clips are only decoded, and their lengths stored; see `heard_at`.
         codec: what identifies the codec and its codes.
         folder: of the cache.
         config: `on_bad_sample`, `max_seconds` and `min_seconds` are read from it.
         progress: show a progress bar, and name bad clips as they are found, on stderr.
-        shard_clips: a shard is written at the latest after so many clips
+        shard_clips: write a shard after so many clips,
         shard_seconds: or after so many seconds, so that a kill costs no more than these.
-        preemption: says when to stop; without it SIGTERM and SIGUSR1 are watched for here.
+        preemption: says when to stop. Default: this function watches for SIGTERM and SIGUSR1.
         wait: if another process writes to the folder, wait for it instead of refusing.
 
     Returns:
-        What was done; also written to `folder/report.json`.
+        the report, which is also written to `folder/report.json`.
 
     Raises:
         BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others have been encoded.
-        Preempted: SIGTERM or SIGUSR1 came in; what was encoded until then is kept. SIGINT: KeyboardInterrupt, likewise.
+        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept. SIGINT: KeyboardInterrupt, likewise.
         RawloopError: the disk is full, the cache is damaged, or the codec gave something that is no codes.
         UserError: the folder cannot be written, or another `rawloop prepare` writes to it.
     """
@@ -128,22 +135,20 @@ def prepare(
     clips = _clips(samples)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
     started = time.monotonic()
-    with (
-        _interrupt_held() as interrupted,
-        nullcontext(preemption) if preemption else watched() as stop,
-        open_writer(
-            folder, codec, shard_clips, shard_seconds, partial(_waiting, interrupted, stop) if wait else None
-        ) as writer,
-    ):
-        asked = partial(_asked, interrupted, stop)
-        done = _encode_all(_Loader(writer, codec, config), list(clips), encode, report, asked, progress)
+    with _deferred_signals(preemption) as signalled:
+        waiting = partial(_give_up, signalled) if wait else None
+        with open_writer(folder, codec, shard_clips, shard_seconds, waiting) as writer:
+            done = _encode_all(_Loader(writer, config), list(clips), encode, report, signalled, progress)
     if done < len(clips):
-        raise Preempted(f"stopped by {stop.wanted()}; what was encoded is kept: run `rawloop prepare` again to go on")
+        raise Preempted(f"stopped by {signalled()}; what was encoded is kept: run `rawloop prepare` again to go on")
     report.seconds = time.monotonic() - started
-    _close(report, samples, [(writer.rows[path], sample) for path, sample in clips.items()])
+    rows = [(writer.rows[path], sample) for path, sample in clips.items()]
+    report.bad = [BadClip(row.path, row.bad, sample) for row, sample in rows if row.bad]
+    bad = {clip.path for clip in report.bad}
+    report.left_out = [sample.id for sample in samples if not bad.isdisjoint(map(str, sample.audio_paths()))]
     write_file(folder / REPORT, json.dumps(asdict(report), indent=1).encode())
     if report.bad and config.on_bad_sample == "stop":
-        raise _bad_clips(report)
+        raise BadClips(report)
     return report
 
 
@@ -156,30 +161,11 @@ def _clips(samples: list[Sample]) -> dict[str, str]:
     return clips
 
 
-def _close(report: PrepareReport, samples: list[Sample], clips: list[tuple[Row, str]]) -> None:
-    """Enter the bad clips and the samples that need them."""
-    report.bad = [BadClip(row.path, row.bad, sample) for row, sample in clips if row.bad]
-    bad = {clip.path for clip in report.bad}
-    report.left_out = [sample.id for sample in samples if not bad.isdisjoint(map(str, sample.audio_paths()))]
-
-
-def _bad_clips(report: PrepareReport) -> BadClips:
-    first = report.bad[0]
-    error = BadClips(
-        f"{len(report.bad)} of {report.clips} clips cannot be used, and {len(report.left_out)} of {report.samples} "
-        f"samples need them. {Path(report.folder) / REPORT} names all; the first is {first.path} ({first.reason}). "
-        "Mend them, or leave their samples out with --data.on_bad_sample skip"
-    )
-    error.report = report
-    return error
-
-
 @dataclass(frozen=True)
 class _Loader:
     """Looks a clip up in the index, hashes it and decodes it. Called from several threads; only reads the index."""
 
     writer: ShardWriter
-    codec: CodecInfo
     config: DataConfig
 
     def __call__(self, path: str) -> Clip:
@@ -187,29 +173,20 @@ class _Loader:
         try:
             now = os.stat(segment_of(path).file)
             same = old is not None and (old.size, old.mtime_ns) == (now.st_size, now.st_mtime_ns)
-            known = same and old is not None and self.writer.find(old.sha256) is not None
-            sha256 = old.sha256 if known and old is not None else content_hash(path)
+            sha256 = old.sha256 if old is not None and same and self.writer.find(old.sha256) else content_hash(path)
         except OSError as error:
             return Clip(self._bad(Row(path, -1, -1), f"cannot be opened: {error.strerror}"))
         row = Row(path, now.st_size, now.st_mtime_ns, sha256)
         twin = self.writer.find(sha256)
         if twin is not None:
             row = row._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc)
-            fault = self.config.fault_of_length(row.frames, self.codec.frame_rate)
+            fault = self.config.fault_of_length(row.frames, self.writer.codec.frame_rate)
             return Clip(self._bad(row, fault) if fault else row)
         try:
-            return Clip(row, self._decode(path))
+            codec, limits = self.writer.codec, (self.config.min_seconds, self.config.max_seconds)
+            return Clip(row, load_audio(Path(path), codec.sample_rate, *limits, codec.frame_rate))
         except BadAudio as error:
             return Clip(self._bad(row, str(error)))
-
-    def _decode(self, path: str) -> Tensor:
-        return load_audio(
-            Path(path),
-            self.codec.sample_rate,
-            min_seconds=self.config.min_seconds,
-            max_seconds=self.config.max_seconds,
-            frame_rate=self.codec.frame_rate,
-        )
 
     def _bad(self, row: Row, reason: str) -> Row:
         return row._replace(bad=reason, skip=self.config.on_bad_sample == "skip")
@@ -220,27 +197,25 @@ def _encode_all(
     paths: list[str],
     encode: Encode | None,
     report: PrepareReport,
-    asked: Callable[[], bool],
+    signalled: Callable[[], str | None],
     progress: bool,
 ) -> int:
-    """Encode the clips that have no codes, until all are done or a signal has come in. Returns how many are done."""
-    done = 0
-    every = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    """Encode the clips that have no codes, until all are done or a signal arrives. Return how many are done."""
+    done, every = 0, 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    what = "decoding" if encode is None else "encoding"
     bar = tqdm(
-        total=len(paths),
-        desc="decoding" if encode is None else "encoding",
-        unit="clip",
-        disable=not progress,
-        mininterval=every,
-        maxinterval=max(every, 10.0),
+        total=len(paths), desc=what, unit="clip", disable=not progress, mininterval=every, maxinterval=max(every, 10.0)
     )
-    with bar, _decoders() as pool:
-        for clip in takewhile(lambda clip: not asked(), _ahead(pool, load, paths)):
-            _take(clip, encode, load.writer, report)
-            done += 1
-            if clip.row.bad and progress:
-                bar.write(f"{clip.row.path}: {clip.row.bad}", file=sys.stderr)
-            bar.update()
+    with bar, ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
+        try:
+            for clip in takewhile(lambda clip: not signalled(), _ahead(pool, load, paths)):
+                _take(clip, encode, load.writer, report)
+                done += 1
+                if clip.row.bad and progress:
+                    bar.write(f"{clip.row.path}: {clip.row.bad}", file=sys.stderr)
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return done
 
 
@@ -264,7 +239,7 @@ def _take(clip: Clip, encode: Encode | None, writer: ShardWriter, report: Prepar
 
 
 def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Tensor:
-    """Run the codec and make sure that what it gives are codes that fit uint16 and the codec's own description."""
+    """Run the codec, and refuse codes that do not fit uint16 or the codec's description."""
     try:
         with torch.inference_mode():
             codes = encode(waveform).cpu()
@@ -283,15 +258,6 @@ def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Ten
     return codes
 
 
-@contextmanager
-def _decoders() -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[str]) -> Iterator[Clip]:
     """Yield `load(path)` for each path in order, while the pool works a few clips ahead."""
     waiting: deque[Future[Clip]] = deque()
@@ -303,58 +269,37 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[st
         yield waiting.popleft().result()
 
 
-def decode_once(samples: Sequence[Sample], folder: Path | str, sample_rate: int, config: DataConfig) -> CodeCache:
-    """Decode every clip that was not decoded before, for models that take no codes, and return what is known of all.
-
-    That is their lengths in samples at `sample_rate`, and which are bad. Several processes may call this at once: one
-    decodes, the others wait for it.
-
-    Raises:
-        UserError, Preempted: see `prepare`. Bad clips are for `CodeCache.usable` and `CodeCache.check` to tell of.
-    """
-    codec = heard_at(sample_rate)
-    known = CodeCache(folder, codec.hash, config) if is_codec_folder(Path(expanduser(folder)), codec) else None
-    new = [sample for sample in samples if known is None or not known.knows(sample)]
-    if new or known is None:
-        with suppress(BadClips):
-            prepare(new, None, codec, folder, config, wait=True)
-        known = CodeCache(folder, codec.hash, config)
-    return known
-
-
-def _waiting(interrupted: list[int], stop: Preemption) -> None:
-    if interrupted:
+def _give_up(signalled: Callable[[], str | None]) -> None:
+    """Stop waiting for another process if a signal has arrived."""
+    name = signalled()
+    if name == INTERRUPT:
         raise KeyboardInterrupt
-    if stop.wanted() is not None:
-        raise Preempted(f"stopped by {stop.wanted()} while another process decoded the clips")
-
-
-def _asked(interrupted: list[int], stop: Preemption) -> bool:
-    return bool(interrupted) or stop.wanted() is not None
+    if name:
+        raise Preempted(f"stopped by {name} while another process decoded the clips")
 
 
 @contextmanager
-def _interrupt_held() -> Iterator[list[int]]:
-    """Note SIGINT in the list instead of obeying it; obey at the end of the block.
+def _deferred_signals(preemption: Preemption | None) -> Iterator[Callable[[], str | None]]:
+    """Give a function that returns the name of the signal that has arrived, if one has, instead of obeying signals.
 
-    Whoever looks at the list between two clips can stop there. At the second one the process does at once what it would
-    have done without us.
+    SIGINT is obeyed at the end of the block. A second SIGINT does at once what it would have done outside.
     """
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may set signal handlers, and only there do signals arrive
-        return
+    interrupts: list[int] = []
     before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers or gets signals
 
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
+    def record(number: int, frame: Any) -> None:
+        interrupts.append(number)
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, note)
+    if main:
+        signal.signal(signal.SIGINT, record)
     try:
-        yield asked
+        with nullcontext(preemption) if preemption else watched() as stop:
+            yield lambda: INTERRUPT if interrupts else stop.wanted()
     finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if interrupts:
         signal.raise_signal(signal.SIGINT)
         raise RawloopError("stopped by SIGINT; what was encoded is kept: run `rawloop prepare` again to go on")

@@ -1,17 +1,15 @@
-"""How cached codes lie on disk: immutable shards of codes, and beside each the index rows it brought.
+"""How cached codes lie on disk: immutable shards of codes, and beside each the index rows that it brought.
 
     <cache>/<codec hash>-<sample rate>/codec.json
                                        shard-00000.safetensors   one tensor per clip, (frames, codebooks) uint16
                                        files-00000.jsonl         one row per audio file: path, size, mtime, hash, shard
 
-Of clips that are decoded only, for models that take no codes, there are rows without shards; see `heard_at`.
+Clips that are only decoded, for models that take no codes, have rows without shards; see `heard_at`.
 
-A clip's tensor is named by the SHA-256 of the audio file. Both files are written whole, then renamed: first the codes,
-then the rows that point at them, so that a kill at any moment loses only what was not yet written. Later rows replace
-earlier ones of the same path. Paths in the folder of the cache, or beside it, are stored relative to it, so that all
-move together.
-
-Shards are read, not mapped: a mapped file that loses its end under its reader kills the process (SIGBUS).
+A clip's tensor is named by the SHA-256 of its audio file. Both files are written whole and then renamed, the codes
+before the rows that point at them, so a kill at any moment loses only what was not yet written. Later rows replace
+earlier ones of the same path. Paths in the folder of the cache, or beside it, are stored relative to it: the data and
+its cache can be moved together.
 """
 
 import json
@@ -20,11 +18,11 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -43,8 +41,9 @@ NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 class Row(NamedTuple):
     """What the index knows of one audio file, as it was when it was encoded.
 
-    `size` in bytes, `mtime_ns` since the epoch. `bad` is the reason why the clip has no codes, and `skip` whether its
-    samples are to be left out; `sha256`, `shard`, `frames` and `crc` are those of its codes.
+    `size` is in bytes, `mtime_ns` since the epoch. `bad` says why the clip has no codes, and `skip` whether samples
+    that need it are left out. `sha256` names its codes, which are in `shard`, have so many `frames` and the CRC-32
+    `crc`.
     """
 
     path: str
@@ -58,7 +57,7 @@ class Row(NamedTuple):
     skip: bool = False
 
 
-# What a row may hold in each place; a bool is no number here.
+# The types that each column of the index may have; a bool is no int here.
 COLUMNS: dict[str, set[type]] = {
     **{name: {str} for name in ("path", "sha256")},
     **{name: {int} for name in ("size", "mtime_ns", "shard", "frames", "crc")},
@@ -72,11 +71,6 @@ def codec_folder(cache: Path, codec: CodecInfo) -> Path:
     return cache / f"{codec.hash[:16]}-{codec.sample_rate}"
 
 
-def is_codec_folder(cache: Path, codec: CodecInfo) -> bool:
-    """Whether there is anything of one codec in the cache."""
-    return (codec_folder(cache, codec) / CODEC_FILE).is_file()
-
-
 def heard_at(sample_rate: int) -> CodecInfo:
     """Return what stands for the codec where clips are decoded only: a frame is a sample, and there are no codes."""
     return CodecInfo(f"{HEARD}{sample_rate:06d}", sample_rate, 1, 1, float(sample_rate))
@@ -88,7 +82,7 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def read_codec(folder: Path) -> CodecInfo:
-    """Return the codec whose codes lie in `folder`.
+    """Return the codec whose codes are in `folder`.
 
     Raises:
         RawloopError: codec.json is damaged or of another format.
@@ -119,13 +113,16 @@ def read_rows(folder: Path) -> dict[str, Row]:
     """
     base = os.path.realpath(folder.parent.parent)
     above = os.path.dirname(base)
+
+    def absolute(path: str) -> str:
+        return os.path.join(above, path[len(BESIDE) :]) if path.startswith(BESIDE) else os.path.join(base, path)
+
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("files-*.jsonl")):
         try:
-            # One call of the parser for the whole file: 600,000 rows in about two seconds.
-            lines = file.read_text(encoding="utf-8").splitlines()
-            read = json.loads(f"[{','.join(lines)}]")
-            new = {(full := _full(path, base, above)): Row(full, *rest) for path, *rest in read}
+            # One call of the parser for the whole file: 600,000 rows take about two seconds.
+            read = json.loads(f"[{','.join(file.read_text(encoding='utf-8').splitlines())}]")
+            new = {(full := absolute(path)): Row(full, *rest) for path, *rest in read}
             _check_types(list(new.values()))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise RawloopError(f"{file} is damaged ({error}): delete it and run `rawloop prepare` again") from error
@@ -135,71 +132,19 @@ def read_rows(folder: Path) -> dict[str, Row]:
     return rows
 
 
-def _full(path: str, base: str, above: str) -> str:
-    return os.path.join(above, path[len(BESIDE) :]) if path.startswith(BESIDE) else os.path.join(base, path)
-
-
 def _check_types(rows: list[Row]) -> None:
-    """Refuse rows that hold other values than rows do, and paths that no file can have."""
+    """Refuse rows with values of other types, and paths that no file can have."""
     for name, column in zip(Row._fields, zip(*rows, strict=True), strict=False):
-        found = set(map(type, column))
-        if not found <= COLUMNS[name]:
-            raise TypeError(f"{name} is a {' or a '.join(sorted(kind.__name__ for kind in found - COLUMNS[name]))}")
+        other = set(map(type, column)) - COLUMNS[name]
+        if other:
+            raise TypeError(f"{name} is a {' or a '.join(sorted(kind.__name__ for kind in other))}")
     for row in rows:
         if "\0" in row.path or not (row.path.isascii() or os.fsencode(row.path)):
             raise ValueError(f"{row.path!r} is no path")
 
 
-class Shard:
-    """The codes in one file. The file is open only while it is read.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"its header of {length} bytes is not in a file of {size}")
-            try:
-                header = json.loads(stream.read(length))
-                header.pop("__metadata__", None)
-                self.places = {name: _place(8 + length, entry) for name, entry in header.items()}
-            except (AttributeError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"its header cannot be read: {error}") from error
-        end = max((place + 2 * frames * books for place, frames, books in self.places.values()), default=0)
-        if end > size:
-            raise ValueError(f"its header promises {end} bytes, it has {size}")
-
-    def codes(self, sha256: str) -> Tensor:
-        """Return the codes of a content, (frames, codebooks) uint16."""
-        if sha256 not in self.places:
-            raise ValueError(f"it has no codes of {sha256}")
-        place, frames, books = self.places[sha256]
-        with open(self.file, "rb") as stream:
-            stream.seek(place)
-            content = bytearray(stream.read(2 * frames * books))
-        if len(content) < 2 * frames * books:
-            raise ValueError(f"it ends before byte {place + 2 * frames * books}")
-        if not content:
-            return torch.empty(frames, books, dtype=torch.uint16)
-        return torch.frombuffer(content, dtype=torch.uint16).view(frames, books)
-
-
-def _place(start: int, entry: Any) -> tuple[int, int, int]:
-    """Return where a tensor of codes begins in its file, and its shape."""
-    (frames, books), (first, last) = entry["shape"], entry["data_offsets"]
-    if entry["dtype"] != "U16" or min(frames, books, first) < 0 or last - first != 2 * frames * books:
-        raise ValueError(f"it holds a tensor that is no codes: {entry}")
-    return start + first, frames, books
-
-
 def write_file(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.
+    """Write a file so that it is there whole or not at all, even after a power cut.
 
     Raises:
         RawloopError: the disk is full or refuses.
@@ -219,11 +164,6 @@ def write_file(file: Path, content: bytes) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise RawloopError(f"{file} cannot be written: {error.strerror}") from error
-
-
-def checksum(codes: Tensor) -> int:
-    """Return the CRC-32 of codes (frames, codebooks) uint16."""
-    return zlib.crc32(codes.contiguous().numpy().data)
 
 
 @dataclass
@@ -247,18 +187,19 @@ class ShardWriter:
         self._above = os.path.dirname(self._base[:-1]) + os.sep
         written = (NUMBERED.match(file.name) for file in self.folder.iterdir())
         self._number = 1 + max((int(found[1]) for found in written if found), default=-1)
-        lost = missing_shards(self.folder, self.rows.values())
+        shards = {row.shard for row in self.rows.values() if row.shard >= 0}
+        lost = {number for number in shards if not shard_file(self.folder, number).is_file()}
         self._contents = {row.sha256: row for row in self.rows.values() if row.frames and row.shard not in lost}
 
     def find(self, sha256: str) -> Row | None:
-        """Return a row whose codes are those of this content, or None. Safe to call from other threads."""
+        """Return a row that has the codes of this content, or None. Safe to call from other threads."""
         return self._contents.get(sha256)
 
     def add(self, row: Row, codes: Tensor | None = None) -> None:
-        """Take up an audio file's row, with its codes (frames, codebooks) int64 unless they are cached already."""
+        """Add an audio file's row, with its codes (frames, codebooks) int64 unless they are cached already."""
         if codes is not None:
             self._codes[row.sha256] = codes = codes.to(torch.uint16).contiguous()
-            row = row._replace(shard=self._number, frames=len(codes), crc=checksum(codes))
+            row = row._replace(shard=self._number, frames=len(codes), crc=zlib.crc32(codes.numpy().data))
         if row.frames:
             self._contents[row.sha256] = row
         self.rows[row.path] = row
@@ -267,7 +208,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write all that has been taken up: codes first, then the rows that point at them."""
+        """Write everything that was added: the codes first, then the rows that point at them."""
         if self._codes:
             write_file(shard_file(self.folder, self._number), save(self._codes))
         if self._fresh:
@@ -291,18 +232,18 @@ def open_writer(
     shard_seconds: float,
     waiting: Callable[[], None] | None = None,
 ) -> Iterator[ShardWriter]:
-    """Open the codes of one codec for writing; at the end, however it comes, what was taken up is written.
+    """Open the codes of one codec for writing. At the end, also after an exception, what was added is written.
 
-    With `waiting`, another writer is waited for; it is called meanwhile, and raises to give up.
+    If another process writes there, `waiting` is called again and again until it has ended; it raises to give up.
 
     Raises:
-        UserError: the folder cannot be made, or another `rawloop prepare` writes to it.
+        UserError: the folder cannot be made; or another process writes to it, and there is no `waiting`.
         RawloopError: the index is damaged, or the disk is full.
     """
     folder = codec_folder(cache, codec)
     with _locked(folder, waiting):
         for part in folder.glob("*.part"):
-            part.unlink()  # left behind by a writer that was killed
+            part.unlink()  # a writer that was killed has left it
         if not (folder / CODEC_FILE).exists():
             write_file(folder / CODEC_FILE, json.dumps({"format": FORMAT, **asdict(codec)}, indent=1).encode())
         elif read_codec(folder) != codec:
@@ -316,6 +257,7 @@ def open_writer(
 
 @contextmanager
 def _locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+    import fcntl
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -323,27 +265,15 @@ def _locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): set --data.codes to another folder") from error
     with lock:
-        while not _lock(lock, folder):
-            if waiting is None:
-                raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended")
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waiting is None:
+                    raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended") from None
+            except OSError as error:
+                raise RawloopError(f"{folder / 'lock'} cannot be locked: {error.strerror}") from error
             waiting()
             time.sleep(0.05)
         yield
-
-
-def _lock(lock: IO[str], folder: Path) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise RawloopError(f"{folder / 'lock'} cannot be locked: {error.strerror}") from error
-    return True
-
-
-def missing_shards(folder: Path, rows: Iterable[Row]) -> set[int]:
-    """Return the numbers of the shards that rows point at and that are not there."""
-    numbers = {row.shard for row in rows if row.shard >= 0}
-    return {number for number in numbers if not shard_file(folder, number).is_file()}

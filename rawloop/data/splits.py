@@ -1,7 +1,7 @@
 """The two splits of a run's data: encoded before training, read, and every sample checked before step 0."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from rawloop.audio import import_torchaudio
 from rawloop.contracts import CodecFamily, Family, HearingFamily, Sample
 from rawloop.data.codes import CodeCache
 from rawloop.data.config import DataConfig, codes_folder
-from rawloop.data.prepare import decode_once, prepare
+from rawloop.data.prepare import BadClips, prepare
 from rawloop.data.samples import named, read_samples, usable
-from rawloop.data.shards import heard_at
+from rawloop.data.shards import CODEC_FILE, codec_folder, heard_at
 from rawloop.errors import BadSample, UserError
 from rawloop.preempt import Preemption
 
@@ -100,12 +100,31 @@ def load_samples(
 
 
 def _heard(samples: list[Sample], config: DataConfig, family: Family) -> CodeCache:
-    """Decode all clips of a model that takes no codes, if that was not done before: no run shall end in the middle."""
+    """Decode all clips of a model that takes no codes: a bad one is found now and not in the middle of a run."""
     for sample in samples:
-        with suppress(BadSample):  # looked at again when the lengths of clips are known
+        with suppress(BadSample):  # checked again when the lengths of clips are known
             family.check(sample)
     rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
     return decode_once(samples, codes_folder(config), rate, config)
+
+
+def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, config: DataConfig) -> CodeCache:
+    """Decode every clip that was not decoded before, and return the lengths in samples at `sample_rate`, and bad clips.
+
+    Several processes may call this at once: one decodes, the others wait for it.
+
+    Raises:
+        UserError, Preempted: see `prepare`. `CodeCache.usable` and `CodeCache.check` tell of bad clips.
+    """
+    codec = heard_at(sample_rate)
+    there = (codec_folder(folder, codec) / CODEC_FILE).is_file()
+    known = CodeCache(folder, codec.hash, config) if there else None
+    new = [sample for sample in samples if known is None or not known.knows(sample)]
+    if new or known is None:
+        with suppress(BadClips):
+            prepare(new, None, codec, folder, config, wait=True)
+        known = CodeCache(folder, codec.hash, config)
+    return known
 
 
 def no_codes(path: Path) -> Tensor:

@@ -20,8 +20,9 @@ from rawloop.audio import load_audio
 from rawloop.contracts import Audio, CodecInfo, Sample, Turn
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
-from rawloop.data.prepare import BadClips, PrepareReport, decode_once, prepare
+from rawloop.data.prepare import BadClips, PrepareReport, prepare
 from rawloop.data.shards import codec_folder, heard_at, open_writer
+from rawloop.data.splits import decode_once
 from rawloop.errors import Preempted, RawloopError, UserError
 
 Tone = Callable[..., Path]
