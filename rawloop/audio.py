@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from rawloop.containers import STREAMED, Held, cut_short, held
+from rawloop.containers import STREAMED, Extent, cut_short
 from rawloop.containers import BadAudio as BadAudio
 from rawloop.errors import UserError
+from rawloop.frames import measure
 from rawloop.hashing import open_regular
 from rawloop.segments import Segment, segment_of
 
@@ -112,13 +113,19 @@ def _words(error: Any) -> str:
     return str(error.error_string).strip().rstrip(".")
 
 
-def _sound(stream: BinaryIO, found: Held) -> tuple[Any, int]:
+def _sound(stream: BinaryIO, found: Extent) -> tuple[Any, int]:
     """Open a clip for libsndfile, and return it with its number of samples per channel."""
     import soundfile
 
     os.lseek(stream.fileno(), 0, os.SEEK_SET)  # stream.seek may only move inside its buffer
-    file = soundfile.SoundFile(stream.fileno(), closefd=False)
-    if found.header and not found.samples <= file.frames < UNKNOWN:  # it would stop there, or fail at the end
+    try:
+        file = soundfile.SoundFile(stream.fileno(), closefd=False)
+    except soundfile.LibsndfileError:  # it does not know every tag that may stand before an mp3
+        if not found.replaces:
+            raise
+        file = None
+    # libsndfile would stop at the wrong number of samples that it has read or guessed.
+    if file is None or (found.header and not 0 < found.samples <= file.frames < UNKNOWN):
         rest = os.pread(stream.fileno(), os.fstat(stream.fileno()).st_size, found.replaces)
         file = soundfile.SoundFile(io.BytesIO(found.header + rest))
     return file, found.samples or int(file.frames)
@@ -131,7 +138,7 @@ def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
     """
     segment = segment_of(path)
     with _opened(segment.file) as stream:
-        found = held(stream)
+        found = measure(stream)
         file, frames = _sound(stream, found)
         with file:
             rate = int(file.samplerate)

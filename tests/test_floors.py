@@ -36,6 +36,7 @@ FLOORS = (
             "hashing",
             "segments",
             "containers",
+            "frames",
             "audio",
         ),
     ),

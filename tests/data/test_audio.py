@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from rawloop.audio import BadAudio, load_audio
-from rawloop.containers import _mp3_frame
+from rawloop.frames import _mp3_frame
 from rawloop.hashing import sha256_file
 from rawloop.segments import Segment
 
@@ -239,11 +239,16 @@ def test_what_is_no_audio_behind_the_end(name: str, tone: Tone) -> None:
         load_audio(path, 24000)
 
 
-def test_a_wav_whose_header_says_that_it_is_empty(tone: Tone) -> None:
+@pytest.mark.parametrize("riff", [bytes(4), b"\xff" * 4, None])
+def test_a_wav_that_was_never_closed_is_read_to_its_end(riff: bytes | None, tone: Tone) -> None:
+    """A program that writes to a pipe, or dies, leaves a length of 0 in the header."""
     path = tone("a.wav", seconds=1.0)
-    content = path.read_bytes()
-    path.write_bytes(content[:40] + bytes(4) + content[44:])
-    with pytest.raises(BadAudio, match=r"says that it is empty, and 48000 bytes behind it.*write it anew"):
+    whole, content = load_audio(path, 24000), path.read_bytes()
+    unclosed = content[:4] + (content[4:8] if riff is None else riff) + content[8:40] + bytes(4) + content[44:]
+    path.write_bytes(unclosed)
+    assert torch.equal(load_audio(path, 24000), whole)
+    path.write_bytes(unclosed + content)
+    with pytest.raises(BadAudio, match="has a second wav file behind its audio"):
         load_audio(path, 24000)
 
 
@@ -269,6 +274,51 @@ def test_an_ogg_that_was_cut_short(keep: float, tone: Tone) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
     with pytest.raises(BadAudio, match=r"^is cut short: its last ogg page is not whole"):
         load_audio(path, 24000)
+
+
+def ogg_checksum(page: bytes) -> int:
+    value = 0
+    for byte in page:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+    return value
+
+
+def test_an_ogg_without_an_end_mark_is_whole(tone: Tone) -> None:
+    """As broadcasts are recorded."""
+    path = tone("a.ogg", seconds=2.0)
+    whole, content = load_audio(path, 24000), path.read_bytes()
+    start = content.rindex(b"OggS")
+    page = content[start : start + 5] + bytes([content[start + 5] & ~4]) + content[start + 6 :]
+    page = page[:22] + bytes(4) + page[26:]
+    path.write_bytes(content[:start] + page[:22] + ogg_checksum(page).to_bytes(4, "little") + page[26:])
+    assert torch.equal(load_audio(path, 24000)[: len(whole)], whole)
+    path.write_bytes(path.read_bytes() + b"what is this?" * 20)
+    with pytest.raises(BadAudio, match="is damaged: no ogg page at byte"):
+        load_audio(path, 24000)
+
+
+APE_HEADER = b"APETAGEX" + (2000).to_bytes(4, "little") + (32).to_bytes(4, "little") + bytes(7) + b"\xa0" + bytes(8)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        APE_HEADER + APE_HEADER.replace(b"\xa0", b"\x80"),
+        b"ID3\x04\0\x10" + bytes(3) + b"\x08" + bytes(8) + b"3DI" + bytes(7),
+    ],
+)
+@pytest.mark.parametrize("header", [True, False])
+def test_an_mp3_behind_a_tag_that_libsndfile_does_not_know(header: bool, tag: bytes, tone: Tone) -> None:
+    path = tone("a.mp3", seconds=2.0)
+    if not header:
+        without_xing(path)
+    length = len(load_audio(path, 24000))
+    path.write_bytes(tag + path.read_bytes())
+    with path.open("rb") as stream, pytest.raises(soundfile.LibsndfileError):
+        soundfile.SoundFile(stream.fileno(), closefd=False)
+    assert len(load_audio(path, 24000)) == length
 
 
 def test_a_small_file_that_becomes_big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
