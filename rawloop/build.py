@@ -38,7 +38,8 @@ from rawloop.losses import LossModule
 from rawloop.meter import Meter
 from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import PrecisionPolicy, preflight
+from rawloop.precision import PrecisionPolicy
+from rawloop.precision.preflight import preflight
 from rawloop.records import Records, check_packages
 from rawloop.resume import Claim, claim, goes_back, restore, stored_precision
 from rawloop.seed import RngState

@@ -90,7 +90,8 @@ def build_model(
     policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
-    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed)
+    one_of_machine = world.local_rank == 0
+    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed, full=one_of_machine)
     if source is not None:
         notices += load_weights(source, model, base, family)
     model = policy.prepare(model)

@@ -68,6 +68,7 @@ class Contents:
                 name = f"samples[{start}{f':{end}' if size > 1 else ''}] of {split}"
                 facts[name] = f"{_digest(*digests[start:end])[:8]} (from {self.places[split][start]} on)"
         if base is not None:
+            base.share_sums(world)
             facts["the model's config"] = str(base.origin["config"])[:12]
             facts |= {f"the weight {name}": value for name, value in base.sums.items()}
         world.check_equal(facts, ADVICE)

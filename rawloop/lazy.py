@@ -7,6 +7,8 @@ from typing import Any
 
 def importer(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
     """Return the `__getattr__` of a package whose names stand in the modules that `home` says."""
+    same = [name for name, module in home.items() if module == f"{package}.{name}"]
+    assert not same, f"{same} are modules of {package} too: whoever imports one of them would get the module"
 
     def get(name: str) -> Any:
         if name not in home:

@@ -25,7 +25,8 @@ from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.losses import weighted_mean
 from rawloop.meter import Meter
 from rawloop.optim import set_lr
-from rawloop.precision import PrecisionPolicy, StepResult, preflight
+from rawloop.precision import PrecisionPolicy, StepResult
+from rawloop.precision.preflight import preflight
 from rawloop.preempt import Preemption, agreed
 from rawloop.records import Records
 from rawloop.settings import TrainConfig as TrainConfig

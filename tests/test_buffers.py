@@ -36,7 +36,8 @@ from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.preflight import preflight
 from rawloop.records import read_events, read_metrics
 
 CPU = torch.device("cpu")

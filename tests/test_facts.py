@@ -7,11 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from rawloop.adapters import BaseFingerprint
+from rawloop.adapters.fingerprint import checksum
 from rawloop.build import build_run, check_run
 from rawloop.changes import SettingsState, compare, flat
 from rawloop.cli import main
@@ -105,7 +109,8 @@ OTHER_NODE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def start(world: World, configs: list[RunConfig], doctor: bool) -> str:
-    """What this rank is told when the run is built, each rank with its own config."""
+    """What this rank is told when the run is built, each rank with its own config and on a machine of its own."""
+    world = replace(world, local_rank=0)
     try:
         if doctor:
             check_run(configs[world.rank], world)
@@ -144,6 +149,30 @@ def test_ranks_that_differ_are_refused(run_ranks: Ranks, config: RunConfig, tmp_
     assert lr.startswith(f"the ranks differ: rank 1 has optim.lr 0.001, rank 0 has {config.optim.lr}: start every")
     assert "no such folder" in paths
     assert set(flat(asdict(config))) > MAY_DIFFER
+
+
+def counted(world: World, config: RunConfig) -> tuple[int, str | None]:
+    """How many weights this rank has read in full, and the digest of all of them."""
+    read: list[Tensor] = []
+
+    def counting(tensor: Tensor) -> str:
+        read.append(tensor)
+        return checksum(tensor)
+
+    with patch("rawloop.adapters.fingerprint.checksum", counting):
+        run = build_run(config, world, lambda line: None)
+    run.close()
+    assert run.checkpoints is not None
+    base = run.checkpoints.parts.states["base"]
+    assert isinstance(base, BaseFingerprint)
+    return len(read), base.weights
+
+
+def test_one_process_of_a_machine_reads_all_weights(run_ranks: Ranks, config: RunConfig) -> None:
+    (first, digest), (second, same) = run_ranks(counted, config)
+    assert first > 10
+    assert (second, same) == (0, digest)
+    assert digest is not None
 
 
 # -- a resumed run and an evaluation -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 
 BASE = "base.json"  # beside an adapter: the fingerprint of its base model, which PEFT has no use for
@@ -31,34 +33,52 @@ class BaseFingerprint:
         path: folder or hub id that it was loaded from.
         revision: of the hub repository.
         seed: of the random streams that `load_model` may have drawn from.
+        full: whether to compute `sums`, which reads all numbers: one process of a machine does it for the others.
 
     Attributes:
         digest: of names, shapes and the first numbers of every frozen weight: all that older checkpoints hold.
-        sums: checksum of every parameter and buffer, by name; see `checksum`.
-        weights: digest of the checksums of every frozen weight, and of the buffers if none of the base model's own
-            weights is trained, under the base model's own names.
+        sums: checksum of every parameter and buffer, by name; see `checksum`. Empty until it is known.
     """
 
     SAMPLE = 64  # numbers per weight in `digest`
 
-    def __init__(self, model: nn.Module, path: str = "", revision: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, path: str = "", revision: str | None = None, seed: int = 0, *, full: bool = True
+    ) -> None:
         self.origin = {"path": path, "revision": revision, "config": _config_hash(model), "seed": seed}
-        self.notice = ""  # what of a checkpoint's differs although the weights are the same
+        self.notice = ""  # a difference from the checkpoint's although the weights are the same
         tensors = _distinct(model)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib lets go of the GIL
-            self.sums = dict(zip(tensors, pool.map(checksum, tensors.values()), strict=True))
+        with ThreadPoolExecutor(_usable_cores()) as pool:  # zlib lets go of the GIL
+            sums = pool.map(checksum, tensors.values()) if full else ()
+            self.sums = dict(zip(tensors, sums, strict=full))
         digest, named = hashlib.sha256(), dict(model.named_parameters())
         for name, parameter in named.items():
             if not parameter.requires_grad:
                 numbers = parameter.detach().flatten()[: self.SAMPLE].float()
                 digest.update(f"{name} {tuple(parameter.shape)} {numbers.tolist()}\n".encode())
         self.digest = digest.hexdigest()
-        own = {name: named.get(name) for name in self.sums if not any(mark in name for mark in ADAPTERS)}
-        frozen = [name for name, weight in own.items() if weight is not None and not weight.requires_grad]
+        own = {name: named.get(name) for name in tensors if not any(mark in name for mark in ADAPTERS)}
+        self._frozen = [name for name, weight in own.items() if weight is not None and not weight.requires_grad]
         if not any(weight is not None and weight.requires_grad for weight in own.values()):
-            frozen = list(own)  # with the buffers: a model whose own weights are trained has its own in a checkpoint
-        lines = sorted(f"{_own_name(name)} {self.sums[name]}\n" for name in frozen)
-        self.weights = hashlib.sha256("".join(lines).encode()).hexdigest()
+            self._frozen = list(
+                own
+            )  # with the buffers: a model whose own weights are trained has its own in a checkpoint
+
+    @property
+    def weights(self) -> str | None:
+        """Digest of the checksums of every frozen weight, under the base model's own names; None without `sums`.
+
+        The buffers are in it if none of the base model's own weights is trained.
+        """
+        if not self.sums:
+            return None
+        lines = sorted(f"{_own_name(name)} {self.sums[name]}\n" for name in self._frozen)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def share_sums(self, world: World) -> None:
+        """Take the sums of the process that has computed them on this machine. All ranks call this."""
+        shares = world.gather(self.sums)
+        self.sums = next((sums for sums in reversed(shares[: world.rank + 1]) if sums), {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the digests, and where the weights came from."""
@@ -80,7 +100,7 @@ class BaseFingerprint:
         Raises:
             UserError: the checkpoint was trained on another base model.
         """
-        if state.get("weights", self.weights) != self.weights:
+        if self.sums and state.get("weights", self.weights) != self.weights:
             raise self._other_weights(state)
         if state["config"] != self.origin["config"]:
             self.notice = f"the base model's config has changed, its weights have not: {_origin(state)} then"
@@ -114,6 +134,11 @@ def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointError(f"{file} is damaged: {reason}") from error
     return state, "" if "weights" in state else f"{file} has no checksum of it"
+
+
+def _usable_cores() -> int:
+    # torchrun sets OMP_NUM_THREADS to 1, while the other processes of this machine wait
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def checksum(tensor: Tensor) -> str:

@@ -7,7 +7,6 @@ from rawloop.lazy import importer
 if TYPE_CHECKING:
     from rawloop.precision.modes import MODES, Mode, PrecisionConfig
     from rawloop.precision.policy import PrecisionPolicy, StepResult
-    from rawloop.precision.preflight import preflight
     from rawloop.precision.scaler import LossScaleConfig
 else:
     __getattr__ = importer(
@@ -19,8 +18,7 @@ else:
             "PrecisionConfig": "rawloop.precision.modes",
             "PrecisionPolicy": "rawloop.precision.policy",
             "StepResult": "rawloop.precision.policy",
-            "preflight": "rawloop.precision.preflight",
         },
     )
 
-__all__ = ["MODES", "LossScaleConfig", "Mode", "PrecisionConfig", "PrecisionPolicy", "StepResult", "preflight"]
+__all__ = ["MODES", "LossScaleConfig", "Mode", "PrecisionConfig", "PrecisionPolicy", "StepResult"]

@@ -14,7 +14,8 @@ from rawloop.ddp import DDPConfig, no_sync
 from rawloop.dist import World
 from rawloop.errors import TrainingError
 from rawloop.losses import LossModule
-from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.preflight import preflight
 
 MODES: list[dict[str, Any]] = [
     {"mode": "fp32"},

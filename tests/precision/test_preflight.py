@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.errors import RawloopError, TrainingError, UserError
-from rawloop.precision import PrecisionConfig, PrecisionPolicy, preflight
+from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.preflight import preflight
 
 CPU = torch.device("cpu")
 
