@@ -18,6 +18,18 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("command", ["prepare", "inspect", "train", "evaluate", "doctor"])
+def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
+    heavy = HEAVY[:4]
+    check = (
+        f"import sys; from rawloop.cli import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass\n"
+        f"loaded = [name for name in {heavy} if name in sys.modules]; assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith(f"usage: rawloop {command} [--config FILE]")
+    assert "--optim.lr" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["-c", IMPORT], ["-m", "rawloop", "--help"]])
 def test_it_takes_less_than_the_limit(arguments: list[str]) -> None:
     assert min(seconds(arguments) for _ in range(5)) < LIMIT  # the least: other processes only ever add

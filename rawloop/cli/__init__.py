@@ -1,8 +1,7 @@
-"""The door: `rawloop COMMAND`. One small module per command, imported when it is called.
+"""`rawloop COMMAND`: one small module per command, imported when it is called; `--help` imports none of them.
 
-A mistake of the user's ends in one line and exit code 2, any other failure that rawloop can name in one line and exit
-code 1. A command that a signal or a stop file has ended, and that can go on, has exit code 75. Only a bug shows a
-traceback.
+A user's mistake ends in one line and exit code 2, any other failure that rawloop can name in one line and exit code 1.
+A command that a signal or a stop file has ended, and that can go on, has exit code 75. Only a bug shows a traceback.
 """
 
 import errno
@@ -13,9 +12,13 @@ import signal
 import sys
 from pathlib import Path
 from tempfile import mkstemp
+from typing import TYPE_CHECKING, Any
 
 from rawloop.errors import LibraryError, LostRank, RawloopError, UserError, nearest
 from rawloop.preempt import end_early, ignore_signals
+
+if TYPE_CHECKING:
+    from rawloop.config import RunConfig
 
 COMMANDS = {
     "demo": "build the demo checkpoint and encode the bundled speech",
@@ -27,11 +30,22 @@ COMMANDS = {
     "verify": "check every file of a run's checkpoints against its digest",
     "doctor": "check on your own model and data that training does what it says",
 }
-
-
-# How to go on with a command that was ended in the middle; others are only run again.
+# The commands that read a run's config, and their options besides its keys.
+OPTIONS: dict[str, dict[str, str]] = {
+    "prepare": {},
+    "inspect": {
+        "split": "train or eval: of which data (default: train)",
+        "sample": "the id of a sample: only that one (default: the first batch, of train as it is shuffled)",
+    },
+    "train": {},
+    "evaluate": {"checkpoint": "best, latest, or a checkpoint's folder of this config's run (default: the base model)"},
+    "doctor": {
+        "part": "internal: measure gradients and the evaluation loss into this folder, as one of several processes"
+    },
+}
+# How to go on with a command that was interrupted; other commands are only run again.
 GO_ON = {"train": ": go on with --resume auto", "prepare": ": run it again to go on"}
-# A file for the exit code, named by launch/torchrun.py: of what its workers return, torchrun keeps only that it failed.
+# A file for the exit code, named by launch/torchrun.py: torchrun itself only keeps that a worker has failed.
 EXIT_CODE_FILE = "RAWLOOP_EXIT_CODE_FILE"
 
 
@@ -42,6 +56,13 @@ def help_text() -> str:
     promise = "it trains correctly, or it says exactly why not"
     head = f"usage: rawloop COMMAND [options]\n\nFine-tunes Hugging Face audio and text models: {promise}.\n"
     return "\n".join([head, "commands:", *lines, "", "`rawloop COMMAND --help` lists the options of a command."])
+
+
+def read_config(command: str, arguments: list[str]) -> "tuple[RunConfig, dict[str, Any]]":
+    """Read a command's config and its further options."""
+    from rawloop.config import parse
+
+    return parse(arguments, f"rawloop {command}", OPTIONS[command], COMMANDS[command])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def traceback_kept(error: BaseException | None) -> str:
-    """Write the traceback of a library into a file, if an error has one, and say where."""
+    """Write the traceback of a LibraryError into a file and return a clause that names the file, or an empty string."""
     while error is not None and not (isinstance(error, LibraryError) and error.trace):
         error = error.__cause__
     if error is None:
@@ -84,7 +105,7 @@ def traceback_kept(error: BaseException | None) -> str:
 
 
 def check_words(words: list[str]) -> None:
-    """Refuse arguments that are not UTF-8: no file of a run could hold them."""
+    """Raise UserError if an argument is not UTF-8: no file of a run could hold it."""
     for word in words:
         try:
             word.encode()
@@ -93,7 +114,7 @@ def check_words(words: list[str]) -> None:
 
 
 def leave_exit_code(file: Path, code: int) -> None:
-    """Write the exit code down for the launcher of this machine; the first of its processes does."""
+    """Write the exit code into a file for this machine's launcher, from its first process."""
     from rawloop.launcher import read_ranks
 
     if read_ranks()[2] == 0:
@@ -111,9 +132,11 @@ def stdout_is_gone() -> bool:
 
 
 def call(command: str, rest: list[str]) -> int:
-    """Run a command, say in one line why it failed if it did, and return its exit code."""
+    """Run a command and return its exit code. A failure is explained in one line."""
     try:
         check_words(rest)
+        if command in OPTIONS and not {"-h", "--help"}.isdisjoint(rest):
+            read_config(command, rest)  # prints the help, and ends
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:
         if error.is_reporter:

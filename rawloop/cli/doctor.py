@@ -24,14 +24,13 @@ from rawloop.audio import import_torchaudio
 from rawloop.build import check_run
 from rawloop.checkpoint import find_slots
 from rawloop.checkpoint.disk import readable
-from rawloop.cli import COMMANDS
+from rawloop.cli import read_config
 from rawloop.cli.grouping import NOT_FINITE, STEPS, compare, measure, small
-from rawloop.config import RunConfig, parse, to_yaml
+from rawloop.config import RunConfig, to_yaml
 from rawloop.diagnose import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
 
-PART = "internal: measure gradients and the evaluation loss into this folder, as one of several processes"
 FIRST_ROW = "data, model, first pass"
 CHECKS = ("label census", "first loss", "causality probe")  # in the order of `Report.events`
 NOT_JUDGED = "not judged: what the first pass gives is not finite"
@@ -45,7 +44,7 @@ def run(argv: list[str]) -> None:
         RawloopError: a check failed; the table says why.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, options = parse(argv, "rawloop doctor", {"part": PART}, COMMANDS["doctor"])
+    config, options = read_config("doctor", argv)
     with open_world(config.device, config.ddp.timeout) as world:
         if options["part"] is not None:
             measure(config, world, Path(options["part"]))

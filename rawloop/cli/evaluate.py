@@ -19,9 +19,9 @@ from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.reader import check_same
 from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
-from rawloop.cli import COMMANDS
+from rawloop.cli import read_config
 from rawloop.components import build_evaluator, build_family, build_model
-from rawloop.config import RunConfig, moved_run, parse
+from rawloop.config import RunConfig, moved_run
 from rawloop.data.limits import Limits
 from rawloop.data.splits import load_samples, open_codes
 from rawloop.dist import World, open_world
@@ -33,8 +33,6 @@ from rawloop.losses import LossModule
 from rawloop.records import json_value
 from rawloop.resume import stored_precision
 
-HELP = "best, latest, or the folder of a checkpoint of this config's run; without it the base model is evaluated"
-
 
 def run(argv: list[str]) -> None:
     """Evaluate, and print one JSON object: what was evaluated, and its metrics.
@@ -43,7 +41,7 @@ def run(argv: list[str]) -> None:
         RawloopError: a batch gave no finite loss; its samples are named.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, options = parse(argv, "rawloop evaluate", {"checkpoint": HELP}, COMMANDS["evaluate"])
+    config, options = read_config("evaluate", argv)
     with open_world(config.device, config.ddp.timeout) as world:
         notice = moved_run(argv, config)
         if notice:

@@ -14,19 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from rawloop.audio import import_torchaudio
-from rawloop.cli import COMMANDS
+from rawloop.cli import read_config
 from rawloop.components import build_family
-from rawloop.config import RunConfig, parse
+from rawloop.config import RunConfig
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
 from rawloop.data.batches import BatchPlan, Draw, MicroBatches
 from rawloop.data.splits import load_samples, no_codes, open_codes
 from rawloop.diagnose.table import table
 from rawloop.errors import UserError, nearest
 
-OPTIONS = {
-    "split": "train or eval: of which data (default: train)",
-    "sample": "the id of a sample: only that one (default: the first batch, of train as it is shuffled)",
-}
 WIDTH = 100  # characters of text in a line
 HEAD, TAIL = 9, 9  # frames of a clip that are shown: the delay of eight codebooks and one more
 DIM, OFF = "\x1b[2m", "\x1b[0m"
@@ -39,7 +35,7 @@ def run(argv: list[str]) -> None:
         UserError: there is no such split or sample, or a sample cannot be trained.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, options = parse(argv, "rawloop inspect", OPTIONS, COMMANDS["inspect"])
+    config, options = read_config("inspect", argv)
     split = options["split"] or "train"
     if split not in ("train", "eval"):
         raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")

@@ -2,8 +2,7 @@
 
 import os
 
-from rawloop.cli import COMMANDS
-from rawloop.config import parse
+from rawloop.cli import read_config
 from rawloop.data.splits import prepare_codes
 from rawloop.errors import UserError
 from rawloop.families import load_family
@@ -19,7 +18,7 @@ def run(argv: list[str]) -> None:
         RawloopError: some clips cannot be used and `data.on_bad_sample` is stop (exit code 1, after all others).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config, _ = parse(argv, "rawloop prepare", about=COMMANDS["prepare"])
+    config, _ = read_config("prepare", argv)
     if read_ranks()[1] > 1:
         raise UserError("rawloop prepare is one process: start it without torchrun")
     device = choose_device(config.device, 0)

@@ -9,8 +9,8 @@ from pathlib import Path
 from rawloop.build import build_run
 from rawloop.checkpoint import find_latest, mark_launch
 from rawloop.checkpoint.slots import kept_best
-from rawloop.cli import COMMANDS
-from rawloop.config import moved_run, parse
+from rawloop.cli import read_config
+from rawloop.config import moved_run
 from rawloop.dist import World, open_world
 from rawloop.errors import Preempted
 from rawloop.loop import Run, train
@@ -27,7 +27,7 @@ def run(argv: list[str]) -> None:
         Preempted: it was told to stop by SIGTERM, SIGUSR1 or a file named STOP in its folder (exit code 75).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
-    config, _ = parse(argv, "rawloop train", about=COMMANDS["train"])
+    config, _ = read_config("train", argv)
     folder = Path(expanduser(config.output))
     told = os.environ.get(SIGNAL_FILE)
     with (
