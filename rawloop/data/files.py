@@ -1,4 +1,4 @@
-"""Finds the file of a data set and takes it apart into records, or says what it is instead and what to do about it."""
+"""Finds the file of a data set and reads its records, or says what the file is instead and what to do about it."""
 
 import json
 from collections.abc import Iterator
@@ -7,11 +7,12 @@ from typing import Any
 
 from rawloop.data.keys import METADATA_FILE, OTHER_CLIPS, KeyCheck
 from rawloop.data.record import DECODER, DoubledKey, Record, parse_json, show
-from rawloop.errors import UserError
+from rawloop.errors import UserError, nearest
 from rawloop.hashing import read_text
 
 METADATA = "metadata.json"
-SAMPLE_KEYS = ("messages", "audio_file", "text")  # each record has one of them; the first that it has says what it is
+SAMPLE_KEYS = ("messages", "audio_file", "text")  # the first of these that a record has says what kind it is
+QUESTION = ("prompt", "completion", "question", "query", "response", "answer")
 COMPRESSED = "is compressed: unpack it first (`gunzip`, `unzip`, `zstd -d`) and name the file that comes out"
 TABLE = (
     'is a table: write a line of JSON for each of its rows, such as {"audio_file": "a.wav", "transcript": "Words."}, '
@@ -34,19 +35,9 @@ OTHER_RECORDS = {
     "'messages'",
     ("instruction", "output"): "this is an Alpaca record: write instruction and input as the user message of "
     "'messages', output as the assistant message",
-    (
-        "prompt",
-        "completion",
-        "question",
-        "query",
-        "response",
-        "answer",
-    ): "write question and answer as the user and the assistant message of 'messages'",
-    (
-        "supervisions",
-        "recording",
-    ): 'this is a cut of lhotse: write {"audio_file": "a.wav", "offset": 0.0, "duration": 2.5, '
-    '"transcript": "Words."}, a line for each',
+    QUESTION: "write question and answer as the user and the assistant message of 'messages'",
+    ("supervisions", "recording"): 'this is a cut of lhotse: write {"audio_file": "a.wav", "offset": 0.0, '
+    '"duration": 2.5, "transcript": "Words."}, a line for each',
     (*OTHER_CLIPS, "path", "file", "file_name", "sentence", "transcription"): "call the clip that is learnt "
     "'audio_file', and its words 'transcript'",
 }
@@ -71,7 +62,8 @@ def data_file(path: Path) -> Path:
         raise UserError(f"{path} has several .jsonl files ({_names(found)}): name one of them")
     foreign = sorted(file for file in path.iterdir() if file.suffix.lower() in FOREIGN)
     if foreign:
-        raise UserError(f"{path} has neither {METADATA} nor a .jsonl file, but {_foreign(foreign[0])}")
+        what = f"{foreign[0].name} {FOREIGN[foreign[0].suffix.lower()]}"
+        raise UserError(f"{path} has neither {METADATA} nor a .jsonl file, but {what}")
     raise UserError(f"{path} has neither {METADATA} nor a .jsonl file (it has {_names(sorted(path.iterdir()))})")
 
 
@@ -79,36 +71,23 @@ def _names(files: list[Path]) -> str:
     return ", ".join(file.name for file in files[:5]) or "nothing"
 
 
-def _foreign(file: Path) -> str:
-    """Say what a file is whose name ends as no data file's does."""
-    return f"{file.name} {FOREIGN[file.suffix.lower()]}"
-
-
 def read_records(file: Path, keys: KeyCheck) -> Iterator[Record]:
-    """Yield the records of a data file, whatever its format; `keys` looks at what stands beside them.
+    """Yield the records of a data file, whatever its format; `keys` checks what stands beside them.
 
     Raises:
         UserError: not UTF-8, broken JSON, a key that stands twice, no `samples`, or a record that is no object.
     """
     if file.suffix.lower() in FOREIGN:
-        raise UserError(f"{file}: {_foreign(file)}")
+        raise UserError(f"{file} {FOREIGN[file.suffix.lower()]}")
     text = _text(file)
     if not text.strip():
         raise UserError(f"{file} is empty: a data set needs at least one sample")
     try:
         value, end = DECODER.raw_decode(text, len(text) - len(text.lstrip()))
-    except DoubledKey as error:
-        if file.suffix == ".jsonl":
-            yield from _lines(text, file)  # names the line
-        raise UserError(f"{file}: {error}") from error
-    except json.JSONDecodeError as error:
-        if file.suffix == ".jsonl":
-            yield from _lines(text, file)  # names the broken line itself
-        raise UserError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         if file.suffix == ".jsonl":
-            yield from _lines(text, file)
-        raise UserError(f"{file}: it holds a number or a depth that no data has ({error})") from error
+            yield from _lines(text, file)  # its error names the line
+        raise _broken(error, file, "") from error
     if text[end:].strip():
         yield from _lines(text, file)
     elif isinstance(value, dict) and "samples" not in value and not value.keys().isdisjoint(SAMPLE_KEYS):
@@ -125,7 +104,7 @@ def _text(file: Path) -> str:
     try:
         return read_text(file)
     except UnicodeDecodeError as error:
-        known = next((what for magic, what in MAGIC.items() if error.object.startswith(magic)), None)
+        known = next((kind for magic, kind in MAGIC.items() if error.object.startswith(magic)), None)
         if known is not None:
             raise UserError(f"{file} {FOREIGN[known]}") from error
         line = error.object[: error.start].count(b"\n") + 1
@@ -134,21 +113,24 @@ def _text(file: Path) -> str:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
+def _broken(error: ValueError | RecursionError, file: Path, place: str) -> UserError:
+    """Return what to raise for JSON that cannot be read; `place` is the line, or nothing for a whole file."""
+    why: object = f"it holds a number or a depth that no data has ({error})"
+    if isinstance(error, json.JSONDecodeError):
+        place, why = place or f" line {error.lineno}", f"not JSON ({error.msg}, column {error.colno})"
+    return UserError(f"{file}{place}: {error if isinstance(error, DoubledKey) else why}")
+
+
 def _lines(text: str, file: Path) -> Iterator[Record]:
-    # Not splitlines(): it also splits at U+2028 and others that JSON allows inside a string.
+    # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"line {number}"
         try:
             value = parse_json(line)
-        except DoubledKey as error:
-            raise UserError(f"{file} {place}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} {place}: not JSON ({error.msg}, column {error.colno})") from error
         except ValueError as error:
-            raise UserError(f"{file} {place}: it holds a number or a depth that no data has ({error})") from error
-        yield _record(value, file, place)
+            raise _broken(error, file, f" line {number}") from error
+        yield _record(value, file, f"line {number}")
 
 
 def _listed(values: Any, file: Path, name: str) -> Iterator[Record]:
@@ -162,15 +144,17 @@ def _samples(value: Any, file: Path) -> Any:
     if isinstance(value, dict) and "samples" in value:
         return value["samples"]
     keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) and value else f"it holds {show(value)}"
-    known = _other_record(value) if isinstance(value, dict) else ""
-    lines = file.suffix == ".jsonl"
-    fix = known or ("this is no sample" if lines else "metadata.json needs a list of samples under that key")
+    other = _other_record(value) if isinstance(value, dict) else ""
+    alone = file.suffix == ".jsonl"
+    fix = other or ("this is no sample" if alone else "metadata.json needs a list of samples under that key")
     raise UserError(f"{file} has no 'samples' ({keys}): {fix}")
 
 
 def _other_record(value: dict[str, Any]) -> str:
-    """Say which other layout has the keys of a record, or nothing."""
-    return next((what for keys, what in OTHER_RECORDS.items() if not value.keys().isdisjoint(keys)), "")
+    """Return which other layout has the keys of a record, or which key of ours is nearly one of them, or nothing."""
+    layout = next((what for keys, what in OTHER_RECORDS.items() if not value.keys().isdisjoint(keys)), "")
+    hint = next(filter(None, (nearest(key, (*SAMPLE_KEYS, "samples")) for key in value)), "")
+    return layout or (f"this is no sample{hint}" if hint else "")
 
 
 def _record(value: Any, file: Path, place: str) -> Record:

@@ -1,4 +1,4 @@
-"""Reads a data set: finds out by content which of its formats it has, and turns every record into a sample.
+"""Reads a data set: its content says which of the formats it has, and every record becomes a sample.
 
 The formats are train-higgs-audio's `metadata.json`, and JSONL of chat messages, of ms-swift and of plain text. Every
 mistake in the data ends here, in one line that names the file and the record, before anything is encoded or trained.
@@ -8,17 +8,17 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 
-from rawloop.contracts import Sample
+from rawloop.contracts import Sample, Text, Turn
 from rawloop.data.config import DataConfig
 from rawloop.data.files import SAMPLE_KEYS, data_file, read_records
-from rawloop.data.keys import KeyCheck, trained_mark
+from rawloop.data.keys import PLAIN, KeyCheck, trained_mark
 from rawloop.data.messages import MessagesReader
 from rawloop.data.metadata import MetadataReader
 from rawloop.data.record import Files, Record, show
-from rawloop.data.texts import TextReader
 from rawloop.errors import BadSample, UserError
 
 SHOWN = 5  # samples that one message names
@@ -36,9 +36,9 @@ def read_samples(
     Args:
         path: folder with a metadata.json or exactly one .jsonl file, or the path of a JSON or JSONL file.
         config: task, scene and path options (default: `DataConfig()`).
-        check_files: look whether every audio file exists. Where there are codes, no audio is needed: `CodeCache.check`
-            looks at every clip anyway.
-        notice: gets a line about what is read in another way than its writer may have meant, such as unknown keys.
+        check_files: look whether every audio file exists. Where there are codes, no audio is needed, and
+            `CodeCache.check` looks at every clip.
+        notice: gets a line about everything that its writer may have meant otherwise, such as unknown keys.
 
     Raises:
         UserError: anything in the data that cannot be used, with the file, the record and the fix.
@@ -47,10 +47,10 @@ def read_samples(
     file = data_file(Path(expanduser(path)))
     files = Files(file.parent, config.allow_outside, check_files)
     keys = KeyCheck(config.strict)
-    readers: dict[str, MessagesReader | MetadataReader | TextReader] = {
-        "messages": MessagesReader(config, files, keys),
-        "audio_file": MetadataReader(config, files, keys),
-        "text": TextReader(keys),
+    readers: dict[str, Callable[[Record, str], Sample]] = {
+        "messages": MessagesReader(config, files, keys).sample,
+        "audio_file": MetadataReader(config, files, keys).sample,
+        "text": partial(_plain_text, keys),
     }
     samples: list[Sample] = []
     seen: dict[str, str] = {}
@@ -60,7 +60,7 @@ def read_samples(
             reader = readers[_kind(record)]
             if trained_mark(record, record.values, "") is False:
                 record.fail("it says of itself that it is not trained: take the record out")
-            samples.append(reader.sample(record, _identity(record, seen, repeated)))
+            samples.append(reader(record, _identity(record, seen, repeated)))
     files.raise_missing()
     if not samples:
         raise UserError(f"{file} has no samples: a data set needs at least one")
@@ -70,8 +70,18 @@ def read_samples(
     return samples
 
 
+def _plain_text(keys: KeyCheck, record: Record, identity: str) -> Sample:
+    """Return the sample of a record with `text`: one trained turn whose role is text. The text is kept as it is."""
+    keys.check(record, record.values, PLAIN)
+    text = record.values["text"]
+    if not isinstance(text, str) or not text.strip():
+        record.fail(f"'text' is {show(text)}: it must be a string with something in it; write it, or remove the sample")
+    turns = (Turn("text", (Text(record.speakable(text)),), trained=True),)
+    return Sample(identity, turns, None, f"{record.file.name} {record.place}", record.without(PLAIN.read))
+
+
 def shared(train: Sequence[Sample], other: Sequence[Sample]) -> int:
-    """Return how many of the `other` samples say the same, of the same clips, as one that is trained."""
+    """Return how many of the `other` samples have the same words and clips as one that is trained."""
     trained = {_said(sample) for sample in train}
     return sum(_said(sample) in trained for sample in other)
 
@@ -88,7 +98,7 @@ def usable(
     Args:
         samples: of one split.
         check: raises BadSample for one that may be left out.
-        skip: whether it shall.
+        skip: leave bad samples out.
 
     Returns:
         The kept samples, in order, and the reason for each one left out, by sample id.

@@ -26,7 +26,7 @@ CLIP = {"audio_file": "a.wav", "transcript": "Hi."}
 )
 def test_a_file_of_another_kind(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("audio_file,transcript\na.wav,Hi.\n")
-    with pytest.raises(UserError, match=rf"{name}: {name} {message}"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{name} {message}"):
         read_samples(tmp_path / name)
     with pytest.raises(UserError, match=f"neither metadata.json nor a .jsonl file, but {name} {message}"):
         read_samples(tmp_path)
@@ -49,7 +49,9 @@ def test_a_compressed_file_under_a_plain_name(tmp_path: Path) -> None:
         ({"path": "a.mp3", "sentence": "Hi.", "locale": "en"}, "call the clip that is learnt 'audio_file'"),
         ({"file_name": "a.wav", "transcription": "Hi."}, "call the clip that is learnt 'audio_file'"),
         ({"start": 0, "supervisions": [{"text": "Hi."}], "recording": {}}, "this is a cut of lhotse: write"),
-        ({"speaker": "x"}, "this is no sample"),
+        ({"speaker": "x"}, "this is no sample$"),
+        ({"texts": "A document."}, r"this is no sample \(did you mean 'text'\?\)$"),
+        ({"message": []}, r"this is no sample \(did you mean 'messages'\?\)$"),
     ],
 )
 def test_a_record_of_another_layout(record: dict[str, object], message: str, tmp_path: Path) -> None:
