@@ -1,4 +1,4 @@
-"""From an audio file to a mono waveform at a model's sample rate, or to the reason why it cannot be used.
+"""Turns an audio file into a mono waveform at a model's sample rate, or into the reason why it cannot be used.
 
 libsndfile decodes (wav, flac, ogg, mp3), torchaudio resamples. `torchaudio.load` is not used: it needs FFmpeg.
 """
@@ -36,9 +36,9 @@ OTHER_FORMATS = {
 SILENCE_PEAK = 1e-3  # -60 dBFS: a clip that never exceeds it holds no speech that a codec could keep
 LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-1, 1]
 MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd sample rates would need gigabytes
-UNKNOWN = 2**62  # libsndfile says about 2**63 samples where a header does not say how many
-ROUNDED = 0.05  # seconds: published lists round times, so a segment may end so much behind its clip
-# How libsndfile's log tells a length beyond the end of the file, in aiff, au and w64.
+UNKNOWN = 2**62  # libsndfile gives about 2**63 samples where a header does not say how many
+ROUNDED = 0.05  # seconds by which a segment may end behind its clip, as published lists round times
+# The lines of libsndfile's log about a length beyond the end of the file, in aiff, au and w64.
 CUT = re.compile(r"^(?: SSND|  Data Size  |riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 PADDING = 8  # bytes that such a file may lack at its end, where writers forget them
 BLOCK = 2**20  # samples decoded at a time, over all channels: 4 MB
@@ -53,16 +53,16 @@ def load_audio(
         path: wav, flac, ogg or mp3 file, of any sample rate and number of channels, or a segment of one.
         sample_rate: of the result, in Hz.
         min_seconds: shorter clips are bad.
-        max_seconds: longer clips are bad; the file's headers are asked before anything is decoded.
+        max_seconds: longer clips are bad; the headers are read before anything is decoded.
         frame_rate: of the codec, in frames per second; a clip shorter than one frame is bad.
 
     Returns:
         Waveform (samples,) float32.
 
     Raises:
-        BadAudio: cannot be opened or decoded; is empty, cut short, silent (peak below -60 dBFS), not finite, far beyond
-            full scale, too short, too long, or of a sample rate that cannot be converted; something stands behind its
-            end that the decoder would leave out, such as a second file; it is a segment that does not lie in its clip.
+        BadAudio: the clip cannot be opened or decoded; is empty, cut short, silent (peak below -60 dBFS), not finite,
+            far beyond full scale, too short, too long, or of a sample rate that cannot be converted; has something
+            behind its end that the decoder would leave out, such as a second file; or is a segment outside its clip.
         UserError: torchaudio is broken or missing.
     """
     waveform, rate = _decode(path, max_seconds)
@@ -83,11 +83,11 @@ def load_audio(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a clip, and turn libsndfile's errors into reasons."""
+    """Open a clip, and turn the errors of libsndfile into BadAudio."""
     import soundfile
 
     try:
-        # Opened by Python, whose words are better than libsndfile's "System error".
+        # Python opens it, as libsndfile only says "System error".
         with open_regular(path) as stream:
             yield stream
     except soundfile.LibsndfileError as error:
@@ -97,7 +97,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _other_format(path: Path) -> str | None:
-    """Say what a file is that libsndfile does not read, by its first bytes."""
+    """Return what a file is that libsndfile does not read, by its first bytes."""
     with open(path, "rb") as stream:
         head = stream.read(16)
     if head.startswith(b"version https://"):
@@ -134,7 +134,7 @@ def _sound(stream: BinaryIO, found: Extent) -> tuple[Any, int]:
 def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
     """Return a clip as mono, (samples,) float32, and its sample rate in Hz.
 
-    Channels are mixed block by block, and a header is asked before anything is decoded: small files can become big.
+    The header is read first and channels are mixed block by block, as a small file can decode to a huge one.
     """
     segment = segment_of(path)
     with _opened(segment.file) as stream:
@@ -168,7 +168,7 @@ def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
 
 
 def _mono(file: Any, place: int, first: int, end: int) -> Tensor:
-    """Decode a file that stands at `place`, and mix the samples from `first` to `end` block by block.
+    """Decode a file whose next sample is `place`, and mix the samples from `first` to `end` block by block.
 
     Returns:
         (samples,) float32, fewer if the file ends.
@@ -209,8 +209,8 @@ def _resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
 def import_torchaudio() -> ModuleType:
     """Import torchaudio, or say in one line why it cannot be imported and which command mends it.
 
-    PyPI's torchaudio is a CUDA build. Beside a CPU build of torch it fails to load its own libraries, and takes every
-    model of transformers with it. rawloop uses only the part of it that is plain PyTorch, which needs none of them.
+    PyPI's torchaudio is a CUDA build. Beside a CPU build of torch it fails to load its libraries, and no model of
+    transformers can be imported either. rawloop uses only the part that is plain PyTorch and needs none of them.
 
     Raises:
         UserError: torchaudio is missing or cannot load.

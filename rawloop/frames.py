@@ -42,7 +42,7 @@ def measure(stream: BinaryIO) -> Extent:
 
 
 class Mp3Frame(NamedTuple):
-    """What the header of an mp3 frame says; `length` in bytes, `samples` per channel."""
+    """The header of an mp3 frame; `length` in bytes, `samples` per channel."""
 
     length: int
     samples: int
@@ -51,7 +51,7 @@ class Mp3Frame(NamedTuple):
 
 
 def _mp3_frame(head: bytes) -> Mp3Frame | None:
-    """Read the header of a layer III frame; None if it is none, or of a bitrate of its own ("free format")."""
+    """Read the header of a layer III frame; None if it is none, or of free format."""
     if len(head) < 4 or head[0] != 255 or head[1] & 0xE6 != 0xE2:
         return None
     version, kbps, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
@@ -63,7 +63,7 @@ def _mp3_frame(head: bytes) -> Mp3Frame | None:
 
 
 def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
-    """Count the frames of an mp3, whose header may tell their number or not."""
+    """Count the frames of an mp3, and compare them with the number in its header, if there is one."""
     place, content = start, read_at(stream, start, 256)
     first = _mp3_frame(content)
     assert first is not None
@@ -103,7 +103,7 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
 
 
 def _promised_frames(content: bytes) -> int | None:
-    """Return the number of frames behind the first one that it tells of, if it does."""
+    """Return the number of frames behind the first one, which may tell it, or None."""
     found = re.search(rb"Xing|Info|VBRI", content[4:64])
     if not found:
         return None
@@ -125,7 +125,7 @@ def _xing(content: bytes, count: int) -> bytes:
 
 
 class _Flac:
-    """A flac file: its header's number of samples is held against its last frame."""
+    """A flac file: the number of samples in its header is compared with its last frame."""
 
     def __init__(self, stream: BinaryIO, start: int, size: int) -> None:
         self.stream, self.start, self.size = stream, start, size
@@ -144,7 +144,7 @@ class _Flac:
         """Return how many samples there are up to the last one.
 
         Raises:
-            BadAudio: it is cut short or goes on behind its header's end, or something is joined to it.
+            BadAudio: it has fewer samples than its header says, or more, or something is joined to it.
         """
         refuse_second(self.stream, self.frames, self.size, FLAC_START, "a second flac file")
         found = self._last_frame()

@@ -1,6 +1,6 @@
-"""Content hashes of files and folders: what a checkpoint, a codec or a clip *is*, whatever it is called.
+"""Content hashes of files and folders, which identify a checkpoint, a codec or a clip whatever its name is.
 
-Everything is read in blocks, so that a file of many gigabytes costs no memory.
+Files are read in blocks, so that one of many gigabytes costs no memory.
 """
 
 import errno
@@ -15,7 +15,7 @@ from rawloop.errors import UserError
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading. A pipe, a socket or a device, which may never end or never begin, is not opened.
+    """Open a regular file for reading. A pipe, a socket or a device may never end, and is not opened.
 
     Raises:
         OSError: it cannot be opened, or is no regular file.
@@ -59,7 +59,7 @@ def sha256_files(paths: Iterable[Path]) -> str:
 
 
 def sketch_file(path: Path, sample: int = 4096) -> str:
-    """Return a file's size and 16 digits of the SHA-256 of `sample` bytes from its middle: cheap, and tells copies.
+    """Return a file's size and 16 digits of the SHA-256 of `sample` bytes from its middle: a cheap comparison.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,7 +1,7 @@
-"""A part of a recording, named by its path and its times in seconds: `talk.flac#t=1.5,3`, as the web's media fragments.
+"""A part of a recording, named by its path and its times in seconds: `talk.flac#t=1.5,3`, as in W3C media fragments.
 
-The times are part of the path, so that whatever names a clip by its path (samples, the cache of codes, messages) tells
-the segments of one recording apart. Whoever opens the file takes them off again.
+The times are part of the path, so everything that names a clip by its path (samples, the cache of codes, messages)
+distinguishes the segments of one recording. Code that opens the file removes them.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ FRAGMENT = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")
 
 
 class Segment(NamedTuple):
-    """An audio file and the part of it that is meant, in seconds; `end` None: up to its end."""
+    """A part of an audio file, in seconds; an `end` of None is the end of the file."""
 
     file: Path
     start: float = 0.0
@@ -26,11 +26,11 @@ class Segment(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether all of the file is meant."""
+        """Whether this is the whole file."""
         return self.end is None and not self.start
 
     def path(self) -> Path:
-        """Return the path that names the segment; of a whole file its own."""
+        """Return the path that names the segment; for a whole file, the file's path."""
         if self.whole:
             return self.file
         end = "" if self.end is None else f",{_digits(self.end)}"
@@ -46,7 +46,7 @@ def segment_of(path: Path | str) -> Segment:
 
 
 def content_hash(path: Path | str) -> str:
-    """Return the SHA-256 of a file's bytes, or of these and the times of a segment, as 64 hexadecimal digits.
+    """Return the SHA-256 of a file, or of a file and the times of a segment, as 64 hexadecimal digits.
 
     Raises:
         OSError: the file cannot be read.
@@ -61,7 +61,7 @@ def content_hash(path: Path | str) -> str:
 
 @lru_cache(maxsize=64)
 def _hash_once(file: str, size: int, mtime_ns: int) -> str:
-    """Hash a recording once for all its segments that are asked for one after the other."""
+    """Hash a recording once for all its segments that follow each other."""
     return sha256_file(Path(file))
 
 

@@ -1,8 +1,8 @@
-"""Which samples stand in which micro-batch: a pure function of (seed, window), and the loaders that follow it.
+"""Which samples are in which micro-batch: a pure function of (seed, window), and the loaders that follow it.
 
-A *window* is the accumulation group of one optimizer step. Because its contents depend on nothing else, resuming is
-O(1) and does not depend on the number of workers, and a changed world size keeps the same global windows. What a family
-draws at random while it makes an example is a pure function too, of (seed, epoch, index of the sample).
+A *window* is the accumulation group of one optimizer step. Since its contents depend on nothing else, a resume is O(1)
+and does not depend on the number of workers, and another world size has the same windows over all ranks. The random
+numbers that a family draws while it makes an example depend on (seed, epoch, index of the sample) alone.
 """
 
 import math
@@ -22,7 +22,7 @@ from rawloop.seed import SampleStreams, Seed, derive_seed
 
 
 class Draw(NamedTuple):
-    """A place in the data order: the index of the sample, and the pass over the data."""
+    """A place in the data order: the index of a sample, and the pass over the data."""
 
     sample: int
     epoch: int
@@ -30,10 +30,10 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Tells rank and window -> samples.
+    """Which samples a rank takes in a window.
 
-    The samples run on from epoch to epoch, each epoch a permutation of all of them, and window k takes the k-th slice
-    of `world_size * batch_size * accumulation`. So no tail is dropped, and every window is full on every rank.
+    The epochs follow each other, each a permutation of all samples, and window k takes the k-th slice of
+    `world_size * batch_size * accumulation`. So no tail is dropped, and every window is full on every rank.
     """
 
     num_samples: int
@@ -93,13 +93,13 @@ def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 class MicroBatches(Dataset[Batch | RawloopError]):
-    """Makes a whole micro-batch of some samples, in the main process or in a worker.
+    """Makes a micro-batch of some samples, in the main process or in a worker.
 
     Args:
         samples: the data set.
-        example: encodes one sample. What it draws at random depends on `seed`, epoch and index of the sample alone.
-        collate: pads examples to a micro-batch. What it draws goes on from its last sample's.
-        fault: says what is wrong with a micro-batch, or None, such as `Limits.fault`.
+        example: encodes one sample. Its random numbers depend on `seed`, epoch and index of the sample alone.
+        collate: pads examples to a micro-batch. Its random numbers continue those of the last sample.
+        fault: returns what is wrong with a micro-batch, or None, such as `Limits.fault`.
         seed: of the run.
     """
 
@@ -115,7 +115,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         self.seed, self.streams = seed, SampleStreams()
 
     def __getitem__(self, draws: list[Draw]) -> Batch | RawloopError:
-        """Return the micro-batch, or the error: raised in a worker it would arrive wrapped in a traceback."""
+        """Return the micro-batch, or the error: raised in a worker, it would arrive with a traceback in its message."""
         try:
             return self.made(draws)[1]
         except RawloopError as error:
@@ -124,17 +124,17 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             return RawloopError(f"the codes of the samples {self._names(draws)} cannot be read: {error}")
 
     def made(self, draws: list[Draw]) -> tuple[list[Any], Batch]:
-        """Return the examples of some samples, and the micro-batch that they make.
+        """Return the examples of some samples, and their micro-batch.
 
         Raises:
-            UserError: a sample cannot be made into an example, or holds what the model cannot take.
+            UserError: a sample cannot be encoded, or has values that the model cannot take.
         """
         try:
             examples, batch = self.streams.lend(partial(self._make, draws))
             fault = self.fault(batch)
         except (RawloopError, OSError):
             raise
-        except Exception as error:  # a bug in somebody's family: its traceback says in which samples
+        except Exception as error:  # a bug in somebody's family
             error.add_note(f"while making a batch of the samples {self._names(draws)}")
             raise
         if fault is not None:
@@ -150,7 +150,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         return examples, self.collate(examples)
 
     def _blame(self, draws: list[Draw], examples: list[Any], fault: str) -> str:
-        """Find the sample that is at fault: the first that is wrong also when it is alone."""
+        """Return the message that names the sample at fault: the first that is wrong when it is alone."""
         for draw, example in zip(draws, examples, strict=True):
             alone = self.fault(self.collate([example]))
             if alone is not None:
@@ -190,7 +190,7 @@ class Loader:
 
 
 class TrainWindows:
-    """The training stream: `start(window)` yields windows (lists of micro-batches) from that one on, without end."""
+    """The training data: `start(window)` yields windows (lists of micro-batches) from that one on, without end."""
 
     def __init__(self, loader: Loader, plan: BatchPlan) -> None:
         self.loader, self.plan, self.num_samples = loader, plan, plan.num_samples
@@ -203,17 +203,17 @@ class TrainWindows:
 
 
 class EvalBatches:
-    """One rank's share of the evaluation set, in a fixed order: over all ranks every sample stands exactly once.
+    """One rank's share of the evaluation set, in a fixed order: each sample is in the share of exactly one rank.
 
-    Every evaluation is epoch 0, so whatever is drawn at random in it is the same each time.
+    Every evaluation is epoch 0, so its random numbers are the same each time.
     """
 
     def __init__(self, loader: Loader, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if num_samples < 1:
             raise UserError("the evaluation set is empty: give data.eval samples, or set evaluation.enabled to false")
-        own = [Draw(index, epoch=0) for index in range(rank, num_samples, world_size)]
+        share = [Draw(index, epoch=0) for index in range(rank, num_samples, world_size)]
         self.loader = loader
-        self.draws = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        self.draws = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate the share from its beginning."""

@@ -1,4 +1,4 @@
-"""What a user decides about the data: where it lies, how it is read, and what happens to clips that cannot be used."""
+"""The settings of the data: where it is, how it is read, and what happens to clips that cannot be used."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from typing import Literal
 
 from rawloop.errors import UserError
 
-LEAST_MOST = 64  # data workers that any machine may have; else four for each core
+MOST_WORKERS = 64  # on any machine; more where it has more than a quarter as many cores
 CACHE_NAME = ".rawloop-codes"
 
 
@@ -26,20 +26,21 @@ class DataConfig:
             multi_speaker_smart_voice or multi_speaker_voice_cloning. Default: what the sample says, else what its keys
             imply. With single_speaker_smart_voice or multi_speaker_smart_voice, a chat of one clip and an answer that
             writes down its words is turned round, too: the clip speaks the answer.
-        refs_in_scene: put reference clips into the scene, where they need no words, instead of into turns of their own;
+        refs_in_scene: put reference clips into the scene, where they need no words, instead of into separate turns;
             also those that chat messages have in the user turn before a spoken answer.
         default_scene: scene of the samples of a metadata.json that name none; null for no scene.
-        strict: refuse a record with a key that rawloop does not know, instead of counting such keys and saying so.
+        strict: refuse a record with a key that rawloop does not know. Default: count such keys and print the counts.
         allow_outside: let the data name audio files outside its own folder.
-        on_bad_sample: what is done about clips that cannot be used, and samples that are too long for the model or have
+        on_bad_sample: what to do about clips that cannot be used, and samples that are too long for the model or have
             letters that its tokenizer does not know: stop (`rawloop prepare` encodes all other clips and ends with
             exit code 1; training does not begin) or skip (exactly these samples are left out).
         max_seconds: clips longer than this are bad, also where they are encoded already.
         min_seconds: clips shorter than this are bad, also where they are encoded already.
-        num_workers: processes that build batches beside each training process; 0 builds them in the training process.
-        packing: put the samples of a micro-batch one behind the other into one row, where none sees another, instead of
-            padding them to the longest (causal_lm only).
-        shuffle: visit the training samples in another order in every epoch.
+        num_workers: processes that make batches beside each training process, and as many for the evaluation; 0 makes
+            them in the training process.
+        packing: put the samples of a micro-batch one behind the other into one row, where none attends to another,
+            instead of padding them to the longest (causal_lm only).
+        shuffle: take the training samples in a different order in every epoch.
     """
 
     train: str | None = None
@@ -65,16 +66,16 @@ class DataConfig:
                 "they need 0 <= min_seconds < max_seconds"
             )
         cores = os.cpu_count() or 1
-        if not 0 <= self.num_workers <= max(LEAST_MOST, 4 * cores):
+        if not 0 <= self.num_workers <= max(MOST_WORKERS, 4 * cores):
             raise UserError(
-                f"data.num_workers is {self.num_workers}: it must lie between 0 and {max(LEAST_MOST, 4 * cores)}, as "
+                f"data.num_workers is {self.num_workers}: it must lie between 0 and {max(MOST_WORKERS, 4 * cores)}, as "
                 f"this machine has {cores} cores"
             )
 
     def fault_of_length(self, frames: int, frame_rate: float) -> str | None:
-        """Say what is wrong with the length of an encoded clip, or None.
+        """Return what is wrong with the length of an encoded clip, or None.
 
-        A codec rounds to frames, up or down: within one of them more or less, `rawloop prepare` has decided.
+        A codec rounds to frames, up or down, so one frame more or less is allowed: `rawloop prepare` knows the seconds.
         """
         seconds = frames / frame_rate
         if frames - 1 > math.ceil(self.max_seconds * frame_rate):

@@ -1,7 +1,7 @@
-"""Which keys of a data file are read, which change nothing, and which would change what is learnt if they were ignored.
+"""Which keys of a data file are read, which are ignored, and which are refused as they would change the training.
 
-A key that none of the lists knows is counted and said once; one that is nearly the name of a key that is read is taken
-for a mistake.
+A key that is in none of the lists is counted, and the counts are printed once. A key that is nearly the name of a key
+that is read is an error.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from rawloop.audio import ROUNDED
 from rawloop.data.record import Record, show
 from rawloop.segments import Segment
 
-TYPO = 0.88  # likeness from which on an unknown key is taken for a misspelt one: 'start_indx' has 0.95
+TYPO = 0.88  # an unknown key that is so similar to a known one is misspelt: 'start_indx' has 0.95
 EMPTY: tuple[object, ...] = (None, "", [], {})
 SWITCHES = ("prefix", "continue_final_message")  # clients write them into every message; false asks for nothing
 NO_IMAGES = "no family of rawloop sees images or videos: leave these samples out"
@@ -26,7 +26,7 @@ BY_TEMPLATE = "it would change what the chat template writes, and is not support
 
 @dataclass(frozen=True)
 class Kind:
-    """The keys of one kind of object: those that are read, those that change nothing, and the others with the fix."""
+    """The keys of one kind of object: those that are read, those that are ignored, and those refused, with the fix."""
 
     name: str
     read: frozenset[str]
@@ -35,7 +35,7 @@ class Kind:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """All keys that need no word."""
+        """All keys that are read or ignored."""
         return self.read | self.harmless
 
 
@@ -43,7 +43,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-ABOUT = _words(  # what published data sets say about their records
+ABOUT = _words(  # published data sets describe their records by these
     """
     speaker speaker_id speaker_name speaker_ids speaker_gender lang language language_id locale gender sex age
     accent accents dialect emotion style tone sampling_rate sample_rate num_samples n_samples channels duration_ms
@@ -170,7 +170,7 @@ METADATA_FILE = Kind(
 
 @dataclass
 class KeyCheck:
-    """Holds objects of a data file against their kind, and counts the keys that none of the lists knows.
+    """Checks the keys of the objects of a data file, and counts those that are in none of the lists.
 
     Args:
         strict: refuse an unknown key instead of counting it (`data.strict`).
@@ -178,14 +178,13 @@ class KeyCheck:
 
     strict: bool = False
     unknown: Counter[str] = field(default_factory=Counter)
-    markers: int = 0  # before transcripts, left out
+    markers: int = 0  # transcripts with a marker before them, which was removed
 
     def check(self, record: Record, values: Mapping[str, Any], kind: Kind, place: str = "") -> None:
-        """Look at the keys of `values`, which stand in `record` at `place`.
+        """Check the keys of `values`, which are in `record` at `place`.
 
         Raises:
-            UserError: a key would change what is learnt and cannot be honoured, or looks misspelt, or is unknown and
-                `strict` is set.
+            UserError: a key is refused or looks misspelt, or it is unknown and `strict` is set.
         """
         if values.keys() <= kind.known:
             return
@@ -215,7 +214,7 @@ class KeyCheck:
 
 
 def trained_mark(record: Record, values: Mapping[str, Any], place: str) -> bool | None:
-    """Return whether an object says of itself that it is trained (`loss`, `train`, `weight`, `loss_scale`), or None.
+    """Return whether an object is marked as trained or not (`loss`, `train`, `weight`, `loss_scale`), else None.
 
     Raises:
         UserError: a value is neither yes nor no, or two of them contradict each other.
@@ -238,7 +237,7 @@ def trained_mark(record: Record, values: Mapping[str, Any], place: str) -> bool 
 def clip_path(record: Record, values: Mapping[str, Any], file: Path, place: str) -> Path:
     """Return `file`, or the segment of it that `values` name: by `offset` and `duration`, or by `start` and `end`.
 
-    A `duration` alone is what data sets say of a whole clip, and changes nothing.
+    A `duration` alone describes the whole clip and is ignored.
 
     Raises:
         UserError: a time is no number of seconds, two of them contradict each other, or nothing lies between them.

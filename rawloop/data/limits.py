@@ -1,8 +1,8 @@
-"""What a batch may hold, looked at on the CPU, where a wrong number still has a name.
+"""Checks the values of a batch on the CPU, where the sample of a wrong value is still known.
 
 A token or target beyond the model's tables is an IndexError without a sample on the CPU, and on a GPU it kills the
-whole process with a device-side assert. A NaN among features is a skipped step, for ever. Both are found here, where
-the batch is made, at the cost of one pass over its numbers.
+whole process with a device-side assert. A NaN among features makes the step be skipped in every epoch. Both are found
+here, where the batch is made, at the cost of one pass over its values.
 """
 
 import math
@@ -19,15 +19,15 @@ from rawloop.contracts import IGNORE, Batch, Family, IdsFamily
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 TOKENIZER = "use the tokenizer and codec that belong to the model"
-MASKS = ("mask", "bias")  # in the name of an input: minus infinity is how it says that nothing is to be seen there
+MASKS = ("mask", "bias")  # in the name of an input: minus infinity hides a position
 
 
 @dataclass
 class Limits:
-    """What a model can take.
+    """The values that a model can take.
 
-    `ids` is the number of ids that the model knows of each input that holds some, by name (one that is not here is not
-    known), `classes` that of each stream's targets.
+    `ids` has the number of ids that each input may hold, by name; other inputs are not checked. `classes` has the
+    number of classes of each stream's targets.
     """
 
     ids: dict[str, int]
@@ -65,7 +65,7 @@ class Limits:
         self.ids = found | self.ids
 
     def fault(self, batch: Batch) -> str | None:
-        """Say what is wrong with a batch that is on the CPU, or None."""
+        """Return what is wrong with a batch, which is on the CPU, or None."""
         faults = [self._fault_of_input(name, values) for name, values in batch.inputs.items()]
         faults += [self._fault_of_stream(stream, batch) for stream in self.classes]
         return next((fault for fault in faults if fault is not None), None)
@@ -136,20 +136,20 @@ def _outside(values: Tensor, size: int) -> tuple[list[int], int] | None:
 
 
 def _place(place: list[int]) -> str:
-    """Where in its row an id stands, in words."""
+    """Return in words where in its row an id is."""
     return f" in codebook {place[2]} at frame {place[1]}" if len(place) == 3 else f" at position {place[-1]}"
 
 
 @contextmanager
 def look_ups(model: nn.Module, inputs: Mapping[str, Tensor], ids: dict[str, int]) -> Iterator[None]:
-    """While this is open, note in `ids` how many rows the embedding has that an input of the model is looked up in.
+    """Inside the block, store in `ids` how many rows the embedding has in which an input of the model is looked up.
 
-    What a model makes of an input before it looks anything up is its own business, so that only inputs that an
-    embedding is given as they are count, and no id that `inputs` hold is ever beyond what is noted.
+    Only inputs that reach an embedding unchanged count. Where `inputs` have ids beyond the embedding, which the model
+    replaces before, these ids are allowed.
     """
     known = {(x.data_ptr(), x.numel()): name for name, x in inputs.items() if not x.is_floating_point() and x.numel()}
 
-    def note(embedding: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def record(embedding: nn.Module, given: tuple[Tensor, ...]) -> None:
         name = known.get((given[0].data_ptr(), given[0].numel())) if given else None
         if name is not None and isinstance(embedding, nn.Embedding):
             rows = max(embedding.num_embeddings, int(inputs[name].max()) + 1)
@@ -158,10 +158,10 @@ def look_ups(model: nn.Module, inputs: Mapping[str, Tensor], ids: dict[str, int]
     with ExitStack() as hooks:
         for part in model.modules():
             if isinstance(part, nn.Embedding):
-                hooks.callback(part.register_forward_pre_hook(note).remove)
+                hooks.callback(part.register_forward_pre_hook(record).remove)
         yield
 
 
 def no_fault(batch: Batch) -> str | None:
-    """What is said where no limits are known."""
+    """Find no fault, where no limits are known."""
     return None

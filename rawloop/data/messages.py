@@ -1,7 +1,7 @@
 """Chat messages as JSON records: HF style content lists, boson's ChatML samples, and ms-swift's `audios`.
 
-A record is a conversation already; its turns are kept as they are, a system turn included. What is decided here is
-which of them are trained: by default the last assistant turn.
+A record is a conversation, and its turns are kept as they are, including a system turn. This module decides which of
+them are trained: by default the last assistant turn.
 """
 
 import json
@@ -148,7 +148,7 @@ def _messages(record: Record) -> list[dict[str, Any]]:
 
 
 def _with_system(turns: tuple[Turn, ...], record: Record) -> tuple[Turn, ...]:
-    """Put the record's own `system` text before the conversation."""
+    """Put the record's `system` text before the conversation."""
     system = record.words("system")
     if system is None:
         return turns
@@ -175,7 +175,7 @@ def _markers(message: dict[str, Any]) -> int:
 
 
 def _fields(message: dict[str, Any], record: Record, index: int) -> dict[str, Any]:
-    """Return what else of a message the chat template may read, the arguments of tool calls as objects."""
+    """Return the other keys of a message that the chat template may read; arguments of tool calls become objects."""
     fields = {key: message[key] for key in sorted(FIELDS & message.keys()) if message[key] not in (None, "", [])}
     if fields:
         record.speakable(json.dumps(fields, ensure_ascii=False))
@@ -190,7 +190,7 @@ def _fields(message: dict[str, Any], record: Record, index: int) -> dict[str, An
 
 
 def _call(call: dict[str, Any], record: Record, place: str) -> dict[str, Any]:
-    """Return a tool call whose arguments are an object: a template would quote the JSON text that OpenAI has there."""
+    """Return a tool call whose arguments are an object: a template would quote the JSON text that OpenAI writes."""
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         record.fail(f"{place}: the tool call {show(call)} has no function with a name")

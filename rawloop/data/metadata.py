@@ -1,7 +1,7 @@
 """The layout of train-higgs-audio: a `metadata.json` whose `samples` pair a clip with its transcript.
 
-Each sample becomes the turns of one of four tasks. Nothing is made up: a reference without a transcript is an error,
-and speakers are described only in the sample's own words. The system turn belongs to the model family.
+Each sample becomes the turns of one of four tasks. Nothing is invented: a reference without a transcript is an error,
+and speakers are described only in the words of the sample. The system turn belongs to the model family.
 """
 
 import re
@@ -23,16 +23,16 @@ TAG = re.compile(r"\[(SPEAKER\d+)\]")
 SPEAKER = re.compile(r"\[?(SPEAKER\d+)\]?")
 # Published samples name the commonest scene by a key; the base model knows it by a sentence with an article.
 SCENES = {"quiet_room": "a quiet room"}
-NO_SCENE = ("unknown", "none", "n/a")  # what tools write that know nothing of the scene
-NO_TASK = ("audio_generation", "text_to_speech", "tts")  # what tools write that know of one task alone
+NO_SCENE = ("unknown", "none", "n/a")  # written by tools that do not know the scene
+NO_TASK = ("audio_generation", "text_to_speech", "tts")  # written by tools that know one task only
 TEXT_KEYS = ("transcript", "text")  # these count before `transcript_file`
 REFERENCE_AUDIO, REFERENCE_TEXT = ("ref_audio_file", "ref_audio"), ("ref_transcript", "ref_text")
-MARKER = "<audio>"  # ms-swift's mark of a clip, which converters leave before its words
+MARKER = "<audio>"  # ms-swift's mark for a clip; converters leave it before the words
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference clip with its transcript, which a scene does without. `speaker` is `SPEAKER0` or None."""
+    """A reference clip with its transcript, which is not needed in a scene. `speaker` is `SPEAKER0` or None."""
 
     audio: Path
     text: str | None
@@ -76,7 +76,7 @@ class MetadataReader:
         return Sample(identity, tuple(turns), task, source, record.without(CLIP.read))
 
     def _unmarked(self, text: str, record: Record) -> str:
-        """Return the words alone: what stands before them marks the clip that is learnt anyway."""
+        """Return the words without the mark before them, which only says that the sample has a clip."""
         if MARKER not in text:
             return text
         words = text.removeprefix(MARKER).strip()
@@ -135,7 +135,7 @@ class MetadataReader:
         return self._scenes[scene]
 
     def _scene_turn(self, scene: str | None, voices: dict[str, str], references: list[Reference]) -> list[Turn]:
-        """Return the scene's turn, or nothing where there is nothing to say."""
+        """Return the scene's turn, or no turn if the scene is empty."""
         sentence = self.config.default_scene if scene is None else scene_sentence(scene)
         parts: list[Text | Audio] = [Text(sentence)] if sentence else []
         heard = {reference.speaker for reference in references}
@@ -149,7 +149,7 @@ def scene_sentence(scene: str) -> str:
     """Return a scene as a sentence: a key such as `noisy_street` becomes `Audio is recorded from noisy street.`
 
     No article is added, except for `quiet_room`, which becomes the sentence that the base model was trained with. A
-    value with a space in it is taken as a sentence and kept.
+    value that contains a space is a sentence and kept.
     """
     if any(character.isspace() for character in scene):
         return scene

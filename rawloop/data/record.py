@@ -1,4 +1,4 @@
-"""One record of a data file, with its place, so that every complaint about a value can say where it stands."""
+"""One record of a data file with its place in the file, so that every error about a value says where it is."""
 
 import json
 import os
@@ -27,13 +27,13 @@ class Record:
         return f"{self.file} {self.place}" + ("" if name is None else f" (id {quoted(name)})")
 
     def fail(self, message: str) -> NoReturn:
-        """Raise a UserError that says where this record stands."""
+        """Raise a UserError that says where this record is."""
         raise UserError(f"{self}: {message}")
 
     def text(self, *keys: str) -> str | None:
-        """Return what one of `keys`, names of the same thing, holds, stripped; None if none is given.
+        """Return the value of one of `keys`, which are names for the same thing, stripped; None if none is given.
 
-        Null and empty strings count as not given: converters write them for absent references.
+        Null and empty strings count as not given: converters write them for absent values.
 
         Raises:
             UserError: a value is no string, or two keys hold different ones.
@@ -51,15 +51,15 @@ class Record:
         return next(iter(found), None)
 
     def words(self, *keys: str) -> str | None:
-        """Return `text(*keys)`, as words that a tokenizer can take."""
+        """Return `text(*keys)`, if a tokenizer can take it."""
         text = self.text(*keys)
         return None if text is None else self.speakable(text)
 
     def speakable(self, text: str) -> str:
-        """Return `text` as it is. JSON can hold half a character, which no tokenizer takes.
+        """Return `text` unchanged. JSON can contain half a character, which no tokenizer takes.
 
         Raises:
-            UserError: it holds half of a surrogate pair.
+            UserError: it contains half of a surrogate pair.
         """
         if not text.isascii():
             try:
@@ -74,10 +74,10 @@ class Record:
 
 
 class DoubledKey(ValueError):
-    """A JSON object that has a key twice: which of the values is meant cannot be known."""
+    """A JSON object that has a key twice, so that nobody knows which value is meant."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) == len(pairs):
         return values
@@ -87,11 +87,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise DoubledKey(f"the key '{doubled}' stands twice in an object{name}: take one of them out")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_once)
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def parse_json(text: str) -> Any:
-    """Return what a JSON text says.
+    """Return the value of a JSON text.
 
     Raises:
         DoubledKey: an object has a key twice.
@@ -104,7 +104,7 @@ def parse_json(text: str) -> Any:
 
 
 def quoted(value: object) -> str:
-    """Return a value as Python writes it: on one line, and without its middle where it is longer than a path is."""
+    """Return a value as Python writes it, on one line; longer ones than a path lose their middle."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
 
@@ -117,14 +117,14 @@ def show(value: object) -> str:
 
 @dataclass
 class Files:
-    """Turns the paths of a data file into resolved paths, without leaving the data folder, and notes missing ones.
+    """Resolves the paths of a data file, keeps them inside the data folder, and collects missing files.
 
-    Folders are resolved once each, and each file costs a single lstat, so that 600,000 clips take seconds.
+    Each folder is resolved once, and each file costs a single lstat, so that 600,000 clips take seconds.
 
     Args:
         root: folder of the data file; relative paths start here.
         allow_outside: let paths leave `root`.
-        check: look whether each file exists. Without it, a link inside `root` that leads outside is not noticed.
+        check: look whether each file exists. Otherwise a link inside `root` that leads outside is not noticed.
     """
 
     root: Path
@@ -137,7 +137,7 @@ class Files:
         self._base = os.path.realpath(self.root)
 
     def resolve(self, value: str, record: Record) -> Path:
-        """Return the resolved path of `value`, a path or file:// url that stands in `record`.
+        """Return the resolved path of `value`, a path or file:// url in `record`.
 
         Raises:
             UserError: the path leaves the data folder, names a folder, or is a remote url.
@@ -184,7 +184,7 @@ class Files:
         raise UserError(f"{count} audio {noun} missing: {named}{more}. Restore them or remove these samples")
 
     def _hint(self, value: str) -> str:
-        """Say under which other name a missing file is there."""
+        """Return the similar name under which a missing file is there, or an empty string."""
         slashes = value.replace("\\", "/")
         if slashes != value:
             there = os.path.exists(os.path.join(self._base, slashes))
@@ -197,8 +197,8 @@ class Files:
                 return f" (the file's name is the same in the Unicode form {form}: rename it, or write it in that form)"
         folder, name = os.path.split(os.path.join(self._base, value))
         names = os.listdir(folder) if os.path.isdir(folder) else []
-        alike = next((other for other in names if other.casefold() == name.casefold()), None)
-        return f" (there is {alike!r}: mind upper and lower case)" if alike else ""
+        similar = next((other for other in names if other.casefold() == name.casefold()), None)
+        return f" (there is {similar!r}: mind upper and lower case)" if similar else ""
 
     def _inside(self, path: str) -> bool:
         return os.path.commonpath((self._base, path)) == self._base

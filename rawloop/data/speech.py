@@ -1,7 +1,7 @@
-"""Speech samples in the words of other trainers, turned into conversations that a model of speech takes.
+"""Turns speech samples in the layouts of other trainers into conversations that a speech model takes.
 
-The words come from the user, the clip that speaks them is the assistant's, and a reference clip stands in a turn of its
-own or in the scene. Nothing is made up: what has no words stays as it is, and the family refuses it.
+The user gives the words, the assistant's clip speaks them, and a reference clip is a separate turn or part of the
+scene. Nothing is invented: a clip without words stays as it is, and the family refuses it.
 """
 
 import re
@@ -11,7 +11,7 @@ from rawloop.contracts import Audio, Text, Turn
 
 Turns = tuple[Turn, ...]
 SCENE = re.compile(r"(.*?)\s*<\|scene_desc_start\|>(.*)<\|scene_desc_end\|>\s*", re.DOTALL)
-CLIP = "\0"  # stands for a clip in a text; no JSON text that a tokenizer takes needs it
+CLIP = "\0"  # stands for a clip in a text, as no tokenizer needs it
 
 
 def clips_of(turn: Turn) -> list[Audio]:
@@ -25,7 +25,7 @@ def words_of(turn: Turn) -> str:
 
 
 def answer_with_words(turns: Turns) -> Turns:
-    """Split an answer that is a clip and its words, with nothing that asks for it: `<audio>words` of ms-swift."""
+    """Split an answer that is a clip and its words, without a question, into two turns: `<audio>words` of ms-swift."""
     answers = [turn for turn in turns if turn.role not in ("system", "scene")]
     if len(answers) != 1 or answers[0].role != "assistant" or len(clips_of(answers[0])) != 1:
         return turns
@@ -38,9 +38,9 @@ def answer_with_words(turns: Turns) -> Turns:
 
 
 def recognition_reversed(turns: Turns) -> Turns:
-    """Let the model speak what a recognition sample (clip and instruction, words) has written down.
+    """Turn a recognition sample (clip and instruction, words) round: the model speaks the words.
 
-    The user's instruction belongs to a model that listens, and is left out.
+    The user's instruction is left out: it asks a model to listen.
     """
     users = [turn for turn in turns if turn.role == "user"]
     answers = [turn for turn in turns if turn.role == "assistant"]
@@ -55,9 +55,9 @@ def recognition_reversed(turns: Turns) -> Turns:
 
 
 def scene_from_system(turns: Turns) -> Turns:
-    """Take the scene out of a system turn that has clips in it: chat templates drop them there.
+    """Move the scene out of a system turn that has clips, since chat templates drop clips there.
 
-    Other trainers write it out: `<|scene_desc_start|>`, a line each for the scene and the speakers, and
+    Other trainers write it as `<|scene_desc_start|>`, a line each for the scene and the speakers, and
     `<|scene_desc_end|>`.
     """
     if not turns or turns[0].role != "system" or not clips_of(turns[0]):
@@ -77,10 +77,10 @@ def scene_from_system(turns: Turns) -> Turns:
 
 
 def clips_into_scene(turns: Turns, default_scene: str | None) -> Turns:
-    """Move the clips of user turns that are answered by a clip into the scene, as the voices of SPEAKER0, SPEAKER1, ...
+    """Move the clips of user turns that a clip answers into the scene, as the voices of SPEAKER0, SPEAKER1, ...
 
-    That is where Higgs Audio v2 takes a voice without the words that it speaks. A conversation that has no scene gets
-    the default one.
+    There Higgs Audio v2 takes a voice without the words that it speaks. A conversation without a scene gets the default
+    one.
     """
     moved: list[Audio] = []
     kept: list[Turn] = []
@@ -101,7 +101,7 @@ def clips_into_scene(turns: Turns, default_scene: str | None) -> Turns:
 
 
 def _around_scene(turns: Sequence[Turn], default_scene: str | None) -> tuple[Sequence[Turn], Turn, Sequence[Turn]]:
-    """Split a conversation at its scene, which may stand in the text of its system turn, or be the default one."""
+    """Split a conversation at its scene, which may be in the text of its system turn, or be the default one."""
     at = 1 if turns[0].role == "system" else 0
     if turns[at].role == "scene":
         return turns[:at], turns[at], turns[at + 1 :]

@@ -1,4 +1,4 @@
-"""The two splits of a run's data: encoded before training, read, and every sample checked before step 0."""
+"""The two splits of a run's data: encoding their clips, reading them, and checking every sample before step 0."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from rawloop.data.shards import CODEC_FILE, codec_folder, heard_at
 from rawloop.errors import BadSample, UserError
 from rawloop.preempt import Preemption
 
-HEARD_RATE = 16_000  # Hz at which clips are looked at for a family that does not say at which it hears them
+HEARD_RATE = 16_000  # Hz at which clips are decoded for a family that does not say at which it takes them
 
 
 def prepare_codes(
@@ -27,11 +27,11 @@ def prepare_codes(
 ) -> str:
     """Encode the clips of both splits that the cache does not have yet, and return a line about it.
 
-    For a model that hears clips as they are, they are decoded once.
+    For a model that takes no codes, clips are decoded once.
 
     Raises:
         BadClips: clips that cannot be used, each named with its reason.
-        Preempted: a signal ended it; what was encoded is kept.
+        Preempted: a signal arrived; what was encoded is kept.
     """
     import_torchaudio()
     if not isinstance(family, CodecFamily | HearingFamily):
@@ -68,7 +68,7 @@ def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
 def load_samples(
     config: DataConfig, family: Family, cache: CodeCache | None, split: str, say: Callable[[str], None]
 ) -> list[Sample]:
-    """Read one split of the data and check every sample: that the model can take it and its clips are encoded.
+    """Read one split of the data, and check that the model can take every sample and that all clips are encoded.
 
     Raises:
         UserError: the split is not configured, empty or broken, a sample cannot be trained, or is not prepared.
@@ -128,5 +128,5 @@ def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, confi
 
 
 def no_codes(path: Path) -> Tensor:
-    """Stands for the cache of codes where a family needs none."""
+    """Take the place of the cache of codes for a family that needs none."""
     raise AssertionError(f"codes of {path} were asked for by a family that has no codec")

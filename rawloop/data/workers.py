@@ -66,10 +66,10 @@ class Order:
 
 
 class Workers:
-    """Processes that make the micro-batches of one data set, forked at the first use and kept until they are collected.
+    """Processes that make micro-batches of one data set. They are forked at the first use and live as long as this.
 
     Args:
-        dataset: makes a micro-batch, or the error that it ends in, of a list of places.
+        dataset: returns the micro-batch of a list of places, or the error.
         number: of processes.
         pin_memory: hand batches over in page-locked memory.
     """
@@ -89,7 +89,7 @@ class Workers:
         )
 
     def iterate(self, draws: Iterable[Any]) -> Iterator[Batch | RawloopError]:
-        """Yield the micro-batch of each list of places, or its error. An earlier iteration ends with this one.
+        """Yield the micro-batch of each list of places, or the error. An earlier iteration cannot be continued.
 
         Raises:
             RawloopError: a worker has died or cannot be started; or a later iteration has begun meanwhile.
@@ -113,7 +113,7 @@ class Workers:
             yield item.batch() if isinstance(item, Packed) else item
 
     def _start(self) -> Any:
-        """Fork the workers, or point those that are there at the new places."""
+        """Fork the workers, or give those that are there the new places."""
         before = signal.getsignal(signal.SIGCHLD)
         try:
             return iter(self.loader)
