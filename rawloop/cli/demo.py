@@ -1,6 +1,6 @@
-"""`rawloop demo`: everything that a first run needs, without a download: a small checkpoint, speech, its codes.
+"""`rawloop demo`: makes everything that a first run needs, without a download: a small checkpoint, speech, its codes.
 
-The weights are random, only the codec's codebooks are fitted: the demo shows that training works, not how well a model
+The weights are random; only the codec's codebooks are fitted. The demo shows that training works, not how well a model
 speaks.
 """
 
@@ -20,7 +20,7 @@ from rawloop.parser import Parser
 
 
 def run(argv: list[str]) -> None:
-    """Build what is missing in the folder and say where it is."""
+    """Build the missing parts in the folder, and print where they are."""
     parser = Parser(prog="rawloop demo", description="Build the demo checkpoint and encode the bundled speech.")
     parser.add_argument("--folder", type=str, default=".demo", help="where to put it")
     folder = Path(expanduser(parser.read_options(argv).folder))

@@ -1,7 +1,6 @@
-"""`rawloop inspect`: a batch as the model reads it, in the terminal: who says what, which codes, what is learnt of it.
+"""`rawloop inspect`: prints a batch as the model gets it: the turns, their codes, and which of them are targets.
 
-Wrong labels are seen here before they are trained. What is learnt stands in brackets; on a terminal all else is dimmed
-as well.
+So wrong labels are seen before they are trained. Targets are in brackets; on a terminal everything else is dimmed.
 """
 
 import os
@@ -56,10 +55,10 @@ def _complain(line: str) -> None:
 
 
 def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | None) -> list[Draw]:
-    """Return the place of the sample of that name, or those of the first batch of the split.
+    """Return the place of the sample with that id, or the places of the first batch of the split.
 
     Raises:
-        UserError: no sample has the name.
+        UserError: no sample has the id.
     """
     if name is not None:
         found = [Draw(index, epoch=0) for index, sample in enumerate(samples) if sample.id == name]
@@ -78,7 +77,7 @@ def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | Non
 
 @dataclass
 class View:
-    """A batch, and what it was made of."""
+    """A batch with the samples and examples that it was made of."""
 
     family: Family
     samples: Sequence[Sample]
@@ -87,13 +86,13 @@ class View:
     color: bool
 
     def lines(self) -> Iterator[str]:
-        """The batch as lines of text."""
+        """Yield the batch as lines of text."""
         pieces = [self.family.pieces(example) for example in self.examples]
         lengths = [sum(piece.positions for piece in own) for own in pieces]
         rows, width = self._shape()
         targets = ", ".join(f"{stream} {count:,}" for stream, count in self.batch.targets.items())
         yield f"a batch of {rows} x {width} positions, {1 - sum(lengths) / (rows * width):.1%} of them padding"
-        yield f"targets: {targets}; what is learnt stands in brackets: [codes] and [[text]]; all else is context"
+        yield f"targets: {targets}; they are in brackets, [codes] and [[text]]; everything else is context"
         head: list[object] = ["sample", "task", "positions", *(f"{stream} targets" for stream in self.batch.targets)]
         summary: list[list[object]] = [head]
         for sample, own, length in zip(self.samples, pieces, lengths, strict=True):
@@ -120,7 +119,7 @@ class View:
             column += piece.positions
 
     def _codebooks(self) -> dict[str, int]:
-        """The streams that have codebooks, with how many."""
+        """Return the streams that have codebooks, and how many each has."""
         pairs = self.batch.labels.items()
         return {stream: labels.targets.shape[1] for stream, labels in pairs if labels.targets.dim() == 2}
 
@@ -134,7 +133,7 @@ class View:
         return f"{DIM}{text}{OFF}" if self.color and not learnt else text
 
     def _clip(self, row: int, piece: Piece, column: int, frame: int) -> Iterator[str]:
-        """The codes of a clip, a line per codebook; where the label is not the code itself, `code>label`."""
+        """Yield the codes of a clip, a line per codebook; `code>label` where the label is not the code itself."""
         codes = self._codes(piece.stream)
         if codes is None:
             return
@@ -154,19 +153,19 @@ class View:
             yield "    " + " ".join(self._marked(cell, "[" in cell) for cell in padded).rstrip()
 
     def _shape(self) -> tuple[int, int]:
-        """Rows and positions, as the model's ids have them, whatever it calls them."""
+        """Return the shape of the model's ids, whatever their name is: rows and positions."""
         named = (self.batch.inputs.get("input_ids"), *self.batch.inputs.values())
         rows, width = next(t.shape for t in named if t is not None and t.dim() == 2 and not t.is_floating_point())
         return rows, width
 
     def _codes(self, stream: str) -> Tensor | None:
-        """The input that holds a stream's codes, (batch, frames, codebooks), if the model takes codes."""
+        """Return the input with a stream's codes, (batch, frames, codebooks), if the model takes codes."""
         books = self._codebooks()[stream]
         fitting = (t for t in self.batch.inputs.values() if t.dim() == 3 and t.shape[2] == books)
         return next((tensor for tensor in fitting if not tensor.is_floating_point()), None)
 
     def _labels(self, piece: Piece, row: int, column: int) -> Tensor:
-        """Labels of a clip at the frames that they are predictions of, one position after those that predict."""
+        """Return the labels of a clip, each at its own frame, one position behind the one that predicts it."""
         width = self._shape()[1]
         positions, targets = self.batch.labels[piece.stream]
         frames = positions + 1 - row * width - column

@@ -14,7 +14,7 @@ def run(argv: list[str]) -> None:
     """Encode data.train and data.eval of a run's config into its cache.
 
     Raises:
-        Preempted: SIGTERM or SIGUSR1 came; what was encoded is kept (exit code 75).
+        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept (exit code 75).
         RawloopError: some clips cannot be used and `data.on_bad_sample` is stop (exit code 1, after all others).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

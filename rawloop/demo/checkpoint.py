@@ -52,7 +52,7 @@ SPECIAL_TOKENS = (
 
 
 def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int]:
-    """Write `folder/model` and `folder/codec`, fitted on `speech/train`. What else is in `folder` stays as it is.
+    """Write `folder/model` and `folder/codec`, fitted on `speech/train`. Other files in `folder` are left alone.
 
     Both are complete before they get their names. The same seed gives the same safetensors on one machine, byte for
     byte. The processor finds the codec by its absolute path: build again after moving the folder.
@@ -86,7 +86,7 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
 
 
 def put_in_place(workplace: Path, folder: Path) -> None:
-    """Give finished parts their names. Killed at any moment, each is there whole, or not at all and made anew."""
+    """Give finished parts their names. After a kill at any moment each is whole, or absent and made anew."""
     for part in PARTS:
         (workplace / part / STAMP).write_text(_stamp(workplace / part, folder))
         if (folder / part).exists():
@@ -95,7 +95,7 @@ def put_in_place(workplace: Path, folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what builders left behind that were killed."""
+    """Delete the folders of builders that were killed."""
     for left in folder.glob(f"{BUILDING}*"):
         builder = left.name.removeprefix(BUILDING).partition("-")[0]
         if not (builder.isdecimal() and _is_alive(int(builder))):
@@ -113,7 +113,7 @@ def _is_alive(process: int) -> bool:
 
 
 def demo_is_built(folder: Path) -> bool:
-    """Say whether `folder` holds a complete demo checkpoint, made there and by this version of the recipe."""
+    """Return whether `folder` has a complete demo checkpoint, made there and by this version of the recipe."""
     folder = folder.resolve()
     stamps = {part: folder / part / STAMP for part in PARTS}
     return all(path.is_file() and path.read_text() == _stamp(folder / part, folder) for part, path in stamps.items())

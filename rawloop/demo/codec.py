@@ -1,8 +1,8 @@
 """Fits the demo's codec, a small `HiggsAudioV2TokenizerModel`, to the bundled speech.
 
-Straight from its config all codebooks are zero, so that every frame becomes code 0 and losses on the codes mean
+A codec made from its config has codebooks of zeros, so that every frame becomes code 0 and losses on the codes mean
 nothing. Here the encoder stays random, but is scaled so that it passes the energy of random frequency bands, and the
-codebooks are residual k-means over its outputs. It is a codec in every respect but sound: the decoder is random too.
+codebooks are residual k-means over its outputs. Only its sound is no codec's: the decoder is random too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ def scale_acoustics(codec: Any, generator: torch.Generator) -> None:
 
 
 def features(codec: Any, clip: Tensor) -> Tensor:
-    """Return what `codec.encode` feeds into `fc` for a clip (samples,): (frames, acoustic + semantic) float32."""
+    """Return the input of `fc` in `codec.encode` for a clip (samples,): (frames, acoustic + semantic) float32."""
     caught: list[Tensor] = []
     handle = codec.fc.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
     try:
@@ -85,7 +85,7 @@ def standardise(codec: Any, outputs: Tensor) -> None:
 
 
 def fit_codebooks(codec: Any, residual: Tensor, generator: torch.Generator) -> None:
-    """Fit each codebook in turn to what the codebooks before it leave of the embeddings (frames, hidden).
+    """Fit each codebook to the residual of the embeddings (frames, hidden) behind the codebooks before it.
 
     `project_in` is the orthonormal projection on the directions of most variance of the residual, `project_out` its
     transpose: together they never add to the residual, whatever the code.
@@ -121,7 +121,7 @@ def kmeans(points: Tensor, centres: int, generator: torch.Generator) -> Tensor:
 
 
 def match_loudness(codec: Any, clips: Sequence[Tensor], examples: int = 8) -> None:
-    """Scale the decoder's last layer so that what it makes of some clips is as loud (RMS) as they are."""
+    """Scale the decoder's last layer so that its output for some clips is as loud (RMS) as they are."""
     wanted, made = torch.cat(list(clips[:examples])), []
     for clip in clips[:examples]:
         codes = codec.encode(clip[None, None]).audio_codes
