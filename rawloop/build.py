@@ -14,24 +14,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from rawloop.adapters import BaseFingerprint, ModelFiles
-from rawloop.audio import import_torchaudio
 from rawloop.buffers import MovingBuffers, in_words, settle_moves
 from rawloop.changes import PART, SettingsState
 from rawloop.checkpoint import BestTracker, CheckpointManager, mark_launch
-from rawloop.components import announce, build_evaluator, build_family, build_loader, build_model
+from rawloop.components import Data, announce, build_evaluator, build_family, build_loader, build_model, read_data
 from rawloop.config import RunConfig
-from rawloop.contracts import Family
 from rawloop.data.batches import BatchPlan, Loader, TrainWindows
 from rawloop.data.limits import Limits
-from rawloop.data.samples import shared
-from rawloop.data.splits import load_samples, open_codes
 from rawloop.data.workers import SPARE, check_descriptors
 from rawloop.ddp import DDPConfig, decide_find_unused
 from rawloop.diagnose import Report, run_checks
 from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
-from rawloop.facts import Contents, check_settings_of_ranks, contents_of
+from rawloop.facts import Contents, check_settings_of_ranks
 from rawloop.families.chat_template import clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.losses import LossModule
@@ -99,10 +95,10 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     run = _assemble(config, folder, world, ready, ddp, claimed, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
     moving = in_words(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
-    for line in [*moving, *([notice] if notice else []), *ready.notices] if world.is_main else ():
+    for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:
-        say(announce(config, ready.family, run.module, run.policy, run.optimizer))
+        say(announce(config, ready.data.family, run.module, run.policy, run.optimizer))
         restore(run, config, claimed, say)
         if report is not None:
             world.on_all_ranks(partial(report.record, run.records), only_main=True)
@@ -114,19 +110,19 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
 
 @dataclass
 class Ready:
-    """What one rank has made on its own, before the ranks do anything together."""
+    """The objects that one rank makes on its own, before the ranks do anything together."""
 
-    family: Family
+    data: Data
+    contents: Contents
     model: nn.Module
     policy: PrecisionPolicy
     module: LossModule
     base: BaseFingerprint
     plan: BatchPlan
-    contents: Contents
-    notices: list[str]  # about the data
     train: Loader
     evaluator: Evaluator | None
     limits: Limits
+    total_steps: int
 
     def examples(self, start: int, stop: int) -> list[list[Any]]:
         """Make the examples of this rank's micro-batches from one number up to another, as far as the data goes.
@@ -142,43 +138,38 @@ class Ready:
         return groups
 
     def first_loss(self) -> Tensor:
-        """The sum of the first micro-batch's losses, for the precision policy's trial; first its ids are looked at.
+        """The sum of the first micro-batch's losses, for the trial of the precision mode.
 
         Raises:
-            UserError: it holds what the model cannot take.
+            UserError: the micro-batch holds an id that the model cannot take.
         """
-        self.limits.learn(self.family, self.model, self.policy.device, self.policy.autocast)
+        self.limits.learn(self.data.family, self.model, self.policy.device, self.policy.autocast)
         first = self.train.batches.made(self.plan.micro_batches(0)[0])[1]
         return trial_loss(self.module, first, self.policy.device)
+
+    def check(self, config: RunConfig, world: World) -> Report:
+        """Run the checks of a new run."""
+        return run_checks(config.checks, self.data.family, self.module, self.examples, self.policy, world)
 
 
 def _prepare_run(
     config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None, source: Source | None
 ) -> Ready:
-    import_torchaudio()
     if config.ddp.static_graph and config.train.accumulation > 1:
         raise UserError(
             f"ddp.static_graph is true and train.accumulation is {config.train.accumulation}: DDP fails on a static "
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
     check_packages(config.records)
+    evaluates = config.evaluation.enabled
     if config.data.num_workers:
-        check_descriptors(config.data.num_workers * (2 if config.evaluation.enabled else 1), SPARE)
+        check_descriptors(config.data.num_workers * (2 if evaluates else 1), SPARE)
     family = build_family(config)
-    if config.evaluation.enabled:
+    if evaluates:
         check_best_metric(config.evaluation.best_metric, list(family.streams))
-    cache = open_codes(config.data, family)
-    of_data: list[str] = []
-    splits = ("train", "eval") if config.evaluation.enabled else ("train",)
-    samples = {f"data.{split}": load_samples(config.data, family, cache, split, of_data.append) for split in splits}
-    train_samples, eval_samples = samples["data.train"], samples.get("data.eval", [])
-    if same := shared(train_samples, eval_samples):
-        of_data.append(
-            f"data.eval: {same} of its {len(eval_samples)} samples are also trained on: for these eval_loss "
-            "does not measure unseen data; keep the two sets apart"
-        )
+    data = read_data(config, family, "train", *(["eval"] if evaluates else []))
     plan = BatchPlan(
-        num_samples=len(train_samples),
+        num_samples=len(data.samples["data.train"]),
         batch_size=config.train.batch_size,
         accumulation=config.train.accumulation,
         world_size=world.size,
@@ -186,23 +177,19 @@ def _prepare_run(
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    for line in (*of_data, *beyond_the_end(config, config.train.max_steps or plan.windows(config.train.epochs))):
-        say(line)
+    total = config.train.max_steps or plan.windows(config.train.epochs)
     notices: list[str] = []
     model, policy, base = build_model(config, world, family, notices, precision, source)
-    for notice in filter(None, [*notices, clock_notice(family)]):
-        say(notice)
+    for line in filter(None, [*data.notices, *beyond_the_end(config, total), *notices, clock_notice(family)]):
+        say(line)
     module = LossModule(model, family.losses)
     limits = Limits.of(family, model)
-    evaluator = None
-    if config.evaluation.enabled:
-        evaluator = build_evaluator(config, family, module, policy, limits, cache, eval_samples, world)
-    train = build_loader(config, family, limits, cache, train_samples, world)
+    evaluator = build_evaluator(config, data, module, policy, limits, world) if evaluates else None
+    train = build_loader(config, data, "data.train", limits, world)
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
-    contents = contents_of(family, cache, samples)
-    return Ready(family, model, policy, module, base, plan, contents, of_data, train, evaluator, limits)
+    return Ready(data, data.contents(), model, policy, module, base, plan, train, evaluator, limits, total)
 
 
 def beyond_the_end(config: RunConfig, total: int) -> Iterator[str]:
@@ -228,16 +215,12 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
     """
     if not config.checks.enabled:
         return None
-    report = _report(config, world, ready)
+    report = ready.check(config, world)
     say(report.text())
     if report.problems():
         world.on_all_ranks(partial(report.write_census, folder), only_main=True)
         world.on_all_ranks(report.stop_if_wrong, only_main=True)
     return report
-
-
-def _report(config: RunConfig, world: World, ready: Ready) -> Report:
-    return run_checks(config.checks, ready.family, ready.module, ready.examples, ready.policy, world)
 
 
 def check_run(config: RunConfig, world: World) -> Report:
@@ -253,33 +236,23 @@ def check_run(config: RunConfig, world: World) -> Report:
     ready.contents.check_ranks(ready.base, world)
     ready.module.train()
     preflight(ready.policy, ready.first_loss)
-    return _report(config, world, ready)
+    return ready.check(config, world)
 
 
 def _assemble(
-    config: RunConfig,
-    folder: Path,
-    world: World,
-    ready: Ready,
-    ddp: DDPConfig,
-    claimed: Claim,
-    buffers: MovingBuffers,
+    config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig, claimed: Claim, buffers: MovingBuffers
 ) -> Run:
     # It may refuse; records make a run of the folder.
-    model = ModelFiles(ready.model, ready.family.load_model, ready.base, buffers.places)
+    model = ModelFiles(ready.model, ready.data.family.load_model, ready.base, buffers.places)
     policy, records = ready.policy, Records(folder, world, config.records)
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
-    total = config.train.max_steps or ready.plan.windows(config.train.epochs)
-    state = TrainState()
-    evaluation = config.evaluation
+    state, meter, evaluation = TrainState(), Meter(), config.evaluation
     best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience)
-    meter = Meter()
     origin = claimed.source.state_dict() if claimed.source else None
-    settings = SettingsState(config, world.size, ready.contents.of_run(), origin)
     parts: dict[str, Any] = {
-        PART: settings,
+        PART: SettingsState(config, world.size, ready.contents.of_run(), origin),
         "base": ready.base,
         "model": model,
         # Options of the groups come from the config, which may have changed.
@@ -296,9 +269,9 @@ def _assemble(
         windows=TrainWindows(ready.train, ready.plan),
         policy=policy,
         optimizer=optimizer,
-        lr=partial(lr_at, total=total, config=config.optim),
-        total_steps=total,
-        weights=ready.family.stream_weights,
+        lr=partial(lr_at, total=ready.total_steps, config=config.optim),
+        total_steps=ready.total_steps,
+        weights=ready.data.family.stream_weights,
         records=records,
         world=world,
         state=state,

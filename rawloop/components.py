@@ -3,6 +3,7 @@
 import operator
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rawloop.adapters import BaseFingerprint, add_adapter
+from rawloop.audio import import_torchaudio
 from rawloop.config import RunConfig
 from rawloop.contracts import Family, PackingFamily, Sample
 from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
-from rawloop.data.splits import no_codes
+from rawloop.data.samples import shared
+from rawloop.data.splits import load_samples, no_codes, open_codes
 from rawloop.ddp import unwrap_ddp
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
+from rawloop.facts import Contents, contents_of
 from rawloop.families import load_family
 from rawloop.families.sample_checks import check_repeatable
 from rawloop.losses import LossModule
@@ -37,6 +41,7 @@ def build_family(config: RunConfig) -> Family:
     Raises:
         UserError: there is no such family, or it cannot do what the data's config asks for.
     """
+    import_torchaudio()
     family = load_family(config.model)
     check_streams(config, family)
     if config.data.packing:
@@ -62,6 +67,37 @@ def check_streams(config: RunConfig, family: Family) -> None:
                 f"model.stream_weights.{stream} is {weight:g}, and the family {type(family).__name__} weighs it "
                 f"{own:g} (it has {dict(family.stream_weights)}): a family takes them from its config"
             )
+
+
+@dataclass
+class Data:
+    """The samples that a command uses, by key (`data.train`, `data.eval`), and whose model they are checked for."""
+
+    family: Family
+    cache: CodeCache | None
+    samples: dict[str, list[Sample]]
+    notices: list[str]
+
+    def contents(self) -> Contents:
+        """Digest the samples, the tokenizer and the chat template."""
+        return contents_of(self.family, self.cache, self.samples)
+
+
+def read_data(config: RunConfig, family: Family, *splits: str) -> Data:
+    """Read and check the samples of some splits.
+
+    Raises:
+        UserError: a split is not configured, empty or broken, or has a sample that cannot be used.
+    """
+    cache = open_codes(config.data, family)
+    notices: list[str] = []
+    samples = {f"data.{split}": load_samples(config.data, family, cache, split, notices.append) for split in splits}
+    if same := shared(samples.get("data.train", []), samples.get("data.eval", [])):
+        notices.append(
+            f"data.eval: {same} of its {len(samples['data.eval'])} samples are also trained on: for these eval_loss "
+            "does not measure unseen data; keep the two sets apart"
+        )
+    return Data(family, cache, samples, notices)
 
 
 def build_model(
@@ -100,40 +136,32 @@ def build_model(
 
 
 def build_evaluator(
-    config: RunConfig,
-    family: Family,
-    module: LossModule,
-    policy: PrecisionPolicy,
-    limits: Limits,
-    cache: CodeCache | None,
-    samples: list[Sample],
-    world: World,
+    config: RunConfig, data: Data, module: LossModule, policy: PrecisionPolicy, limits: Limits, world: World
 ) -> Evaluator:
-    """Build the evaluator over this rank's share of the samples."""
-    loader = build_loader(config, family, limits, cache, samples, world)
-    size = config.evaluation.batch_size
-    batches = EvalBatches(loader, len(samples), size, rank=world.rank, world_size=world.size)
+    """Build the evaluator over this rank's share of `data.eval`."""
+    loader = build_loader(config, data, "data.eval", limits, world)
+    size, count = config.evaluation.batch_size, len(data.samples["data.eval"])
+    batches = EvalBatches(loader, count, size, rank=world.rank, world_size=world.size)
     return Evaluator(
         operator.call,  # a LossModule is model and loss in one
         batches,
         model=module,
         policy=policy,
         world=world,
-        weights=family.stream_weights,
+        weights=data.family.stream_weights,
         every=config.evaluation.every,
     )
 
 
-def build_loader(
-    config: RunConfig, family: Family, limits: Limits, cache: CodeCache | None, samples: list[Sample], world: World
-) -> Loader:
-    """Build what makes micro-batches of the samples, and see that they are the same each time.
+def build_loader(config: RunConfig, data: Data, split: str, limits: Limits, world: World) -> Loader:
+    """Build the loader of a split's micro-batches, and check that they are the same each time.
 
     Raises:
         UserError: they are not.
     """
-    example = partial(family.example, codes=cache or no_codes)
-    batches = MicroBatches(samples, example, family.collate, limits.fault, config.seed)
+    samples = data.samples[split]
+    example = partial(data.family.example, codes=data.cache or no_codes)
+    batches = MicroBatches(samples, example, data.family.collate, limits.fault, config.seed)
     firsts = [Draw(index, epoch=0) for index in range(min(2, len(samples)))]
     check_repeatable(lambda: batches.made(firsts)[1])
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")

@@ -28,7 +28,8 @@ FORMS = "name RUN/best, RUN/latest, a checkpoint such as RUN/checkpoints/step-00
 class Source:
     """The weights that a run starts from: `folder`, the `slot` that it stands in (None for a copy), and its step.
 
-    `given` is how the user named it. `digest` is the SHA-256 of the slot's manifest, or of the copied files.
+    `given` is how the user named it. `digest` is the SHA-256 of the slot's manifest, or of the copied files. `damage`
+    says which newer checkpoints of the run were passed over, and why.
     """
 
     given: str
@@ -36,6 +37,7 @@ class Source:
     slot: Path | None
     step: int | None
     digest: str
+    damage: str = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Where the weights come from, as every checkpoint of the run keeps it."""
@@ -57,12 +59,13 @@ def find_source(given: str, world: World) -> Source:
 
 
 def _find(given: str) -> Source:
-    path = Path(expanduser(given))
+    path, damage = Path(expanduser(given)), ""
     if path.name == "latest" and not path.exists():
         found = find_latest(path.parent)
+        damage = "; ".join(found.damaged.values())
         if found.slot is None:
-            damage = f": {'; '.join(found.damaged.values())}" if found.damaged else ""
-            raise UserError(f"init_from is '{given}', and no checkpoint of {path.parent} is whole{damage}: {FORMS}")
+            reasons = f" ({damage})" if damage else ""
+            raise UserError(f"init_from is '{given}', and no checkpoint of {path.parent} is whole{reasons}: {FORMS}")
         path = found.slot
     if not path.is_dir():
         raise UserError(f"init_from is '{given}', which is no folder: {FORMS}")
@@ -81,7 +84,7 @@ def _find(given: str) -> Source:
     manifest = verify(slot)
     if folder is None or folder.name not in PARTS:
         raise UserError(f"init_from is '{given}', which holds no weights of a model: {FORMS}")
-    return Source(given, folder, slot, manifest.step, sha256_file(slot / MANIFEST))
+    return Source(given, folder, slot, manifest.step, sha256_file(slot / MANIFEST), damage)
 
 
 def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family: Family) -> list[str]:
@@ -116,6 +119,8 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
         said.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
     elif kept.get("kept"):
         said.append("the checkpoint's weights are in 16 bits; what it keeps of their rounding is not taken")
+    if source.damage:
+        said.append(f"passed over a damaged checkpoint: {source.damage}")
     place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which no manifest vouches for"
     return [
         f"weights from {place} (digest {source.digest[:16]}); counters, optimizer, schedule, random streams and best "

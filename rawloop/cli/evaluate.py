@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rawloop.adapters import BaseFingerprint, ModelFiles
-from rawloop.audio import import_torchaudio
 from rawloop.changes import check_reading, stored_settings
 from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
@@ -20,14 +19,13 @@ from rawloop.checkpoint.reader import check_same
 from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import read_config
-from rawloop.components import build_evaluator, build_family, build_model
+from rawloop.components import build_evaluator, build_family, build_model, read_data
 from rawloop.config import RunConfig, moved_run
 from rawloop.data.limits import Limits
-from rawloop.data.splits import load_samples, open_codes
 from rawloop.dist import World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
-from rawloop.facts import Contents, check_settings_of_ranks, contents_of
+from rawloop.facts import Contents, check_settings_of_ranks
 from rawloop.families.chat_template import clock_notice
 from rawloop.losses import LossModule
 from rawloop.records import json_value
@@ -47,7 +45,9 @@ def run(argv: list[str]) -> None:
         if notice:
             _tell(notice, world)
         check_settings_of_ranks(config, world)
-        subject, evaluator, base, contents = _together(config, options["checkpoint"], world)
+        built = world.on_all_ranks(partial(_build, config, options["checkpoint"], world))
+        assert built is not None
+        subject, evaluator, base, contents = built
         check_same(Path(subject.checkpoint) if subject.checkpoint else None, world)
         contents.check_ranks(base, world)
         for line in filter(None, subject.notices):
@@ -86,19 +86,12 @@ class Subject(NamedTuple):
 Built = tuple[Subject, Evaluator, BaseFingerprint, Contents]
 
 
-def _together(config: RunConfig, checkpoint: str | None, world: World) -> Built:
-    built = world.on_all_ranks(partial(_build, config, checkpoint, world))
-    assert built is not None
-    return built
-
-
 def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
-    import_torchaudio()
-    family = build_family(config)
-    cache = open_codes(config.data, family)
-    samples = load_samples(config.data, family, cache, "eval", lambda line: _tell(line, world))
+    data = read_data(config, build_family(config), "eval")
+    for line in data.notices:
+        _tell(line, world)
     slot = None if checkpoint is None else slot_of(Path(expanduser(config.output)), checkpoint)
-    contents = contents_of(family, cache, {"data.eval": samples})
+    family, contents = data.family, data.contents()
     clock = clock_notice(family)
     subject = Subject(None, None, (clock,))
     if slot is not None:
@@ -115,8 +108,7 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
         files.load(slot / files.folder)
     limits = Limits.of(family, model)
     limits.learn(family, model, policy.device, policy.autocast)
-    module = LossModule(model, family.losses)
-    evaluator = build_evaluator(config, family, module, policy, limits, cache, samples, world)
+    evaluator = build_evaluator(config, data, LossModule(model, family.losses), policy, limits, world)
     return subject, evaluator, base, contents
 
 

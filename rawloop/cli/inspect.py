@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rawloop.audio import import_torchaudio
 from rawloop.cli import read_config
 from rawloop.components import build_family
 from rawloop.config import RunConfig
@@ -38,7 +37,6 @@ def run(argv: list[str]) -> None:
     split = options["split"] or "train"
     if split not in ("train", "eval"):
         raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")
-    import_torchaudio()
     family = build_family(config)
     cache = open_codes(config.data, family)
     samples = load_samples(config.data, family, cache, split, _complain)
