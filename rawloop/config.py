@@ -21,7 +21,7 @@ from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig
 from rawloop.errors import UserError, nearest
 from rawloop.families.config import ModelConfig
-from rawloop.foreign_names import NOT_AS_HF_TRAINER, OF_HF_TRAINER
+from rawloop.foreign_names import HF_NAMES, NO_COUNTERPART
 from rawloop.parser import Parser, add_options
 from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
@@ -224,11 +224,11 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
 def near(key: str, known: set[str]) -> str:
     """A clause: what HF Trainer calls so, or the keys of the same name in other groups, or the nearest one."""
     for name in reversed(key.split(".")):
-        if name in OF_HF_TRAINER:
+        if name in HF_NAMES:
             whose = "PEFT" if name.startswith("lora_") else "HF Trainer"
-            return f" (what {whose} calls {name} is '{OF_HF_TRAINER[name]}' here)"
-        if name in NOT_AS_HF_TRAINER:
-            return f" (HF Trainer's {name}: {NOT_AS_HF_TRAINER[name]})"
+            return f" (what {whose} calls {name} is '{HF_NAMES[name]}' here)"
+        if name in NO_COUNTERPART:
+            return f" (HF Trainer's {name}: {NO_COUNTERPART[name]})"
     ends = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
     if ends:
         return " (did you mean '" + "' or '".join(ends) + "'?)"

@@ -1,9 +1,9 @@
-"""Names of settings that people know from HF Trainer and PEFT, and what to answer when they type one here."""
+"""Names of settings that people know from HF Trainer and PEFT, and the answer to each."""
 
 from types import MappingProxyType
 
-# What HF Trainer and PEFT call it, and what it is here.
-OF_HF_TRAINER = MappingProxyType(
+# Their name -> the key here.
+HF_NAMES = MappingProxyType(
     {
         "bf16": "precision.mode",
         "data_seed": "seed",
@@ -32,8 +32,8 @@ OF_HF_TRAINER = MappingProxyType(
         "save_total_limit": "checkpoint.keep_last",
     }
 )
-# What has no counterpart, or another meaning here, in a few words.
-NOT_AS_HF_TRAINER = MappingProxyType(
+# Their name -> why there is no such key here, in a few words.
+NO_COUNTERPART = MappingProxyType(
     {
         "deepspeed": "there is none; several processes train by DDP, which torchrun starts",
         "disable_tqdm": "'records.progress' set to false is that",

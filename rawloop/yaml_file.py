@@ -1,7 +1,7 @@
-"""Reads a YAML file of settings into flat keys, strictly: what YAML would take in silence is refused with its line.
+"""Read a YAML file of settings into flat keys. It refuses, with the line, much that YAML accepts in silence.
 
-A key that stands twice, nested and dotted (`optim.lr` beside `optim: {lr: ...}`), keys that are no strings, other types
-than JSON's, and files whose aliases or nesting would never end.
+That is: a key given twice, also once nested and once dotted (`optim.lr` beside `optim: {lr: ...}`); keys that are not
+strings; types that JSON does not have; numbers to base 8 or 60; aliases or nesting without end.
 """
 
 import re
@@ -31,27 +31,19 @@ class Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the values of a file by dotted keys, such as `optim.lr`. A dict that is empty is a value.
+    """Return the values of a file by dotted keys, such as `optim.lr`. An empty dict is a value.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or holds what the module's docstring names.
+        UserError: the file cannot be read, is not YAML, or has something that the module's docstring names.
     """
     try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST + 1)
-        if len(raw) > LARGEST:
-            raise UserError(f"{path} is larger than {LARGEST:,} bytes: it is no file of settings")
-        content = _parsed(raw.decode("utf-8"), path)
-    except OSError as error:
-        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
+        content = _parse(_read(path), str(path))
     except yaml.MarkedYAMLError as error:
         place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{place} is not valid YAML: {error.problem}") from error
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deep: settings are two or three levels deep") from error
@@ -66,23 +58,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parsed(text: str, path: Path) -> Any:
+def _read(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST + 1)
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
+    if len(raw) > LARGEST:
+        raise UserError(f"{path} is larger than {LARGEST:,} bytes: it is no file of settings")
+    return text
+
+
+def _parse(text: str, source: str) -> Any:
     loader = Loader(text)
     try:
         node = loader.get_single_node()
-        check_node(node, str(path))
+        check_node(node, source)
         return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
 
 
 def check_node(node: yaml.Node | None, source: str, counter: Iterator[int] | None = None) -> None:
-    """Refuse what YAML would take in silence, see the module's docstring.
+    """Raise UserError for a node that the module's docstring forbids.
 
     Args:
-        node: what `yaml.compose` made of a text; None of an empty one.
-        source: where the text is from, for the message.
-        counter: of the values so far.
+        node: the result of `yaml.compose`; None for an empty text.
+        source: the text's origin, for the message.
+        counter: counts the values so far.
     """
     if node is None:
         return

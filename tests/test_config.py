@@ -23,7 +23,7 @@ from rawloop.config import (
     to_yaml,
 )
 from rawloop.errors import UserError
-from rawloop.foreign_names import NOT_AS_HF_TRAINER, OF_HF_TRAINER
+from rawloop.foreign_names import HF_NAMES, NO_COUNTERPART
 from rawloop.parser import Parser, add_options, field_help
 from rawloop.precision.scaler import LossScaleConfig
 
@@ -183,8 +183,8 @@ def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], g
     line = refusal(f"--{group}save_total_limit", "3")
     assert "(what HF Trainer calls save_total_limit is 'checkpoint.keep_last' here)" in line
     assert "'checkpoint.keep_last' here" in refusal("--config", write("checkpoint: {save_total_limit: 3}\n"))
-    assert set(OF_HF_TRAINER.values()) <= known_keys()
-    assert not set(OF_HF_TRAINER) & {key.rpartition(".")[2] for key in known_keys()}
+    assert set(HF_NAMES.values()) <= known_keys()
+    assert not set(HF_NAMES) & {key.rpartition(".")[2] for key in known_keys()}
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ def test_names_from_elsewhere_are_answered_in_a_few_words(write: Callable[..., P
 
 
 def test_answers_to_names_from_elsewhere_are_true() -> None:
-    words = " ".join(NOT_AS_HF_TRAINER.values())
+    words = " ".join(NO_COUNTERPART.values())
     assert set(re.findall(r"'([\w.]+)'", words)) <= known_keys()
-    assert not set(NOT_AS_HF_TRAINER) & {*OF_HF_TRAINER, *(key.rpartition(".")[2] for key in known_keys())}
+    assert not set(NO_COUNTERPART) & {*HF_NAMES, *(key.rpartition(".")[2] for key in known_keys())}
 
 
 def test_a_mistyped_alias_is_refused_with_the_right_one() -> None:
