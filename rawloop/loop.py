@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.buffers import MovingBuffers
-from rawloop.checkpoint import BestTracker, CheckpointManager
+from rawloop.checkpoint import BestRecord, BestTracker, CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.ddp import no_sync, unwrap_ddp
 from rawloop.dist import World
@@ -304,12 +304,12 @@ def _raise(error: RawloopError | None) -> None:
 
 
 def evaluate_and_save(run: Run, last: bool) -> bool:
-    """Evaluate if due, keep a new best in its own slot, then save if due. The two cadences never meet.
+    """Evaluate if due; save if due, or if the evaluation is the best so far. The two cadences never meet.
 
     Returns:
         whether the run ends here: it is the last step, or the evaluation has not improved for long enough.
     """
-    state, stored = run.state, False
+    state, best = run.state, None
     evaluation = evaluate(run, last)
     state.visited = state.step
     if run.checkpoints:
@@ -320,11 +320,11 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
             reason = f"evaluation is not finite in the batches of {', '.join(evaluation.bad_ids)}: it is never the best"
             note(run, lambda: run.records.event("warning", step=state.step, reason=reason))
         if run.best:
-            stored = keep_if_best(run, evaluation)
+            best = best_so_far(run, evaluation)
             last = stop_early(run) or last
-    if run.checkpoints and run.checkpoints.due(state.step, last):
+    if run.checkpoints and (best or run.checkpoints.due(state.step, last)):
         raise_trouble(run)
-        run.checkpoints.save(state.step, unchanged=stored)
+        run.checkpoints.save(state.step, best=best)
     return last
 
 
@@ -345,22 +345,18 @@ def evaluate(run: Run, last: bool) -> Evaluation | None:
         leave(run, str(stop))
 
 
-def keep_if_best(run: Run, evaluation: Evaluation) -> bool:
-    """Write the best slot if this evaluation beats all before it. Returns whether it does."""
+def best_so_far(run: Run, evaluation: Evaluation) -> BestRecord | None:
+    """Return a record of the evaluation if it beats all before it whose models were written."""
     assert run.best is not None
     if run.best.metric not in evaluation.metrics:
         raise UserError(
             f"evaluation.best_metric is '{run.best.metric}', which the evaluation does not measure"
             f"{nearest(run.best.metric, evaluation.metrics)}: it measures {', '.join(evaluation.metrics)}"
         )
-    if run.checkpoints and run.checkpoints.best_failed():
-        run.best.fall_back(run.checkpoints.kept_best())
-    value = evaluation.metrics[run.best.metric]
-    beaten = run.best.consider(run.state.step, value, evaluation.valid)
-    if beaten and run.checkpoints:
-        raise_trouble(run)
-        run.checkpoints.save_best(run.state.step, run.best.metric, value, mode=run.best.mode)
-    return beaten
+    if run.checkpoints:
+        run.best.agree_with(run.checkpoints.best_record())
+    beaten = run.best.consider(run.state.step, evaluation.metrics[run.best.metric], evaluation.valid)
+    return run.best.record if beaten else None
 
 
 def stop_early(run: Run) -> bool:

@@ -15,7 +15,6 @@ from rawloop.changes import PART, SAME, SettingsState, compare, stored_settings
 from rawloop.checkpoint import (
     RunLock,
     claim_run_folder,
-    find_best,
     find_slots,
     lock_run_folder,
     mark_launch,
@@ -141,7 +140,8 @@ def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
         restored = run.checkpoints.restore(claimed.chosen)
         run.world.on_all_ranks(partial(_tell_changes, run, config, say), only_main=True)
         say(f"resumed from {restored.slot} at step {restored.step}")
-        _agree_with_best_slot(run, folder)
+        if run.best is not None:
+            run.best.agree_with(run.checkpoints.best_record())
         if config.init_from:
             say(f"init_from {config.init_from} is done: the run goes on from its own checkpoint")
         step = restored.step
@@ -150,18 +150,6 @@ def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
         run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.choice.history])
     run.world.on_all_ranks(partial(mark_launch, folder, run.world), only_main=True)
     run.world.on_all_ranks(partial(_open_records, run, config, folder, claimed.source), only_main=True)
-
-
-def _agree_with_best_slot(run: Run, folder: Path) -> None:
-    """Believe of the best value that its model exists only as far as the best slot bears it out."""
-    assert run.checkpoints is not None
-    if run.best is None:
-        return
-    kept = run.checkpoints.kept_best()
-    if run.checkpoints.branched:
-        run.best.forget()  # the best slot stayed with the run that this one continues
-    elif kept is not None or run.world.from_main(find_best(folder) is None):  # else it is damaged, which is said
-        run.best.agree_with(kept)
 
 
 def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:

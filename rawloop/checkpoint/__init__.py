@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rawloop.lazy import importer
 
 if TYPE_CHECKING:
-    from rawloop.checkpoint.best import BestTracker
+    from rawloop.checkpoint.best import BestRecord, BestTracker
     from rawloop.checkpoint.manager import CheckpointConfig, CheckpointManager, Restored
     from rawloop.checkpoint.manifest import Manifest, read_manifest, verify
     from rawloop.checkpoint.run_folder import (
@@ -21,6 +21,7 @@ else:
     __getattr__ = importer(
         __name__,
         {
+            "BestRecord": "rawloop.checkpoint.best",
             "BestTracker": "rawloop.checkpoint.best",
             "CheckpointConfig": "rawloop.checkpoint.manager",
             "CheckpointManager": "rawloop.checkpoint.manager",
@@ -42,6 +43,7 @@ else:
     )
 
 __all__ = [
+    "BestRecord",
     "BestTracker",
     "CheckpointConfig",
     "CheckpointManager",

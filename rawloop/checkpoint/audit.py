@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, step_of, verify
 from rawloop.checkpoint.run_folder import MARKS
-from rawloop.checkpoint.slots import CHECKPOINTS, DISCARDED, find_best, find_slots, is_slot_name
+from rawloop.checkpoint.slots import BEST, CHECKPOINTS, DISCARDED, find_best, find_slots, is_slot_name
 from rawloop.errors import CheckpointError, UserError
 
 UNFINISHED = "being written, or left by a save that was killed; never taken for a checkpoint"
@@ -34,7 +34,7 @@ class Found(NamedTuple):
 
 
 def slots_to_examine(folder: Path) -> list[Path]:
-    """Return every slot of a run: by step, newest first, the best, discarded ones, and unfinished ones. Or the one.
+    """Return every slot of a run: by step, newest first, discarded ones, and unfinished ones. Or the one.
 
     Raises:
         UserError: the folder is neither a run nor a slot.
@@ -60,9 +60,8 @@ def _slots_of_run(run: Path) -> Iterator[Path]:
         advice = f": name the run, '{run.parent}'" if run.name == CHECKPOINTS else ", nor a checkpoint"
         raise UserError(f"'{run}' is no run{advice}")
     yield from find_slots(run)
-    best = find_best(run)
-    if best is not None:
-        yield best
+    if find_best(run) == run / BEST:  # written by an older version
+        yield run / BEST
     discarded = run / CHECKPOINTS / DISCARDED
     yield from sorted(path for path in discarded.glob("*") if path.is_dir())
     for folder in (run / CHECKPOINTS, run):

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
+from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.manifest import Manifest
 from rawloop.errors import RawloopError
 
@@ -23,12 +24,13 @@ class Written(NamedTuple):
 
 @dataclass
 class Save:
-    """One save under way, or ended. `held` is the time in seconds for which it held training up."""
+    """One save under way, or ended. `held`: seconds for which training waited. `best`: what makes it the best."""
 
     slot: Path
     step: int
     future: Future[Written]
     held: float = 0.0
+    best: BestRecord | None = None
 
     def result(self) -> Written:
         """What was written, or raise what prevented it."""

@@ -1,12 +1,40 @@
 """Which evaluation was the best so far. The number is part of every checkpoint, so a resumed run knows it."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rawloop.errors import CheckpointError
 
 Mode = Literal["min", "max"]
+
+
+class BestRecord(NamedTuple):
+    """An evaluation that was better than all before it. `mode` says whether smaller (min) or larger (max) is better."""
+
+    metric: str
+    mode: Mode
+    value: float
+    step: int
+
+    def beats(self, other: "BestRecord | None") -> bool:
+        """Whether it has a better value of the same metric; any value beats none."""
+        if other is None:
+            return True
+        better = self.value < other.value if self.mode == "min" else self.value > other.value
+        return (self.metric, self.mode) == (other.metric, other.mode) and better
+
+    def reaches(self, other: "BestRecord | None") -> bool:
+        """Whether it has the same metric as `other`, and a value that is no worse."""
+        return self.beats(other) or (other is not None and self[:3] == other[:3])
+
+    @classmethod
+    def read(cls, content: Any) -> "BestRecord | None":
+        """Return what a manifest or best.json says; None if it says no such thing."""
+        try:
+            mode: Mode = "max" if content.get("mode") == "max" else "min"
+            return cls(str(content["metric"]), mode, float(content["value"]), int(content["step"]))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
 
 
 class BestTracker:
@@ -18,19 +46,28 @@ class BestTracker:
         patience: evaluations in a row that may fail to be the best until `exhausted`; 0 never is.
     """
 
+    value: float | None
+    step: int | None
+    considered: int | None  # the step of the last evaluation: seen again after a resume, it is no other
+    worse_in_a_row: int
+
     def __init__(self, metric: str = "eval_loss", mode: Mode = "min", patience: int = 0) -> None:
         self.metric = metric
         self.mode = mode
         self.patience = patience
-        self.worse_in_a_row = 0
-        self.value: float | None = None
-        self.step: int | None = None
-        self.considered: int | None = None  # the step of the last evaluation: seen again after a resume, it is no other
+        self.forget()
 
     @property
     def exhausted(self) -> bool:
         """Whether the metric has failed to improve for `patience` evaluations in a row."""
         return 0 < self.patience <= self.worse_in_a_row
+
+    @property
+    def record(self) -> BestRecord | None:
+        """The best evaluation so far, if there was one."""
+        if self.value is None or self.step is None:
+            return None
+        return BestRecord(self.metric, self.mode, self.value, self.step)
 
     def consider(self, step: int, value: float, valid: bool) -> bool:
         """Return whether `value` beats everything before it, and remember it then.
@@ -42,9 +79,7 @@ class BestTracker:
         if step != self.considered:
             self.worse_in_a_row += 1
         self.considered = step
-        if not valid or not math.isfinite(value):
-            return False
-        if self.value is not None and not (value < self.value if self.mode == "min" else value > self.value):
+        if not (valid and math.isfinite(value) and BestRecord(self.metric, self.mode, value, step).beats(self.record)):
             return False
         self.value, self.step = value, step
         self.worse_in_a_row = 0
@@ -55,31 +90,19 @@ class BestTracker:
         self.value = self.step = self.considered = None
         self.worse_in_a_row = 0
 
-    def fall_back(self, kept: Mapping[str, Any] | None) -> None:
-        """Take the best slot at its word: `kept` is what its manifest says of it, None if there is none.
+    def agree_with(self, written: BestRecord | None) -> None:
+        """Believe a value only if its model was written.
 
-        A better value has been seen since, whose model could not be written.
+        Args:
+            written: the evaluation of the slot that `best` points to. A worse one says that the save of a better one
+                failed; a better one is of a continuation that was given up.
         """
-        if kept is None or (kept["metric"], kept.get("mode", self.mode)) != (self.metric, self.mode):
-            self.value = self.step = None
-        else:
-            self.value, self.step = kept["value"], kept["step"]
-
-    def agree_with(self, kept: Mapping[str, Any] | None) -> None:
-        """Fall back from a value that the best slot does not bear out, when a run is resumed; `kept` as in `fall_back`.
-
-        A slot of an earlier step, or of a later one with a worse value, which would not have taken the place of a
-        better one, says that the model of this value was never written. A later and better one is of what was given
-        up, or still to come.
-        """
-        if self.value is None or self.step is None:
+        if self.record is None:
             return
-        if kept is None or kept["metric"] != self.metric:
-            self.fall_back(None)
-        elif kept["step"] < self.step:
-            self.fall_back(kept)
-        elif kept["value"] > self.value if self.mode == "min" else kept["value"] < self.value:
-            self.fall_back(None)
+        if written is None or (written.metric, written.mode) != (self.metric, self.mode):
+            self.forget()
+        elif self.record.beats(written):
+            self.value, self.step = written.value, written.step
 
     def state_dict(self) -> dict[str, Any]:
         """Return metric, mode, value, step and the count of evaluations since. Patience is the config's."""

@@ -112,20 +112,13 @@ class Capture:
     def __init__(self, parts: Parts, world: World, *, copy: bool) -> None:
         self.parts, self.world, self.copy = parts, world, copy
         self.versions = installed_versions()
-        self._taken: Contents | None = None
         self._copies: dict[str, Packed] = {}  # of the last save; the next is written over them
 
-    def take(self, step: int, settle: Callable[[], None], unchanged: bool = False) -> Contents:
-        """Take the state of all parts on all ranks.
+    def take(self, step: int, settle: Callable[[], None]) -> Contents:
+        """Take the state of all parts on all ranks. Errors are raised on all of them.
 
-        `settle` is called on rank 0 before an earlier copy is written over. `unchanged` says that the state is still
-        the one that was taken last, at this step: two slots share the copy. Errors are raised on all ranks.
+        `settle` is called on rank 0 before an earlier copy is written over.
         """
-        there = unchanged and self._taken is not None and self._taken.step == step
-        if self.world.from_main(there):  # rank 0 lets go of it once it is written
-            assert there
-            return cast(Contents, self._taken)
-        self._taken = None  # one copy at a time
         states = self.world.on_all_ranks(partial(self._collect, settle))
         assert states is not None
         every_rank = self.world.gather((step, {name: states[name] for name in self.parts.per_rank}))
@@ -135,9 +128,7 @@ class Capture:
         folders = {}
         if self.world.is_main:
             folders = {name: (part.folder, part.snapshot(self.copy)) for name, part in self.parts.folders.items()}
-        taken = Contents(step, {}, self.versions, shared, [own for _, own in every_rank], folders)
-        self._taken = taken if self.copy else None
-        return taken
+        return Contents(step, self.versions, shared, [own for _, own in every_rank], folders)
 
     def _collect(self, settle: Callable[[], None]) -> dict[str, Packed]:
         """Take the state of every part; packing it copies from the device, so other ranks pack only their own."""
@@ -151,7 +142,3 @@ class Capture:
         self._copies = {}  # one that is half written over is of no use to anybody
         self._copies = {name: pack(states[name], copy=True, spare=spare.get(name, NOTHING)) for name in wanted}
         return self._copies
-
-    def let_go(self) -> None:
-        """Drop what was taken last; its copies are kept to be written over."""
-        self._taken = None

@@ -11,8 +11,8 @@ class CheckpointConfig:
 
     Args:
         save_every: optimizer steps between two checkpoints; 0 writes none but the one at the end.
-        keep_last: newest checkpoints to keep; 0 keeps all. The best one has a slot of its own and is not counted, nor
-            are those of `keep_every`.
+        keep_last: newest checkpoints to keep; 0 keeps all. The best one and those of `keep_every` are never deleted and
+            not counted.
         keep_every: never delete the checkpoint of a step that is a multiple of this; 0 spares none.
         save_at_end: write a checkpoint after the last step, whatever `save_every` says.
         asynchronous: copy the state in host memory and let training go on while it is written. Off: train on when it

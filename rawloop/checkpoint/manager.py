@@ -7,38 +7,38 @@ happens in between, what was saved before stays, and nothing half-written is eve
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 from safetensors import SafetensorError
 
 from rawloop.checkpoint import slots
 from rawloop.checkpoint.background import Save, Saves, Written
+from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.capture import Capture, Parts
 from rawloop.checkpoint.config import CheckpointConfig as CheckpointConfig
 from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
 from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of
-from rawloop.checkpoint.pack import pack, unpack
+from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.reader import Chosen, changes, check_parts, choose
-from rawloop.checkpoint.run_folder import RunLock, is_inside
+from rawloop.checkpoint.run_folder import RunLock
 from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.launcher import read_ranks
-from rawloop.records import EventKind, Records
+from rawloop.records import Records
 
 
 class Restored(NamedTuple):
-    """What was loaded: the slot, its step, the caller's own `meta`, and the number of ranks that wrote it."""
+    """What was loaded: the slot, its step, and the number of ranks that wrote it."""
 
     slot: Path
     step: int
-    meta: dict[str, Any]
     world_size: int
 
 
@@ -51,7 +51,7 @@ class CheckpointManager:
 
     Rank 0 holds the folder's lock until `close`. `lock` is the one that it has already, if it has one.
 
-    Making one, `start`, `save`, `save_best`, `secure`, `finish` and `load` must be called on every rank.
+    Making one, `start`, `save`, `secure`, `best_record`, `finish` and `load` must be called on every rank.
 
     Raises:
         UserError: a part is none, or cannot be stored as it is; or another process trains into the folder.
@@ -75,12 +75,12 @@ class CheckpointManager:
         self.parts = parts
         self._capture = Capture(self.parts, world, copy=config.asynchronous)
         self._settled_step = -1  # saved or restored last: saving it again would write the same thing
-        self.branched = False  # restored from another run's folder
         self._elsewhere = False  # restored from a slot that is not this run's own of that step
         self._last_size = 0  # bytes; not known before the first save
+        self._warned: set[str] = set()
         self._saves = Saves()
         self._failures: list[CheckpointError] = []  # in a row
-        self._best_failure: CheckpointError | None = None  # the last best slot could not be written; known to rank 0
+        self._best_failure: CheckpointError | None = None  # the last save of a best model failed; known to rank 0
         self._lock = lock
         world.on_all_ranks(self._hold_lock, only_main=True)
 
@@ -107,7 +107,7 @@ class CheckpointManager:
         """Make the run folder ready for training on from `step` (0 in a new run); after `load`, if there is one.
 
         Removes what dead saves have left and moves checkpoints later than `step` aside. A state that came from
-        elsewhere (the best slot, a discarded one, another run) is saved first, so that the run can be gone on with
+        elsewhere (a discarded slot, another run) is saved first, so that the run can be gone on with
         whenever it ends, and a slot of another continuation is not taken for its own.
 
         Raises:
@@ -124,21 +124,25 @@ class CheckpointManager:
         self._hold_lock()
         (self.folder / slots.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         sync(self.folder)
-        for sentence in slots.clean_up(self.folder):
-            self.records.event("warning", step=step, reason=sentence)
+        for sentence in [*slots.clean_up(self.folder), *slots.adopt_best(self.folder, step)]:
+            self._warn(step, sentence)
 
     def _start(self, step: int) -> None:
         for moved in slots.set_aside(self.folder, step):
             reason = f"going on from step {step}: moved a checkpoint of what was given up to {moved}"
             self.records.event("warning", step=step, reason=reason)
-        try:
-            best = slots.note_best(self.folder)
-        except CheckpointError as error:
-            self.records.event("warning", step=step, reason=f"the best checkpoint is damaged: {error}")
-            return
+        for sentence in slots.mend_best(self.folder):
+            self._warn(step, sentence)
+        best = slots.best_record(self.folder)
         if best is not None and best.step > step:
             reason = f"going on from step {step}: the best checkpoint so far is of step {best.step}"
             self.records.event("warning", step=step, reason=reason)
+
+    def _warn(self, step: int, sentence: str) -> None:
+        """Record a warning, unless it has been given before."""
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            self.records.event("warning", step=step, reason=sentence)
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint of the run, if one can be seen. A save under way is waited for."""
@@ -160,40 +164,32 @@ class CheckpointManager:
         """Say that the state differs from what was saved or restored last, even if the step is still the same."""
         self._settled_step = -1
 
-    def save(self, step: SupportsIndex, *, meta: Mapping[str, Any] | None = None, unchanged: bool = False) -> Path:
+    def save(self, step: SupportsIndex, *, best: BestRecord | None = None) -> Path:
         """Write the checkpoint of `step`, then delete the oldest ones. Returns its folder.
 
-        `meta` (JSON values) is kept with it and returned by `load`. `unchanged` says that the state is still the one
-        that `save_best` has just stored, so that it need not be copied again.
+        With `best`, the evaluation of this state, `best` then points to the checkpoint. If it cannot be written, `best`
+        stays where it was.
 
         Raises:
             UserError: `step` is not a whole number of 0 or more.
             CheckpointError: `max_failures` in a row could not be written; what was saved before is untouched.
         """
         step = self._checked(step)
+        if best is not None:
+            best = best._replace(value=float(best.value), step=step)
+            assert math.isfinite(best.value), f"{best.metric} is {best.value} at step {step}: that is never the best"
+        begun = time.perf_counter()
+        contents = self._capture.take(step, self._before_copy)
         slot = self._slot(step)
-        marks = {"keep": True} if slots.is_kept(step, self.config.keep_every) else {}
-        finish = partial(_rotate, self.folder, step, self.config)
-        self._store(slot, step, {**(meta or {}), **marks}, finish, unchanged)
+        if self.world.is_main:
+            keep = slots.is_kept(step, self.config.keep_every)
+            contents = replace(contents, best=best, keep=keep, gives_up=self._elsewhere)
+            self._saves.start(slot, step, partial(_write, self.folder, contents, self.config, self._last_size))
+            self._saves.newest.best = best
+            self._saves.newest.held = time.perf_counter() - begun
         self._settled_step = step
-        return slot
-
-    def save_best(
-        self, step: int, metric_name: str, value: float, *, mode: str = "min", meta: Mapping[str, Any] | None = None
-    ) -> Path:
-        """Write the whole state into the best slot and note it in `best.json`. Returns the slot's folder.
-
-        The previous best is replaced only when the next one is complete. `mode` says whether smaller (min) or larger
-        (max) values are better.
-
-        Raises:
-            UserError, CheckpointError: see `save`; the previous best is untouched.
-        """
-        step, value = self._checked(step), float(value)
-        assert math.isfinite(value), f"{metric_name} is {value} at step {step}: that is never the best"
-        best = {"metric": metric_name, "mode": mode, "value": value, "step": step}
-        slot = self.folder / slots.BEST
-        self._store(slot, step, {**(meta or {}), "best": best}, partial(_note_best, self.folder))
+        if not self.config.asynchronous:
+            self.world.on_all_ranks(self.settle, only_main=True)
         return slot
 
     def _checked(self, step: SupportsIndex) -> int:
@@ -207,19 +203,6 @@ class CheckpointManager:
             raise self.world.raised_on_all(UserError(reason))
         return number
 
-    def _store(
-        self, slot: Path, step: int, meta: dict[str, Any], finish: Callable[[], list[str]], unchanged: bool = False
-    ) -> None:
-        assert not pack(meta).tensors, f"meta takes JSON values, not tensors: {list(meta)}"
-        begun = time.perf_counter()
-        contents = self._capture.take(step, self._before_copy, unchanged)
-        if self.world.is_main:
-            contents = replace(contents, meta=meta, gives_up=self._elsewhere)
-            self._saves.start(slot, step, partial(_write, slot, contents, finish, self.folder, self._last_size))
-            self._saves.newest.held = time.perf_counter() - begun
-        if not self.config.asynchronous:
-            self.world.on_all_ranks(self.settle, only_main=True)
-
     def _before_copy(self) -> None:
         self._hold_lock()
         self.settle()
@@ -232,8 +215,6 @@ class CheckpointManager:
         """
         for save in self._saves.ended():
             self._settle(save)
-        if self.world.is_main and not self._saves:
-            self._capture.let_go()
 
     def settle(self) -> None:
         """Wait for the saves under way, and report them; see `poll`."""
@@ -259,15 +240,13 @@ class CheckpointManager:
         if self._failures:
             raise self._failures[-1]
 
-    def best_failed(self) -> bool:
-        """Whether the best slot could not be written the last time, on all ranks alike."""
-        return self.world.from_main(self._best_failure is not None)
+    def best_record(self) -> BestRecord | None:
+        """Return the evaluation of the checkpoint that `best` points to. Waits for saves under way."""
+        return self.world.from_main(self.world.on_all_ranks(self._best_record, only_main=True))
 
-    def kept_best(self) -> dict[str, Any] | None:
-        """What the manifest of the best slot says of it: metric, mode, value and step; None if there is none, or it
-        is damaged. All ranks call this.
-        """
-        return self.world.from_main(self.world.on_all_ranks(lambda: slots.kept_best(self.folder), only_main=True))
+    def _best_record(self) -> BestRecord | None:
+        self._saves.wait()
+        return slots.best_record(self.folder)
 
     def secure(self, step: int) -> Path:
         """Return the checkpoint of `step`, which is whole and on the disk; write it now if it is not there.
@@ -301,16 +280,16 @@ class CheckpointManager:
             written = save.result()
         except CheckpointError as error:
             self._failures.append(error)
-            if save.slot.name == slots.BEST:
+            if save.best is not None:
                 self._best_failure = error
             self._tell_failure(save, error)
             return
         self._failures.clear()
-        if save.slot.name == slots.BEST:
+        if save.best is not None:
             self._best_failure = None
         self._last_size = written.manifest.size
         for sentence in written.notes:
-            self.records.event("warning", step=written.manifest.step, reason=sentence)
+            self._warn(written.manifest.step, sentence)
         self._report(save, written)
 
     def _tell_failure(self, save: Save, error: CheckpointError) -> None:
@@ -325,15 +304,13 @@ class CheckpointManager:
             raise error
 
     def _report(self, save: Save, written: Written) -> None:
-        kind: EventKind = "save"
-        more: dict[str, Any] = {}
-        manifest, seconds = written.manifest, written.seconds
+        manifest, seconds, best = written.manifest, written.seconds, save.best
         text = f"wrote {save.slot.name} ({readable(manifest.size)} in {seconds:.2f} s)"
-        if save.slot.name == slots.BEST:
-            kind, more = "best", {name: manifest.meta["best"][name] for name in ("metric", "value")}
-            text = f"{more['metric']} is {more['value']:.6g}, the best so far: {text}"
         numbers = {"seconds": seconds, "held": save.held, "bytes": manifest.size}
-        self.records.event(kind, step=manifest.step, reason=text, **numbers, **more)
+        self.records.event("save", step=manifest.step, reason=text, **numbers)
+        if best is not None:
+            text = f"{best.metric} is {best.value:.6g}, the best so far: best points to {save.slot.name}"
+            self.records.event("best", step=best.step, reason=text, metric=best.metric, value=best.value)
 
     def load(self, which: str | Path = "latest") -> Restored:
         """Restore every part from `latest`, the newest whole checkpoint of this run, or from the folder of a slot.
@@ -361,13 +338,12 @@ class CheckpointManager:
         assert manifest is not None
         own = self._slot(manifest.step)
         self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()
-        self.branched = not is_inside(self.folder, str(slot))
         self._settled_step = -1 if self._elsewhere else manifest.step
         self._last_size = manifest.size
         if self.world.is_main:
             reason = f"restored {slot}{changes(manifest.versions, self._capture.versions)}"
             self.records.event("restore", step=manifest.step, reason=reason)
-        return Restored(slot, manifest.step, manifest.meta, manifest.world_size)
+        return Restored(slot, manifest.step, manifest.world_size)
 
     def _slot(self, step: int) -> Path:
         return self.folder / slots.CHECKPOINTS / slots.slot_name(step)
@@ -394,17 +370,20 @@ class CheckpointManager:
         return manifest
 
 
-def _write(slot: Path, contents: Contents, finish: Callable[[], list[str]], run: Path, expected: int) -> Written:
-    """Write one slot, in whatever thread; touches the disk and nothing else of the process.
+def _write(run: Path, contents: Contents, config: CheckpointConfig, expected: int) -> Written:
+    """Write one slot, in any thread; touches the disk and nothing else of the process.
 
     Raises:
         CheckpointError: it could not be written; says what is still there.
     """
     begun = time.perf_counter()
+    slot = run / slots.CHECKPOINTS / slots.slot_name(contents.step)
     try:
         check_space(run, expected)
         manifest = write_slot(slot, contents)
-        return Written(manifest, time.perf_counter() - begun, finish())
+        said = slots.set_best(run, slot, contents.best) if contents.best is not None else []
+        seconds = time.perf_counter() - begun
+        return Written(manifest, seconds, [*said, *_rotate(run, contents.step, config)])
     except (OSError, SafetensorError, RawloopError) as error:
         raise _failure(slot, contents.step, run, error) from error
 
@@ -434,11 +413,6 @@ def _rotate(run: Path, step: int, config: CheckpointConfig) -> list[str]:
         slots.rotate(run, step, config.keep_last, config.keep_every)
     except OSError as error:  # the save itself has succeeded
         return [f"an old checkpoint cannot be deleted: {in_words(error)}"]
-    return []
-
-
-def _note_best(run: Path) -> list[str]:
-    slots.note_best(run)
     return []
 
 

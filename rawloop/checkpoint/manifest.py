@@ -15,7 +15,6 @@ from stat import S_ISLNK, S_ISREG
 from typing import Any
 
 from rawloop.checkpoint.disk import FileRecord, written
-from rawloop.checkpoint.pack import Packed, pack, unpack
 from rawloop.errors import CheckpointError
 
 NAME = "MANIFEST.json"
@@ -28,7 +27,8 @@ class Manifest:
     """What a slot holds.
 
     `states` lists the parts under `state/`, `per_rank` those of them that are stored once per rank, `folders` the
-    parts with a folder of their own. `meta` is what the caller wanted to keep with the step.
+    parts with a folder of their own. `meta` has `best`, the evaluation for which it was written, and `keep`, if it is
+    never to be deleted.
     """
 
     step: int
@@ -72,7 +72,7 @@ def _render(body: dict[str, Any]) -> str:
 def write_manifest(slot: Path, manifest: Manifest) -> None:
     """Write the manifest into a slot that is otherwise complete."""
     files = {name: record._asdict() for name, record in manifest.files.items()}
-    body = {**asdict(manifest), "files": files, "meta": pack(manifest.meta).tree}
+    body = {**asdict(manifest), "files": files}
     with written(slot / NAME) as file:
         file.write(_render(body).encode())
 
@@ -105,7 +105,7 @@ def read_manifest(slot: Path) -> Manifest:
         raise CheckpointError(f"{path}: its own digest does not agree: the file has changed since it was written")
     try:
         files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
-        manifest = Manifest(files=files, meta=unpack(Packed(body.pop("meta"), {})), **body)
+        manifest = Manifest(files=files, **body)
         fault = _fault(manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fault = str(error)

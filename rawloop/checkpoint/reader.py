@@ -26,18 +26,14 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
         CheckpointError: the named one is damaged, or none of the run is whole. On all ranks alike.
     """
     if which != "latest":
-        named = Path(expanduser(which))
+        named = slots.resolve_best(Path(expanduser(which)))
         world.on_all_ranks(lambda: check_slot(named))
         check_same(named, world)
         return Chosen(named, {})
     seen = world.on_all_ranks(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)
     candidates, best = world.from_main(seen or ([], None))
     if not candidates:
-        advice = (
-            f"the best one is a slot of its own, try --resume {best}"
-            if best
-            else "start without --resume, or say 'auto'"
-        )
+        advice = f"the best one is at hand, try --resume {best}" if best else "start without --resume, or say 'auto'"
         raise world.raised_on_all(UserError(f"resume is 'latest', but '{run}' has no checkpoint: {advice}"))
     passed_over: dict[Path, str] = {}
     for slot in candidates:
@@ -46,7 +42,7 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
             check_same(slot, world)
             return Chosen(slot, passed_over)
         passed_over[slot] = reason
-    advice = f"; the best one is a slot of its own, try --resume {best}" if best else ""
+    advice = f"; the best one is not among these, try --resume {best}" if best and best not in candidates else ""
     reasons = "; ".join(passed_over.values())
     raise world.raised_on_all(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))
 

@@ -1,27 +1,36 @@
-"""Where checkpoints lie in a run folder, which one is the newest whole one, and what dead saves have left behind.
+"""Where checkpoints lie in a run folder, which one is the newest, which one `best` points to, and what dead saves left.
 
-Everything that looks is free of side effects, so it may look into the folder of a run that is being trained.
+Reading functions have no side effects, so they may look into the folder of a run that is being trained.
 Names that begin with a dot are never checkpoints: `.tmp-` is being written, `.trash-` is being deleted, `.old-` is a
 slot moved aside for the moment in which another takes its place.
+
+`best.json` says which slot is the best, and `best` is a relative link to it. Both are replaced atomically, best.json
+first: if they differ, it is right, unless its slot is not there (a kill while a slot was moved).
 """
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.disk import remove_tree, replace_text, sync
 from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of, verify
 from rawloop.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+BEST_FILE = "best.json"
 DISCARDED = "discarded"
 LEFTOVER = re.compile(r"\.(tmp|trash|old)-(step-\d+|best|best\.json|metrics\.jsonl)")
+POINTED = re.compile(rf"{CHECKPOINTS}/({DISCARDED}/)?\w[^/]*")  # where `best` may lead
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class Latest(NamedTuple):
-    """The newest whole checkpoint of a run, and the newer ones that are not whole, each with the reason."""
+    """The newest whole checkpoint of a run, and the newer ones that are damaged, each with the reason."""
 
     slot: Path | None
     damaged: dict[Path, str]
@@ -34,7 +43,7 @@ def slot_name(step: int) -> str:
 
 def is_slot_name(slot: Path) -> bool:
     """Whether a folder has the name of a slot, so that one without a manifest is damaged and not something else."""
-    return step_of(slot) >= 0 or slot.name in (BEST, f".old-{BEST}")
+    return step_of(slot) >= 0 or slot.name == BEST
 
 
 def find_slots(run: Path) -> list[Path]:
@@ -50,47 +59,6 @@ def find_slots(run: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_best(run: Path) -> Path | None:
-    """Return the best slot of a run, if there is one."""
-    for path in (run / BEST, run / f".old-{BEST}"):
-        if path.is_dir():
-            return path
-    return None
-
-
-def readable_best(run: Path) -> Path | None:
-    """Return the best slot if its manifest can be read: one to advise to go on from."""
-    slot = find_best(run)
-    return slot if slot is not None and _manifest(slot) is not None else None
-
-
-def note_best(run: Path) -> Manifest | None:
-    """Make `best.json` say what the manifest of the best slot says. Returns that manifest, None without a best slot.
-
-    Raises:
-        CheckpointError: the best slot has no readable manifest.
-    """
-    slot = find_best(run)
-    if slot is None:
-        return None
-    manifest = read_manifest(slot)
-    if not isinstance(manifest.meta.get("best"), dict):
-        raise CheckpointError(f"{slot}: its manifest does not say of which evaluation it is the best: it was put there")
-    text = json.dumps({**manifest.meta["best"], "folder": BEST}, indent=1) + "\n"
-    path = run / "best.json"
-    if not path.exists() or path.read_bytes() != text.encode():
-        replace_text(path, text)
-    return manifest
-
-
-def kept_best(run: Path) -> dict[str, Any] | None:
-    """What the manifest of the best slot says of it: metric, mode, value and step; None without a readable one."""
-    slot = find_best(run)
-    manifest = _manifest(slot) if slot is not None else None
-    best = manifest.meta.get("best") if manifest is not None else None
-    return dict(best) if best else None
-
-
 def find_latest(run: Path) -> Latest:
     """Look for the newest checkpoint whose every file is as it was written."""
     damaged: dict[Path, str] = {}
@@ -104,50 +72,188 @@ def find_latest(run: Path) -> Latest:
     return Latest(None, damaged)
 
 
-def put_in_place(temporary: Path, slot: Path, gives_up: bool = False) -> None:
-    """Give a finished folder its final name; a slot of that name is removed only after that, or set aside.
+def find_best(run: Path) -> Path | None:
+    """Return the slot that `best` points to, if it is there."""
+    if _is_old_best(run):
+        return run / BEST
+    for name in (_json_of_best(run).get("slot"), _link_of_best(run)):
+        if isinstance(name, str) and POINTED.fullmatch(name):
+            for path in (run / name, (run / name).with_name(f".old-{Path(name).name}")):
+                if path.is_dir():
+                    return path
+    return None
 
-    `gives_up` says that it is of another continuation, and so not surpassed. It is set aside at once: of a name beside
-    the new one, the next start would not know that. Killed at any point, the one or the other is there, whole.
-    A link in its place is removed: nothing is written where it leads.
+
+def readable_best(run: Path) -> Path | None:
+    """Return the slot that `best` points to if its manifest can be read: one to advise to go on from."""
+    slot = find_best(run)
+    return slot if slot is not None and _manifest(slot) is not None else None
+
+
+def resolve_best(path: Path) -> Path:
+    """Return the slot that RUN/best points to, on file systems without links too; any other path as it is."""
+    return (find_best(path.parent) if path.name == BEST else None) or path
+
+
+def points_nowhere(run: Path) -> bool:
+    """Whether there was a best checkpoint, and is no longer."""
+    return find_best(run) is None and ((run / BEST_FILE).exists() or (run / BEST).is_symlink())
+
+
+def best_record(run: Path) -> BestRecord | None:
+    """Return the evaluation for which `best` points to its slot, as the slot's manifest says, or else best.json."""
+    slot = find_best(run)
+    if slot is None:
+        return None
+    manifest = _manifest(slot)
+    return BestRecord.read(manifest.meta.get("best") if manifest else None) or BestRecord.read(_json_of_best(run))
+
+
+def _is_old_best(run: Path) -> bool:
+    """Whether `best` is a slot of its own, as older versions of rawloop wrote it."""
+    return (run / BEST).is_dir() and not (run / BEST).is_symlink()
+
+
+def _json_of_best(run: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((run / BEST_FILE).read_bytes())
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _link_of_best(run: Path) -> str | None:
+    return os.readlink(run / BEST) if (run / BEST).is_symlink() else None
+
+
+def set_best(run: Path, slot: Path, record: BestRecord) -> list[str]:
+    """Let `best` point to a slot. Returns what the user should know.
+
+    The slot that it pointed to becomes an ordinary one. If its value is better, as after a change of the metric, it is
+    moved to the discarded, where rotation does not delete it.
+    """
+    adopt_best(run, record.step)
+    before, was = find_best(run), best_record(run)
+    if before not in (None, slot) and before.parent == run / CHECKPOINTS and not record.reaches(was):
+        _move(before, _place_aside(before))
+    _write_best(run, slot, record)
+    return _link_best(run, slot)
+
+
+def mend_best(run: Path) -> list[str]:
+    """Make best.json and the link agree, after a kill. Returns what the user should know."""
+    slot = find_best(run)
+    if slot is None:
+        return [f"{run / BEST} points to a checkpoint that is not there"] if points_nowhere(run) else []
+    manifest, record = _manifest(slot), best_record(run)
+    if record is None:
+        return [f"{slot}: neither its manifest nor best.json says of which evaluation it is the best"]
+    _write_best(run, slot, record)
+    said = _link_best(run, slot)
+    if manifest is None:
+        said.append(f"the best checkpoint, {slot}, is damaged: its manifest cannot be read")
+    return said
+
+
+def _write_best(run: Path, slot: Path, record: BestRecord) -> None:
+    text = json.dumps({**record._asdict(), "slot": slot.relative_to(run).as_posix()}, indent=1) + "\n"
+    path = run / BEST_FILE
+    if not path.is_file() or path.read_bytes() != text.encode():
+        replace_text(path, text)
+
+
+def _link_best(run: Path, slot: Path) -> list[str]:
+    """Replace the link. Where the file system has none, best.json alone is the pointer."""
+    name, temporary = slot.relative_to(run).as_posix(), run / f".tmp-{BEST}"
+    if _link_of_best(run) == name:
+        return []
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return [f"{run} takes no links ({error.strerror}): {run / BEST_FILE} alone says which checkpoint is the best"]
+    temporary.rename(run / BEST)
+    sync(run)
+    return []
+
+
+def adopt_best(run: Path, step: int) -> list[str]:
+    """Turn the `best` folder of an older version of rawloop into a slot that `best` points to.
+
+    It becomes the slot of its step if that name is free and the run goes on from no earlier one.
+    """
+    if not _is_old_best(run):
+        return []
+    manifest, record = _manifest(run / BEST), best_record(run)
+    place = run / CHECKPOINTS / slot_name(manifest.step if manifest else 0)
+    if manifest is None or manifest.step > step or place.exists():
+        place = _place_aside(place if manifest else run / CHECKPOINTS / BEST)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if record is not None:
+        _write_best(run, place, record)
+    (run / BEST).rename(place)
+    said = _link_best(run, place) if record is not None else []
+    return [f"moved {run / BEST}, a folder of an older version of rawloop, to {place}", *said]
+
+
+def put_in_place(temporary: Path, slot: Path, *, gives_up: bool = False, best: BestRecord | None = None) -> None:
+    """Give a finished folder its final name. A slot of that name is deleted only after that, or moved aside.
+
+    It is moved aside if it is of another continuation (`gives_up`), if its manifest cannot be read, or if `best` points
+    to it and the new one is no better. Killed at any point, the one or the other is there, whole. A link in its place
+    is removed: nothing is written where it leads.
     """
     if slot.is_symlink():
         slot.unlink()
     old = slot.with_name(f".old-{slot.name}")
+    if old.exists():
+        _retire(old, slot)
     if slot.exists():
-        if old.exists():
-            _retire(old, slot)
-        old = slot.rename(_place_aside(slot, _manifest(slot)) if gives_up else old)
+        old = _move(slot, _place_aside(slot)) if gives_up or _is_needed(slot, best) else slot.rename(old)
     try:
         temporary.rename(slot)
     except OSError:
         if old.exists():
-            old.rename(slot)
+            _move(old, slot)
         raise
     sync(slot.parent)
     if old.exists() and old.parent == slot.parent:
         _retire(old, slot)
 
 
-def _retire(old: Path, successor: Path) -> Path | None:
-    """Delete a slot that has been replaced, or move it to the discarded, and return where it is then.
+def _is_needed(slot: Path, best: BestRecord | None) -> bool:
+    run = _run_of(slot)
+    if _manifest(slot) is None:
+        return True
+    return find_best(run) == slot and not (best is not None and best.reaches(best_record(run)))
 
-    It is moved if it is not surpassed, as when a run goes on from an earlier checkpoint than its last, or if its
-    manifest cannot be read: its weights may be what somebody looks for.
-    """
-    manifest = _manifest(old)
-    if manifest and _surpassed(manifest, _manifest(successor)):
+
+def _retire(old: Path, successor: Path) -> Path | None:
+    """Delete a slot that has been replaced, or move it aside if either manifest cannot be read. Returns where it is."""
+    if _manifest(old) and _manifest(successor):
         remove_tree(old)
         return None
-    return old.rename(_place_aside(successor, manifest))
+    return _move(old, _place_aside(successor))
 
 
-def _place_aside(slot: Path, manifest: Manifest | None) -> Path:
-    """Return a free name among the discarded for what has, or had, the name of `slot`."""
-    discarded = _run_of(slot) / CHECKPOINTS / DISCARDED
-    discarded.mkdir(parents=True, exist_ok=True)
-    name = f"{BEST}-{slot_name(manifest.step)}" if slot.name == BEST and manifest else slot.name
-    return _free_name(discarded / name)
+def _move(slot: Path, place: Path) -> Path:
+    """Move a slot; `best` follows. best.json comes first: until the rename, the link still leads to the slot."""
+    run = _run_of(slot)
+    record = best_record(run) if find_best(run) == slot else None
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if record is not None:
+        _write_best(run, place, record)
+    slot.rename(place)
+    if record is not None:
+        _link_best(run, place)
+    return place
+
+
+def _place_aside(slot: Path) -> Path:
+    """Return a free path among the discarded for a slot."""
+    return _free_name(_run_of(slot) / CHECKPOINTS / DISCARDED / slot.name.removeprefix(".old-"))
 
 
 def _manifest(slot: Path) -> Manifest | None:
@@ -157,20 +263,9 @@ def _manifest(slot: Path) -> Manifest | None:
         return None
 
 
-def _surpassed(old: Manifest, successor: Manifest | None) -> bool:
-    """Whether nothing is lost with `old`: its value is reached, or, of what has none, its step."""
-    if successor is None:
-        return False
-    then, now = old.meta.get("best"), successor.meta.get("best")
-    if not then or not now:
-        return old.step <= successor.step
-    if (then["metric"], then.get("mode")) != (now["metric"], now.get("mode")):
-        return False
-    return bool(then["value"] <= now["value"] if now.get("mode") == "max" else then["value"] >= now["value"])
-
-
 def _run_of(slot: Path) -> Path:
-    return slot.parent.parent if slot.parent.name == CHECKPOINTS else slot.parent
+    parent = slot.parent.parent if slot.parent.name == DISCARDED else slot.parent
+    return parent.parent if parent.name == CHECKPOINTS else parent
 
 
 def clean_up(run: Path) -> list[str]:
@@ -182,11 +277,11 @@ def clean_up(run: Path) -> list[str]:
     for folder in (run, run / CHECKPOINTS):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if LEFTOVER.fullmatch(path.name):
-                done.append(_settle(path))
+                done.append(_clean_up(path))
     return done
 
 
-def _settle(path: Path) -> str:
+def _clean_up(path: Path) -> str:
     target = path.with_name(path.name.removeprefix(".old-"))
     if path.name.startswith(".old-") and not target.exists():
         path.rename(target)
@@ -207,13 +302,7 @@ def set_aside(run: Path, after: int) -> list[Path]:
 
     Left in place, the next `--resume latest` would take one of them for the newest.
     """
-    moved = []
-    for slot in find_slots(run):
-        if step_of(slot) > after:
-            moved.append(_free_name(run / CHECKPOINTS / DISCARDED / slot.name))
-            moved[-1].parent.mkdir(exist_ok=True)
-            slot.rename(moved[-1])
-    return moved
+    return [_move(slot, _place_aside(slot)) for slot in find_slots(run) if step_of(slot) > after]
 
 
 def _free_name(path: Path) -> Path:
@@ -228,12 +317,17 @@ def _free_name(path: Path) -> Path:
 def rotate(run: Path, step: int, keep_last: int, keep_every: int = 0) -> list[Path]:
     """Delete the oldest slots so that `keep_last` remain, the one of `step` among them. Returns the deleted ones.
 
-    Slots that `is_kept` says of are neither deleted nor counted, by the `keep_every` of today or of when they were
-    written.
+    The slot that `best` points to is neither deleted nor counted, nor are multiples of `keep_every`, by its value of
+    today or of when they were written.
     """
     if keep_last == 0:
         return []
-    counted = [slot for slot in find_slots(run) if not is_kept(step_of(slot), keep_every) and not _marked(slot)]
+    best = find_best(run)
+    counted = [
+        slot
+        for slot in find_slots(run)
+        if slot != best and not is_kept(step_of(slot), keep_every) and not _marked(slot)
+    ]
     surplus = [slot for slot in counted if step_of(slot) <= step][keep_last:]
     for slot in surplus:
         remove_tree(slot)

@@ -7,8 +7,8 @@ forced to the disk. A kill at any point leaves the slots as they were, or the fi
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.disk import FileRecord, record_tree, remove_tree, sync_tree, write_packed
 from rawloop.checkpoint.manifest import Manifest, write_manifest
 from rawloop.checkpoint.pack import Packed
@@ -19,18 +19,19 @@ STATE = "state"
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint in memory: the states of rank 0, the states that every rank has one of, and the caller's meta.
+    """A checkpoint in memory: the states of rank 0, and the states that every rank has one of.
 
     `folders` has, by part, the name of its folder and what writes it.
     """
 
     step: int
-    meta: dict[str, Any]
     versions: dict[str, str | None]
     states: dict[str, Packed]
     per_rank: list[dict[str, Packed]]
     folders: dict[str, tuple[str, Callable[[Path], None]]]
-    gives_up: bool = False  # what stands in its place, and is of another continuation
+    best: BestRecord | None = None  # the evaluation that makes it the best
+    keep: bool = False  # never to be deleted
+    gives_up: bool = False  # a slot of the same name is of another continuation
 
     def files(self) -> dict[str, Packed]:
         """Return every state by the name of its file, without suffix."""
@@ -67,12 +68,15 @@ def write_slot(slot: Path, contents: Contents) -> Manifest:
         per_rank=sorted(contents.per_rank[0]),
         folders={part: name for part, (name, _) in contents.folders.items()},
         files=files,
-        meta=contents.meta,
+        meta={
+            **({"best": contents.best._asdict()} if contents.best else {}),
+            **({"keep": True} if contents.keep else {}),
+        },
         versions=contents.versions,
     )
     write_manifest(temporary, manifest)
     sync_tree(temporary)
-    put_in_place(temporary, slot, gives_up=contents.gives_up)
+    put_in_place(temporary, slot, gives_up=contents.gives_up, best=contents.best)
     return manifest
 
 

@@ -16,7 +16,7 @@ from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.manifest import read_manifest
 from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.reader import check_same
-from rawloop.checkpoint.slots import is_slot_name
+from rawloop.checkpoint.slots import is_slot_name, resolve_best
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import read_config
 from rawloop.components import build_evaluator, build_family, build_model, read_data
@@ -122,7 +122,7 @@ def slot_of(run_folder: Path, checkpoint: str) -> Path:
     if checkpoint == "latest":
         slot = _latest(run_folder)
     else:
-        slot = find_best(run_folder) if checkpoint == "best" else Path(expanduser(checkpoint))
+        slot = find_best(run_folder) if checkpoint == "best" else resolve_best(Path(expanduser(checkpoint)))
     if slot is None:
         raise UserError(
             f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rawloop.build import build_run
 from rawloop.checkpoint import find_latest, mark_launch
-from rawloop.checkpoint.slots import kept_best
+from rawloop.checkpoint.slots import best_record, find_best
 from rawloop.cli import read_config
 from rawloop.config import moved_run
 from rawloop.dist import World, open_world
@@ -67,19 +67,19 @@ def summary(run: Run, folder: Path) -> str:
     assert run.checkpoints is not None
     lines = [f"trained {run.state.step} steps, {run.state.samples:,} samples, {run.state.skipped} updates skipped"]
     name = run.best.metric if run.best else ""
-    kept = kept_best(folder)
     lines_of = ((line["step"], line.get(name)) for line in read_metrics(folder))
     measured = [(step, value) for step, value in lines_of if isinstance(value, (int, float))]
     if measured and run.best and run.best.value is not None:
         (step, first), value = measured[0], run.best.value
         moved = f", {100 * (value - first) / first:+.1f}%" if first and math.isfinite(first) else ""
         lines.append(f"{name} {first:.4f} at step {step} -> {value:.4f} at step {run.best.step} (best{moved})")
-        other = kept is not None and kept["step"] != run.best.step
-        note = f" (of step {kept['step']}, of what was given up)" if kept is not None and other else ""
-        lines.append(f"best:        {folder / 'best'}{note}")
-        slot = folder / "best"
+        slot, written = find_best(folder), best_record(folder)
+        given_up = ", of a continuation that was given up" if written and written.step != run.best.step else ""
+        lines.append(f"best:        {folder / 'best'} ({slot.relative_to(folder) if slot else 'missing'}{given_up})")
+        if (folder / "best").is_dir():
+            slot = folder / "best"
     else:
-        slot = find_latest(folder).slot or folder
-    lines += [f"adapter:     {path}" for path in slot.glob("adapter")]
+        slot = find_latest(folder).slot
+    lines += [f"adapter:     {path}" for path in (slot or folder).glob("adapter")]
     lines += [f"checkpoints: {folder / 'checkpoints'}", f"metrics:     {folder / 'metrics.jsonl'}"]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rawloop.checkpoint.audit import Found, examine, slots_to_examine
 from rawloop.checkpoint.disk import readable
+from rawloop.checkpoint.slots import find_best, points_nowhere
 from rawloop.errors import CheckpointError
 from rawloop.parser import Parser
 
@@ -27,11 +28,14 @@ def run(argv: list[str]) -> None:
     width = max(map(len, [*names, "checkpoint"]))
     print(f"{'checkpoint':<{width}} {'step':>9} {'files':>6} {'size':>10} {'seconds':>8}  verdict", flush=True)
     counts: dict[str, list[str]] = {}
+    best = find_best(folder)
     for name, slot in zip(names, slots, strict=True):
         found = examine(slot)
         counts.setdefault(found.verdict, []).append(name)
-        print(f"{name:<{width}} {line(found)}", flush=True)
+        print(f"{name:<{width}} {line(found, slot == best)}", flush=True)
     wrong = [f"{len(counts[v])} {v.lower()} ({', '.join(counts[v])})" for v in ("DAMAGED", "unreadable") if v in counts]
+    if points_nowhere(folder):
+        wrong.append("best points to a checkpoint that is not there")
     whole = len(counts.get("whole", []))
     if wrong:
         raise CheckpointError(f"{', '.join(wrong)}, {whole} whole")
@@ -40,11 +44,13 @@ def run(argv: list[str]) -> None:
     print(f"{whole} whole, none damaged", flush=True)
 
 
-def line(found: Found) -> str:
+def line(found: Found, best: bool) -> str:
     """What the table says of a slot, after its name."""
     step = str(found.step) if found.step >= 0 else "-"
     files, size = "-", "-"
     if found.manifest is not None:
         files, size = str(len(found.manifest.files)), readable(found.manifest.size)
     reason = f": {found.reason}" if found.reason else ""
-    return f"{step:>9} {files:>6} {size:>10} {found.seconds:>8.2f}  {found.verdict}{reason}"
+    return (
+        f"{step:>9} {files:>6} {size:>10} {found.seconds:>8.2f}  {found.verdict}{', the best' if best else ''}{reason}"
+    )

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from rawloop.checkpoint import (
+    BestRecord,
     BestTracker,
     CheckpointConfig,
     CheckpointManager,
@@ -45,7 +46,7 @@ from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState
 
 KEEP = 2
-FIRST = 3  # the step at which a prepared run stands
+FIRST = 3  # the last pair of saves of a prepared run
 FAILED = 7  # exit code of a child whose save was refused
 
 
@@ -101,10 +102,11 @@ def opened(run: Path, part: Part, later: bool = False) -> Iterator[CheckpointMan
         manager.close()
 
 
-def save_both(manager: CheckpointManager, part: Part, step: int) -> None:
-    part.step = step
-    manager.save_best(step, "eval_loss", 1 / step)
-    manager.save(step, unchanged=True)
+def save_both(manager: CheckpointManager, part: Part, number: int) -> None:
+    """Save two steps: one that is the best so far, and one after it that is not."""
+    for step in (2 * number, 2 * number + 1):
+        part.step = step
+        manager.save(step, best=None if step % 2 else BestRecord("eval_loss", "min", 1 / step, step))
 
 
 def child(work: Callable[[], None]) -> int:
@@ -133,30 +135,34 @@ def leftovers(run: Path) -> list[str]:
 
 
 def look(run: Path, at_least: int, at_most: int) -> int:
-    """Check a run after a kill, as the next process would find it; return the step of its newest checkpoint."""
+    """Check a run after a kill, as the next process would find it; return the number of its newest pair of saves."""
     newest, damaged = find_latest(run)
     assert newest is not None, f"no checkpoint left: {damaged}"
     assert not damaged, f"a half-written checkpoint has a checkpoint's name: {damaged}"
     best = find_best(run)
     assert best is not None, "the best checkpoint is gone"
-    assert at_least <= verify(best).step <= at_most
+    assert verify(best).step in range(2 * at_least, 2 * at_most + 1, 2)
+    linked = verify(run / "best").step  # what a user opens: the old one or the new one
+    assert linked in range(2 * at_least, 2 * at_most + 1, 2)
     part = Part(0)
     with opened(run, part) as manager:
         step = manager.load().step
         assert part.step == step
-        assert at_least <= step <= at_most, f"step {step} is the newest, not one of {at_least} to {at_most}"
+        assert at_least <= step // 2 <= at_most, f"step {step} is the newest, not one of pair {at_least} to {at_most}"
         manager.start(step)
         noted = json.loads((run / "best.json").read_text())
         assert noted["step"] == read_manifest(run / "best").step
+        assert noted["slot"] == os.readlink(run / "best")
         left = leftovers(run)
         assert not left, f"start has left {left}"
         save_both(manager, part, at_most + 1)
-    assert verify(find_slots(run)[0]).step == at_most + 1
-    return step
+    assert [verify(slot).step for slot in find_slots(run)][:2] == [2 * at_most + 3, 2 * at_most + 2]
+    assert len(find_slots(run)) == KEEP + 1
+    return step // 2
 
 
 def prepare(run: Path) -> float:
-    """Make a run with checkpoints and a best one, standing at step FIRST. Returns the seconds of its slowest save."""
+    """Make a run with checkpoints and a best one, after pair FIRST. Returns the seconds of its slowest pair."""
     part = Part(0)
     seconds = []
     with opened(run, part) as manager:
@@ -171,7 +177,7 @@ def prepare(run: Path) -> float:
 def at_file_operation(run: Path, number: int, strike: Callable[[], None], onwards: bool) -> None:
     """Call `strike` before the file operation of that number below `run` (and before all later ones)."""
     seen = 0
-    operations = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+    operations = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.truncate"}
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
@@ -208,19 +214,19 @@ def everywhere(folder: Path, strike: Callable[[], None], onwards: bool, later: b
         def work(run: Path = run, number: int = number) -> None:
             part = Part(FIRST)
             with opened(run, part, later) as manager:
-                manager.start(FIRST)
+                manager.start(2 * FIRST + 1)
                 at_file_operation(run, number, strike, onwards)
                 save_both(manager, part, FIRST + 1)
 
         _, status = os.waitpid(child(work), 0)
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, -signal.SIGKILL, FAILED), f"operation {number}: exit code {code}"
-        step = look(run, FIRST, FIRST + 1)
+        found = look(run, FIRST, FIRST + 1)
         shutil.rmtree(run)
         if code == 0:
-            assert step == FIRST + 1
+            assert found == FIRST + 1
             return {"operations": number - 1, **outcomes}
-        outcomes[f"step {step}"] += 1
+        outcomes[f"pair {found}"] += 1
 
 
 def at_random(folder: Path, rounds: int, seed: int, later: bool) -> dict[str, Any]:
@@ -241,7 +247,7 @@ def at_random(folder: Path, rounds: int, seed: int, later: bool) -> dict[str, An
         def work(start: int = reached, writer: int = writer, announce: int = announce) -> None:
             part = Part(start)
             with opened(run, part, later) as manager:
-                manager.start(start)
+                manager.start(2 * start + 1)
                 os.write(announce, b"!")
                 for step in range(start + 1, start + 100_000):
                     save_both(manager, part, step)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rawloop.checkpoint import CheckpointConfig, CheckpointManager, find_best, find_slots, verify
+from rawloop.checkpoint import BestRecord, CheckpointConfig, CheckpointManager, find_best, find_slots, verify
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError
@@ -74,6 +74,10 @@ class Saving:
         self.manager.poll()
 
 
+def best(step: int, value: float) -> BestRecord:
+    return BestRecord("eval_loss", "min", value, step)
+
+
 @pytest.fixture
 def saving(tmp_path: Path) -> Iterator[Saving]:
     with opened(tmp_path) as saving:
@@ -107,25 +111,20 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(saving: Saving, t
         assert torch.equal(again.weights.tensor, torch.ones(1000))
 
 
-def test_two_slots_of_a_step_share_one_copy(saving: Saving) -> None:
-    saving.manager.save_best(1, "eval_loss", 0.5)
-    saving.manager.save(1, unchanged=True)
+def test_best_points_to_a_checkpoint_once_that_is_written(saving: Saving) -> None:
+    saving.manager.save(1, best=best(1, 0.5))
     assert saving.gate.copies == 1
+    assert find_best(saving.run) is None
     saving.gate.open.set()
-    saving.manager.save(2)
-    assert saving.gate.copies == 2
-    saving.manager.finish()
-    assert saving.names() == ["2", "1"]
-    files = [slot / "state" / "weights.safetensors" for slot in (saving.run / "best", find_slots(saving.run)[1])]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    saving.settle()
+    assert find_best(saving.run) == find_slots(saving.run)[0]
 
 
 def test_a_step_that_is_saved_again_is_saved_as_it_is_now(saving: Saving) -> None:
     saving.gate.open.set()
     for value in (1, 2):
         saving.weights.tensor.fill_(value)
-        saving.manager.save_best(1, "eval_loss", 1 / value)
-        saving.manager.save(1)
+        saving.manager.save(1, best=best(1, 1 / value))
     saving.manager.finish()
     for slot in (saving.run / "best", *find_slots(saving.run)):
         saving.manager.load(slot)
@@ -196,19 +195,22 @@ def test_the_last_save_must_succeed(saving: Saving) -> None:
         saving.manager.finish()
 
 
-def test_a_best_slot_that_could_not_be_written_is_known(saving: Saving) -> None:
+def test_a_best_model_that_could_not_be_written_is_known(saving: Saving) -> None:
     saving.gate.open.set()
-    saving.manager.save_best(1, "eval_loss", 0.5)
+    saving.manager.save(1, best=best(1, 0.5))
     saving.settle()
-    assert not saving.manager.best_failed()
+    assert saving.manager.best_record() == best(1, 0.5)
     saving.gate.refuses = True
-    saving.manager.save_best(2, "eval_loss", 0.4)
+    saving.manager.save(2, best=best(2, 0.4))
     saving.settle()
-    failed: bool = saving.manager.best_failed()
-    assert failed
-    best = find_best(saving.run)
-    assert best is not None
-    assert verify(best).step == 1
+    assert saving.manager.best_record() == best(1, 0.5)
+    slot = find_best(saving.run)
+    assert slot is not None
+    assert verify(slot).step == 1
+    saving.gate.refuses = False
+    saving.manager.save(3)
+    with pytest.raises(CheckpointError, match="all steps are done and saved, but not the best model: cannot save step"):
+        saving.manager.finish()
 
 
 def test_closing_finishes_what_was_begun_and_tells_what_became_of_it(saving: Saving) -> None:

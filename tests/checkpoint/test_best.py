@@ -5,32 +5,45 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import BestTracker
+from rawloop.checkpoint import BestRecord, BestTracker
 from rawloop.checkpoint.best import Mode
 from rawloop.errors import CheckpointError
 
 
 @pytest.mark.parametrize(
-    ("kept", "left"),
+    ("written", "believed"),
     [
-        (None, (None, None)),
-        ({"metric": "eval_loss", "value": 3.0, "step": 6}, (3.0, 6)),
-        ({"metric": "eval_loss", "value": 4.0, "step": 5}, (4.0, 5)),  # the one that it should hold was never written
-        ({"metric": "eval_loss", "value": 2.0, "step": 9}, (3.0, 6)),  # to come again, or given up
-        ({"metric": "eval_loss", "value": 3.5, "step": 9}, (None, None)),  # would not have taken its place
-        ({"metric": "wer", "value": 3.0, "step": 6}, (None, None)),
+        (None, None),
+        (("eval_loss", 3.0, 6), (3.0, 6)),
+        (("eval_loss", 4.0, 5), (4.0, 5)),  # the better one was never written
+        (("eval_loss", 2.0, 9), (3.0, 6)),  # of a continuation that was given up
+        (("eval_loss", 3.5, 9), (3.5, 9)),  # would not have taken the place of a better one
+        (("wer", 3.0, 6), None),
     ],
 )
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_value_is_believed_as_far_as_the_slot_bears_it_out(
-    kept: dict[str, Any] | None, left: tuple[float | None, int | None], mode: Mode
+def test_a_value_is_believed_only_if_its_model_was_written(
+    written: tuple[str, float, int] | None, believed: tuple[float, int] | None, mode: Mode
 ) -> None:
     sign = 1 if mode == "min" else -1
     tracker = BestTracker("eval_loss", mode)
     tracker.value, tracker.step, tracker.worse_in_a_row = sign * 3.0, 6, 2
-    tracker.agree_with(kept and {**kept, "mode": mode, "value": sign * kept["value"]})
-    assert (tracker.value, tracker.step) == (left[0] and sign * left[0], left[1])
-    assert tracker.worse_in_a_row == 2  # patience does not begin anew
+    tracker.agree_with(BestRecord(written[0], mode, sign * written[1], written[2]) if written else None)
+    assert tracker.record == (BestRecord("eval_loss", mode, sign * believed[0], believed[1]) if believed else None)
+    assert tracker.worse_in_a_row == (2 if believed else 0)  # patience does not begin anew
+
+
+def test_nothing_is_believed_of_a_best_slot_before_the_first_evaluation() -> None:
+    """As after going back to the beginning: the run is the one that was not stopped."""
+    tracker = BestTracker()
+    tracker.agree_with(BestRecord("eval_loss", "min", 2.0, 9))
+    assert tracker.consider(0, 5.0, True)
+
+
+@pytest.mark.parametrize("content", [None, [], {}, {"metric": "x"}, {"metric": "x", "value": None, "step": 1}])
+def test_a_record_that_cannot_be_read_is_none(content: Any) -> None:
+    assert BestRecord.read(content) is None
+    assert BestRecord.read({"metric": "x", "value": 1, "step": 2}) == BestRecord("x", "min", 1.0, 2)
 
 
 def test_only_a_better_valid_finite_value_wins() -> None:
@@ -43,7 +56,7 @@ def test_only_a_better_valid_finite_value_wins() -> None:
 def test_nothing_is_best_before_the_first_valid_value() -> None:
     best = BestTracker("score", "max")
     assert not best.consider(1, math.inf, True)
-    assert (best.value, best.step) == (None, None)
+    assert best.record is None
     assert best.consider(2, -5.0, True)
     assert not best.consider(3, -6.0, True)
     assert best.consider(4, -4.0, True)

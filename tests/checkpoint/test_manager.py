@@ -1,7 +1,9 @@
 """The manager in one process: what is saved is what is loaded, damage is passed over aloud, failures lose nothing."""
 
+import errno
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager, disk, find_slots
+from rawloop.checkpoint import BestRecord, BestTracker, CheckpointConfig, CheckpointManager, disk, find_slots
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
@@ -78,6 +80,10 @@ def opened(run: Path, state: Parts | None = None, **config: Any) -> Iterator[Che
         manager.close()
 
 
+def best(step: int, value: float, metric: str = "eval_loss", mode: Any = "min") -> BestRecord:
+    return BestRecord(metric, mode, value, step)
+
+
 def names(run: Path) -> list[str]:
     return [slot.name for slot in find_slots(run)]
 
@@ -88,21 +94,21 @@ def reasons(run: Path, kind: str) -> list[str]:
 
 def test_everything_comes_back_and_random_streams_continue(tmp_path: Path) -> None:
     seed_all(1, 0)
-    model, best = nn.Linear(4, 4), BestTracker()
-    best.consider(5, 0.5, True)
-    state: Parts = {"adapter": Adapter(model), "n": Holder(a=[1, math.nan]), "best": best, "rng": RngState(1, 0)}
+    model, tracker = nn.Linear(4, 4), BestTracker()
+    tracker.consider(5, 0.5, True)
+    state: Parts = {"adapter": Adapter(model), "n": Holder(a=[1, math.nan]), "best": tracker, "rng": RngState(1, 0)}
     with opened(tmp_path, state) as manager:
-        slot = manager.save(5, meta={"epoch": 0.5, "policy": ("bf16",)})
+        slot = manager.save(5)
     weight, drawn = model.weight.detach().clone(), (torch.rand(2).tolist(), random.random())
     other = nn.Linear(4, 4)
     fresh: Parts = {"adapter": Adapter(other), "n": Holder(), "best": BestTracker(), "rng": RngState(1, 0)}
     with opened(tmp_path, fresh) as manager:
         restored = manager.load()
     assert (torch.rand(2).tolist(), random.random()) == drawn
-    assert restored == (slot, 5, {"epoch": 0.5, "policy": ("bf16",)}, 1)
+    assert restored == (slot, 5, 1)
     assert torch.equal(other.weight, weight)
     assert isinstance(fresh["best"], BestTracker)
-    assert fresh["best"].state_dict() == best.state_dict()
+    assert fresh["best"].state_dict() == tracker.state_dict()
     assert isinstance(fresh["n"], Holder)
     assert str(fresh["n"].state) == "{'a': [1, nan]}"
 
@@ -162,18 +168,84 @@ def test_a_negative_cadence_is_refused() -> None:
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     with opened(tmp_path, keep_last=2) as manager:
-        manager.save_best(1, "eval_loss", 2.0)
-        for step in range(1, 6):
+        manager.save(1, best=best(1, 2.0))
+        for step in range(2, 6):
             manager.save(step)
-        manager.save_best(5, "eval_loss", 1.5)
-        manager.save(6)
-    assert names(tmp_path) == ["step-00000006", "step-00000005"]
-    best = {"metric": "eval_loss", "mode": "min", "value": 1.5, "step": 5, "folder": "best"}
-    assert json.loads((tmp_path / "best.json").read_text()) == best
+        assert names(tmp_path) == ["step-00000005", "step-00000004", "step-00000001"]
+        manager.save(6, best=best(6, 1.5))
+        for step in range(7, 10):
+            manager.save(step)
+    assert names(tmp_path) == ["step-00000009", "step-00000008", "step-00000006"]
+    content = {"metric": "eval_loss", "mode": "min", "value": 1.5, "step": 6, "slot": "checkpoints/step-00000006"}
+    assert json.loads((tmp_path / "best.json").read_text()) == content
+    assert (tmp_path / "best" / "adapter" / "adapter_model.safetensors").is_file()
     with opened(tmp_path) as manager:
-        assert manager.load(tmp_path / "best").step == 5
-    event = [event for event in read_events(tmp_path) if event["kind"] == "best"][-1]
-    assert (event["step"], event["value"], event["metric"]) == (5, 1.5, "eval_loss")
+        assert manager.load(tmp_path / "best").slot == tmp_path / "checkpoints" / "step-00000006"
+        assert manager.best_record() == best(6, 1.5)
+        manager.start(6)  # of this run's own step: nothing is saved again
+        assert not [event for event in read_events(tmp_path) if event["kind"] == "save" and event["step"] > 9]
+    events = [event for event in read_events(tmp_path) if event["kind"] == "best"]
+    assert [(event["step"], event["value"], event["metric"]) for event in events] == [
+        (1, 2.0, "eval_loss"),
+        (6, 1.5, "eval_loss"),
+    ]
+
+
+def test_going_back_takes_the_best_with_it_until_there_is_a_better_one(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        manager.save(1)
+        manager.save(3, best=best(3, 0.5))
+    with opened(tmp_path, keep_last=1) as manager:
+        manager.load(tmp_path / "checkpoints" / "step-00000001")
+        manager.start(1)
+        aside = tmp_path / "checkpoints" / "discarded" / "step-00000003"
+        assert (tmp_path / "best").resolve() == aside.resolve()
+        manager.save(3)
+        assert (tmp_path / "best").resolve() == aside.resolve()
+        assert manager.best_record() == best(3, 0.5)
+        manager.save(4, best=best(4, 0.25))
+        manager.save(5)
+        assert (tmp_path / "best").resolve() == (tmp_path / "checkpoints" / "step-00000004").resolve()
+    assert names(tmp_path) == ["step-00000005", "step-00000004"]
+    assert aside.is_dir()  # what was given up is never deleted
+
+
+def test_that_there_are_no_links_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with opened(tmp_path) as manager:
+        manager.start(0)
+        for step in (1, 2, 3):
+            manager.save(step, best=best(step, 1 / step))
+    assert [text.partition(": ")[2] for text in reasons(tmp_path, "warning")] == [
+        f"{tmp_path / 'best.json'} alone says which checkpoint is the best"
+    ]
+    with opened(tmp_path) as manager:
+        assert manager.load(tmp_path / "best").step == 3
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """There `best` is a folder with a slot of its own."""
+    with opened(tmp_path) as manager:
+        manager.save(2)
+        slot = manager.save(1, best=best(1, 0.5))
+    (tmp_path / "best").unlink()
+    slot.rename(tmp_path / "best")
+    content = {**best(1, 0.5)._asdict(), "folder": "best"}
+    (tmp_path / "best.json").write_text(json.dumps(content))
+    with opened(tmp_path) as manager:
+        assert manager.load(tmp_path / "best").step == 1  # it can be opened before anything is written
+        assert manager.load().step == 2
+        assert manager.best_record() == best(1, 0.5)
+        manager.start(2)
+        assert reasons(tmp_path, "warning") == [
+            f"moved {tmp_path / 'best'}, a folder of an older version of rawloop, to {slot}"
+        ]
+        manager.save(3, best=best(3, 0.25))
+    assert (tmp_path / "best").resolve().name == "step-00000003"
+    assert names(tmp_path) == ["step-00000003", "step-00000002", "step-00000001"]
 
 
 def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
@@ -197,29 +269,32 @@ def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
 def test_a_best_slot_that_was_not_surpassed_is_set_aside(tmp_path: Path) -> None:
     """As when a run goes on from before it with other settings."""
     with opened(tmp_path) as manager:
-        manager.save_best(6, "eval_loss", 1.0)
-        manager.save_best(8, "eval_loss", 1.5)
-        manager.save_best(8, "eval_loss", 1.25)  # surpasses
-        manager.save_best(9, "accuracy", 0.5, mode="max")  # of another metric: neither surpasses
-        manager.save_best(9, "accuracy", 0.25, mode="max")
-        manager.save_best(3, "accuracy", 0.75, mode="max")  # surpasses, though of an earlier step
-        manager.save_best(2, "wer", 0.5)  # of another metric
+        for record in (
+            best(6, 1.0),
+            best(8, 1.5),
+            best(8, 1.25),  # surpasses
+            best(9, 0.5, "accuracy", "max"),  # of another metric: neither surpasses
+            best(9, 0.25, "accuracy", "max"),
+            best(3, 0.75, "accuracy", "max"),  # surpasses, though of an earlier step
+            best(2, 0.5, "wer"),  # of another metric
+        ):
+            manager.save(record.step, best=record)
+        assert manager.best_record() == best(2, 0.5, "wer")
     left = sorted(path.name for path in (tmp_path / "checkpoints" / "discarded").iterdir())
-    assert left == [f"best-step-0000000{step}" for step in (3, 6, 8, 9)]
-    assert manager.kept_best() == {"metric": "wer", "mode": "min", "value": 0.5, "step": 2}
+    assert left == [f"step-0000000{step}" for step in (3, 6, 8, 9)]
 
 
 def test_a_value_that_is_not_finite_is_never_written_as_the_best(tmp_path: Path) -> None:
     with opened(tmp_path) as manager, pytest.raises(AssertionError, match="never the best"):
-        manager.save_best(1, "eval_loss", math.nan)
+        manager.save(1, best=best(1, math.nan))
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "7", None, torch.tensor(2.0)])
 def test_a_step_that_is_none_is_refused(tmp_path: Path, step: Any) -> None:
     with opened(tmp_path) as manager:
-        for save in (manager.save, lambda step: manager.save_best(step, "eval_loss", 1.0)):
+        for evaluated in (None, best(1, 1.0)):
             with pytest.raises(UserError, match=r"the step of a checkpoint is .*: it must be a whole"):
-                save(step)
+                manager.save(step, best=evaluated)
     assert names(tmp_path) == []
 
 
@@ -265,10 +340,14 @@ def test_damaged_checkpoints_are_passed_over_aloud(tmp_path: Path, capsys: pytes
 
 def test_if_all_are_damaged_each_reason_and_the_way_out_are_named(tmp_path: Path) -> None:
     with opened(tmp_path) as manager:
-        manager.save_best(1, "eval_loss", 2.0)
-        manager.save(2)
-    (tmp_path / "checkpoints" / "step-00000002" / "MANIFEST.json").unlink()
-    with opened(tmp_path) as manager, pytest.raises(CheckpointError, match=r"is whole.*--resume .*best.*never compl"):
+        manager.save(2, best=best(2, 2.0))
+        manager.start(1)
+        manager.save(1)
+    (tmp_path / "checkpoints" / "step-00000001" / "MANIFEST.json").unlink()
+    with (
+        opened(tmp_path) as manager,
+        pytest.raises(CheckpointError, match=r"is whole.*--resume .*discarded/step-00000002: .*never compl"),
+    ):
         manager.load()
 
 
@@ -401,11 +480,11 @@ def test_names_that_make_no_file_are_refused(tmp_path: Path, state: Any, said: s
 
 
 def test_numbers_of_numpy_and_torch_are_taken_for_the_best_value(tmp_path: Path) -> None:
-    best = BestTracker()
-    assert best.consider(np.int64(3), np.float32(0.5), True)  # type: ignore[arg-type]
-    assert best.consider(4, torch.tensor(0.25), True)  # type: ignore[arg-type]
-    with opened(tmp_path, {"best": best}) as manager:
-        manager.save_best(4, "eval_loss", torch.tensor(0.25))  # type: ignore[arg-type]
+    tracker = BestTracker()
+    assert tracker.consider(np.int64(3), np.float32(0.5), True)  # type: ignore[arg-type]
+    assert tracker.consider(4, torch.tensor(0.25), True)  # type: ignore[arg-type]
+    with opened(tmp_path, {"best": tracker}) as manager:
+        manager.save(4, best=BestRecord("eval_loss", "min", torch.tensor(0.25), 4))  # type: ignore[arg-type]
     assert json.loads((tmp_path / "best.json").read_text())["value"] == 0.25
 
 
@@ -429,17 +508,17 @@ def big() -> Parts:
 @pytest.mark.parametrize("limit", [0, 40, 300, 2000, 6000, 25_000])
 def test_a_disk_that_runs_full_loses_nothing_that_was_saved(tmp_path: Path, limit: int) -> None:
     with opened(tmp_path, big()) as manager:
-        manager.save(1)
-        manager.save_best(1, "eval_loss", 1.0)
-        for best in (False, True):
+        manager.save(1, best=best(1, 1.0))
+        for record in (None, best(2, 0.5)):
             with largest_file(limit), pytest.raises(CheckpointError) as caught:
-                manager.save_best(2, "eval_loss", 0.5) if best else manager.save(2)
+                manager.save(2, best=record)
             assert "larger than this process may write" in str(caught.value)
             assert "Still there: step-00000001; go on from it with --resume latest" in str(caught.value)
             event_refused = "The event could not be written either" in str(caught.value)
             assert event_refused or reasons(tmp_path, "warning")[-1] == str(caught.value)
         assert manager.load().step == 1
-        assert manager.load(tmp_path / "best").meta["best"]["value"] == 1.0
+        assert manager.load(tmp_path / "best").step == 1
+        assert manager.best_record() == best(1, 1.0)
         assert not [path for path in tmp_path.rglob("*") if path.name.startswith((".tmp", ".old", ".trash"))]
         manager.save(2)  # there is room again
         assert manager.load().step == 2
@@ -483,17 +562,19 @@ def test_too_little_space_is_known_before_anything_is_written(tmp_path: Path) ->
 def test_start_tidies_up_and_mends_best_json(tmp_path: Path) -> None:
     with opened(tmp_path) as manager:
         manager.start(0)
-        manager.save_best(7, "eval_loss", 1.0)
+        manager.save(7, best=best(7, 1.0))
     (tmp_path / "best.json").unlink()
     (tmp_path / "checkpoints" / ".tmp-step-00000008").mkdir()
+    aside = tmp_path / "checkpoints" / "discarded" / "step-00000007"
     with opened(tmp_path) as manager:
         manager.start(5)
     assert (tmp_path / "best.json").exists()
     assert reasons(tmp_path, "warning") == [
         "removed .tmp-step-00000008, left by a run that ended while saving",
+        f"going on from step 5: moved a checkpoint of what was given up to {aside}",
         "going on from step 5: the best checkpoint so far is of step 7",
     ]
     (tmp_path / "best" / "MANIFEST.json").write_text("")
     with opened(tmp_path) as manager:
         manager.start(7)
-    assert reasons(tmp_path, "warning")[-1].startswith("the best checkpoint is damaged")
+    assert reasons(tmp_path, "warning")[-1].startswith(f"the best checkpoint, {aside}, is damaged")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rawloop.checkpoint import BestRecord
 from rawloop.checkpoint.manifest import read_manifest, verify
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot
@@ -19,10 +20,12 @@ from rawloop.errors import CheckpointError
 VERSIONS: dict[str, str | None] = {"torch": "2", "rawloop": None}
 
 
-def make_slot(folder: Path, **meta: Any) -> Path:
+def make_slot(folder: Path, **marks: Any) -> Path:
     slot = folder / "step-00000003"
     state = pack({"w": torch.randn(20), "b": torch.ones(3, dtype=torch.bfloat16), "n": 3})
-    write_slot(slot, Contents(3, meta, VERSIONS, {"model": state, "plain": pack({"x": 1.5})}, [{"rng": state}] * 2, {}))
+    write_slot(
+        slot, Contents(3, VERSIONS, {"model": state, "plain": pack({"x": 1.5})}, [{"rng": state}] * 2, {}, **marks)
+    )
     return slot
 
 
@@ -31,11 +34,11 @@ def all_files(slot: Path) -> list[Path]:
 
 
 def test_an_untouched_slot_is_accepted_and_its_manifest_says_what_is_in_it(tmp_path: Path) -> None:
-    meta = {"loss": float("inf"), "data": {"$step": (1, 2)}, "name": "ü"}
-    manifest = verify(make_slot(tmp_path, **meta))
+    best = BestRecord("ü", "max", 0.1, 3)
+    manifest = verify(make_slot(tmp_path, best=best, keep=True))
     assert (manifest.step, manifest.world_size) == (3, 2)
     assert (manifest.states, manifest.per_rank, manifest.folders) == (["model", "plain"], ["rng"], {})
-    assert manifest.meta == meta
+    assert manifest.meta == {"best": best._asdict(), "keep": True}
     assert manifest.versions == VERSIONS
     assert manifest.size == sum(path.stat().st_size for path in all_files(tmp_path) if path.name != "MANIFEST.json")
 
@@ -159,7 +162,7 @@ def test_a_part_that_writes_a_link_or_nothing_is_no_save(
     tmp_path: Path, write: Callable[[Path], None], said: str
 ) -> None:
     with pytest.raises(CheckpointError, match=said):
-        write_slot(tmp_path / "step-00000003", Contents(3, {}, {}, {}, [{}], {"model": ("model", write)}))
+        write_slot(tmp_path / "step-00000003", Contents(3, {}, {}, [{}], {"model": ("model", write)}))
 
 
 RECORD = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}

@@ -12,6 +12,7 @@ from subprocess import PIPE
 import pytest
 
 from rawloop.checkpoint import (
+    BestRecord,
     CheckpointConfig,
     CheckpointManager,
     RunLock,
@@ -23,6 +24,7 @@ from rawloop.checkpoint import (
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import is_inside
+from rawloop.checkpoint.slots import set_best
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
 from rawloop.errors import UserError
@@ -50,12 +52,16 @@ def test_the_advice_is_to_resume_where_that_is_possible(tmp_path: Path) -> None:
         claim_run_folder(tmp_path, World(), resume=False)
 
 
-def test_the_advice_is_to_resume_from_the_best_where_that_is_all(tmp_path: Path) -> None:
-    best = tmp_path / "best"
-    write_slot(best, Contents(5, {"best": {}}, {}, {"x": pack(1)}, [{}], {}))
+@pytest.mark.parametrize("where", ["best", "checkpoints/discarded/step-00000005"])  # "best": of an older version
+def test_the_advice_is_to_resume_from_the_best_where_that_is_all(tmp_path: Path, where: str) -> None:
+    best = tmp_path / where
+    record = BestRecord("eval_loss", "min", 0.5, 5)
+    write_slot(best, Contents(5, {}, {"x": pack(1)}, [{}], {}, record))
+    if where != "best":
+        set_best(tmp_path, best, record)
     with pytest.raises(UserError, match=f"its only checkpoint is the best one: pass --resume {best}, or another"):
         claim_run_folder(tmp_path, World(), resume=False)
-    with pytest.raises(UserError, match=f"has no checkpoint: the best one is a slot of its own, try --resume {best}"):
+    with pytest.raises(UserError, match=f"has no checkpoint: the best one is at hand, try --resume {best}"):
         choose(tmp_path, "latest", World())
 
 

@@ -1,25 +1,26 @@
 """Slots: which one is the newest, what rotation deletes, and what is put right after a kill."""
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import slots
+from rawloop.checkpoint import BestRecord, slots
 from rawloop.checkpoint.manifest import step_of
 from rawloop.checkpoint.pack import pack
-from rawloop.checkpoint.writer import Contents, temporary_of, write_slot
-from rawloop.errors import CheckpointError
+from rawloop.checkpoint.writer import Contents, write_slot
 
 
-def write(slot: Path, step: int, value: float = 0.0) -> Path:
-    meta = {"best": {"metric": "eval_loss", "value": value, "step": step}}
-    write_slot(slot, Contents(step, meta, {}, {"x": pack({"step": step, "value": value})}, [{}], {}))
+def write(slot: Path, step: int, value: float = 0.0, best: BestRecord | None = None) -> Path:
+    write_slot(slot, Contents(step, {}, {"x": pack({"step": step, "value": value})}, [{}], {}, best))
     return slot
 
 
-def write_step(run: Path, step: int) -> Path:
-    return write(run / "checkpoints" / slots.slot_name(step), step)
+def write_step(run: Path, step: int, value: float = 0.0) -> Path:
+    return write(run / "checkpoints" / slots.slot_name(step), step, value)
 
 
 def steps(run: Path) -> list[int]:
@@ -95,108 +96,283 @@ def test_rotation_never_deletes_what_was_just_written_or_is_later(tmp_path: Path
 
 
 def test_a_slot_takes_the_place_of_one_of_its_name(tmp_path: Path) -> None:
-    slot = write(tmp_path / "best", 5, 1.0)
-    write(slot, 6, 0.5)
+    slot = write_step(tmp_path, 5, 1.0)
+    write_step(tmp_path, 5, 0.5)
     assert value_in(slot) == 0.5
-    assert names(tmp_path) == ["best"]
-
-
-def test_a_later_best_that_was_given_up_is_kept_aside(tmp_path: Path) -> None:
-    for value in (0.5, 0.4):
-        write(tmp_path / "best", 900, value)
-        write(tmp_path / "best", 600, 0.8)
-    kept = tmp_path / "checkpoints" / "discarded"
-    assert names(kept) == ["best-step-00000900", "best-step-00000900-2"]
-    assert value_in(kept / "best-step-00000900-2") == 0.4
-    assert value_in(tmp_path / "best") == 0.8
+    assert names(slot.parent) == ["step-00000005"]
 
 
 @pytest.mark.parametrize("gives_up", [True, False])
 def test_a_replaced_slot_whose_manifest_cannot_be_read_is_kept_aside(tmp_path: Path, gives_up: bool) -> None:
     """Its weights may be whole, and all that there is of that step."""
-    for slot in (tmp_path / "best", tmp_path / "checkpoints" / "step-00000005"):
-        write(slot, 5, 1.0)
-        (slot / "MANIFEST.json").unlink()
-        slots.put_in_place(write(tmp_path / "made", 5, 0.5), slot, gives_up=gives_up)
-        assert value_in(slot) == 0.5
-        assert value_in(tmp_path / "checkpoints" / "discarded" / slot.name) == 1.0
-        assert not slot.with_name(f".old-{slot.name}").exists()
+    slot = write_step(tmp_path, 5, 1.0)
+    (slot / "MANIFEST.json").unlink()
+    slots.put_in_place(write(tmp_path / "made", 5, 0.5), slot, gives_up=gives_up)
+    assert value_in(slot) == 0.5
+    assert value_in(tmp_path / "checkpoints" / "discarded" / slot.name) == 1.0
+    assert not slot.with_name(f".old-{slot.name}").exists()
 
 
-@pytest.mark.parametrize("name", ["best", "checkpoints/step-00000005"])
-def test_what_is_given_up_is_aside_before_anything_takes_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Killed between the two renames: of a name beside its successor, the next start would call it surpassed."""
-    slot, rename = write(tmp_path / name, 5, 1.0), Path.rename
+def kill_before_rename_of(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    rename = Path.rename
 
     def kill(path: Path, target: Path) -> Path:
-        if path.name == "made":
+        if path.name == name:
             raise KeyboardInterrupt
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", kill)
+
+
+def test_what_is_given_up_is_aside_before_anything_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames: of a name beside its successor, the next start would delete it."""
+    slot = write_step(tmp_path, 5, 1.0)
+    made = write(tmp_path / "made", 5, 0.5)
+    kill_before_rename_of(monkeypatch, "made")
     with pytest.raises(KeyboardInterrupt):
-        slots.put_in_place(write(tmp_path / "made", 5, 0.5), slot, gives_up=True)
+        slots.put_in_place(made, slot, gives_up=True)
     slots.clean_up(tmp_path)
     (kept,) = (tmp_path / "checkpoints" / "discarded").iterdir()
     assert value_in(kept) == 1.0
 
 
-def test_what_could_not_be_set_aside_is_not_deleted_by_the_next_save(tmp_path: Path) -> None:
-    write(tmp_path / "best", 5, 1.0)
-    write(tmp_path / ".old-best", 4, 0.1)  # better than what follows, and a full disk kept it from its place
-    write(tmp_path / "best", 6, 0.9)
-    assert value_in(tmp_path / "checkpoints" / "discarded" / "best-step-00000004") == 0.1
-    assert value_in(tmp_path / "best") == 0.9
-
-
-@pytest.mark.parametrize("best", [{"metric": "accuracy", "mode": "max"}, {"metric": "eval_loss", "mode": "max"}])
-def test_the_best_by_another_measure_is_kept_aside(tmp_path: Path, best: dict[str, str]) -> None:
-    write(tmp_path / "best", 5, 1.0)
-    meta = {"best": {**best, "value": 2.0, "step": 6}}
-    write_slot(tmp_path / "best", Contents(6, meta, {}, {"x": pack({"step": 6, "value": 2.0})}, [{}], {}))
-    assert value_in(tmp_path / "checkpoints" / "discarded" / "best-step-00000005") == 1.0
-
-
 def test_a_damaged_slot_of_a_replacement_that_was_killed_is_kept_aside(tmp_path: Path) -> None:
-    write(tmp_path / "best", 6, 0.5)
-    (write(tmp_path / ".old-best", 5, 1.0) / "MANIFEST.json").write_text("{")
-    kept = tmp_path / "checkpoints" / "discarded" / "best"
-    assert slots.clean_up(tmp_path) == [f"moved .old-best, left by a run that ended while saving, to {kept}"]
+    folder = write_step(tmp_path, 5, 0.5).parent
+    (write(folder / ".old-step-00000005", 5, 1.0) / "MANIFEST.json").write_text("{")
+    kept = folder / "discarded" / "step-00000005"
+    said = [f"moved .old-step-00000005, left by a run that ended while saving, to {kept}"]
+    assert slots.clean_up(tmp_path) == said
     assert value_in(kept) == 1.0
 
 
 def test_a_replacement_that_fails_between_its_renames_is_undone_at_once(tmp_path: Path) -> None:
-    slot = write(tmp_path / "best", 5, 1.0)
-    with pytest.raises(FileNotFoundError):
-        slots.put_in_place(tmp_path / ".tmp-best", slot)
-    assert names(tmp_path) == ["best"]
-    assert value_in(slot) == 1.0
-
-
-def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
-    slot = write(tmp_path / "best", 5, 1.0)
-    next_one = write(tmp_path / "made", 6, 0.5)
-    slot.rename(tmp_path / ".old-best")
-    next_one.rename(temporary_of(slot))
-    assert slots.find_best(tmp_path) == tmp_path / ".old-best"  # seen by readers even before it is put back
-    said = slots.clean_up(tmp_path)
-    assert said == [
-        "put best back: it was being replaced when the run ended",
-        "removed .tmp-best, left by a run that ended while saving",
-    ]
-    assert value_in(slot) == 1.0
-    assert names(tmp_path) == ["best"]
+    slot = write_step(tmp_path, 5, 1.0)
+    for gives_up in (False, True):
+        with pytest.raises(FileNotFoundError):
+            slots.put_in_place(tmp_path / "none", slot, gives_up=gives_up)
+        assert steps(tmp_path) == [5]
+        assert value_in(slot) == 1.0
 
 
 def test_a_replacement_killed_after_its_renames_is_finished(tmp_path: Path) -> None:
-    write(tmp_path / "best", 6, 0.5)
-    write(tmp_path / ".old-best", 5, 1.0)
-    assert slots.find_best(tmp_path) == tmp_path / "best"
+    slot = write_step(tmp_path, 5, 0.5)
+    write(slot.with_name(".old-step-00000005"), 5, 1.0)
     slots.clean_up(tmp_path)
-    assert names(tmp_path) == ["best"]
+    assert names(slot.parent) == ["step-00000005"]
+    assert value_in(slot) == 0.5
+
+
+# -- best --------------------------------------------------------------------------------------------------------------
+
+
+def record(step: int, value: float, metric: str = "eval_loss", mode: Any = "min") -> BestRecord:
+    return BestRecord(metric, mode, value, step)
+
+
+def write_best(run: Path, step: int, value: float, metric: str = "eval_loss", mode: Any = "min") -> Path:
+    """Save a step as the manager does, and let `best` point to it."""
+    slot, best = run / "checkpoints" / slots.slot_name(step), record(step, value, metric, mode)
+    write(slot, step, value, best)
+    assert slots.set_best(run, slot, best) == []
+    return slot
+
+
+def pointed(run: Path) -> str:
+    """Where `best` points to, which link and best.json agree about."""
+    content = json.loads((run / "best.json").read_text())
+    assert os.readlink(run / "best") == content["slot"]
+    assert slots.find_best(run) == run / content["slot"]
+    return str(content["slot"])
+
+
+def aside(run: Path) -> dict[str, float]:
+    folder = run / "checkpoints" / "discarded"
+    return {name: value_in(folder / name) for name in names(folder)} if folder.exists() else {}
+
+
+def test_best_is_a_relative_link_to_a_slot_and_best_json_says_of_what(tmp_path: Path) -> None:
+    assert slots.find_best(tmp_path) is None
+    assert slots.best_record(tmp_path) is None
+    write_best(tmp_path, 5, 0.5)
+    assert pointed(tmp_path) == "checkpoints/step-00000005"
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "metric": "eval_loss",
+        "mode": "min",
+        "value": 0.5,
+        "step": 5,
+        "slot": "checkpoints/step-00000005",
+    }
+    write_best(tmp_path, 6, 0.25)
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert pointed(moved) == "checkpoints/step-00000006"
+    assert value_in(moved / "best") == 0.25
+    assert slots.resolve_best(moved / "best") == moved / "checkpoints" / "step-00000006"
+    assert names(moved) == ["best", "best.json", "checkpoints"]
+
+
+def test_rotation_spares_the_best_and_does_not_count_it(tmp_path: Path) -> None:
+    write_best(tmp_path, 10, 0.5)
+    for step in (20, 30, 40):
+        write_step(tmp_path, step)
+        slots.rotate(tmp_path, step, 1)
+        assert steps(tmp_path) == [step, 10]
+    write_best(tmp_path, 50, 0.25)  # from now on 10 is one of many
+    slots.rotate(tmp_path, 50, 1)
+    assert steps(tmp_path) == [50, 40]
+
+
+def test_best_follows_a_slot_that_is_set_aside(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_step(tmp_path, step)
+    write_best(tmp_path, 30, 0.5)
+    slots.set_aside(tmp_path, 10)
+    assert pointed(tmp_path) == "checkpoints/discarded/step-00000030"
+    write_step(tmp_path, 30, 0.75)
+    assert value_in(tmp_path / "best") == 0.5  # not the new slot of that step
+    write_best(tmp_path, 40, 0.25)
+    assert pointed(tmp_path) == "checkpoints/step-00000040"
+    assert aside(tmp_path) == {"step-00000020": 0.0, "step-00000030": 0.5}
+
+
+def test_a_best_slot_is_replaced_only_by_a_better_one(tmp_path: Path) -> None:
+    """Saved again without an evaluation, its weights may be others than those that were evaluated."""
+    slot = write_best(tmp_path, 5, 0.5)
+    write(slot, 5, 0.75)
+    assert pointed(tmp_path) == "checkpoints/discarded/step-00000005"
+    assert (value_in(slot), value_in(tmp_path / "best")) == (0.75, 0.5)
+    write_best(tmp_path, 5, 0.25)
+    write_best(tmp_path, 5, 0.125)
+    assert pointed(tmp_path) == "checkpoints/step-00000005"
+    assert aside(tmp_path) == {"step-00000005": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "value", "kept"),
+    [
+        ("eval_loss", "min", 0.25, False),
+        ("eval_loss", "min", 0.5, False),
+        ("eval_loss", "min", 0.75, True),
+        ("eval_loss", "max", 0.25, True),
+        ("accuracy", "min", 0.25, True),
+    ],
+)
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_best_that_was_not_surpassed_is_kept_aside(
+    tmp_path: Path, metric: str, mode: str, value: float, kept: bool, step: int
+) -> None:
+    """As when a run goes on with another metric."""
+    write_best(tmp_path, 5, 0.5)
+    write_best(tmp_path, step, value, metric, mode)
+    assert pointed(tmp_path) == f"checkpoints/step-0000000{step}"
+    assert aside(tmp_path) == ({"step-00000005": 0.5} if kept else {})
+
+
+def test_a_best_that_is_set_aside_and_killed_between_is_still_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_best(tmp_path, 30, 0.5)
+    for name in ("step-00000030", ".tmp-best"):  # before the slot is moved, before the link is replaced
+        with monkeypatch.context() as patch:
+            kill_before_rename_of(patch, name)
+            with pytest.raises(KeyboardInterrupt):
+                slots.set_aside(tmp_path, 10)
+        best = slots.find_best(tmp_path)
+        assert best is not None
+        assert value_in(best) == 0.5
+    slots.clean_up(tmp_path)
+    assert slots.mend_best(tmp_path) == []
+    assert pointed(tmp_path) == "checkpoints/discarded/step-00000030"
+
+
+@pytest.mark.parametrize("damaged", ["best.json", "best"])
+@pytest.mark.parametrize("content", [None, b'{"value": 1.0}', b"torn {", b"\xff\x80", b'{"slot": "../secret"}'])
+def test_best_json_and_the_link_are_made_to_agree(tmp_path: Path, damaged: str, content: bytes | None) -> None:
+    write_best(tmp_path, 4, 0.5)
+    write_best(tmp_path, 5, 0.25)
+    before = (tmp_path / "best.json").read_bytes()
+    (tmp_path / damaged).unlink()
+    if damaged == "best":
+        (tmp_path / "best").symlink_to({None: "/etc", b"torn {": "checkpoints"}.get(content, slots.slot_name(4)))
+    elif content is not None:
+        (tmp_path / "best.json").write_bytes(content)
+    best = slots.find_best(tmp_path)
+    assert best is not None
+    assert value_in(best) == 0.25
+    assert slots.mend_best(tmp_path) == []
+    assert pointed(tmp_path) == "checkpoints/step-00000005"
+    assert (tmp_path / "best.json").read_bytes() == before
+
+
+def test_a_best_that_is_gone_or_damaged_is_said(tmp_path: Path) -> None:
+    assert slots.mend_best(tmp_path) == []
+    slot = write_best(tmp_path, 5, 0.25)
+    (slot / "MANIFEST.json").write_text("")
+    assert slots.mend_best(tmp_path) == [f"the best checkpoint, {slot}, is damaged: its manifest cannot be read"]
+    assert slots.best_record(tmp_path) == record(5, 0.25)  # best.json says it too
+    slot.rename(tmp_path / "elsewhere")
+    assert slots.mend_best(tmp_path) == [f"{tmp_path / 'best'} points to a checkpoint that is not there"]
+    assert slots.find_best(tmp_path) is None
+
+
+def test_without_links_best_json_alone_is_the_pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    slot = write(tmp_path / "checkpoints" / "step-00000005", 5, 0.5, record(5, 0.5))
+    (said,) = slots.set_best(tmp_path, slot, record(5, 0.5))
+    assert said.endswith("best.json alone says which checkpoint is the best")
+    assert names(tmp_path) == ["best.json", "checkpoints"]
+    assert slots.find_best(tmp_path) == slot
+    assert slots.resolve_best(tmp_path / "best") == slot
+    slots.rotate(tmp_path, 5, 1)
+    assert slots.set_aside(tmp_path, 0) == [tmp_path / "checkpoints" / "discarded" / "step-00000005"]
+    assert slots.find_best(tmp_path) == tmp_path / "checkpoints" / "discarded" / "step-00000005"
+
+
+def old_best(run: Path, step: int, value: float) -> None:
+    """The layout of older versions: `best` is a slot of its own."""
+    write(run / "best", step, value, record(step, value))
+    content = {**record(step, value)._asdict(), "folder": "best"}
+    (run / "best.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("there", "after", "expected"),
+    [
+        ([4], 5, "step-00000005"),
+        ([4, 5], 5, "discarded/step-00000005"),  # the same state, perhaps
+        ([4], 4, "discarded/step-00000005"),  # of steps that are trained again
+    ],
+)
+def test_a_best_folder_of_an_older_version_becomes_a_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[int], after: int, expected: str
+) -> None:
+    for step in there:
+        write_step(tmp_path, step)
+    old_best(tmp_path, 5, 0.5)
+    assert slots.find_best(tmp_path) == tmp_path / "best"
+    assert slots.best_record(tmp_path) == record(5, 0.5)
+    with monkeypatch.context() as patch:
+        kill_before_rename_of(patch, "best")
+        with pytest.raises(KeyboardInterrupt):
+            slots.adopt_best(tmp_path, after)
+        assert slots.find_best(tmp_path) == tmp_path / "best"
+    (said,) = slots.adopt_best(tmp_path, after)
+    assert said.endswith(f"an older version of rawloop, to {tmp_path / 'checkpoints' / expected}")
+    assert pointed(tmp_path) == f"checkpoints/{expected}"
     assert value_in(tmp_path / "best") == 0.5
+    assert slots.adopt_best(tmp_path, after) == []
+
+
+def test_a_damaged_best_folder_of_an_older_version_is_kept_aside(tmp_path: Path) -> None:
+    old_best(tmp_path, 5, 0.5)
+    (tmp_path / "best" / "MANIFEST.json").unlink()
+    write_best(tmp_path, 6, 0.75)
+    assert pointed(tmp_path) == "checkpoints/step-00000006"
+    assert aside(tmp_path) == {"best": 0.5}
 
 
 def test_a_step_slot_killed_while_being_replaced_is_still_found(tmp_path: Path) -> None:
@@ -214,9 +390,10 @@ def test_clean_up_removes_leftovers_and_nothing_of_the_user(tmp_path: Path) -> N
     for name in (".tmp-step-00000020", ".trash-step-00000005"):
         (folder / name / "state").mkdir(parents=True)
     (tmp_path / ".tmp-best.json").write_text("{")
+    (tmp_path / ".tmp-best").symlink_to("checkpoints/step-00000010")
     for name in (".tmp-notes", ".old-thesis", ".trash-me"):
         (tmp_path / name).mkdir()
-    assert len(slots.clean_up(tmp_path)) == 3
+    assert len(slots.clean_up(tmp_path)) == 4
     assert names(tmp_path) == [".old-thesis", ".tmp-notes", ".trash-me", "checkpoints"]
     assert names(folder) == ["step-00000010"]
     assert slots.clean_up(tmp_path) == []
@@ -233,48 +410,15 @@ def test_later_slots_are_set_aside_and_never_overwritten_there(tmp_path: Path) -
     assert names(aside) == ["step-00000020", "step-00000020-2", "step-00000030", "step-00000030-2"]
 
 
-def test_best_json_says_what_the_best_slot_says(tmp_path: Path) -> None:
-    assert slots.note_best(tmp_path) is None
-    assert names(tmp_path) == []
-    write(tmp_path / "best", 5, 0.25)
-    expected = {"metric": "eval_loss", "value": 0.25, "step": 5, "folder": "best"}
-    for stale in (None, b'{"value": 1.0}', b"torn {", b"\xff\x80"):
-        if stale is not None:
-            (tmp_path / "best.json").write_bytes(stale)
-        slots.note_best(tmp_path)
-        assert json.loads((tmp_path / "best.json").read_text()) == expected
-    (tmp_path / "best" / "MANIFEST.json").write_text("")
-    with pytest.raises(CheckpointError):
-        slots.note_best(tmp_path)
-
-
-@pytest.mark.parametrize("to", ["slot", "outside", "nowhere"])
-def test_a_link_in_the_place_of_a_slot_is_removed_and_not_followed(tmp_path: Path, to: str) -> None:
-    run, outside = tmp_path / "run", write(tmp_path / "outside", 3, 0.5)
-    slot = write_step(run, 10)
-    link = run / "best"
-    link.symlink_to({"slot": "checkpoints/step-00000010", "outside": str(outside), "nowhere": "none"}[to])
-    before = {path: path.read_bytes() for folder in (slot, outside) for path in folder.rglob("*") if path.is_file()}
-    assert value_in(write(link, 20, 0.25)) == 0.25
-    assert not link.is_symlink()
-    assert {path: path.read_bytes() for path in before} == before
-    assert names(run) == ["best", "checkpoints"]
-    assert slots.clean_up(run) == []
-
-
 def test_rotation_and_cleaning_remove_links_and_not_what_they_lead_to(tmp_path: Path) -> None:
     run, outside = tmp_path / "run", write(tmp_path / "outside" / "step-00000001", 1)
     write_step(run, 10)
+    (run / "checkpoints" / "step-00000020").symlink_to(outside)
+    write_step(run, 20, 0.5)
+    assert not (run / "checkpoints" / "step-00000020").is_symlink()
     for name in ("step-00000001", ".tmp-step-00000002", ".trash-step-00000001"):
         (run / "checkpoints" / name).symlink_to(outside)
-    slots.rotate(run, 10, keep_last=1)
+    slots.rotate(run, 20, keep_last=2)
     slots.clean_up(run)
-    assert names(run / "checkpoints") == ["step-00000010"]
+    assert names(run / "checkpoints") == ["step-00000010", "step-00000020"]
     assert value_in(outside) == 0.0
-
-
-def test_a_slot_in_the_place_of_the_best_that_is_none_is_said(tmp_path: Path) -> None:
-    write_slot(tmp_path / "best", Contents(3, {}, {}, {"x": pack(1)}, [{}], {}))
-    assert slots.kept_best(tmp_path) is None
-    with pytest.raises(CheckpointError, match="its manifest does not say of which evaluation it is the best"):
-        slots.note_best(tmp_path)

@@ -10,27 +10,28 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import audit, slots, verify
+from rawloop.checkpoint import BestRecord, audit, slots, verify
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.errors import CheckpointError
 
 Door = Callable[..., Any]
+BEST = "step-00000005"
 
 
 def write(slot: Path, step: int) -> Path:
-    meta = {"best": {"metric": "eval_loss", "value": 1.0, "step": step}}
-    write_slot(slot, Contents(step, meta, {}, {"x": pack({"step": step}), "y": pack([1.5])}, [{}], {}))
+    write_slot(slot, Contents(step, {}, {"x": pack({"step": step}), "y": pack([1.5])}, [{}], {}))
     return slot
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with two checkpoints, a best one, a discarded one, and a save under way."""
+    """A run with three checkpoints, one of them the best, a discarded one, and a save under way."""
     folder = tmp_path / "run"
-    for step in (10, 20):
-        write(folder / "checkpoints" / slots.slot_name(step), step)
-    write(folder / "best", 10)
+    for step in (5, 10, 20):
+        slot = write(folder / "checkpoints" / slots.slot_name(step), step)
+        if step == 5:
+            slots.set_best(folder, slot, BestRecord("eval_loss", "min", 1.0, step))
     write(folder / "checkpoints" / "discarded" / "step-00000030", 30)
     (folder / "checkpoints" / ".tmp-step-00000040" / "state").mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 0\n")
@@ -57,11 +58,12 @@ def test_a_run_that_is_whole(door: Door, run: Path) -> None:
     done = door("verify", run)
     assert (done.code, done.err) == (0, "")
     table = rows(done.out)
-    names = ["checkpoints/step-00000020", "checkpoints/step-00000010", "best", "checkpoints/discarded/step-00000030"]
+    names = [f"checkpoints/{name}" for name in ("step-00000020", "step-00000010", BEST, "discarded/step-00000030")]
     assert list(table) == [*names, "checkpoints/.tmp-step-00000040", "4"]
-    assert [table[name][0] for name in names] == ["20", "10", "10", "30"]
+    assert [table[name][0] for name in names] == ["20", "10", "5", "30"]
     assert all(table[name][1] == "2" and table[name][4] != "-" for name in names)
-    assert all(done.out.splitlines()[k].endswith("  whole") for k in range(1, 5))
+    ends = ["  whole", "  whole", "  whole, the best", "  whole"]
+    assert all(done.out.splitlines()[k].endswith(ends[k - 1]) for k in range(1, 5))
     assert "  unfinished: being written, or left by a save that was killed" in done.out
     assert done.out.endswith("4 whole, none damaged\n")
     assert contents(run) == before
@@ -72,8 +74,8 @@ def test_a_run_that_is_whole(door: Door, run: Path) -> None:
     [
         ("checkpoints/step-00000020", lambda slot: flip(slot / "state" / "x.json"), "state/x.json has changed since"),
         ("checkpoints/step-00000010", lambda slot: (slot / "state" / "y.json").unlink(), "state/y.json is missing"),
-        ("best", lambda slot: flip(slot / "MANIFEST.json"), "MANIFEST.json"),
-        ("best", lambda slot: (slot / "MANIFEST.json").unlink(), "never completed"),
+        (f"checkpoints/{BEST}", lambda slot: flip(slot / "MANIFEST.json"), "MANIFEST.json"),
+        (f"checkpoints/{BEST}", lambda slot: (slot / "MANIFEST.json").unlink(), "never completed"),
         ("checkpoints/discarded/step-00000030", lambda slot: (slot / "MANIFEST.json").unlink(), "never completed"),
     ],
     ids=["flipped bit", "missing file", "flipped manifest", "best without manifest", "no manifest"],
@@ -89,6 +91,21 @@ def test_damage_is_named(door: Door, run: Path, slot: str, damage: Callable[[Pat
         assert reason in row
         assert done.err == f"rawloop verify: 1 damaged ({name}), {whole} whole\n"
     assert door("verify", run / "checkpoints" / "step-00000010").code == (1 if slot.endswith("10") else 0)
+
+
+def test_a_best_that_is_no_checkpoint_any_more_is_damage(door: Door, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / BEST)
+    done = door("verify", run)
+    said = "rawloop verify: best points to a checkpoint that is not there, 3 whole\n"
+    assert (done.code, done.err) == (1, said)
+
+
+def test_the_best_folder_of_an_older_version_is_looked_at(door: Door, run: Path) -> None:
+    (run / "best").unlink()
+    (run / "checkpoints" / BEST).rename(run / "best")
+    assert "best " in door("verify", run).out
+    flip(run / "best" / "state" / "x.json")
+    assert door("verify", run).err == "rawloop verify: 1 damaged (best), 3 whole\n"
 
 
 def test_what_is_no_run_is_refused(door: Door, run: Path, tmp_path: Path) -> None:
@@ -129,7 +146,7 @@ def test_a_slot_that_is_deleted_or_replaced_meanwhile_is_not_damaged(
         return verify(slot)
 
     def replace(slot: Path) -> None:
-        write(slot, 15)
+        write(slot, 5)
         raise CheckpointError("state/x.json has changed since it was written")
 
     def delete(slot: Path) -> None:
@@ -138,11 +155,11 @@ def test_a_slot_that_is_deleted_or_replaced_meanwhile_is_not_damaged(
 
     monkeypatch.setattr(audit, "verify", disturbed)
     meddle = replace
-    found = audit.examine(run / "best")
-    assert (found.verdict, found.step, len(calls)) == ("whole", 15, 2)
+    found = audit.examine(run / "checkpoints" / BEST)
+    assert (found.verdict, found.step, len(calls)) == ("whole", 5, 2)
     calls.clear()
     meddle = delete
-    assert audit.examine(run / "best").verdict == "gone"
+    assert audit.examine(run / "checkpoints" / BEST).verdict == "gone"
 
 
 def test_a_reader_that_has_ended_is_no_damage(run: Path) -> None:
@@ -165,11 +182,11 @@ def test_output_that_a_full_disk_refuses_is_one_line(run: Path) -> None:
 
 @pytest.mark.usefixtures("permissions_count")
 def test_what_cannot_be_read_is_not_called_damaged(door: Door, run: Path) -> None:
-    manifest, slot = run / "best" / "MANIFEST.json", run / "checkpoints" / "step-00000010"
+    slot, manifest = run / "checkpoints" / "step-00000010", run / "checkpoints" / BEST / "MANIFEST.json"
     manifest.chmod(0)
     slot.chmod(0)
     done = door("verify", run)
-    assert done.err == f"rawloop verify: 2 unreadable (checkpoints/{slot.name}, best), 2 whole\n"
+    assert done.err == f"rawloop verify: 2 unreadable (checkpoints/{slot.name}, checkpoints/{BEST}), 2 whole\n"
     assert done.out.count("it cannot be read: Permission denied\n") == 2
     assert "DAMAGED" not in done.out
     assert done.code == 1
