@@ -413,7 +413,7 @@ class Runs:
     def resumed(self, name: str, output: Path) -> list[str]:
         """Resume a copy of the stopped run, and return what differs from the straight one, after the stop."""
         straight, stopped = self.made(name)
-        shutil.copytree(stopped, output)
+        shutil.copytree(stopped, output, symlinks=True)
         steps = len(list((output / "checkpoints").iterdir()))
         go(SCENARIOS[name].config(self.base, output), SCENARIOS[name].straight)
         return [path for path in different(straight, output) if f"step-{steps:08d}" not in path]
@@ -595,7 +595,7 @@ def test_a_run_that_goes_on_from_elsewhere_is_gone_on_with_whenever_it_ends(shor
     longer = replace(short, train=replace(short.train, max_steps=6), checkpoint=CheckpointConfig(100, 1))
     with pytest.raises(KeyboardInterrupt):  # before the first window
         finished(replace(longer, resume=str(slot)), interrupt)
-    assert [path.name for path in find_slots(folder)] == [f"step-{step:08d}"]
+    assert find_slots(folder)[0].name == f"step-{step:08d}"
     assert weights_of(find_slots(folder)[0]) == expected
     run = finished(replace(longer, resume="latest"))
     assert run.state.step == 6
@@ -606,18 +606,19 @@ def test_a_run_that_goes_on_from_elsewhere_is_gone_on_with_whenever_it_ends(shor
 def test_a_state_from_elsewhere_that_cannot_be_saved_costs_nothing(
     short: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best slot is of the newest checkpoint's step, and the only one that is kept."""
+    """It is of the newest checkpoint's step."""
     folder, newest = Path(short.output), "step-00000004"
     finished(replace(short, checkpoint=CheckpointConfig(1, 1)))
-    assert json.loads((folder / "best.json").read_text())["step"] == 4
+    other = folder / "checkpoints" / "discarded" / newest
+    shutil.copytree(folder / "checkpoints" / newest, other)
 
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rawloop.checkpoint.manager.write_slot", full)
     with pytest.raises(CheckpointError, match="cannot save step-00000004"):
-        build_run(replace(short, resume=str(folder / "best")), World(), lambda line: None)
-    assert [path.name for path in find_slots(folder)] == [newest]
+        build_run(replace(short, resume=str(other)), World(), lambda line: None)
+    assert [path.name for path in find_slots(folder)] == [newest, "step-00000003"]
     assert verify(folder / "checkpoints" / newest).step == 4
 
 
@@ -710,23 +711,24 @@ def test_a_best_model_that_could_not_be_written_does_not_cost_the_one_before(sho
     assert run.best is not None
     assert (run.best.value, run.best.step) == (4.5, 2)
     again = replace(config, output=f"{folder}-again", checkpoint=CheckpointConfig(1, max_failures=9))
-    with pytest.raises(CheckpointError, match="cannot save best at step 2"):
+    with pytest.raises(CheckpointError, match="but not the best model: cannot save step-00000002"):
         finished(again, full_at(1, 2))
     assert json.loads((Path(again.output) / "best.json").read_text())["value"] == 5.0
 
 
-def test_a_resumed_run_takes_the_best_slot_at_its_word(short: RunConfig) -> None:
+def test_a_resumed_run_believes_the_best_that_was_written(short: RunConfig) -> None:
     """A better value has been seen, and its model could not be written before the run was killed."""
     folder = Path(short.output)
     finished(short)
     written = json.loads((folder / "best.json").read_text())
     assert written["step"] == 4
-    shutil.rmtree(folder / "best")
-    shutil.copytree(folder / "checkpoints" / "step-00000003", folder / "best")
+    (folder / "best").unlink()
+    (folder / "best").symlink_to("checkpoints/step-00000003")
+    (folder / "best.json").unlink()
     manifest = read_manifest(folder / "best")
-    meta = {"best": {"metric": "eval_loss", "mode": "min", "value": 9.0, "step": 3}}
     (folder / "best" / "MANIFEST.json").unlink()
-    write_manifest(folder / "best", replace(manifest, meta=meta))
+    best = {"metric": "eval_loss", "mode": "min", "value": 9.0, "step": 3}
+    write_manifest(folder / "best", replace(manifest, meta={"best": best}))
     run = build_run(replace(short, resume="latest"), World(), lambda line: None)
     run.close()
     assert run.best is not None
@@ -735,7 +737,7 @@ def test_a_resumed_run_takes_the_best_slot_at_its_word(short: RunConfig) -> None
     run = build_run(earlier, World(), lambda line: None)
     run.close()
     assert run.best is not None
-    assert run.best.step is None  # a worse one took its place later: what was the best then was never written
+    assert (run.best.value, run.best.step) == (9.0, 3)  # a better one of before it was never written
 
 
 def test_data_workers_are_forked_when_nothing_is_being_written(

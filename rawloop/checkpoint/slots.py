@@ -187,6 +187,10 @@ def adopt_best(run: Path, step: int) -> list[str]:
     if not _is_old_best(run):
         return []
     manifest, record = _manifest(run / BEST), best_record(run)
+    slot = run / str(_json_of_best(run).get("slot"))
+    if record is not None and manifest == _manifest(slot) and slot.parent != run and _is_whole(slot):
+        remove_tree(run / BEST)  # the run was copied by a program that follows links
+        return [f"removed {run / BEST}, a copy of {slot}", *_link_best(run, slot)]
     place = run / CHECKPOINTS / slot_name(manifest.step if manifest else 0)
     if manifest is None or manifest.step > step or place.exists():
         place = _place_aside(place if manifest else run / CHECKPOINTS / BEST)
@@ -196,6 +200,14 @@ def adopt_best(run: Path, step: int) -> list[str]:
     (run / BEST).rename(place)
     said = _link_best(run, place) if record is not None else []
     return [f"moved {run / BEST}, a folder of an older version of rawloop, to {place}", *said]
+
+
+def _is_whole(slot: Path) -> bool:
+    try:
+        verify(slot)
+    except CheckpointError:
+        return False
+    return True
 
 
 def put_in_place(temporary: Path, slot: Path, *, gives_up: bool = False, best: BestRecord | None = None) -> None:

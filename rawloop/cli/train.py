@@ -74,8 +74,8 @@ def summary(run: Run, folder: Path) -> str:
         moved = f", {100 * (value - first) / first:+.1f}%" if first and math.isfinite(first) else ""
         lines.append(f"{name} {first:.4f} at step {step} -> {value:.4f} at step {run.best.step} (best{moved})")
         slot, written = find_best(folder), best_record(folder)
-        given_up = ", of a continuation that was given up" if written and written.step != run.best.step else ""
-        lines.append(f"best:        {folder / 'best'} ({slot.relative_to(folder) if slot else 'missing'}{given_up})")
+        given_up = written is not None and written.step != run.best.step
+        lines.append(f"best:        {folder / 'best'}{' (of a continuation that was given up)' if given_up else ''}")
         if (folder / "best").is_dir():
             slot = folder / "best"
     else:

@@ -95,7 +95,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_keeps_the_damaged_on
     trained: RunConfig, tmp_path: Path, damage: Callable[[Path], None], name: str
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained.output, run)
+    shutil.copytree(trained.output, run, symlinks=True)
     damage(run / "checkpoints" / "step-00000004" / name)
     assert go(replace(trained, output=str(run), resume="latest")) == 3
     told = [event["reason"] for event in read_events(run) if event["kind"] == "warning"]
@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_keeps_the_damaged_on
 
 def test_a_manifest_of_another_run_does_not_fit(trained: RunConfig, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
-    shutil.copytree(trained.output, run)
+    shutil.copytree(trained.output, run, symlinks=True)
     go(replace(trained, output=str(other), seed=1))
     manifest = Path("checkpoints") / "step-00000004" / "MANIFEST.json"
     shutil.copy(other / manifest, run / manifest)
@@ -132,7 +132,7 @@ def test_a_read_only_folder_is_told_before_a_model_is_loaded_and_can_be_resumed_
     trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "locked" / "run"
-    shutil.copytree(trained.output, run)
+    shutil.copytree(trained.output, run, symlinks=True)
     lock(run.parent, locked=True)
     with monkeypatch.context() as patch:
         patch.setattr("rawloop.components.load_family", None)  # not needed
@@ -161,7 +161,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_after_some_saves_and_loses
     trained: RunConfig, tmp_path: Path, asynchronous: bool
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained.output, run)
+    shutil.copytree(trained.output, run, symlinks=True)
     longer = replace(
         trained,
         output=str(run),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,20 @@ def test_a_best_folder_of_an_older_version_becomes_a_slot(
     assert pointed(tmp_path) == f"checkpoints/{expected}"
     assert value_in(tmp_path / "best") == 0.5
     assert slots.adopt_best(tmp_path, after) == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_was_copied_with_its_links_followed_has_one_best_again(tmp_path: Path, damaged: bool) -> None:
+    write_best(tmp_path / "run", 5, 0.5)
+    run = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", run)
+    assert slots.best_record(run) == record(5, 0.5)
+    if damaged:
+        (run / "checkpoints" / "step-00000005" / "state" / "x.json").write_text("")
+    (said,) = slots.adopt_best(run, 5)
+    assert said.startswith("moved" if damaged else f"removed {run / 'best'}, a copy of ")
+    assert pointed(run) == f"checkpoints/{'discarded/' if damaged else ''}step-00000005"
+    assert value_in(run / "best") == 0.5
 
 
 def test_a_damaged_best_folder_of_an_older_version_is_kept_aside(tmp_path: Path) -> None:

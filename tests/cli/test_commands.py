@@ -77,7 +77,7 @@ def test_train_says_where_everything_is_and_how_the_loss_moved(door: Door, confi
     for place in ("best", "best/adapter", "checkpoints", "metrics.jsonl"):
         assert any(line.endswith(f" {run / place}") for line in lines), place
         assert (run / place).exists()
-    assert [slot.name for slot in find_slots(run)] == ["step-00000003", "step-00000002"]
+    assert [slot.name for slot in find_slots(run)] == ["step-00000003", "step-00000002", "step-00000000"]
     assert [line["step"] for line in metrics_of(run) if "loss" in line] == [1, 2, 3]
     assert {event["kind"] for event in read_events(run)} >= {"precision", "start", "save", "best"}
 
@@ -172,7 +172,7 @@ def test_evaluate_gives_the_losses_that_the_run_recorded(door: Door, trained: Pa
         value: float = found["eval_loss"]
         return value
 
-    best = trained / "run" / "best"
+    best = trained / "run" / "checkpoints" / "step-00000003"
     assert evaluate(None, None) == recorded[0]
     assert evaluate(slots / "step-00000003", 3, "--checkpoint", "latest") == recorded[3]
     assert evaluate(best, 3, "--checkpoint", "best") == min(recorded.values())
@@ -203,7 +203,7 @@ def test_a_run_that_was_copied_is_told_from_the_one_that_its_config_names(
 ) -> None:
     old, copied = tmp_path / "old", tmp_path / "copied"
     for folder in (old, copied):
-        shutil.copytree(trained / "run", folder)
+        shutil.copytree(trained / "run", folder, symlinks=True)
         config = (folder / "config.yaml").read_text().replace(f"output: {trained / 'run'}", f"output: {old}")
         (folder / "config.yaml").write_text(config)
     more = ["--resume", "latest"] if command == "train" else ["--checkpoint", "best"]
@@ -216,7 +216,7 @@ def test_a_run_that_was_copied_is_told_from_the_one_that_its_config_names(
 
 def test_evaluate_verifies_what_it_loads(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "run", run, symlinks=True)
     weights = run / "checkpoints" / "step-00000003" / "adapter" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -232,7 +232,7 @@ def test_evaluate_verifies_what_it_loads(door: Door, trained: Path, tmp_path: Pa
 
 def test_evaluate_tells_damage_from_a_mistake(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "run", run, symlinks=True)
     (run / "best" / "MANIFEST.json").unlink()
     for checkpoint, code, said in (
         ("best", 1, "there is no MANIFEST.json: the checkpoint was never completed"),
@@ -479,7 +479,7 @@ def test_a_prepare_that_is_told_to_stop_ends_with_75_and_keeps_what_it_has(
 
 def test_a_finished_run_can_be_resumed_without_harm(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "run", run, symlinks=True)
     done = door("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")
     assert done.code == 0, done
     assert "trained 3 steps, 6 samples, 0 updates skipped" in done.out
@@ -513,7 +513,7 @@ def unchanged(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def test_settings_that_make_another_run_cannot_resume(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "run", run, symlinks=True)
     before = unchanged(run)
     again = ("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")
     for arguments, problem in (
@@ -539,7 +539,7 @@ def test_settings_that_make_another_run_cannot_resume(door: Door, trained: Path,
 
 def test_what_may_change_is_taken_and_said(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "run", run, symlinks=True)
     new = "--optim.lr 1e-4 --train.max_steps 4 --train.batch_size 1 --train.accumulation 2 --evaluation.every 4"
     done = door("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", *new.split())
     assert done.code == 0, done.err
@@ -562,7 +562,7 @@ def test_what_may_change_is_taken_and_said(door: Door, trained: Path, tmp_path: 
 
 def test_texts_that_have_changed_are_other_data(door: Door, trained: Path, tmp_path: Path, demo_data: Path) -> None:
     run, changed = tmp_path / "run", tmp_path / "changed"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "run", run, symlinks=True)
     shutil.copytree(demo_data / "train", changed)
     metadata = json.loads((changed / "metadata.json").read_text())
     again = ["train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest", "--train.max_steps", "4"]
@@ -579,7 +579,7 @@ def test_texts_that_have_changed_are_other_data(door: Door, trained: Path, tmp_p
 def test_a_resume_passes_over_damaged_settings(door: Door, trained: Path, tmp_path: Path) -> None:
     """A flipped bit in what is compared first must not refuse the settings of a sound, older checkpoint."""
     run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "run", run, symlinks=True)
     stored = run / "checkpoints" / "step-00000003" / "state" / "config.json"
     stored.write_text(stored.read_text().replace('"seed": 0', '"seed": 8'))
     done = door("train", "--config", trained / "run.yaml", "--output", run, "--resume", "latest")

@@ -58,15 +58,17 @@ def test_save_strategy_best_gives_the_periodic_checkpoints_up(
     assert "checkpoint-3" in checkpoints(args)
 
 
-def kept(folder: Path) -> tuple[list[int], list[int], int]:
-    """The steps of a rawloop run that were evaluated, that were saved, and the one that is the best."""
+def kept(folder: Path) -> tuple[list[int], list[int], list[int]]:
+    """The steps of a rawloop run that were evaluated, that were saved, and those that were the best so far."""
     lines = [line for line in read_metrics(folder) if "eval_loss" in line]
     saved = sorted(int(slot.name.removeprefix("step-")) for slot in (folder / "checkpoints").glob("step-*"))
     best = json.loads((folder / "best.json").read_text(encoding="utf-8"))
-    lowest = min(lines, key=lambda line: float(str(line["eval_loss"])))
-    assert best["step"] == lowest["step"]
+    evaluated = [int(str(line["step"])) for line in lines]
+    losses = [float(str(line["eval_loss"])) for line in lines]
+    won = [step for number, step in enumerate(evaluated) if losses[number] == min(losses[: number + 1])]
+    assert best["step"] == won[-1]
     assert (folder / "best" / "adapter" / "adapter_model.safetensors").is_file()
-    return [int(str(line["step"])) for line in lines], saved, int(best["step"])
+    return evaluated, saved, won
 
 
 def test_rawloop_takes_the_reported_cadences(demo_run: Callable[..., Any], tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_rawloop_takes_the_reported_cadences(demo_run: Callable[..., Any], tmp_p
         checkpoint=CheckpointConfig(save_every=10000),
         train=TrainConfig(batch_size=4, max_steps=3),
     )
-    assert kept(tmp_path / "rawloop") == ([0, 3], [3], 3)  # the first and the last model are always evaluated
+    assert kept(tmp_path / "rawloop") == ([0, 3], [0, 3], [0, 3])  # the first and the last are always evaluated
 
 
 @pytest.mark.parametrize(
@@ -90,14 +92,18 @@ def test_rawloop_keeps_the_best_of_any_cadences(
         checkpoint=CheckpointConfig(save_every=save, keep_last=0),
         train=TrainConfig(batch_size=2, max_steps=5),
     )
-    assert kept(tmp_path / "rawloop")[:2] == (evaluated, saved)
+    found, there, won = kept(tmp_path / "rawloop")
+    assert found == evaluated
+    assert there == sorted({*saved, *won})  # a model that was the best is a checkpoint like any other
 
 
 def test_rawloop_without_evaluation_saves_and_trains_as_with_it(demo_run: Callable[..., Any], tmp_path: Path) -> None:
     demo_run(output=str(tmp_path / "with"))
     demo_run(output=str(tmp_path / "without"), evaluation=EvaluationConfig(enabled=False))
     for name in ("with", "without"):
-        assert sorted(slot.name[-1] for slot in (tmp_path / name / "checkpoints").glob("step-*")) == ["2", "4"]
+        saved = {slot.name[-1] for slot in (tmp_path / name / "checkpoints").glob("step-*")}
+        assert saved - {"0"} == {"2", "4"}  # the first model is the best at first
+        assert ("0" in saved) == (name == "with")
     losses = [
         [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line] for name in ("with", "without")
     ]
