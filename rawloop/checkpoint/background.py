@@ -29,6 +29,7 @@ class Save:
     slot: Path
     step: int
     future: Future[Written]
+    thread: Thread
     held: float = 0.0
     best: BestRecord | None = None
 
@@ -58,9 +59,9 @@ class Saves:
 
     def start(self, slot: Path, step: int, write: Callable[[], Written]) -> None:
         """Begin a save as soon as the one before has ended."""
-        before = [save.future for save in self._saves]
-        self._saves.append(Save(slot, step, Future()))
-        thread = Thread(target=self._run, args=(before, self.newest.future, write), name=f"rawloop-save-{step}")
+        before, future = [save.future for save in self._saves], Future[Written]()
+        thread = Thread(target=self._run, args=(before, future, write), name=f"rawloop-save-{step}")
+        self._saves.append(Save(slot, step, future, thread))
         thread.start()
 
     def _run(self, before: list[Future[Written]], future: Future[Written], write: Callable[[], Written]) -> None:
@@ -71,8 +72,9 @@ class Saves:
             future.set_exception(error)
 
     def wait(self) -> None:
-        """Wait until all have ended, well or not."""
-        wait([save.future for save in self._saves])
+        """Wait until all threads have ended, well or not."""
+        for save in self._saves:
+            save.thread.join()
 
     def ended(self) -> Iterator[Save]:
         """Yield the saves that have ended, oldest first; they are no longer kept."""
