@@ -213,7 +213,11 @@ Losses = Callable[[nn.Module, Batch], dict[str, StreamLoss]]
 
 
 class Family(Protocol):
-    """All that rawloop knows of one kind of model. `families/<name>.py` implements it."""
+    """All that rawloop knows of one kind of model. `families/<name>/` implements it.
+
+    The methods from `logits` on are optional. Without them something is not checked before step 0, not compared by
+    `rawloop merge` or not shown by `rawloop inspect`, which each say so; see `has`.
+    """
 
     streams: Sequence[str]
     stream_weights: Mapping[str, float]
@@ -275,6 +279,12 @@ class Family(Protocol):
         middle of the first stream's targets, the second in the middle of the second's.
         """
         ...
+
+
+def has(family: Family, *methods: str) -> bool:
+    """Whether a family has these methods, which are optional."""
+    found = (getattr(type(family), name, None) for name in methods)
+    return all(callable(method) and method is not vars(Family).get(name) for name, method in zip(methods, found))
 
 
 @runtime_checkable

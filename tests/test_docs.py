@@ -84,7 +84,7 @@ def test_the_readmes_recipe_runs(demo_checkpoint: Path, tmp_path: Path) -> None:
 def test_the_family_of_the_page_is_trained_by_the_pages_commands(tmp_path: Path) -> None:
     """The page's class, file and commands, letter by letter: the console script and torchrun both find the class."""
     for language, name in (("python", "charlm.py"), ("yaml", "charlm.yaml"), ("console", "commands.sh")):
-        (code,) = (code for page, code in blocks(language) if page == "families.md")
+        code = next(code for page, code in blocks(language) if page == "families.md")
         (tmp_path / name).write_text(code, encoding="utf-8")
     for split, number in (("train", 8), ("eval", 5)):
         records = [json.dumps({"text": f"{split} {k}: " + "la " * k}) + "\n" for k in range(number)]

@@ -15,10 +15,10 @@ from torch import Tensor
 from rawloop.cli import read_config
 from rawloop.components import build_family
 from rawloop.config import RunConfig
-from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample
+from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample, has
 from rawloop.data.batches import BatchPlan, Draw, MicroBatches
 from rawloop.data.splits import load_samples, no_codes, open_codes
-from rawloop.diagnose.table import table
+from rawloop.diagnose.shared import table
 from rawloop.errors import UserError, nearest
 
 WIDTH = 100  # characters of text in a line
@@ -85,22 +85,30 @@ class View:
 
     def lines(self) -> Iterator[str]:
         """Yield the batch as lines of text."""
-        pieces = [self.family.pieces(example) for example in self.examples]
+        pieces = [self._pieces(example) for example in self.examples]
         lengths = [sum(piece.positions for piece in own) for own in pieces]
-        rows, width = self._shape()
+        rows, width = shape_of(self.batch)
         targets = ", ".join(f"{stream} {count:,}" for stream, count in self.batch.targets.items())
         yield f"a batch of {rows} x {width} positions, {1 - sum(lengths) / (rows * width):.1%} of them padding"
         yield f"targets: {targets}; they are in brackets, [codes] and [[text]]; everything else is context"
         head: list[object] = ["sample", "task", "positions", *(f"{stream} targets" for stream in self.batch.targets)]
         summary: list[list[object]] = [head]
-        for sample, own, length in zip(self.samples, pieces, lengths, strict=True):
-            counts = [sum(piece.targets for piece in own if piece.stream == s) for s in self.batch.targets]
+        for sample, example, length in zip(self.samples, self.examples, lengths, strict=True):
+            counts = self.family.collate([example]).targets.values()
             summary.append([sample.id, sample.task or "-", length, *counts])
         yield from table("ll" + "r" * (len(head) - 2), summary)
         for row, own in enumerate(pieces):
             yield ""
             yield f"== {self.samples[row].id} ({self.samples[row].source})"
             yield from self._sample(row, own)
+
+    def _pieces(self, example: Any) -> Sequence[Piece]:
+        """Return the pieces that the family shows, or one piece if it shows none."""
+        if has(self.family, "pieces"):
+            return self.family.pieces(example)
+        alone = self.family.collate([example])
+        text = f"(not shown: {type(self.family).__name__} has no `pieces`)"
+        return [Piece("sample", "", text, shape_of(alone)[1], sum(alone.targets.values()))]
 
     def _sample(self, row: int, pieces: Sequence[Piece]) -> Iterator[str]:
         role, column, frame = "", 0, 0
@@ -137,7 +145,8 @@ class View:
             return
         own = codes[row, frame : frame + piece.positions]
         labels = self._labels(piece, row, column)
-        names = {s.id: s.name for s in self.family.special_targets() if s.stream == piece.stream}
+        special = self.family.special_targets() if has(self.family, "special_targets") else ()
+        names = {s.id: s.name for s in special if s.stream == piece.stream}
         shown = list(range(piece.positions))
         if len(shown) > HEAD + TAIL + 1:
             shown = [*shown[:HEAD], -1, *shown[-TAIL:]]
@@ -150,12 +159,6 @@ class View:
             padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
             yield "    " + " ".join(self._marked(cell, "[" in cell) for cell in padded).rstrip()
 
-    def _shape(self) -> tuple[int, int]:
-        """Return the shape of the model's ids, whatever their name is: rows and positions."""
-        named = (self.batch.inputs.get("input_ids"), *self.batch.inputs.values())
-        rows, width = next(t.shape for t in named if t is not None and t.dim() == 2 and not t.is_floating_point())
-        return rows, width
-
     def _codes(self, stream: str) -> Tensor | None:
         """Return the input with a stream's codes, (batch, frames, codebooks), if the model takes codes."""
         books = self._codebooks()[stream]
@@ -164,13 +167,20 @@ class View:
 
     def _labels(self, piece: Piece, row: int, column: int) -> Tensor:
         """Return the labels of a clip, each at its own frame, one position behind the one that predicts it."""
-        width = self._shape()[1]
+        width = shape_of(self.batch)[1]
         positions, targets = self.batch.labels[piece.stream]
         frames = positions + 1 - row * width - column
         inside = (frames >= 0) & (frames < piece.positions)
         labels = targets.new_full((piece.positions, targets.shape[1]), IGNORE)
         labels[frames[inside]] = targets[inside]
         return labels
+
+
+def shape_of(batch: Batch) -> tuple[int, int]:
+    """Return the shape of the model's ids, whatever their name is: rows and positions."""
+    named = (batch.inputs.get("input_ids"), *batch.inputs.values())
+    rows, width = next(t.shape for t in named if t is not None and t.dim() == 2 and not t.is_floating_point())
+    return rows, width
 
 
 def _cell(code: int, label: int, names: dict[int, str]) -> str:

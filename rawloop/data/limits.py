@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.buffers import untouched
-from rawloop.contracts import IGNORE, Batch, Family, IdsFamily
+from rawloop.contracts import IGNORE, Batch, Family, IdsFamily, has
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 TOKENIZER = "use the tokenizer and codec that belong to the model"
@@ -27,11 +27,11 @@ class Limits:
     """The values that a model can take.
 
     `ids` has the number of ids that each input may hold, by name; other inputs are not checked. `classes` has the
-    number of classes of each stream's targets.
+    number of classes of each stream's targets, None if the family does not say it.
     """
 
     ids: dict[str, int]
-    classes: Mapping[str, int]
+    classes: Mapping[str, int | None]
     probe: Batch | None = None  # the family's, which `learn` runs
 
     @classmethod
@@ -41,10 +41,11 @@ class Limits:
         A token beyond the embedding is no mistake where the family's own probe has it: some models put audio in its
         place before they look anything up.
         """
-        classes = {stream: round(math.exp(nats)) for stream, nats in family.chance().items()}
+        chance = family.chance() if has(family, "chance") else {}
+        classes = {stream: round(math.exp(chance[stream])) if chance else None for stream in family.streams}
         ids = dict(family.num_ids) if isinstance(family, IdsFamily) else {}
-        probe = family.probe()
-        table, tokens = _embedding(model), probe.inputs.get("input_ids")
+        probe = family.probe() if has(family, "probe", "logits") else None
+        table, tokens = _embedding(model), probe.inputs.get("input_ids") if probe else None
         if table is not None:
             ids["input_ids"] = max(len(table), int(tokens.max()) + 1 if tokens is not None else 0)
         return cls(ids, classes, probe)
@@ -57,7 +58,8 @@ class Limits:
         autocast: Autocast,
     ) -> None:
         """Run the probe on the prepared model, to see which further inputs are ids of an embedding."""
-        assert self.probe is not None, "limits that were not made by Limits.of learn nothing"
+        if self.probe is None:
+            return
         found: dict[str, int] = {}
         probe = self.probe.to(device)
         with untouched(model, training=False), torch.no_grad(), autocast(), look_ups(model, probe.inputs, found):
@@ -93,17 +95,16 @@ class Limits:
                 f"it counts {batch.targets[stream]} targets of the stream '{stream}', and {count} of its labels "
                 f"are not {IGNORE}: collate must count what is scored"
             )
-        if not count:
-            return None
-        wrong = _outside(labels.targets.where(scored, 0), self.classes[stream])
-        if wrong is not None:
+        size = self.classes[stream]
+        wrong = _outside(labels.targets.where(scored, 0), size) if count and size is not None else None
+        if size is not None and wrong is not None:
             (row, *codebook), found = wrong
             where = f"{f' of codebook {codebook[0]}' if codebook else ''} at position {int(labels.positions[row]) + 1}"
             return (
                 f"a target of the stream '{stream}'{where} is {found}, and the model can say 0 to "
-                f"{self.classes[stream] - 1}: {TOKENIZER}; what is no target is {IGNORE}"
+                f"{size - 1}: {TOKENIZER}; what is no target is {IGNORE}"
             )
-        if int(labels.positions.min()) < 0:
+        if count and int(labels.positions.min()) < 0:
             return f"a target of the stream '{stream}' is the first of all: nothing stands before it to predict it from"
         return None
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from rawloop.buffers import untouched
 from rawloop.contracts import Batch, Family
-from rawloop.diagnose.shared import coarsest_eps, looking_at
-from rawloop.diagnose.table import table
+from rawloop.diagnose.shared import coarsest_eps, looking_at, table
 from rawloop.diagnose.verdict import Autocast
 from rawloop.seed import preserved_rng
 
@@ -144,6 +143,8 @@ def lines(movements: dict[str, Movement]) -> list[str]:
         for what, (count, moved) in m.later.items():
             rows.append([*head, count, what, f"{moved:.1e}", result])
             head, result = ["", "", ""], ""
+    if not movements:
+        return []
     tolerance = max(m.tolerance for m in movements.values())
     title = "causality probe: predictions when other inputs change, moved by a share of the largest logit"
     title += f" (tolerance {tolerance:.1e})"

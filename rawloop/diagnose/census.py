@@ -1,4 +1,4 @@
-"""The label census: what of each role is a target, and whether the tokens that must be learnt are among the targets.
+"""The label census: how much of each role is a target, and whether tokens that must be learnt are among the targets.
 
 A stop token that is masked out of the labels shows in no loss: the loss looks as good, and the model unlearns to stop.
 """
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from rawloop.contracts import Batch, Family, Special
-from rawloop.diagnose.shared import looking_at
-from rawloop.diagnose.table import table
+from rawloop.contracts import Batch, Family, Piece, Special, has
+from rawloop.diagnose.shared import looking_at, table
 
 GIVEN = frozenset(("system", "scene", "user"))
 
@@ -88,7 +87,8 @@ class Census:
             specials.append([special.name, special.stream, special.id, _short(counts), wanted])
         head = f"label census of {self.samples} samples"
         silent = [f"no target in any stream: {', '.join(self.silent)}"] if self.silent else []
-        return [head, *table("llrrr", roles), *silent, "", *table("llrll", specials)]
+        tables = [*(table("llrrr", roles) if self.roles else []), *silent]
+        return [head, *tables, *(["", *table("llrll", specials)] if self.specials else [])]
 
     def as_json(self) -> dict[str, Any]:
         """What goes into census.json."""
@@ -107,31 +107,38 @@ class Census:
 
 
 def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch]) -> Census:
-    """Count the targets of examples and of the batches that they were collated to, in the same order."""
+    """Count the targets of examples and of the batches that they were collated to, in the same order.
+
+    A family without `pieces` gets no counts by role, one without `special_targets` no special tokens.
+    """
     census = Census()
-    if not batches:
-        return census
     for batch in batches:
         for stream, labels in batch.labels.items():
             census.codebooks[stream] = labels.targets.shape[1] if labels.targets.dim() == 2 else 1
     for example, name in zip(examples, (name for batch in batches for name in batch.ids), strict=True):
         census.samples += 1
-        learnt = 0
         with looking_at([name]):
-            pieces = family.pieces(example)
-        for piece in pieces:
-            positions, targets = census.roles.get((piece.role, piece.stream), (0, 0))
-            census.roles[piece.role, piece.stream] = (positions + piece.positions, targets + piece.targets)
-            census.codebooks.setdefault(piece.stream, 1)  # a stream without weight has positions and no labels
-            learnt += piece.targets
+            learnt = _count_roles(census, family.pieces(example)) if has(family, "pieces") else _learnt(family, example)
         census.silent += [] if learnt else [name]
-    for special in family.special_targets():
+    for special in family.special_targets() if batches and has(family, "special_targets") else ():
         counts = torch.zeros(census.codebooks.setdefault(special.stream, 1), dtype=torch.int64)
         for batch in (batch for batch in batches if special.stream in batch.labels):
             found = torch.eq(batch.labels[special.stream].targets, special.id)
             counts += found.view(len(found), census.codebooks[special.stream]).sum(0).cpu()
         census.specials[special] = counts.tolist()
     return census
+
+
+def _count_roles(census: Census, pieces: Sequence[Piece]) -> int:
+    for piece in pieces:
+        positions, targets = census.roles.get((piece.role, piece.stream), (0, 0))
+        census.roles[piece.role, piece.stream] = (positions + piece.positions, targets + piece.targets)
+        census.codebooks.setdefault(piece.stream, 1)  # a stream without weight has positions and no labels
+    return sum(piece.targets for piece in pieces)
+
+
+def _learnt(family: Family, example: Any) -> int:
+    return sum(family.collate([example]).targets.values())
 
 
 def _named(special: Special) -> str:

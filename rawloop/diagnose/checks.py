@@ -1,7 +1,7 @@
-"""The checks before step 0 as one: what they look at, on which rank, and what stops a run.
+"""Runs the checks before step 0.
 
-Each rank looks at the first micro-batches that it will train on; then all put together what they found and decide
-alike. Nothing of it is seen in the training that follows.
+Each rank looks at the first micro-batches that it will train on. Then the ranks join their results and decide alike.
+The training that follows is the same as without checks.
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rawloop.contracts import Batch, Family
+from rawloop.contracts import Batch, Family, has
 from rawloop.diagnose.causality import Movement, probe
 from rawloop.diagnose.census import Census, take_census
 from rawloop.diagnose.report import ChecksConfig, Report
@@ -24,6 +24,15 @@ from rawloop.losses import LossModule
 # Samples of all ranks together up to which labels are counted, where the first ones do not tell whether a token that
 # must be learnt is a target.
 COUNTED = 512
+
+PROBED = ("perturb", "logits")
+NEEDED = {
+    "pieces": "how much of each role is learnt",
+    "special_targets": "whether stop tokens are learnt",
+    "chance": "whether the first loss is better than guessing",
+    "logits": "whether losses are those of the logits, and causality",
+    "perturb": "causality",
+}
 
 Examples = Callable[[int, int], Sequence[Sequence[Any]]]
 
@@ -66,14 +75,20 @@ def run_checks(
     censuses, readings, movements = zip(*world.gather(share), strict=True)
     total = _decided(reduce(add, censuses), family, examples, config.batches, world)
     names = dict.fromkeys(name for own in readings for name in own)
-    chance = family.chance()
+    chance = family.chance() if has(family, "chance") else {}
     verdicts = [
-        judge(name, reduce(add, (own[name] for own in readings if name in own)), chance[name.split("/")[0]])
+        judge(name, reduce(add, (own[name] for own in readings if name in own)), chance.get(name.split("/")[0]))
         for name in names
     ]
-    moved = {stream: reduce(Movement.join, (own[stream] for own in movements)) for stream in family.streams}
+    probed = family.streams if has(family, *PROBED) else ()
+    moved = {stream: reduce(Movement.join, (own[stream] for own in movements)) for stream in probed}
     measured = sum(census.samples for census in censuses)
-    return Report(config, total, verdicts, moved, round(time.perf_counter() - start, 3), measured)
+    return Report(config, total, verdicts, moved, round(time.perf_counter() - start, 3), measured, not_checked(family))
+
+
+def not_checked(family: Family) -> list[str]:
+    """Return a clause for each check that a family has no method for."""
+    return [f"{what} (no `{name}`)" for name, what in NEEDED.items() if not has(family, name)]
 
 
 def _decided(total: Census, family: Family, examples: Examples, start: int, world: World) -> Census:
@@ -105,5 +120,7 @@ def _own_share(
     census = _count(family, groups, batches)
     on_device = [batch.to(policy.device) for batch in batches]
     readings = read_losses(family, module, on_device, policy.autocast, groups)
+    if not has(family, *PROBED):
+        return census, readings, {}
     twice = family.collate([groups[0][0]] * len(family.streams))  # a row for each stream's turn
     return census, readings, probe(family, module.model, twice.to(policy.device), policy.autocast)

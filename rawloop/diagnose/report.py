@@ -1,7 +1,8 @@
-"""What the checks before step 0 look for and found: what is expected and allowed, the tables, what stops the run."""
+"""The findings of the checks before step 0: tables, warnings, and what stops the run."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,31 @@ CENSUS = "census.json"
 
 @dataclass
 class Report:
-    """What all ranks found together."""
+    """The findings of all ranks together.
+
+    `samples` is the number of samples whose loss was measured; labels may have been counted in more. `not_checked`
+    names the checks that the family has no method for.
+    """
 
     config: ChecksConfig
     census: Census
     verdicts: list[Verdict]
     movements: dict[str, Movement]
     seconds: float
-    samples: int  # whose loss was measured; labels may have been counted of more
+    samples: int
+    not_checked: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """All three as tables."""
         loss = verdict.lines(self.verdicts, self.samples, self.config.expect_chance)
-        return "\n".join([*self.census.lines(), "", *loss, "", *causality.lines(self.movements)])
+        rest = [self._without()] if self.not_checked else []
+        return "\n".join([*self.census.lines(), "", *loss, "", *causality.lines(self.movements), *rest])
+
+    def _without(self) -> str:
+        return f"not checked, as the family lacks a method for it: {', '.join(self.not_checked)}"
 
     def stop_if_wrong(self) -> None:
-        """Raise what stops the run, in one message.
+        """Raise all findings that stop the run, in one message.
 
         Raises:
             UserError: a required token is never a target.
@@ -41,15 +51,14 @@ class Report:
         """
         found = self.problems()
         if found:
-            kind = UserError if self.census.missing() and not self.config.allow_missing_targets else TrainingError
-            raise kind(f"checks before step 0: {'; '.join(found)}")
+            raise (UserError if self.wrong_labels() else TrainingError)(f"checks before step 0: {'; '.join(found)}")
 
     def problems(self) -> list[str]:
-        """What stops the run, a sentence each with the key that lets it pass."""
+        """Return the findings that stop the run, a sentence each with the key that lets it pass."""
         return [*self.wrong_labels(), *self.wrong_losses(), *self.wrong_causality()]
 
     def wrong_labels(self) -> list[str]:
-        """What the census found that stops the run."""
+        """Return the findings of the census that stop the run."""
         missing = self.census.missing()
         if not missing or self.config.allow_missing_targets:
             return []
@@ -60,34 +69,38 @@ class Report:
         ]
 
     def wrong_losses(self) -> list[str]:
-        """What the first loss shows that stops the run: of a codebook only what its whole stream does not show."""
-        streams = {v.name: v.kind for v in self.verdicts}
-        mismatches = [
-            f"first loss of '{v.name}': MISMATCH, {v.mismatch}{_pass('MISMATCH')}"
+        """Return the findings of the first loss that stop the run; codebooks if they differ from their stream."""
+        kinds = {v.name: v.kind for v in self.verdicts}
+        found = [(f"first loss of '{v.name}': MISMATCH, {v.mismatch}", "mismatch") for v in self.verdicts if v.mismatch]
+        found += [
+            (f"{_first_loss(v)}: {v.kind}, {v.why}", v.kind.lower())
             for v in self.verdicts
-            if v.mismatch and "mismatch" not in self.config.allow
+            if v.kind in ("LEAK", "DEAD") and ("/" not in v.name or v.kind != kinds[v.name.split("/")[0]])
         ]
-        return mismatches + [
-            f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.kind}, {v.why}{_pass(v.kind)}"
-            for v in self.verdicts
-            if v.kind in ("LEAK", "DEAD") and v.kind.lower() not in self.config.allow
-            if "/" not in v.name or v.kind != streams[v.name.split("/")[0]]
-        ]
+        return self._not_allowed(found)
 
     def wrong_causality(self) -> list[str]:
-        """What the causality probe found that stops the run."""
+        """Return the findings of the causality probe that stop the run."""
+        outcomes = {stream: movement.outcome() for stream, movement in self.movements.items()}
+        return self._not_allowed(
+            (f"causality of '{stream}': {outcome}, {self.movements[stream].why()}", outcome.lower())
+            for stream, outcome in outcomes.items()
+            if outcome in ("LEAK", "BLIND")
+        )
+
+    def _not_allowed(self, found: Iterable[tuple[str, str]]) -> list[str]:
         return [
-            f"causality of '{stream}': {movement.outcome()}, {movement.why()}{_pass(movement.outcome())}"
-            for stream, movement in self.movements.items()
-            if movement.outcome() in ("LEAK", "BLIND") and movement.outcome().lower() not in self.config.allow
+            f"{text} (to train all the same: --checks.allow '[{kind}]')"
+            for text, kind in found
+            if kind not in self.config.allow
         ]
 
     def warnings(self) -> list[str]:
-        """What is likely wrong and does not stop the run: samples without targets, prompts, unexpected chance."""
+        """Return the findings that do not stop the run: samples without targets, learnt prompts, unexpected chance."""
         return [*self.label_warnings(), *self.loss_warnings()]
 
     def label_warnings(self) -> list[str]:
-        """Samples from which nothing is learnt, and prompts that are."""
+        """Name samples from which nothing is learnt, and prompts that are learnt."""
         found = []
         silent, prompts = self.census.silent, self.census.prompts()
         if silent:
@@ -104,19 +117,12 @@ class Report:
         return found
 
     def loss_warnings(self) -> list[str]:
-        """A first loss of chance that nobody expects."""
-        if self.config.expect_chance:
-            return []
+        """Name streams whose first loss is that of guessing, if that is not expected."""
         guesses = [v for v in self.verdicts if v.kind == "CHANCE" and "/" not in v.name]
-        mismatches = [
-            f"first loss of '{v.name}': MISMATCH, {v.mismatch}{_pass('MISMATCH')}"
-            for v in self.verdicts
-            if v.mismatch and "mismatch" not in self.config.allow
-        ]
-        return mismatches + [
-            f"first loss of '{v.name}' is {v.loss:.4f}, chance is {v.chance:.4f}: {v.why}; if that is expected, set "
-            "checks.expect_chance to true"
+        return [
+            f"{_first_loss(v)}: {v.why}; if that is expected, set checks.expect_chance to true"
             for v in guesses
+            if not self.config.expect_chance
         ]
 
     def write_census(self, folder: Path) -> None:
@@ -134,7 +140,7 @@ class Report:
             records.event("warning", step=0, reason=reason)
 
     def events(self) -> list[tuple[str, dict[str, Any]]]:
-        """A sentence and further values for each of the three checks."""
+        """Return a sentence and further values for each of the three checks, and for what was not checked."""
         missing = self.census.missing()
         unseen = self.census.unseen()
         census = "; ".join(
@@ -146,12 +152,14 @@ class Report:
         loss += [f"{v.name} MISMATCH" for v in self.verdicts if v.mismatch]
         moved = {stream: {**m._asdict(), "outcome": m.outcome()} for stream, m in self.movements.items()}
         outcomes = ", ".join(f"{stream} {values['outcome']}" for stream, values in moved.items())
+        rest = [(self._without(), {"check": "none"})] if self.not_checked else []
         return [
             (f"census of {self.census.samples} samples: {census}", {"check": "census", "seconds": self.seconds}),
             (f"first loss: {', '.join(loss)}", {"check": "loss", "verdicts": [v._asdict() for v in self.verdicts]}),
-            (f"causality: {outcomes}", {"check": "causality", "streams": moved}),
+            (f"causality: {outcomes or 'not checked'}", {"check": "causality", "streams": moved}),
+            *rest,
         ]
 
 
-def _pass(kind: str) -> str:
-    return f" (to train all the same: --checks.allow '[{kind.lower()}]')"
+def _first_loss(v: Verdict) -> str:
+    return f"first loss of '{v.name}' is {v.loss:.4f}, chance is {verdict.number(v.chance)}"

@@ -1,6 +1,6 @@
-"""What the checks before step 0 share: naming the samples of an error, and the rounding of a model."""
+"""Shared by the checks before step 0: the samples of an error, the rounding of a model, and tables as text."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,8 +16,24 @@ def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
 
 
 def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
-    """The unit of rounding of the coarsest dtype in which a model computes."""
+    """Return the unit of rounding of the coarsest dtype in which a model computes."""
     one = torch.ones(1, 1, device=next(model.parameters()).device)
     with autocast():
         dtypes = {(one @ one).dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def table(align: str, rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return lines of aligned columns, the first row being the head.
+
+    Args:
+        align: a letter per column, `l` for words and `r` for numbers.
+        rows: as many cells each.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        columns = zip(row, widths, align, strict=True)
+        lines.append("  ".join(c.ljust(w) if side == "l" else c.rjust(w) for c, w, side in columns).rstrip())
+    return lines

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from rawloop.buffers import untouched
-from rawloop.contracts import IGNORE, Batch, Family, StreamLoss
+from rawloop.contracts import IGNORE, Batch, Family, StreamLoss, has
 from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.notfinite import cause
-from rawloop.diagnose.shared import coarsest_eps, looking_at
-from rawloop.diagnose.table import table
+from rawloop.diagnose.shared import coarsest_eps, looking_at, table
 from rawloop.losses import LossModule
 from rawloop.seed import preserved_rng
 
@@ -81,28 +80,28 @@ class Verdict(NamedTuple):
     name: str
     kind: Kind
     loss: float
-    chance: float
+    chance: float | None
     why: str
     mismatch: str = ""
 
 
-def judge(name: str, reading: Reading, chance: float) -> Verdict:
-    """Compare a reading with chance. The first of DEAD, CHANCE, LEAK that fits is the verdict."""
+def judge(name: str, reading: Reading, chance: float | None) -> Verdict:
+    """Compare a reading with chance, if that is known. The first of DEAD, CHANCE, LEAK that fits is the verdict."""
     loss = reading.nats / reading.targets if reading.targets else math.nan
     kind, why = _judged(loss, reading, chance)
     return Verdict(name, kind, loss, chance, why, reading.mismatch)
 
 
-def _judged(loss: float, reading: Reading, chance: float) -> tuple[Kind, str]:
+def _judged(loss: float, reading: Reading, chance: float | None) -> tuple[Kind, str]:
     if not reading.targets:
         return "DEAD", "it has no target: all of its labels are masked"
     if not math.isfinite(loss) or reading.not_finite:
         return "DEAD", reading.not_finite or "its loss is not finite"
     if reading.gradient or reading.logits:
         return "DEAD", "; ".join(filter(None, (reading.gradient, reading.logits)))
-    if loss > chance / CHANCE_FROM:
+    if chance is not None and loss > chance / CHANCE_FROM:
         return "CHANCE", "worse than guessing: labels of another shift, order, tokenizer or codec than the model's"
-    if loss >= CHANCE_FROM * chance:
+    if chance is not None and loss >= CHANCE_FROM * chance:
         return "CHANCE", "no better than guessing: random weights, or inputs and labels that do not belong together"
     entropy = reading.entropy / reading.targets
     if entropy >= VARIETY and loss < LEAK_BELOW * entropy:
@@ -132,7 +131,8 @@ def read_losses(
             for name, reading in own.items():
                 readings[name] = readings.get(name, Reading()) + reading
         first = {stream: next((b for b in batches if b.targets.get(stream)), None) for stream in family.streams}
-        for batch in {id(batch): batch for batch in first.values() if batch is not None}.values():
+        compared = {id(batch): batch for batch in first.values() if batch is not None and has(family, "logits")}
+        for batch in compared.values():
             with looking_at(batch.ids):
                 logits = passes.logits(batch)
             logits = {stream: logits[stream] for stream, chosen in first.items() if chosen is batch}
@@ -255,7 +255,7 @@ def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Readi
 
 def _entropy(targets: Tensor) -> float:
     """Entropy in nats of how often each target occurs: the loss of who knows nothing but that."""
-    counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].double()
+    counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].cpu().double()
     if not len(counts):
         return 0.0
     shares = counts / counts.sum()
@@ -276,6 +276,11 @@ def _note_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> 
             readings[f"{stream}/{part}"].logits = found if flag else ""
 
 
+def number(chance: float | None) -> str:
+    """Return a chance in digits; of a family that does not say it, a word."""
+    return "unknown" if chance is None else f"{chance:.4f}"
+
+
 def lines(verdicts: Sequence[Verdict], samples: int, expect_chance: bool) -> list[str]:
     """The verdicts as a table: a row per stream, and one for each codebook whose verdict is another."""
     kinds = {verdict.name: verdict.kind for verdict in verdicts}
@@ -287,7 +292,7 @@ def lines(verdicts: Sequence[Verdict], samples: int, expect_chance: bool) -> lis
         expected = " (expected)" if verdict.kind == "CHANCE" and expect_chance else ""
         why = f": {verdict.why}" if verdict.why and not expected else ""
         why += f"; MISMATCH: {verdict.mismatch}" if verdict.mismatch else ""
-        rows.append([verdict.name, f"{verdict.loss:.4f}", f"{verdict.chance:.4f}", f"{verdict.kind}{expected}{why}"])
+        rows.append([verdict.name, f"{verdict.loss:.4f}", number(verdict.chance), f"{verdict.kind}{expected}{why}"])
     shown = table("lrrl", rows)
     for stream in dict.fromkeys(name.split("/")[0] for name in kinds):
         losses = [f"{verdict.loss:.2f}" for verdict in verdicts if verdict.name.startswith(f"{stream}/")]

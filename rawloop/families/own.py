@@ -6,10 +6,10 @@ import sys
 import traceback
 from typing import Any, cast
 
-from rawloop.contracts import Family
+from rawloop.contracts import Family, has
 from rawloop.errors import RawloopError, UserError, nearest
 
-MEMBERS = (*Family.__annotations__, *(name for name in vars(Family) if not name.startswith("_")))
+REQUIRED = ("load_model", "check", "example", "collate", "losses")
 
 
 def own_family(path: str, config: Any) -> Family:
@@ -45,7 +45,8 @@ def own_family(path: str, config: Any) -> Family:
         raise
     except Exception as error:
         raise UserError(f"{asked}, which cannot be made from model's config: {_told(error, module_name)}") from error
-    lacking = [name for name in MEMBERS if not hasattr(family, name)]
+    lacking = [name for name in Family.__annotations__ if not hasattr(family, name)]
+    lacking += [name for name in REQUIRED if not has(family, name)]
     if lacking:
         raise UserError(f"{asked}, which lacks {', '.join(lacking)}: see rawloop.contracts.Family and docs/families.md")
     return cast(Family, family)

@@ -4,16 +4,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_model
 
 from rawloop.cli import main
-from rawloop.contracts import Family
+from rawloop.contracts import Family, has
 from rawloop.errors import CheckpointError, UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.own import MEMBERS
+from rawloop.families.own import REQUIRED
+from rawloop.records import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 WHOLE = """
@@ -21,8 +23,8 @@ class Own:
     streams, stream_weights = ("text",), {"text": 1.0}
     def __init__(self, config):
         self.path = config.path
-    load_model = check = example = collate = losses = logits = probe = None
-    special_targets = pieces = chance = perturb = None
+    def load_model(self, path=None): ...
+    check = example = collate = losses = load_model
 """
 
 
@@ -58,9 +60,13 @@ def test_it_is_found_in_the_current_folder_and_reads_its_path_itself(write: Call
     assert type(load("mine_for_tests_package.inside:Own")).__name__ == "Own"
 
 
-def test_all_members_of_the_protocol_are_asked_for() -> None:
-    assert len(MEMBERS) == 13
-    assert {"streams", "stream_weights", "load_model", "perturb", "chance"} < set(MEMBERS)
+def test_methods_that_are_not_required_may_be_left_out(write: Callable[..., Path]) -> None:
+    write(WHOLE.replace("class Own:", "from rawloop.contracts import Family\nclass Own(Family):"))
+    family = load()  # of the protocol it inherits methods that do nothing
+    assert has(family, *REQUIRED)
+    optional = {name for name in vars(Family) if not name.startswith("_")} - set(REQUIRED)
+    assert optional == {"logits", "probe", "special_targets", "pieces", "chance", "perturb"}
+    assert not any(has(family, name) for name in optional)
 
 
 RAISES = """
@@ -93,7 +99,8 @@ class Own:
         (RAISES, r"cannot be made from model's config: KeyError: 'vocabulary' \(.*mine_for_tests.py, line 6\)"),
         (DEEP, r"cannot be made from model's config: .*JSONDecodeError: .*mine_for_tests.py, line 5\)"),
         ("class Own:\n    def __init__(self):\n        pass\n", r"cannot be made from model's config: TypeError: "),
-        (WHOLE.replace("= losses", "").replace("= perturb", ""), r"which lacks losses, perturb: see rawloop.contracts"),
+        (WHOLE.replace("collate = losses", "losses"), r"which lacks collate: see rawloop.contracts"),
+        (WHOLE + "    losses = None\n", r"which lacks losses: see rawloop.contracts"),
         (WHOLE.replace("streams, stream_weights", "streams, weights"), r"which lacks stream_weights: see"),
     ],
 )
@@ -189,3 +196,58 @@ def test_lora_on_a_plain_module_trains_resumes_and_merges(
     assert "logits differ by" in capsys.readouterr().out
     base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     assert {name for name in base if not torch.equal(base[name], merged[name])} == {"head.weight"}
+
+
+def test_the_smallest_family_trains_and_says_once_what_is_not_checked(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    write(page.split("```python\n")[2].split("```")[0])
+    family = "--model.family=mine_for_tests:Bigram"
+    write("".join(json.dumps({"text": f"{k}: " + "la " * k}) + "\n" for k in range(8)), "data.jsonl")
+    data = ["--data.train=data.jsonl", "--data.eval=data.jsonl", "--train.batch_size=2", "--optim.lr=0.5"]
+    common = ["--device=cpu", family, "--adapter.mode=full", *data, "--checkpoint.save_every=2"]
+    assert main(["train", *common, "--output=whole", "--train.max_steps=4"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("not checked, as the family lacks a method for it") == 1
+    for method in ("logits", "perturb", "special_targets", "pieces", "chance"):
+        assert f"(no `{method}`)" in said
+    losses: list[Any] = [line["eval_loss"] for line in read_metrics(tmp_path / "whole") if "eval_loss" in line]
+    assert losses[-1] < 0.95 * losses[0]
+    assert main(["train", *common, "--output=resumed", "--train.max_steps=4", "--resume=whole/checkpoints/latest"]) == 2
+    start = "--resume=whole/checkpoints/step-00000002"
+    assert main(["train", *common, "--output=resumed", "--train.max_steps=4", start]) == 0
+    weights = "checkpoints/step-00000004/model/model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "resumed" / weights).read_bytes()
+    capsys.readouterr()
+    assert main(["inspect", *common, "--output=whole"]) == 0
+    shown = capsys.readouterr().out
+    assert "(not shown: Bigram has no `pieces`)" in shown
+    assert main(["evaluate", *common, "--output=whole", "--checkpoint=latest"]) == 0
+
+
+DETACHED = """
+from mine_for_tests_page import Bigram
+class Own(Bigram):
+    def losses(self, model, batch):
+        losses = super().losses(model, batch)
+        return {name: loss._replace(total=loss.total.detach()) for name, loss in losses.items()}
+"""
+
+
+def test_a_loss_that_is_wrong_is_found_without_the_optional_methods(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    write(page.split("```python\n")[2].split("```")[0], "mine_for_tests_page.py")
+    detached = (
+        "losses = super().losses(model, batch)\n        return {n: l._replace(total=l.total.detach()) for n, l in "
+    )
+    write(
+        "from mine_for_tests_page import Bigram\nclass Own(Bigram):\n    def losses(self, model, batch):\n"
+        f"        {detached}losses.items()}}\n"
+    )
+    write('{"text": "la la"}\n{"text": "lo lo"}\n', "data.jsonl")
+    data = ["--data.train=data.jsonl", "--data.eval=data.jsonl", "--train.batch_size=2", "--adapter.mode=full"]
+    assert main(["train", "--device=cpu", "--model.family=mine_for_tests:Own", *data, "--output=run"]) == 1
+    assert "its loss is detached: it hangs on no trained weight" in capsys.readouterr().err
