@@ -68,6 +68,7 @@ FLOORS = (
             "facts",
             "weights",
             "components",
+            "checkpoints",
             "resume",
             "build",
         ),

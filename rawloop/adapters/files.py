@@ -31,7 +31,8 @@ class ModelFiles:
 
     Files are opened again after writing and compared with the weights in memory, by name, shape and value. `base` is
     written beside an adapter, which so names the weights that it was trained on wherever it is copied to. The buffers
-    of `moving` that PEFT's own file does not hold are written there too; a whole model's are in its state.
+    of `moving` that PEFT's own file does not hold are written there too; a whole model's are in its state. With `whole`
+    all of `model` is kept, not the adapter or the model that writes itself inside it.
 
     Raises:
         UserError: training moves a buffer outside of what is saved.
@@ -43,11 +44,12 @@ class ModelFiles:
         load_model: Callable[[str], nn.Module],
         base: BaseFingerprint | None = None,
         moving: Mapping[str, Place] = MappingProxyType({}),
+        whole: bool = False,
     ) -> None:
         self.base = base
-        self.model: Any = unwrapped(model)
+        self.model: Any = model if whole else unwrapped(model)
         self.load_model = load_model
-        self.is_adapter = isinstance(self.model, PeftModel)
+        self.is_adapter = isinstance(self.model, PeftModel) and not whole
         self._copies: dict[str, Tensor] = {}  # of the last snapshot; the next is written over them
         self.folder = "adapter" if self.is_adapter else "model"
         own = {place: name for name, place in places(self.model).items()}
@@ -144,7 +146,11 @@ class ModelFiles:
         """Copy by name what is stored; names that are not (tied, or stored under another) as a user would load them."""
         own, files = self.model.state_dict(), tensors_of(folder)
         same = {name: files[name] for name in files if name in own}
-        stored = files if len(same) == len(own) else {**self.load_model(str(folder)).state_dict(), **same}
+        by_memory = {memory_of(name, own[name]): tensor for name, tensor in same.items()}
+        tied = {name: by_memory[key] for name, tensor in own.items() if (key := memory_of(name, tensor)) in by_memory}
+        stored = files | tied | same
+        if own.keys() - stored.keys():
+            stored = {**self.load_model(str(folder)).state_dict(), **tied, **same}
         same_names(stored, own, folder)
         with torch.no_grad():
             for name, tensor in own.items():
