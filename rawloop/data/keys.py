@@ -43,6 +43,10 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+def _fix(fix: str, keys: str) -> dict[str, str]:
+    return dict.fromkeys(keys.split(), fix)
+
+
 ABOUT = _words(  # published data sets describe their records by these
     """
     speaker speaker_id speaker_name speaker_ids speaker_gender lang language language_id locale gender sex age
@@ -58,112 +62,89 @@ SEGMENT = _words("offset duration start end start_time end_time")
 TIMES = SEGMENT - {"duration"}
 LONGEST = 1e6  # seconds
 IDENTITY = _words("id audio_id")
-IMAGES = dict.fromkeys(_words("image images video videos image_url objects bbox pixel_values"), NO_IMAGES)
-TEMPLATE = dict.fromkeys(
-    _words("chat_template chat_template_kwargs enable_thinking thinking_budget documents continue_final_message"),
+IMAGES = _fix(NO_IMAGES, "image images video videos image_url objects bbox pixel_values")
+TEMPLATE = _fix(
     BY_TEMPLATE,
+    "chat_template chat_template_kwargs enable_thinking thinking_budget documents continue_final_message prefix",
 )
-OTHER_TURNS = dict.fromkeys(
-    _words("history query response instruction completion"),
+OTHER_TURNS = _fix(
     "only 'messages' is read: put this turn into it, or take the key out",
+    "history query response instruction completion",
 )
 FUNCTIONS = {
     "functions": 'write "tools": [{"type": "function", "function": {...}}]',
     "function_call": 'write "tool_calls": [{"type": "function", "function": {...}}]',
 }
-OTHER_REFERENCES = dict.fromkeys(
-    _words(
-        """
-        prompt_audio prompt_text prompt_wav prompt_speech reference_audio reference_text ref_wav ref_wav_text
-        reference_audio_file reference_transcript ref_audio_path
-        """
-    ),
+OTHER_REFERENCES = _fix(
     RENAME_REFERENCE,
-) | dict.fromkeys(("ref_offset", "ref_duration"), "cut this part of the reference clip out, into a file of its own")
-OTHER_CLIPS = dict.fromkeys(
-    _words("audio audio_path audio_filepath audio_filename wav wav_path"), "call the clip that is learnt 'audio_file'"
+    "prompt_audio prompt_text prompt_wav prompt_speech reference_audio reference_text ref_wav ref_wav_text "
+    "reference_audio_file reference_transcript ref_audio_path",
+) | _fix("cut this part of the reference clip out, into a file of its own", "ref_offset ref_duration")
+OTHER_CLIPS = _fix(
+    "call the clip that is learnt 'audio_file'", "audio audio_path audio_filepath audio_filename wav wav_path"
 )
 
 CHAT = Kind(
     "record",
     IDENTITY | MARKS | _words("messages audios start_index system tools"),
     ABOUT | _words("duration text prompt"),
-    {
-        **IMAGES,
-        **TEMPLATE,
-        **OTHER_TURNS,
-        **FUNCTIONS,
-        **OTHER_REFERENCES,
-        **dict.fromkeys(SEGMENT - {"duration"}, "put the times of a segment into its audio part, beside 'path'"),
-        **dict.fromkeys(
-            (*OTHER_CLIPS, "audio_file", "ref_audio", "ref_audio_file"),
-            "a record with 'messages' names its clips there or in 'audios'",
-        ),
-        "prefix": BY_TEMPLATE,
-    },
+    IMAGES
+    | TEMPLATE
+    | OTHER_TURNS
+    | FUNCTIONS
+    | OTHER_REFERENCES
+    | dict.fromkeys(TIMES, "put the times of a segment into its audio part, beside 'path'")
+    | dict.fromkeys(
+        (*OTHER_CLIPS, "audio_file", "ref_audio", "ref_audio_file"),
+        "a record with 'messages' names its clips there or in 'audios'",
+    ),
 )
 CLIP = Kind(
     "record",
     IDENTITY
     | MARKS
     | SEGMENT
-    | _words(
-        """
-        audio_file transcript text transcript_file task task_type scene speakers ref_audio_file ref_audio ref_transcript
-        ref_text ref_speakers
-        """
-    ),
+    | _words("audio_file transcript text transcript_file task task_type scene speakers ref_speakers")
+    | _words("ref_audio_file ref_audio ref_transcript ref_text"),
     ABOUT,
-    {**IMAGES, **OTHER_REFERENCES, "system": "the model's system text is fixed: use 'scene'"},
+    IMAGES | OTHER_REFERENCES | {"system": "the model's system text is fixed: use 'scene'"},
 )
 REFERENCE = Kind("reference", SEGMENT | _words("speaker_tag ref_audio_file ref_audio ref_transcript ref_text"), ABOUT)
 PLAIN = Kind(
     "record",
     IDENTITY | MARKS | {"text"},
     ABOUT | {"duration"},
-    {
-        **IMAGES,
-        **OTHER_CLIPS,
-        **dict.fromkeys(("tools", "system", "audios"), "it belongs to a chat: give 'messages' for 'text'"),
-    },
+    IMAGES | OTHER_CLIPS | _fix("it belongs to a chat: give 'messages' for 'text'", "tools system audios"),
 )
 FIELDS = _words("tool_calls reasoning_content reasoning thinking name tool_call_id")  # for the chat template
 MESSAGE = Kind(
     "message",
     MARKS | FIELDS | _words("role content"),
     ABOUT | _words("id refusal annotations num_tokens tokens"),
-    {
-        **IMAGES,
-        **FUNCTIONS,
-        "recipient": "recipients of a turn are not supported: write a tool call as 'tool_calls'",
-        "prefix": BY_TEMPLATE,
-        "audio": "put it into 'content', as a part of type audio",
-        "audios": "put it into 'content', as a part of type audio, or beside 'messages'",
-        "text": "the words of a message stand in 'content'",
-        "value": "the words of a message stand in 'content'",
-    },
+    IMAGES
+    | FUNCTIONS
+    | _fix("recipients of a turn are not supported: write a tool call as 'tool_calls'", "recipient")
+    | _fix(BY_TEMPLATE, "prefix")
+    | _fix("put it into 'content', as a part of type audio", "audio")
+    | _fix("put it into 'content', as a part of type audio, or beside 'messages'", "audios")
+    | _fix("the words of a message stand in 'content'", "text value"),
 )
 TEXT_PART = Kind("part", _words("type text"), ABOUT | _words("id cache_control annotations"), IMAGES)
 AUDIO_PART = Kind(
     "part",
     SEGMENT | _words("type path audio url audio_url"),
     ABOUT | _words("id cache_control row_id format"),
-    {
-        **IMAGES,
-        "raw_audio": "audio inside the data file is not read: write it to a file and name it by 'path'",
-        "array": "audio inside the data file is not read: write it to a file and name it by 'path'",
-        "bytes": "audio inside the data file is not read: write it to a file and name it by 'path'",
-        "text": "a clip's words stand in a part of type text",
-        "transcript": "a clip's words stand in a part of type text",
-    },
+    IMAGES
+    | _fix("audio inside the data file is not read: write it to a file and name it by 'path'", "raw_audio array bytes")
+    | _fix("a clip's words stand in a part of type text", "text transcript"),
 )
 METADATA_FILE = Kind(
     "file",
-    frozenset(("samples",)),
+    _words("samples"),
     ABOUT | _words("version info name description"),
-    dict.fromkeys(
-        _words("task task_type scene speakers ref_audio_file ref_transcript ref_speakers transcript"),
+    _fix(
         "beside 'samples' nothing reads it: write it into the samples",
+        "task task_type scene speakers ref_audio_file ref_transcript ref_speakers transcript",
     ),
 )
 

@@ -36,7 +36,6 @@ from rawloop.segments import content_hash, segment_of
 
 Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
-INTERRUPT = "SIGINT"
 DECODERS = 4  # threads that hash and decode ahead of the codec
 AHEAD = 16  # clips decoded ahead: at most 50 MB of waveforms
 LOG_SECONDS = 60.0  # between two states of the progress bar where stderr is no terminal
@@ -131,8 +130,7 @@ def prepare(
     """
     config = config or DataConfig()
     folder = Path(expanduser(folder))
-    samples = list(samples)
-    clips = _clips(samples)
+    clips = _clips(samples := list(samples))
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
     started = time.monotonic()
     with _deferred_signals(preemption) as signalled:
@@ -153,7 +151,7 @@ def prepare(
 
 
 def _clips(samples: list[Sample]) -> dict[str, str]:
-    """Return every distinct clip, by absolute path, with the first sample that needs it."""
+    """Return every distinct clip, by absolute path, and the first sample that needs it."""
     clips: dict[str, str] = {}
     for sample in samples:
         for path in sample.audio_paths():
@@ -224,10 +222,8 @@ def _take(clip: Clip, encode: Encode | None, writer: ShardWriter, report: Prepar
     row, twin = clip.row, writer.find(clip.row.sha256)
     if not row.bad and twin is None:
         assert clip.waveform is not None, "a clip is either cached or decoded"
-        if encode is None:
-            writer.add(row._replace(frames=len(clip.waveform)))
-        else:
-            writer.add(row, _codes(clip.waveform, encode, writer.codec, row.path))
+        codes = _codes(clip.waveform, encode, writer.codec, row.path) if encode else None
+        writer.add(row._replace(frames=len(clip.waveform)), codes)
         report.encoded += 1
         report.audio_seconds += len(clip.waveform) / writer.codec.sample_rate
         return
@@ -272,7 +268,7 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[st
 def _give_up(signalled: Callable[[], str | None]) -> None:
     """Stop waiting for another process if a signal has arrived."""
     name = signalled()
-    if name == INTERRUPT:
+    if name == "SIGINT":
         raise KeyboardInterrupt
     if name:
         raise Preempted(f"stopped by {name} while another process decoded the clips")
@@ -296,10 +292,9 @@ def _deferred_signals(preemption: Preemption | None) -> Iterator[Callable[[], st
         signal.signal(signal.SIGINT, record)
     try:
         with nullcontext(preemption) if preemption else watched() as stop:
-            yield lambda: INTERRUPT if interrupts else stop.wanted()
+            yield lambda: "SIGINT" if interrupts else stop.wanted()
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
     if interrupts:
         signal.raise_signal(signal.SIGINT)
-        raise RawloopError("stopped by SIGINT; what was encoded is kept: run `rawloop prepare` again to go on")
