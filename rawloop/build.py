@@ -37,7 +37,7 @@ from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.records import Records, check_packages
-from rawloop.resume import Claim, claim, goes_back, restore, stored_precision
+from rawloop.resume import Start, choose_start, goes_back, restore, stored_precision
 from rawloop.seed import RngState
 from rawloop.weights import Source, find_source
 
@@ -59,22 +59,22 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     """
     folder = Path(expanduser(config.output))
     check_settings_of_ranks(config, world)
-    claimed = claim(folder, config, world, say)
+    start = choose_start(folder, config, world, say)
     try:
-        return _build_run(config, folder, world, say, claimed)
+        return _build_run(config, folder, world, say, start)
     except BaseException as error:
         begun = (folder / "events.jsonl").exists()
         if isinstance(error, LibraryError) and begun:
             error.folder = folder
-        if claimed.lock:
-            claimed.lock.release(begun=begun)
+        if start.lock:
+            start.lock.release(begun=begun)
         raise
 
 
-def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed: Claim) -> Run:
+def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: Start) -> Run:
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
-    precision = world.from_main(stored_precision(claimed.slot))
-    ready = world.on_all_ranks(partial(_prepare_run, config, world, say, precision, claimed.source))
+    precision = world.from_main(stored_precision(start.slot))
+    ready = world.on_all_ranks(partial(_prepare_run, config, world, say, precision, start.source))
     assert ready is not None
     ready.contents.check_ranks(ready.base, world)
     modes = world.gather(ready.policy.name)
@@ -89,17 +89,17 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, claimed:
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = settle_moves(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
-    report = _check(config, folder, world, ready, say) if claimed.slot is None else None
+    report = _check(config, folder, world, ready, say) if start.slot is None else None
     if not goes_back(folder, config.resume):  # a restart must go back again until later checkpoints are aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
-    run = _assemble(config, folder, world, ready, ddp, claimed, buffers)
+    run = _assemble(config, folder, world, ready, ddp, start, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
     moving = in_words(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
     for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:
         say(announce(config, ready.data.family, run.module, run.policy, run.optimizer))
-        restore(run, config, claimed, say)
+        restore(run, config, start, say)
         if report is not None:
             world.on_all_ranks(partial(report.record, run.records), only_main=True)
     except BaseException:
@@ -240,7 +240,7 @@ def check_run(config: RunConfig, world: World) -> Report:
 
 
 def _assemble(
-    config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig, claimed: Claim, buffers: MovingBuffers
+    config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig, start: Start, buffers: MovingBuffers
 ) -> Run:
     # It may refuse; records make a run of the folder.
     model = ModelFiles(ready.model, ready.data.family.load_model, ready.base, buffers.places)
@@ -250,7 +250,7 @@ def _assemble(
     policy.adopt(optimizer)
     state, meter, evaluation = TrainState(), Meter(), config.evaluation
     best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience)
-    origin = claimed.source.state_dict() if claimed.source else None
+    origin = start.source.state_dict() if start.source else None
     parts: dict[str, Any] = {
         PART: SettingsState(config, world.size, ready.contents.of_run(), origin),
         "base": ready.base,
@@ -278,7 +278,7 @@ def _assemble(
         meter=meter,
         buffers=buffers,
         evaluator=ready.evaluator,
-        checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts, claimed.lock),
+        checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts, start.lock),
         best=best,
         max_norm=config.optim.max_norm,
         log_every=config.train.log_every,

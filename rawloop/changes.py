@@ -73,7 +73,7 @@ OTHER_CONTENTS = MappingProxyType(
 )
 OTHER_READING = (
     "the {name} of model.path is another than the checkpoint was trained with ({then} then, {now} now): the model "
-    "would read other numbers; put it back, or point model.path at the files of then"
+    "would read other numbers; put it back, or point model.path at the earlier files"
 )
 
 

@@ -180,8 +180,8 @@ def announce(
     named = dict(wrapped.model.named_parameters())
     trained = {name: weight for name, weight in named.items() if weight.requires_grad}
     stepped = dict(policy.named_parameters())
-    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    without = {name for name, weight in stepped.items() if id(weight) not in held}
+    optimized = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    without = {name for name, weight in stepped.items() if id(weight) not in optimized}
     for what, names in (
         ("are trained by the model and not by the precision policy", set(trained) - set(stepped)),
         ("are trained by the precision policy and not by the model", set(stepped) - set(trained)),

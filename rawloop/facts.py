@@ -1,6 +1,6 @@
-"""What a run's numbers depend on, as facts: all ranks must have the same before step 0, and so must a resumed run.
+"""Facts that the numbers of a run depend on. They must be the same on all ranks, and again when the run is resumed.
 
-A fact has a name and a value, or a digest of one. `World.check_equal` compares them between ranks, `changes.compare`
+A fact is a name and a value, or the digest of one. `World.check_equal` compares them between ranks, `changes.compare`
 with those of a checkpoint.
 """
 
@@ -41,10 +41,10 @@ def check_settings_of_ranks(config: RunConfig, world: World) -> None:
 
 @dataclasses.dataclass
 class Contents:
-    """What one rank has read: how it reads samples, which samples, by a digest of each, and where each of them stands.
+    """The facts of one rank's data: how it reads samples, a digest of each sample, and the place of each in its file.
 
-    The digests run over everything in a sample but its id and folders, and over its clips: over their codes where
-    there are any, else over their files' sizes and a few kilobytes of each.
+    A digest covers everything in a sample but its id and folders, and its clips: their codes if there are any, else the
+    size and a few kilobytes of each file.
     """
 
     reading: dict[str, str]
@@ -75,7 +75,7 @@ class Contents:
 
 
 def contents_of(family: Family, cache: CodeCache | None, samples: Mapping[str, Sequence[Sample]]) -> Contents:
-    """Digest what a rank has read: its samples by the key that names them."""
+    """Return the facts of a rank's samples, which are given by key."""
     clip = partial(_clip, cache)
     digests = {key: digests_of(given, clip) for key, given in samples.items()}
     places = {key: [sample.source for sample in given] for key, given in samples.items()}
@@ -83,7 +83,7 @@ def contents_of(family: Family, cache: CodeCache | None, samples: Mapping[str, S
 
 
 def digests_of(samples: Iterable[Sample], clip: Callable[[Path], str]) -> list[str]:
-    """Return 16 hexadecimal digits of what each sample is; of its clips, their names and what `clip` says of them."""
+    """Return a digest of each sample, 16 hexadecimal digits; a clip counts by its name and by `clip(path)`."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):

@@ -1,7 +1,7 @@
-"""Whether somebody wants the run to stop: a scheduler by SIGTERM or SIGUSR1, a user by a file named STOP.
+"""Requests to stop: by a scheduler's SIGTERM or SIGUSR1, or by a file named STOP.
 
-Nothing stops here. A signal only sets a flag, because it may come in the middle of an update or a save; whoever works
-asks `wanted()` at a place where everything is in order, agrees with the other ranks, and raises `Preempted`.
+A signal only sets a flag, because it may come in the middle of an update or a save. The loop asks `wanted()` between
+steps, agrees with the other ranks, and raises `Preempted`.
 """
 
 import os
@@ -30,8 +30,8 @@ class Preemption:
         self.stop_file, self.signal_file = stop_file, signal_file
         self.received: str | None = None  # the first signal's name; later ones change nothing
 
-    def note(self, number: int, frame: FrameType | None = None) -> None:
-        """Note a signal; this is the handler."""
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Remember a signal; this is the handler."""
         self.received = self.received or signal.Signals(number).name
 
     def wanted(self) -> str | None:
@@ -69,7 +69,7 @@ def ignore_signals() -> None:
 
 @contextmanager
 def watched(stop_file: Path | None = None, signal_file: Path | None = None) -> Iterator[Preemption]:
-    """Note SIGTERM and SIGUSR1 inside the block instead of dying of them. At its end all is put back as it was.
+    """Remember SIGTERM and SIGUSR1 inside the block instead of dying of them. At its end all is put back as it was.
 
     Signals that were blocked until now, as the scripts in `launch/` leave SIGUSR1, are let in. Python lets only the
     main thread set handlers: in any other thread only files count.
@@ -78,7 +78,7 @@ def watched(stop_file: Path | None = None, signal_file: Path | None = None) -> I
     if threading.current_thread() is not threading.main_thread():
         yield preemption
         return
-    before = {number: signal.signal(number, preemption.note) for number in SIGNALS}
+    before = {number: signal.signal(number, preemption.receive) for number in SIGNALS}
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield preemption

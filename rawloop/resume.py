@@ -1,4 +1,4 @@
-"""Where a run begins, and putting it back there: whose the folder is, which checkpoint is gone on from, with what."""
+"""Resuming: choose the checkpoint that a run starts from, lock the run folder, and restore the run."""
 
 import json
 from collections.abc import Callable
@@ -35,11 +35,11 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class Claim:
-    """A run folder that is this process's, and what the run in it begins from.
+class Start:
+    """The state that a run starts from, in a folder that is locked for it.
 
-    `chosen` is the slot to go on from, verified; None for a fresh start, from the weights of `source` if there is one.
-    `lock` is rank 0's.
+    `chosen` is the verified slot to resume from. If it is None, the run is new, with the weights of `source` if there
+    is one. Rank 0 holds the `lock`.
     """
 
     beginning: Beginning
@@ -49,25 +49,25 @@ class Claim:
 
     @property
     def slot(self) -> Path | None:
-        """The slot to go on from."""
+        """The slot to resume from."""
         return self.chosen.slot if self.chosen else None
 
 
-def claim(folder: Path, config: RunConfig, world: World, say: Say) -> Claim:
-    """Decide what the run begins from, and make the folder its own. Nothing is written before all is found right.
+def choose_start(folder: Path, config: RunConfig, world: World, say: Say) -> Start:
+    """Lock the run folder and choose the state that the run starts from. Nothing is written before all checks pass.
 
     The lock comes first: until then another process may save, rotate, or begin a run there.
     """
     lock = world.on_all_ranks(partial(lock_run_folder, folder), only_main=True)
     try:
-        return _claim(folder, config, world, say, lock)
+        return _choose_start(folder, config, world, say, lock)
     except BaseException:
         if lock:
             lock.release(begun=False)
         raise
 
 
-def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLock | None) -> Claim:
+def _choose_start(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLock | None) -> Start:
     beginning = where_to_begin(folder, config.resume, world)
     chosen = None
     if beginning.resume is not None:
@@ -87,7 +87,7 @@ def _claim(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLoc
     for notice in (removed, lock.notice if lock else None):
         if notice:
             say(notice)
-    return Claim(beginning, chosen, source, lock)
+    return Start(beginning, chosen, source, lock)
 
 
 def check_resume(folder: Path, resume: str) -> None:
@@ -110,7 +110,7 @@ def goes_back(folder: Path, resume: str | None) -> bool:
 
 
 def check_settings(slot: Path, config: RunConfig, world_size: int) -> None:
-    """Refuse changed settings that would make another run of it, before anything is loaded or written.
+    """Compare the settings with the checkpoint's before anything is loaded or written.
 
     Raises:
         UserError: see `compare`.
@@ -121,23 +121,23 @@ def check_settings(slot: Path, config: RunConfig, world_size: int) -> None:
 
 
 def stored_precision(slot: Path | None) -> dict[str, Any] | None:
-    """What a verified checkpoint says of its precision mode: a run that fell back goes on in what it fell back to.
+    """Read the precision state of a verified checkpoint: a run that fell back resumes in the mode it fell back to.
 
-    It must be known before weights are cast. None without a checkpoint, or if it has none of this.
+    The mode must be known before weights are cast. None without a checkpoint, or if it holds no such part.
     """
     file = slot / STATE / "precision.json" if slot else None
     return json.loads(file.read_bytes()) if file and file.exists() else None
 
 
-def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
+def restore(run: Run, config: RunConfig, start: Start, say: Say) -> None:
     """Restore the run if it is resumed, and make its folder ready. Random streams are restored last of all."""
     assert run.checkpoints is not None
     folder, step = run.checkpoints.folder, None
-    if claimed.chosen is None and claimed.beginning.own:
+    if start.chosen is None and start.beginning.own:
         say(f"no checkpoint in {folder} yet: starting from the beginning")
         step = -1
-    if claimed.chosen is not None:
-        restored = run.checkpoints.restore(claimed.chosen)
+    if start.chosen is not None:
+        restored = run.checkpoints.restore(start.chosen)
         run.world.on_all_ranks(partial(_tell_changes, run, config, say), only_main=True)
         say(f"resumed from {restored.slot} at step {restored.step}")
         if run.best is not None:
@@ -149,11 +149,11 @@ def restore(run: Run, config: RunConfig, claimed: Claim, say: Say) -> None:
     if step is not None:  # after checkpoints that are given up are aside: the next resume mends a kill in between
         run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.choice.history])
     run.world.on_all_ranks(partial(mark_launch, folder, run.world), only_main=True)
-    run.world.on_all_ranks(partial(_open_records, run, config, folder, claimed.source), only_main=True)
+    run.world.on_all_ranks(partial(_open_records, run, config, folder, start.source), only_main=True)
 
 
 def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
-    """Say what is taken of changed settings, and what follows from it."""
+    """Print and record the changed settings."""
     assert run.checkpoints is not None
     settings, base = run.checkpoints.parts.states[PART], run.checkpoints.parts.states["base"]
     assert isinstance(settings, SettingsState)
@@ -164,7 +164,7 @@ def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
     for key in ("model.stream_weights",) if unchanged else ("data.eval", "model.stream_weights"):
         if key in named and run.best and run.best.value is not None:
             lines.append(
-                f"the best {run.best.metric} so far, {run.best.value:.6g}, was measured with the {key} of then"
+                f"the best {run.best.metric} so far, {run.best.value:.6g}, was measured with the earlier {key}"
             )
     lines += [base.notice] if base.notice else []
     for line in lines:

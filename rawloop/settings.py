@@ -35,7 +35,7 @@ class DDPConfig:
 
 @dataclass
 class RecordsConfig:
-    """Where metrics go besides `metrics.jsonl`, which is always written.
+    """Sinks of the metrics besides `metrics.jsonl`, which is always written.
 
     Args:
         tensorboard: also write TensorBoard files into the run folder (needs the package tensorboard).

@@ -40,7 +40,7 @@ class Source:
     damage: str = ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the weights come from, as every checkpoint of the run keeps it."""
+        """Return where the weights come from; every checkpoint of the run stores it."""
         place = str((self.slot or self.folder).resolve())
         return {"given": self.given, "checkpoint": place, "step": self.step, "digest": self.digest}
 
@@ -118,7 +118,7 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
             named[name].data.copy_(kept["kept"][name])
         said.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
     elif kept.get("kept"):
-        said.append("the checkpoint's weights are in 16 bits; what it keeps of their rounding is not taken")
+        said.append("the checkpoint's weights are in 16 bits and are taken so; its residuals are not taken")
     if source.damage:
         said.append(f"passed over a damaged checkpoint: {source.damage}")
     place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which no manifest vouches for"
@@ -138,7 +138,7 @@ def _check_base(source: Source, base: BaseFingerprint) -> list[str]:
 
 
 def _masters(source: Source) -> dict[str, Any]:
-    """What a checkpoint keeps beside its 16-bit weights; a copied folder has lost it."""
+    """Read the masters that a checkpoint holds beside 16-bit weights; a copied folder has none."""
     if source.slot is None or not (source.slot / STATE / "precision.json").is_file():
         return {}
     masters: dict[str, Any] = unpack(read_packed(source.slot / STATE, "precision"))["masters"]

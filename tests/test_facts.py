@@ -221,12 +221,12 @@ def test_other_contents_under_the_same_paths_are_refused(
     code, said = told(*again, "--data.eval", tmp_path / "moved.jsonl")
     assert code == 0, said
     assert f"data.eval {tmp_path / 'eval.jsonl'} -> {tmp_path / 'moved.jsonl'} (the same samples)\n" in said
-    assert "was measured with the data.eval of then" not in said
+    assert "was measured with the earlier data.eval" not in said
     change_text(tmp_path / "eval.jsonl", 4)
     code, said = told(*again, "--train.max_steps", "3")
     assert code == 0, said
     assert re.search(
-        r"\ndata.eval has other contents \(5 samples, .*\nthe best .* was measured with the data.eval of", said
+        r"\ndata.eval has other contents \(5 samples, .*\nthe best .* was measured with the earlier data.eval", said
     )
 
 

@@ -1,4 +1,4 @@
-"""What of a model is trained (LoRA, or all of it), and its files. The only room that knows PEFT."""
+"""LoRA adapters, full fine-tuning, and the model's files in a checkpoint. Only this package imports PEFT."""
 
 from typing import TYPE_CHECKING
 

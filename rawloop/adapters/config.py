@@ -1,4 +1,4 @@
-"""What a user decides about the adapter."""
+"""The settings of the adapter."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What identifies a model's weights: those that an adapter stands on, and all of them for a comparison of the ranks."""
+"""Checksums of a model's weights: to recognise the base model of an adapter, and to compare the ranks."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from rawloop.errors import CheckpointError, UserError
 BASE = "base.json"  # beside an adapter: the fingerprint of its base model, which PEFT has no use for
 BLOCK = 1 << 22  # numbers that are widened at a time
 ADAPTERS = (".lora_", ".modules_to_save.")  # what PEFT adds to a model's own weights
-# What PEFT writes around the names of a model's own weights.
+# PEFT writes these around the names of the base model's weights.
 AROUND = ("base_model.model.", ".base_layer", ".original_module")
 
 

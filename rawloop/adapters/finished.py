@@ -1,4 +1,4 @@
-"""What a finished model trains, read off the model and compared with what was asked: PEFT may make something else."""
+"""Compares a finished model with what was asked for: PEFT may have given LoRA to other layers."""
 
 import re
 from collections import Counter

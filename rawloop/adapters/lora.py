@@ -1,4 +1,4 @@
-"""LoRA through PEFT, full fine-tuning, and freezing by pattern: what of a model is trained."""
+"""LoRA through PEFT, full fine-tuning, and freezing by pattern."""
 
 import re
 import warnings

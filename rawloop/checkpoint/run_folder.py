@@ -1,7 +1,7 @@
 """Claiming an output folder, so that one run never writes over another.
 
 When a process dies, torchrun starts all of them again, also where the folder of another run was refused. So a launch
-marks the folder that it has claimed: its restarts go on from the newest checkpoint there, as `--resume auto` does.
+marks the folder that it trains into: its restarts go on from the newest checkpoint there, as `--resume auto` does.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ LOCK = ".lock"
 
 
 class Beginning(NamedTuple):
-    """What a run begins from: `latest`, the folder of a slot, or None for a fresh start.
+    """The state that a run begins from: `latest`, the folder of a slot, or None for a fresh start.
 
     `own` says that the files in its folder belong to this run, though there may be no checkpoint yet.
     """
@@ -86,7 +86,7 @@ class RunLock:
             return
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # what a held lock is differs between systems
+        except (BlockingIOError, PermissionError):  # systems differ in what they raise
             holder = os.pread(self._file, 300, 0).decode(errors="replace").strip() or "another process"
             raise UserError(
                 f"output is '{self._path.parent}', into which {holder} is training now: wait for it, end it, or pass "
@@ -203,7 +203,7 @@ def mark_launch(folder: Path, world: World, *, stopped: bool = False) -> None:
 
 
 def _mark(folder: Path, world: World) -> str | None:
-    """What the processes of this launch that torchrun has restarted have left, None if they have left nothing.
+    """Read the mark that this launch's processes left before torchrun restarted them; None if there is none.
 
     A scheduler gives a requeued job its old id: the first processes of a launch remove a mark of its name.
     """

@@ -67,7 +67,7 @@ def _tell(line: str, world: World) -> None:
 
 
 class Subject(NamedTuple):
-    """What is evaluated: a checkpoint's folder and its step, or neither, which is the base model.
+    """A checkpoint's folder and its step, or neither, which is the base model.
 
     `notices` are sentences that the user should know, or "".
     """
