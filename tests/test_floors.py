@@ -4,6 +4,7 @@ The checker reads source text, so that each rule can be shown to fail on a made-
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -345,3 +346,42 @@ def test_import_and_help_load_nothing_heavy(code: str) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert "loaded: []" in run.stdout
+
+
+# docs/architecture.md
+
+
+PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def floors_of(page: str) -> dict[str, set[str]]:
+    """The rooms that the page's diagram of floors shows, by floor."""
+    diagram = page.partition("## Floors")[2].partition("```text\n")[2].partition("```")[0]
+    found: dict[str, set[str]] = {}
+    for line in diagram.splitlines():
+        floor = re.match(r" (\d) +(\w+)", line)
+        if floor:
+            rooms = found.setdefault(floor[2], set())
+        rooms |= set(re.findall(r"(\w+)(?:\.py|/)", line[15:34]))
+        rooms |= set(re.findall(r"(\w+)\.py", line[34:])) if re.match(r" {15}\w+\.py  \w+\.py", line) else set()
+    return found
+
+
+def test_the_page_shows_every_floor_as_it_is() -> None:
+    modules = {path.stem if path.suffix == ".py" else path.name for path in PACKAGE.iterdir()}
+    assert floors_of(PAGE) == {
+        name: {room for room in rooms if not room.startswith("__") and room in modules} for name, rooms in FLOORS
+    }
+
+
+def test_files_that_the_page_names_exist() -> None:
+    named = set(re.findall(r"[\w/]+\.py\b", PAGE.replace("NAME/", "causal_lm/").replace("NAME.py", "train.py")))
+    named -= {"tests/test_floors.py", "tests/benchmarks/call_paths.py"}
+    assert len(named) > 40
+    assert [file for file in sorted(named) if not (PACKAGE / file).is_file()] == []
+
+
+def test_the_page_has_a_short_glossary_and_twenty_answers() -> None:
+    words, answers = (PAGE.partition(head)[2].partition("\n## ")[0] for head in ("## Words", "## To change X"))
+    assert 10 < words.count("\n| ") - 1 <= 20
+    assert answers.count("\n| ") - 1 == 20
