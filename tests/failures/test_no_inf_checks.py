@@ -113,7 +113,7 @@ def test_rawloop_names_an_optimizer_that_holds_other_weights(
 
 def test_rawloop_names_an_optimizer_whose_weights_have_no_part_in_the_loss(llama: Callable[..., Any]) -> None:
     policy = PrecisionPolicy(PrecisionConfig(mode="amp_fp16"), CPU)
-    model = policy.prepare(llama())
+    model: Any = policy.prepare(llama())
     policy.backward(model.model(torch.arange(4)[None]).last_hidden_state.square().mean())
     with pytest.raises(TrainingError, match="no weight of the optimizer got a gradient"):
         policy.step(AdamW(model.lm_head.parameters()), 1.0)
