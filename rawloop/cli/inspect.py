@@ -86,7 +86,7 @@ class View:
     def lines(self) -> Iterator[str]:
         """Yield the batch as lines of text."""
         pieces = [self._pieces(example) for example in self.examples]
-        lengths = [sum(piece.positions for piece in own) for own in pieces]
+        lengths = [sum(piece.positions for piece in example) for example in pieces]
         rows, width = shape_of(self.batch)
         targets = ", ".join(f"{stream} {count:,}" for stream, count in self.batch.targets.items())
         yield f"a batch of {rows} x {width} positions, {1 - sum(lengths) / (rows * width):.1%} of them padding"
@@ -97,10 +97,10 @@ class View:
             counts = self.family.collate([example]).targets.values()
             summary.append([sample.id, sample.task or "-", length, *counts])
         yield from table("ll" + "r" * (len(head) - 2), summary)
-        for row, own in enumerate(pieces):
+        for row, example in enumerate(pieces):
             yield ""
             yield f"== {self.samples[row].id} ({self.samples[row].source})"
-            yield from self._sample(row, own)
+            yield from self._sample(row, example)
 
     def _pieces(self, example: Any) -> Sequence[Piece]:
         """Return the pieces that the family shows, or one piece if it shows none."""
@@ -143,7 +143,7 @@ class View:
         codes = self._codes(piece.stream)
         if codes is None:
             return
-        own = codes[row, frame : frame + piece.positions]
+        clip = codes[row, frame : frame + piece.positions]
         labels = self._labels(piece, row, column)
         special = self.family.special_targets() if has(self.family, "special_targets") else ()
         names = {s.id: s.name for s in special if s.stream == piece.stream}
@@ -151,8 +151,8 @@ class View:
         if len(shown) > HEAD + TAIL + 1:
             shown = [*shown[:HEAD], -1, *shown[-TAIL:]]
         grid = [["frame", *("..." if t < 0 else str(t) for t in shown)]]
-        for book in range(own.shape[1]):
-            cells = ["" if t < 0 else _cell(int(own[t, book]), int(labels[t, book]), names) for t in shown]
+        for book in range(clip.shape[1]):
+            cells = ["" if t < 0 else _cell(int(clip[t, book]), int(labels[t, book]), names) for t in shown]
             grid.append([f"book {book}", *cells])
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         for cells in grid:

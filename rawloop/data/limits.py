@@ -38,7 +38,7 @@ class Limits:
     def of(cls, family: Family, model: nn.Module) -> "Limits":
         """Return the ids that a model has an embedding for, and the targets that the family's heads can name.
 
-        A token beyond the embedding is no mistake where the family's own probe has it: some models put audio in its
+        A token beyond the embedding is allowed where the family's probe has it: some models put audio in its
         place before they look anything up.
         """
         chance = family.chance() if has(family, "chance") else {}

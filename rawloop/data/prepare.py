@@ -52,7 +52,7 @@ class BadClip:
 
 @dataclass
 class PrepareReport:
-    """What `prepare` found and did. It is written to `report.json` in the cache folder.
+    """The results of `prepare`, which are written to `report.json` in the cache folder.
 
     `encoded` clips went through the codec now; `reused` ones had codes, or the content of another clip. `left_out` has
     the ids of the samples that need a bad clip. `audio_seconds` are those of the encoded clips, `seconds` wall time.

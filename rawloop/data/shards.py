@@ -39,7 +39,7 @@ NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 
 
 class Row(NamedTuple):
-    """What the index knows of one audio file, as it was when it was encoded.
+    """An audio file in the index, as it was when it was encoded.
 
     `size` is in bytes, `mtime_ns` since the epoch. `bad` says why the clip has no codes, and `skip` whether samples
     that need it are left out. `sha256` names its codes, which are in `shard`, have so many `frames` and the CRC-32

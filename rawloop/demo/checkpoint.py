@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rawloop.demo.codec import codes_in_use, fit_codec, one_thread
+from rawloop.demo.codec import fit_codec, one_thread
 from rawloop.errors import UserError
 from rawloop.hashing import sha256_files
 
@@ -51,24 +51,20 @@ SPECIAL_TOKENS = (
 )
 
 
-def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int]:
+def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> None:
     """Write `folder/model` and `folder/codec`, fitted on `speech/train`. Other files in `folder` are left alone.
 
     Both are complete before they get their names. The same seed gives the same safetensors on one machine, byte for
     byte. The processor finds the codec by its absolute path: build again after moving the folder.
 
-    Returns:
-        how many different codes of each codebook occur in `speech/eval`.
-
     Raises:
-        UserError: `speech` is not laid out as the bundled speech is, or a model or codec stands there that is not
-            the demo's.
+        UserError: `speech` has another layout than the bundled speech, or the model or codec in `folder` is no demo's.
     """
     folder = folder.resolve()
     for part in PARTS:
         if (folder / part).exists() and not (folder / part / STAMP).is_file():
             raise UserError(f"{folder / part} is no demo checkpoint and is not overwritten: name another folder")
-    train, held_out = read_split(speech / "train"), read_split(speech / "eval")
+    train = read_split(speech / "train")
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
     with tempfile.TemporaryDirectory(prefix=f"{BUILDING}{os.getpid()}-", dir=folder) as building:
@@ -81,8 +77,6 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> list[int
         build_processor(tokenizer, codec).save_pretrained(workplace / "model")
         build_model(tokenizer, seed).save_pretrained(workplace / "model")
         put_in_place(workplace, folder)
-    with one_thread():
-        return codes_in_use(codec, [clip for _, clip in held_out])
 
 
 def put_in_place(workplace: Path, folder: Path) -> None:
@@ -96,10 +90,10 @@ def put_in_place(workplace: Path, folder: Path) -> None:
 
 def clear_leftovers(folder: Path) -> None:
     """Delete the folders of builders that were killed."""
-    for left in folder.glob(f"{BUILDING}*"):
-        builder = left.name.removeprefix(BUILDING).partition("-")[0]
+    for workplace in folder.glob(f"{BUILDING}*"):
+        builder = workplace.name.removeprefix(BUILDING).partition("-")[0]
         if not (builder.isdecimal() and _is_alive(int(builder))):
-            shutil.rmtree(left)
+            shutil.rmtree(workplace)
 
 
 def _is_alive(process: int) -> bool:

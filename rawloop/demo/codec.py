@@ -128,10 +128,3 @@ def match_loudness(codec: Any, clips: Sequence[Tensor], examples: int = 8) -> No
         made.append(codec.decode(codes).audio_values.flatten())
     loudness = wanted.square().mean().sqrt() / torch.cat(made).square().mean().sqrt()
     codec.acoustic_decoder.conv2.weight.mul_(loudness)
-
-
-def codes_in_use(codec: Any, clips: Sequence[Tensor]) -> list[int]:
-    """Count the different codes of each codebook that occur in `clips` (each (samples,) float32 at 24 kHz)."""
-    with torch.no_grad():
-        codes = torch.cat([codec.encode(clip[None, None]).audio_codes[0] for clip in clips], dim=1)
-    return [len(row.unique()) for row in codes]
