@@ -195,8 +195,9 @@ def _call(call: dict[str, Any], record: Record, place: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         record.fail(f"{place}: the tool call {show(call)} has no function with a name")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        function = {**function, "arguments": _parsed(arguments, record, f"{place}: 'arguments' of {function['name']}")}
+    if isinstance(arguments, str):  # OpenAI writes "" for none
+        what = f"{place}: 'arguments' of {function['name']}"
+        function = {**function, "arguments": _parsed(arguments, record, what) if arguments.strip() else {}}
     return {**call, "function": function} if "function" in call else function
 
 

@@ -28,8 +28,9 @@ ROOT = Path(__file__).parent.parent.parent
 COPIED = ("rawloop", "tests", "setup.cfg", "pyproject.toml")
 PATIENCE = 600.0  # seconds for the tests of one fault, and for the doctor
 EVALUATE, LOOP, BATCHES, BUFFERS = "evaluate.py", "loop.py", "data/batches.py", "buffers.py"
-HIGGS, HIGGS_EXAMPLES, SHARED = "families/higgs_audio_v2.py", "families/higgs_examples.py", "families/shared.py"
-CAUSAL_LM, TEXT_EXAMPLES = "families/causal_lm.py", "families/text_examples.py"
+HIGGS, HIGGS_EXAMPLES = "families/higgs_audio_v2/__init__.py", "families/higgs_audio_v2/examples.py"
+CAUSAL_LM, TEXT_EXAMPLES = "families/causal_lm/__init__.py", "families/causal_lm/examples.py"
+CONTRACTS, LOSSES = "contracts.py", "losses.py"
 
 
 class Fault(NamedTuple):
@@ -52,9 +53,9 @@ FAULTS = (
     ),
     Fault(
         "text labels not shifted",
-        SHARED,
-        "return Labels(positions - 1, flat[positions])",
-        "return Labels(positions, flat[positions])",
+        CONTRACTS,
+        "return cls(positions - 1, flat[positions])",
+        "return cls(positions, flat[positions])",
         (
             "families/test_causal_lm.py::test_losses_equal_the_models_own",
             "families/test_audio_chat.py::test_a_batch_scores_each_target_from_the_position_before_it",
@@ -65,14 +66,14 @@ FAULTS = (
         CAUSAL_LM,
         'total = F.cross_entropy(self.logits(model, batch)["text"], ',
         'places = batch.labels["text"].positions + 1\n        total = F.cross_entropy('
-        "target_logits(unwrapped(model), batch.inputs, places), ",
+        "target_logits(without_adapter(model), batch.inputs, places), ",
         ("families/test_causal_lm.py::test_losses_are_the_cross_entropy_of_the_logits",),
     ),
     Fault(
         "stop token of speech masked",
         HIGGS_EXAMPLES,
-        "labels[k + 1 : k + 2 + frames, k] = inputs[k + 1 : k + 2 + frames, k]",
-        "labels[k + 1 : k + 1 + frames, k] = inputs[k + 1 : k + 1 + frames, k]",
+        "(place < frames + 2) & trained",
+        "(place < frames + 1) & trained",
         ("families/test_higgs_audio_v2.py::test_labels_differ_from_the_processors_exactly_where_intended",),
     ),
     Fault(
@@ -80,13 +81,13 @@ FAULTS = (
         TEXT_EXAMPLES,
         "labels[start:end] = inputs[start:end]",
         "labels[start : end - 1] = inputs[start : end - 1]",
-        ("families/test_text_examples.py::test_of_a_chat_the_trained_answer_is_learnt_and_the_end_of_its_turn",),
+        ("families/test_causal_lm_examples.py::test_of_a_chat_the_trained_answer_is_learnt_and_the_end_of_its_turn",),
     ),
     Fault(
         "BOS of speech trained",
         HIGGS_EXAMPLES,
-        "labels[k + 1 : k + 2 + frames, k] = inputs[k + 1 : k + 2 + frames, k]",
-        "labels[k : k + 2 + frames, k] = inputs[k : k + 2 + frames, k]",
+        "learnt = (place > 0)",
+        "learnt = (place >= 0)",
         ("families/test_higgs_audio_v2.py::test_labels_differ_from_the_processors_exactly_where_intended",),
     ),
     Fault(
@@ -108,7 +109,7 @@ FAULTS = (
         TEXT_EXAMPLES,
         "labels[start:end] = inputs[start:end]",
         "labels[:end] = inputs[:end]",
-        ("families/test_text_examples.py::test_of_a_chat_the_trained_answer_is_learnt_and_the_end_of_its_turn",),
+        ("families/test_causal_lm_examples.py::test_of_a_chat_the_trained_answer_is_learnt_and_the_end_of_its_turn",),
     ),
     Fault(
         "padding behind a clip counted in the loss",
@@ -127,8 +128,8 @@ FAULTS = (
     Fault(
         "delay pattern off by one",
         HIGGS_EXAMPLES,
-        "inputs[k + 1 : k + 1 + frames, k] = codes[:, k]",
-        "inputs[k + 2 : k + 2 + frames, k] = codes[:, k]",
+        "[:, None] - torch.arange(codebooks)",
+        "[:, None] - 1 - torch.arange(codebooks)",
         (
             "families/test_higgs_audio_v2.py::test_inputs_equal_the_processors",
             "families/test_higgs_audio_v2.py::"
@@ -138,8 +139,8 @@ FAULTS = (
     Fault(
         "codebooks swapped",
         HIGGS_EXAMPLES,
-        "inputs[k + 1 : k + 1 + frames, k] = codes[:, k]",
-        "inputs[k + 1 : k + 1 + frames, k] = codes[:, codebooks - 1 - k]",
+        "inputs = stream.gather(",
+        "inputs = stream.flip(1).gather(",
         ("families/test_higgs_audio_v2.py::test_inputs_equal_the_processors",),
     ),
     Fault(
@@ -151,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         "training loss a mean of micro-batches' means",
-        LOOP,
+        LOSSES,
         "ranks * weights[stream] / (targets[stream] or 1)",
         "ranks * weights[stream] / (losses[stream].targets or 1)",
         ("test_loop.py::test_accumulation_equals_one_large_batch",),
@@ -165,14 +166,14 @@ FAULTS = (
     ),
     Fault(
         "world size not multiplied back",
-        LOOP,
+        LOSSES,
         "ranks * weights[stream] / (targets[stream] or 1)",
         "weights[stream] / (targets[stream] or 1)",
         ("test_loop.py::test_two_processes_equal_one",),
     ),
     Fault(
         "weights of streams ignored in training",
-        LOOP,
+        LOSSES,
         "ranks * weights[stream] / (targets[stream] or 1)",
         "ranks / (targets[stream] or 1)",
         ("test_loop.py::test_the_weight_of_a_stream_scales_its_gradient",),
@@ -207,7 +208,7 @@ FAULTS = (
     ),
     Fault(
         "a stream without targets dropped from the loss",
-        LOOP,
+        LOSSES,
         "factors = {stream: ranks * weights[stream] / (targets[stream] or 1) for stream in losses}",
         "factors = {s: ranks * weights[s] / targets[s] for s in losses if targets[s]}",
         ("test_bad_batches.py::test_two_ranks_equal_one_whatever_their_windows_lack",),
@@ -215,28 +216,22 @@ FAULTS = (
     Fault(
         "evaluation loss a mean of batches' means",
         EVALUATE,
-        "rows += [total for total, _ in named.values()]\n"
-        "            measured.append((list(named), batch.ids))\n"
-        "            for name, (_, count) in named.items():\n"
-        "                counts[name] = counts.get(name, 0) + count",
-        "rows += [total / max(count, 1) for total, count in named.values()]\n"
-        "            measured.append((list(named), batch.ids))\n"
-        "            for name in named:\n"
-        "                counts[name] = counts.get(name, 0) + 1",
+        "(next(read) if isinstance(t, Tensor) else float(t), count)",
+        "((next(read) if isinstance(t, Tensor) else float(t)) / max(count, 1), 1)",
         ("test_evaluate.py::test_eval_loss_is_the_sum_over_the_count_per_stream_and_codebook",),
     ),
     Fault(
         "weights of streams ignored in evaluation",
         EVALUATE,
-        "sum(weight * means[stream] for stream, weight in self.weights.items() if weight)",
-        "sum(means[stream] for stream, weight in self.weights.items() if weight)",
+        "sum(weight * means[LOSS + stream]",
+        "sum(means[LOSS + stream]",
         ("test_evaluate.py::test_weights_of_streams_weigh_their_means",),
     ),
     Fault(
         "last batch of the evaluation set dropped",
         BATCHES,
-        "for start in range(0, len(own), batch_size)]",
-        "for start in range(0, len(own) - batch_size + 1, batch_size)]",
+        "for start in range(0, len(share), batch_size)]",
+        "for start in range(0, len(share) - batch_size + 1, batch_size)]",
         (
             "data/test_batches.py::test_evaluation_shares_hold_every_sample_exactly_once",
             "test_evaluate.py::test_eval_loss_is_the_sum_over_the_count_per_stream_and_codebook",
@@ -255,8 +250,8 @@ FAULTS = (
     Fault(
         "evaluation batches that are not finite dropped",
         EVALUATE,
-        "values = {name: next(numbers) for name in names}",
-        "values = {name: v if math.isfinite(v) else 0.0 for name, v in zip(names, numbers)}",
+        "torch.stack(rows).cpu()",
+        "torch.stack(rows).nan_to_num(0.0, 0.0, 0.0).cpu()",
         ("test_evaluate.py::test_a_loss_that_is_not_finite_is_named_and_never_best",),
     ),
     Fault(

@@ -176,6 +176,13 @@ def test_tools_and_calls_go_to_the_template_as_objects(arguments: object, tools:
     assert sample.turns[2] == Turn("tool", (), False, {"tool_call_id": "c1", "name": "lamp"})
 
 
+@pytest.mark.parametrize("none", ["", " ", "{}", {}])
+def test_a_call_without_arguments_is_taken(none: object, jsonl: Write) -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "off", "arguments": none}}]}
+    sample = one(jsonl({"messages": [ASK, calls, TOLD]}))
+    assert sample.turns[1].fields == {"tool_calls": [{"function": {"name": "off", "arguments": {}}}]}
+
+
 def test_samples_with_other_tools_calls_and_segments_are_other_samples(jsonl: Write) -> None:
     call = [{**TOLD, "tool_calls": [{"name": "lamp", "arguments": {"on": on}}]} for on in (0, 1)]
     records = [CHAT, *({**CHAT, "tools": [{**LAMP, "type": name}]} for name in ("a", "b"))]

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rawloop.contracts import IGNORE, Batch
-from rawloop.diagnose import Reading, Verdict, judge, read_losses
+from rawloop.diagnose import Reading, Verdict, judge, probe, read_losses
 from rawloop.diagnose.verdict import CHANCE_FROM, LEAK_BELOW, VARIETY, lines
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.losses import LossModule
@@ -250,3 +251,39 @@ def test_measuring_leaves_no_trace(
     before = watched()
     read_losses(family, module, batches, nullcontext)
     assert watched() == before
+
+
+class NoFloat64(TorchFunctionMode):
+    """Takes every tensor for one on a device without float64, as MPS is, until `cpu()` is called on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host: dict[int, Any] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [value for value in args if isinstance(value, Tensor)]
+        if isinstance(result, Tensor):
+            if func is Tensor.cpu or not given or any(id(tensor) in self.host for tensor in given):
+                self.host[id(result)] = result
+            elif result.dtype == torch.float64:
+                raise TypeError(f"{func.__name__}: the device has no float64")
+        return result
+
+
+def test_no_check_needs_float64_on_the_device(family: HiggsAudioV2, module: LossModule, examples: list[Any]) -> None:
+    batch = family.collate(examples[:2])
+    with NoFloat64(), pytest.raises(TypeError, match="double: the device has no float64"):
+        batch.labels["audio"].targets.double()
+    with NoFloat64():
+        readings = read_losses(family, module, [batch], nullcontext, [examples[:2]])
+        movements = probe(family, module.model, batch, nullcontext)
+    assert all(math.isfinite(reading.nats) for reading in readings.values())
+    assert {movement.outcome() for movement in movements.values()} == {"PASS"}
+
+
+def test_without_a_known_chance_only_chance_is_not_judged() -> None:
+    assert judge("text", reading(1000.0), None).kind == "OK"
+    assert judge("text", reading(0.001), None).kind == "LEAK"
+    assert judge("text", reading(math.nan), None).kind == "DEAD"
+    assert "unknown" in lines([judge("text", reading(5.0), None)], 1, False)[2]
