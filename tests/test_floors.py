@@ -25,6 +25,7 @@ FLOORS = (
             "contracts",
             "launcher",
             "waiting",
+            "host_memory",
             "dist",
             "preempt",
             "records",

@@ -87,6 +87,31 @@ def load_renaming(path: str) -> nn.Module:
     return model
 
 
+class WritesItself(Renaming):
+    """Its `save_pretrained` takes no weights: it writes those that it has."""
+
+    def save_pretrained(self, folder: Path) -> None:  # type: ignore[override]
+        super().save_pretrained(folder)
+
+
+def test_a_model_that_takes_no_weights_is_copied_to_the_host_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = WritesItself()
+    taken = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def refuse(*arguments: object) -> Any:
+        raise AssertionError("a weight is copied where it lies, on the GPU")
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", refuse)
+    write = ModelFiles(model, load_renaming).snapshot(copy=True)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()  # training goes on
+    write(tmp_path)
+    torch.testing.assert_close(load_renaming(str(tmp_path)).state_dict(), taken, rtol=0, atol=0)
+
+
 def test_weights_under_other_names_are_compared_by_their_numbers(tmp_path: Path) -> None:
     model, fresh = Renaming(), Renaming()
     ModelFiles(model, load_renaming).snapshot(copy=False)(tmp_path)

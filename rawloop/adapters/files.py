@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -20,6 +19,7 @@ from rawloop.adapters.fingerprint import BASE, BaseFingerprint
 from rawloop.adapters.lora import SCALE
 from rawloop.buffers import Place, places
 from rawloop.errors import CheckpointError, UserError
+from rawloop.host_memory import copy_to_host, host_model, wait_for_copies
 
 WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
 BUFFERS = "buffers.safetensors"  # beside an adapter: those that training moves and PEFT's file does not hold
@@ -68,16 +68,16 @@ class ModelFiles:
         of no use after the next call, whose copies take the place of its own.
         """
         model, weights = self.model, self.model.state_dict()
-        if copy and not self.is_adapter and not _takes_weights(model):
-            model = deepcopy(model)
-            weights = model.state_dict()
-        elif copy:
+        if copy:
             stored = self._of_adapter(weights) if self.is_adapter else weights
             taken = {id(tensor) for tensor in [*stored.values(), *self._beside(weights).values()]}
             self._copies = copied(
                 {name: tensor for name, tensor in weights.items() if id(tensor) in taken}, self._copies
             )
+            wait_for_copies()
             weights = weights | self._copies
+            if not self.is_adapter and not _takes_weights(model):
+                model = host_model(model, weights)
         return partial(self._write, model, weights)
 
     def _of_adapter(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -212,16 +212,10 @@ def copied(tensors: Mapping[str, Tensor], spare: Mapping[str, Tensor]) -> dict[s
         key = memory_of(name, tensor)
         if key not in made:
             free = spare.get(name)
-            made[key] = _copy(tensor.detach(), None if id(free) in reused else free)
+            made[key] = copy_to_host(tensor, None if id(free) in reused else free)
             reused.add(id(made[key]))
         result[name] = made[key]
     return result
-
-
-def _copy(tensor: Tensor, spare: Tensor | None) -> Tensor:
-    if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
-        return tensor.to("cpu", copy=True)
-    return spare.copy_(tensor)
 
 
 def write_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

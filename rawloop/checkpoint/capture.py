@@ -6,6 +6,7 @@ Where saving is asynchronous it is a copy in host memory, which is written over 
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from rawloop.checkpoint.writer import STATE, Contents
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import UserError
+from rawloop.host_memory import wait_for_copies
 
 
 class PerRank(Stateful, Protocol):
@@ -125,10 +127,11 @@ class Capture:
         steps = [rank_step for rank_step, _ in every_rank]
         assert steps == [step] * self.world.size, f"ranks save different steps: {steps}"
         shared = {name: packed for name, packed in states.items() if name not in self.parts.per_rank}
-        folders = {}
-        if self.world.is_main:
-            folders = {name: (part.folder, part.snapshot(self.copy)) for name, part in self.parts.folders.items()}
-        return Contents(step, self.versions, shared, [own for _, own in every_rank], folders)
+        folders = self.world.on_all_ranks(self._snapshots, only_main=True)
+        return Contents(step, self.versions, shared, [own for _, own in every_rank], folders or {})
+
+    def _snapshots(self) -> dict[str, tuple[str, Callable[[Path], None]]]:
+        return {name: (part.folder, part.snapshot(self.copy)) for name, part in self.parts.folders.items()}
 
     def _collect(self, settle: Callable[[], None]) -> dict[str, Packed]:
         """Take the state of every part; packing it copies from the device, so other ranks pack only their own."""
@@ -141,4 +144,5 @@ class Capture:
         spare = {name: packed.tensors for name, packed in self._copies.items()}
         self._copies = {}  # one that is half written over is of no use to anybody
         self._copies = {name: pack(states[name], copy=True, spare=spare.get(name, NOTHING)) for name in wanted}
+        wait_for_copies()
         return self._copies

@@ -218,7 +218,8 @@ class CheckpointManager:
 
     def settle(self) -> None:
         """Wait for the saves under way, and report them; see `poll`."""
-        self._saves.wait()
+        with self.world.working():
+            self._saves.wait()
         self.poll()
 
     def finish(self) -> None:
@@ -315,8 +316,8 @@ class CheckpointManager:
     def load(self, which: str | Path = "latest") -> Restored:
         """Restore every part from `latest`, the newest whole checkpoint of this run, or from the folder of a slot.
 
-        It waits for saves under way. Every rank verifies every file. A damaged slot is passed over for an older one on
-        all ranks together, each with an event, but one that was asked for by its path is an error.
+        It waits for saves under way. One rank of each machine verifies every file. A damaged slot is passed over for
+        an older one on all ranks, each with an event; one that is named by its path is an error.
 
         Raises:
             UserError: there is no checkpoint, or no such folder.
@@ -334,8 +335,11 @@ class CheckpointManager:
         for slot, why in chosen.passed_over.items() if self.world.is_main else ():
             self.records.event("warning", step=step_of(slot), reason=f"passed over a checkpoint: {why}")
         slot = chosen.slot
-        manifest = self.world.on_all_ranks(lambda: self._restore(slot))
+        manifest = self.world.on_all_ranks(lambda: self._check(slot))
         assert manifest is not None
+        # One rank of a machine after another: each reads the whole optimizer into host memory for a moment.
+        for turn in range(1 + max(self.world.gather(self.world.local_rank))):
+            self.world.on_all_ranks(lambda turn=turn: self._restore(slot, manifest, turn))  # type: ignore[misc]
         own = self._slot(manifest.step)
         self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()
         self._settled_step = -1 if self._elsewhere else manifest.step
@@ -348,10 +352,15 @@ class CheckpointManager:
     def _slot(self, step: int) -> Path:
         return self.folder / slots.CHECKPOINTS / slots.slot_name(step)
 
-    def _restore(self, slot: Path) -> Manifest:
-        """Restore weights first and random streams last, because building the former may draw from the latter."""
+    def _check(self, slot: Path) -> Manifest:
         manifest = read_manifest(slot)
         check_parts(slot, manifest, {*self.parts.states, *self.parts.folders})
+        return manifest
+
+    def _restore(self, slot: Path, manifest: Manifest, turn: int) -> None:
+        """Restore weights first and random streams last, because building the former may draw from the latter."""
+        if self.world.local_rank != turn:
+            return
         for name, folder_part in self.parts.folders.items():
             folder_part.load(slot / manifest.folders[name])
         for name, part in self.parts.states.items():
@@ -367,7 +376,6 @@ class CheckpointManager:
             names = ", ".join(self.parts.per_rank)
             reason = f"what this rank has of its own ({names}) starts afresh: {manifest.world_size} rank(s) wrote it"
             self.records.event("restore", step=manifest.step, reason=reason)
-        return manifest
 
 
 def _write(run: Path, contents: Contents, config: CheckpointConfig, expected: int) -> Written:

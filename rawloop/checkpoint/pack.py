@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rawloop.host_memory import copy_to_host
+
 # the names that the safetensors format gives to dtypes
 DTYPES = {
     torch.float64: "F64",
@@ -49,7 +51,7 @@ def pack(state: Any, copy: bool = False, spare: Mapping[str, Tensor] = NOTHING, 
 
     Takes dicts with string keys, lists, tuples, tensors, int, float, bool, str and None. A tensor becomes a plain,
     contiguous CPU tensor; one that is already so is copied only if `copy` says so. `spare` has memory by path that
-    a copy may be written over, such as the tensors of an earlier copy: memory that is fresh costs five times as much.
+    a copy may be written over, such as the tensors of an earlier copy; call `wait_for_copies` before reading copies.
     `dry` only looks whether it can be stored: tensors are left where they are.
 
     Raises:
@@ -100,14 +102,7 @@ def _checked(tensor: Tensor, path: str) -> Tensor:
 def _plain(plain: Tensor, copy: bool, spare: Tensor | None) -> Tensor:
     if not copy:
         return plain.to("cpu").resolve_conj().resolve_neg().contiguous()
-    return copy_to(plain, spare)
-
-
-def copy_to(tensor: Tensor, spare: Tensor | None) -> Tensor:
-    """Return a contiguous copy on the CPU, in the memory of `spare` if that fits."""
-    if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
-        return tensor.to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
-    return spare.copy_(tensor)
+    return copy_to_host(plain, spare)
 
 
 def _escaped(key: str) -> str:

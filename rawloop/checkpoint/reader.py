@@ -1,4 +1,4 @@
-"""Choosing a slot to restore: the newest that every rank finds whole, or the one the user named. Read-only."""
+"""Choosing a slot to restore: the newest that every machine finds whole, or the one the user named. Read-only."""
 
 from os.path import expanduser
 from pathlib import Path
@@ -12,14 +12,16 @@ from rawloop.hashing import sha256_file
 
 
 class Chosen(NamedTuple):
-    """The slot to restore, whose every file every rank has verified, and newer ones that are damaged, with reasons."""
+    """The slot to restore, of which every machine has verified every file, and newer ones that are damaged: why."""
 
     slot: Path
     passed_over: dict[Path, str]
 
 
 def choose(run: Path, which: str | Path, world: World) -> Chosen:
-    """Verify the slot that is asked for; of `latest`, take the newest that every rank finds whole. Reads only.
+    """Verify the slot that is asked for; of `latest`, take the newest that every machine finds whole. Reads only.
+
+    The first rank of each machine reads all files, the others take its word.
 
     Raises:
         UserError: there is no checkpoint, or no such folder, or another one on some rank.
@@ -27,7 +29,7 @@ def choose(run: Path, which: str | Path, world: World) -> Chosen:
     """
     if which != "latest":
         named = slots.resolve_best(Path(expanduser(which)))
-        world.on_all_ranks(lambda: check_slot(named))
+        world.on_all_ranks(lambda: check_slot(named, all_files=world.local_rank == 0))
         check_same(named, world)
         return Chosen(named, {})
     seen = world.on_all_ranks(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)
@@ -67,10 +69,11 @@ def check_same(slot: Path | None, world: World) -> None:
 
 
 def _why_not(slot: Path, world: World) -> str | None:
-    """Return the first rank's reason against a slot, or None if all ranks find it whole."""
+    """Return the first rank's reason against a slot, or None if all machines find it whole."""
+    mine = None
     try:
-        verify(slot)
-        mine = None
+        with world.working():
+            verify(slot) if world.local_rank == 0 else read_manifest(slot)
     except CheckpointError as error:
         mine = str(error)
     found = [(rank, reason) for rank, reason in enumerate(world.gather(mine)) if reason is not None]
@@ -80,7 +83,7 @@ def _why_not(slot: Path, world: World) -> str | None:
     return reason if rank == 0 else f"rank {rank}: {reason}"
 
 
-def check_slot(slot: Path) -> None:
+def check_slot(slot: Path, *, all_files: bool = True) -> None:
     """Refuse a path that the user gave and that is no whole checkpoint.
 
     Raises:
@@ -97,7 +100,7 @@ def check_slot(slot: Path) -> None:
     if not (slot / NAME).exists() and not slots.is_slot_name(slot):
         what = "a part of a checkpoint" if (slot.parent / NAME).exists() else "no checkpoint"
         raise UserError(f"resume is '{slot}', which is {what}: {advice}")
-    verify(slot)
+    verify(slot) if all_files else read_manifest(slot)
 
 
 def check_parts(slot: Path, manifest: Manifest, expected: set[str]) -> None:

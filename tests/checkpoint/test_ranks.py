@@ -1,5 +1,6 @@
 """The manager on two processes: one state per rank, one decision for all, and nobody left waiting."""
 
+import hashlib
 import os
 import random
 import re
@@ -8,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,7 @@ def test_saving_on_two_ranks(tmp_path: Path, run_ranks: RunRanks) -> None:
 
 def loading(world: World, run: Path, homes: list[Path]) -> dict[str, Any]:
     """Each rank stands in a folder of its own, as on two machines, and sees `run` there."""
+    world = replace(world, local_rank=0)
     os.chdir(homes[world.rank])
     rank = Ranks(world, run)
     try:
@@ -166,3 +169,39 @@ def test_loading_on_more_ranks_than_saved_where_one_finds_damage(tmp_path: Path,
     said = {(event["rank"], event["kind"]): event["reason"] for home in homes for event in read_events(home / run)}
     assert "passed over a checkpoint: rank 1: run/checkpoints/step-00000002: state/counter.json" in said[0, "warning"]
     assert said[1, "restore"] == "what this rank has of its own (rng) starts afresh: 1 rank(s) wrote it"
+
+
+class Timed(Counter):
+    """Notes when it is restored."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.began = time.monotonic()
+        time.sleep(0.1)
+        super().load_state_dict(state)
+        self.ended = time.monotonic()
+
+
+def restoring(world: World, run: Path) -> tuple[int, float, float]:
+    """Restore as one of two ranks of a machine; return how many files were hashed, and when the part was restored."""
+    Ranks(world, run).save(1)
+    counter, hashed = Timed(0), []
+    rank = Ranks(replace(world, local_rank=world.rank), run)
+    digest = hashlib.file_digest
+    hashlib.file_digest = lambda file, *rest: hashed.append(file.name) or digest(file, *rest)  # type: ignore
+    try:
+        with rank.manager(counter) as manager:
+            manager.load()
+            manager.load(run / "checkpoints" / "step-00000001")
+    finally:
+        hashlib.file_digest = digest
+    assert counter.value == 7
+    return len([name for name in hashed if not str(name).endswith("MANIFEST.json")]), counter.began, counter.ended
+
+
+def test_one_rank_of_a_machine_reads_all_files_and_they_restore_one_after_another(
+    tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    (first, _, ended), (second, began, _) = run_ranks(restoring, tmp_path / "run")
+    assert first == 2 * 5  # counter.json, and a json and tensors of each rank's random streams, each time
+    assert second == 0
+    assert ended <= began
