@@ -13,7 +13,7 @@ from rawloop.checkpoint import find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.pack import unpack
-from rawloop.checkpoint.slots import CHECKPOINTS, is_slot_name
+from rawloop.checkpoint.slots import CHECKPOINTS, is_slot_name, resolve_best
 from rawloop.checkpoint.writer import STATE
 from rawloop.contracts import Family
 from rawloop.dist import World
@@ -59,7 +59,7 @@ def find_source(given: str, world: World) -> Source:
 
 
 def _find(given: str) -> Source:
-    path, damage = Path(expanduser(given)), ""
+    path, damage = resolve_best(Path(expanduser(given))), ""
     if path.name == "latest" and not path.exists():
         found = find_latest(path.parent)
         damage = "; ".join(found.damaged.values())
