@@ -256,7 +256,9 @@ def _world_of(default: Any) -> World:
     # Agreements have a group of their own: a plain NCCL group cannot reduce CPU tensors, and here `Waiting` sets the
     # limits, for a rank that works longer than ddp.timeout ends nothing.
     group = dist.new_group(backend="gloo", timeout=limit)
-    dist.distributed_c10d._set_pg_timeout(FOREVER, group)
+    # torch 2.15 has made this public, and warns of the private name.
+    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
+    set_timeout(FOREVER, group)
     store = dist.PrefixStore("rawloop", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
     return replace(world, waiting=Waiting(store, rank, size, limit.total_seconds()), group=group)
 
