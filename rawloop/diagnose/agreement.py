@@ -1,6 +1,6 @@
-"""The cross-check of a family's two answers: what `losses` sums must be the cross-entropy of `logits` at the labels.
+"""Compares a family's `losses` with the cross-entropy of its `logits` at the labels.
 
-The other checks look at `logits`; what is trained is `losses`. A loss that is not shifted goes unseen where the logits
+The other checks look at `logits`, and training uses `losses`. A loss that is not shifted goes unseen where the logits
 are right, and looks like chance to a model that knows nothing.
 """
 
@@ -23,7 +23,7 @@ SINGLE, SHARE = 1e-5, 1 / 32
 def disagreements(
     losses: Mapping[str, StreamLoss], logits: Mapping[str, Tensor], batch: Batch, eps: float
 ) -> dict[str, str]:
-    """Say by stream (`audio`), or part (`audio/3`) where the whole agrees, how losses differ from their logits.
+    """Return how losses differ from their logits, by stream (`audio`), or part (`audio/3`) if the whole agrees.
 
     Args:
         losses: of the batch.

@@ -40,7 +40,7 @@ class Movement(NamedTuple):
     tolerance: float
 
     def join(self, other: "Movement") -> "Movement":
-        """Both together, as those of two ranks."""
+        """Join the movements of two ranks."""
         pairs = {what: (self.later.get(what, NONE), other.later.get(what, NONE)) for what in self.later | other.later}
         return Movement(
             self.earlier + other.earlier,
@@ -50,7 +50,7 @@ class Movement(NamedTuple):
         )
 
     def outcome(self) -> Outcome:
-        """What it shows."""
+        """Return the outcome."""
         if self.moved_earlier > self.tolerance:
             return "LEAK"
         if self.tolerance > NOISY:
@@ -83,7 +83,7 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
     """Compare the logits of a batch before and after `family.perturb`, with dropout off; nothing else is changed.
 
     The tolerance is the larger of two. Rounding: some units of float32 for each layer, and one of the coarsest dtype
-    that the model computes in; shapes stay the same, so that what does not see the change is computed alike, mostly to
+    that the model computes in. Shapes stay the same, so a prediction that does not see the change is mostly the same to
     the bit. Noise: twice what moves when the same batch is run again, with the same random numbers.
 
     Args:
@@ -116,7 +116,7 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
 
 
 def _moved(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[int, float]:
-    """The number of chosen targets, and how far their logits moved; none if there is nothing to be compared."""
+    """Return the number of chosen targets, and how far their logits moved; 0 if there is nothing to compare."""
     count = int(chosen.sum())
     if not count or not bool(before.isfinite().all() & after.isfinite().all()):
         return NONE
@@ -125,9 +125,10 @@ def _moved(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[int, float]:
 
 
 def _rounding(model: nn.Module, autocast: Autocast) -> float:
-    """What rounding may move: in float32, in which sums are made, by each layer; once in the coarsest dtype.
+    """Return how far rounding may move logits: by each layer in float32, as sums are; once in the coarsest dtype.
 
-    Not more of a 16-bit dtype: 64 units of bfloat16 are half the largest logit, 3 are all that context moves in GPT-2.
+    A 16-bit dtype is not counted by layers: 64 units of bfloat16 are half the largest logit, and in GPT-2 context
+    moves logits by 3.
     """
     layers = max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=0)
     summing = torch.finfo(torch.float32).eps * ROUNDINGS * max(LAYERS, layers)
@@ -135,7 +136,7 @@ def _rounding(model: nn.Module, autocast: Autocast) -> float:
 
 
 def lines(movements: dict[str, Movement]) -> list[str]:
-    """The probe's results as a table: a row per stream, and one more per further context."""
+    """Return the results as a table: a row per stream, and one more per further context."""
     rows: list[list[object]] = [["stream", "must stay", "moved by", "must move", "with", "moved by", "result"]]
     for stream, m in movements.items():
         result = f"{m.outcome()}: {m.why()}" if m.why() else m.outcome()

@@ -31,7 +31,7 @@ class Census:
     silent: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Census") -> "Census":
-        """Both samples together, as those of two ranks."""
+        """Join the counts of two ranks."""
         total = Census(self.samples + other.samples, dict(self.roles), {**self.codebooks, **other.codebooks})
         for key, (positions, targets) in other.roles.items():
             known = total.roles.get(key, (0, 0))
@@ -73,7 +73,7 @@ class Census:
         return found
 
     def lines(self) -> list[str]:
-        """The census as two tables."""
+        """Return the census as two tables."""
         roles: list[list[object]] = [["role", "stream", "positions", "targets", "masked"]]
         for (role, stream), (positions, targets) in self.roles.items():
             masked = 1 - targets / (positions * self.codebooks[stream])
@@ -91,7 +91,7 @@ class Census:
         return [head, *tables, *(["", *table("llrll", specials)] if self.specials else [])]
 
     def as_json(self) -> dict[str, Any]:
-        """What goes into census.json."""
+        """Return the content of census.json."""
         roles = [
             {"role": role, "stream": stream, "positions": positions, "targets": targets}
             for (role, stream), (positions, targets) in self.roles.items()

@@ -21,8 +21,8 @@ from rawloop.diagnose.verdict import Reading, judge, read_losses
 from rawloop.dist import World
 from rawloop.losses import LossModule
 
-# Samples of all ranks together up to which labels are counted, where the first ones do not tell whether a token that
-# must be learnt is a target.
+# Labels are counted in up to so many samples of all ranks, if the first ones do not show whether a token that must be
+# learnt is a target.
 COUNTED = 512
 
 PROBED = ("perturb", "logits")
@@ -38,7 +38,7 @@ Examples = Callable[[int, int], Sequence[Sequence[Any]]]
 
 
 class Policy(Protocol):
-    """What the checks need of a precision policy."""
+    """The part of a precision policy that the checks use."""
 
     device: torch.device
 
@@ -58,7 +58,7 @@ def run_checks(
     """Run the three checks, all ranks together; the model and random streams are left as they are.
 
     Args:
-        config: what is expected and allowed.
+        config: the findings that are expected or allowed.
         family: of the model.
         module: the raw model with its loss, prepared by the policy, not wrapped in DDP.
         examples: gives this rank's examples of its micro-batches from one number up to another, a list for each; fewer

@@ -1,4 +1,4 @@
-"""What the checks before step 0 expect, and what they let pass."""
+"""Configures the checks before step 0: findings that are expected, and findings that do not stop the run."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,6 +1,6 @@
-"""Where a loss or a gradient that is not finite comes from: what is found by running it again, and no more.
+"""Finds where a loss or gradient that is not finite comes from, by running its batch again.
 
-Nothing of this runs while all is well.
+Nothing of this runs while all is finite.
 """
 
 import math
@@ -24,13 +24,13 @@ def cause(
     finite: Callable[[Batch], bool],
     plain: Callable[[Batch], bool] | None = None,
 ) -> str:
-    """Say why a batch gives what is not finite: damaged weights, or else which samples, which inputs, which module.
+    """Say why a pass is not finite: damaged weights, or else which samples, which inputs, which module.
 
     Args:
         model: the raw model.
         batch: on the model's device.
         alone: the batch's samples, a batch for each; empty if they cannot be had.
-        finite: runs the pass that gave it, and says whether what it gives is finite.
+        finite: runs the pass on a batch, and says whether its result is finite.
         plain: the same without autocast, where the model can do that.
     """
     damaged = _damaged(model)
@@ -63,7 +63,7 @@ def _damaged(model: nn.Module) -> str | None:
 
 
 def _not_a_mask(tensor: Tensor) -> Tensor:
-    """Where a tensor is NaN or plus infinity."""
+    """Return where a tensor is NaN or plus infinity."""
     return tensor.isnan() | (tensor == math.inf)
 
 
@@ -90,18 +90,18 @@ def _inputs(batch: Batch) -> list[str]:
 
 
 def _blind(mask: Tensor) -> int:
-    """In how many rows of a mask, added or multiplied, everything is blocked."""
+    """Return in how many rows of a mask, added or multiplied, everything is blocked."""
     blocked = mask <= BLOCKED if mask.is_floating_point() and bool((mask < 0).any()) else mask == 0
     return int(blocked.all(-1).sum())
 
 
 @contextmanager
 def _first_place(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """While this is open, note the first module that makes what is not finite of what is, forward, or else backward."""
+    """While this is open, find the first module that turns finite numbers into others, forward, or else backward."""
     first: dict[str, str] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, given: Any, named: Any, made: Any) -> None:
+        def inspect(module: nn.Module, given: Any, named: Any, made: Any) -> None:
             inputs = [*_tensors((given, named))]
             for tensor in _tensors(made):
                 if _any(_not_a_mask, tensor) and not any(_any(_not_a_mask, one) for one in inputs):
@@ -110,14 +110,14 @@ def _first_place(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
                 if not no_log and _any(torch.isneginf, tensor):
                     first.setdefault("log", f"{name} makes minus infinity")
                 if tensor.requires_grad:
-                    tensor.register_hook(note_gradient)  # type: ignore[no-untyped-call]
+                    tensor.register_hook(inspect_gradient)  # type: ignore[no-untyped-call]
 
-        def note_gradient(gradient: Tensor) -> None:
+        def inspect_gradient(gradient: Tensor) -> None:
             if not bool(gradient.isfinite().all()):
                 where = f"what {name} gives ({_dtype(gradient)})"
                 first.setdefault("backward", f"going back, the first gradient that is not finite is that of {where}")
 
-        return note
+        return inspect
 
     with ExitStack() as hooks:
         for name, part in model.named_modules():

@@ -1,7 +1,7 @@
-"""The loss verdict: each stream's and codebook's first loss against chance, before anything is trained on it.
+"""The loss verdict: the first loss of each stream and codebook, compared with chance before training.
 
-A loss curve says that a number falls. Whether it began where it should is seen only beside what a uniform guess gives:
-two published runs of Higgs Audio v2 that reported success had losses of chance and of a thousandth of it.
+A loss curve shows that a number falls. Only the loss of a uniform guess shows whether it began where it should: two
+published runs of Higgs Audio v2 that reported success had losses of chance and of a thousandth of it.
 """
 
 import math
@@ -40,7 +40,7 @@ SAME = 1e-6  # of the largest logit: as good as equal
 
 @dataclass
 class Reading:
-    """What was measured of a stream or of one of its codebooks.
+    """The measurements of a stream or of one of its codebooks.
 
     `nats` is a sum over `targets`, and so is `entropy` (each target counts with that of the targets of its batches).
     The others say what is wrong, if anything is: `gradient` why no trained weight learns from it, and `logits` that
@@ -57,7 +57,7 @@ class Reading:
     mismatch: str = ""
 
     def __add__(self, other: "Reading") -> "Reading":
-        """Both together, as those of two ranks; what has no target says nothing."""
+        """Join the readings of two ranks. One without targets counts for nothing."""
         if not self.targets or not other.targets:
             return self if self.targets else other
         return Reading(
@@ -137,8 +137,10 @@ def read_losses(
                 logits = passes.logits(batch)
             logits = {stream: logits[stream] for stream, chosen in first.items() if chosen is batch}
             for stream, rows in logits.items():
-                _note_variety(readings, stream, rows)
-            for name, said in disagreements(scored[id(batch)], logits, batch, passes.eps()).items():
+                _check_variety(readings, stream, rows)
+            for name, said in disagreements(
+                scored[id(batch)], logits, batch, coarsest_eps(module.model, autocast)
+            ).items():
                 readings[name].mismatch = said
     with untouched(module, training=True):
         for stream, seen in [(s, b) for s, b in first.items() if b is not None and not readings[s].not_finite]:
@@ -164,7 +166,7 @@ def _scored(
 
 @dataclass
 class Passes:
-    """Forward and backward passes of one model, and what they say if something is wrong with them."""
+    """Forward and backward passes of one model, and the causes if something is wrong with them."""
 
     family: Family
     module: LossModule
@@ -172,19 +174,15 @@ class Passes:
     examples: Mapping[int, Sequence[Any]]  # of batches, by their id()
 
     def losses(self, batch: Batch) -> dict[str, StreamLoss]:
-        """Every stream's loss, in the precision of training."""
+        """Return every stream's loss, in the precision of training."""
         with preserved_rng(), self.autocast():
             losses: dict[str, StreamLoss] = self.module(batch)
         return losses
 
     def logits(self, batch: Batch) -> dict[str, Tensor]:
-        """Every target's logits, by stream: with the random numbers that the losses were computed with."""
+        """Return every target's logits, by stream, with the random numbers that the losses were computed with."""
         with preserved_rng(), self.autocast():
             return self.family.logits(self.module.model, batch)
-
-    def eps(self) -> float:
-        """The rounding of what the model computes in."""
-        return coarsest_eps(self.module.model, self.autocast)
 
     def gradient(self, batch: Batch, stream: str) -> tuple[str, str]:
         """Say why no trained weight learns from a stream, and what is not finite in its gradient, if so."""
@@ -202,7 +200,7 @@ class Passes:
         return "its gradient is zero in every trained weight" if none else "", ""
 
     def why_not_finite(self, batch: Batch, stream: str) -> str:
-        """Say what a loss that is not finite comes from; see `rawloop.diagnose.notfinite`."""
+        """Say where a loss that is not finite comes from; see `rawloop.diagnose.notfinite`."""
 
         def finite(one: Batch) -> bool:
             return bool(self.losses(one)[stream].total.isfinite())
@@ -212,8 +210,8 @@ class Passes:
 
         model = self.module.model
         single = all(weight.dtype == torch.float32 for weight in model.parameters())
-        found = cause(model, batch, self._alone(batch), finite, plain if single else None)
-        return f"its loss is not finite: {found}"
+        said = cause(model, batch, self._alone(batch), finite, plain if single else None)
+        return f"its loss is not finite: {said}"
 
     def _alone(self, batch: Batch) -> list[Batch]:
         device = next(self.module.parameters()).device
@@ -234,7 +232,7 @@ class Passes:
 
 
 def _names(readings: Mapping[str, Reading], stream: str) -> list[str]:
-    """The stream and its codebooks."""
+    """Return the names of the stream and its codebooks."""
     return [name for name in readings if name.split("/")[0] == stream]
 
 
@@ -254,7 +252,7 @@ def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Readi
 
 
 def _entropy(targets: Tensor) -> float:
-    """Entropy in nats of how often each target occurs: the loss of who knows nothing but that."""
+    """Return the entropy in nats of how often each target occurs: the loss of a model that knows only that."""
     counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].cpu().double()
     if not len(counts):
         return 0.0
@@ -262,8 +260,8 @@ def _entropy(targets: Tensor) -> float:
     return float(-(shares * shares.log()).sum())
 
 
-def _note_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> None:
-    """Note where logits, (targets, [codebooks,] classes), do not differ between positions."""
+def _check_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> None:
+    """Write into `readings` where logits, (targets, [codebooks,] classes), are the same at all positions."""
     if len(logits) < 2:
         return
     rows = logits[:: max(1, len(logits) // LOOKED_AT)]
@@ -282,12 +280,12 @@ def number(chance: float | None) -> str:
 
 
 def lines(verdicts: Sequence[Verdict], samples: int, expect_chance: bool) -> list[str]:
-    """The verdicts as a table: a row per stream, and one for each codebook whose verdict is another."""
+    """Return the verdicts as a table: a row per stream, and one for each codebook whose verdict differs."""
     kinds = {verdict.name: verdict.kind for verdict in verdicts}
     rows: list[list[object]] = [["stream", "loss", "chance", "verdict"]]
     for verdict in verdicts:
-        alike = verdict.kind == kinds[verdict.name.split("/")[0]] and not verdict.mismatch
-        if alike and "/" in verdict.name:
+        same = verdict.kind == kinds[verdict.name.split("/")[0]] and not verdict.mismatch
+        if same and "/" in verdict.name:
             continue
         expected = " (expected)" if verdict.kind == "CHANCE" and expect_chance else ""
         why = f": {verdict.why}" if verdict.why and not expected else ""

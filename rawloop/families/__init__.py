@@ -1,4 +1,4 @@
-"""Families: all that rawloop knows of particular models, one file each. `load_family` picks by the checkpoint."""
+"""Families: all that rawloop knows of particular models, one package each. `load_family` picks by the checkpoint."""
 
 import importlib
 import json
@@ -56,7 +56,7 @@ def load_family(config: ModelConfig) -> "Family":
     owner = getattr(importlib.import_module(module_name), class_name)
     with door(config.path, "config.json, tokenizer or chat template"):
         family = cast("Family", owner(config))
-        family.probe()  # what the tokenizer, or what it needs of the config, cannot do is found now
+        family.probe()  # a tokenizer or config that does not fit fails here, inside the door
     return family
 
 

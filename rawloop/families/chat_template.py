@@ -25,7 +25,6 @@ QUESTION = {"role": "user", "content": "Hello."}
 ANSWERS = ("One two.", "Three.")  # what the template writes behind both of them ends a turn
 CALLS = "tool_calls"
 REASONING = ("reasoning_content", "reasoning", "thinking")
-OTHER_ARGUMENTS = {"another": "argument"}
 MARK = "{#- the clock is stopped at "
 DIRECTIVES = (*"aAwdbBmyYHIpMSfzZjUWGuVcxXDFTeRh", "-d", "-m", "-I", "-H", "-M", "-S", "-j", "-y")
 DRAWS = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # all that Jinja has of it
@@ -106,7 +105,7 @@ class ChatTemplate:
             error.args = (f"a user and an assistant turn: {error}",)
             raise
         between = first[len(asked) :].partition(ANSWERS[0])[0]
-        # A template that writes a header only with the answer would teach it. A channel before the answer is learnt.
+        # A header that is only written with the answer would be learnt. A channel before the answer is to be learnt.
         if not first.startswith(asked) or (asked == plain and between.strip()):
             raise UserError(
                 f"the chat template of {self.path} cannot be split into prompt and answer: asked for an answer it ends "
@@ -140,8 +139,10 @@ class ChatTemplate:
         """Refuse an answer that does not end in the whole conversation as it ends alone. See `span`."""
         _, end = self.span(messages, index, ids, tools)
         if index < len(messages) - 1:
-            alone = self._short(self.ids(self.render(messages[: index + 1], tools=tools)))
-            whole = self._short(ids[:end])
+            alone, whole = (
+                self._short(self.ids(self.render(messages[: index + 1], tools=tools))),
+                self._short(ids[:end]),
+            )
             if alone[: len(whole)] != whole:
                 raise self._cannot_split(index, _parting(alone, whole))
 
@@ -174,11 +175,7 @@ class ChatTemplate:
         )
 
     def check_words(self, text: str, messages: Messages, trained: Sequence[int] = ()) -> None:
-        """Refuse a text that lacks words of its messages. Answers that are context may: some drop old reasoning.
-
-        Raises:
-            UserError: it does.
-        """
+        """Refuse a text that lacks words of its messages. Answers that are context may: some drop old reasoning."""
         said = "".join(text.split())
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index not in trained:
@@ -194,11 +191,7 @@ class ChatTemplate:
                     )
 
     def check_tools(self, text: str, messages: Messages, tools: Tools) -> None:
-        """Refuse a text without its tools and tool calls: with others it must become another text.
-
-        Raises:
-            UserError: a part of them is not in the text.
-        """
+        """Refuse a text that lacks a part of its tools and tool calls: it does not change when they do."""
         lost = "'tools'" if tools and self.render(messages) == text else None
         for index, message in enumerate(messages):
             for what, changed in _changed(message):
@@ -285,8 +278,8 @@ def _changed(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
         yield f"'content' beside '{CALLS}'", {"content": f"{message['content']} ."}
     for number, call in enumerate(calls):
         function = call.get("function", call)
-        text = isinstance(function.get("arguments"), str)
-        another: Any = json.dumps(OTHER_ARGUMENTS) if text else OTHER_ARGUMENTS
+        another: Any = {"another": "argument"}
+        another = json.dumps(another) if isinstance(function.get("arguments"), str) else another
         for key, value in (("name", f"{function['name']}_"), ("arguments", another)):
             changed = [*calls[:number], _with(call, key, value), *calls[number + 1 :]]
             yield f"the {key} of call {number} of '{CALLS}'", {CALLS: changed}

@@ -35,11 +35,11 @@ def door(path: str, file: str, key: str = "model.path") -> Iterator[None]:
 
     Args:
         path: folder or hub id.
-        file: what is being read, such as config.json; named where no file of the folder is visibly damaged.
+        file: the file that is read, such as config.json; it is named if no file of the folder is visibly damaged.
         key: the setting that names the folder.
 
     Raises:
-        LibraryError: anything was raised but rawloop's own errors, warnings, too little memory, what ends a process.
+        LibraryError: anything was raised but rawloop's own errors, warnings, a lack of memory, or the process's end.
     """
     try:
         yield

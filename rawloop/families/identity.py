@@ -1,4 +1,4 @@
-"""What a family reads samples with: digests of its tokenizer, chat template, processor and own source."""
+"""Digests of everything that a family reads samples with: tokenizer, chat template, processor and source."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ from typing import Any
 from rawloop.contracts import Family
 from rawloop.hashing import sha256_files
 
-UNRELATED = ("truncation", "padding")  # what the last call of a tokenizer leaves behind
+UNRELATED = ("truncation", "padding")  # the last call of a tokenizer leaves them behind
 
 
 def reading_of(family: Family) -> dict[str, str]:
-    """Return digests of what turns a family's samples into numbers, by name. Where it lies does not count.
+    """Return digests of a family's tokenizer, chat template and feature extractor, by name.
 
-    Known are `tokenizer` and `processor`, as the family's attributes, in the ways of transformers, and the source of a
-    family of the user's own.
+    They are found through the attributes `tokenizer` and `processor`, which are taken for those of transformers. The
+    folders that they were loaded from do not count.
     """
     processor: Any = getattr(family, "processor", None)
     tokenizer = getattr(family, "tokenizer", None) or getattr(processor, "tokenizer", None)

@@ -1,4 +1,4 @@
-"""A family of the user's own, by import path: found in the folder that the command is started from, and looked over."""
+"""Imports a family of the user's own, also from the folder that the command is started from, and checks it."""
 
 import importlib
 import os
@@ -13,13 +13,13 @@ REQUIRED = ("load_model", "check", "example", "collate", "losses")
 
 
 def own_family(path: str, config: Any) -> Family:
-    """Import `package.module:Class`, call it with the model's config, and look whether a family came of it.
+    """Import `package.module:Class`, call it with the model's config, and check that the result is a family.
 
-    Whatever goes wrong in the user's own code is said in a line, with the place: a run has many processes, and one
-    traceback from each is no message.
+    An error in the user's code becomes one line that says where it was raised: a run has many processes, and a
+    traceback from each would be no message.
 
     Raises:
-        UserError: it cannot be imported, cannot be made, or lacks something that a family has.
+        UserError: it cannot be imported, cannot be made, or lacks a required member of a family.
     """
     module_name, _, class_name = path.partition(":")
     asked = f"model.family is '{path}'"
@@ -53,7 +53,7 @@ def own_family(path: str, config: Any) -> Family:
 
 
 def _told(error: Exception, module_name: str) -> str:
-    """What went wrong, and where in the user's own file, else in the file that raised it."""
+    """Return an error in a line, with its place in the user's file, else in the file that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.removesuffix(".py").endswith(module_name.replace(".", os.sep))]
     place = (own or frames)[-1]

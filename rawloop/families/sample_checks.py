@@ -1,6 +1,6 @@
-"""What families check in every sample before training, so that nothing has to be checked again in a step.
+"""The checks that families make of every sample once, before training, so that a step need not repeat them.
 
-Samples stay in memory from the check on, so an example may rely on it. Files that are read anew are digested.
+Samples stay in memory after the check, so `example` may rely on it. Files that are read again are digested.
 """
 
 import re
@@ -167,7 +167,7 @@ class Letters:
         )
 
     def lost(self, text: str) -> list[str]:
-        """Return the letters of a text that its tokens do not tell, in order of appearance."""
+        """Return the letters of a text that its tokens lack, in order of appearance."""
         if self._fine.issuperset(text):
             return []
         letters = dict.fromkeys(text)

@@ -1,4 +1,4 @@
-"""What families share: loading of transformers' models, stream weights, logits at the targets, changed inputs.
+"""Tools for families: loading transformers' models, stream weights, logits at the targets, changed inputs.
 
 A family of your own may use all of it.
 """
@@ -190,15 +190,15 @@ def perturbed(
 ) -> Perturbed:
     """Change a batch from the middle of each document's targets on, or before it; documents take turns among streams.
 
-    The middle goes by where a target's own token stands, found by what it is: a label that was not shifted is predicted
-    from a position that sees the token itself, which the first changed one tells.
+    The middle is counted by where the targets' own tokens stand. These are found by their values: by position,
+    unshifted labels would go unnoticed.
 
     Args:
         batch: with `Labels` whose positions index the flattened (batch, sequence).
-        tokens: what stands at each position, by stream: (positions,), or (positions, codebooks).
+        tokens: the token at each position, by stream: (positions,), or (positions, codebooks).
         documents: (positions,) int64, the number of each position's document from 0 on, not falling; see `rows_of`.
-        what: what `change` changes, in words.
-        change: gives the inputs that are others where the (positions,) bool is true; all others stay.
+        what: names the inputs that `change` changes, for messages.
+        change: returns inputs that are changed where the (positions,) bool is true, and only there.
     """
     own = {stream: _own_places(tokens[stream], labels) for stream, labels in batch.labels.items()}
     cuts = _cuts(own, documents)
@@ -212,17 +212,17 @@ def perturbed(
 
 
 def rows_of(ids: Tensor) -> Tensor:
-    """The number of each position's row in the flattened (batch, sequence): a document a row."""
+    """Return the number of each position's row in the flattened (batch, sequence), for batches of a document a row."""
     return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
 
 
 def with_inputs(batch: Batch, inputs: Mapping[str, Tensor]) -> Batch:
-    """The batch with some inputs exchanged."""
+    """Return the batch with some inputs exchanged."""
     return Batch({**batch.inputs, **inputs}, batch.labels, batch.targets, batch.ids)
 
 
 def _own_places(tokens: Tensor, labels: Labels) -> Tensor:
-    """Where the targets' own tokens stand: one further than what predicts them if the inputs hold them nowhere near."""
+    """Return where the targets' own tokens stand; if they are not found nearby, one behind the prediction."""
     rows, last = tokens.view(len(tokens), -1), len(tokens) - 1
     targets = labels.targets.view(len(labels.positions), rows.shape[1])
     for offset in OFFSETS:
@@ -233,7 +233,7 @@ def _own_places(tokens: Tensor, labels: Labels) -> Tensor:
 
 
 def _cuts(own: Mapping[str, Tensor], documents: Tensor) -> Tensor:
-    """The position from which on each document changes: the middle target's of the stream whose turn it is."""
+    """Return the position from which on each document changes: that of a stream's middle target, streams in turn."""
     streams = tuple(own)
     cuts = [len(documents)] * (int(documents.max()) + 1)
     for number in range(len(cuts)):

@@ -154,8 +154,8 @@ class AudioChat:
     def perturb(self, batch: Batch) -> Perturbed:
         """Change every token from the middle target of each row on, or before it; see `shared.perturbed`.
 
-        Clips keep their places and what is heard in them. That is changed alone, by turning loud into quiet: what
-        stands behind a clip must notice, also where all text reaches it.
+        Clips stay as they are in these. In a batch of its own the sound of the clips is changed, loud into quiet:
+        predictions behind a clip must notice, also where all text reaches them.
         """
         ids, size = batch.inputs["input_ids"], self.text_settings.vocab_size
         clips = ids == self.encoder.audio_token

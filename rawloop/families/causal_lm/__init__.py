@@ -1,4 +1,4 @@
-"""The family of plain causal language models: whatever transformers' AutoModelForCausalLM builds."""
+"""The family of plain causal language models, as transformers' AutoModelForCausalLM builds them."""
 
 import inspect
 import math
@@ -43,7 +43,7 @@ class CausalLM:
         self._checked: set[tuple[str, ...]] = set()
 
     def load_model(self, path: str | None = None) -> nn.Module:
-        """Load the model in its stored dtype, and look whether it sees its past only where that is not sure.
+        """Load the model in its stored dtype, and check that it sees only its past if that is not sure.
 
         Args:
             path: another folder than the configured one, for the weights of a checkpoint.
@@ -72,9 +72,9 @@ class CausalLM:
         """Make a micro-batch: a row per example, padded on the right, or all of them in one row.
 
         Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
-        result, and attention keeps its fast causal path. Packed, positions start again at 0 with every example, and
-        from that transformers makes the mask, each layer's own (full, sliding window), that keeps them apart. A
-        four-dimensional mask of ours would be taken as it is by all layers alike.
+        result, and attention keeps its fast causal path. Packed, positions start again at 0 with every example.
+        transformers makes each layer's mask (full, sliding window) from them, which keeps the examples apart. A
+        four-dimensional mask of ours would be the same for all layers.
         """
         if self.packing:
             inputs = {
@@ -127,7 +127,7 @@ class CausalLM:
         return [Special("text", name(i), i, bool(roles), tuple(roles)) for i, roles in ends.items()]
 
     def pieces(self, example: Example) -> Sequence[Piece]:
-        """An example as people read it: what is given, and what is to be said."""
+        """Return an example in pieces for people: prompts and answers."""
         found, start = [], 0
         for role, end in example.runs:
             text = self.tokenizer.decode(example.input_ids[start:end], clean_up_tokenization_spaces=False)
@@ -164,7 +164,7 @@ class CausalLM:
     def _check_past(self, model: nn.Module) -> None:
         """Refuse a model whose predictions see later words, or, packed, other documents, as recurrent layers let them.
 
-        What the masks of all kinds of layers come to is tried on the model itself, which has just been loaded.
+        Layers mask in many ways, so this is tried on the model itself.
         """
         batch = self.probe()
         changed = self.perturb(batch)

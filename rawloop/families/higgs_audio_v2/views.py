@@ -1,4 +1,4 @@
-"""Higgs Audio v2 as checks and people look at it: tokens that must be learnt, an example in pieces, other inputs."""
+"""Higgs Audio v2 for checks and for people: tokens that must be learnt, an example in pieces, changed inputs."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -30,7 +30,7 @@ def special_targets(settings: Any, tokenizer: Any, streams: Sequence[str]) -> li
 
 
 def pieces(example: Example, settings: Any, tokenizer: Any, streams: Sequence[str]) -> list[Piece]:
-    """Cut an example where the role, the stream or what is learnt changes."""
+    """Cut an example where the role or the stream changes, or learning begins or ends."""
     ids = example.input_ids.tolist()
     audio = _placeholders(example.input_ids, settings).tolist()
     learnt = ((example.labels != IGNORE) & ("text" in streams)).tolist()
@@ -52,7 +52,7 @@ def pieces(example: Example, settings: Any, tokenizer: Any, streams: Sequence[st
 
 
 def _roles(ids: list[int], tokenizer: Any) -> list[str]:
-    """The role of every position; a scene stands inside the system turn."""
+    """Return the role of every position; a scene stands inside the system turn."""
     names = ("<|start_header_id|>", "<|end_header_id|>", "<|scene_desc_start|>", "<|scene_desc_end|>")
     head, head_end, scene, scene_end = (tokenizer.convert_tokens_to_ids(name) for name in names)
     turn, role = "", ""
@@ -91,7 +91,7 @@ def _placeholders(ids: Tensor, settings: Any) -> Tensor:
 
 
 def _other_text(ids: Tensor, settings: Any) -> Tensor:
-    """For every token another one that is no placeholder of audio, so that the batch keeps its shape."""
+    """Return another token for every one, no placeholder of audio, so that the batch keeps its shape."""
     size: int = settings.vocab_size
     other = (ids + 1) % size
     for _ in range(2):  # the placeholders may stand side by side
