@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
@@ -197,10 +198,15 @@ class Peak(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            StorageWeakRef(t.untyped_storage()).cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 reference = StorageWeakRef(tensor.untyped_storage())
+                if reference.cdata in given:  # a view
+                    continue
                 self.made[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
         self.made = {key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()}
         self.peak = max(self.peak, sum(size for _, size in self.made.values()))
