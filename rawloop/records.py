@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
+from rawloop.files import replace_file
 from rawloop.settings import RecordsConfig as RecordsConfig
 from rawloop.sinks import Sinks
 
@@ -242,12 +243,7 @@ class Records:
         for line in later:
             self._append(DISCARDED, line)
         self._files.pop(METRICS).close()
-        replacement = self.folder / f".tmp-{METRICS}"  # so that a reader, or a crash, finds the old lines or the new
-        with replacement.open("wb") as file:
-            file.writelines(_to_line(line) for line in lines if stays(line))
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.rename(self.folder / METRICS)
+        replace_file(self.folder / METRICS, b"".join(_to_line(line) for line in lines if stays(line)))
         where = f"later than step {step}" if evaluated else f"from the evaluation of step {step} on"
         if step < 0:
             where = "of a start that came to no checkpoint"

@@ -21,13 +21,13 @@ from rawloop.checkpoint import (
     remove_stop_file,
     where_to_begin,
 )
-from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.reader import Chosen, choose
 from rawloop.checkpoint.run_folder import Beginning, check_nothing_has_begun, is_inside
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
 from rawloop.dist import World
 from rawloop.errors import UserError
+from rawloop.files import replace_file
 from rawloop.loop import Run
 from rawloop.weights import Source, find_source
 
@@ -175,7 +175,7 @@ def _tell_changes(run: Run, config: RunConfig, say: Say) -> None:
 
 
 def _open_records(run: Run, config: RunConfig, folder: Path, origin: Source | None) -> None:
-    replace_text(folder / "config.yaml", to_yaml(config))
+    replace_file(folder / "config.yaml", to_yaml(config))
     step = run.state.step
     if origin is not None:
         place = f"{origin.slot or origin.folder}{'' if origin.step is None else f' (step {origin.step})'}"

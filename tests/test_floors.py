@@ -25,6 +25,7 @@ FLOORS = (
             "contracts",
             "launcher",
             "waiting",
+            "files",
             "host_memory",
             "dist",
             "preempt",

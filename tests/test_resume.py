@@ -615,7 +615,7 @@ def test_a_state_from_elsewhere_that_cannot_be_saved_costs_nothing(
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rawloop.checkpoint.manager.write_slot", full)
+    monkeypatch.setattr("rawloop.checkpoint.background.write_slot", full)
     with pytest.raises(CheckpointError, match="cannot save step-00000004"):
         build_run(replace(short, resume=str(other)), World(), lambda line: None)
     assert [path.name for path in find_slots(folder)] == [newest, "step-00000003"]
@@ -750,7 +750,7 @@ def test_data_workers_are_forked_when_nothing_is_being_written(
         time.sleep(0.3)
         return write(*arguments)
 
-    monkeypatch.setattr("rawloop.checkpoint.manager.write_slot", slow)
+    monkeypatch.setattr("rawloop.checkpoint.background.write_slot", slow)
     seen = []
 
     def look(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Saves that are written in threads of their own, one after another, while training goes on."""
 
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -9,9 +10,15 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+
+from rawloop.checkpoint import placing, slots
 from rawloop.checkpoint.best import BestRecord
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.disk import check_space, in_words
 from rawloop.checkpoint.manifest import Manifest
-from rawloop.errors import RawloopError
+from rawloop.checkpoint.writer import Contents, discard, temporary_of, write_slot
+from rawloop.errors import CheckpointError, RawloopError
 
 
 class Written(NamedTuple):
@@ -88,3 +95,58 @@ def _tell_failures(saves: list[Save]) -> None:
         if error is not None:
             text = str(error) if isinstance(error, RawloopError) else f"a save failed: {type(error).__name__}: {error}"
             print(f"rawloop: {text}", file=sys.stderr, flush=True)
+
+
+def write_and_rotate(run: Path, contents: Contents, config: CheckpointConfig, expected: int) -> Written:
+    """Write one slot, in any thread; touches the disk and nothing else of the process.
+
+    Raises:
+        CheckpointError: it could not be written; says what is still there.
+    """
+    begun = time.perf_counter()
+    slot = run / slots.CHECKPOINTS / slots.slot_name(contents.step)
+    try:
+        check_space(run, expected)
+        manifest = write_slot(slot, contents)
+        said = placing.set_best(run, slot, contents.best) if contents.best is not None else []
+        seconds = time.perf_counter() - begun
+        return Written(manifest, seconds, [*said, *_rotate(run, contents.step, config)])
+    except (OSError, SafetensorError, RawloopError) as error:
+        raise _failure(slot, contents.step, run, error) from error
+
+
+def _failure(slot: Path, step: int, run: Path, error: Exception) -> CheckpointError:
+    """Remove what was written of a slot, and say what is still there."""
+    what = in_words(error) if isinstance(error, (OSError, SafetensorError)) else str(error)
+    left = _remove_quietly(temporary_of(slot))
+    return CheckpointError(
+        f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {_still_there(run)}{left}"
+    )
+
+
+def _still_there(run: Path) -> str:
+    try:
+        whole = [path.name for path in slots.find_slots(run)]
+        best = slots.readable_best(run)
+    except OSError as error:
+        return f"What was saved before cannot be seen now: {in_words(error)}"
+    if whole:
+        return f"Still there: {', '.join(whole)}; go on from it with --resume latest"
+    return f"Still there: {best}; go on from it with --resume {best}" if best else "Nothing was saved yet"
+
+
+def _rotate(run: Path, step: int, config: CheckpointConfig) -> list[str]:
+    try:
+        placing.rotate(run, step, config.keep_last, config.keep_every)
+    except OSError as error:  # the save itself has succeeded
+        return [f"an old checkpoint cannot be deleted: {in_words(error)}"]
+    return []
+
+
+def _remove_quietly(temporary: Path) -> str:
+    """Remove an unfinished slot after a failed write, or return a clause saying that it is still there."""
+    try:
+        discard(temporary)
+    except OSError as error:
+        return f". What was written of it is still in {temporary}: {in_words(error)}"
+    return ""

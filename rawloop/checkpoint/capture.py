@@ -1,13 +1,13 @@
 """Takes the state of a run's parts, on every rank, as it stands at one step.
 
-Where saving is asynchronous it is a copy in host memory, which is written over the one before.
+Asynchronous saves copy the state to host memory, reusing the buffers of the last save.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,18 +21,10 @@ from rawloop.errors import UserError
 from rawloop.host_memory import wait_for_copies
 
 
-class PerRank(Stateful, Protocol):
-    """A part whose state differs from rank to rank (random streams): it has `per_rank = True`."""
-
-    per_rank: bool
-
-    def start_afresh(self, step: int) -> None:
-        """Derive a state for a rank that the checkpoint has none of, because the world was smaller."""
-        ...
-
-
 class Parts:
     """The parts of a run by name: `folders` write their own files; of `states`, `per_rank` differ between ranks.
+
+    A part that differs has `per_rank = True`, and `start_afresh(step)` for a rank that the checkpoint has no state of.
 
     Raises:
         UserError: a part is none, or its state cannot be stored; says what to wrap it in.
@@ -50,9 +42,7 @@ class Parts:
                 raise UserError(f"the part {name!r} of a checkpoint {wrong}")
         self.folders = {name: part for name, part in state.items() if isinstance(part, FolderState)}
         self.states = {name: part for name, part in state.items() if isinstance(part, Stateful)}
-        self.per_rank = {
-            name: cast(PerRank, part) for name, part in self.states.items() if getattr(part, "per_rank", False)
-        }
+        self.per_rank: dict[str, Any] = {n: part for n, part in self.states.items() if getattr(part, "per_rank", False)}
         homes = [part.folder for part in self.folders.values()]
         for kind, names in (("name", [*self.states]), ("folder", [STATE, NAME, *homes])):
             lower = [name.lower() for name in names]  # some file systems know no difference

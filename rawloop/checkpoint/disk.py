@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rawloop.checkpoint.pack import Packed, safetensors_header
 from rawloop.errors import CheckpointError
+from rawloop.files import sync
 
 SYNC_THREADS = 16
 WORDS = {
@@ -147,26 +148,6 @@ def _sync_all(paths: list[Path], errors: list[OSError]) -> None:
             return
         except OSError as error:
             errors.append(error)
-
-
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries (new names, renames), to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old contents or the new ones, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.unlink(missing_ok=True)
-    with written(temporary) as file:
-        file.write(text.encode())
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
 
 
 def remove_tree(folder: Path) -> None:

@@ -14,22 +14,19 @@ from operator import index
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
-from safetensors import SafetensorError
-
-from rawloop.checkpoint import slots
-from rawloop.checkpoint.background import Save, Saves, Written
+from rawloop.checkpoint import placing, slots
+from rawloop.checkpoint.background import Save, Saves, Written, write_and_rotate
 from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.capture import Capture, Parts
 from rawloop.checkpoint.config import CheckpointConfig as CheckpointConfig
-from rawloop.checkpoint.disk import check_space, in_words, read_packed, readable, sync
-from rawloop.checkpoint.manifest import Manifest, read_manifest, step_of
-from rawloop.checkpoint.pack import unpack
-from rawloop.checkpoint.reader import Chosen, changes, check_parts, choose
+from rawloop.checkpoint.disk import readable
+from rawloop.checkpoint.manifest import step_of
+from rawloop.checkpoint.reader import Chosen, changes, choose, restore_parts
 from rawloop.checkpoint.run_folder import RunLock
-from rawloop.checkpoint.writer import STATE, Contents, discard, rank_file, temporary_of, write_slot
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError, UserError
+from rawloop.files import sync
 from rawloop.launcher import read_ranks
 from rawloop.records import Records
 
@@ -124,14 +121,14 @@ class CheckpointManager:
         self._hold_lock()
         (self.folder / slots.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         sync(self.folder)
-        for sentence in [*slots.clean_up(self.folder), *slots.adopt_best(self.folder, step)]:
+        for sentence in [*placing.clean_up(self.folder), *placing.adopt_best(self.folder, step)]:
             self._warn(step, sentence)
 
     def _start(self, step: int) -> None:
-        for moved in slots.set_aside(self.folder, step):
+        for moved in placing.set_aside(self.folder, step):
             reason = f"going on from step {step}: moved a checkpoint of what was given up to {moved}"
             self.records.event("warning", step=step, reason=reason)
-        for sentence in slots.mend_best(self.folder):
+        for sentence in placing.mend_best(self.folder):
             self._warn(step, sentence)
         best = slots.best_record(self.folder)
         if best is not None and best.step > step:
@@ -182,9 +179,11 @@ class CheckpointManager:
         contents = self._capture.take(step, self._before_copy)
         slot = self._slot(step)
         if self.world.is_main:
-            keep = slots.is_kept(step, self.config.keep_every)
+            keep = placing.is_kept(step, self.config.keep_every)
             contents = replace(contents, best=best, keep=keep, gives_up=self._elsewhere)
-            self._saves.start(slot, step, partial(_write, self.folder, contents, self.config, self._last_size))
+            self._saves.start(
+                slot, step, partial(write_and_rotate, self.folder, contents, self.config, self._last_size)
+            )
             self._saves.newest.best = best
             self._saves.newest.held = time.perf_counter() - begun
         self._settled_step = step
@@ -335,11 +334,7 @@ class CheckpointManager:
         for slot, why in chosen.passed_over.items() if self.world.is_main else ():
             self.records.event("warning", step=step_of(slot), reason=f"passed over a checkpoint: {why}")
         slot = chosen.slot
-        manifest = self.world.on_all_ranks(lambda: self._check(slot))
-        assert manifest is not None
-        # One rank of a machine after another: each reads the whole optimizer into host memory for a moment.
-        for turn in range(1 + max(self.world.gather(self.world.local_rank))):
-            self.world.on_all_ranks(lambda turn=turn: self._restore(slot, manifest, turn))  # type: ignore[misc]
+        manifest = restore_parts(slot, self.parts, self.world, self.records)
         own = self._slot(manifest.step)
         self._elsewhere = slot.with_name(slot.name.removeprefix(".old-")).resolve() != own.resolve()
         self._settled_step = -1 if self._elsewhere else manifest.step
@@ -351,83 +346,3 @@ class CheckpointManager:
 
     def _slot(self, step: int) -> Path:
         return self.folder / slots.CHECKPOINTS / slots.slot_name(step)
-
-    def _check(self, slot: Path) -> Manifest:
-        manifest = read_manifest(slot)
-        check_parts(slot, manifest, {*self.parts.states, *self.parts.folders})
-        return manifest
-
-    def _restore(self, slot: Path, manifest: Manifest, turn: int) -> None:
-        """Restore weights first and random streams last, because building the former may draw from the latter."""
-        if self.world.local_rank != turn:
-            return
-        for name, folder_part in self.parts.folders.items():
-            folder_part.load(slot / manifest.folders[name])
-        for name, part in self.parts.states.items():
-            if name not in self.parts.per_rank:
-                part.load_state_dict(unpack(read_packed(slot / STATE, name)))
-        known = self.world.rank < manifest.world_size
-        for name, rank_part in self.parts.per_rank.items():
-            if known:
-                rank_part.load_state_dict(unpack(read_packed(slot / STATE, rank_file(name, self.world.rank))))
-            else:
-                rank_part.start_afresh(manifest.step)
-        if not known and self.parts.per_rank:
-            names = ", ".join(self.parts.per_rank)
-            reason = f"what this rank has of its own ({names}) starts afresh: {manifest.world_size} rank(s) wrote it"
-            self.records.event("restore", step=manifest.step, reason=reason)
-
-
-def _write(run: Path, contents: Contents, config: CheckpointConfig, expected: int) -> Written:
-    """Write one slot, in any thread; touches the disk and nothing else of the process.
-
-    Raises:
-        CheckpointError: it could not be written; says what is still there.
-    """
-    begun = time.perf_counter()
-    slot = run / slots.CHECKPOINTS / slots.slot_name(contents.step)
-    try:
-        check_space(run, expected)
-        manifest = write_slot(slot, contents)
-        said = slots.set_best(run, slot, contents.best) if contents.best is not None else []
-        seconds = time.perf_counter() - begun
-        return Written(manifest, seconds, [*said, *_rotate(run, contents.step, config)])
-    except (OSError, SafetensorError, RawloopError) as error:
-        raise _failure(slot, contents.step, run, error) from error
-
-
-def _failure(slot: Path, step: int, run: Path, error: Exception) -> CheckpointError:
-    """Remove what was written of a slot, and say what is still there."""
-    what = in_words(error) if isinstance(error, (OSError, SafetensorError)) else str(error)
-    left = _remove_quietly(temporary_of(slot))
-    return CheckpointError(
-        f"cannot save {slot.name} at step {step} in {slot.parent}: {what}. {_still_there(run)}{left}"
-    )
-
-
-def _still_there(run: Path) -> str:
-    try:
-        whole = [path.name for path in slots.find_slots(run)]
-        best = slots.readable_best(run)
-    except OSError as error:
-        return f"What was saved before cannot be seen now: {in_words(error)}"
-    if whole:
-        return f"Still there: {', '.join(whole)}; go on from it with --resume latest"
-    return f"Still there: {best}; go on from it with --resume {best}" if best else "Nothing was saved yet"
-
-
-def _rotate(run: Path, step: int, config: CheckpointConfig) -> list[str]:
-    try:
-        slots.rotate(run, step, config.keep_last, config.keep_every)
-    except OSError as error:  # the save itself has succeeded
-        return [f"an old checkpoint cannot be deleted: {in_words(error)}"]
-    return []
-
-
-def _remove_quietly(temporary: Path) -> str:
-    """Remove an unfinished slot after a failed write, or return a clause saying that it is still there."""
-    try:
-        discard(temporary)
-    except OSError as error:
-        return f". What was written of it is still in {temporary}: {in_words(error)}"
-    return ""

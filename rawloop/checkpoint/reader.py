@@ -1,14 +1,19 @@
-"""Choosing a slot to restore: the newest that every machine finds whole, or the one the user named. Read-only."""
+"""Choosing a slot, the newest that every machine finds whole or the one the user named, and restoring it."""
 
 from os.path import expanduser
 from pathlib import Path
 from typing import NamedTuple
 
 from rawloop.checkpoint import slots
+from rawloop.checkpoint.capture import Parts
+from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, verify
+from rawloop.checkpoint.pack import unpack
+from rawloop.checkpoint.writer import STATE, rank_file
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.hashing import sha256_file
+from rawloop.records import Records
 
 
 class Chosen(NamedTuple):
@@ -113,6 +118,48 @@ def check_parts(slot: Path, manifest: Manifest, expected: set[str]) -> None:
         wrong.append(f"it holds {', '.join(sorted(held - expected))}, which this run has no use for")
     if wrong:
         raise CheckpointError(f"{slot} cannot be restored: {'; '.join(wrong)}")
+
+
+def restore_parts(slot: Path, parts: Parts, world: World, records: Records) -> Manifest:
+    """Restore every part on every rank, and return the slot's manifest.
+
+    One rank of a machine after another: each has the whole optimizer in host memory for a moment.
+
+    Raises:
+        CheckpointError: the slot does not hold exactly the parts of this run.
+    """
+
+    def check() -> Manifest:
+        manifest = read_manifest(slot)
+        check_parts(slot, manifest, {*parts.states, *parts.folders})
+        return manifest
+
+    manifest = world.on_all_ranks(check)
+    assert manifest is not None
+    for turn in range(1 + max(world.gather(world.local_rank))):
+        world.on_all_ranks(lambda turn=turn: _restore(slot, manifest, parts, turn, world, records))  # type: ignore[misc]
+    return manifest
+
+
+def _restore(slot: Path, manifest: Manifest, parts: Parts, turn: int, world: World, records: Records) -> None:
+    """Restore weights first and random streams last, because building the former may draw from the latter."""
+    if world.local_rank != turn:
+        return
+    for name, folder_part in parts.folders.items():
+        folder_part.load(slot / manifest.folders[name])
+    for name, part in parts.states.items():
+        if name not in parts.per_rank:
+            part.load_state_dict(unpack(read_packed(slot / STATE, name)))
+    known = world.rank < manifest.world_size
+    for name, rank_part in parts.per_rank.items():
+        if known:
+            rank_part.load_state_dict(unpack(read_packed(slot / STATE, rank_file(name, world.rank))))
+        else:
+            rank_part.start_afresh(manifest.step)
+    if not known and parts.per_rank:
+        names = ", ".join(parts.per_rank)
+        reason = f"what this rank has of its own ({names}) starts afresh: {manifest.world_size} rank(s) wrote it"
+        records.event("restore", step=manifest.step, reason=reason)
 
 
 def changes(then: dict[str, str | None], now: dict[str, str | None]) -> str:

@@ -13,10 +13,10 @@ from stat import S_ISREG
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-from rawloop.checkpoint.disk import replace_text
 from rawloop.checkpoint.slots import BEST, CHECKPOINTS, find_slots, readable_best
 from rawloop.dist import World
 from rawloop.errors import Preempted, UserError
+from rawloop.files import replace_file
 from rawloop.preempt import STOP_FILE
 
 LAUNCH = ".launch"  # the launch's name, and on the next line whether its processes were told to stop
@@ -199,7 +199,7 @@ def _not_writable(folder: Path, place: Path, error: OSError) -> UserError:
 def mark_launch(folder: Path, world: World, *, stopped: bool = False) -> None:
     """Mark the folder as this launch's, or its run as stopped, for torchrun's restarts. Rank 0 under torchrun does."""
     if world.launch and world.is_main:
-        replace_text(folder / LAUNCH, f"{world.launch}\n{STOPPED if stopped else ''}")
+        replace_file(folder / LAUNCH, f"{world.launch}\n{STOPPED if stopped else ''}")
 
 
 def _mark(folder: Path, world: World) -> str | None:

@@ -12,7 +12,7 @@ from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.disk import FileRecord, record_tree, remove_tree, sync_tree, write_packed
 from rawloop.checkpoint.manifest import Manifest, write_manifest
 from rawloop.checkpoint.pack import Packed
-from rawloop.checkpoint.slots import put_in_place
+from rawloop.checkpoint.placing import put_in_place
 
 STATE = "state"
 

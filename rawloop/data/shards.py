@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rawloop.contracts import CodecInfo
 from rawloop.errors import RawloopError, UserError
+from rawloop.files import replace_file
 
 FORMAT = 1
 CODEC_FILE = "codec.json"
@@ -149,20 +150,9 @@ def write_file(file: Path, content: bytes) -> None:
     Raises:
         RawloopError: the disk is full or refuses.
     """
-    part = file.with_name(file.name + ".part")
     try:
-        with open(part, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(file, content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise RawloopError(f"{file} cannot be written: {error.strerror}") from error
 
 
@@ -242,7 +232,7 @@ def open_writer(
     """
     folder = codec_folder(cache, codec)
     with _locked(folder, waiting):
-        for part in folder.glob("*.part"):
+        for part in (*folder.glob(".tmp-*"), *folder.glob("*.part")):  # the latter of older versions
             part.unlink()  # a writer that was killed has left it
         if not (folder / CODEC_FILE).exists():
             write_file(folder / CODEC_FILE, json.dumps({"format": FORMAT, **asdict(codec)}, indent=1).encode())

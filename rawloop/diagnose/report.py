@@ -12,6 +12,7 @@ from rawloop.diagnose.census import Census
 from rawloop.diagnose.config import ChecksConfig as ChecksConfig
 from rawloop.diagnose.verdict import Verdict
 from rawloop.errors import TrainingError, UserError
+from rawloop.files import replace_file
 from rawloop.records import Records
 
 CENSUS = "census.json"
@@ -127,9 +128,7 @@ class Report:
 
     def write_census(self, folder: Path) -> None:
         """Write census.json into a run's folder."""
-        temporary = folder / f".tmp-{CENSUS}"
-        temporary.write_text(json.dumps(self.census.as_json(), indent=1) + "\n")
-        temporary.rename(folder / CENSUS)
+        replace_file(folder / CENSUS, json.dumps(self.census.as_json(), indent=1) + "\n")
 
     def record(self, records: Records) -> None:
         """Write down what was found, an event for each check and one for each warning."""

@@ -22,9 +22,9 @@ from rawloop.checkpoint import (
     where_to_begin,
 )
 from rawloop.checkpoint.pack import pack
+from rawloop.checkpoint.placing import set_best
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import is_inside
-from rawloop.checkpoint.slots import set_best
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
 from rawloop.errors import UserError

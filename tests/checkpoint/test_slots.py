@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import BestRecord, slots
+from rawloop.checkpoint import BestRecord, placing, slots
 from rawloop.checkpoint.manifest import step_of
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot
@@ -65,7 +65,7 @@ def test_the_newest_whole_slot_is_found_past_damaged_ones(tmp_path: Path) -> Non
 def test_rotation_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
     for step in (30, 40, 50, 60):
         write_step(tmp_path, step)
-    slots.rotate(tmp_path, 60, keep)
+    placing.rotate(tmp_path, 60, keep)
     assert steps(tmp_path) == left
 
 
@@ -85,14 +85,14 @@ def test_rotation_spares_multiples_and_does_not_count_them(
 ) -> None:
     for step in (30, 40, 50, 60, 70, 80):
         write_step(tmp_path, step)
-        slots.rotate(tmp_path, step, keep, every)
+        placing.rotate(tmp_path, step, keep, every)
     assert steps(tmp_path) == left
 
 
 def test_rotation_never_deletes_what_was_just_written_or_is_later(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         write_step(tmp_path, step)
-    slots.rotate(tmp_path, 20, 1)
+    placing.rotate(tmp_path, 20, 1)
     assert steps(tmp_path) == [40, 30, 20]
 
 
@@ -108,7 +108,7 @@ def test_a_replaced_slot_whose_manifest_cannot_be_read_is_kept_aside(tmp_path: P
     """Its weights may be whole, and all that there is of that step."""
     slot = write_step(tmp_path, 5, 1.0)
     (slot / "MANIFEST.json").unlink()
-    slots.put_in_place(write(tmp_path / "made", 5, 0.5), slot, gives_up=gives_up)
+    placing.put_in_place(write(tmp_path / "made", 5, 0.5), slot, gives_up=gives_up)
     assert value_in(slot) == 0.5
     assert value_in(tmp_path / "checkpoints" / "discarded" / slot.name) == 1.0
     assert not slot.with_name(f".old-{slot.name}").exists()
@@ -133,8 +133,8 @@ def test_what_is_given_up_is_aside_before_anything_takes_its_place(
     made = write(tmp_path / "made", 5, 0.5)
     kill_before_rename_of(monkeypatch, "made")
     with pytest.raises(KeyboardInterrupt):
-        slots.put_in_place(made, slot, gives_up=True)
-    slots.clean_up(tmp_path)
+        placing.put_in_place(made, slot, gives_up=True)
+    placing.clean_up(tmp_path)
     (kept,) = (tmp_path / "checkpoints" / "discarded").iterdir()
     assert value_in(kept) == 1.0
 
@@ -144,7 +144,7 @@ def test_a_damaged_slot_of_a_replacement_that_was_killed_is_kept_aside(tmp_path:
     (write(folder / ".old-step-00000005", 5, 1.0) / "MANIFEST.json").write_text("{")
     kept = folder / "discarded" / "step-00000005"
     said = [f"moved .old-step-00000005, left by a run that ended while saving, to {kept}"]
-    assert slots.clean_up(tmp_path) == said
+    assert placing.clean_up(tmp_path) == said
     assert value_in(kept) == 1.0
 
 
@@ -152,7 +152,7 @@ def test_a_replacement_that_fails_between_its_renames_is_undone_at_once(tmp_path
     slot = write_step(tmp_path, 5, 1.0)
     for gives_up in (False, True):
         with pytest.raises(FileNotFoundError):
-            slots.put_in_place(tmp_path / "none", slot, gives_up=gives_up)
+            placing.put_in_place(tmp_path / "none", slot, gives_up=gives_up)
         assert steps(tmp_path) == [5]
         assert value_in(slot) == 1.0
 
@@ -160,7 +160,7 @@ def test_a_replacement_that_fails_between_its_renames_is_undone_at_once(tmp_path
 def test_a_replacement_killed_after_its_renames_is_finished(tmp_path: Path) -> None:
     slot = write_step(tmp_path, 5, 0.5)
     write(slot.with_name(".old-step-00000005"), 5, 1.0)
-    slots.clean_up(tmp_path)
+    placing.clean_up(tmp_path)
     assert names(slot.parent) == ["step-00000005"]
     assert value_in(slot) == 0.5
 
@@ -176,7 +176,7 @@ def write_best(run: Path, step: int, value: float, metric: str = "eval_loss", mo
     """Save a step as the manager does, and let `best` point to it."""
     slot, best = run / "checkpoints" / slots.slot_name(step), record(step, value, metric, mode)
     write(slot, step, value, best)
-    assert slots.set_best(run, slot, best) == []
+    assert placing.set_best(run, slot, best) == []
     return slot
 
 
@@ -217,10 +217,10 @@ def test_rotation_spares_the_best_and_does_not_count_it(tmp_path: Path) -> None:
     write_best(tmp_path, 10, 0.5)
     for step in (20, 30, 40):
         write_step(tmp_path, step)
-        slots.rotate(tmp_path, step, 1)
+        placing.rotate(tmp_path, step, 1)
         assert steps(tmp_path) == [step, 10]
     write_best(tmp_path, 50, 0.25)  # from now on 10 is one of many
-    slots.rotate(tmp_path, 50, 1)
+    placing.rotate(tmp_path, 50, 1)
     assert steps(tmp_path) == [50, 40]
 
 
@@ -228,7 +228,7 @@ def test_best_follows_a_slot_that_is_set_aside(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_step(tmp_path, step)
     write_best(tmp_path, 30, 0.5)
-    slots.set_aside(tmp_path, 10)
+    placing.set_aside(tmp_path, 10)
     assert pointed(tmp_path) == "checkpoints/discarded/step-00000030"
     write_step(tmp_path, 30, 0.75)
     assert value_in(tmp_path / "best") == 0.5  # not the new slot of that step
@@ -278,12 +278,12 @@ def test_a_best_that_is_set_aside_and_killed_between_is_still_the_best(
         with monkeypatch.context() as patch:
             kill_before_rename_of(patch, name)
             with pytest.raises(KeyboardInterrupt):
-                slots.set_aside(tmp_path, 10)
+                placing.set_aside(tmp_path, 10)
         best = slots.find_best(tmp_path)
         assert best is not None
         assert value_in(best) == 0.5
-    slots.clean_up(tmp_path)
-    assert slots.mend_best(tmp_path) == []
+    placing.clean_up(tmp_path)
+    assert placing.mend_best(tmp_path) == []
     assert pointed(tmp_path) == "checkpoints/discarded/step-00000030"
 
 
@@ -301,19 +301,19 @@ def test_best_json_and_the_link_are_made_to_agree(tmp_path: Path, damaged: str, 
     best = slots.find_best(tmp_path)
     assert best is not None
     assert value_in(best) == 0.25
-    assert slots.mend_best(tmp_path) == []
+    assert placing.mend_best(tmp_path) == []
     assert pointed(tmp_path) == "checkpoints/step-00000005"
     assert (tmp_path / "best.json").read_bytes() == before
 
 
 def test_a_best_that_is_gone_or_damaged_is_said(tmp_path: Path) -> None:
-    assert slots.mend_best(tmp_path) == []
+    assert placing.mend_best(tmp_path) == []
     slot = write_best(tmp_path, 5, 0.25)
     (slot / "MANIFEST.json").write_text("")
-    assert slots.mend_best(tmp_path) == [f"the best checkpoint, {slot}, is damaged: its manifest cannot be read"]
+    assert placing.mend_best(tmp_path) == [f"the best checkpoint, {slot}, is damaged: its manifest cannot be read"]
     assert slots.best_record(tmp_path) == record(5, 0.25)  # best.json says it too
     slot.rename(tmp_path / "elsewhere")
-    assert slots.mend_best(tmp_path) == [f"{tmp_path / 'best'} points to a checkpoint that is not there"]
+    assert placing.mend_best(tmp_path) == [f"{tmp_path / 'best'} points to a checkpoint that is not there"]
     assert slots.find_best(tmp_path) is None
 
 
@@ -323,13 +323,13 @@ def test_without_links_best_json_alone_is_the_pointer(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "symlink", refuse)
     slot = write(tmp_path / "checkpoints" / "step-00000005", 5, 0.5, record(5, 0.5))
-    (said,) = slots.set_best(tmp_path, slot, record(5, 0.5))
+    (said,) = placing.set_best(tmp_path, slot, record(5, 0.5))
     assert said.endswith("best.json alone says which checkpoint is the best")
     assert names(tmp_path) == ["best.json", "checkpoints"]
     assert slots.find_best(tmp_path) == slot
     assert slots.resolve_best(tmp_path / "best") == slot
-    slots.rotate(tmp_path, 5, 1)
-    assert slots.set_aside(tmp_path, 0) == [tmp_path / "checkpoints" / "discarded" / "step-00000005"]
+    placing.rotate(tmp_path, 5, 1)
+    assert placing.set_aside(tmp_path, 0) == [tmp_path / "checkpoints" / "discarded" / "step-00000005"]
     assert slots.find_best(tmp_path) == tmp_path / "checkpoints" / "discarded" / "step-00000005"
 
 
@@ -359,13 +359,13 @@ def test_a_best_folder_of_an_older_version_becomes_a_slot(
     with monkeypatch.context() as patch:
         kill_before_rename_of(patch, "best")
         with pytest.raises(KeyboardInterrupt):
-            slots.adopt_best(tmp_path, after)
+            placing.adopt_best(tmp_path, after)
         assert slots.find_best(tmp_path) == tmp_path / "best"
-    (said,) = slots.adopt_best(tmp_path, after)
+    (said,) = placing.adopt_best(tmp_path, after)
     assert said.endswith(f"an older version of rawloop, to {tmp_path / 'checkpoints' / expected}")
     assert pointed(tmp_path) == f"checkpoints/{expected}"
     assert value_in(tmp_path / "best") == 0.5
-    assert slots.adopt_best(tmp_path, after) == []
+    assert placing.adopt_best(tmp_path, after) == []
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -376,7 +376,7 @@ def test_a_run_that_was_copied_with_its_links_followed_has_one_best_again(tmp_pa
     assert slots.best_record(run) == record(5, 0.5)
     if damaged:
         (run / "checkpoints" / "step-00000005" / "state" / "x.json").write_text("")
-    (said,) = slots.adopt_best(run, 5)
+    (said,) = placing.adopt_best(run, 5)
     assert said.startswith("moved" if damaged else f"removed {run / 'best'}, a copy of ")
     assert pointed(run) == f"checkpoints/{'discarded/' if damaged else ''}step-00000005"
     assert value_in(run / "best") == 0.5
@@ -396,7 +396,7 @@ def test_a_step_slot_killed_while_being_replaced_is_still_found(tmp_path: Path) 
     found = slots.find_latest(tmp_path).slot
     assert found is not None
     assert found.name == ".old-step-00000010"
-    slots.clean_up(tmp_path)
+    placing.clean_up(tmp_path)
     assert slots.find_latest(tmp_path).slot == slot
 
 
@@ -408,17 +408,17 @@ def test_clean_up_removes_leftovers_and_nothing_of_the_user(tmp_path: Path) -> N
     (tmp_path / ".tmp-best").symlink_to("checkpoints/step-00000010")
     for name in (".tmp-notes", ".old-thesis", ".trash-me"):
         (tmp_path / name).mkdir()
-    assert len(slots.clean_up(tmp_path)) == 4
+    assert len(placing.clean_up(tmp_path)) == 4
     assert names(tmp_path) == [".old-thesis", ".tmp-notes", ".trash-me", "checkpoints"]
     assert names(folder) == ["step-00000010"]
-    assert slots.clean_up(tmp_path) == []
+    assert placing.clean_up(tmp_path) == []
 
 
 def test_later_slots_are_set_aside_and_never_overwritten_there(tmp_path: Path) -> None:
     for _ in range(2):
         for step in (10, 20, 30):
             write_step(tmp_path, step)
-        moved = slots.set_aside(tmp_path, 10)
+        moved = placing.set_aside(tmp_path, 10)
         assert len(moved) == 2
         assert steps(tmp_path) == [10]
     aside = tmp_path / "checkpoints" / "discarded"
@@ -433,7 +433,7 @@ def test_rotation_and_cleaning_remove_links_and_not_what_they_lead_to(tmp_path: 
     assert not (run / "checkpoints" / "step-00000020").is_symlink()
     for name in ("step-00000001", ".tmp-step-00000002", ".trash-step-00000001"):
         (run / "checkpoints" / name).symlink_to(outside)
-    slots.rotate(run, 20, keep_last=2)
-    slots.clean_up(run)
+    placing.rotate(run, 20, keep_last=2)
+    placing.clean_up(run)
     assert names(run / "checkpoints") == ["step-00000010", "step-00000020"]
     assert value_in(outside) == 0.0

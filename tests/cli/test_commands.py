@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.checkpoint import find_slots, verify
-from rawloop.checkpoint.disk import replace_text
 from rawloop.cli import main, merge
 from rawloop.families import ModelConfig, load_family
+from rawloop.files import replace_file
 from rawloop.loop import train
 from rawloop.records import read_events, read_metrics
 
@@ -418,14 +418,14 @@ def test_a_stop_that_cannot_be_noted_ends_with_75_and_says_so(
     def full(path: Path, text: str) -> None:
         if path.name == ".launch" and "stopped" in text:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace_text(path, text)
+        replace_file(path, text)
 
     def stopped(run: Any) -> None:
         (tmp_path / "run" / "STOP").touch()
         train(run)
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "4711")
-    monkeypatch.setattr("rawloop.checkpoint.run_folder.replace_text", full)
+    monkeypatch.setattr("rawloop.checkpoint.run_folder.replace_file", full)
     monkeypatch.setattr("rawloop.cli.train.train", stopped)
     done = door("train", "--config", config, "--output", tmp_path / "run")
     assert done.code == 75

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import BestRecord, audit, slots, verify
+from rawloop.checkpoint import BestRecord, audit, placing, slots, verify
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.errors import CheckpointError
@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
     for step in (5, 10, 20):
         slot = write(folder / "checkpoints" / slots.slot_name(step), step)
         if step == 5:
-            slots.set_best(folder, slot, BestRecord("eval_loss", "min", 1.0, step))
+            placing.set_best(folder, slot, BestRecord("eval_loss", "min", 1.0, step))
     write(folder / "checkpoints" / "discarded" / "step-00000030", 30)
     (folder / "checkpoints" / ".tmp-step-00000040" / "state").mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 0\n")
