@@ -88,7 +88,6 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     say(f"precision: {ready.policy.name} ({ready.policy.reason})")
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = settle_moves(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
-    ready.policy.every_gradient = world.size > 1 and not ddp.find_unused_parameters
     report = _check(config, folder, world, ready, say) if start.slot is None else None
     if not goes_back(folder, config.resume):  # a restart must go back again until later checkpoints are aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)

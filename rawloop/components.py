@@ -123,7 +123,7 @@ def build_model(
     """
     if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks
         transformers.utils.logging.disable_progress_bar()
-    policy = PrecisionPolicy(config.precision, world.device, world.any, resume=precision)
+    policy = PrecisionPolicy(config.precision, world=world, resume=precision)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     one_of_machine = world.local_rank == 0

@@ -1,6 +1,7 @@
 """DistributedDataParallel: its switches, wrapping, and weights that a batch leaves without a gradient."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from inspect import signature
@@ -30,6 +31,14 @@ def wrap_in_ddp(module: nn.Module, config: DDPConfig) -> nn.Module:
 def unwrap_ddp(module: nn.Module) -> nn.Module:
     """Return the module inside DDP, or the module itself where there is no DDP."""
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def find_ddp(weights: Iterable[nn.Parameter]) -> list[DistributedDataParallel]:
+    """Find the DDP modules over any of these weights, whoever has built them (accelerate, Fabric, your own script)."""
+    wanted = {id(weight) for weight in weights}
+    # DDP leaves no trace on weights or on the module inside it; isinstance would wake lazy proxies
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+    return [ddp for ddp in found if any(id(weight) in wanted for weight in ddp.parameters())]
 
 
 def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:

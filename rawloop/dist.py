@@ -238,6 +238,11 @@ def _hold(group: object) -> None:
     """Called at exit with what was held until then."""
 
 
+def num_processes() -> int:
+    """Return the number of processes of the process group, or of the launcher before there is a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else read_ranks()[1]
+
+
 @lru_cache(maxsize=1)  # the last process group's: all parts of a process share one world and its gloo group
 def _world_of(default: Any) -> World:
     """Describe the default process group. All ranks call it together."""

@@ -402,7 +402,7 @@ def rewrap(run: Run, change: str, batch: Batch) -> None:
     entered = policy.name
     preflight(policy, partial(trial_loss, bare, batch, run.world.device))
     if policy.name != entered:
-        change = f"{change} -> {policy.choice.trail().partition(f'{entered} -> ')[2]}"
+        change = f"{change} -> {policy.chain.trail().partition(f'{entered} -> ')[2]}"
     run.module = run.wrap() if run.wrap is not None else bare
     if run.world.is_main:
         note(run, lambda: run.records.event("fallback", step=step, reason=policy.reason, change=change))

@@ -147,7 +147,7 @@ def restore(run: Run, config: RunConfig, start: Start, say: Say) -> None:
         step = restored.step
     run.checkpoints.start(run.state.step)
     if step is not None:  # after checkpoints that are given up are aside: the next resume mends a kill in between
-        run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.choice.history])
+        run.records.rewind(step, run.state.visited == step, [left["to"] for left in run.policy.chain.history])
     run.world.on_all_ranks(partial(mark_launch, folder, run.world), only_main=True)
     run.world.on_all_ranks(partial(_open_records, run, config, folder, start.source), only_main=True)
 

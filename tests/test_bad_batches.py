@@ -231,7 +231,7 @@ def test_a_token_of_the_familys_own_probe_is_let_pass_without_an_embedding(text_
 
 def learned(family: Any, model: Any) -> dict[str, int]:
     """What is known of a model's inputs when its probe has run."""
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"), World().any)
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"))
     limits = Limits.of(family, policy.prepare(model))
     limits.learn(family, model, policy.device, policy.autocast)
     return limits.ids

@@ -249,7 +249,7 @@ def test_a_run_falls_back_says_so_and_resumes_in_the_mode_it_fell_back_to(base: 
 
     go(stopped, change=end_early)
     resumed = go(replace(stopped, resume="latest"))
-    assert (resumed.policy.name, resumed.policy.choice.left) == ("bf16", ["fp32"])
+    assert (resumed.policy.name, resumed.policy.chain.remaining) == ("bf16", ["fp32"])
     slot = "checkpoints/step-00000005"
     assert same(weights(tmp_path / "straight", slot), weights(tmp_path / "stopped", slot))
     assert losses(tmp_path / "straight")[3:] == losses(tmp_path / "stopped")[3:]

@@ -49,7 +49,7 @@ from rawloop.meter import Meter
 from rawloop.optim import OptimConfig
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
-from rawloop.precision.masters import Trained
+from rawloop.precision.masters import TrainedWeights
 from rawloop.precision.scaler import LossScaleConfig
 from rawloop.preempt import Preemption
 from rawloop.records import read_events, read_metrics
@@ -342,9 +342,6 @@ SCENARIOS = {
         PrecisionConfig("amp_fp16", ["fp32"], max_nonfinite_losses=3), 7, losses=frozenset({5, 6, 7})
     ),
     "with masters": Scenario(PrecisionConfig("native_fp16", loss_scale=SCALE), 6, frozenset({2}), adapter=FULL),
-    "with residuals": Scenario(
-        PrecisionConfig("native_fp16", masters="residual", loss_scale=SCALE), 6, frozenset({2}), adapter=FULL
-    ),
 }
 GOOD = "after good steps"
 LEFT_OUT: list[tuple[str, type[Any], tuple[str, ...]]] = [
@@ -354,8 +351,7 @@ LEFT_OUT: list[tuple[str, type[Any], tuple[str, ...]]] = [
     (GOOD, NamedOptimizerState, ("step",)),
     (GOOD, NamedOptimizerState, ("exp_avg",)),
     (GOOD, NamedOptimizerState, ("exp_avg_sq",)),
-    ("with masters", Trained, ()),
-    ("with residuals", Trained, ()),
+    ("with masters", TrainedWeights, ()),
     (GOOD, PrecisionPolicy, ("scaler", "scale")),
     (GOOD, PrecisionPolicy, ("scaler", "good_steps")),
     ("among bad steps", PrecisionPolicy, ("scaler", "scale")),

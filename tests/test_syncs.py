@@ -175,7 +175,7 @@ def build(
         use_cache=False,
     )
     scale = LossScaleConfig(init=2.0**10) if "fp16" in mode else LossScaleConfig()  # small enough to skip nothing
-    policy = PrecisionPolicy(PrecisionConfig(mode=mode, loss_scale=scale), CPU, agree=world.any)
+    policy = PrecisionPolicy(PrecisionConfig(mode=mode, loss_scale=scale), CPU, world=world)
     model: nn.Module = LlamaForCausalLM(config)
     model = policy.prepare(add_adapter(model, AdapterConfig(rank=2), []))
     return Run(

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from rawloop.lazy import importer
 
 if TYPE_CHECKING:
+    from rawloop.precision.gradients import StepResult
     from rawloop.precision.modes import MODES, Mode, PrecisionConfig
-    from rawloop.precision.policy import PrecisionPolicy, StepResult
+    from rawloop.precision.policy import PrecisionPolicy
     from rawloop.precision.scaler import LossScaleConfig
 else:
     __getattr__ = importer(
@@ -17,7 +18,7 @@ else:
             "Mode": "rawloop.precision.modes",
             "PrecisionConfig": "rawloop.precision.modes",
             "PrecisionPolicy": "rawloop.precision.policy",
-            "StepResult": "rawloop.precision.policy",
+            "StepResult": "rawloop.precision.gradients",
         },
     )
 

@@ -1,23 +1,49 @@
-"""Casting a model for a mode: which dtype each weight gets, and what is refused before anything is trained."""
+"""Casting a model for a mode: the dtype of each weight, and what is refused before anything is trained."""
 
+import gc
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from rawloop.ddp import find_ddp, unwrap_ddp
+from rawloop.dist import World, num_processes
 from rawloop.errors import UserError
-from rawloop.precision.masters import HALF, KINDS, Trained
+from rawloop.precision.masters import HALF, TrainedWeights
 from rawloop.precision.modes import DTYPES, MODES, PrecisionConfig, examine, stream_weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_trainable(model: nn.Module) -> None:
+def check_world(world: World | None) -> World:
+    """Return the world, `World.current()` by default.
+
+    Raises:
+        UserError: it has fewer processes than there are.
+    """
+    if world is not None and world.size < num_processes():
+        raise UserError(
+            f"the precision policy was given a world of {world.size} process(es), and there are {num_processes()}, "
+            "which would not skip the same steps: leave world= out, or give it World.current()"
+        )
+    return World.current() if world is None else world
+
+
+def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot be trained in any mode.
 
     Raises:
-        UserError: nothing is trainable, or a trainable weight is of a dtype that is never right.
+        UserError: it is wrapped already, nothing is trainable, or a trainable weight is of a dtype that no mode trains.
     """
+    wrapped = next((m for m in model.modules() if isinstance(m, nn.DataParallel) or unwrap_ddp(m) is not m), None)
+    if wrapped is None and num_processes() > 1 and find_ddp(model.parameters()):
+        gc.collect()  # a wrapper that nobody holds any more may not have been collected yet
+        wrapped = next(iter(find_ddp(model.parameters())), None)
+    if wrapped is not None:
+        raise UserError(
+            f"the model is wrapped in {type(wrapped).__name__} already, which keeps the dtypes that its weights had "
+            "then: call policy.prepare(model) first and wrap the result"
+        )
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise UserError("no weight of the model is trainable: check adapter.mode and adapter.freeze")
@@ -29,25 +55,28 @@ def check_trainable(model: nn.Module) -> None:
             )
 
 
-def cast(model: nn.Module, name: str, config: PrecisionConfig, device: torch.device) -> Trained:
+def cast(
+    model: nn.Module, name: str, config: PrecisionConfig, device: torch.device, is_last: bool = False
+) -> TrainedWeights:
     """Cast a model's weights, in place, for the mode `name`.
 
-    Returns:
-        its trained weights, and what an optimizer is to hold in their place.
+    Args:
+        model: any model with trainable weights.
+        name: a row of `MODES`.
+        config: gives the dtype and the masters of trained weights.
+        device: where the model will be.
+        is_last: no mode is left to fall back to.
 
     Raises:
         UserError: the mode cannot train these weights, or FP16 cannot hold one of them.
     """
-    dtype = cast_frozen(model, name, config)
+    dtype = cast_frozen(model, name, config, is_last)
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return KINDS[config.masters](named, dtype, device)
+    return TrainedWeights(named, dtype, device, masters=config.masters == "fp32")
 
 
-def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig) -> torch.dtype:
-    """Cast what the mode `name` does not train: trained weights are cast where what rounding takes from them is kept.
-
-    Returns:
-        what the trained weights shall be of.
+def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig, is_last: bool = False) -> torch.dtype:
+    """Cast the weights that the mode `name` does not train, and return the dtype for the trained ones.
 
     Raises:
         UserError: see `cast`; nothing was changed.
@@ -55,6 +84,7 @@ def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig) -> torch.d
     dtype = trainable_dtype(model, name, config)
     _check_range(model, name, dtype)
     _round(model.parameters(), MODES[name].frozen)
+    _cast_for_autocast(model, MODES[name].autocast, is_last)
     stream = stream_weights(model).values()
     if any(parameter.requires_grad for parameter in stream):
         _round(stream, dtype)
@@ -66,7 +96,7 @@ def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig) -> torch.d
 
 
 def trainable_dtype(model: nn.Module, name: str, config: PrecisionConfig) -> torch.dtype:
-    """Return what the mode's trained weights shall be of.
+    """Return the dtype for the mode's trained weights.
 
     Raises:
         UserError: float32 weights would stand beside FP16 ones that they do not fit.
@@ -88,6 +118,33 @@ def _round(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
     for weight in weights if dtype is not None else ():
         if not weight.requires_grad and weight.dtype in FLOATS:
             weight.data = weight.data.to(dtype)
+
+
+def _cast_for_autocast(model: nn.Module, dtype: torch.dtype | None, is_last: bool) -> None:
+    """Cast frozen weights of linear layers once, which autocast would cast in every pass and keep until backward.
+
+    The results are the same to the bit. Float32 weights keep their digits while a mode is left that could use them,
+    and so does a weight that FP16 cannot hold, and every weight of a model that is trained for the most part: its
+    checkpoints hold the frozen weights too.
+    """
+    if dtype is None or examine(model).mostly_trained:
+        return
+    linear = {id(p): p for module in model.modules() if _is_linear(module) for p in module.parameters(recurse=False)}
+    for module in model.modules():
+        # Some weights are read elsewhere too: by an embedding that is tied to the head, or by PEFT's DoRA.
+        if not _is_linear(module):
+            is_dora = bool(getattr(module, "lora_magnitude_vector", None))
+            for parameter in module.parameters(recurse=is_dora):
+                linear.pop(id(parameter), None)
+    for weight in linear.values():
+        if not weight.requires_grad and weight.dtype in (FLOATS if is_last else HALF):
+            value = weight.data.to(dtype)
+            if weight.dtype != dtype and bool(torch.isfinite(value).all()):
+                weight.data = value
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward and "forward" not in vars(module)
 
 
 def _check_range(model: nn.Module, mode: str, trainable: torch.dtype) -> None:

@@ -59,8 +59,8 @@ class PrecisionConfig:
     """The dtype of weights and of computation.
 
     Args:
-        mode: fp32: everything in float32, the reference. bf16: bfloat16 autocast over float32 trainables; frozen
-            weights stay as stored (Ampere and later, Apple, CPU). amp_fp16: FP16 autocast over float32 trainables with
+        mode: fp32: everything in float32, the reference. bf16: bfloat16 autocast over float32 trainables
+            (Ampere and later, Apple, CPU). amp_fp16: FP16 autocast over float32 trainables with
             torch's GradScaler (Volta, Turing). native_fp16: FP16 weights without autocast, with loss scaling of our
             own: a frozen base beside float32 adapters, or, in full fine-tuning, float32 masters (Turing, least memory).
             auto: by what the device computes natively, what the weights are stored in, and how many are trained.
@@ -69,9 +69,8 @@ class PrecisionConfig:
             amp_fp16 -> bf16 -> fp32, native_fp16 -> amp_fp16 -> fp32.
         trainable_dtype: of trained weights. auto: fp32, but in native_fp16 fp16 where most weights are trained. bf16
             goes with mode bf16, fp16 with mode native_fp16. It holds for `mode`, not for the modes of `fallback`.
-        masters: what keeps the updates that 16-bit trainables would lose. fp32: float32 masters (16 bytes per weight
-            with AdamW). residual: a 16-bit residual (14 bytes). none: nothing; only with bf16 trainables, and warned
-            of.
+        masters: fp32: keep a float32 master of each 16-bit trainable, whose updates would else be lost to rounding (16
+            bytes per weight with AdamW). none: keep none; only with bf16 trainables, and with a warning.
         tf32: let float32 matrix products on NVIDIA GPUs round their inputs to TF32 (10 bits of mantissa). Off, so
             that fp32 means float32.
         max_skips: give the mode up after this many steps in a row whose loss or gradients were not finite.
@@ -83,7 +82,7 @@ class PrecisionConfig:
     mode: Literal["auto", "fp32", "bf16", "amp_fp16", "native_fp16"] = "auto"
     fallback: list[Name] | None = None
     trainable_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    masters: Literal["fp32", "residual", "none"] = "fp32"
+    masters: Literal["fp32", "none"] = "fp32"
     tf32: bool = False
     max_skips: int = 25
     max_nonfinite_losses: int = 5
@@ -124,9 +123,14 @@ class PrecisionConfig:
                 f"precision.trainable_dtype is '{wanted}' and precision.mode is '{self.mode}', which trains {allowed}"
                 f"{WHY_NOT.get((self.mode, wanted), '')}"
             )
+        if self.masters not in ("fp32", "none"):
+            raise UserError(
+                f"precision.masters is '{self.masters}': it must be fp32 or none; where it was residual (14 bytes per "
+                "weight with AdamW), use fp32 (16 bytes)"
+            )
         if self.masters == "none" and wanted != "bf16":
             raise UserError(
-                "precision.masters is 'none': FP16 weights without masters or residual lose most of their updates; "
+                "precision.masters is 'none': FP16 weights without masters lose most of their updates; "
                 "only bf16 trainables go without (precision.mode bf16, precision.trainable_dtype bf16)"
             )
         if self.masters == "none" and "native_fp16" in (self.fallback or []):
@@ -134,11 +138,3 @@ class PrecisionConfig:
                 "precision.masters is 'none' and precision.fallback has native_fp16, whose FP16 weights lose most "
                 "of their updates without masters: take one of them out"
             )
-        if self.masters == "residual" and not self._may_train_16_bits():
-            raise UserError(
-                f"precision.masters is 'residual' and precision.mode is '{self.mode}' with float32 trainables, which "
-                "need none: take it out, or choose native_fp16, or trainable_dtype bf16"
-            )
-
-    def _may_train_16_bits(self) -> bool:
-        return self.trainable_dtype in ("bf16", "fp16") or "native_fp16" in (self.mode, *(self.fallback or []))

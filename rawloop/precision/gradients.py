@@ -1,86 +1,207 @@
-"""What the gradients of one window are, found out before anything is done with them, and what is wrong with them."""
+"""The gradients between two updates: whether they can be trusted, whether they are finite, and their norm."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rawloop.errors import TrainingError, UserError
-from rawloop.precision.masters import Trained
+from rawloop.precision.masters import TrainedWeights, held_by
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
 
 
-class Measured(NamedTuple):
-    """The gradients' L2 norm, unscaled (-1 without any gradient), what else may not be finite, and a refusal.
+class StepResult(NamedTuple):
+    """The outcome of one optimizer step. `grad_norm` is the global L2 norm before clipping.
 
-    `loss` is the sum over micro-batches, `buffers` 0.0 or NaN: not finite if one of them is not.
+    `fell_back` says `amp_fp16 -> bf16` if the step was the last one of its mode. A DDP wrapper must then be built anew:
+    weights may have changed their dtype.
+    """
+
+    applied: bool
+    grad_norm: float
+    skipped_because: str | None = None
+    fell_back: str | None = None
+
+
+class Window:
+    """The backward passes since the last update, and what may be done with their gradients."""
+
+    def __init__(self, trained: TrainedWeights) -> None:
+        self.trained = trained
+        self.loss: Tensor | None = None  # the sum of all losses: not finite if one of them is not
+        self.scale = 1.0
+        self.closed = False  # an optimizer was stepped; others may be stepped too, until the next backward pass
+        self.dropped: str | None = None  # why its gradients are gone
+        self.unscaled: dict[int, Tensor] = {}  # by id of an optimizer, the norm of its gradients at `unscale`
+        self._local: set[int] = set()  # ids of weights whose gradients were not averaged over the ranks
+        self._versions: dict[int, tuple[int, int]] = {}
+
+    def add(self, loss: Tensor, scale: float, wrappers: Iterable[Any]) -> None:
+        """Note a backward pass that is done.
+
+        Args:
+            loss: its loss, a scalar.
+            scale: the factor of the loss.
+            wrappers: the DDP modules over trained weights.
+        """
+        self.loss = loss if self.loss is None else self.loss + loss
+        self.scale = scale
+        # no_sync and accelerate switch the first flag off; the forward pass copies it into the second
+        unsynced = [d for d in wrappers if not (d.require_backward_grad_sync or d.require_forward_param_sync)]
+        self._local = {id(weight) for ddp in unsynced for weight in ddp.parameters()}
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """Note how often each scaled gradient was written, so that `check` sees who else writes."""
+        if self.scale != 1.0:
+            given = ((id(weight), weight.grad) for weight in self.trained.weights.values())
+            self._versions = {key: (id(grad), grad._version) for key, grad in given if grad is not None}
+
+    def check(self, optimizers: Iterable[Optimizer], held: Iterable[nn.Parameter]) -> None:
+        """Refuse gradients that `policy.backward` did not make, or that an update must not use.
+
+        Raises:
+            UserError: with the line to change.
+        """
+        if self.loss is None:
+            raise UserError(
+                "the gradients were not made by policy.backward(loss), so that nobody knows their scale, or whether "
+                "the loss was finite: replace loss.backward() by policy.backward(loss)"
+            )
+        if any(not _is_synced(optimizer) for optimizer in optimizers):
+            raise UserError(
+                "accelerate would hold this step back: under accumulate() its optimizers step after the last "
+                "micro-batch only; call policy.step(optimizer) there only: "
+                "`if accelerator.sync_gradients: policy.step(optimizer)`"
+            )
+        weights = [self.trained.weight_of(p) for p in held]
+        if self._local.intersection(map(id, weights)):
+            raise UserError(
+                "the gradients were not averaged over the ranks: the last policy.backward ran under DDP's no_sync, as "
+                "in accelerate's accumulate(), and each rank would apply its own; call policy.step(optimizer) after "
+                "the last micro-batch only: `if accelerator.sync_gradients: policy.step(optimizer)`"
+            )
+        grads = [(weight, weight.grad) for weight in weights if weight.grad is not None]
+        written = any(self._versions.get(id(w)) != (id(grad), grad._version) for w, grad in grads)
+        if written and self.scale != 1.0 and not self.unscaled:
+            raise UserError(
+                f"the gradients were changed between policy.backward and policy.step, while they are multiplied by "
+                f"the loss scale {self.scale:g}: delete clip_grad_norm_ or clip_grad_value_ there and use "
+                "policy.step(optimizer, max_norm=...), or call policy.unscale(optimizer) before it; a second "
+                "loss.backward() must be policy.backward(loss)"
+            )
+
+    def refuse_foreign_step(self, optimizer: Optimizer) -> None:
+        """Refuse an `optimizer.step()` that is not the policy's, while gradients wait for an update.
+
+        Raises:
+            UserError: with the line to delete.
+        """
+        ours = {id(p) for named in (self.trained.weights, self.trained.masters) for p in named.values()}
+        held = [p for p in held_by([optimizer]) if id(p) in ours]
+        waiting = not self.closed or any(p.grad is not None for p in held)
+        if held and waiting and self.loss is not None:
+            raise UserError(
+                "optimizer.step() was called after policy.backward(loss), which leaves unscaling, clipping and the "
+                "test for finite numbers to policy.step(optimizer, max_norm): delete the line optimizer.step()"
+            )
+
+
+class Measured(NamedTuple):
+    """The gradients' L2 norm, unscaled (-1 without any gradient), and what else must be finite.
+
+    `loss` is the sum over micro-batches; `buffers` is 0.0, or NaN if one of them is not finite. `refusal` is the error
+    of torch's scaler.
     """
 
     norm: float
     loss: float = 0.0
     buffers: float = 0.0
-    refusal: str | None = None  # what torch's scaler raised
+    refusal: str | None = None
+
+
+def _is_synced(optimizer: Optimizer) -> bool:
+    """Whether accelerate, if it has wrapped the optimizer, lets it step now."""
+    state = getattr(optimizer, "gradient_state", None)
+    return bool(getattr(state, "sync_gradients", True))
+
+
+def watch_steps(policy: Any) -> None:
+    """Let a policy refuse `optimizer.step()` calls that are not its own, anywhere in this process, while it lives."""
+    reference = ref(policy)
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = reference()
+        if alive is not None and not alive.stepping:
+            alive.window.refuse_foreign_step(optimizer)
+
+    finalize(policy, register_optimizer_step_pre_hook(before_step).remove).atexit = False
 
 
 def measure(
-    optimizers: Iterable[Optimizer],
+    optimizers: Sequence[Optimizer],
     held: list[nn.Parameter],
-    trained: Trained,
+    window: Window,
     scaler: LossScaler | None,
-    loss: Tensor | None,
     every_gradient: bool,
     buffers: Sequence[Tensor] = (),
 ) -> Measured:
     """Measure a window's gradients, and unscale them where torch's scaler does it.
 
     Args:
-        optimizers: who will apply them.
+        optimizers: the optimizers that will be stepped.
         held: the trained parameters that they hold.
-        trained: knows where backward has put the gradients.
-        scaler: what the loss was multiplied by.
-        loss: the sum of the window's losses, a scalar; None if `policy.backward` has seen none.
-        every_gradient: a trained weight without one is an error.
+        window: the passes that made the gradients.
+        scaler: the scaler of the losses.
+        every_gradient: a trained weight without a gradient is an error.
         buffers: floats that must be finite as well.
 
     Raises:
         TrainingError: see `every_gradient`.
-        UserError: nobody has seen the loss.
+        UserError: see `Window.check`.
     """
-    gradients = [gradient for p in held if (gradient := trained.gradient(p)) is not None]
+    trained = window.trained
+    gradients = [gradient for p in held if (gradient := trained.weight_of(p).grad) is not None]
     if not gradients:
         return Measured(-1.0)
     if every_gradient and len(gradients) < len(held):
         raise TrainingError(missing_gradients(held, trained))
-    if loss is None:
-        raise UserError(
-            "the gradients were not made by policy.backward(loss), so that nobody knows their scale, or whether the "
-            "loss was finite: replace loss.backward() by policy.backward(loss)"
-        )
-    scale = scaler.scale if scaler else 1.0
-    if isinstance(scaler, GuardedGradScaler):
+    window.check(optimizers, held)
+    assert window.loss is not None
+    unscaled = any(id(optimizer) in window.unscaled for optimizer in optimizers)
+    scale = 1.0 if unscaled else window.scale
+    if isinstance(scaler, GuardedGradScaler) and not unscaled:
         scale = 1.0
         try:
             for optimizer in optimizers:
-                scaler.unscale(optimizer)
+                scaler.unscale(optimizer, window.scale)
         except SCALER_ERRORS as error:
             return Measured(math.nan, refusal=f"{type(error).__name__}: {error}")
     norm = global_norm(gradients)
+    for optimizer in optimizers:
+        if id(optimizer) in window.unscaled:  # clipping by value would hide what is not finite
+            norm = norm + 0.0 * window.unscaled[id(optimizer)]
     # The one wait for the device in a step: what is applied must be known.
-    numbers = [norm, loss.to(norm.device)]
+    numbers = [norm, window.loss.to(norm.device)]
     if buffers:
         numbers.append(torch.cat([b.flatten().to(norm.device, torch.float32) for b in buffers]).mul(0).sum())
     measured, *others = torch.stack(numbers).tolist()
     return Measured(measured / scale, *others)
 
 
-def missing_gradients(held: Iterable[nn.Parameter], trained: Trained) -> str:
-    """What to say of it. The other ranks are not asked first: they may be waiting for this one in backward."""
-    missing = {id(p) for p in held if trained.gradient(p) is None}
+def missing_gradients(held: Iterable[nn.Parameter], trained: TrainedWeights) -> str:
+    """The message about weights without a gradient.
+
+    The other ranks are not asked first: they may be waiting for this one in backward.
+    """
+    missing = {id(p) for p in held if trained.weight_of(p).grad is None}
     names = [name for name, parameter in trained.named_parameters() if id(parameter) in missing]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
@@ -91,11 +212,11 @@ def missing_gradients(held: Iterable[nn.Parameter], trained: Trained) -> str:
 
 
 def connected(loss: Any) -> Tensor:
-    """The loss itself.
+    """Return the loss itself.
 
     Raises:
         UserError: it is no tensor of one number.
-        TrainingError: it hangs on no trainable weight.
+        TrainingError: it depends on no trainable weight.
     """
     if not isinstance(loss, Tensor):
         more = ": a model returns none where it got no labels, or under a name that it swallows" if loss is None else ""
@@ -112,20 +233,6 @@ def connected(loss: Any) -> Tensor:
     return loss
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors that get a gradient from a loss, weights or not."""
-    seen, nodes, leaves = set(), [loss.grad_fn], []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-    return leaves
-
-
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """L2 norm over all gradients together, a float32 scalar on their device: in 16 bits it would overflow."""
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
@@ -133,35 +240,12 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     return total
 
 
-def found_out(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
-    """Where numbers that are not finite come from, as far as can be seen, and what to do. It waits for the device.
+def clear(optimizers: Iterable[Optimizer]) -> None:
+    """Drop the gradients of optimizers, and what a scaler may have left on a fused one after a failed step.
 
-    Args:
-        model: what was trained.
-        what: is not finite: `loss`, `norm` (of the gradients) or `buffers`.
-        moved: buffers that this window has moved: they say nothing of what was there before.
-        fp16: whether it computes in FP16.
+    A stale `found_inf` of 1 would make every later step of the optimizer a silent no-op.
     """
-    fresh = {id(buffer) for buffer in moved}
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in fresh]
-    # of buffers NaN alone: the -inf of a mask is healthy
-    spoilt = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
-    spoilt += [name for name, buffer in buffers if bool(torch.isnan(buffer).any())]
-    if spoilt:
-        return (
-            f"{len(spoilt)} of the model's weights and buffers are not finite, first {spoilt[0]}: no loss can be "
-            "finite with them. Begin with finite ones, of an earlier checkpoint, or of the base model fetched again"
-        )
-    samples = "look at the samples that the last skips name (events.jsonl)"
-    if what == "norm" and fp16:
-        advice = "take a lower learning rate, or a mode of more range than FP16 (bf16, fp32)"
-    elif what == "norm":
-        advice = f"its backward pass makes them (the root of zero): {samples} under torch.autograd.detect_anomaly()"
-    else:
-        more = ", or take a mode of more range than FP16 (bf16, fp32)" if fp16 else ""
-        advice = f"{samples} for what is not finite or too large in them{more}"
-        names = [name for name, b in model.named_buffers() if id(b) in fresh and not bool(b.isfinite().all())]
-        if what == "buffers" and names:
-            advice = f"if the model came with {names[0]} so, begin with another one; else {advice}"
-    healthy = {"loss": "weights are finite, its losses", "norm": "weights and losses are finite, the gradients"}
-    return f"The model's {healthy.get(what, 'weights and losses are finite, the buffers that move')} are not: {advice}"
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        for name in ("grad_scale", "found_inf"):
+            optimizer.__dict__.pop(name, None)

@@ -1,233 +1,209 @@
-"""What an optimizer holds in place of 16-bit weights, so that no update is lost to their rounding.
+"""The trained weights, and the float32 masters that an optimizer updates in place of 16-bit weights.
 
-An update below half a unit in the last place of a weight rounds to nothing: at a learning rate of 1e-5 more than half
-of all updates of FP16 weights are lost, and nearly all of bfloat16 weights. Float32 masters keep them, at 16 bytes per
-weight with AdamW; a 16-bit residual keeps nearly all of them, at 14 bytes.
+An update below half a unit in the last place of a weight rounds to nothing: at a learning rate of 1e-5, 16-bit weights
+lose more than half of all updates in FP16 and nearly all in bfloat16. Masters keep them, at 16 bytes per weight with
+AdamW.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from rawloop.errors import CheckpointError
+from rawloop.errors import CheckpointError, UserError
 
 HALF = (torch.float16, torch.bfloat16)
-BUCKET = 2**25  # numbers that are in float32 at a time during an update: 268 MB of gradients and masters
-# What rounding to FP16 takes away is at most 16 (half a unit at 65504): times 2048 it still fits, and the small ones,
-# which would be subnormal or zero, become normal. bfloat16 has float32's range and needs no factor.
-RESIDUAL_SCALE = {torch.float16: 2048.0, torch.bfloat16: 1.0}
+BUCKET = 2**25  # numbers whose gradients are in float32 at a time during an update: 134 MB
 
 
-class Trained:
-    """The trained weights, cast to their dtype, and what an optimizer holds in their place: here they themselves.
+class TrainedWeights:
+    """The trained weights in one dtype, and their masters.
 
     Args:
-        named: the weights, by name; in 16 bits they are rounded now.
-        dtype: what they shall be of.
+        named: the weights, by name; they are cast now.
+        dtype: what they are cast to.
         device: where the model will be.
+        masters: keep a float32 master of each weight that is cast to 16 bits.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        dtype: torch.dtype,
+        device: torch.device,
+        masters: bool = True,
+    ) -> None:
         self.dtype, self.device = dtype, device
         self.weights = dict(named)
-        self.stand_ins: dict[str, nn.Parameter] = {}
+        self.masters: dict[str, nn.Parameter] = {}
         for name, weight in self.weights.items():
             value = weight.detach()
             weight.data = value.to(dtype)
-            if dtype in HALF:
-                self._keep(name, value)
-        self._name_of = {id(stand_in): name for name, stand_in in self.stand_ins.items()}
+            if masters and dtype in HALF:
+                self.masters[name] = nn.Parameter(value.to(device, torch.float32, copy=True))
+        self._name_of = {id(master): name for name, master in self.masters.items()}
         self._versions = self._counts()
 
     def _counts(self) -> list[int]:
-        """How often each weight with a stand-in was written in place; our own writes go through `.data`, uncounted."""
-        return [self.weights[name]._version for name in self.stand_ins]
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        """Keep what the weight has lost of `value`; here nothing is kept."""
+        """How often each weight with a master was written in place; our own writes go through `.data`, uncounted."""
+        return [self.weights[name]._version for name in self.masters]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What an optimizer must hold, by the names of the model's weights."""
-        return [(name, self.stand_ins.get(name, weight)) for name, weight in self.weights.items()]
-
-    def written(self) -> bool:
-        """Whether somebody has written into weights since `follow_weights`: DDP's broadcast, `load_state_dict`."""
-        return self._counts() != self._versions
+        """The parameters that an optimizer must hold, by the names of the model's weights."""
+        return [(name, self.masters.get(name, weight)) for name, weight in self.weights.items()]
 
     def follow_weights(self) -> None:
-        """Take over what was written into weights by others; what is kept of all other numbers stays as it is."""
-        for name in self.stand_ins:
-            weight = self.weights[name].detach()
-            self._follow(name, self.value(name).to(weight.dtype) != weight)
+        """Take over what others have written into weights (DDP's broadcast, `load_state_dict`).
+
+        A master whose weight nobody wrote to keeps all its digits.
+        """
+        if self._counts() == self._versions:
+            return
+        for name, master in self.masters.items():
+            weight, value = self.weights[name].detach(), master.detach()
+            value.copy_(torch.where(value.to(weight.dtype) != weight, weight.float(), value))
         self._versions = self._counts()
 
-    def _follow(self, name: str, changed: Tensor) -> None:
-        """Take over the weight where it no longer is what is kept, rounded; here nothing is kept."""
-
     def value(self, name: str) -> Tensor:
-        """The weight with all that is kept of it, in float32."""
-        return self.weights[name].detach().float()
+        """A weight's float32 value: its master if it has one."""
+        return self.masters[name].detach() if name in self.masters else self.weights[name].detach().float()
 
-    def gradient(self, held: Tensor) -> Tensor | None:
-        """The gradient of a parameter that an optimizer holds, where backward has put it: on the model's weight."""
+    def weight_of(self, held: Tensor) -> Tensor:
+        """The model's weight for a parameter that an optimizer holds: backward puts the gradient there."""
         name = self._name_of.get(id(held))
-        return held.grad if name is None else self.weights[name].grad
+        return held if name is None else self.weights[name]
 
-    def update(self, held: Iterable[nn.Parameter], factor: float, step: Callable[[], None]) -> None:
-        """Step the optimizers, with every gradient times `factor` in float32, and round the result into the weights.
+    def check(self, optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+        """Return the trained parameters that optimizers hold.
 
-        Unscaling in 16 bits would flush to zero what loss scaling has just saved. Where weights have stand-ins,
-        `step` is called once for every `BUCKET` numbers, with all other gradients hidden, so that little is in float32
-        at a time: optimizers whose parameters influence each other beyond their group's settings do not fit.
+        Raises:
+            UserError: one is held twice, or was unfrozen or cast after the model was prepared.
         """
-        if not self.stand_ins:
+        self.check_casts()
+        known = {id(parameter) for _, parameter in self.named_parameters()}
+        held = held_by(optimizers)
+        if len({id(p) for p in held}) < len(held):
+            raise UserError("a weight is held by two optimizers, or twice by one, and would be updated twice: keep one")
+        unfrozen = [tuple(p.shape) for p in held if p.requires_grad and id(p) not in known]
+        if unfrozen:
+            raise UserError(
+                f"{len(unfrozen)} weights of the optimizer (first of shape {unfrozen[0]}) were unfrozen after "
+                "policy.prepare(model): unfreeze before it"
+            )
+        return [p for p in held if id(p) in known]
+
+    def check_casts(self) -> None:
+        """Refuse weights that were cast after the model was prepared.
+
+        Raises:
+            UserError: naming the first.
+        """
+        cast = next((name for name, weight in self.weights.items() if weight.dtype != self.dtype), None)
+        if cast is not None:
+            raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
+
+    def update(self, held: Sequence[nn.Parameter], factor: float, step: Callable[[], None]) -> None:
+        """Step the optimizers with every gradient times `factor`, multiplied in float32, and round into the weights.
+
+        Unscaling in 16 bits would flush to zero what loss scaling has just saved. With masters, `step` is called once
+        for every `BUCKET` numbers, with all other gradients hidden, so that few gradients are in float32 at a time:
+        optimizers whose parameters influence each other beyond their group's settings do not fit.
+        """
+        if not self.masters:
             gradients = [p.grad for p in held if p.grad is not None]
             if gradients and factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
             step()
-        for bucket in self._buckets(held):
-            for name in bucket:
-                self._hand_over(name, factor)
+            return
+        for master in held:
+            master.grad = None  # `show_gradients` may have set it
+        for masters in self._buckets(held):
+            weights = [self.weight_of(master) for master in masters]
+            for master, gradient in zip(masters, _in_float32(weights, factor), strict=True):
+                master.grad = gradient
             step()
-            for name in bucket:
-                self._take_back(name)
+            for master in masters:
+                master.grad = None
+            torch._foreach_copy_([weight.data for weight in weights], [master.detach() for master in masters])
 
-    def _buckets(self, held: Iterable[nn.Parameter]) -> Iterator[list[str]]:
-        """The stand-ins whose weights have a gradient, some at a time, by name."""
-        names = [self._name_of[id(p)] for p in held if id(p) in self._name_of]
-        bucket: list[str] = []
+    def _buckets(self, held: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """The masters whose weights have a gradient, some at a time."""
+        bucket: list[nn.Parameter] = []
         size = 0
-        for name in (name for name in names if self.weights[name].grad is not None):
-            if bucket and size + self.weights[name].numel() > BUCKET:
+        for master in (master for master in held if self.weight_of(master).grad is not None):
+            if bucket and size + master.numel() > BUCKET:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append(name)
-            size += self.weights[name].numel()
+            bucket.append(master)
+            size += master.numel()
         if bucket:
             yield bucket
 
-    def _hand_over(self, name: str, factor: float) -> None:
-        weight = self.weights[name]
-        assert weight.grad is not None
-        self.stand_ins[name].grad = weight.grad.float().mul_(factor)
-        weight.grad = None
+    def show_gradients(self, held: Iterable[nn.Parameter], factor: float) -> None:
+        """Multiply gradients by `factor` in float32, and show them on weights and masters alike."""
+        shown = [p for p in held if self.weight_of(p).grad is not None]
+        weights = [self.weight_of(p) for p in shown]
+        gradients = _in_float32(weights, factor) if self.masters else [w.grad for w in weights if w.grad is not None]
+        if not self.masters and gradients and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        for parameter, weight, gradient in zip(shown, weights, gradients, strict=True):
+            if self.masters:
+                weight.grad_dtype = None  # torch takes a float32 gradient of a 16-bit weight only if told so
+            parameter.grad = weight.grad = gradient
 
-    def _take_back(self, name: str) -> None:
-        stand_in = self.stand_ins[name]
-        stand_in.grad = None
-        self.weights[name].data.copy_(stand_in.detach())
-
-    def clear_gradients(self) -> None:
-        """Drop the gradients that no optimizer sees: those of weights with a stand-in."""
-        for name in self.stand_ins:
-            self.weights[name].grad = None
+    def clear_gradients(self, held: Iterable[nn.Parameter] | None = None) -> None:
+        """Drop the gradients of parameters that optimizers hold, and of their weights; by default of all."""
+        for parameter in (p for _, p in self.named_parameters()) if held is None else held:
+            parameter.grad = self.weight_of(parameter).grad = None
 
     def restore_float32(self) -> None:
-        """Give the model's weights their whole value, in float32, in place; the stand-ins are of no use afterwards."""
+        """Give the model's weights their float32 value, in place; the masters are of no use afterwards."""
         for name, weight in self.weights.items():
             weight.data = self.value(name)
 
-    def kept(self) -> dict[str, Tensor]:
-        """What is kept beside the weights, by name."""
-        return {}
-
     def state_dict(self) -> dict[str, Any]:
-        """Return what is kept beside the weights, and of what kind it is."""
-        return {"kind": type(self).__name__, "kept": self.kept()}
+        """Return the masters, by name."""
+        return {"kind": "Masters", "kept": {name: master.detach() for name, master in self.masters.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what is kept; made anew from the rounded weights it would lose what it is there for.
+        """Restore the masters; made anew from rounded weights they would lose the digits that they are there for.
 
         Raises:
-            CheckpointError: it is of another kind or of other weights.
+            CheckpointError: they are of other weights.
         """
-        own, stored = self.kept(), state["kept"]
-        if set(own) != set(stored) or (own and state["kind"] != type(self).__name__):
-            different = sorted(set(stored) ^ set(own))
-            names = f": {len(different)} differ, first {different[0]}" if different else ""
+        stored = state["kept"]
+        different = sorted(set(stored) ^ set(self.masters))
+        if different or (stored and state["kind"] != "Masters"):
+            names = f" ({len(different)} differ, first {different[0]})" if different else ""
             raise CheckpointError(
-                f"the checkpoint's {state['kind'].lower()} do not fit this model's {type(self).__name__.lower()}{names}"
-                "; set precision.masters and precision.trainable_dtype to what it was trained with, or start another "
-                "run from these weights with --init_from CHECKPOINT --output NEW"
+                f"the checkpoint has {len(stored)} {state['kind'].lower()}, and this model {len(self.masters)} masters"
+                f"{names}: set precision.masters and precision.trainable_dtype to what it was trained with, or start "
+                "another run from its weights with --init_from CHECKPOINT --output NEW"
             )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(stored[name])
+        for name, master in self.masters.items():
+            master.detach().copy_(stored[name])
         self._versions = self._counts()
 
 
-class Masters(Trained):
-    """Trained weights in 16 bits with a float32 master each: the optimizer holds the masters."""
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        self.stand_ins[name] = nn.Parameter(value.to(self.device, torch.float32, copy=True))
-
-    def value(self, name: str) -> Tensor:
-        """The master of a 16-bit weight."""
-        return self.stand_ins[name].detach() if name in self.stand_ins else super().value(name)
-
-    def _follow(self, name: str, changed: Tensor) -> None:
-        master = self.stand_ins[name].detach()
-        master.copy_(torch.where(changed, self.weights[name].detach().float(), master))
-
-    def kept(self) -> dict[str, Tensor]:
-        """The masters."""
-        return {name: master.detach() for name, master in self.stand_ins.items()}
+def _in_float32(weights: Sequence[Tensor], factor: float) -> list[Tensor]:
+    """Take the gradients off weights, in float32 and times `factor`."""
+    given = [weight.grad for weight in weights if weight.grad is not None]
+    gradients = given
+    if any(gradient.dtype != torch.float32 for gradient in given):
+        gradients = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
+        torch._foreach_copy_(gradients, given)
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    for weight in weights:
+        weight.grad = None
+    return gradients
 
 
-class Residuals(Trained):
-    """Trained weights in 16 bits with what rounding took from them, in 16 bits more.
-
-    The optimizer holds float32 parameters without memory of their own, which are filled for the time of an update.
-    """
-
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> None:
-        self.rests: dict[str, Tensor] = {}
-        super().__init__(named, dtype, device)
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        weight = self.weights[name]
-        self.rests[name] = torch.empty_like(weight, device=self.device)
-        self.stand_ins[name] = nn.Parameter(self._empty(weight))
-        self._split(name, value)
-
-    def _empty(self, weight: Tensor) -> Tensor:
-        """A float32 tensor of the weight's shape that takes four bytes in all."""
-        return torch.zeros((), device=self.device).expand(weight.shape)
-
-    def _split(self, name: str, value: Tensor) -> None:
-        weight = self.weights[name].data
-        weight.copy_(value)
-        self.rests[name].copy_((value.to(weight.device) - weight.float()).mul_(RESIDUAL_SCALE[self.dtype]))
-
-    def value(self, name: str) -> Tensor:
-        """Weight and residual together, in float32."""
-        if name not in self.rests:
-            return super().value(name)
-        weight = self.weights[name].detach().float()
-        return weight.add_(self.rests[name].float().div_(RESIDUAL_SCALE[self.dtype]))
-
-    def _follow(self, name: str, changed: Tensor) -> None:
-        self.rests[name].masked_fill_(changed, 0.0)
-
-    def _hand_over(self, name: str, factor: float) -> None:
-        self.stand_ins[name].data = self.value(name)
-        super()._hand_over(name, factor)
-
-    def _take_back(self, name: str) -> None:
-        stand_in = self.stand_ins[name]
-        stand_in.grad = None
-        self._split(name, stand_in.detach())
-        stand_in.data = self._empty(stand_in)
-
-    def kept(self) -> dict[str, Tensor]:
-        """The residuals."""
-        return self.rests
-
-
-KINDS = {"fp32": Masters, "residual": Residuals, "none": Trained}
+def held_by(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """All parameters that optimizers hold, in order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 def unit_in_last_place(weight: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""What the policy does to an optimizer that it did not build: put other parameters into it, and clean up after a
-failure.
-"""
+"""Putting other parameters, such as masters, into an optimizer that somebody else has built."""
 
 from collections.abc import Iterable, Mapping
 from inspect import Parameter, signature
@@ -10,34 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import UserError
-from rawloop.precision.masters import HALF, Trained, share_of_lost_updates
+from rawloop.precision.masters import HALF, TrainedWeights, held_by
 
 
-def held_by(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
-    """All parameters that optimizers hold, in order."""
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
-
-def trained_by(optimizers: Iterable[Optimizer], trained: Trained) -> list[nn.Parameter]:
-    """Those of them that are trained.
-
-    Raises:
-        UserError: one is held twice, or was unfrozen since the model was prepared.
-    """
-    known = {id(parameter) for _, parameter in trained.named_parameters()}
-    held = held_by(optimizers)
-    if len({id(p) for p in held}) < len(held):
-        raise UserError("a weight is held by two optimizers, or twice by one, and would be updated twice: keep one")
-    unfrozen = [tuple(p.shape) for p in held if p.requires_grad and id(p) not in known]
-    if unfrozen:
-        raise UserError(
-            f"{len(unfrozen)} weights of the optimizer (first of shape {unfrozen[0]}) were unfrozen after "
-            "policy.prepare(model): unfreeze before it"
-        )
-    return [p for p in held if id(p) in known]
-
-
-def adopt(optimizer: Optimizer, trained: Trained, frozen: Iterable[nn.Parameter] = ()) -> None:
+def adopt(optimizer: Optimizer, trained: TrainedWeights, frozen: Iterable[nn.Parameter] = ()) -> None:
     """Let an optimizer that was built over the model's own weights hold what stands for them.
 
     Args:
@@ -49,7 +23,7 @@ def adopt(optimizer: Optimizer, trained: Trained, frozen: Iterable[nn.Parameter]
         UserError: it holds weights that are not the model's, steps only with a closure, or holds its parameters
             elsewhere too; a weight was cast since the model was prepared, or a state has been loaded in 16 bits.
     """
-    check_casts(trained)
+    trained.check_casts()
     closure = signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is Parameter.empty:
         raise UserError(
@@ -68,26 +42,6 @@ def adopt(optimizer: Optimizer, trained: Trained, frozen: Iterable[nn.Parameter]
             "policy.named_parameters()"
         )
     exchange(optimizer, stand_ins, loaded=True)
-
-
-def check_casts(trained: Trained) -> None:
-    """Refuse weights that were cast since the model was prepared.
-
-    Raises:
-        UserError: naming the first.
-    """
-    cast = next((name for name, weight in trained.weights.items() if weight.dtype != trained.dtype), None)
-    if cast is not None:
-        raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
-
-
-def lost_updates(trained: Trained, lr: float) -> str:
-    """A warning of what trained weights in 16 bits lose without masters."""
-    share = share_of_lost_updates((weight.detach() for weight in trained.weights.values()), lr)
-    return (
-        f"{trained.dtype} weights are trained without masters: at a learning rate of {lr:g} about {share:.0%} of "
-        "updates round to nothing; precision.masters 'residual' or 'fp32' keeps them"
-    )
 
 
 def exchange(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loaded: bool = False) -> None:
@@ -139,14 +93,3 @@ def _refuse_16_bits(values: Iterable[Any]) -> None:
 
 def _as_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
-
-
-def clear(optimizers: Iterable[Optimizer]) -> None:
-    """Drop all gradients, and what a scaler may have left on a fused optimizer after a failed step.
-
-    A stale `found_inf` of 1 would make every later step of the optimizer a silent no-op.
-    """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-        for name in ("grad_scale", "found_inf"):
-            optimizer.__dict__.pop(name, None)

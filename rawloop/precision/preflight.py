@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rawloop.buffers import Moves, Trace, untouched
 from rawloop.errors import RawloopError, TrainingError, UserError
-from rawloop.precision.gradients import connected, leaves_of
+from rawloop.precision.gradients import connected
 from rawloop.precision.policy import PrecisionPolicy
 
 # What torch says of an operation that a device lacks for a dtype, or of two dtypes that do not fit each other.
@@ -49,7 +49,7 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
     while True:
         error, trial = _attempt(policy, loss_of)
         unconnected, lacks = isinstance(error, TrainingError), error is not None and is_lacking(error)
-        lacking, unconnected_somewhere, failed = policy.agree(
+        lacking, unconnected_somewhere, failed = policy.world.any(
             [lacks, unconnected, error is not None and not lacks and not unconnected]
         )
         if failed:
@@ -87,7 +87,7 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Ex
             twice = any(moved for _, _, moved in forward.written().values())
             trial = Trial(unused, _moves(policy, loss_of, trace)._replace(twice=twice))
         if len(unused) == len(policy.trained.weights):
-            return TrainingError(_unconnected(leaves_of(loss))), trial
+            return TrainingError(_unconnected(_leaves_of(loss))), trial
     except Exception as error:
         return error, trial
     return None, trial
@@ -112,6 +112,20 @@ def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace)
     return Moves(held, refused, [name for name in written if name not in held], attributes)
 
 
+def _leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors that get a gradient from a loss, weights or not."""
+    seen, nodes, leaves = set(), [loss.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+    return leaves
+
+
 def _unconnected(leaves: list[Tensor]) -> str:
     """What to say of a loss from which no trained weight got a gradient, by the tensors that did."""
     if not leaves:
@@ -124,16 +138,16 @@ def _unconnected(leaves: list[Tensor]) -> str:
 
 
 def _next_mode(policy: PrecisionPolicy, error: Exception | None) -> None:
-    name, choice = policy.name, policy.choice
+    name, chain = policy.name, policy.chain
     message = str(error).splitlines()[0] if error is not None and is_lacking(error) else "on another rank"
-    if policy.advance(f"{choice.hardware.name} cannot run the model in it: {message}"):
+    if policy.advance(f"{chain.hardware.name} cannot run the model in it: {message}"):
         return
-    advice = f"name another mode ({choice.modes_that_work()}), or have some to go on in with precision.fallback"
+    advice = f"name another mode ({chain.modes_that_work()}), or have some to go on in with precision.fallback"
     if name == "native_fp16" and policy.trained.dtype == torch.float32:
         advice = (
             "float32 weights fit beside FP16 ones only in layers that cast their input, as LoRA's do: set "
             "precision.trainable_dtype to fp16 (with masters), or use another mode"
         )
     raise UserError(
-        f"precision.mode is '{name}', in which {choice.hardware.name} cannot run this model ({message}): {advice}"
+        f"precision.mode is '{name}', in which {chain.hardware.name} cannot run this model ({message}): {advice}"
     ) from error

@@ -114,13 +114,16 @@ class GuardedGradScaler(LossScaler):
         scaled: Tensor = self.torch_scaler.scale(loss.float())
         return scaled
 
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Divide the gradients of an optimizer by the scale, in place.
+    def unscale(self, optimizer: Optimizer, scale: float) -> None:
+        """Divide the gradients of an optimizer by the scale of their window, in place.
 
         Raises:
             ValueError, RuntimeError, AssertionError: torch's scaler refuses, as it does for FP16 gradients.
         """
         self.torch_scaler.unscale_(optimizer)
+        if scale != self.scale:  # it has moved since, at the step of another optimizer
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, self.scale / scale)
 
     def _set(self, scale: float) -> None:
         self.scale = scale
@@ -140,3 +143,12 @@ class GuardedGradScaler(LossScaler):
         """Forget a window that was begun and given up, unscaled or not; the scale stays."""
         super().clear()
         self._set(self.scale)
+
+
+def make_scaler(
+    kind: str | None, config: LossScaleConfig, device: torch.device, theirs: Any = None
+) -> LossScaler | None:
+    """Return a fresh scaler of a mode's kind: `own`, `torch`, or None. `theirs` is a torch GradScaler to drive."""
+    if kind == "torch":
+        return GuardedGradScaler(config, device, theirs)
+    return LossScaler(config) if kind == "own" else None

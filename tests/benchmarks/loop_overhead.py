@@ -244,7 +244,7 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
     work, world, state, best = rows.work, World(device=rows.work.device), TrainState(), BestTracker()
     total = len(rows) // work.batch
     config = OptimConfig(lr=LR, schedule="linear", max_norm=MAX_NORM)
-    policy = PrecisionPolicy(PrecisionConfig(mode=work.mode), work.device, agree=world.any)
+    policy = PrecisionPolicy(PrecisionConfig(mode=work.mode), work.device, world=world)
     model = policy.prepare(model)
     module = LossModule(model, losses)
     optimizer = build_optimizer(policy.named_parameters(), config)

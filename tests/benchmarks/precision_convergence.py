@@ -62,9 +62,7 @@ ROWS = [
     Row("amp_fp16", {"mode": "amp_fp16"}),
     Row("native_fp16, fp32 trainables", {"mode": "native_fp16"}),
     Row("native_fp16, masters", {"mode": "native_fp16", "trainable_dtype": "fp16"}),
-    Row("native_fp16, residual", {"mode": "native_fp16", "trainable_dtype": "fp16", "masters": "residual"}),
     Row("bf16, bf16 trainables, masters", {"mode": "bf16", "trainable_dtype": "bf16"}),
-    Row("bf16, bf16 trainables, residual", {"mode": "bf16", "trainable_dtype": "bf16", "masters": "residual"}),
     Row("bf16, bf16 trainables, none", {"mode": "bf16", "trainable_dtype": "bf16", "masters": "none"}, bound=False),
 ]
 
@@ -243,7 +241,7 @@ def gradient_bytes(policy: PrecisionPolicy) -> float:
 def stored(policy: PrecisionPolicy, optimizer: AdamW) -> Iterator[Tensor]:
     """Everything that stays between two steps for the trained weights."""
     yield from policy.trained.weights.values()
-    yield from policy.trained.kept().values()
+    yield from policy.trained.masters.values()
     for state in optimizer.state.values():
         yield from (value for value in state.values() if value.ndim)
 

@@ -183,7 +183,7 @@ def test_too_few_batches_are_refused(number: int) -> None:
 def check_rank(world: World, model: str, data: str, spoilt: str) -> tuple[str, str]:
     """Check four examples of this rank's own, something being wrong on rank 1 only."""
     family = load_family(ModelConfig(path=model))
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"), world.any)
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), world=world)
     loaded = policy.prepare(family.load_model().train())
     cache = CodeCache(Path(data) / "codes")
     samples = read_samples(str(Path(data) / "train"), DataConfig())[world.rank :: 2]

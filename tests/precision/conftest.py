@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 from warnings import warn
 
@@ -12,8 +13,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rawloop.dist import World
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision import PrecisionConfig, PrecisionPolicy, StepResult
+
+Agreement = Callable[[Sequence[bool]], Sequence[bool]]
 
 
 class Amplify(torch.autograd.Function):
@@ -114,6 +118,20 @@ class Training:
         self.schedule.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+
+
+@pytest.fixture(scope="session")
+def world_where() -> Callable[[Agreement], World]:
+    """Makes a world whose ranks agree on flags as a function says."""
+
+    def make(agreement: Agreement) -> World:
+        class OtherRanks(World):
+            def any(self, flags: Sequence[bool]) -> Sequence[bool]:
+                return agreement(flags)
+
+        return OtherRanks()
+
+    return make
 
 
 @pytest.fixture(scope="session")

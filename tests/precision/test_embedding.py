@@ -79,8 +79,7 @@ def test_the_script_is_as_plain_as_it_says() -> None:
         {"mode": "bf16"},
         {"mode": "amp_fp16"},
         {"mode": "native_fp16"},
-        {"mode": "native_fp16", "masters": "residual"},
-        {"mode": "bf16", "trainable_dtype": "bf16", "masters": "residual"},
+        {"mode": "bf16", "trainable_dtype": "bf16"},
         {"mode": "auto"},
     ],
     ids=lambda settings: "-".join(settings.values()),
@@ -105,7 +104,7 @@ def test_it_brings_nothing_else_of_rawloop_along(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     others = [name for name in json.loads(done.stdout) if not name.startswith("rawloop.precision")]
-    assert sorted(others) == ["rawloop.buffers", "rawloop.errors", "rawloop.seed"]
+    assert sorted(others) == ["rawloop." + name for name in ("buffers", "dist", "errors", "seed", "waiting")]
 
 
 def model_and_policy(mode: Any, **settings: Any) -> tuple[nn.Module, PrecisionPolicy]:
@@ -239,9 +238,8 @@ def test_a_state_loaded_after_prepare_is_what_is_trained(mode: Any) -> None:
     assert torch.equal(held["1.weight"], masters["1.weight"])  # the digits of what nobody wrote are still there
 
 
-@pytest.mark.parametrize("kept", ["fp32", "residual"])
-def test_a_state_loaded_in_the_middle_of_training_is_what_is_trained_on(kept: Any) -> None:
-    model, policy = model_and_policy("native_fp16", masters=kept)
+def test_a_state_loaded_in_the_middle_of_training_is_what_is_trained_on() -> None:
+    model, policy = model_and_policy("native_fp16")
     optimizer = AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
@@ -261,7 +259,7 @@ def test_a_state_loaded_in_the_middle_of_training_is_what_is_trained_on(kept: An
     optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
     step()
     assert torch.equal(model.get_parameter("0.weight"), best["0.weight"])
-    assert torch.equal(policy.trained.value("0.weight").half(), best["0.weight"])  # a residual is less than rounding
+    assert torch.equal(policy.trained.value("0.weight").half(), best["0.weight"])
     assert torch.equal(policy.trained.value("1.weight"), values["1.weight"])
 
 
@@ -281,7 +279,6 @@ def test_frozen_weights_in_the_optimizer_do_no_harm() -> None:
     model.get_submodule("0").requires_grad_(False)
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
     policy.prepare(model)
-    policy.every_gradient = True
     optimizer = AdamW(model.parameters(), lr=1e-2)
     before = [p.clone() for p in model.parameters()]
     policy.backward(loss_of(model))
@@ -324,9 +321,9 @@ def test_optimizers_that_do_not_fit_are_refused() -> None:
         policy.step(torch.optim.LBFGS(model.parameters()))
 
 
-def test_a_mistake_on_another_rank_is_raised_here_too() -> None:
+def test_a_mistake_on_another_rank_is_raised_here_too(world_where: Any) -> None:
     model = nn.Linear(4, 1)
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [*flags[:-1], True])
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), world=world_where(lambda flags: [*flags[:-1], True]))
     policy.prepare(model)
     policy.backward(loss_of(model))
     before = model.weight.clone()

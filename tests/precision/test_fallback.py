@@ -24,7 +24,7 @@ def same(first: Any, second: Any) -> bool:
 CHAINS = [
     ("amp_fp16", ["bf16", "fp32"], {}),
     ("native_fp16", ["fp32"], {}),
-    ("native_fp16", ["amp_fp16"], {"masters": "residual"}),
+    ("native_fp16", ["amp_fp16"], {}),
     ("bf16", ["fp32"], {"trainable_dtype": "bf16"}),
     ("amp_fp16", ["native_fp16"], {}),
 ]
@@ -43,7 +43,7 @@ def test_the_skip_limit_leaves_the_mode_and_loses_nothing(
     assert [result.fell_back for result in results] == [None, None, f"{mode} -> {fallback[0]}"]
     assert run.policy.name == fallback[0]
     assert run.policy.reason == f"fell back from {mode}: 3 steps in a row had gradients that are not finite (norm nan)"
-    assert same(values, run.values())  # masters and residuals are all there, in whatever form the next mode keeps them
+    assert same(values, run.values())  # masters are all there, in whatever form the next mode keeps them
     assert same(moments, run.moments())
     assert run.schedule.get_last_lr() == rate
     assert run.policy.skips_in_a_row == 0
@@ -121,7 +121,7 @@ def test_nothing_is_retried_for_ever(training: Any) -> None:
     with pytest.raises(TrainingError, match=r"in precision\.mode amp_fp16 -> bf16 -> fp32, and no mode is left"):
         run.step(INF)
     why = {"reason": "2 steps in a row had gradients that are not finite (norm nan)", "entered": True}
-    assert run.policy.choice.history == [
+    assert run.policy.chain.history == [
         {"from": "amp_fp16", "to": "bf16", **why},
         {"from": "bf16", "to": "fp32", **why},
     ]
@@ -240,13 +240,13 @@ def test_a_resumed_run_knows_which_modes_are_left(training: Any) -> None:
     run = training("amp_fp16", ["bf16", "fp32"], max_skips=1)
     run.step(INF)
     resumed = training("amp_fp16", ["bf16", "fp32"], resume=run.policy.state_dict(), max_skips=1)
-    assert (resumed.policy.name, resumed.policy.choice.left) == ("bf16", ["fp32"])
+    assert (resumed.policy.name, resumed.policy.chain.remaining) == ("bf16", ["fp32"])
     fresh = training("amp_fp16", ["bf16", "fp32"])
     with pytest.raises(UserError, match=r"trained with precision\.mode 'bf16', this run has 'amp_fp16'"):
         fresh.policy.load_state_dict(run.policy.state_dict())
     own_choice = training("bf16", ["fp32"], resume=run.policy.state_dict())  # the user has followed it in the config
     own_choice.policy.load_state_dict(run.policy.state_dict())
-    assert own_choice.policy.choice.left == ["fp32"]
+    assert own_choice.policy.chain.remaining == ["fp32"]
     assert own_choice.policy.state_dict()["history"] == run.policy.state_dict()["history"]
 
 
@@ -271,7 +271,7 @@ def test_a_mode_that_cannot_train_the_weights_is_passed_over(training: Any) -> N
     run = training("amp_fp16", ["native_fp16", "fp32"], model=model, max_skips=1)
     run.step()
     assert run.step(INF).fell_back == "amp_fp16 -> fp32"
-    assert [step["from"] for step in run.policy.choice.history] == ["amp_fp16", "native_fp16"]
+    assert [step["from"] for step in run.policy.chain.history] == ["amp_fp16", "native_fp16"]
     assert run.step().applied
     assert training("native_fp16", ["fp32"], model=model).policy.name == "fp32"
 

@@ -20,10 +20,9 @@ from rawloop.precision.preflight import preflight
 MODES: list[dict[str, Any]] = [
     {"mode": "fp32"},
     {"mode": "bf16"},
-    {"mode": "bf16", "trainable_dtype": "bf16", "masters": "residual"},
+    {"mode": "bf16", "trainable_dtype": "bf16"},
     {"mode": "amp_fp16"},
     {"mode": "native_fp16"},
-    {"mode": "native_fp16", "masters": "residual"},
 ]
 NAMES = ["-".join(settings.values()) for settings in MODES]
 
@@ -41,7 +40,7 @@ class Rank:
         self.world = world
         self.scaler = torch.amp.GradScaler("cpu") if settings["mode"] == "amp_fp16" else None
         config = PrecisionConfig(**settings, **more)
-        self.policy = PrecisionPolicy(config, world.device, agree=world.any, grad_scaler=self.scaler)
+        self.policy = PrecisionPolicy(config, world.device, world=world, grad_scaler=self.scaler)
         model = self.policy.prepare(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
         self.raw = LossModule(model, loss)
         self.module = world.wrap(self.raw, DDPConfig())
@@ -171,7 +170,7 @@ def test_two_ranks_decide_alike_in_every_mode(run_ranks: Callable[..., list[Any]
 
 
 def lacking_on_one_rank(world: World) -> tuple[str, str]:
-    policy = PrecisionPolicy(PrecisionConfig(mode="bf16", fallback=["fp32"]), world.device, agree=world.any)
+    policy = PrecisionPolicy(PrecisionConfig(mode="bf16", fallback=["fp32"]), world.device, world=world)
     model = policy.prepare(nn.Linear(2, 1))
 
     def score() -> torch.Tensor:

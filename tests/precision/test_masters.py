@@ -1,4 +1,4 @@
-"""What is kept beside 16-bit weights: masters and residuals, bucket by bucket, and how much would be lost without."""
+"""Masters of 16-bit weights: updated bucket by bucket, and the share of updates that would be lost without them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from rawloop.errors import CheckpointError
 from rawloop.precision import masters
-from rawloop.precision.masters import KINDS, Masters, Residuals, Trained, share_of_lost_updates, unit_in_last_place
+from rawloop.precision.masters import TrainedWeights, share_of_lost_updates, unit_in_last_place
 
 CPU = torch.device("cpu")
 HALVES = [torch.float16, torch.bfloat16]
@@ -28,28 +28,17 @@ def named(tensors: list[Tensor]) -> list[tuple[str, nn.Parameter]]:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_masters_hold_the_float32_value_that_was_there_before_the_rounding(dtype: torch.dtype) -> None:
-    kept = Masters(named(values()), dtype, CPU)
+    kept = TrainedWeights(named(values()), dtype, CPU)
     for i, value in enumerate(values()):
         assert torch.equal(kept.value(f"w{i}"), value)
         assert torch.equal(kept.weights[f"w{i}"].data, value.to(dtype))
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 22), (torch.bfloat16, 16)])
-def test_a_residual_doubles_the_digits(dtype: torch.dtype, bits: int) -> None:
-    kept = Residuals(named(values()), dtype, CPU)
-    for i, value in enumerate(values()):
-        error = (kept.value(f"w{i}") - value).abs()
-        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # FP16's subnormals have fewer digits
-        assert (error <= value.abs() * 2.0**-bits + smallest / 2048).all()
-        assert kept.rests[f"w{i}"].dtype == dtype
-
-
-@pytest.mark.parametrize("kind", [Masters, Residuals])
-def test_buckets_change_nothing(kind: type[Trained], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for bucket in (10**9, 60):
         monkeypatch.setattr(masters, "BUCKET", bucket)
-        kept = kind(named(values()[:4]), torch.float16, CPU)
+        kept = TrainedWeights(named(values()[:4]), torch.float16, CPU)
         held = [p for _, p in kept.named_parameters()]
         optimizer = AdamW(held, lr=1e-3, weight_decay=0.1)
         calls = 0
@@ -72,54 +61,58 @@ def test_buckets_change_nothing(kind: type[Trained], monkeypatch: pytest.MonkeyP
 
 
 def test_weights_without_a_gradient_are_left_alone() -> None:
-    kept = Residuals(named(values()[:3]), torch.float16, CPU)
+    kept = TrainedWeights(named(values()[:3]), torch.float16, CPU)
     held = [p for _, p in kept.named_parameters()]
     optimizer = AdamW(held, lr=1e-1, weight_decay=0.1)
     kept.weights["w1"].grad = torch.ones(50, dtype=torch.float16)
-    before = {name: kept.value(name) for name in kept.weights}
+    before = {name: kept.value(name).clone() for name in kept.weights}
     kept.update(held, 1.0, lambda: optimizer.step())
     moved = [name for name in before if not torch.equal(before[name], kept.value(name))]
     assert moved == ["w1"]
     assert list(optimizer.state) == [held[1]]
 
 
-def test_residual_stand_ins_take_no_memory_between_updates() -> None:
-    kept = Residuals(named(values()), torch.float16, CPU)
-    for name, stand_in in kept.named_parameters():
-        assert stand_in.shape == kept.weights[name].shape
-        assert stand_in.dtype == torch.float32
-        assert stand_in.untyped_storage().nbytes() == 4
+def test_shown_gradients_are_float32_on_weights_and_masters() -> None:
+    kept = TrainedWeights(named(values()[:3]), torch.float16, CPU)
     held = [p for _, p in kept.named_parameters()]
-    optimizer = AdamW(held)
-    for weight in kept.weights.values():
-        weight.grad = torch.ones_like(weight)
-    kept.update(held, 1.0, lambda: optimizer.step())
-    assert {p.untyped_storage().nbytes() for p in held} == {4}
+    for weight in list(kept.weights.values())[:2]:
+        weight.grad = torch.full_like(weight, 2.0**-10)
+    kept.show_gradients(held, 2.0**-15)
+    shown = [weight.grad for weight in kept.weights.values()]
+    assert [p.grad for p in held] == shown  # the same tensors: clipped once for both
+    assert shown[0] is not None
+    assert shown[0].dtype == torch.float32
+    assert shown[0].tolist() == [2.0**-25] * 50  # zero in FP16
+    assert shown[2] is None
+    shown[0].mul_(2)
+    seen: list[Any] = []
+    kept.update(held, 1.0, lambda: seen.append([None if p.grad is None else float(p.grad[0]) for p in held]))
+    assert seen == [[2.0**-24, 2.0**-25, None]]
+    assert all(p.grad is None for p in [*held, *kept.weights.values()])
 
 
-@pytest.mark.parametrize("kind", list(KINDS.values()))
-def test_float32_comes_back_whole(kind: type[Trained]) -> None:
-    kept = kind(named(values()), torch.bfloat16, CPU)
+@pytest.mark.parametrize("masters", [True, False])
+def test_float32_comes_back_whole(masters: bool) -> None:
+    kept = TrainedWeights(named(values()), torch.bfloat16, CPU, masters)
     wanted = {name: kept.value(name).clone() for name in kept.weights}
     kept.restore_float32()
     assert all(torch.equal(kept.weights[name].data, value) for name, value in wanted.items())
     assert {weight.dtype for weight in kept.weights.values()} == {torch.float32}
 
 
-def test_float32_weights_have_no_stand_in() -> None:
+def test_float32_weights_have_no_masters() -> None:
     pairs = named(values())
-    for kind in KINDS.values():
-        kept = kind(pairs, torch.float32, CPU)
-        assert [p for _, p in kept.named_parameters()] == [p for _, p in pairs]
-        assert kept.state_dict()["kept"] == {}
+    kept = TrainedWeights(pairs, torch.float32, CPU)
+    assert [p for _, p in kept.named_parameters()] == [p for _, p in pairs]
+    assert kept.state_dict()["kept"] == {}
 
 
-def test_a_state_of_another_kind_is_refused_where_there_is_something_to_lose() -> None:
-    first, second = Masters(named(values()), torch.float16, CPU), Residuals(named(values()), torch.float16, CPU)
-    with pytest.raises(CheckpointError, match=r"checkpoint's masters do not fit this model's residuals; set precision"):
-        second.load_state_dict(first.state_dict())
-    lora: list[Any] = [kind(named(values()), torch.float32, CPU) for kind in (Masters, Residuals)]
-    lora[1].load_state_dict(lora[0].state_dict())
+def test_residuals_of_an_old_checkpoint_are_refused_where_there_is_something_to_lose() -> None:
+    kept = TrainedWeights(named(values()), torch.float16, CPU)
+    old = {"kind": "Residuals", "kept": {name: weight.detach() for name, weight in kept.weights.items()}}
+    with pytest.raises(CheckpointError, match=r"has 6 residuals, and this model 6 masters: set .* --init_from CHECKPO"):
+        kept.load_state_dict(old)
+    TrainedWeights(named(values()), torch.float32, CPU).load_state_dict({"kind": "Residuals", "kept": {}})
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -8,7 +8,7 @@ from torch import nn
 
 from rawloop.errors import UserError
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
-from rawloop.precision.choice import Choice
+from rawloop.precision.chain import ModeChain
 from rawloop.precision.modes import MODES, Hardware, Weights, describe, examine
 
 TITAN = Hardware("cuda", "NVIDIA TITAN RTX", bf16=False)
@@ -42,21 +42,21 @@ FULL = Weights(set(), mostly_trained=True, trained_stream="embed_tokens.weight")
     ],
 )
 def test_auto_chooses_and_says_why(hardware: Hardware, weights: Weights, mode: str, reason: str) -> None:
-    choice = Choice(PrecisionConfig(), hardware)
-    assert choice.name == "auto"
-    choice.settle(weights)
-    assert choice.name == mode
-    assert choice.reason.startswith("precision.mode is 'auto': ")
-    assert reason in choice.reason
+    modes = ModeChain(PrecisionConfig(), hardware)
+    assert modes.name == "auto"
+    modes.resolve_auto(weights)
+    assert modes.name == mode
+    assert modes.reason.startswith("precision.mode is 'auto': ")
+    assert reason in modes.reason
 
 
 def test_one_config_for_every_card() -> None:
     config = PrecisionConfig(mode="bf16", fallback=["native_fp16", "fp32"])
-    assert Choice(config, H200).name == "bf16"
-    choice = Choice(config, TITAN)
-    assert (choice.name, choice.left) == ("native_fp16", ["fp32"])
-    assert choice.reason == "fell back from bf16: NVIDIA TITAN RTX does not compute bf16 natively"
-    assert choice.history == [
+    assert ModeChain(config, H200).name == "bf16"
+    modes = ModeChain(config, TITAN)
+    assert (modes.name, modes.remaining) == ("native_fp16", ["fp32"])
+    assert modes.reason == "fell back from bf16: NVIDIA TITAN RTX does not compute bf16 natively"
+    assert modes.history == [
         {
             "from": "bf16",
             "to": "native_fp16",
@@ -72,15 +72,15 @@ def test_bf16_that_the_card_lacks_is_refused_with_what_works() -> None:
         r"native_fp16, or name them in precision\.fallback$"
     )
     with pytest.raises(UserError, match=message):
-        Choice(PrecisionConfig(mode="bf16"), TITAN)
+        ModeChain(PrecisionConfig(mode="bf16"), TITAN)
 
 
 def test_a_chain_passes_over_what_the_card_lacks() -> None:
-    choice = Choice(PrecisionConfig(mode="amp_fp16", fallback=["bf16", "fp32"]), TITAN)
-    assert choice.advance("it overflows")
-    assert (choice.name, choice.left) == ("fp32", [])
-    assert not choice.advance("again")
-    assert choice.trail() == "amp_fp16 -> fp32"
+    modes = ModeChain(PrecisionConfig(mode="amp_fp16", fallback=["bf16", "fp32"]), TITAN)
+    assert modes.advance("it overflows")
+    assert (modes.name, modes.remaining) == ("fp32", [])
+    assert not modes.advance("again")
+    assert modes.trail() == "amp_fp16 -> fp32"
 
 
 @pytest.mark.parametrize(
@@ -94,25 +94,25 @@ def test_a_chain_passes_over_what_the_card_lacks() -> None:
 def test_auto_has_a_chain_of_its_own_and_a_named_mode_has_none(
     hardware: Hardware, weights: Weights, chain: str
 ) -> None:
-    choice = Choice(PrecisionConfig(), hardware)
-    choice.settle(weights)
-    while choice.advance("it does not work"):
+    modes = ModeChain(PrecisionConfig(), hardware)
+    modes.resolve_auto(weights)
+    while modes.advance("it does not work"):
         pass
-    assert choice.trail() == chain
-    assert not Choice(PrecisionConfig(mode="amp_fp16"), hardware).advance("it does not work")
-    none = Choice(PrecisionConfig(fallback=[]), hardware)
-    none.settle(weights)
+    assert modes.trail() == chain
+    assert not ModeChain(PrecisionConfig(mode="amp_fp16"), hardware).advance("it does not work")
+    none = ModeChain(PrecisionConfig(fallback=[]), hardware)
+    none.resolve_auto(weights)
     assert not none.advance("it does not work")
 
 
 def test_a_run_that_auto_began_resumes_in_the_mode_it_fell_back_to() -> None:
-    choice = Choice(PrecisionConfig(), TITAN)
-    choice.settle(LORA_FP16)
-    choice.advance("overflow")
-    state = {"mode": choice.name, "reason": choice.reason, "history": choice.history}
-    resumed = Choice(PrecisionConfig(), TITAN, state)
-    resumed.settle(LORA_FP16)
-    assert (resumed.name, resumed.left, resumed.reason) == ("amp_fp16", ["fp32"], choice.reason)
+    modes = ModeChain(PrecisionConfig(), TITAN)
+    modes.resolve_auto(LORA_FP16)
+    modes.advance("overflow")
+    state = {"mode": modes.name, "reason": modes.reason, "history": modes.history}
+    resumed = ModeChain(PrecisionConfig(), TITAN, state)
+    resumed.resolve_auto(LORA_FP16)
+    assert (resumed.name, resumed.remaining, resumed.reason) == ("amp_fp16", ["fp32"], modes.reason)
 
 
 def test_this_device_is_described_and_models_are_examined() -> None:
@@ -146,14 +146,14 @@ def test_this_device_is_described_and_models_are_examined() -> None:
         ),
         ({"mode": "fp32", "trainable_dtype": "bf16"}, r"which trains fp32; mode bf16 can train bfloat16 weights"),
         ({"trainable_dtype": "bf16"}, r"precision\.mode is 'auto': name the mode"),
-        ({"mode": "native_fp16", "masters": "none"}, r"FP16 weights without masters or residual lose most of their"),
+        ({"mode": "native_fp16", "masters": "none"}, r"FP16 weights without masters lose most of their"),
         ({"mode": "native_fp16", "masters": "none", "trainable_dtype": "fp16"}, r"only bf16 trainables go without"),
         ({"mode": "bf16", "masters": "none"}, r"precision\.masters is 'none'"),
         (
             {"mode": "bf16", "trainable_dtype": "bf16", "masters": "none", "fallback": ["native_fp16"]},
             r"fallback has native_fp16, whose FP16 weights lose most",
         ),
-        ({"mode": "amp_fp16", "masters": "residual"}, r"'residual' and precision\.mode is 'amp_fp16' with float32"),
+        ({"mode": "native_fp16", "masters": "residual"}, r"'residual': it must be fp32 or none; where it was residual"),
         ({"mode": "bf16", "loss_scale": LossScaleConfig(init=2.0)}, r"loss_scale is set and precision\.mode is 'bf16'"),
         ({"mode": "bf16", "max_skips": 0}, r"precision\.max_skips is 0: it must be 1 or more"),
         ({"mode": "bf16", "max_nonfinite_losses": 0}, r"precision\.max_nonfinite_losses is 0"),
@@ -165,7 +165,7 @@ def test_contradictions_are_refused_with_both_values(settings: dict[str, Any], m
 
 
 def test_a_chain_may_use_what_its_first_mode_has_no_use_for() -> None:
-    PrecisionConfig(mode="bf16", fallback=["native_fp16"], masters="residual", loss_scale=LossScaleConfig(init=2.0))
+    PrecisionConfig(mode="bf16", fallback=["native_fp16"], loss_scale=LossScaleConfig(init=2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
@@ -179,18 +179,18 @@ def test_trainables_of_a_dtype_that_is_never_right_are_refused(dtype: torch.dtyp
 def test_a_resumed_mode_is_one_that_the_card_has_and_the_config_means() -> None:
     state = {"mode": "bf16", "reason": "x", "history": [{"from": "amp_fp16", "to": "bf16", "reason": "x"}]}
     with pytest.raises(UserError, match="trained in bf16, which NVIDIA TITAN RTX does not compute natively: resume it"):
-        Choice(PrecisionConfig(mode="amp_fp16", fallback=["bf16"]), TITAN, state)
+        ModeChain(PrecisionConfig(mode="amp_fp16", fallback=["bf16"]), TITAN, state)
     with pytest.raises(UserError, match=r"trained with precision.mode 'bf16', this run has 'fp32': resume with --prec"):
-        Choice(PrecisionConfig(mode="fp32"), H200, state)
-    assert Choice(PrecisionConfig(mode="fp32"), H200, {**state, "mode": "bf17"}).name == "fp32"  # damage is found later
-    followed = Choice(PrecisionConfig(mode="bf16", fallback=["fp32"]), H200, state)
-    assert (followed.name, followed.left, followed.history) == ("bf16", ["fp32"], state["history"])
+        ModeChain(PrecisionConfig(mode="fp32"), H200, state)
+    assert ModeChain(PrecisionConfig(mode="fp32"), H200, {**state, "mode": "bf17"}).name == "fp32"
+    followed = ModeChain(PrecisionConfig(mode="bf16", fallback=["fp32"]), H200, state)
+    assert (followed.name, followed.remaining, followed.history) == ("bf16", ["fp32"], state["history"])
 
 
 def test_auto_tries_nothing_twice_in_a_chain_of_the_users() -> None:
-    choice = Choice(PrecisionConfig(fallback=["bf16", "fp32"]), CPU)
-    choice.settle(LORA_BF16)
-    assert (choice.name, choice.left) == ("fp32", [])
-    choice = Choice(PrecisionConfig(fallback=["bf16", "fp32"]), H200)
-    choice.settle(LORA_BF16)
-    assert (choice.name, choice.left) == ("bf16", ["fp32"])
+    modes = ModeChain(PrecisionConfig(fallback=["bf16", "fp32"]), CPU)
+    modes.resolve_auto(LORA_BF16)
+    assert (modes.name, modes.remaining) == ("fp32", [])
+    modes = ModeChain(PrecisionConfig(fallback=["bf16", "fp32"]), H200)
+    modes.resolve_auto(LORA_BF16)
+    assert (modes.name, modes.remaining) == ("bf16", ["fp32"])

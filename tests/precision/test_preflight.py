@@ -37,9 +37,9 @@ def test_an_operation_that_the_device_lacks_leads_to_the_next_mode() -> None:
     policy, model = prepared("amp_fp16", fallback=["bf16", "fp32"])
     unused = preflight(policy, lambda: model(torch.ones(8, 4))).unused
     assert policy.name == "fp32"
-    assert [step["to"] for step in policy.choice.history] == ["bf16", "fp32"]
-    assert "the cpu cannot run the model in it" in policy.choice.history[0]["reason"]
-    assert "Half" in policy.choice.history[0]["reason"]
+    assert [step["to"] for step in policy.chain.history] == ["bf16", "fp32"]
+    assert "the cpu cannot run the model in it" in policy.chain.history[0]["reason"]
+    assert "Half" in policy.chain.history[0]["reason"]
     assert "BFloat16" in policy.reason
     assert unused == ["spare.weight", "spare.bias"]
 
@@ -131,18 +131,17 @@ def test_a_buffer_that_is_replaced_leaves_no_trace_either() -> None:
     assert float(before) == 0.0
 
 
-def test_an_error_of_another_rank_ends_this_one_quietly() -> None:
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, agree=lambda flags: [*flags[:2], True])
+def test_an_error_of_another_rank_ends_this_one_quietly(world_where: Any) -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), world=world_where(lambda flags: [*flags[:2], True]))
     model = policy.prepare(nn.Linear(2, 1))
     with pytest.raises(RawloopError, match="another rank failed in its first pass") as caught:
         preflight(policy, lambda: model(torch.ones(2, 2)).mean())
     assert not caught.value.is_reporter
 
 
-def test_another_ranks_lack_is_everybodys() -> None:
-    policy = PrecisionPolicy(
-        PrecisionConfig(mode="bf16", fallback=["fp32"]), CPU, agree=lambda flags: [policy.name == "bf16", *flags[1:]]
-    )
+def test_another_ranks_lack_is_everybodys(world_where: Any) -> None:
+    world = world_where(lambda flags: [policy.name == "bf16", *flags[1:]])
+    policy: PrecisionPolicy = PrecisionPolicy(PrecisionConfig(mode="bf16", fallback=["fp32"]), world=world)
     model = policy.prepare(nn.Linear(2, 1))
     preflight(policy, lambda: model(torch.ones(2, 2)).mean())
     assert policy.name == "fp32"

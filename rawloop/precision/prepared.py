@@ -1,0 +1,193 @@
+"""A model in one precision mode: cast, with masters and a loss scaler, and the way to the next mode."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from warnings import warn
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from rawloop.dist import World
+from rawloop.errors import UserError
+from rawloop.precision.advice import lost_updates
+from rawloop.precision.casting import cast, cast_frozen, check_model, check_world
+from rawloop.precision.chain import ModeChain, refusal
+from rawloop.precision.gradients import Window, clear, watch_steps
+from rawloop.precision.masters import HALF, TrainedWeights, held_by
+from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
+from rawloop.precision.optimizers import adopt, exchange
+from rawloop.precision.scaler import LossScaler, make_scaler
+
+UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
+
+
+class PreparedModel:
+    """A model, its trained weights and its optimizers in one mode: the half of `PrecisionPolicy` that no step calls.
+
+    Args:
+        config: the wanted mode, or its name.
+        device: where the model runs; the world's device by default.
+        world: the ranks, which decide alike at each step; `World.current()` by default.
+        grad_scaler: your own torch GradScaler, for amp_fp16.
+        resume: the `state_dict` of the run to resume: the policy continues in the mode that the run had fallen back to.
+            Call `load_state_dict` with it as well, when weights and optimizer are loaded.
+        say: is given what the user should know, a sentence at a time.
+
+    Raises:
+        UserError: the device does not compute the wanted mode, the settings contradict each other, or there are several
+            processes and the world has one.
+    """
+
+    def __init__(
+        self,
+        config: PrecisionConfig | str,
+        device: torch.device | str | None = None,
+        *,
+        world: World | None = None,
+        grad_scaler: Any = None,
+        resume: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = warn,
+    ) -> None:
+        self.config = PrecisionConfig(config) if isinstance(config, str) else config  # type: ignore[arg-type]
+        self.world = check_world(world)
+        self.device = self.world.device if device is None else torch.device(device)
+        self.say = say
+        self.chain = ModeChain(self.config, describe(self.device), resume)
+        self.model: nn.Module | None = None
+        self.trained = TrainedWeights([], torch.float32, self.device)
+        self.window = Window(self.trained)
+        self.scaler: LossScaler | None = None
+        self.skips_in_a_row = self.bad_losses_in_a_row = 0
+        self.stepping = False  # while `step` calls the optimizers
+        self._grad_scaler = grad_scaler
+        self._adopted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._ddp: list[ref[Any]] | None = None  # the DDP modules over trained weights, once they were looked for
+        if grad_scaler is not None and "amp_fp16" not in (self.name, *self.chain.remaining):
+            raise UserError(f"a GradScaler was handed in and precision.mode is '{self.name}': it goes with amp_fp16")
+
+    @property
+    def name(self) -> str:
+        """The name of the mode; `auto` until the model is prepared."""
+        return self.chain.name
+
+    @property
+    def reason(self) -> str:
+        """Why it is this mode."""
+        return self.chain.reason
+
+    @property
+    def mode(self) -> Mode:
+        """The row of the table.
+
+        Raises:
+            UserError: the mode is `auto`, and no model is prepared.
+        """
+        if self.name not in MODES:
+            raise UserError(UNPREPARED)
+        return MODES[self.name]
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Cast the model's weights as the mode asks, in place, before DDP and the optimizer exist.
+
+        Raises:
+            UserError: nothing is trainable, a trainable weight is of a dtype that no mode trains, the mode cannot train
+                these weights, or they are in DDP already.
+        """
+        if self.model is not None:
+            raise UserError("prepare was called twice: put several models into one torch.nn.ModuleList")
+        check_model(model)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.config.tf32
+            torch.backends.cudnn.allow_tf32 = self.config.tf32
+        self.chain.resolve_auto(examine(model))
+        self.model = model
+        for step in self.chain.history:  # weights that a mode has rounded stay rounded, also after a resume
+            if step["entered"]:
+                cast_frozen(model, step["from"], self.config)
+        self._enter()
+        watch_steps(self)
+        return model.to(self.device)
+
+    def _enter(self) -> None:
+        """Cast the model for the current mode, and make the mode's scaler."""
+        assert self.model is not None
+        while True:
+            try:
+                self.trained = cast(self.model, self.name, self.config, self.device, not self.chain.remaining)
+                break
+            except UserError as error:  # raised before any weight is changed
+                if not self.chain.advance(str(error)):
+                    raise
+        self.scaler = make_scaler(self.mode.scaler, self.config.loss_scale, self.device, self._grad_scaler)
+        self.window, self._ddp = Window(self.trained), None
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that the optimizer must hold after `prepare`, by name: trained weights, or their masters."""
+        return self.trained.named_parameters()
+
+    def adopt(self, *optimizers: Optimizer) -> None:
+        """Let optimizers that were built over the model's own weights hold the masters of these weights.
+
+        `step` does it by itself. Call it yourself before you load an optimizer's state: torch casts a state to the
+        dtype of the weights that it finds, and in 16 bits most of it is zero.
+
+        Raises:
+            UserError: an optimizer holds weights that the model does not train, a weight was cast after `prepare`, or
+                a state has been loaded in 16 bits.
+        """
+        if self.model is None:
+            raise UserError(UNPREPARED)
+        self.trained.follow_weights()
+        for optimizer in optimizers:
+            adopt(optimizer, self.trained, self.model.parameters())
+            self._adopted[optimizer] = len(held_by([optimizer]))
+            if self.trained.dtype in HALF and not self.trained.masters:
+                self.say(lost_updates(self.trained, max(float(group["lr"]) for group in optimizer.param_groups)))
+
+    def advance(self, reason: str) -> bool:
+        """Leave the mode for the next one of the chain; False, and nothing changed, if none is left.
+
+        Weights, masters and scaler become those of the new mode. Optimizers that the policy knows get the new masters
+        or weights, and keep their running means. DDP must be built anew.
+        """
+        before = dict(self.named_parameters())
+        if not self.chain.advance(reason, entered=True):
+            return False
+        self.trained.clear_gradients()
+        self.trained.restore_float32()
+        self.skips_in_a_row = self.bad_losses_in_a_row = 0
+        self._enter()
+        after = dict(self.named_parameters())
+        for optimizer in self._adopted:
+            exchange(optimizer, {id(held): after[name] for name, held in before.items()})
+            clear([optimizer])
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mode, why it is that one, the counts of skips, the scaler, and masters."""
+        return {
+            "mode": self.name,
+            "reason": self.reason,
+            "history": list(self.chain.history),
+            "skips_in_a_row": self.skips_in_a_row,
+            "bad_losses_in_a_row": self.bad_losses_in_a_row,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "masters": self.trained.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, after the model's weights.
+
+        Raises:
+            UserError: the state is of another mode.
+            CheckpointError: its masters are of other weights.
+        """
+        if state["mode"] != self.name:
+            raise UserError(refusal(state["mode"], self.name))
+        self.chain.history = list(state["history"])
+        self.skips_in_a_row, self.bad_losses_in_a_row = state["skips_in_a_row"], state["bad_losses_in_a_row"]
+        self.trained.load_state_dict(state["masters"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
