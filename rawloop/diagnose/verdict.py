@@ -253,11 +253,10 @@ def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Readi
 
 def _entropy(targets: Tensor) -> float:
     """Return the entropy in nats of how often each target occurs: the loss of a model that knows only that."""
-    counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].cpu().double()
-    if not len(counts):
-        return 0.0
-    shares = counts / counts.sum()
-    return float(-(shares * shares.log()).sum())
+    counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].tolist()  # Apple GPUs have no float64
+    total = sum(counts)
+    shares: list[float] = [count / total for count in counts]
+    return -sum(share * math.log(share) for share in shares)
 
 
 def _check_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> None:

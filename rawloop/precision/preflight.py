@@ -15,10 +15,12 @@ from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.precision.gradients import connected
 from rawloop.precision.policy import PrecisionPolicy
 
-# What torch says of an operation that a device lacks for a dtype, or of two dtypes that do not fit each other.
+# Errors of torch and of kernels about an operation that a device lacks for a dtype, or about dtypes that do not match.
 LACKING = re.compile(
-    r"not implemented for '(Half|BFloat16)'|(not supported|unsupported).*(half|float16)"
-    r"|(half|float16|dtype).*not supported|expected scalar type|same dtype|dtypes match",
+    r"not implemented for '(Half|BFloat16)'|(not supported|unsupported|undefined type).*(half|float16)"
+    r"|(half|float16|dtype|data type).*not supported|expected scalar type|same dtype|dtypes match|mixed dtype"
+    r"|dtype.*does not match|type \(.*\) should be the same|(CUBLAS|CUDNN)_STATUS_NOT_SUPPORTED"
+    r"|only supports?\b.*(fp16|bf16|half|float16)|(fp16|bf16|half|float16).*only supported",
     re.IGNORECASE,
 )
 
@@ -64,8 +66,9 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
 
 
 def is_lacking(error: Exception) -> bool:
-    """Whether an error of a pass says that dtypes do not fit, or that the device lacks an operation for one."""
-    return isinstance(error, NotImplementedError | RuntimeError | TypeError) and bool(LACKING.search(str(error)))
+    """Whether an error of a pass says that dtypes do not match, or that the device lacks an operation for one."""
+    kinds = NotImplementedError | RuntimeError | TypeError | ValueError
+    return isinstance(error, kinds) and bool(LACKING.search(str(error)))
 
 
 def _quiet(error: RawloopError) -> RawloopError:

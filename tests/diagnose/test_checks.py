@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rawloop.adapters import AdapterConfig
 from rawloop.build import build_run
@@ -272,3 +274,22 @@ def test_an_error_inside_the_checks_names_the_samples(
     with pytest.raises(IndexError) as caught:
         run_checks(ChecksConfig(batches=1), family, module, lambda start, stop: examples[start:stop], policy, World())
     assert caught.value.__notes__ == [f"in the checks before step 0, on the samples {chosen.id}"]
+
+
+class NoFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to make float64 of other numbers, as Apple GPUs do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if given and all(value.dtype != torch.float64 for value in given):
+            made = [value.dtype for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
+            assert torch.float64 not in made, f"{func} makes float64, which no Apple GPU has"
+        return out
+
+
+def test_a_run_asks_no_device_for_float64(config: RunConfig) -> None:
+    with NoFloat64():  # type: ignore[no-untyped-call]
+        with pytest.raises(AssertionError, match="no Apple GPU has"):
+            torch.ones(1).double()
+        assert "CHANCE" in "".join(go(replace(config, evaluation=EvaluationConfig(every=2))))

@@ -1,6 +1,8 @@
 """The trial before DDP: an operation that the device lacks leads to the next mode, and the trial leaves no trace."""
 
 import random
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
-from rawloop.precision.preflight import preflight
+from rawloop.precision.preflight import is_lacking, preflight
 
 CPU = torch.device("cpu")
 
@@ -146,3 +148,72 @@ def test_another_ranks_lack_is_everybodys(world_where: Any) -> None:
     preflight(policy, lambda: model(torch.ones(2, 2)).mean())
     assert policy.name == "fp32"
     assert policy.reason.endswith("on another rank")
+
+
+class Convolved(nn.Module):
+    """A layer of a kind, fed with float32 whatever its weights are."""
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, shape
+
+    def forward(self) -> Tensor:
+        out = self.layer(torch.ones(self.shape))
+        loss: Tensor = (out[0] if isinstance(out, tuple) else out).float().square().mean()
+        return loss
+
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
+    "Input type (float) and bias type (c10::Half) should be the same": lambda: (nn.Conv1d(4, 4, 3), (2, 4, 8)),
+    "Input type (torch.FloatTensor) and weight type (torch.HalfTensor) should be the same": lambda: (
+        nn.ConvTranspose2d(4, 4, 3, bias=False),
+        (2, 4, 8, 8),
+    ),
+    "mat1 and mat2 must have the same dtype": lambda: (nn.Linear(4, 4), (2, 4)),
+    "mixed dtype (CPU): expect parameter to have scalar type of Float": lambda: (nn.GroupNorm(2, 4), (2, 4, 8)),
+    "RNN input dtype (torch.float32) does not match weight dtype (torch.float16)": lambda: (nn.GRU(4, 4), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("message", LAYERS)
+def test_dtypes_that_no_layer_takes_lead_to_the_next_mode(message: str) -> None:
+    policy = PrecisionPolicy(PrecisionConfig(mode="native_fp16", fallback=["fp32"]), CPU)
+    model = policy.prepare(Convolved(*LAYERS[message]()))
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(message)):
+        model()
+    preflight(policy, model)
+    assert policy.name == "fp32"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear"),
+        RuntimeError("FlashAttention only support fp16 and bf16 data type"),
+        RuntimeError("FlashAttention only supports Ampere GPUs or newer, and fp16 and bf16."),
+        NotImplementedError("No operator found for `attention_forward`: bf16 is only supported on A100+"),
+        TypeError("BFloat16 is not supported on MPS"),
+        RuntimeError("Expected query, key, and value to have the same dtype, but got query.dtype: float"),
+        RuntimeError("\"erfcx\" not implemented for 'Half'"),
+        RuntimeError("Input type (c10::BFloat16) and bias type (float) should be the same"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_errors_of_gpus_about_dtypes_are_known(error: Exception) -> None:
+    assert is_lacking(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x5 and 4x4)"),
+        ValueError("Expected input batch_size (8) to match target batch_size (4)."),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_other_errors_are_no_reason_for_another_mode(error: Exception) -> None:
+    assert not is_lacking(error)
