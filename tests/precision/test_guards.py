@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, AdamW, Optimizer
 
-from rawloop.dist import DDPConfig, World, no_sync
+from rawloop.ddp import DDPConfig, no_sync
+from rawloop.dist import World
 from rawloop.errors import TrainingError, UserError
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 
