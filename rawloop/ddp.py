@@ -36,8 +36,9 @@ def unwrap_ddp(module: nn.Module) -> nn.Module:
 def find_ddp(weights: Iterable[nn.Parameter]) -> list[DistributedDataParallel]:
     """Find the DDP modules over any of these weights, whoever has built them (accelerate, Fabric, your own script)."""
     wanted = {id(weight) for weight in weights}
-    # DDP leaves no trace on weights or on the module inside it; isinstance would wake lazy proxies
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+    kinds = [DistributedDataParallel, *DistributedDataParallel.__subclasses__()]
+    # DDP leaves no trace on weights or on the module inside it, but each instance refers to its class
+    found = [thing for kind in kinds for thing in gc.get_referrers(kind) if type(thing) is kind]
     return [ddp for ddp in found if any(id(weight) in wanted for weight in ddp.parameters())]
 
 

@@ -155,7 +155,7 @@ def all_cases(world: World) -> dict[tuple[str, str], Any]:
 
 
 def test_two_ranks_decide_alike_in_every_mode(run_ranks: Callable[..., list[Any]]) -> None:
-    first, second = run_ranks(all_cases)
+    first, second = run_ranks(all_cases, timeout=280)
     for (case, name), (applied, scaler, weights, mode) in first.items():
         where = f"{case}, {name}"
         assert applied == second[case, name][0] == CASES[case][1], where
