@@ -30,7 +30,8 @@ _HOME = {
         "optim": "build_optimizer lr_at",
         "optim_state": "NamedOptimizerState SchedulerState",
         "precision.config": "PrecisionConfig",
-        "precision.policy": "PrecisionPolicy StepResult",
+        "precision.gradients": "StepResult",
+        "precision.policy": "PrecisionPolicy",
         "preempt": "Preemption watched",
         "records": "Records read_events read_metrics",
         "seed": "RngState seed_all",
@@ -80,8 +81,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from rawloop.optim_state import NamedOptimizerState as NamedOptimizerState
     from rawloop.optim_state import SchedulerState as SchedulerState
     from rawloop.precision.config import PrecisionConfig as PrecisionConfig
+    from rawloop.precision.gradients import StepResult as StepResult
     from rawloop.precision.policy import PrecisionPolicy as PrecisionPolicy
-    from rawloop.precision.policy import StepResult as StepResult
     from rawloop.preempt import Preemption as Preemption
     from rawloop.preempt import watched as watched
     from rawloop.records import Records as Records
