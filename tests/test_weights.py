@@ -126,9 +126,7 @@ def test_an_adapter_that_was_copied_is_taken(first: RunConfig, tmp_path: Path) -
     ours, theirs = content(Path(f"{first.output}-second")), content(Path(expected.records.folder))
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] != theirs[name]} == {
-        f"checkpoints/step-0000000{step}/{name}"
-        for step in range(5)
-        for name in ("MANIFEST.json", "state/config.json")
+        f"checkpoints/step-0000000{step}/{name}" for step in range(5) for name in ("MANIFEST.json", "state/config.json")
     }
 
 
