@@ -356,6 +356,26 @@ def test_import_and_help_load_nothing_heavy(code: str) -> None:
 PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
+def floors_of(page: str) -> dict[str, set[str]]:
+    """The rooms that the page's diagram of floors shows, by floor."""
+    diagram = page.partition("## Floors")[2].partition("```text\n")[2].partition("```")[0]
+    found: dict[str, set[str]] = {}
+    for line in diagram.splitlines():
+        floor = re.match(r" (\d) +(\w+)", line)
+        if floor:
+            rooms = found.setdefault(floor[2], set())
+        rooms |= set(re.findall(r"(\w+)(?:\.py|/)", line[15:34]))
+    return found
+
+
+def test_the_page_shows_every_floor_as_it_is() -> None:
+    modules = {path.stem if path.suffix == ".py" else path.name for path in PACKAGE.iterdir()}
+    shown = floors_of(PAGE)
+    for name, rooms in FLOORS:
+        there = {room for room in rooms if not room.startswith("__") and room in modules}
+        assert shown[name] == there, f"docs/architecture.md, floor {name}: differ in {shown[name] ^ there}"
+
+
 def test_files_that_the_page_names_exist() -> None:
     named = set(re.findall(r"[\w/]+\.py\b", PAGE.replace("NAME/", "causal_lm/").replace("NAME.py", "train.py")))
     named -= {"tests/test_floors.py", "tests/benchmarks/call_paths.py"}

@@ -270,6 +270,28 @@ def test_cuda_casts_frozen_weights_once(mode: str, stored: torch.dtype) -> None:
     check_frozen_weights_are_cast_once(mode, stored, CUDA)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_frozen_weights_are_cast_once_and_a_cast_in_each_pass_is_seen(
+    stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_frozen_weights_are_cast_once("amp_fp16", stored, CPU)
+    monkeypatch.setattr(PrecisionPolicy, "prepare", lambda self, model: spoilt(self, model, stored))
+    with pytest.raises(AssertionError, match="bytes are held"):
+        check_frozen_weights_are_cast_once("amp_fp16", stored, CPU)
+
+
+PREPARE = PrecisionPolicy.prepare
+
+
+def spoilt(policy: PrecisionPolicy, model: nn.Module, stored: torch.dtype) -> nn.Module:
+    """A model whose frozen weights have their stored dtype again, after `prepare`."""
+    model = PREPARE(policy, model)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(stored)
+    return model
+
+
 def whole_model() -> LlamaForCausalLM:
     """25 MB in float32."""
     config = LlamaConfig(
