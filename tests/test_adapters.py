@@ -570,10 +570,23 @@ def test_trained_weights_outside_of_the_adapter_are_refused(adapted: Callable[..
         ModelFiles(module, family.load_model)
 
 
-def test_a_load_model_that_reads_another_file_is_found_out(tmp_path: Path) -> None:
-    ModelFiles(Tied(), read_tied).snapshot(copy=False)(tmp_path)
-    with pytest.raises(CheckpointError, match=r"weight read back differs"):
-        ModelFiles(Tied(), lambda _: Tied()).load(tmp_path)
+class StoredUnderOtherNames(Tied):
+    """As many models of transformers are."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        weights = {f"other.{name}": tensor.contiguous().clone() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS)
+
+
+def test_a_load_model_that_reads_another_file_is_found_out_or_not_asked(tmp_path: Path) -> None:
+    stored, model = Tied(), Tied()
+    ModelFiles(stored, read_tied).snapshot(copy=False)(tmp_path)
+    ModelFiles(model, lambda _: Tied()).load(tmp_path)  # all names are in the file
+    assert all(torch.equal(tensor, stored.state_dict()[name]) for name, tensor in model.state_dict().items())
+    (tmp_path / "other").mkdir()
+    StoredUnderOtherNames().save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"does not hold the model: .* not found under their names"):
+        ModelFiles(StoredUnderOtherNames(), lambda _: StoredUnderOtherNames()).load(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"does not fit the model: .* of another shape"):
         ModelFiles(Tied(4), lambda _: Tied(4)).load(tmp_path)
 
