@@ -4,6 +4,7 @@
 parts, and decides when to save.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import index
@@ -105,6 +106,9 @@ class Checkpoints:
         Raises:
             CheckpointError: no checkpoint is whole, or they hold other parts; nothing is changed then.
         """
+        for thread in threading.enumerate():
+            if thread.name.startswith("rawloop-save-"):  # of a notebook's cell that was run before and is still open
+                thread.join()
         there = self.world.on_all_ranks(lambda: bool(find_slots(self.folder)), only_main=True)
         done = 0
         if self.world.from_main(there):
