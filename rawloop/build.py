@@ -266,6 +266,7 @@ def _assemble(
         module=world.wrap(ready.module, ddp),
         wrap=partial(world.wrap, ready.module, ddp),
         windows=TrainWindows(ready.train, ready.plan),
+        num_samples=ready.plan.num_samples,
         policy=policy,
         optimizer=optimizer,
         lr=partial(lr_at, total=ready.total_steps, config=config.optim),

@@ -44,6 +44,12 @@ def lr_at(step: int, total: int, config: OptimConfig) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of the parameter group with the largest one; the others keep their ratio to it.
+
+    As torch's schedulers do, it keeps the rates that the groups were made with under `initial_lr`.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group.setdefault("initial_lr", group["lr"])
+    largest = max(group["initial_lr"] for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (group["initial_lr"] / largest) if largest else lr

@@ -105,10 +105,10 @@ class Windows:
     """All four micro-batches of a window are made on every rank, and `spoil` says which of them it gets."""
 
     def __init__(self, inner: Any, world: World, spoil: Spoil) -> None:
-        self.inner, self.world, self.spoil, self.num_samples = inner, world, spoil, inner.num_samples
+        self.inner, self.world, self.spoil = inner, world, spoil
 
-    def start(self, window: int) -> Iterator[list[Batch]]:
-        for number, batches in enumerate(self.inner.start(window), start=window):
+    def __call__(self, window: int) -> Iterator[list[Batch]]:
+        for number, batches in enumerate(self.inner(window), start=window):
             try:
                 yield self.spoil(self.world, batches, number)
             except EOFError:

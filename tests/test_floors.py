@@ -59,7 +59,7 @@ FLOORS = (
             "demo",
         ),
     ),
-    ("frame", ("loop",)),
+    ("frame", ("run", "loop")),
     (
         "assembly",
         (

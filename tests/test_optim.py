@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from torch import nn
 
 from rawloop.errors import UserError
@@ -35,6 +36,15 @@ def test_only_matrices_decay_and_only_trainables_are_held() -> None:
     assert vectors["weight_decay"] == 0.0
     set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_groups_keep_the_ratio_of_their_learning_rates() -> None:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    rates = (1e-2, 1e-3, 0.0)
+    optimizer = torch.optim.SGD([{"params": [w], "lr": rate} for w, rate in zip(weights, rates, strict=True)])
+    for lr in (0.0, 0.5):  # a rate of 0 must not lose the ratio
+        set_lr(optimizer, lr)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 10, 0.0])
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"lr": -1.0}, {"warmup_steps": -1}, {"max_norm": -0.5}])

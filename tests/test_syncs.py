@@ -310,7 +310,7 @@ def test_the_meter_holds_no_graph(tmp_path: Path) -> None:
     run = build(tmp_path, steps=1)
     meter = Meter()
     with run.records:
-        for (batch,) in islice(run.windows.start(0), 2):
+        for (batch,) in islice(run.windows(0), 2):
             meter.add(run.module(batch))
     assert not meter.totals["text"].requires_grad
 

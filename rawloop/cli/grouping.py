@@ -14,7 +14,7 @@ from rawloop.build import build_run
 from rawloop.config import RunConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError
-from rawloop.loop import Run, accumulate, take_window
+from rawloop.loop import Run, accumulate, agree_on_window, fetch
 
 STEPS, HALF = 4, 2  # steps of a small run, and between its checkpoints
 NOT_FINITE = "not finite: "
@@ -76,7 +76,7 @@ def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
 
     A loss scale at which they overflow is lowered, as training does.
     """
-    window, targets = take_window(built.windows.start(0), built)
+    window, targets = agree_on_window(built, fetch(iter(built.windows(0))))
     built.module.eval()
     scaler = built.policy.scaler
     while True:

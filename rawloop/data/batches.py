@@ -190,12 +190,12 @@ class Loader:
 
 
 class TrainWindows:
-    """The training data: `start(window)` yields windows (lists of micro-batches) from that one on, without end."""
+    """The training data: called with a number, it yields windows (lists of micro-batches) from that one on."""
 
     def __init__(self, loader: Loader, plan: BatchPlan) -> None:
-        self.loader, self.plan, self.num_samples = loader, plan, plan.num_samples
+        self.loader, self.plan = loader, plan
 
-    def start(self, window: int) -> Iterator[list[Batch]]:
+    def __call__(self, window: int) -> Iterator[list[Batch]]:
         """Yield this rank's windows, beginning with number `window`."""
         stream = self.loader.iterate(self.plan.stream(window))
         while True:

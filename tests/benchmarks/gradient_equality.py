@@ -4,7 +4,7 @@
 
 The same samples make one window as 1 x 8, 8 x 1 and 2 x 4 (samples of a micro-batch x micro-batches), padded in mixed
 order, bucketed (ordered by length) and packed, on one process and on two, in float64 and in float32. Everything is
-rawloop's own: `build_run` makes the run, `take_window` counts its targets over all ranks, `accumulate` adds up its
+rawloop's own: `build_run` makes the run, `agree_on_window` counts its targets over all ranks, `accumulate` adds up its
 gradients, in DDP where there are two. Each gradient is held against that of one process with all samples in one padded
 batch: the L2 norm of the difference over the L2 norm of that one, over all trained weights, which are all there are.
 
@@ -58,7 +58,7 @@ from rawloop.diagnose import ChecksConfig
 from rawloop.dist import World, open_world
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
-from rawloop.loop import Run, TrainConfig, accumulate, take_window
+from rawloop.loop import Run, TrainConfig, accumulate, agree_on_window, fetch
 from rawloop.precision import PrecisionConfig
 
 FAMILIES = ("higgs_audio_v2", "causal_lm", "audio_chat")
@@ -259,7 +259,7 @@ def cut(run: Run, layout: Layout) -> TrainWindows:
 def gradient(run: Run, layout: Layout) -> tuple[dict[str, Tensor], float]:
     """The gradient of the window, by weight, and its share of padding over all ranks."""
     windows = cut(run, layout)
-    window, targets = take_window(windows.start(0), run)
+    window, targets = agree_on_window(run, fetch(windows(0)))
     accumulate(run, window, targets)
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in run.policy.named_parameters()

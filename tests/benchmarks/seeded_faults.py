@@ -30,7 +30,7 @@ PATIENCE = 600.0  # seconds for the tests of one fault, and for the doctor
 EVALUATE, LOOP, BATCHES, BUFFERS = "evaluate.py", "loop.py", "data/batches.py", "buffers.py"
 HIGGS, HIGGS_EXAMPLES = "families/higgs_audio_v2/__init__.py", "families/higgs_audio_v2/examples.py"
 CAUSAL_LM, TEXT_EXAMPLES = "families/causal_lm/__init__.py", "families/causal_lm/examples.py"
-CONTRACTS, LOSSES = "contracts.py", "losses.py"
+CONTRACTS, LOSSES, RUN = "contracts.py", "losses.py", "run.py"
 
 
 class Fault(NamedTuple):
@@ -201,7 +201,7 @@ FAULTS = (
     ),
     Fault(
         "data begun anew at a resume",
-        LOOP,
+        RUN,
         'self.step, self.window = state["step"], state["window"]',
         'self.step, self.window = state["step"], 0',
         ("test_loop.py::test_resume_equals_uninterrupted_bit_for_bit",),

@@ -94,8 +94,8 @@ def test_windows_of_an_epoch_are_rounded_up() -> None:
 def test_stream_starts_at_any_window(workers: int) -> None:
     plan = BatchPlan(23, batch_size=2, accumulation=2, seed=3)
     windows = TrainWindows(loader(workers), plan)
-    straight = [[batch.ids for batch in window] for window in islice(windows.start(0), 9)]
-    resumed = [[batch.ids for batch in window] for window in islice(windows.start(4), 5)]
+    straight = [[batch.ids for batch in window] for window in islice(windows(0), 9)]
+    resumed = [[batch.ids for batch in window] for window in islice(windows(4), 5)]
     assert straight[4:] == resumed
     assert len(straight[0]) == 2
 
@@ -103,7 +103,7 @@ def test_stream_starts_at_any_window(workers: int) -> None:
 def test_loading_leaves_the_training_random_stream_alone() -> None:
     windows = TrainWindows(loader(), BatchPlan(23, 2))
     before = torch.get_rng_state()
-    next(windows.start(0))
+    next(windows(0))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -268,7 +268,7 @@ def drawn(plans: list[BatchPlan], workers: int = 0, first: int = 0, last: int = 
     """What every sample drew in some windows, all ranks together."""
     found: dict[Draw, list[float]] = {}
     for plan in plans:
-        batches = chain.from_iterable(islice(TrainWindows(noisy_loader(workers), plan).start(first), last - first))
+        batches = chain.from_iterable(islice(TrainWindows(noisy_loader(workers), plan)(first), last - first))
         draws = chain.from_iterable(plan.micro_batches(window) for window in range(first, last))
         for batch, micro in zip(batches, draws, strict=True):
             assert batch.ids == [str(draw.sample) for draw in micro]
@@ -294,7 +294,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_a_collator_draws_is_the_same_wherever_it_runs(workers: int) -> None:
     def noises(first: int, workers: int) -> list[list[float]]:
-        windows = TrainWindows(noisy_loader(workers), BatchPlan(23, 2, seed=3)).start(first)
+        windows = TrainWindows(noisy_loader(workers), BatchPlan(23, 2, seed=3))(first)
         return [batch.inputs["noise"].tolist() for (batch,) in islice(windows, 8 - first)]
 
     straight = noises(0, 0)
@@ -376,7 +376,7 @@ def test_nothing_is_seeded_for_a_family_that_draws_nothing(monkeypatch: pytest.M
     """Seeding all streams and putting them back takes longer than making a small batch."""
     monkeypatch.setattr(random, "seed", None)
     monkeypatch.setattr(numpy.random, "seed", None)
-    assert len(list(islice(TrainWindows(loader(), BatchPlan(23, 2)).start(0), 9))) == 9
+    assert len(list(islice(TrainWindows(loader(), BatchPlan(23, 2))(0), 9))) == 9
 
 
 def test_another_generator_of_numpy_is_seeded_and_put_back_too() -> None:

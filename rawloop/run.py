@@ -1,0 +1,201 @@
+"""A run: the objects that the loop works with, where it stands, and how it is evaluated, saved and stopped."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rawloop.buffers import MovingBuffers
+from rawloop.checkpoint import BestRecord, BestTracker, CheckpointManager
+from rawloop.contracts import Batch
+from rawloop.dist import World
+from rawloop.errors import Preempted, RawloopError, UserError, nearest
+from rawloop.evaluate import Evaluation, Evaluator
+from rawloop.meter import Meter
+from rawloop.precision import PrecisionPolicy
+from rawloop.preempt import Preemption
+from rawloop.records import Records
+
+
+@dataclass
+class TrainState:
+    """Where the run stands. `step` counts applied updates, `window` the windows of data taken, `skipped` the rest.
+
+    `visited` is the last step whose evaluation is done, if one was due. It is behind `step` in the checkpoint of a run
+    that was stopped while it evaluated: then the resumed run begins with that evaluation.
+    """
+
+    step: int = 0
+    window: int = 0
+    skipped: int = 0
+    samples: int = 0
+    visited: int = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counters."""
+        self.step, self.window = state["step"], state["window"]
+        self.skipped, self.samples = state["skipped"], state["samples"]
+        self.visited = state["visited"]
+
+
+@dataclass
+class Run:
+    """Everything that a run is made of, finished and ready. What is None by default may be absent.
+
+    Args:
+        module: the module that is called, a `LossModule`, in DDP or not. Its submodules stay in their modes.
+        windows: called with a number, returns this rank's windows from that one on, without end. A window is a list of
+            micro-batches on the CPU. It is asked for the next window while the device works, so it must not draw from
+            the global random streams.
+        policy: has prepared the model.
+        optimizer: the parameter group with the largest rate gets `lr(step)`, the others keep their ratio to it.
+        lr: the learning rate of the update that leads from `step` to `step + 1`.
+        total_steps: number of updates.
+        weights: each stream's weight in the loss.
+        num_samples: samples per epoch; 0 leaves the epoch out of the log.
+        buffers: the buffers that training moves; found with the first batch if None.
+        wrap: makes `module` anew, in DDP or not, when the precision policy has fallen back.
+        deferred_error: an error of this rank's records, until all ranks agree to end.
+    """
+
+    module: nn.Module
+    windows: Callable[[int], Iterable[list[Batch]]]
+    policy: PrecisionPolicy
+    optimizer: Optimizer
+    lr: Callable[[int], float]
+    total_steps: int
+    weights: Mapping[str, float]
+    records: Records
+    num_samples: int = 0
+    world: World = field(default_factory=World.current)
+    state: TrainState = field(default_factory=TrainState)
+    meter: Meter = field(default_factory=Meter)
+    buffers: MovingBuffers | None = None
+    evaluator: Evaluator | None = None
+    checkpoints: CheckpointManager | None = None
+    best: BestTracker | None = None
+    preemption: Preemption | None = None
+    max_norm: float = 1.0
+    log_every: int = 10
+    wrap: Callable[[], nn.Module] | None = None
+    deferred_error: Exception | None = None
+
+    def record_or_defer(self, write: Callable[[], None]) -> None:
+        """Write a record; an error on one rank is raised on all of them at the next step's agreement."""
+        try:
+            write()
+        except Exception as error:
+            self.deferred_error = self.deferred_error or error
+
+    def raise_deferred(self) -> None:
+        """Raise one rank's deferred error on all ranks: no checkpoint may count lines that were not written."""
+        self.world.on_all_ranks(lambda: raise_if(self.deferred_error))
+
+    def wait_until_written(self) -> None:
+        """Wait for a save in the background; the other ranks wait as long as it takes."""
+        if self.checkpoints:
+            with self.world.working():
+                self.record_or_defer(self.checkpoints.settle)
+
+    def save_and_stop(self, reason: str) -> NoReturn:
+        """Write the state of the run to the disk, and end it on all ranks.
+
+        Raises:
+            Preempted: always, unless something else is wrong.
+        """
+        step = self.state.step
+        self.raise_deferred()
+        slot = self.checkpoints.secure(step) if self.checkpoints else None
+        self.raise_deferred()
+        kept = f"checkpoint: {slot}; go on from it with --resume latest" if slot else "nothing is saved"
+        try:
+            if self.world.is_main:
+                self.records.event("stop", step=step, reason=f"stopped by {reason}")
+        except RawloopError as error:  # the run has stopped on all ranks, and is saved
+            kept += f" (it is in no record: {error})"
+        raise Preempted(f"stopped by {reason} at step {step}; {kept}", is_reporter=self.world.is_main)
+
+    def finish(self) -> None:
+        """Raise on all ranks what one could not write, and wait until the last checkpoint is on the disk."""
+        self.raise_deferred()
+        if self.checkpoints:
+            self.checkpoints.finish()
+
+    def close(self) -> None:
+        """Wait for a save that is under way, let others train into the folder, and close the records."""
+        if self.checkpoints:
+            self.checkpoints.close()
+        self.records.close()
+
+
+def evaluate_and_save(run: Run, last: bool) -> bool:
+    """Evaluate if due; save if due, or if the evaluation is the best so far. The two cadences never meet.
+
+    Returns:
+        whether the run ends here: it is the last step, or the evaluation has not improved for long enough.
+    """
+    state, best = run.state, None
+    evaluation = evaluate(run, last)
+    state.visited = state.step
+    if run.checkpoints:
+        run.checkpoints.changed()
+    if evaluation is not None:
+        run.record_or_defer(lambda: run.records.metrics(state.step, evaluation.metrics))
+        if not evaluation.valid and run.world.is_main:
+            reason = f"evaluation is not finite in the batches of {', '.join(evaluation.bad_ids)}: it is never the best"
+            run.record_or_defer(lambda: run.records.event("warning", step=state.step, reason=reason))
+        if run.best:
+            best = best_so_far(run, evaluation)
+            last = stop_early(run) or last
+    if run.checkpoints and (best or run.checkpoints.due(state.step, last)):
+        run.raise_deferred()
+        run.checkpoints.save(state.step, best=best)
+    return last
+
+
+def evaluate(run: Run, last: bool) -> Evaluation | None:
+    """Evaluate if due. A run that is stopped meanwhile is left as before, so that it is done after the resume."""
+    if run.evaluator is None or not run.evaluator.due(run.state.step, last):
+        return None
+    run.wait_until_written()  # data workers are forked, and would inherit the locks of a thread that is writing
+    try:
+        return run.evaluator.run(run.preemption.wanted if run.preemption else lambda: None)
+    except Preempted as stop:
+        run.save_and_stop(str(stop))
+
+
+def best_so_far(run: Run, evaluation: Evaluation) -> BestRecord | None:
+    """Return a record of the evaluation if it beats all before it whose models were written."""
+    assert run.best is not None
+    if run.best.metric not in evaluation.metrics:
+        raise UserError(
+            f"evaluation.best_metric is '{run.best.metric}', which the evaluation does not measure"
+            f"{nearest(run.best.metric, evaluation.metrics)}: it measures {', '.join(evaluation.metrics)}"
+        )
+    if run.checkpoints:
+        run.best.agree_with(run.checkpoints.best_record())
+    beaten = run.best.consider(run.state.step, evaluation.metrics[run.best.metric], evaluation.valid)
+    return run.best.record if beaten else None
+
+
+def stop_early(run: Run) -> bool:
+    """Return whether `evaluation.patience` is used up, and record it."""
+    best = run.best
+    if best is None or not best.exhausted:
+        return False
+    reason = f"{best.metric} has not improved in {best.worse_in_a_row} evaluations since step {best.step}"
+    if run.world.is_main:
+        run.record_or_defer(lambda: run.records.event("stop", step=run.state.step, reason=reason))
+    return True
+
+
+def raise_if(error: Exception | None) -> None:
+    """Raise an error, if there is one."""
+    if error is not None:
+        raise error
