@@ -33,7 +33,7 @@ def run(arguments: list[str], folder: Path) -> int:
     except Exception as error:
         code = file.read_text() if file.exists() else "0"
         if code in ("0", "1") and isinstance(error, ChildFailedError):
-            print("\n".join(failed(error)), file=sys.stderr)
+            print("\n".join(failed(error, folder / "first")), file=sys.stderr)
             return 1
         if code == "0" and isinstance(error, SignalException):
             return stopped(error.sigval)
@@ -44,8 +44,8 @@ def run(arguments: list[str], folder: Path) -> int:
     return 0
 
 
-def failed(error: Any) -> list[str]:
-    """A line per process that has failed by itself; torchrun then ends the others, which are no cause of anything."""
+def failed(error: Any, file: Path) -> list[str]:
+    """A line per process that has failed by itself, the first one first; torchrun ended the others afterwards."""
     _, first = error.get_first_failure()
     told = signal.SIGTERM if first.exitcode != -signal.SIGTERM else 0
     own = {
@@ -53,7 +53,11 @@ def failed(error: Any) -> list[str]:
         for rank, failure in sorted(error.failures.items())
         if failure.exitcode != -told and failure.timestamp <= first.timestamp + 1
     }
-    return [f"torchrun: rank {rank} (process {f.pid}) {ending(f.exitcode)}" for rank, f in own.items()]
+    rank = int(file.read_text()) if file.exists() else None  # a process that was killed has left none
+    lines = [f"torchrun: rank {r} (process {f.pid}) {ending(f.exitcode)}" for r, f in own.items() if r != rank]
+    if rank in own:
+        lines.insert(0, f"torchrun: rank {rank} (process {own[rank].pid}) failed first: {ending(own[rank].exitcode)}")
+    return lines
 
 
 def stopped(number: int) -> int:

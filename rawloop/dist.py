@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, reduce
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
-from weakref import ref
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,20 +33,12 @@ T = TypeVar("T")
 E = TypeVar("E", bound=RawloopError)
 
 
-class Wrapped(NamedTuple):
-    """A module that `World.wrap` has put into DDP, and with which switches. It is None once it is gone."""
-
-    module: ref[nn.Module]
-    config: DDPConfig
-
-
 @dataclass(frozen=True)
 class World:
     """One process among `size`: its rank, its rank on this machine, and its device.
 
     `launch` names the launcher's run, "" without torchrun; `restarts` counts how often it has started its processes
-    again after one of them had died. `group` is a gloo group over all ranks, for agreements between CPUs. `wrapped`
-    lists what `wrap` has put into DDP.
+    again after one of them had died. `group` is a gloo group over all ranks, for agreements between CPUs.
     """
 
     rank: int = 0
@@ -58,7 +49,6 @@ class World:
     restarts: int = 0
     waiting: Waiting | None = field(default=None, compare=False, repr=False)
     group: Any = field(default=None, compare=False, repr=False)
-    wrapped: list[Wrapped] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def current(cls) -> "World":
@@ -210,15 +200,10 @@ class World:
     def wrap(self, module: nn.Module, config: DDPConfig | None = None) -> nn.Module:
         """Wrap any module in DDP, or return it as it is in a single process.
 
-        `wrapped` keeps a note of it. With `find_unused_parameters` off, `PrecisionPolicy.step` ends the run where a
-        trained weight got no gradient: DDP would wait for ever, or let the ranks drift apart.
+        With `find_unused_parameters` off, `PrecisionPolicy.step` ends the run where a trained weight got no gradient:
+        DDP would wait for ever, or let the ranks drift apart.
         """
-        if self.size == 1:
-            return module
-        config = config or DDPConfig()
-        self.wrapped[:] = [other for other in self.wrapped if other.module() not in (None, module)]
-        self.wrapped.append(Wrapped(ref(module), config))
-        return wrap_in_ddp(module, config)
+        return module if self.size == 1 else wrap_in_ddp(module, config or DDPConfig())
 
 
 def _in_words(error: Exception) -> tuple[type[RawloopError], str, str]:

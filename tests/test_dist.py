@@ -273,7 +273,6 @@ if backend == "gloo":
     net = nn.Linear(2, 1)
     module = world.wrap(net, DDPConfig(find_unused_parameters=False))
     said["ddp"] = isinstance(module, DistributedDataParallel)
-    said["wrapped"] = [(w.module() is net, w.config.find_unused_parameters) for w in world.wrapped]
     module(torch.full((2,), world.rank + 1.0)).backward()
     said["gradient"] = net.weight.grad.tolist()
 dist.destroy_process_group()
@@ -341,7 +340,7 @@ def test_the_world_of_a_group_that_the_script_has_initialised(tmp_path: Path, ba
         said = json.loads(out)
         assert said.pop("before").startswith("WORLD_SIZE is 2, and torch.distributed is not initialised: ")
         if backend == "gloo":
-            assert (said.pop("ddp"), said.pop("wrapped")) == (True, [[True, False]])
+            assert said.pop("ddp")
             assert said.pop("gradient") == [[1.5, 1.5]]
         assert said == {
             "rank": rank,

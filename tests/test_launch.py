@@ -16,6 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rawloop.cli import main
+from rawloop.errors import LostRank, UserError
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -221,15 +224,17 @@ def test_the_exit_code_is_that_of_the_workers(
         launcher["run"](["--standalone"], tmp_path)
 
 
-@pytest.mark.parametrize("left", ["1", "0", ""])
-def test_processes_that_left_no_code_are_named_in_a_line_each(
-    left: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("left", "first"), [("1", None), ("0", None), ("", None), ("1", 0), ("", 2)])
+def test_processes_that_left_no_code_are_named_in_a_line_each_and_the_first_of_them_first(
+    left: str, first: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     def fail(arguments: list[str]) -> None:
         if left:
             Path(os.environ["RAWLOOP_EXIT_CODE_FILE"]).write_text(left)
+        if first is not None:
+            (tmp_path / "first").write_text(str(first))
         codes = {3: -signal.SIGSEGV, 0: 1, 1: -signal.SIGKILL, 2: -99, 4: -signal.SIGTERM, 5: -signal.SIGKILL}
         failures = {rank: ProcessFailure(rank, 120 + rank, code, "none") for rank, code in codes.items()}
         failures[5].timestamp += 30  # ended by torchrun, as it had not heeded SIGTERM, of which 4 has ended
@@ -239,12 +244,15 @@ def test_processes_that_left_no_code_are_named_in_a_line_each(
     monkeypatch.setattr("torch.distributed.run.main", fail)
     monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
     assert launcher["run"]([], tmp_path) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "torchrun: rank 0 (process 120) ended with exit code 1: its own message is above",
-        "torchrun: rank 1 (process 121) was killed by SIGKILL: out of memory, or pre-empted?",
-        "torchrun: rank 2 (process 122) was killed by signal 99",
-        "torchrun: rank 3 (process 123) was killed by SIGSEGV",
-    ]
+    lines = {
+        0: "rank 0 (process 120) ended with exit code 1: its own message is above",
+        1: "rank 1 (process 121) was killed by SIGKILL: out of memory, or pre-empted?",
+        2: "rank 2 (process 122) was killed by signal 99",
+        3: "rank 3 (process 123) was killed by SIGSEGV",
+    }
+    if first is not None:
+        lines = {first: lines[first].replace(") ", ") failed first: "), **{r: lines[r] for r in lines if r != first}}
+    assert capsys.readouterr().err.splitlines() == [f"torchrun: {line}" for line in lines.values()]
 
 
 @pytest.mark.parametrize(
@@ -470,3 +478,25 @@ def test_an_installation_in_a_fresh_clone(clone: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "best"} <= {
         file.name for file in run.iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "left"), [(KeyError("a bug"), "3"), (UserError("a mistake"), "3"), (LostRank("another"), None)]
+)
+def test_a_process_that_fails_by_itself_leaves_its_rank(
+    error: Exception, left: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("rawloop.cli.verify.run", fail)
+    for name, value in {"RAWLOOP_EXIT_CODE_FILE": str(tmp_path / "code"), "RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(error, KeyError):
+        with pytest.raises(KeyError):
+            main(["verify", "run"])
+    else:
+        assert main(["verify", "run"]) == (2 if isinstance(error, UserError) else 1)
+    assert (tmp_path / "first").exists() == (left is not None)
+    if left is not None:
+        assert (tmp_path / "first").read_text() == left

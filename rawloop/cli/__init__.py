@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,16 @@ def main(argv: list[str] | None = None) -> int:
     own_process = argv is None and command in GO_ON
     if own_process:
         end_early(command, GO_ON[command], os.environ.get(EXIT_CODE_FILE))
-    code = call(command, rest)
+    left = Path(os.environ[EXIT_CODE_FILE]) if EXIT_CODE_FILE in os.environ else None
+    try:
+        code = call(command, rest, left)
+    except BaseException:
+        leave_first_failure(left)
+        raise
     if own_process:
         ignore_signals()
-    if EXIT_CODE_FILE in os.environ:
-        leave_exit_code(Path(os.environ[EXIT_CODE_FILE]), code)
+    if left:
+        leave_exit_code(left, code)
     return code
 
 
@@ -121,6 +127,15 @@ def leave_exit_code(file: Path, code: int) -> None:
         file.write_text(str(code))
 
 
+def leave_first_failure(file: Path | None) -> None:
+    """Write this process's rank beside the file of the exit code, unless another process of this machine has."""
+    from rawloop.launcher import read_ranks
+
+    if file is not None:
+        with suppress(FileExistsError), file.with_name("first").open("x") as first:
+            first.write(str(read_ranks()[0]))
+
+
 def stdout_is_gone() -> bool:
     """Whether the reader of standard output has ended, as `head` does."""
     try:
@@ -131,14 +146,19 @@ def stdout_is_gone() -> bool:
         return False
 
 
-def call(command: str, rest: list[str]) -> int:
-    """Run a command and return its exit code. A failure is explained in one line."""
+def call(command: str, rest: list[str], left: Path | None = None) -> int:
+    """Run a command and return its exit code. A failure is explained in one line.
+
+    `left` is the launcher's file for the exit code: a rank that fails by itself, and not for a lost one, says so there.
+    """
     try:
         check_words(rest)
         if command in OPTIONS and not {"-h", "--help"}.isdisjoint(rest):
             read_config(command, rest)  # prints the help, and ends
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:
+        if not isinstance(error, LostRank):
+            leave_first_failure(left)
         if error.is_reporter:
             line = " ".join(str(error).splitlines()) + traceback_kept(error)  # what it quotes may have several lines
             saved = f"; what was saved is whole{GO_ON.get(command, '')}" if isinstance(error, LostRank) else ""
