@@ -14,7 +14,7 @@ from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig, read_events
 
 Change = Callable[[nn.Module, Batch], Any]
@@ -51,7 +51,7 @@ def batches(window: int) -> Iterator[list[Batch]]:
 def run_of(folder: Path, world: World | None = None, before: Change = nothing, steps: int = 3, **more: Any) -> Run:
     torch.manual_seed(0)
     world = world or World()
-    policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), world.device, world.any)
+    policy = PrecisionPolicy("fp32", world.device, world=world)
     model = policy.prepare(more.pop("model", None) or Net())
 
     def losses(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
