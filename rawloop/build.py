@@ -13,17 +13,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rawloop.adapters import BaseFingerprint, ModelFiles
+from rawloop.adapters.files import ModelFiles
+from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.buffers import MovingBuffers, in_words, settle_moves
 from rawloop.changes import PART, SettingsState
-from rawloop.checkpoint import BestTracker, CheckpointManager, mark_launch
+from rawloop.checkpoint.best import BestTracker
+from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.run_folder import mark_launch
 from rawloop.components import Data, announce, build_evaluator, build_family, build_loader, build_model, read_data
 from rawloop.config import RunConfig
 from rawloop.data.batches import BatchPlan, Loader, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.data.workers import SPARE, check_descriptors
 from rawloop.ddp import DDPConfig, decide_find_unused
-from rawloop.diagnose import Report, run_checks
+from rawloop.diagnose.checks import run_checks
+from rawloop.diagnose.report import Report
 from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric

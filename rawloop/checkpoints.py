@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rawloop.adapters.parts import What, model_parts
-from rawloop.checkpoint import BestRecord, BestTracker, CheckpointConfig, CheckpointManager
-from rawloop.checkpoint.best import Mode
+from rawloop.checkpoint.best import BestRecord, BestTracker, Mode
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.slots import find_slots
 from rawloop.contracts import FolderState, Stateful
 from rawloop.ddp import unwrap_ddp

@@ -12,7 +12,8 @@ import transformers
 from torch import nn
 from torch.optim import Optimizer
 
-from rawloop.adapters import BaseFingerprint, add_adapter
+from rawloop.adapters.fingerprint import BaseFingerprint
+from rawloop.adapters.lora import add_adapter
 from rawloop.audio import import_torchaudio
 from rawloop.config import RunConfig
 from rawloop.contracts import Family, PackingFamily, Sample

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rawloop.adapters import BaseFingerprint
+from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.changes import flat
 from rawloop.checkpoint.manifest import installed_versions
 from rawloop.config import RunConfig

@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 
-from rawloop.adapters import BaseFingerprint
+from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.changes import PART, SAME, SettingsState, compare, stored_settings
-from rawloop.checkpoint import (
+from rawloop.checkpoint.reader import Chosen, choose
+from rawloop.checkpoint.run_folder import (
+    Beginning,
     RunLock,
+    check_nothing_has_begun,
     claim_run_folder,
-    find_slots,
+    is_inside,
     lock_run_folder,
     mark_launch,
     remove_stop_file,
     where_to_begin,
 )
-from rawloop.checkpoint.reader import Chosen, choose
-from rawloop.checkpoint.run_folder import Beginning, check_nothing_has_begun, is_inside
+from rawloop.checkpoint.slots import find_slots
 from rawloop.checkpoint.writer import STATE
 from rawloop.config import RunConfig, to_yaml
 from rawloop.dist import World

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rawloop.buffers import MovingBuffers
-from rawloop.checkpoint import BestRecord, BestTracker, CheckpointManager
+from rawloop.checkpoint.best import BestRecord, BestTracker
+from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.contracts import Batch
 from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError, nearest

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from rawloop.adapters import BaseFingerprint, ModelFiles, stored_fingerprint
-from rawloop.checkpoint import find_latest, verify
+from rawloop.adapters.files import ModelFiles
+from rawloop.adapters.fingerprint import BaseFingerprint, stored_fingerprint
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
+from rawloop.checkpoint.manifest import verify
 from rawloop.checkpoint.pack import unpack
-from rawloop.checkpoint.slots import CHECKPOINTS, is_slot_name, resolve_best
+from rawloop.checkpoint.slots import CHECKPOINTS, find_latest, is_slot_name, resolve_best
 from rawloop.checkpoint.writer import STATE
 from rawloop.contracts import Family
 from rawloop.dist import World

@@ -15,18 +15,11 @@ from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
-from rawloop.adapters import (
-    AdapterConfig,
-    BaseFingerprint,
-    ModelFiles,
-    add_adapter,
-    base_of,
-    copied,
-    count_parameters,
-    merge_adapter,
-)
-from rawloop.adapters.files import WEIGHTS
-from rawloop.adapters.fingerprint import checksum
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.files import WEIGHTS, ModelFiles, copied
+from rawloop.adapters.fingerprint import BaseFingerprint, checksum
+from rawloop.adapters.lora import add_adapter, count_parameters
+from rawloop.adapters.merge import base_of, merge_adapter
 from rawloop.contracts import Batch, Family
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples

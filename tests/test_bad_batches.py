@@ -13,9 +13,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.data import DataConfig
@@ -23,7 +23,7 @@ from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
 from rawloop.data.samples import read_samples
 from rawloop.ddp import DDPConfig
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig

@@ -18,17 +18,19 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.files import ModelFiles
+from rawloop.adapters.lora import add_adapter
 from rawloop.buffers import MovingBuffers, in_words, places, settle_moves, untouched
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.cli import main
 from rawloop.cli.doctor import Doctor
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.ddp import DDPConfig
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig, Evaluator

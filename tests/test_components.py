@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.finished import check_lora, kinds, lora_layers
+from rawloop.adapters.lora import add_adapter
 from rawloop.build import build_run
 from rawloop.components import announce, check_streams
 from rawloop.config import RunConfig

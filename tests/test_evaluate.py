@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rawloop.checkpoint import BestTracker
+from rawloop.checkpoint.best import BestTracker
 from rawloop.contracts import Batch, Family, Sample, StreamLoss
 from rawloop.data.batches import EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache

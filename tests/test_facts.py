@@ -14,8 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rawloop.adapters import BaseFingerprint
-from rawloop.adapters.fingerprint import checksum
+from rawloop.adapters.fingerprint import BaseFingerprint, checksum
 from rawloop.build import build_run, check_run
 from rawloop.changes import SettingsState, compare, flat
 from rawloop.cli import main

@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.files import ModelFiles
+from rawloop.adapters.lora import add_adapter
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, Labels
 from rawloop.data import DataConfig

@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig, find_slots
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.slots import find_slots
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.data.splits import prepare_codes
 from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig

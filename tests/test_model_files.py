@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rawloop.adapters import ModelFiles
 from rawloop.adapters.compare import tensors_of
-from rawloop.adapters.files import WEIGHTS
+from rawloop.adapters.files import WEIGHTS, ModelFiles
 from rawloop.errors import CheckpointError
 
 

@@ -13,7 +13,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 from torch.optim.lr_scheduler import LRScheduler
 
-from rawloop.checkpoint import CheckpointConfig, CheckpointManager
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.optim import OptimConfig, build_optimizer

@@ -17,14 +17,18 @@ import psutil
 import pytest
 import torch
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig, CheckpointManager, find_slots, mark_launch, verify
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.manifest import verify
+from rawloop.checkpoint.run_folder import mark_launch
+from rawloop.checkpoint.slots import find_slots
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.data import DataConfig
 from rawloop.data.batches import Loader
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import Preempted, UserError
 from rawloop.evaluate import EvaluationConfig

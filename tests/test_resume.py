@@ -28,17 +28,20 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rawloop.adapters import AdapterConfig, ModelFiles
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.files import ModelFiles
 from rawloop.build import build_run
-from rawloop.checkpoint import BestTracker, CheckpointConfig, find_slots, read_manifest, verify
 from rawloop.checkpoint import writer as slot_writer
-from rawloop.checkpoint.manifest import write_manifest
+from rawloop.checkpoint.best import BestTracker
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manifest import read_manifest, verify, write_manifest
 from rawloop.checkpoint.reader import choose
+from rawloop.checkpoint.slots import find_slots
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.ddp import unwrap_ddp
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, Preempted, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
@@ -622,7 +625,7 @@ def test_a_state_from_elsewhere_that_cannot_be_saved_costs_nothing(
 def test_who_trains_in_a_folder_is_said_before_what_is_wrong_with_the_settings(short: RunConfig) -> None:
     finished(short)
     code = (
-        "import sys; from pathlib import Path; from rawloop.checkpoint import lock_run_folder; "
+        "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import lock_run_folder; "
         "lock_run_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rawloop
-from rawloop.adapters import AdapterConfig, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.lora import add_adapter
 from rawloop.buffers import MovingBuffers, places
 from rawloop.contracts import Batch, Labels, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows

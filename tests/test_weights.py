@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig, find_slots, read_manifest
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manifest import read_manifest
+from rawloop.checkpoint.slots import find_slots
 from rawloop.config import RunConfig
 from rawloop.data import DataConfig
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.evaluate import EvaluationConfig

@@ -22,12 +22,12 @@ import torch
 
 from rawloop.audio import import_torchaudio
 from rawloop.build import check_run
-from rawloop.checkpoint import find_slots
 from rawloop.checkpoint.disk import readable
+from rawloop.checkpoint.slots import find_slots
 from rawloop.cli import read_config
 from rawloop.cli.grouping import NOT_FINITE, STEPS, compare, measure, small
 from rawloop.config import RunConfig, to_yaml
-from rawloop.diagnose import Report
+from rawloop.diagnose.report import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
 

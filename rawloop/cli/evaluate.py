@@ -8,15 +8,15 @@ from os.path import expanduser
 from pathlib import Path
 from typing import NamedTuple
 
-from rawloop.adapters import BaseFingerprint, ModelFiles
+from rawloop.adapters.files import ModelFiles
+from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.changes import check_reading, stored_settings
-from rawloop.checkpoint import find_best, find_latest, verify
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
-from rawloop.checkpoint.manifest import read_manifest
+from rawloop.checkpoint.manifest import read_manifest, verify
 from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.reader import check_same
-from rawloop.checkpoint.slots import is_slot_name, resolve_best
+from rawloop.checkpoint.slots import find_best, find_latest, is_slot_name, resolve_best
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import read_config
 from rawloop.components import build_evaluator, build_family, build_model, read_data

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rawloop.adapters import base_of, load_base, merge_adapter, write_model
+from rawloop.adapters.files import write_model
+from rawloop.adapters.merge import base_of, load_base, merge_adapter
 from rawloop.audio import import_torchaudio
-from rawloop.checkpoint import verify
 from rawloop.checkpoint.disk import in_words
 from rawloop.checkpoint.manifest import NAME as MANIFEST
+from rawloop.checkpoint.manifest import verify
 from rawloop.contracts import has
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family, local_folder

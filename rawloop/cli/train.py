@@ -7,8 +7,8 @@ from os.path import expanduser
 from pathlib import Path
 
 from rawloop.build import build_run
-from rawloop.checkpoint import find_latest, mark_launch
-from rawloop.checkpoint.slots import best_record, find_best
+from rawloop.checkpoint.run_folder import mark_launch
+from rawloop.checkpoint.slots import best_record, find_best, find_latest
 from rawloop.cli import read_config
 from rawloop.config import moved_run
 from rawloop.dist import World, open_world

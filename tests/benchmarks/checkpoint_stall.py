@@ -31,8 +31,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from rawloop.adapters import AdapterConfig, ModelFiles, add_adapter
-from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.files import ModelFiles
+from rawloop.adapters.lora import add_adapter
+from rawloop.checkpoint.best import BestTracker
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.dist import World
 from rawloop.loop import TrainState
 from rawloop.optim import OptimConfig, build_optimizer

@@ -38,9 +38,9 @@ import transformers
 from torch import Tensor
 from transformers import HiggsAudioV2Processor, Trainer, TrainingArguments
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.contracts import Sample
 from rawloop.data import DataConfig
@@ -50,7 +50,7 @@ from rawloop.data.samples import read_samples
 from rawloop.data.splits import prepare_codes
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World, open_world
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family

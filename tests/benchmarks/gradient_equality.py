@@ -43,7 +43,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
 from rawloop.config import RunConfig
 from rawloop.contracts import Text
@@ -54,7 +54,7 @@ from rawloop.data.splits import prepare_codes
 from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World, open_world
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family

@@ -44,7 +44,9 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
 
-from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager
+from rawloop.checkpoint.best import BestTracker
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.dist import World

@@ -33,7 +33,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from rawloop.adapters import AdapterConfig, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.lora import add_adapter
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 
 CPU = torch.device("cpu")

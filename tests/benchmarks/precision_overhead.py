@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rawloop.adapters import AdapterConfig, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.lora import add_adapter
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 
 BATCH, LENGTH, VOCAB = 2, 16, 256

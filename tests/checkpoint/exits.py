@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rawloop.checkpoint import CheckpointConfig, CheckpointManager
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.dist import World
 from rawloop.records import Records, RecordsConfig
 

@@ -27,18 +27,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rawloop.checkpoint import (
-    BestRecord,
-    BestTracker,
-    CheckpointConfig,
-    CheckpointManager,
-    find_best,
-    find_latest,
-    find_slots,
-    read_manifest,
-    verify,
-)
+from rawloop.checkpoint.best import BestRecord, BestTracker
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.manifest import read_manifest, verify
 from rawloop.checkpoint.run_folder import LOCK
+from rawloop.checkpoint.slots import find_best, find_latest, find_slots
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import RawloopError

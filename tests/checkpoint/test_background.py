@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from rawloop.checkpoint import BestRecord, CheckpointConfig, CheckpointManager, find_best, find_slots, verify
+from rawloop.checkpoint.best import BestRecord
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.manifest import verify
+from rawloop.checkpoint.slots import find_best, find_slots
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import BestRecord, BestTracker
-from rawloop.checkpoint.best import Mode
+from rawloop.checkpoint.best import BestRecord, BestTracker, Mode
 from rawloop.errors import CheckpointError
 
 

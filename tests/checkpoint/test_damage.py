@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import BestTracker, CheckpointConfig, CheckpointManager, verify
+from rawloop.checkpoint.best import BestTracker
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.manifest import verify
 from rawloop.config import RunConfig
 from rawloop.data import DataConfig
-from rawloop.diagnose import ChecksConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig

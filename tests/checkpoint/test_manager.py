@@ -19,7 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rawloop.checkpoint import BestRecord, BestTracker, CheckpointConfig, CheckpointManager, disk, find_slots
+from rawloop.checkpoint import disk
+from rawloop.checkpoint.best import BestRecord, BestTracker
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.slots import find_slots
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError

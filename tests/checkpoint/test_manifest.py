@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rawloop.checkpoint import BestRecord
+from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.manifest import read_manifest, verify
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot

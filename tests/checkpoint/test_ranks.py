@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
-from rawloop.checkpoint import CheckpointConfig, CheckpointManager, claim_run_folder, find_slots
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.reader import choose
+from rawloop.checkpoint.run_folder import claim_run_folder
+from rawloop.checkpoint.slots import find_slots
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError

@@ -11,20 +11,20 @@ from subprocess import PIPE
 
 import pytest
 
-from rawloop.checkpoint import (
-    BestRecord,
-    CheckpointConfig,
-    CheckpointManager,
+from rawloop.checkpoint.best import BestRecord
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.pack import pack
+from rawloop.checkpoint.placing import set_best
+from rawloop.checkpoint.reader import choose
+from rawloop.checkpoint.run_folder import (
     RunLock,
     claim_run_folder,
+    is_inside,
     mark_launch,
     remove_stop_file,
     where_to_begin,
 )
-from rawloop.checkpoint.pack import pack
-from rawloop.checkpoint.placing import set_best
-from rawloop.checkpoint.reader import choose
-from rawloop.checkpoint.run_folder import is_inside
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
 from rawloop.errors import UserError
@@ -76,7 +76,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "run"
     code = (
-        "import sys; from pathlib import Path; from rawloop.checkpoint import claim_run_folder; "
+        "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import claim_run_folder; "
         "from rawloop.dist import World; claim_run_folder(Path(sys.argv[1]), World(), resume=False); "
         "print('held', flush=True); sys.stdin.read()"
     )
@@ -109,7 +109,7 @@ def manager_of(run: Path, records: Records) -> CheckpointManager:
 
 def locked_out(run: Path) -> str:
     """What another process is told that would train into the folder."""
-    code = f"from pathlib import Path; from rawloop.checkpoint import RunLock; RunLock(Path({str(run)!r}))"
+    code = f"from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; RunLock(Path({str(run)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     return done.stderr
 
@@ -124,7 +124,7 @@ def test_a_manager_holds_the_lock_of_its_folder(tmp_path: Path, monkeypatch: pyt
         second.close()
         assert locked_out(run) == ""
         code = (
-            "import sys; from pathlib import Path; from rawloop.checkpoint import RunLock; "
+            "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; "
             "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
         )
         with subprocess.Popen([sys.executable, "-c", code, run], stdin=PIPE, stdout=PIPE, text=True) as other:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import BestRecord, placing, slots
+from rawloop.checkpoint import placing, slots
+from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.manifest import step_of
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot

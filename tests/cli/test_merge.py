@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rawloop.adapters import AdapterConfig, BaseFingerprint, ModelFiles, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.files import ModelFiles
+from rawloop.adapters.fingerprint import BaseFingerprint
+from rawloop.adapters.lora import add_adapter
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.causal_lm import CausalLM
 from rawloop.seed import seed_all

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import BestRecord, audit, placing, slots, verify
+from rawloop.checkpoint import audit, placing, slots
+from rawloop.checkpoint.best import BestRecord
+from rawloop.checkpoint.manifest import verify
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.errors import CheckpointError

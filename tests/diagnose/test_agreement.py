@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rawloop.contracts import IGNORE, Batch, StreamLoss
-from rawloop.diagnose import ChecksConfig, Report, judge, read_losses
 from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.census import Census
-from rawloop.diagnose.verdict import lines
+from rawloop.diagnose.config import ChecksConfig
+from rawloop.diagnose.report import Report
+from rawloop.diagnose.verdict import judge, lines, read_losses
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.losses import LossModule
 

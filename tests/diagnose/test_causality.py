@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from rawloop.contracts import Batch
-from rawloop.diagnose import Movement, probe
-from rawloop.diagnose.causality import lines
+from rawloop.diagnose.causality import Movement, lines, probe
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.losses import LossModule
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from rawloop.contracts import Special
-from rawloop.diagnose import Census, ChecksConfig, Report, take_census
+from rawloop.diagnose.census import Census, take_census
+from rawloop.diagnose.config import ChecksConfig
+from rawloop.diagnose.report import Report
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 

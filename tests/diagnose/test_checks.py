@@ -12,14 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
-from rawloop.diagnose import ChecksConfig, run_checks
+from rawloop.diagnose.checks import run_checks
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig

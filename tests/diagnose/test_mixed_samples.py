@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from rawloop.adapters import AdapterConfig
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import check_run
 from rawloop.config import RunConfig
 from rawloop.contracts import IGNORE
 from rawloop.data import DataConfig
-from rawloop.diagnose import ChecksConfig, Report, checks
+from rawloop.diagnose import checks
+from rawloop.diagnose.config import ChecksConfig
+from rawloop.diagnose.report import Report
 from rawloop.dist import World
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig

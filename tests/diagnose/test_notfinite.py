@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Family, Labels, StreamLoss
-from rawloop.diagnose import read_losses
+from rawloop.diagnose.verdict import read_losses
 from rawloop.losses import LossModule
 
 GOOD, BAD = ("a", 1.0), ("bad", 2.0)

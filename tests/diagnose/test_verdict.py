@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rawloop.contracts import IGNORE, Batch
-from rawloop.diagnose import Reading, Verdict, judge, probe, read_losses
-from rawloop.diagnose.verdict import CHANCE_FROM, LEAK_BELOW, VARIETY, lines
+from rawloop.diagnose.causality import probe
+from rawloop.diagnose.verdict import CHANCE_FROM, LEAK_BELOW, VARIETY, Reading, Verdict, judge, lines, read_losses
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.losses import LossModule
 from rawloop.seed import capture_rng

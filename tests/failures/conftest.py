@@ -205,9 +205,9 @@ def demo_run(demo_checkpoint: Path, demo_data: Path, tmp_path: Path) -> Callable
     Four steps with LoRA, evaluated and saved every second one; `parts` replace parts of its `RunConfig`, and `change`
     gets the `Run` before it is trained. Returns the run; its folder is `tmp_path / "rawloop"`.
     """
-    from rawloop.adapters import AdapterConfig
+    from rawloop.adapters.config import AdapterConfig
     from rawloop.build import build_run
-    from rawloop.checkpoint import CheckpointConfig
+    from rawloop.checkpoint.config import CheckpointConfig
     from rawloop.config import RunConfig
     from rawloop.data import DataConfig
     from rawloop.dist import World

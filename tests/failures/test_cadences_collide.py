@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from rawloop.checkpoint import CheckpointConfig
+from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.evaluate import EvaluationConfig
 from rawloop.loop import TrainConfig
 from rawloop.records import read_metrics

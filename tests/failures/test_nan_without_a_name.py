@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Family, Labels, StreamLoss
-from rawloop.diagnose import judge, read_losses
+from rawloop.diagnose.verdict import judge, read_losses
 from rawloop.losses import LossModule
 
 NAMES = ["first", "second", "padded", "last"]

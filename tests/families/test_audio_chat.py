@@ -29,14 +29,15 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from rawloop.adapters import AdapterConfig, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.lora import add_adapter
 from rawloop.audio import load_audio
 from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
 from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
-from rawloop.diagnose import probe
 from rawloop.diagnose.agreement import disagreements
+from rawloop.diagnose.causality import probe
 from rawloop.dist import World
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family

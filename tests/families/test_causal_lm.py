@@ -15,10 +15,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from rawloop.adapters import AdapterConfig, add_adapter
+from rawloop.adapters.config import AdapterConfig
+from rawloop.adapters.lora import add_adapter
 from rawloop.contracts import IGNORE, Batch, Labels, Sample, Special, Text, Turn
-from rawloop.diagnose import probe
 from rawloop.diagnose.agreement import disagreements
+from rawloop.diagnose.causality import probe
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.causal_lm import CausalLM, documents

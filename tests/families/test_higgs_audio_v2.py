@@ -347,7 +347,8 @@ def test_a_checkpoint_without_text_head_is_not_trained_from_random_numbers(
 def test_activation_checkpointing_changes_no_gradient(
     demo_checkpoint: Path, codes: Callable[[Path], Tensor], adapted: bool
 ) -> None:
-    from rawloop.adapters import AdapterConfig, add_adapter
+    from rawloop.adapters.config import AdapterConfig
+    from rawloop.adapters.lora import add_adapter
 
     gradients = []
     for recompute in (False, True):
