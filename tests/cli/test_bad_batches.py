@@ -182,21 +182,25 @@ def test_an_evaluation_that_fails_on_one_rank_is_told_by_both(
 
 
 @pytest.mark.parametrize(
-    ("fault", "note"),
+    ("fault", "note", "others"),
     [
-        ("Crash", "at step 3, on rank 1, in the micro-batch of the samples bad"),
-        ("CrashInData", "while making a batch of the samples bad"),
+        ("Crash", "at step 3, on rank 1, in the micro-batch of the samples bad", LOST),
+        (
+            "CrashInData",
+            "while making a batch of the samples bad",
+            "rank 1 failed: IndexError: list index out of range",
+        ),
     ],
 )
 def test_a_bug_on_one_rank_keeps_its_traceback_and_names_the_samples(
-    ranks: Ranks, write: Callable[..., Path], fault: str, note: str
+    ranks: Ranks, write: Callable[..., Path], fault: str, note: str, others: str
 ) -> None:
     config = write(fault, STEP_3, 2)
     first, second = run(ranks, config, 2)
     *_, error, where = (line.removeprefix("[rank1]: ") for line in second.err.splitlines())
     assert (error, where) == ("IndexError: list index out of range", note)
     assert "Traceback" in second.err
-    assert told(first.err).startswith(LOST)
+    assert told(first.err).startswith(others)
     assert (first.code, second.code) == (1, 1)
     assert steps(config) == [1, 2, 3]
 
