@@ -1,40 +1,38 @@
-"""Buffers that a forward pass moves, such as the running means of BatchNorm: they are no weights, and count as much.
+"""Buffers that a forward pass changes, such as the running means of BatchNorm.
 
-Nothing that is made for weights looks after them: no optimizer, no all-reduce, and no adapter's file. What moves is
-found by comparison, in one pass before training.
+They matter as much as weights, but no optimizer, no all-reduce and no adapter's file looks after them. One pass before
+training finds them by comparison.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.seed import preserved_rng
 
-if TYPE_CHECKING:  # the precision policy, which finds out what moves, needs no ranks
-    from rawloop.dist import World
-
 
 class Place(NamedTuple):
-    """Where a buffer stands. A forward pass may put another tensor there, so it is looked up each time."""
+    """The module and the name of a buffer. A forward pass may assign another tensor, so it is looked up each time."""
 
     module: nn.Module
     key: str
 
     @property
     def buffer(self) -> Tensor:
-        """The tensor that stands there now."""
+        """The buffer as it is now."""
         found = self.module._buffers[self.key]
         assert found is not None
         return found
 
 
 def places(model: nn.Module) -> dict[str, Place]:
-    """Where each buffer of a model stands, by name; one that stands in several places, the first of them."""
+    """Return the place of each buffer of a model, by name; of a shared buffer, the first place."""
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():
@@ -45,11 +43,10 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 
 class Moves(NamedTuple):
-    """What a training forward does to buffers: the names that it moves, and why some of them cannot be held.
+    """The buffers that a training pass moves, by name, and why some of them cannot be kept in checkpoints.
 
-    `twice` says that the backward pass moves them again, as it does where activations are recomputed. `caches` are
-    written in each pass and follow from its batch alone; `attributes` are numbers and tensors of modules that move, and
-    are no buffers.
+    `caches` are written in each pass and depend on its batch alone. `attributes` are numbers and tensors of modules
+    that move and are no buffers. `twice`: the backward pass moves buffers again, as it recomputes activations.
     """
 
     moved: list[str]
@@ -60,10 +57,9 @@ class Moves(NamedTuple):
 
 
 class Trace:
-    """The buffers of a model as they are now, to be compared with what becomes of them, and put back.
+    """A copy of a model's buffers, to compare them with later and to restore them.
 
-    So are numbers and tensors that are plain attributes of modules: where a buffer is a cache, one of them often says
-    what is in it.
+    Numbers and tensors that are plain attributes of modules are copied too: often one of them describes a cache.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,7 +75,7 @@ class Trace:
         self.before = {id(tensor): (tensor, tensor._version, tensor.detach().clone()) for tensor in tensors}
 
     def written(self) -> dict[str, tuple[Place, str | None, bool]]:
-        """Buffers that were written, by name: where, why they cannot be held if they cannot, and whether they moved."""
+        """Return the buffers that were written: their place, why they cannot be kept (or None), whether they moved."""
         found: dict[str, tuple[Place, str | None, bool]] = {}
         for prefix, module, table in self.tables:
             for key in dict.fromkeys([*table, *module._buffers]):
@@ -96,7 +92,7 @@ class Trace:
         return found
 
     def moved_attributes(self) -> list[str]:
-        """Numbers and tensors of modules that have another value now."""
+        """Return the names of numbers and tensors of modules that have another value now."""
         return [
             _joined(prefix, name)
             for prefix, module, name, value in self.attributes
@@ -104,7 +100,7 @@ class Trace:
         ]
 
     def put_back(self) -> None:
-        """Give all of them the values that they had. What has not moved is not touched, what was made stays."""
+        """Restore all values. Buffers that did not move are not written to, and new ones stay."""
         for _, module, table in self.tables:
             module._buffers.update(table)
         for _, module, name, value in self.attributes:
@@ -169,60 +165,59 @@ def untouched(model: nn.Module, training: bool | None = None) -> Iterator[Trace]
 
 
 class MovingBuffers:
-    """The buffers that training moves: equal on all ranks after each update, and as before where there was none.
+    """The buffers that training moves: made equal on all ranks after an update, restored after a skipped one.
 
     Around each window of a loop: `begin`, the passes, then `agree` if the update was applied and `put_back` if not.
     Nothing waits for the device. Without names it does nothing.
 
     Args:
-        model: what is trained.
-        names: of the buffers that move, on all ranks the same.
-        twice: whether the backward pass moves them as well.
-        watched: others, of which none may move.
+        model: the trained model.
+        names: the buffers that move, the same on all ranks.
+        twice: the backward pass moves them as well.
+        watched: other buffers, none of which may move.
     """
 
     def __init__(
         self, model: nn.Module, names: Sequence[str] = (), twice: bool = False, watched: Sequence[str] = ()
     ) -> None:
         found = places(model)
-        self.places = {name: found[name] for name in names}
-        self.twice = twice
+        self.places, self.twice = {name: found[name] for name in names}, twice
         self._watched = {name: found[name] for name in watched if name in found and name not in self.places}
         self._stamps: list[tuple[int, int]] = []
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
-        """Note the buffers as they are before a window."""
+        """Remember the buffers before a window."""
         self._before = self.values()
         self._stamps = self._now()
 
     def values(self) -> list[Tensor]:
-        """Copies of the buffers as they are."""
+        """Return copies of the buffers."""
         return [place.buffer.clone() for place in self.places.values()]
 
     def floats(self) -> list[Tensor]:
-        """The buffers themselves, those of floats."""
+        """Return the buffers of floats themselves."""
         return [p.buffer for p in self.places.values() if p.buffer.is_floating_point()]
 
     def write(self, values: Sequence[Tensor]) -> None:
-        """Write what `values` returned into the buffers."""
+        """Write copies that `values` returned into the buffers."""
         with torch.no_grad():
             for place, value in zip(self.places.values(), values, strict=True):
                 if place.buffer.shape == value.shape:  # its dtype may be another, after a fallback
                     place.buffer.copy_(value)
 
     def put_back(self) -> None:
-        """Give them the values from before the window."""
+        """Restore the values from before the window."""
         self.write(self._before)
 
-    def agree(self, world: "World") -> None:
-        """Make them equal over the ranks: floats become their mean, other numbers their maximum."""
+    def agree(self, world: World) -> None:
+        """Make them equal on all ranks: floats become their mean, other numbers their maximum."""
         pairs = [(place.buffer, before) for place, before in zip(self.places.values(), self._before, strict=True)]
-        # One of another shape is reported by `trouble`: the other ranks must not wait for this one.
+        # `trouble` reports one of another shape: the other ranks must not wait for this one
         world.make_equal([now if _kind(now) == _kind(before) else before for now, before in pairs])
 
     def trouble(self) -> str | None:
-        """What is wrong with what the window has done to buffers, if anything is, on this rank."""
+        """Say what the window has done wrong to buffers on this rank, or return None."""
         for (name, place), before in zip(self.places.items(), self._before, strict=True):
             if place.buffer.shape != before.shape:
                 return f"has changed the buffer {name} from {_kind(before)} to {_kind(place.buffer)}"
@@ -238,17 +233,17 @@ class MovingBuffers:
         return [(id(place.buffer), place.buffer._version) for place in self._watched.values()]
 
 
-def settle_moves(model: nn.Module, moves: Moves, world: "World", watch: bool) -> MovingBuffers:
-    """Decide with all ranks which buffers training moves, from what a first batch moved on each. All ranks call this.
+def find_moving_buffers(model: nn.Module, moves: Moves, world: World, watch: bool) -> MovingBuffers:
+    """Decide which buffers training moves, from those that the first batch moved on any rank. All ranks call this.
 
     Args:
-        model: what is trained.
-        moves: what this rank's first batch moved.
+        model: the trained model.
+        moves: the buffers that this rank's first batch moved.
         world: the ranks.
-        watch: look in each window whether others move.
+        watch: check in each window that no other buffer moves.
 
     Raises:
-        UserError: one of them cannot be held, on any rank.
+        UserError: one of them cannot be kept in checkpoints, on any rank.
     """
     shares = world.gather(moves)
     refused = {name: why for share in shares for name, why in share.refused.items()}
@@ -262,37 +257,26 @@ def settle_moves(model: nn.Module, moves: Moves, world: "World", watch: bool) ->
                 "persistent=True, or do not write it in forward"
             )
         )
+    found = places(model)
     moved = {name for share in shares for name in share.moved}
     # PEFT keeps the modules of modules_to_save as they were beside those that run.
-    unused = {m for module in model.modules() if hasattr(module, "original_module") for m in _inside(module)}
-    norms = {name for name, place in places(model).items() if _is_norm(place) and place.module not in unused}
+    originals = [getattr(module, "original_module", None) for module in model.modules()]
+    unused = {inner for module in originals if isinstance(module, nn.Module) for inner in module.modules()}
+    norms = {  # the first batch need not reach them
+        name
+        for name, (module, _) in found.items()
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats and module not in unused
+    }
     caches = {name for share in shares for name in share.caches}
-    names = [name for name in places(model) if name in moved or name in norms]
-    watched = [name for name in places(model) if watch and name not in caches]
+    watched = [name for name in found if name not in caches] if watch else []
+    names = [name for name in found if name in moved or name in norms]
     return MovingBuffers(model, names, any(share.twice for share in shares), watched)
 
 
-def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    original = module.original_module
-    return original.modules() if isinstance(original, nn.Module) else iter(())
-
-
-def _is_norm(place: Place) -> bool:
-    """Whether BatchNorm's like moves it, in passes that reach it: those of the first batch need not."""
-    return isinstance(place.module, _NormBase) and place.module.training and place.module.track_running_stats
-
-
 def in_words(buffers: MovingBuffers, moves: Moves, beside: Mapping[str, str]) -> list[str]:
-    """What the user should know, a sentence at a time.
-
-    Args:
-        buffers: those that move.
-        moves: what was found with them.
-        beside: those that an adapter's own file does not hold, and the modules that they are of.
-    """
+    """Return what the user should know; `beside` are buffers that PEFT's own file does not hold, and their modules."""
     lines = []
-    if buffers.places:
-        names = list(buffers.places)
+    if names := list(buffers.places):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(
             f"training moves {len(names)} buffers ({', '.join(names[:3])}{more}): they are made equal over ranks after "
@@ -302,8 +286,7 @@ def in_words(buffers: MovingBuffers, moves: Moves, beside: Mapping[str, str]) ->
             lines[-1] += "; BatchNorm mixes the samples of a micro-batch, so that its size changes what is trained"
         if buffers.twice:
             lines[-1] += "; activations are recomputed, which moves them twice: the second time is undone"
-    if beside:
-        modules = ", ".join(dict.fromkeys(beside.values()))
+    if modules := ", ".join(dict.fromkeys(beside.values())):
         lines.append(
             f"{len(beside)} of these buffers are not in PEFT's own file and a plain load of the adapter leaves them as "
             "in the base model: `rawloop evaluate` and `rawloop merge` read them from adapter/buffers.safetensors; "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
-from rawloop.buffers import MovingBuffers, in_words, settle_moves
+from rawloop.buffers import MovingBuffers, find_moving_buffers, in_words
 from rawloop.changes import PART, SettingsState
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
@@ -91,7 +91,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     trial = preflight(ready.policy, ready.first_loss)
     say(f"precision: {ready.policy.name} ({ready.policy.reason})")
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
-    buffers = settle_moves(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
+    buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
     if not goes_back(folder, config.resume):  # a restart must go back again until later checkpoints are aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rawloop.buffers import MovingBuffers, settle_moves
+from rawloop.buffers import MovingBuffers, find_moving_buffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.ddp import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, happening
@@ -278,7 +278,7 @@ def find_buffers(run: Run, batch: Batch) -> MovingBuffers:
     if next(model.buffers(), None) is None:
         return MovingBuffers(model)
     trial = preflight(run.policy, partial(trial_loss, unwrap_ddp(run.module), batch, run.world.device))
-    return settle_moves(model, trial.moves, run.world, watch=not getattr(run.module, "broadcast_buffers", False))
+    return find_moving_buffers(model, trial.moves, run.world, watch=not getattr(run.module, "broadcast_buffers", False))
 
 
 def rebuild_ddp(run: Run, change: str, batch: Batch) -> None:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.lora import add_adapter
-from rawloop.buffers import MovingBuffers, in_words, places, settle_moves, untouched
+from rawloop.buffers import MovingBuffers, find_moving_buffers, in_words, places, untouched
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.cli import main
@@ -295,7 +295,7 @@ def tried(net: nn.Module) -> tuple[MovingBuffers, list[str]]:
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU)
     model = policy.prepare(net)
     moves = preflight(policy, lambda: model(torch.ones(3, 2))).moves
-    buffers = settle_moves(net, moves, World(), watch=True)
+    buffers = find_moving_buffers(net, moves, World(), watch=True)
     return buffers, in_words(buffers, moves, {})
 
 
