@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +45,12 @@ BLOCK = 2**20  # samples decoded at a time, over all channels: 4 MB
 
 
 def load_audio(
-    path: Path, sample_rate: int, min_seconds: float = 0.0, max_seconds: float = math.inf, frame_rate: float = 0.0
+    path: Path,
+    sample_rate: int,
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+    frame_rate: float = 0.0,
+    on_open_end: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Decode a clip, mix it to mono and resample it.
 
@@ -55,6 +60,7 @@ def load_audio(
         min_seconds: shorter clips are bad.
         max_seconds: longer clips are bad; the headers are read before anything is decoded.
         frame_rate: of the codec, in frames per second; a clip shorter than one frame is bad.
+        on_open_end: is called if the file does not say where it ends, so that it may have been cut short.
 
     Returns:
         Waveform (samples,) float32.
@@ -65,7 +71,7 @@ def load_audio(
             behind its end that the decoder would leave out, such as a second file; or is a segment outside its clip.
         UserError: torchaudio is broken or missing.
     """
-    waveform, rate = _decode(path, max_seconds)
+    waveform, rate = _decode(path, max_seconds, on_open_end)
     shortest = max(min_seconds, 1 / frame_rate if frame_rate else 0.0)
     if len(waveform) < shortest * rate:
         what = "data.min_seconds" if shortest == min_seconds else "one frame of the codec"
@@ -131,7 +137,7 @@ def _sound(stream: BinaryIO, found: Extent) -> tuple[Any, int]:
     return file, found.samples or int(file.frames)
 
 
-def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
+def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> tuple[Tensor, int]:
     """Return a clip as mono, (samples,) float32, and its sample rate in Hz.
 
     The header is read first and channels are mixed block by block, as a small file can decode to a huge one.
@@ -139,6 +145,8 @@ def _decode(path: Path, max_seconds: float) -> tuple[Tensor, int]:
     segment = segment_of(path)
     with _opened(segment.file) as stream:
         found = measure(stream)
+        if found.open_end:
+            on_open_end()
         file, frames = _sound(stream, found)
         with file:
             rate = int(file.samplerate)

@@ -26,13 +26,15 @@ class Extent(NamedTuple):
     """How much audio a file has.
 
     `samples` per channel, or 0 where libsndfile counts right; a decoder may leave out `slack` of them. `header` takes
-    the place of the first `replaces` bytes, where these do not say how many samples there are, or are tags.
+    the place of the first `replaces` bytes, where these do not say how many samples there are, or are tags. A file with
+    an `open_end` does not say where it ends: a program streamed it, or it was cut short.
     """
 
     samples: int = 0
     slack: int = 0
     header: bytes = b""
     replaces: int = 0
+    open_end: bool = False
 
 
 def read_at(stream: BinaryIO, place: int, count: int) -> bytes:
@@ -126,10 +128,10 @@ def wav(stream: BinaryIO, start: int, size: int) -> Extent:
             if never_closed or (length > found and length > STREAMED and not large):
                 refuse_second(stream, place + 8, size, WAV_START, "a second wav file")
                 if not never_closed:
-                    return Extent()
+                    return Extent(open_end=True)
                 # Whoever wrote it could not go back to the header, or has not done so.
                 head = read_at(stream, start, place + 4 - start) + min(found, 2**32 - 1).to_bytes(4, "little")
-                return Extent(header=head, replaces=place + 8)
+                return Extent(header=head, replaces=place + 8, open_end=True)
             if length > found and speed:
                 raise cut_short(length / speed, found / speed)
         place += 8 + length
@@ -159,4 +161,4 @@ def ogg(stream: BinaryIO, start: int, size: int) -> Extent:
         if head[5] & 2 and not first:
             raise joined(place, size, "a second ogg stream")
         place, first, ended = end, bool(head[5] & 2), bool(head[5] & 4)
-    return Extent()
+    return Extent(open_end=not ended)

@@ -175,6 +175,17 @@ class CodeCache:
         for number in sorted({row.shard for row in rows if row.shard >= 0}):  # clips that are only decoded have none
             self._shard(number)
 
+    def open_ends(self, samples: Iterable[Sample]) -> str | None:
+        """Return a line about the clips whose files do not say where they end, or None if all do."""
+        paths = dict.fromkeys(str(path) for sample in samples for path in sample.audio_paths())
+        found = [path for path in paths if (row := self._known(path)) and row.open_end and not row.bad]
+        if not found:
+            return None
+        return (
+            f"{len(found)} clip(s) do not say where they end (an ogg without an end mark, a wav without a length), as "
+            f"if streamed or cut short: {_named(found)}: listen to their ends, or encode them anew"
+        )
+
     def _skipped(self, path: Path) -> str | None:
         row = self._known(str(path))
         if row is None:
@@ -277,5 +288,8 @@ def _unchanged(row: Row) -> bool:
 
 def _problem(kind: int, clips: list[str]) -> str:
     what, fix = WRONG[kind]
-    named = ", ".join(clips[:5]) + (f" and {len(clips) - 5} more" if len(clips) > 5 else "")
-    return f"{len(clips)} clip(s) {what}: {named}: {fix}"
+    return f"{len(clips)} clip(s) {what}: {_named(clips)}: {fix}"
+
+
+def _named(clips: list[str]) -> str:
+    return ", ".join(clips[:5]) + (f" and {len(clips) - 5} more" if len(clips) > 5 else "")

@@ -177,12 +177,13 @@ class _Loader:
         row = Row(path, now.st_size, now.st_mtime_ns, sha256)
         twin = self.writer.find(sha256)
         if twin is not None:
-            row = row._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc)
+            row = row.like(twin)
             fault = self.config.fault_of_length(row.frames, self.writer.codec.frame_rate)
             return Clip(self._bad(row, fault) if fault else row)
         try:
-            codec, limits = self.writer.codec, (self.config.min_seconds, self.config.max_seconds)
-            return Clip(row, load_audio(Path(path), codec.sample_rate, *limits, codec.frame_rate))
+            codec, limits, ends = self.writer.codec, (self.config.min_seconds, self.config.max_seconds), []
+            audio = load_audio(Path(path), codec.sample_rate, *limits, codec.frame_rate, lambda: ends.append(path))
+            return Clip(row._replace(open_end=bool(ends)), audio)
         except BadAudio as error:
             return Clip(self._bad(row, str(error)))
 
@@ -229,7 +230,7 @@ def _take(clip: Clip, encode: Encode | None, writer: ShardWriter, report: Prepar
         return
     if not row.bad and twin is not None:
         report.reused += 1
-        row = row._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc)
+        row = row.like(twin)
     if writer.rows.get(row.path) != row:
         writer.add(row)
 

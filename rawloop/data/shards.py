@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     `size` is in bytes, `mtime_ns` since the epoch. `bad` says why the clip has no codes, and `skip` whether samples
     that need it are left out. `sha256` names its codes, which are in `shard`, have so many `frames` and the CRC-32
-    `crc`.
+    `crc`. A file with an `open_end` does not say where it ends.
     """
 
     path: str
@@ -56,6 +56,11 @@ class Row(NamedTuple):
     crc: int = 0
     bad: str | None = None
     skip: bool = False
+    open_end: bool = False
+
+    def like(self, twin: "Row") -> "Row":
+        """Return this row with the codes of `twin`, which has the same content."""
+        return self._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc, open_end=twin.open_end)
 
 
 # The types that each column of the index may have; a bool is no int here.
@@ -63,7 +68,7 @@ COLUMNS: dict[str, set[type]] = {
     **{name: {str} for name in ("path", "sha256")},
     **{name: {int} for name in ("size", "mtime_ns", "shard", "frames", "crc")},
     "bad": {str, type(None)},
-    "skip": {bool},
+    **{name: {bool} for name in ("skip", "open_end")},
 }
 
 

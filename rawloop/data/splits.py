@@ -45,6 +45,8 @@ def prepare_codes(
     )
     report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
     cache = CodeCache(codes_folder(config), codec.hash, config)
+    if line := cache.open_ends(samples):
+        _warn(line)
     bad |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
     of, done = ("codes of ", "encoded") if encode else ("", "decoded")
     counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
@@ -86,6 +88,8 @@ def load_samples(
     if cache is not None:
         samples, left_out = cache.usable(samples)
         cache.check(samples)
+        if line := cache.open_ends(samples):
+            say(f"data.{split}: {line}")
         frames = cache.frames if isinstance(family, CodecFamily | HearingFamily) else None
     samples, bad = usable(samples, lambda one: family.check(one, frames), config.on_bad_sample == "skip")
     left_out |= bad

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 
 from rawloop.records import read_metrics
 
@@ -48,6 +49,29 @@ def test_audio_that_has_changed_is_still_noticed(
     (bare / "train" / other.name).write_bytes(one.read_bytes() + b"\0")
     line = refusal("train", "--config", config)
     assert line.startswith(f"1 clip(s) changed since they were encoded: {bare / 'train' / other.name}"), line
+
+
+def test_a_clip_that_may_have_lost_its_end_is_named_by_each_command(
+    door: Door, write_config: Write, demo_data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(demo_data / "eval", folder / "eval")
+    shutil.copytree(demo_data / "codes", folder / "codes")
+    file = folder / "eval" / "metadata.json"
+    sample = json.loads(file.read_text())["samples"][0]
+    wave, rate = soundfile.read(folder / "eval" / sample["audio_file"])
+    clip = folder / "eval" / "cut.ogg"
+    soundfile.write(clip, wave, rate)
+    content = clip.read_bytes()
+    clip.write_bytes(content[: content.rindex(b"OggS")])
+    file.write_text(json.dumps({"samples": [{**sample, "audio_file": "cut.ogg"}]}))
+    data = {"train": None, "eval": str(folder / "eval"), "codes": str(folder / "codes")}
+    config = write_config(tmp_path, data=data)
+    for command in (("prepare",), ("inspect", "--split", "eval")):
+        done = door(*command, "--config", config)
+        assert done.code == 0, done.err
+        assert "1 clip(s) do not say where they end" in done.err
+        assert str(clip) in done.err
 
 
 def test_a_limit_that_was_lowered_after_encoding(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
@@ -51,6 +53,27 @@ def run(encode: Encode, info: CodecInfo, cache: Path) -> Run:
         return prepare(samples, encode, info, cache, DataConfig(**options), progress=False, **limits)
 
     return go
+
+
+def test_files_that_do_not_say_where_they_end_are_named(run: Run, cache: Path, tone: Tone) -> None:
+    """An ogg that was cut between two pages looks like a broadcast that was recorded."""
+    whole, ogg, wav = (tone(name, seconds=4.0).resolve() for name in ("a.ogg", "b.ogg", "c.wav"))
+    noise = torch.rand(96000, generator=torch.Generator().manual_seed(0)).numpy()
+    soundfile.write(ogg, noise, 24000)
+    content = ogg.read_bytes()
+    ogg.write_bytes(content[: content.rindex(b"OggS")])
+    content = wav.read_bytes()
+    wav.write_bytes(content[:40] + bytes(4) + content[44:-4000])
+    twin = shutil.copy(ogg, ogg.with_name("d.ogg"))
+    samples = samples_of([whole, ogg, wav, twin])
+    assert run(samples).encoded == 3
+    for _ in range(2):  # a later start finds it in the index
+        line = CodeCache(cache).open_ends(samples)
+        assert line is not None
+        assert line.startswith("3 clip(s) do not say where they end"), line
+        assert f": {ogg}, {wav}, {twin}: listen to their ends" in line, line
+        assert CodeCache(cache).open_ends(samples[:1]) is None
+        assert run(samples).encoded == 0
 
 
 @pytest.fixture
