@@ -15,11 +15,7 @@ from rawloop.errors import UserError
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading. A pipe, a socket or a device may never end, and is not opened.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file.
-    """
+    """Open a regular file for reading. A pipe, a socket or a device may never end: an OSError."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
@@ -28,42 +24,25 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a regular UTF-8 file, without the byte order mark that Windows editors write.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-        UnicodeDecodeError: it is not UTF-8.
-    """
+    """Return the text of a regular UTF-8 file, without the byte order mark that Windows editors write."""
     with TextIOWrapper(open_regular(path), encoding="utf-8-sig") as stream:
         return stream.read()
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_files(paths: Iterable[Path]) -> str:
-    """Return one SHA-256 over the names and contents of several files, independent of their order and folder.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """Return one SHA-256 over the names and contents of several files, independent of their order and folder."""
     lines = sorted(f"{path.name}\0{sha256_file(path)}\n" for path in paths)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def sketch_file(path: Path, sample: int = 4096) -> str:
-    """Return a file's size and 16 digits of the SHA-256 of `sample` bytes from its middle: a cheap comparison.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return a file's size and 16 digits of the SHA-256 of `sample` bytes from its middle: a cheap comparison."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, (size - sample) // 2))
@@ -73,9 +52,7 @@ def sketch_file(path: Path, sample: int = 4096) -> str:
 def hash_folder(folder: Path) -> str:
     """Return the content hash of a model folder: its `config.json` and all its `*.safetensors` files.
 
-    Raises:
-        UserError: the folder has no `config.json` or no safetensors weights, so it is no model.
-        OSError: a file cannot be read.
+    Raises UserError if it has none of these.
     """
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
     if not config.is_file() or not weights:

@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether this is the whole file."""
+        """Return whether this is the whole file."""
         return self.end is None and not self.start
 
     def path(self) -> Path:
@@ -46,11 +46,7 @@ def segment_of(path: Path | str) -> Segment:
 
 
 def content_hash(path: Path | str) -> str:
-    """Return the SHA-256 of a file, or of a file and the times of a segment, as 64 hexadecimal digits.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return the SHA-256 of a file, or of a file and the times of a segment, as 64 hexadecimal digits."""
     if MARK not in str(path):
         return sha256_file(Path(path))
     file, start, end = segment_of(path)

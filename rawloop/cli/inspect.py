@@ -27,11 +27,7 @@ DIM, OFF = "\x1b[2m", "\x1b[0m"
 
 
 def run(argv: list[str]) -> None:
-    """Print one batch.
-
-    Raises:
-        UserError: there is no such split or sample, or a sample cannot be trained.
-    """
+    """Print one batch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config, options = read_config("inspect", argv)
     split = options["split"] or "train"
@@ -39,7 +35,7 @@ def run(argv: list[str]) -> None:
         raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")
     family = build_family(config)
     cache = open_codes(config.data, family)
-    samples = load_samples(config.data, family, cache, split, _complain)
+    samples = load_samples(config.data, family, cache, split, partial(print, file=sys.stderr, flush=True))
     draws = chosen(samples, config, split, options["sample"])
     batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, seed=config.seed)
     examples, batch = batches.made(draws)
@@ -48,16 +44,8 @@ def run(argv: list[str]) -> None:
     print("\n".join(view.lines()), flush=True)
 
 
-def _complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | None) -> list[Draw]:
-    """Return the place of the sample with that id, or the places of the first batch of the split.
-
-    Raises:
-        UserError: no sample has the id.
-    """
+    """Return the place of the sample with that id, or the places of the first batch of the split."""
     if name is not None:
         found = [Draw(index, epoch=0) for index, sample in enumerate(samples) if sample.id == name]
         if not found:

@@ -63,7 +63,7 @@ class BatchPlan:
         return self.world_size * self.batch_size * self.accumulation
 
     def windows(self, epochs: float) -> int:
-        """Number of windows in which every sample is seen `epochs` times; the last one is filled up."""
+        """Return the number of windows in which every sample is seen `epochs` times; the last one is filled up."""
         return max(1, math.ceil(round(epochs * self.num_samples / self.window_size, 9)))
 
     def micro_batches(self, window: int) -> list[list[Draw]]:
@@ -124,11 +124,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             return RawloopError(f"the codes of the samples {self._names(draws)} cannot be read: {error}")
 
     def made(self, draws: list[Draw]) -> tuple[list[Any], Batch]:
-        """Return the examples of some samples, and their micro-batch.
-
-        Raises:
-            UserError: a sample cannot be encoded, or has values that the model cannot take.
-        """
+        """Return the examples of some samples and their micro-batch; a UserError names a sample that is wrong."""
         try:
             examples, batch = self.streams.lend(partial(self._make, draws))
             fault = self.fault(batch)
@@ -150,7 +146,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         return examples, self.collate(examples)
 
     def _blame(self, draws: list[Draw], examples: list[Any], fault: str) -> str:
-        """Return the message that names the sample at fault: the first that is wrong when it is alone."""
+        """Return a message that names the first sample that is wrong when it is alone."""
         for draw, example in zip(draws, examples, strict=True):
             alone = self.fault(self.collate([example]))
             if alone is not None:
@@ -173,12 +169,7 @@ class Loader:
         self.workers = Workers(batches, num_workers, pin_memory) if num_workers else None
 
     def iterate(self, draws: Iterable[list[Draw]]) -> Iterator[Batch]:
-        """Yield a micro-batch for each list of samples.
-
-        Raises:
-            RawloopError: a sample cannot be made into an example; the message names it. Or a data worker has died.
-            UserError: there are not enough file descriptors for so many workers.
-        """
+        """Yield a micro-batch for each list of samples; a RawloopError names a sample that is wrong, or a worker."""
         pin = self.pin_memory and self.workers is None
         for made in self.workers.iterate(draws) if self.workers else map(self.batches.__getitem__, draws):
             if isinstance(made, RawloopError):

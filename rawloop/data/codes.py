@@ -36,12 +36,7 @@ WRONG = {
 
 
 class Shard:
-    """The codes in one file. The file is open only while it is read.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged.
-    """
+    """The codes in one file, which is open only while it is read. Raises ValueError if it is damaged."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -138,17 +133,16 @@ class CodeCache:
         return all(row is not None and not (row.bad or "").startswith(LASTS) and _unchanged(row) for row in rows)
 
     def usable(self, samples: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
-        """Split samples into those to train on and those to leave out, as `rawloop prepare` or the config asks for.
+        """Return the samples to train on, and the reason for each one to leave out, by sample id.
 
-        Returns:
-            The kept samples, in order, and the reason for each one left out, by sample id.
+        `rawloop prepare` or the config asked for leaving it out.
         """
         kept: list[Sample] = []
         left_out: dict[str, str] = {}
         for sample in samples:
-            reasons = [reason for path in sample.audio_paths() if (reason := self._skipped(path))]
-            if reasons:
-                left_out[sample.id] = reasons[0]
+            reason = next(filter(None, map(self._skipped, sample.audio_paths())), None)
+            if reason:
+                left_out[sample.id] = reason
             else:
                 kept.append(sample)
         return kept, left_out
@@ -159,7 +153,7 @@ class CodeCache:
         Costs one stat per clip; a file is hashed only if it was moved or touched since.
 
         Raises:
-            UserError: one message with the number of clips without codes, and the names of the first five.
+            UserError: clips have no codes.
             RawloopError: a shard is gone or has lost its end.
         """
         problems: dict[int, list[str]] = {}

@@ -44,11 +44,7 @@ OTHER_RECORDS = {
 
 
 def data_file(path: Path) -> Path:
-    """Return the file that holds the records: `path` itself, or the data file of that folder.
-
-    Raises:
-        UserError: nothing is there, or the folder has no data file or several.
-    """
+    """Return the file that holds the records: `path` itself, or the one data file of that folder."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -72,11 +68,7 @@ def _names(files: list[Path]) -> str:
 
 
 def read_records(file: Path, keys: KeyCheck) -> Iterator[Record]:
-    """Yield the records of a data file, whatever its format; `keys` checks what stands beside them.
-
-    Raises:
-        UserError: not UTF-8, broken JSON, a key that stands twice, no `samples`, or a record that is no object.
-    """
+    """Yield the records of a data file, whatever its format; `keys` checks the keys beside `samples`."""
     if file.suffix.lower() in FOREIGN:
         raise UserError(f"{file} {FOREIGN[file.suffix.lower()]}")
     text = _text(file)

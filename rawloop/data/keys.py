@@ -162,11 +162,7 @@ class KeyCheck:
     markers: int = 0  # transcripts with a marker before them, which was removed
 
     def check(self, record: Record, values: Mapping[str, Any], kind: Kind, place: str = "") -> None:
-        """Check the keys of `values`, which are in `record` at `place`.
-
-        Raises:
-            UserError: a key is refused or looks misspelt, or it is unknown and `strict` is set.
-        """
+        """Refuse or count keys of `values`, which are in `record` at `place`."""
         if values.keys() <= kind.known:
             return
         where = f"{place}: " if place else ""
@@ -195,11 +191,7 @@ class KeyCheck:
 
 
 def trained_mark(record: Record, values: Mapping[str, Any], place: str) -> bool | None:
-    """Return whether an object is marked as trained or not (`loss`, `train`, `weight`, `loss_scale`), else None.
-
-    Raises:
-        UserError: a value is neither yes nor no, or two of them contradict each other.
-    """
+    """Return whether an object is marked as trained or not (`loss`, `train`, `weight`, `loss_scale`), else None."""
     said: dict[bool, str] = {}
     for key in sorted(MARKS & values.keys()):
         value = values[key]
@@ -219,9 +211,6 @@ def clip_path(record: Record, values: Mapping[str, Any], file: Path, place: str)
     """Return `file`, or the segment of it that `values` name: by `offset` and `duration`, or by `start` and `end`.
 
     A `duration` alone describes the whole clip and is ignored.
-
-    Raises:
-        UserError: a time is no number of seconds, two of them contradict each other, or nothing lies between them.
     """
     if values.keys().isdisjoint(TIMES):
         return file

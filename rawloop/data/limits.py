@@ -50,13 +50,7 @@ class Limits:
             ids["input_ids"] = max(len(table), int(tokens.max()) + 1 if tokens is not None else 0)
         return cls(ids, classes, probe)
 
-    def learn(
-        self,
-        family: Family,
-        model: nn.Module,
-        device: torch.device,
-        autocast: Autocast,
-    ) -> None:
+    def learn(self, family: Family, model: nn.Module, device: torch.device, autocast: Autocast) -> None:
         """Run the probe on the prepared model, to see which further inputs are ids of an embedding."""
         if self.probe is None:
             return

@@ -38,11 +38,7 @@ class MessagesReader:
     keys: KeyCheck
 
     def sample(self, record: Record, identity: str) -> Sample:
-        """Return the sample of a record.
-
-        Raises:
-            UserError: a message has a wrong type, role, key or content, or no turn is trained.
-        """
+        """Return the sample of a record."""
         self.keys.check(record, record.values, CHAT)
         messages = _messages(record)
         for index, message in enumerate(messages):

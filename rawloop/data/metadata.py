@@ -53,11 +53,7 @@ class MetadataReader:
             raise UserError(f"data.task is {_unknown_task(self.config.task)}")
 
     def sample(self, record: Record, identity: str) -> Sample:
-        """Return the sample of a record.
-
-        Raises:
-            UserError: a key is missing, empty, of a wrong type, or does not fit the task.
-        """
+        """Return the sample of a record."""
         self.keys.check(record, record.values, CLIP)
         audio = record.text("audio_file")
         if audio is None:

@@ -23,8 +23,12 @@ class Record:
     place: str
 
     def __str__(self) -> str:
-        name = next((self.values[key] for key in ("id", "audio_id") if self.values.get(key) not in (None, "")), None)
+        name = self.identity()
         return f"{self.file} {self.place}" + ("" if name is None else f" (id {quoted(name)})")
+
+    def identity(self) -> Any:
+        """Return the id that the record gives itself, of whatever type, or None."""
+        return next((self.values[key] for key in ("id", "audio_id") if self.values.get(key) not in (None, "")), None)
 
     def fail(self, message: str) -> NoReturn:
         """Raise a UserError that says where this record is."""
@@ -34,9 +38,6 @@ class Record:
         """Return the value of one of `keys`, which are names for the same thing, stripped; None if none is given.
 
         Null and empty strings count as not given: converters write them for absent values.
-
-        Raises:
-            UserError: a value is no string, or two keys hold different ones.
         """
         found: dict[str, str] = {}
         for key in keys:
@@ -56,11 +57,7 @@ class Record:
         return None if text is None else self.speakable(text)
 
     def speakable(self, text: str) -> str:
-        """Return `text` unchanged. JSON can contain half a character, which no tokenizer takes.
-
-        Raises:
-            UserError: it contains half of a surrogate pair.
-        """
+        """Return `text` unchanged. Refuses half a surrogate pair, which JSON can contain and no tokenizer takes."""
         if not text.isascii():
             try:
                 text.encode()
@@ -91,12 +88,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        DoubledKey: an object has a key twice.
-        ValueError: it is no JSON, or has a number or a depth that no data has.
-    """
+    """Return the value of a JSON text. Raises ValueError, or DoubledKey if an object has a key twice."""
     try:
         return DECODER.decode(text)
     except RecursionError as error:
@@ -137,11 +129,7 @@ class Files:
         self._base = os.path.realpath(self.root)
 
     def resolve(self, value: str, record: Record) -> Path:
-        """Return the resolved path of `value`, a path or file:// url in `record`.
-
-        Raises:
-            UserError: the path leaves the data folder, names a folder, or is a remote url.
-        """
+        """Return the resolved path of `value`, a path or file:// url in `record`."""
         path = os.path.join(self._base, local_path(value, record))
         try:
             encoded = os.fsencode(path)  # may hold bytes that are no UTF-8, as Linux file names may
@@ -217,11 +205,7 @@ class Files:
 
 
 def local_path(value: str, record: Record) -> str:
-    """Return the path that a path or file:// url stands for.
-
-    Raises:
-        UserError: a url of another kind.
-    """
+    """Return the path that a path or file:// url stands for, and refuse other urls."""
     scheme, found, _ = value.partition(":")
     if not found or not scheme.isalnum():
         return value

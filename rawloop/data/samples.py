@@ -71,7 +71,7 @@ def read_samples(
 
 
 def _plain_text(keys: KeyCheck, record: Record, identity: str) -> Sample:
-    """Return the sample of a record with `text`: one trained turn whose role is text. The text is kept as it is."""
+    """Return the sample of a record with `text`: one trained turn whose role is text."""
     keys.check(record, record.values, PLAIN)
     text = record.values["text"]
     if not isinstance(text, str) or not text.strip():
@@ -93,18 +93,9 @@ def _said(sample: Sample) -> int:
 def usable(
     samples: Sequence[Sample], check: Callable[[Sample], None], skip: bool
 ) -> tuple[list[Sample], dict[str, str]]:
-    """Check every sample, and split them into those to train on and those to leave out.
+    """Return the samples that `check` accepts, and the reason for each one left out, by sample id.
 
-    Args:
-        samples: of one split.
-        check: raises BadSample for one that may be left out.
-        skip: leave bad samples out.
-
-    Returns:
-        The kept samples, in order, and the reason for each one left out, by sample id.
-
-    Raises:
-        UserError: from `check`; without `skip`, one message about all bad samples.
+    `check` raises BadSample for one that may be left out. Without `skip`, one UserError is about all of these.
     """
     kept: list[Sample] = []
     bad: dict[str, str] = {}
@@ -148,7 +139,7 @@ def _kind(record: Record) -> str:
 
 def _identity(record: Record, seen: dict[str, str], repeated: Counter[str]) -> str:
     """Return the id that a record gives itself; else its clip's name, or its place in the file."""
-    given = next((record.values[key] for key in ("id", "audio_id") if record.values.get(key) not in (None, "")), None)
+    given = record.identity()
     if isinstance(given, bool) or not isinstance(given, str | int | None):
         record.fail(f"'id' is {show(given)}: it must be a string or a whole number")
     if given is None:

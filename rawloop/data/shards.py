@@ -88,11 +88,7 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def read_codec(folder: Path) -> CodecInfo:
-    """Return the codec whose codes are in `folder`.
-
-    Raises:
-        RawloopError: codec.json is damaged or of another format.
-    """
+    """Return the codec whose codes are in `folder`. Raises RawloopError if codec.json is damaged."""
     file = folder / CODEC_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -112,11 +108,7 @@ def read_codec(folder: Path) -> CodecInfo:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """Return the index: the newest row of every audio file, by absolute path.
-
-    Raises:
-        RawloopError: an index file is damaged.
-    """
+    """Return the newest row of every audio file, by absolute path. Raises RawloopError if the index is damaged."""
     base = os.path.realpath(folder.parent.parent)
     above = os.path.dirname(base)
 
@@ -150,11 +142,7 @@ def _check_types(rows: list[Row]) -> None:
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even after a power cut.
-
-    Raises:
-        RawloopError: the disk is full or refuses.
-    """
+    """Write a file so that it is there whole or not at all. Raises RawloopError if the disk is full or refuses."""
     try:
         replace_file(file, content)
     except OSError as error:
@@ -229,15 +217,12 @@ def open_writer(
 ) -> Iterator[ShardWriter]:
     """Open the codes of one codec for writing. At the end, also after an exception, what was added is written.
 
-    If another process writes there, `waiting` is called again and again until it has ended; it raises to give up.
-
-    Raises:
-        UserError: the folder cannot be made; or another process writes to it, and there is no `waiting`.
-        RawloopError: the index is damaged, or the disk is full.
+    If another process writes there, `waiting` is called again and again until it has ended, and raises to give up.
+    Without `waiting` that is a UserError.
     """
     folder = codec_folder(cache, codec)
     with _locked(folder, waiting):
-        for part in (*folder.glob(".tmp-*"), *folder.glob("*.part")):  # the latter of older versions
+        for part in folder.glob(".tmp-*"):
             part.unlink()  # a writer that was killed has left it
         if not (folder / CODEC_FILE).exists():
             write_file(folder / CODEC_FILE, json.dumps({"format": FORMAT, **asdict(codec)}, indent=1).encode())

@@ -15,7 +15,7 @@ CLIP = "\0"  # stands for a clip in a text, as no tokenizer needs it
 
 
 def clips_of(turn: Turn) -> list[Audio]:
-    """Return the clips of a turn."""
+    """Return the clips of a turn, in order."""
     return [part for part in turn.parts if isinstance(part, Audio)]
 
 

@@ -27,17 +27,14 @@ def prepare_codes(
 ) -> str:
     """Encode the clips of both splits that the cache does not have yet, and return a line about it.
 
-    For a model that takes no codes, clips are decoded once.
-
-    Raises:
-        BadClips: clips that cannot be used, each named with its reason.
-        Preempted: a signal arrived; what was encoded is kept.
+    For a model that takes no codes, clips are decoded once. Raises BadClips and Preempted, as `prepare` does.
     """
     import_torchaudio()
     if not isinstance(family, CodecFamily | HearingFamily):
         raise UserError(f"models of the family {type(family).__name__} need no codes: train without `rawloop prepare`")
     splits = [path for path in (config.train, config.eval) if path is not None]
-    samples = [sample for path in splits for sample in read_samples(path, config, notice=_warn)]
+    warn = partial(print, file=sys.stderr, flush=True)
+    samples = [sample for path in splits for sample in read_samples(path, config, notice=warn)]
     skip = config.on_bad_sample == "skip"
     samples, bad = usable(samples, family.check, skip)
     codec, encode = (
@@ -46,7 +43,7 @@ def prepare_codes(
     report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
     cache = CodeCache(codes_folder(config), codec.hash, config)
     if line := cache.open_ends(samples):
-        _warn(line)
+        warn(line)
     bad |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
     of, done = ("codes of ", "encoded") if encode else ("", "decoded")
     counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
@@ -54,27 +51,15 @@ def prepare_codes(
     return f"{of}{report.clips} clips in {report.folder}: {counts}{others}"
 
 
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
-    """Open the cache of codes that `rawloop prepare` wrote; None for a family that needs none.
-
-    Raises:
-        UserError: there is no cache, or it is of another codec.
-    """
+    """Open the cache of codes that `rawloop prepare` wrote; None for a family that needs none."""
     return CodeCache(codes_folder(config), family.codec_hash(), config) if isinstance(family, CodecFamily) else None
 
 
 def load_samples(
     config: DataConfig, family: Family, cache: CodeCache | None, split: str, say: Callable[[str], None]
 ) -> list[Sample]:
-    """Read one split of the data, and check that the model can take every sample and that all clips are encoded.
-
-    Raises:
-        UserError: the split is not configured, empty or broken, a sample cannot be trained, or is not prepared.
-    """
+    """Read one split of the data, and check that the model can take every sample and that all clips are encoded."""
     path = getattr(config, split)
     if not path:
         off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
@@ -116,9 +101,6 @@ def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, confi
     """Decode every clip that was not decoded before, and return the lengths in samples at `sample_rate`, and bad clips.
 
     Several processes may call this at once: one decodes, the others wait for it.
-
-    Raises:
-        UserError, Preempted: see `prepare`. `CodeCache.usable` and `CodeCache.check` tell of bad clips.
     """
     codec = heard_at(sample_rate)
     there = (codec_folder(folder, codec) / CODEC_FILE).is_file()

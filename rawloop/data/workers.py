@@ -36,7 +36,7 @@ class Packed:
         self.targets, self.ids = batch.targets, batch.ids
 
     def batch(self) -> Batch:
-        """Return the batch."""
+        """Return the batch with its tensors."""
         inputs = {name: _tensor(*packed) for name, packed in self.inputs.items()}
         labels = {stream: Labels(*(_tensor(*packed) for packed in pair)) for stream, pair in self.labels.items()}
         return Batch(inputs, labels, self.targets, self.ids)
@@ -91,9 +91,7 @@ class Workers:
     def iterate(self, draws: Iterable[Any]) -> Iterator[Batch | RawloopError]:
         """Yield the micro-batch of each list of places, or the error. An earlier iteration cannot be continued.
 
-        Raises:
-            RawloopError: a worker has died or cannot be started; or a later iteration has begun meanwhile.
-            UserError: this process may not open enough files.
+        Raises RawloopError if a worker has died or cannot be started.
         """
         if not self.turn:
             check_descriptors(self.number)
@@ -142,11 +140,7 @@ def _begin(number: int) -> None:
 
 
 def check_descriptors(num_workers: int, spare: int = 0) -> None:
-    """Let this process open as many files as so many workers need, and `spare` ones.
-
-    Raises:
-        UserError: it may not.
-    """
+    """Let this process open as many files as so many workers need, and `spare` ones, or raise UserError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _open_files() + PER_WORKER * num_workers + spare
     if needed > soft and (hard == resource.RLIM_INFINITY or needed <= hard):
