@@ -154,7 +154,10 @@ def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> 
             if cut and int(cut[2]) + PADDING < int(cut[1]) < STREAMED:
                 raise BadAudio(f"is cut short: its header promises {cut[1]} bytes, it holds {cut[2]}")
             first, last = _bounds(segment, frames, rate)
-            _check_length(last - first, rate, max_seconds)
+            if last == first:
+                raise BadAudio("is empty: it has no samples")
+            if last - first > max_seconds * rate:
+                raise BadAudio(f"lasts {(last - first) / rate:.2f} s, longer than data.max_seconds ({max_seconds:g} s)")
             # An mp3 is decoded from its beginning, as its frames lean on earlier ones; GSM cannot be sought in at all.
             place = file.seek(first) if first and not found.slack and file.seekable() else 0
             waveform = _mono(file, place, first, last)
@@ -176,11 +179,7 @@ def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
 
 
 def _mono(file: Any, place: int, first: int, end: int) -> Tensor:
-    """Decode a file whose next sample is `place`, and mix the samples from `first` to `end` block by block.
-
-    Returns:
-        (samples,) float32, fewer if the file ends.
-    """
+    """Decode a file whose next sample is `place`, and mix the samples from `first` to `end` at most."""
     import soundfile
 
     blocks, size = [torch.zeros(0)], max(1, BLOCK // file.channels)
@@ -197,13 +196,6 @@ def _mono(file: Any, place: int, first: int, end: int) -> Tensor:
     return torch.cat(blocks)
 
 
-def _check_length(frames: int, rate: int, max_seconds: float) -> None:
-    if frames == 0:
-        raise BadAudio("is empty: it has no samples")
-    if frames > max_seconds * rate:
-        raise BadAudio(f"lasts {frames / rate:.2f} s, longer than data.max_seconds ({max_seconds:g} s)")
-
-
 def _resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
     if rate == wanted:
         return waveform
@@ -215,13 +207,10 @@ def _resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
 
 
 def import_torchaudio() -> ModuleType:
-    """Import torchaudio, or say in one line why it cannot be imported and which command mends it.
+    """Import torchaudio, or raise a UserError with the command that mends it.
 
     PyPI's torchaudio is a CUDA build. Beside a CPU build of torch it fails to load its libraries, and no model of
     transformers can be imported either. rawloop uses only the part that is plain PyTorch and needs none of them.
-
-    Raises:
-        UserError: torchaudio is missing or cannot load.
     """
     try:
         import torchaudio

@@ -22,8 +22,7 @@ MP3_KBPS = {
 def measure(stream: BinaryIO) -> Extent:
     """Return how much audio a wav, flac, ogg or mp3 file has; other formats are left to libsndfile.
 
-    Raises:
-        BadAudio: it is cut short, or something stands behind its audio that is neither audio nor a tag.
+    Raises BadAudio if the file is cut short, or something stands behind its audio that is neither audio nor a tag.
     """
     size = os.fstat(stream.fileno()).st_size
     start = behind_tags(stream, 0, size)
@@ -141,11 +140,7 @@ class _Flac:
         self.frames = place
 
     def extent(self) -> Extent:
-        """Return how many samples there are up to the last one.
-
-        Raises:
-            BadAudio: it has fewer samples than its header says, or more, or something is joined to it.
-        """
+        """Return how many samples there are up to the last one."""
         refuse_second(self.stream, self.frames, self.size, FLAC_START, "a second flac file")
         found = self._last_frame()
         if found is None:

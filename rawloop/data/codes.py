@@ -71,7 +71,7 @@ class Shard:
 
 
 def _place(start: int, entry: Any) -> tuple[int, int, int]:
-    """Return where a tensor of codes begins in its file, and its shape."""
+    """Return where the codes of an entry begin in the file, and their shape."""
     (frames, books), (first, last) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] != "U16" or min(frames, books, first) < 0 or last - first != 2 * frames * books:
         raise ValueError(f"it holds a tensor that is no codes: {entry}")

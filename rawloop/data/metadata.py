@@ -5,7 +5,8 @@ and speakers are described only in the words of the sample. The system turn belo
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ class MetadataReader:
     config: DataConfig
     files: Files
     keys: KeyCheck
-    _scenes: dict[str | None, list[Turn]] = field(default_factory=dict)  # most samples of a data set share one
 
     def __post_init__(self) -> None:
         if self.config.task is not None and self.config.task not in TASKS:
@@ -122,23 +122,23 @@ class MetadataReader:
         return list(references.values())
 
     def _scene(self, record: Record, references: list[Reference]) -> list[Turn]:
-        scene, voices = record.words("scene"), _speakers(record)
-        scene = None if scene is not None and scene.casefold() in NO_SCENE else scene
-        if voices or references:
-            return self._scene_turn(scene, voices, references)
-        if scene not in self._scenes:
-            self._scenes[scene] = self._scene_turn(scene, {}, [])
-        return self._scenes[scene]
-
-    def _scene_turn(self, scene: str | None, voices: dict[str, str], references: list[Reference]) -> list[Turn]:
         """Return the scene's turn, or no turn if the scene is empty."""
-        sentence = self.config.default_scene if scene is None else scene_sentence(scene)
+        scene, voices = record.words("scene"), _speakers(record)
+        named = scene is not None and scene.casefold() not in NO_SCENE
+        sentence = scene_sentence(scene) if scene and named else self.config.default_scene
+        if not (voices or references):
+            return [_scene_turn(sentence)] if sentence else []
         parts: list[Text | Audio] = [Text(sentence)] if sentence else []
         heard = {reference.speaker for reference in references}
         parts += [Text(f"{name}: {voice}") for name, voice in voices.items() if name not in heard]
         for reference in references:
             parts += [Text(f"{reference.speaker}:"), Audio(reference.audio)]
         return [Turn("scene", tuple(parts))] if parts else []
+
+
+@lru_cache
+def _scene_turn(sentence: str) -> Turn:
+    return Turn("scene", (Text(sentence),))  # most samples of a data set share one
 
 
 def scene_sentence(scene: str) -> str:

@@ -7,20 +7,18 @@ stopped at any moment is continued by the next one.
 
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +122,7 @@ def prepare(
 
     Raises:
         BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others have been encoded.
-        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept. SIGINT: KeyboardInterrupt, likewise.
+        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept, as it is after a KeyboardInterrupt.
         RawloopError: the disk is full, the cache is damaged, or the codec gave something that is no codes.
         UserError: the folder cannot be written, or another `rawloop prepare` writes to it.
     """
@@ -133,12 +131,12 @@ def prepare(
     clips = _clips(samples := list(samples))
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
     started = time.monotonic()
-    with _deferred_signals(preemption) as signalled:
-        waiting = partial(_give_up, signalled) if wait else None
+    with nullcontext(preemption) if preemption else watched() as stop:
+        waiting = partial(_give_up, stop) if wait else None
         with open_writer(folder, codec, shard_clips, shard_seconds, waiting) as writer:
-            done = _encode_all(_Loader(writer, config), list(clips), encode, report, signalled, progress)
+            done = _encode_all(_Loader(writer, config), list(clips), encode, report, stop, progress)
     if done < len(clips):
-        raise Preempted(f"stopped by {signalled()}; what was encoded is kept: run `rawloop prepare` again to go on")
+        raise Preempted(f"stopped by {stop.wanted()}; what was encoded is kept: run `rawloop prepare` again to go on")
     report.seconds = time.monotonic() - started
     rows = [(writer.rows[path], sample) for path, sample in clips.items()]
     report.bad = [BadClip(row.path, row.bad, sample) for row, sample in rows if row.bad]
@@ -196,7 +194,7 @@ def _encode_all(
     paths: list[str],
     encode: Encode | None,
     report: PrepareReport,
-    signalled: Callable[[], str | None],
+    stop: Preemption,
     progress: bool,
 ) -> int:
     """Encode the clips that have no codes, until all are done or a signal arrives. Return how many are done."""
@@ -207,7 +205,7 @@ def _encode_all(
     )
     with bar, ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
         try:
-            for clip in takewhile(lambda clip: not signalled(), _ahead(pool, load, paths)):
+            for clip in takewhile(lambda clip: not stop.wanted(), _ahead(pool, load, paths)):
                 _take(clip, encode, load.writer, report)
                 done += 1
                 if clip.row.bad and progress:
@@ -266,36 +264,7 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[st
         yield waiting.popleft().result()
 
 
-def _give_up(signalled: Callable[[], str | None]) -> None:
+def _give_up(stop: Preemption) -> None:
     """Stop waiting for another process if a signal has arrived."""
-    name = signalled()
-    if name == "SIGINT":
-        raise KeyboardInterrupt
-    if name:
+    if name := stop.wanted():
         raise Preempted(f"stopped by {name} while another process decoded the clips")
-
-
-@contextmanager
-def _deferred_signals(preemption: Preemption | None) -> Iterator[Callable[[], str | None]]:
-    """Give a function that returns the name of the signal that has arrived, if one has, instead of obeying signals.
-
-    SIGINT is obeyed at the end of the block. A second SIGINT does at once what it would have done outside.
-    """
-    interrupts: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers or gets signals
-
-    def record(number: int, frame: Any) -> None:
-        interrupts.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    if main:
-        signal.signal(signal.SIGINT, record)
-    try:
-        with nullcontext(preemption) if preemption else watched() as stop:
-            yield lambda: "SIGINT" if interrupts else stop.wanted()
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-    if interrupts:
-        signal.raise_signal(signal.SIGINT)

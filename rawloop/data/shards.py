@@ -42,9 +42,8 @@ NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 class Row(NamedTuple):
     """An audio file in the index, as it was when it was encoded.
 
-    `size` is in bytes, `mtime_ns` since the epoch. `bad` says why the clip has no codes, and `skip` whether samples
-    that need it are left out. `sha256` names its codes, which are in `shard`, have so many `frames` and the CRC-32
-    `crc`. A file with an `open_end` does not say where it ends.
+    `sha256` names its codes, which are in `shard`, have so many `frames` and the CRC-32 `crc`. `bad` says why it has
+    none, and `skip` whether samples that need it are left out. A file with an `open_end` does not say where it ends.
     """
 
     path: str

@@ -69,7 +69,11 @@ def load_samples(
     number, frames = len(samples), None
     left_out: dict[str, str] = {}
     if cache is None and any(sample.audio_paths() for sample in samples):
-        cache = _heard(samples, config, family)
+        for sample in samples:
+            with suppress(BadSample):  # checked again when the lengths of clips are known
+                family.check(sample)
+        rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
+        cache = decode_once(samples, codes_folder(config), rate, config)
     if cache is not None:
         samples, left_out = cache.usable(samples)
         cache.check(samples)
@@ -88,19 +92,11 @@ def load_samples(
     return samples
 
 
-def _heard(samples: list[Sample], config: DataConfig, family: Family) -> CodeCache:
-    """Decode all clips of a model that takes no codes: a bad one is found now and not in the middle of a run."""
-    for sample in samples:
-        with suppress(BadSample):  # checked again when the lengths of clips are known
-            family.check(sample)
-    rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
-    return decode_once(samples, codes_folder(config), rate, config)
-
-
 def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, config: DataConfig) -> CodeCache:
     """Decode every clip that was not decoded before, and return the lengths in samples at `sample_rate`, and bad clips.
 
-    Several processes may call this at once: one decodes, the others wait for it.
+    So a bad clip is found now and not in the middle of a run. Several processes may call this at once: one decodes, the
+    others wait for it.
     """
     codec = heard_at(sample_rate)
     there = (codec_folder(folder, codec) / CODEC_FILE).is_file()
@@ -114,5 +110,5 @@ def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, confi
 
 
 def no_codes(path: Path) -> Tensor:
-    """Take the place of the cache of codes for a family that needs none."""
-    raise AssertionError(f"codes of {path} were asked for by a family that has no codec")
+    """Take the place of the cache of codes for a family that has no codec."""
+    raise AssertionError(f"{path} has no codes")

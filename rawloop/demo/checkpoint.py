@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,10 +54,8 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> None:
     """Write `folder/model` and `folder/codec`, fitted on `speech/train`. Other files in `folder` are left alone.
 
     Both are complete before they get their names. The same seed gives the same safetensors on one machine, byte for
-    byte. The processor finds the codec by its absolute path: build again after moving the folder.
-
-    Raises:
-        UserError: `speech` has another layout than the bundled speech, or the model or codec in `folder` is no demo's.
+    byte. The processor finds the codec by its absolute path: build again after moving the folder. Raises UserError if
+    the model or codec in `folder` is no demo's.
     """
     folder = folder.resolve()
     for part in PARTS:
@@ -114,27 +111,17 @@ def demo_is_built(folder: Path) -> bool:
 
 
 def read_split(folder: Path) -> list[tuple[str, Tensor]]:
-    """Return transcript and wave (samples,) float32 of every clip that a split's `metadata.json` names.
-
-    Raises UserError if the file is missing or a clip is not 24 kHz mono.
-    """
+    """Return transcript and wave (samples,) float32 at 24 kHz of every clip that a split's `metadata.json` names."""
     path = folder / "metadata.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: the demo is built from a folder with train/ and eval/, each with its own")
-    return list(_read_samples(folder, json.loads(path.read_text(encoding="utf-8"))["samples"]))
-
-
-def _read_samples(folder: Path, samples: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    for sample in samples:
-        clip, rate = soundfile.read(folder / sample["audio_file"], dtype="float32")
-        if rate != SAMPLE_RATE or clip.ndim != 1:
-            path = folder / sample["audio_file"]
-            raise UserError(f"{path} is not mono at {SAMPLE_RATE} Hz, as the demo's codec needs")
-        if "transcript_file" in sample:
-            text = (folder / sample["transcript_file"]).read_text(encoding="utf-8")
-        else:
-            text = sample["transcript"]
-        yield text.strip(), torch.from_numpy(clip)
+    clips = []
+    for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]:
+        wave, rate = soundfile.read(folder / sample["audio_file"], dtype="float32")
+        assert (rate, wave.ndim) == (SAMPLE_RATE, 1), f"{sample['audio_file']} is not mono at {SAMPLE_RATE} Hz"
+        text = sample.get("transcript") or (folder / sample["transcript_file"]).read_text(encoding="utf-8")
+        clips.append((text.strip(), torch.from_numpy(wave)))
+    return clips
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -64,7 +64,7 @@ def test_files_that_do_not_say_where_they_end_are_named(run: Run, cache: Path, t
     ogg.write_bytes(content[: content.rindex(b"OggS")])
     content = wav.read_bytes()
     wav.write_bytes(content[:40] + bytes(4) + content[44:-4000])
-    twin = shutil.copy(ogg, ogg.with_name("d.ogg"))
+    twin = Path(shutil.copy(ogg, ogg.with_name("d.ogg")))
     samples = samples_of([whole, ogg, wav, twin])
     assert run(samples).encoded == 3
     for _ in range(2):  # a later start finds it in the index
