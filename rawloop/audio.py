@@ -66,10 +66,7 @@ def load_audio(
         Waveform (samples,) float32.
 
     Raises:
-        BadAudio: the clip cannot be opened or decoded; is empty, cut short, silent (peak below -60 dBFS), not finite,
-            far beyond full scale, too short, too long, or of a sample rate that cannot be converted; has something
-            behind its end that the decoder would leave out, such as a second file; or is a segment outside its clip.
-        UserError: torchaudio is broken or missing.
+        BadAudio: the clip cannot be decoded whole, or no voice could be learnt from it; the message says why.
     """
     waveform, rate = _decode(path, max_seconds, on_open_end)
     shortest = max(min_seconds, 1 / frame_rate if frame_rate else 0.0)
@@ -167,7 +164,6 @@ def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> 
 
 
 def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
-    """Return the first sample of a segment and the one behind its last."""
     first, last = round(segment.start * rate), frames if segment.end is None else round(segment.end * rate)
     if not segment.whole and (first >= frames or last > frames + ROUNDED * rate):
         end = "its end" if segment.end is None else f"{segment.end:g} s"

@@ -113,7 +113,6 @@ class View:
             column += piece.positions
 
     def _codebooks(self) -> dict[str, int]:
-        """Return the streams that have codebooks, and how many each has."""
         pairs = self.batch.labels.items()
         return {stream: labels.targets.shape[1] for stream, labels in pairs if labels.targets.dim() == 2}
 

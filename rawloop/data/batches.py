@@ -207,5 +207,4 @@ class EvalBatches:
         self.draws = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate the share from its beginning."""
         return self.loader.iterate(self.draws)

@@ -1,8 +1,7 @@
 """The codes of all clips, for reading: training asks for a clip by its path and never opens or decodes its audio.
 
-`check` looks at all clips of a data set once, at the start: whether each has codes, and whether its audio file is still
-the one that was encoded. After that, getting codes is a dictionary access and one read. Audio files that are gone are
-not missed: only their codes are needed.
+`check` looks once, at the start, whether each clip of a data set has codes and its audio file is still the one that was
+encoded. After that, getting codes is a dictionary access and one read. Audio files that are gone are not missed.
 
 Shards are read, not mapped: a mapped file that loses its end while it is read kills the process (SIGBUS).
 """
@@ -88,10 +87,6 @@ class CodeCache:
         codec: hash of the codec, or a prefix of it; needed if the cache holds codes of several codecs.
         config: clips outside its `min_seconds` and `max_seconds` are bad, even if they were good when they were
             encoded. If its `on_bad_sample` is skip, `usable` leaves out all samples with bad clips. Default: no limits.
-
-    Raises:
-        UserError: there are no codes, none of this codec, or codes of several codecs and `codec` names none.
-        RawloopError: the index is damaged.
     """
 
     def __init__(self, folder: Path | str, codec: str | None = None, config: DataConfig | None = None) -> None:
@@ -128,7 +123,7 @@ class CodeCache:
         return f"{self.codec.hash[:16]} {row.frames} {row.crc:08x}"
 
     def knows(self, sample: Sample) -> bool:
-        """Whether every clip of a sample was looked at as it is now, good or bad; limits of length may have changed."""
+        """Return whether all clips of a sample were looked at as they are now; limits of length may have changed."""
         rows = (self._known(str(path)) for path in sample.audio_paths())
         return all(row is not None and not (row.bad or "").startswith(LASTS) and _unchanged(row) for row in rows)
 
@@ -189,7 +184,6 @@ class CodeCache:
         return f"{path}: {fault}" if fault and skip and _unchanged(row) else None
 
     def _fault(self, row: Row) -> str | None:
-        """Return why a clip cannot be used, or None."""
         if row.bad or self.config is None:
             return row.bad
         return self.config.fault_of_length(row.frames, self.codec.frame_rate)
@@ -270,7 +264,7 @@ def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
 
 
 def _unchanged(row: Row) -> bool:
-    """Whether the file is as it was when it was encoded. A file that is gone cannot have changed."""
+    """Return whether the file is as it was when it was encoded. A file that is gone counts as unchanged."""
     try:
         now = os.stat(segment_of(row.path).file)
     except FileNotFoundError:

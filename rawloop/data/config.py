@@ -59,7 +59,6 @@ class DataConfig:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse limits that no clip can meet, and too many workers."""
         if not 0 <= self.min_seconds < self.max_seconds:
             raise UserError(
                 f"data.min_seconds is {self.min_seconds} and data.max_seconds is {self.max_seconds}: "

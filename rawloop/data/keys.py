@@ -240,10 +240,7 @@ def _seconds(record: Record, values: Mapping[str, Any], place: str, keys: tuple[
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LONGEST:
             record.fail(f"{place}'{key}' is {show(value)}: it must be a number of seconds, from 0 on")
         found[float(value)] = key
-    if len(found) > 1:
-        named = " and ".join(f"'{key}' is {value:g}" for value, key in found.items())
-        record.fail(f"{place}{named}: they say the same thing; take one out")
-    return next(iter(found), None)
+    return record.only(found, place)
 
 
 @lru_cache(maxsize=1024)

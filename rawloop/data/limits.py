@@ -6,8 +6,8 @@ here, where the batch is made, at the cost of one pass over its values.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,29 @@ class Limits:
         return cls(ids, classes, probe)
 
     def learn(self, family: Family, model: nn.Module, device: torch.device, autocast: Autocast) -> None:
-        """Run the probe on the prepared model, to see which further inputs are ids of an embedding."""
+        """Run the probe on the prepared model, to see which further inputs an embedding is given unchanged.
+
+        Ids of the probe that are beyond the embedding are allowed: the model replaces them before.
+        """
         if self.probe is None:
             return
-        found: dict[str, int] = {}
+        ids: dict[str, int] = {}
         probe = self.probe.to(device)
-        with untouched(model, training=False), torch.no_grad(), autocast(), look_ups(model, probe.inputs, found):
+        whole = {name: x for name, x in probe.inputs.items() if x.numel() and not x.is_floating_point()}
+        names = {(x.data_ptr(), x.numel()): name for name, x in whole.items()}
+
+        def record(embedding: Any, given: tuple[Tensor, ...]) -> None:
+            name = names.get((given[0].data_ptr(), given[0].numel())) if given else None
+            if name is not None:
+                rows = max(embedding.num_embeddings, int(whole[name].max()) + 1)
+                ids[name] = min(ids.get(name, rows), rows)
+
+        with untouched(model, training=False), torch.no_grad(), autocast(), ExitStack() as hooks:
+            for part in model.modules():
+                if isinstance(part, nn.Embedding):
+                    hooks.callback(part.register_forward_pre_hook(record).remove)
             family.logits(model, probe)
-        self.ids = found | self.ids
+        self.ids = ids | self.ids
 
     def fault(self, batch: Batch) -> str | None:
         """Return what is wrong with a batch, which is on the CPU, or None."""
@@ -104,7 +119,6 @@ class Limits:
 
 
 def _embedding(model: nn.Module) -> Tensor | None:
-    """The weight of the input embedding, of models that have one."""
     try:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -131,30 +145,7 @@ def _outside(values: Tensor, size: int) -> tuple[list[int], int] | None:
 
 
 def _place(place: list[int]) -> str:
-    """Return in words where in its row an id is."""
     return f" in codebook {place[2]} at frame {place[1]}" if len(place) == 3 else f" at position {place[-1]}"
-
-
-@contextmanager
-def look_ups(model: nn.Module, inputs: Mapping[str, Tensor], ids: dict[str, int]) -> Iterator[None]:
-    """Inside the block, store in `ids` how many rows the embedding has in which an input of the model is looked up.
-
-    Only inputs that reach an embedding unchanged count. Where `inputs` have ids beyond the embedding, which the model
-    replaces before, these ids are allowed.
-    """
-    known = {(x.data_ptr(), x.numel()): name for name, x in inputs.items() if not x.is_floating_point() and x.numel()}
-
-    def record(embedding: nn.Module, given: tuple[Tensor, ...]) -> None:
-        name = known.get((given[0].data_ptr(), given[0].numel())) if given else None
-        if name is not None and isinstance(embedding, nn.Embedding):
-            rows = max(embedding.num_embeddings, int(inputs[name].max()) + 1)
-            ids[name] = min(ids.get(name, rows), rows)
-
-    with ExitStack() as hooks:
-        for part in model.modules():
-            if isinstance(part, nn.Embedding):
-                hooks.callback(part.register_forward_pre_hook(record).remove)
-        yield
 
 
 def no_fault(batch: Batch) -> str | None:

@@ -14,7 +14,7 @@ from rawloop.data import speech
 from rawloop.data.config import DataConfig
 from rawloop.data.keys import AUDIO_PART, CHAT, FIELDS, MARKS, MESSAGE, TEXT_PART, KeyCheck, clip_path, trained_mark
 from rawloop.data.metadata import MULTI, SINGLE
-from rawloop.data.record import Files, Record, parse_json, quoted, show
+from rawloop.data.record import Files, Record, parse_json, show
 from rawloop.errors import nearest
 
 ROLES = ("system", "scene", "user", "assistant", "tool")
@@ -115,14 +115,11 @@ class MessagesReader:
 
 
 def _path(item: dict[str, Any], record: Record, place: str) -> str:
-    """Return the path of an audio part; several keys may name it, if they agree."""
-    given = {key: item[key] for key in AUDIO_KEYS if item.get(key) not in (None, "")}
-    if not given or not all(isinstance(path, str) for path in given.values()):
+    given: dict[str, str] = {item[key]: key for key in AUDIO_KEYS if isinstance(item.get(key), str) and item[key]}
+    path = record.only(given, f"{place} has an audio part in which ")
+    if path is None or not all(isinstance(item.get(key) or "", str) for key in AUDIO_KEYS):
         record.fail(f"{place} has an audio part without a path: {show(item)}: add 'path' with a string")
-    if len(set(given.values())) > 1:
-        named = " and ".join(f"'{key}' is {quoted(path)}" for key, path in given.items())
-        record.fail(f"{place} has an audio part in which {named}: name one file")
-    return str(next(iter(given.values())))
+    return path
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:

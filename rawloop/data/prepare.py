@@ -8,7 +8,6 @@ stopped at any moment is continued by the next one.
 import json
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from functools import partial
 from itertools import takewhile
 from os.path import expanduser
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from rawloop.errors import Preempted, RawloopError
 from rawloop.preempt import Preemption, watched
 from rawloop.segments import content_hash, segment_of
 
+T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
 DECODERS = 4  # threads that hash and decode ahead of the codec
@@ -53,7 +53,7 @@ class PrepareReport:
     """The results of `prepare`, which are written to `report.json` in the cache folder.
 
     `encoded` clips went through the codec now; `reused` ones had codes, or the content of another clip. `left_out` has
-    the ids of the samples that need a bad clip. `audio_seconds` are those of the encoded clips, `seconds` wall time.
+    the ids of the samples that need a bad clip.
     """
 
     folder: str
@@ -63,8 +63,6 @@ class PrepareReport:
     clips: int = 0
     encoded: int = 0
     reused: int = 0
-    audio_seconds: float = 0.0
-    seconds: float = 0.0
     bad: list[BadClip] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -80,13 +78,6 @@ class BadClips(RawloopError):
             "Mend them, or leave their samples out with --data.on_bad_sample skip"
         )
         self.report = report
-
-
-class Clip(NamedTuple):
-    """An audio file after hashing. If it must be encoded, `waveform` is (samples,) float32."""
-
-    row: Row
-    waveform: Tensor | None = None
 
 
 def prepare(
@@ -117,27 +108,26 @@ def prepare(
         preemption: says when to stop. Default: this function watches for SIGTERM and SIGUSR1.
         wait: if another process writes to the folder, wait for it instead of refusing.
 
-    Returns:
-        the report, which is also written to `folder/report.json`.
+    Returns the report, which is also written to `folder/report.json`.
 
     Raises:
         BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others have been encoded.
         Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept, as it is after a KeyboardInterrupt.
-        RawloopError: the disk is full, the cache is damaged, or the codec gave something that is no codes.
-        UserError: the folder cannot be written, or another `rawloop prepare` writes to it.
     """
     config = config or DataConfig()
     folder = Path(expanduser(folder))
-    clips = _clips(samples := list(samples))
+    samples = list(samples)
+    clips: dict[str, str] = {}  # each with the first sample that needs it
+    for sample in samples:
+        for path in sample.audio_paths():
+            clips.setdefault(str(path.absolute()), sample.id)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
-    started = time.monotonic()
     with nullcontext(preemption) if preemption else watched() as stop:
         waiting = partial(_give_up, stop) if wait else None
         with open_writer(folder, codec, shard_clips, shard_seconds, waiting) as writer:
-            done = _encode_all(_Loader(writer, config), list(clips), encode, report, stop, progress)
+            done = _encode_all(list(clips), writer, config, encode, report, stop, progress)
     if done < len(clips):
         raise Preempted(f"stopped by {stop.wanted()}; what was encoded is kept: run `rawloop prepare` again to go on")
-    report.seconds = time.monotonic() - started
     rows = [(writer.rows[path], sample) for path, sample in clips.items()]
     report.bad = [BadClip(row.path, row.bad, sample) for row, sample in rows if row.bad]
     bad = {clip.path for clip in report.bad}
@@ -148,50 +138,38 @@ def prepare(
     return report
 
 
-def _clips(samples: list[Sample]) -> dict[str, str]:
-    """Return every distinct clip, by absolute path, and the first sample that needs it."""
-    clips: dict[str, str] = {}
-    for sample in samples:
-        for path in sample.audio_paths():
-            clips.setdefault(str(path.absolute()), sample.id)
-    return clips
+def _look_up(writer: ShardWriter, config: DataConfig, path: str) -> tuple[Row, Tensor | None]:
+    """Return a clip's row, and its waveform if it must be encoded. Runs in threads, so it only reads the index."""
 
+    def bad(row: Row, reason: str) -> tuple[Row, None]:
+        return row._replace(bad=reason, skip=config.on_bad_sample == "skip"), None
 
-@dataclass(frozen=True)
-class _Loader:
-    """Looks a clip up in the index, hashes it and decodes it. Called from several threads; only reads the index."""
-
-    writer: ShardWriter
-    config: DataConfig
-
-    def __call__(self, path: str) -> Clip:
-        old = self.writer.rows.get(path)
-        try:
-            now = os.stat(segment_of(path).file)
-            same = old is not None and (old.size, old.mtime_ns) == (now.st_size, now.st_mtime_ns)
-            sha256 = old.sha256 if old is not None and same and self.writer.find(old.sha256) else content_hash(path)
-        except OSError as error:
-            return Clip(self._bad(Row(path, -1, -1), f"cannot be opened: {error.strerror}"))
-        row = Row(path, now.st_size, now.st_mtime_ns, sha256)
-        twin = self.writer.find(sha256)
-        if twin is not None:
-            row = row.like(twin)
-            fault = self.config.fault_of_length(row.frames, self.writer.codec.frame_rate)
-            return Clip(self._bad(row, fault) if fault else row)
-        try:
-            codec, limits, ends = self.writer.codec, (self.config.min_seconds, self.config.max_seconds), []
-            audio = load_audio(Path(path), codec.sample_rate, *limits, codec.frame_rate, lambda: ends.append(path))
-            return Clip(row._replace(open_end=bool(ends)), audio)
-        except BadAudio as error:
-            return Clip(self._bad(row, str(error)))
-
-    def _bad(self, row: Row, reason: str) -> Row:
-        return row._replace(bad=reason, skip=self.config.on_bad_sample == "skip")
+    old = writer.rows.get(path)
+    try:
+        now = os.stat(segment_of(path).file)
+        same = old is not None and (old.size, old.mtime_ns) == (now.st_size, now.st_mtime_ns)
+        sha256 = old.sha256 if old is not None and same and writer.find(old.sha256) else content_hash(path)
+    except OSError as error:
+        return bad(Row(path, -1, -1), f"cannot be opened: {error.strerror}")
+    row, codec = Row(path, now.st_size, now.st_mtime_ns, sha256), writer.codec
+    twin = writer.find(sha256)
+    if twin is not None:
+        row = row.like(twin)
+        fault = config.fault_of_length(row.frames, codec.frame_rate)
+        return bad(row, fault) if fault else (row, None)
+    ends: list[str] = []
+    limits = (config.min_seconds, config.max_seconds)
+    try:
+        audio = load_audio(Path(path), codec.sample_rate, *limits, codec.frame_rate, lambda: ends.append(path))
+    except BadAudio as error:
+        return bad(row, str(error))
+    return row._replace(open_end=bool(ends)), audio
 
 
 def _encode_all(
-    load: _Loader,
     paths: list[str],
+    writer: ShardWriter,
+    config: DataConfig,
     encode: Encode | None,
     report: PrepareReport,
     stop: Preemption,
@@ -205,26 +183,26 @@ def _encode_all(
     )
     with bar, ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
         try:
-            for clip in takewhile(lambda clip: not stop.wanted(), _ahead(pool, load, paths)):
-                _take(clip, encode, load.writer, report)
+            clips = _ahead(pool, partial(_look_up, writer, config), paths)
+            for row, waveform in takewhile(lambda clip: not stop.wanted(), clips):
+                _take(row, waveform, encode, writer, report)
                 done += 1
-                if clip.row.bad and progress:
-                    bar.write(f"{clip.row.path}: {clip.row.bad}", file=sys.stderr)
+                if row.bad and progress:
+                    bar.write(f"{row.path}: {row.bad}", file=sys.stderr)
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
     return done
 
 
-def _take(clip: Clip, encode: Encode | None, writer: ShardWriter, report: PrepareReport) -> None:
+def _take(row: Row, waveform: Tensor | None, encode: Encode | None, writer: ShardWriter, report: PrepareReport) -> None:
     """Encode a clip if nobody has, and put its row into the index."""
-    row, twin = clip.row, writer.find(clip.row.sha256)
+    twin = writer.find(row.sha256)
     if not row.bad and twin is None:
-        assert clip.waveform is not None, "a clip is either cached or decoded"
-        codes = _codes(clip.waveform, encode, writer.codec, row.path) if encode else None
-        writer.add(row._replace(frames=len(clip.waveform)), codes)
+        assert waveform is not None, "a clip is either cached or decoded"
+        codes = _codes(waveform, encode, writer.codec, row.path) if encode else None
+        writer.add(row._replace(frames=len(waveform)), codes)
         report.encoded += 1
-        report.audio_seconds += len(clip.waveform) / writer.codec.sample_rate
         return
     if not row.bad and twin is not None:
         report.reused += 1
@@ -253,9 +231,9 @@ def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Ten
     return codes
 
 
-def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[str]) -> Iterator[Clip]:
+def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], T], paths: list[str]) -> Iterator[T]:
     """Yield `load(path)` for each path in order, while the pool works a few clips ahead."""
-    waiting: deque[Future[Clip]] = deque()
+    waiting: deque[Future[T]] = deque()
     for path in paths:
         waiting.append(pool.submit(load, path))
         if len(waiting) > AHEAD:
@@ -265,6 +243,5 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], Clip], paths: list[st
 
 
 def _give_up(stop: Preemption) -> None:
-    """Stop waiting for another process if a signal has arrived."""
     if name := stop.wanted():
         raise Preempted(f"stopped by {name} while another process decoded the clips")

@@ -7,11 +7,13 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from rawloop.errors import UserError
 from rawloop.segments import MARK
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,13 @@ class Record:
                 self.fail(f"'{key}' is {show(value)}: it must be a string")
             if value and value.strip():
                 found.setdefault(value.strip(), key)
+        return self.only(found)
+
+    def only(self, found: Mapping[T, str], place: str = "") -> T | None:
+        """Return the one value in `found` (value -> its key), or None. Refuses several: the keys mean one thing."""
         if len(found) > 1:
-            named = " and ".join(f"'{key}' is {show(value)}" for value, key in found.items())
-            self.fail(f"{named}, which should be the same: take one out")
+            named = " and ".join(f"'{key}' is {quoted(value)}" for value, key in found.items())
+            self.fail(f"{place}{named}, which should be the same: take one out")
         return next(iter(found), None)
 
     def words(self, *keys: str) -> str | None:

@@ -61,7 +61,6 @@ class Order:
     draws: Iterable[Any] = ()
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate them from the beginning."""
         return iter(self.draws)
 
 

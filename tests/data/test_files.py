@@ -92,7 +92,7 @@ def test_paths_that_differ_within_one_part(tmp_path: Path, tone: Callable[..., P
     part = {"type": "audio", "path": "a.wav", "url": "b.wav"}
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": [part]}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages}))
-    with pytest.raises(UserError, match=r"in which 'path' is 'a.wav' and 'url' is 'b.wav': name one file"):
+    with pytest.raises(UserError, match=r"in which 'path' is 'a.wav' and 'url' is 'b.wav', which should be the same"):
         read_samples(tmp_path)
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages}).replace("b.wav", "a.wav"))
     assert len(read_samples(tmp_path)) == 1

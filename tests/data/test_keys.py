@@ -75,7 +75,7 @@ def one(path: Path, **options: Any) -> Sample:
         ({**CLIP, "prompt_audio": "a.wav"}, "'prompt_audio' is .* call a reference clip 'ref_audio_file'"),
         (
             {**CLIP, "text": "Ho."},
-            r"'transcript' is 'Hi.' \(str\) and 'text' is 'Ho.' \(str\), which should be the same",
+            r"'transcript' is 'Hi.' and 'text' is 'Ho.', which should be the same",
         ),
         ({**CLIP, "ref_audio": "a.wav", "ref_audio_file": "b.wav", "ref_text": "x"}, "'ref_audio_file' is 'b.wav'"),
         (
@@ -90,7 +90,7 @@ def one(path: Path, **options: Any) -> Sample:
         ({**CLIP, "offset": "0", "duration": 1}, r"'offset' is '0' \(str\): it must be a number of seconds"),
         ({**CLIP, "offset": 0.1, "duration": 0}, "a segment from 0.1 s to 0.1 s has nothing in it"),
         ({**CLIP, "start": 0.3, "end": 0.2}, "a segment from 0.3 s to 0.2 s has nothing in it"),
-        ({**CLIP, "start": 0.1, "offset": 0.2}, "'offset' is 0.2 and 'start' is 0.1: they say the same thing"),
+        ({**CLIP, "start": 0.1, "offset": 0.2}, "'offset' is 0.2 and 'start' is 0.1, which should be the same"),
         ({**CLIP, "start": 0.1, "duration": 0.1, "end": 0.4}, "ends at 0.4 s and has a duration of 0.1 s"),
         ({**CLIP, "audio_file": "a.wav#t=0,1"}, "has #t= in its name, which stands for a segment"),
         ({"text": "A document.", "audio_filepath": "a.wav"}, "'audio_filepath' is .* call the clip .* 'audio_file'"),

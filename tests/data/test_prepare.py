@@ -88,7 +88,6 @@ def shards(cache: Path) -> list[Path]:
 def test_codes_are_those_of_the_codec(run: Run, clips: list[Path], encode: Encode, cache: Path) -> None:
     report = run(samples_of(clips), shard_clips=2)
     assert (report.samples, report.clips, report.encoded, report.reused) == (5, 5, 5, 0)
-    assert report.audio_seconds == pytest.approx(2.0)
     assert len(shards(cache)) == 3
     codes = CodeCache(cache)
     for path in clips:
