@@ -19,8 +19,9 @@ from torch import Tensor
 
 from rawloop.contracts import CodecInfo, Sample
 from rawloop.data.config import DataConfig
+from rawloop.data.samples import usable
 from rawloop.data.shards import CODEC_FILE, HEARD, Row, read_codec, read_rows, shard_file
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import BadSample, RawloopError, UserError
 from rawloop.segments import content_hash, segment_of
 
 PREPARE = "run `rawloop prepare`"
@@ -132,15 +133,7 @@ class CodeCache:
 
         `rawloop prepare` or the config asked for leaving it out.
         """
-        kept: list[Sample] = []
-        left_out: dict[str, str] = {}
-        for sample in samples:
-            reason = next(filter(None, map(self._skipped, sample.audio_paths())), None)
-            if reason:
-                left_out[sample.id] = reason
-            else:
-                kept.append(sample)
-        return kept, left_out
+        return usable(list(samples), self._refuse_left_out, skip=True)
 
     def check(self, samples: Iterable[Sample]) -> None:
         """Verify that every clip of `samples` has codes, made from the audio that is on disk now, if there is any.
@@ -175,13 +168,14 @@ class CodeCache:
             f"if streamed or cut short: {_named(found)}: listen to their ends, or encode them anew"
         )
 
-    def _skipped(self, path: Path) -> str | None:
-        row = self._known(str(path))
-        if row is None:
-            return None
-        skip = row.skip or (self.config is not None and self.config.on_bad_sample == "skip")
-        fault = self._fault(row)
-        return f"{path}: {fault}" if fault and skip and _unchanged(row) else None
+    def _refuse_left_out(self, sample: Sample) -> None:
+        for path in sample.audio_paths():
+            row = self._known(str(path))
+            if row is None or not (row.skip or (self.config is not None and self.config.on_bad_sample == "skip")):
+                continue
+            fault = self._fault(row)
+            if fault and _unchanged(row):
+                raise BadSample(f"{path}: {fault}")
 
     def _fault(self, row: Row) -> str | None:
         if row.bad or self.config is None:
