@@ -63,6 +63,7 @@ def read_config(command: str, arguments: list[str]) -> "tuple[RunConfig, dict[st
     """Read a command's config and its further options."""
     from rawloop.config import parse
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
     return parse(arguments, f"rawloop {command}", OPTIONS[command], COMMANDS[command])
 
 

@@ -3,7 +3,6 @@
 It trains a few steps in a temporary folder and writes nothing else. It costs the loading of the model a few times.
 """
 
-import os
 import platform
 import shutil
 import signal
@@ -43,7 +42,6 @@ def run(argv: list[str]) -> None:
     Raises:
         RawloopError: a check failed; the table says why.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config, options = read_config("doctor", argv)
     with open_world(config.device, config.ddp.timeout) as world:
         if options["part"] is not None:

@@ -1,7 +1,6 @@
 """`rawloop evaluate`: the true eval_loss of the base model or of a checkpoint, on any number of processes."""
 
 import json
-import os
 import sys
 from functools import partial
 from os.path import expanduser
@@ -38,7 +37,6 @@ def run(argv: list[str]) -> None:
     Raises:
         RawloopError: a batch gave no finite loss; its samples are named.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config, options = read_config("evaluate", argv)
     with open_world(config.device, config.ddp.timeout) as world:
         notice = moved_run(argv, config)

@@ -28,7 +28,6 @@ DIM, OFF = "\x1b[2m", "\x1b[0m"
 
 def run(argv: list[str]) -> None:
     """Print one batch."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config, options = read_config("inspect", argv)
     split = options["split"] or "train"
     if split not in ("train", "eval"):

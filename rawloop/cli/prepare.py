@@ -1,7 +1,5 @@
 """`rawloop prepare`: encode the audio of a data set once. Training then never touches the codec."""
 
-import os
-
 from rawloop.cli import read_config
 from rawloop.data.splits import prepare_codes
 from rawloop.errors import UserError
@@ -11,13 +9,7 @@ from rawloop.preempt import watched
 
 
 def run(argv: list[str]) -> None:
-    """Encode data.train and data.eval of a run's config into its cache.
-
-    Raises:
-        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept (exit code 75).
-        RawloopError: some clips cannot be used and `data.on_bad_sample` is stop (exit code 1, after all others).
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Encode data.train and data.eval of a run's config into its cache."""
     config, _ = read_config("prepare", argv)
     if read_ranks()[1] > 1:
         raise UserError("rawloop prepare is one process: start it without torchrun")

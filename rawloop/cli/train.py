@@ -26,7 +26,6 @@ def run(argv: list[str]) -> None:
     Raises:
         Preempted: it was told to stop by SIGTERM, SIGUSR1 or a file named STOP in its folder (exit code 75).
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
     config, _ = read_config("train", argv)
     folder = Path(expanduser(config.output))
     told = os.environ.get(SIGNAL_FILE)
