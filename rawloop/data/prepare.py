@@ -7,17 +7,19 @@ stopped at any moment is continued by the next one.
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
 from os.path import expanduser
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -112,7 +114,7 @@ def prepare(
 
     Raises:
         BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others have been encoded.
-        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept, as it is after a KeyboardInterrupt.
+        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept. SIGINT: KeyboardInterrupt, likewise.
     """
     config = config or DataConfig()
     folder = Path(expanduser(folder))
@@ -122,12 +124,12 @@ def prepare(
         for path in sample.audio_paths():
             clips.setdefault(str(path.absolute()), sample.id)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
-    with nullcontext(preemption) if preemption else watched() as stop:
-        waiting = partial(_give_up, stop) if wait else None
+    with _deferred_signals(preemption) as signalled:
+        waiting = partial(_give_up, signalled) if wait else None
         with open_writer(folder, codec, shard_clips, shard_seconds, waiting) as writer:
-            done = _encode_all(list(clips), writer, config, encode, report, stop, progress)
+            done = _encode_all(list(clips), writer, config, encode, report, signalled, progress)
     if done < len(clips):
-        raise Preempted(f"stopped by {stop.wanted()}; what was encoded is kept: run `rawloop prepare` again to go on")
+        raise Preempted(f"stopped by {signalled()}; what was encoded is kept: run `rawloop prepare` again to go on")
     rows = [(writer.rows[path], sample) for path, sample in clips.items()]
     report.bad = [BadClip(row.path, row.bad, sample) for row, sample in rows if row.bad]
     bad = {clip.path for clip in report.bad}
@@ -172,7 +174,7 @@ def _encode_all(
     config: DataConfig,
     encode: Encode | None,
     report: PrepareReport,
-    stop: Preemption,
+    signalled: Callable[[], str | None],
     progress: bool,
 ) -> int:
     """Encode the clips that have no codes, until all are done or a signal arrives. Return how many are done."""
@@ -184,7 +186,7 @@ def _encode_all(
     with bar, ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
         try:
             clips = _ahead(pool, partial(_look_up, writer, config), paths)
-            for row, waveform in takewhile(lambda clip: not stop.wanted(), clips):
+            for row, waveform in takewhile(lambda clip: not signalled(), clips):
                 _take(row, waveform, encode, writer, report)
                 done += 1
                 if row.bad and progress:
@@ -242,6 +244,35 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], T], paths: list[str])
         yield waiting.popleft().result()
 
 
-def _give_up(stop: Preemption) -> None:
-    if name := stop.wanted():
+def _give_up(signalled: Callable[[], str | None]) -> None:
+    name = signalled()
+    if name == "SIGINT":
+        raise KeyboardInterrupt
+    if name:
         raise Preempted(f"stopped by {name} while another process decoded the clips")
+
+
+@contextmanager
+def _deferred_signals(preemption: Preemption | None) -> Iterator[Callable[[], str | None]]:
+    """Give a function that returns the name of the signal that has arrived, if one has, instead of obeying signals.
+
+    SIGINT is obeyed at the end of the block. A second SIGINT does at once what it would have done outside.
+    """
+    interrupts: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers or gets signals
+
+    def record(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    if main:
+        signal.signal(signal.SIGINT, record)
+    try:
+        with nullcontext(preemption) if preemption else watched() as stop:
+            yield lambda: "SIGINT" if interrupts else stop.wanted()
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if interrupts:
+        signal.raise_signal(signal.SIGINT)

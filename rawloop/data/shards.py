@@ -221,7 +221,7 @@ def open_writer(
     """
     folder = codec_folder(cache, codec)
     with _locked(folder, waiting):
-        for part in folder.glob(".tmp-*"):
+        for part in (*folder.glob(".tmp-*"), *folder.glob("*.part")):  # the latter of older versions
             part.unlink()  # a writer that was killed has left it
         if not (folder / CODEC_FILE).exists():
             write_file(folder / CODEC_FILE, json.dumps({"format": FORMAT, **asdict(codec)}, indent=1).encode())
