@@ -7,7 +7,6 @@
 import atexit
 import ctypes
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch import nn
 
 from rawloop.ddp import DDPConfig, wrap_in_ddp
 from rawloop.errors import RawloopError, UserError
-from rawloop.launcher import choose_device, read_launch, read_ranks
+from rawloop.launcher import choose_device, join_group, read_launch, read_ranks
 from rawloop.waiting import Waiting, is_lost_rank, nccl_advice
 
 FOREVER = timedelta(days=1000)
@@ -82,8 +81,7 @@ class World:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
         self._finish(dist.all_reduce(tensor, group=self.group, async_op=True))
-        result: list[float] = tensor.tolist()
-        return result
+        return list(tensor.tolist())
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in order of rank, on every rank. For small objects."""
@@ -219,10 +217,6 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _hold(group: object) -> None:
-    """Called at exit with what was held until then."""
-
-
 def num_processes() -> int:
     """Return the number of processes of the process group, or of the launcher before there is a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else read_ranks()[1]
@@ -234,7 +228,7 @@ def _world_of(default: Any) -> World:
     # A DDP module that outlives its group would be the last to hold it, and its reducer destroys it with the GIL held
     # while gloo's thread waits for the GIL: a deadlock at exit. Held until the interpreter ends, the group is destroyed
     # by its own binding, which lets go of the GIL.
-    atexit.register(_hold, default)
+    atexit.register(id, default)
     rank, size = dist.get_rank(), dist.get_world_size()
     on_gpus = "nccl" in dist.get_backend_config(default)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
@@ -273,7 +267,8 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     if size == 1 or dist.is_initialized():
         yield world if size == 1 else World.current()
         return
-    world = _join(world, timeout)
+    join_group(world.device, rank, size, world.restarts, timeout)
+    world = World.current()
     assert world.waiting is not None
     try:
         yield world
@@ -304,23 +299,3 @@ def _abort() -> None:
         thread.start()
         thread.join(ABORT)
     time.sleep(0.1)  # for gloo's threads, as above
-
-
-def _join(world: World, timeout: float) -> World:
-    """Initialise the process group that the environment describes."""
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
-    try:
-        # After a restart torchrun's store still holds the addresses of the dead: look under a name of our own.
-        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))  # type: ignore[attr-defined]
-        store = dist.PrefixStore(f"restart-{world.restarts}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
-        return World.current()
-    except ValueError as error:
-        raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
-    except dist.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RawloopError(
-            f"rank {world.rank} cannot meet the others at {place} within {timeout:g} s (ddp.timeout): "
-            f"{str(error).splitlines()[0]}"
-        ) from error

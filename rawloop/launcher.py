@@ -1,10 +1,12 @@
-"""What the launcher has told this process (RANK, WORLD_SIZE, LOCAL_RANK, restarts), read here alone, and its device."""
+"""The launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, restarts), read here alone; a process's device and group."""
 
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
-from rawloop.errors import UserError
+from rawloop.errors import RawloopError, UserError
 
 
 def choose_device(wanted: str, local_rank: int, size: int = 1) -> torch.device:
@@ -49,3 +51,27 @@ def read_launch() -> tuple[str, int]:
     if not count.isdecimal():
         raise UserError(f"TORCHELASTIC_RESTART_COUNT is '{count}': it must be a whole number")
     return os.environ.get("TORCHELASTIC_RUN_ID", ""), int(count)
+
+
+def join_group(device: torch.device, rank: int, size: int, restarts: int, timeout: float) -> None:
+    """Initialise the process group that the environment describes.
+
+    Raises:
+        UserError: the environment describes none.
+        RawloopError: the other processes cannot be met.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    try:
+        # After a restart torchrun's store still holds the addresses of the dead: look under a name of our own.
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=limit))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"restart-{restarts}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, but no group: {error}; start with torchrun") from error
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RawloopError(
+            f"rank {rank} cannot meet the others at {place} within {timeout:g} s (ddp.timeout): "
+            f"{str(error).splitlines()[0]}"
+        ) from error

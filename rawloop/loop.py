@@ -214,8 +214,7 @@ def update(run: Run, window: list[Batch]) -> StepResult:
 def sync_buffers(run: Run, buffers: MovingBuffers, result: StepResult) -> None:
     """Make the buffers that the window has moved equal on all ranks; put them back if the window was skipped."""
     buffers.agree(run.world) if result.applied else buffers.put_back()
-    trouble = buffers.trouble()
-    if trouble:
+    if trouble := buffers.trouble():
         run.deferred_error = run.deferred_error or TrainingError(f"window {run.state.window} {trouble}")
 
 

@@ -83,7 +83,7 @@ PARTS, FRAME = 1, 2
 
 # What is named -> the only places that may name it. A place is a room, or a path within the package.
 ONLY_IN = {
-    "torch.distributed": ("dist", "waiting"),
+    "torch.distributed": ("dist", "launcher", "waiting"),
     "torch.nn.parallel.DistributedDataParallel": ("ddp",),
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),
