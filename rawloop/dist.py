@@ -295,7 +295,6 @@ def _abort() -> None:
         # Its destructor waits for collectives that may never end: it must not run.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     if "nccl" in dist.get_backend_config():
-        thread = Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
-        thread.start()
+        (thread := Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)).start()
         thread.join(ABORT)
     time.sleep(0.1)  # for gloo's threads, as above
