@@ -62,11 +62,8 @@ def load_audio(
         frame_rate: of the codec, in frames per second; a clip shorter than one frame is bad.
         on_open_end: is called if the file does not say where it ends, so that it may have been cut short.
 
-    Returns:
-        Waveform (samples,) float32.
-
-    Raises:
-        BadAudio: the clip cannot be decoded whole, or no voice could be learnt from it; the message says why.
+    Returns the waveform, (samples,) float32. Raises BadAudio if the clip cannot be decoded whole, or no voice could be
+    learnt from it; the message says why.
     """
     waveform, rate = _decode(path, max_seconds, on_open_end)
     shortest = max(min_seconds, 1 / frame_rate if frame_rate else 0.0)

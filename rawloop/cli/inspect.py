@@ -90,7 +90,7 @@ class View:
             yield from self._sample(row, example)
 
     def _pieces(self, example: Any) -> Sequence[Piece]:
-        """Return the pieces that the family shows, or one piece if it shows none."""
+        """Return the pieces of an example, or one piece if the family shows none."""
         if has(self.family, "pieces"):
             return self.family.pieces(example)
         alone = self.family.collate([example])

@@ -99,12 +99,7 @@ class CodeCache:
         self._contents: dict[str, Row] | None = None
 
     def __call__(self, path: Path) -> Tensor:
-        """Return the codes of a clip, (frames, codebooks) int64.
-
-        Raises:
-            UserError: the clip has no codes, or its file has changed since it was encoded.
-            RawloopError: the cache is damaged.
-        """
+        """Return the codes of a clip, (frames, codebooks) int64. Raises UserError if it has none or has changed."""
         row = self._row(str(path))
         try:
             codes, crc = self._shard(row.shard).codes(row.sha256)
@@ -138,11 +133,8 @@ class CodeCache:
     def check(self, samples: Iterable[Sample]) -> None:
         """Verify that every clip of `samples` has codes, made from the audio that is on disk now, if there is any.
 
-        Costs one stat per clip; a file is hashed only if it was moved or touched since.
-
-        Raises:
-            UserError: clips have no codes.
-            RawloopError: a shard is gone or has lost its end.
+        Costs one stat per clip; a file is hashed only if it was moved or touched since. Raises UserError for clips
+        without codes, and RawloopError for a damaged shard.
         """
         problems: dict[int, list[str]] = {}
         rows: list[Row] = []

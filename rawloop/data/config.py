@@ -85,11 +85,7 @@ class DataConfig:
 
 
 def codes_folder(config: DataConfig) -> Path:
-    """Return the folder of the cached codes: `config.codes`, or `.rawloop-codes` in the folder of the data.
-
-    Raises:
-        UserError: neither `codes` nor `train` nor `eval` is set.
-    """
+    """Return the folder of the cached codes: `config.codes`, or `.rawloop-codes` in the folder of the data."""
     if config.codes is not None:
         return Path(expanduser(config.codes))
     data = config.train or config.eval

@@ -168,7 +168,7 @@ class Files:
         return Path(path)
 
     def raise_missing(self) -> None:
-        """Raise a UserError that names the missing files, if there are any."""
+        """Raise a UserError that names missing files, if there are any."""
         if not self.missing:
             return
         named = "; ".join(f"{quoted(value)} of {record}{self._hint(value)}" for value, record in self.missing[:5])
