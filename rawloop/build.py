@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.buffers import MovingBuffers, find_moving_buffers, in_words
-from rawloop.changes import PART, SettingsState
+from rawloop.changes import PART, Contents, SettingsState, check_settings_of_ranks
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.run_folder import mark_launch
@@ -31,7 +31,6 @@ from rawloop.diagnose.report import Report
 from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
-from rawloop.facts import Contents, check_settings_of_ranks
 from rawloop.families.chat_template import clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
 from rawloop.losses import LossModule
@@ -49,17 +48,10 @@ Say = Callable[[str], None]
 
 
 def build_run(config: RunConfig, world: World, say: Say) -> Run:
-    """Build a run and restore it from a checkpoint if the config asks for it. Errors on any rank are raised on all.
+    """Build a run, and restore it from a checkpoint if the config asks for it. `say` prints a line on rank 0.
 
-    Args:
-        config: the whole configuration.
-        world: the ranks; the process group is open.
-        say: prints a line for the user (on rank 0 only).
-
-    Raises:
-        UserError: anything in config, data or model that cannot work, before anything is trained or written over.
-        CheckpointError: the checkpoint to resume from is damaged or does not fit.
-        Preempted: this launch was told to stop before its processes were started again.
+    What cannot work in config, data or model is a UserError on all ranks, before anything is trained or written over.
+    Other errors are a CheckpointError (damaged, or it does not fit) and Preempted (this launch was told to stop).
     """
     folder = Path(expanduser(config.output))
     check_settings_of_ranks(config, world)
@@ -67,11 +59,10 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     try:
         return _build_run(config, folder, world, say, start)
     except BaseException as error:
-        begun = (folder / "events.jsonl").exists()
-        if isinstance(error, LibraryError) and begun:
+        if isinstance(error, LibraryError) and (folder / "events.jsonl").exists():
             error.folder = folder
         if start.lock:
-            start.lock.release(begun=begun)
+            start.lock.release()
         raise
 
 
@@ -128,11 +119,7 @@ class Ready:
     total_steps: int
 
     def examples(self, start: int, stop: int) -> list[list[Any]]:
-        """Make the examples of this rank's micro-batches from one number up to another, as far as the data goes.
-
-        Returns:
-            a list per micro-batch.
-        """
+        """Make the examples of this rank's micro-batches from one number up to another, as far as the data goes."""
         groups: list[list[Any]] = []
         for number in range(start, stop):
             window, micro = divmod(number, self.plan.accumulation)
@@ -141,11 +128,7 @@ class Ready:
         return groups
 
     def first_loss(self) -> Tensor:
-        """The sum of the first micro-batch's losses, for the trial of the precision mode.
-
-        Raises:
-            UserError: the micro-batch holds an id that the model cannot take.
-        """
+        """The sum of the first micro-batch's losses, for the trial of the precision mode. Ids are checked before."""
         self.limits.learn(self.data.family, self.model, self.policy.device, self.policy.autocast)
         first = self.train.batches.made(self.plan.micro_batches(0)[0])[1]
         return trial_loss(self.module, first, self.policy.device)
@@ -227,11 +210,7 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
 
 
 def check_run(config: RunConfig, world: World) -> Report:
-    """Run the checks of a new run and nothing else: what they find is returned, whatever it is, and written nowhere.
-
-    Raises:
-        UserError: anything in config, data or model that cannot work.
-    """
+    """Run the checks of a new run and nothing else: what they find is returned, whatever it is, and written nowhere."""
     check_settings_of_ranks(config, world)
     source = find_source(config.init_from, world) if config.init_from else None
     ready = world.on_all_ranks(partial(_prepare_run, config, world, lambda line: None, None, source))

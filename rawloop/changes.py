@@ -1,22 +1,34 @@
-"""Which settings may change when a run is resumed: a table of those that may not, and the comparison.
+"""The settings and facts that a run depends on: the same on all ranks, and again when the run is resumed.
 
 Every checkpoint holds the config of the run that wrote it. A changed key is taken and printed, unless the table lists
-it: a change that would make another run is refused before anything is written.
+it: a change that would make another run is refused before anything is written. A fact is a name and a value, or the
+digest of one. `World.check_equal` compares facts between ranks, `compare` with those of a checkpoint.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from os.path import expanduser
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rawloop.adapters.fingerprint import BaseFingerprint
+from rawloop.checkpoint.manifest import installed_versions
 from rawloop.checkpoint.pack import Packed, unpack
 from rawloop.checkpoint.writer import STATE
-from rawloop.config import RunConfig, known_keys
+from rawloop.config import RunConfig
+from rawloop.contracts import Family, Sample
+from rawloop.data.codes import CodeCache
+from rawloop.dist import World
 from rawloop.errors import UserError
+from rawloop.families.identity import reading_of, source_of
+from rawloop.hashing import sha256_files, sketch_file
+from rawloop.segments import segment_of
 
 WORLD_SIZE = "world_size"  # no key of the config, and compared like one
 PART = "config"  # of a checkpoint
@@ -25,8 +37,7 @@ ORIGIN = "init_from"  # in that part
 
 def _keys(*groups: str) -> frozenset[str]:
     """`optim lr eps` -> optim.lr, optim.eps; a dash stands for keys without a group."""
-    split = [group.split() for group in groups]
-    return frozenset(name if group == "-" else f"{group}.{name}" for group, *names in split for name in names)
+    return frozenset(f"{group}.{name}".removeprefix("-.") for group, *names in map(str.split, groups) for name in names)
 
 
 FIXED = "fixed"
@@ -56,12 +67,15 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
         "precision.masters": "the masters (part `precision`)",
     }
 )
-# Their product is the number of samples in a step.
-WINDOW = (WORLD_SIZE, "train.batch_size", "train.accumulation")
+WINDOW = (WORLD_SIZE, "train.batch_size", "train.accumulation")  # their product is the number of samples in a step
 # Keys of one start, not of the run: equal runs have equal checkpoints, wherever they lie and however they were begun.
 NOT_KEPT = frozenset({"output", "resume", "init_from"})
 WAY_ON = "start another run from these weights with --init_from CHECKPOINT --output NEW"
 SAME = "(the same samples)"
+# Settings that machines may have of their own: paths, whose contents are compared, and what no number depends on.
+MAY_DIFFER = frozenset({"data.train", "data.eval", "data.codes", "model.path", "model.codec", "data.num_workers"})
+BLOCKS = 64  # in how many parts the samples are compared between ranks, to name the part that differs
+ADVICE = "start every process with the same command, and the same data, model and code"
 OTHER_CONTENTS = MappingProxyType(
     {
         "data.train": "the checkpoint was trained on other samples ({then} then, {now} in data.train now; texts, "
@@ -79,19 +93,17 @@ OTHER_READING = (
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config by dotted keys; the value of `model.stream_weights` is one, though a dict."""
-    groups = {key.rpartition(".")[0] for key in known_keys()}
     values: dict[str, Any] = {}
     for name, value in config.items():
-        key = f"{prefix}{name}"
-        values |= flat(value, f"{key}.") if key in groups and isinstance(value, dict) else {key: value}
+        is_group = isinstance(value, dict) and name != "stream_weights"
+        values |= flat(value, f"{prefix}{name}.") if is_group else {f"{prefix}{name}": value}
     return values
 
 
 class SettingsState:
     """The config as a part of a checkpoint. Loading it compares, and keeps in `taken` a line for each change.
 
-    `facts` are `Contents.of_run`: digests of what was read, by what the settings say. `origin` says which checkpoint's
-    weights the run has started from (`init_from`); all later checkpoints keep it.
+    `facts` are `Contents.of_run`. `origin` is the checkpoint of `init_from`; all later checkpoints keep it.
     """
 
     def __init__(
@@ -105,12 +117,12 @@ class SettingsState:
         self.taken: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the resolved config, nested, but for `NOT_KEPT`, the number of ranks, and the facts."""
+        """Return the config without `NOT_KEPT`, the number of ranks, the facts and the origin."""
         kept = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_KEPT}
         return {"config": kept, WORLD_SIZE: self.world_size, "facts": self.facts, ORIGIN: self.origin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare; see `compare`."""
+        """Compare the settings; see `compare`."""
         self.taken = compare(state, self.config, self.world_size, self.facts)
         self.origin = state.get(ORIGIN)
 
@@ -118,13 +130,7 @@ class SettingsState:
 def compare(
     stored: Mapping[str, Any], config: RunConfig, world_size: int, facts: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """Compare a checkpoint's settings with the present ones.
-
-    Args:
-        stored: what `SettingsState.state_dict` returned then. A key that it lacks had its default.
-        config: the present config.
-        world_size: the present number of ranks.
-        facts: the present ones, as far as they are known yet. Those that the checkpoint lacks are not compared.
+    """Compare a checkpoint's settings with the present ones, and the facts that both know.
 
     Returns:
         a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`.
@@ -132,8 +138,10 @@ def compare(
     Raises:
         UserError: settings or facts have changed that must not.
     """
-    then = {**flat(dataclasses.asdict(RunConfig())), **flat(stored["config"]), WORLD_SIZE: stored[WORLD_SIZE]}
+    then = {**flat(stored["config"]), WORLD_SIZE: stored[WORLD_SIZE]}
     now = {**flat(dataclasses.asdict(config)), WORLD_SIZE: world_size}
+    if now.keys() - then.keys() - NOT_KEPT:
+        then = {**flat(dataclasses.asdict(RunConfig())), **then}
     changed = {
         key: f"{key} {_shown(then[key])} -> {_shown(now[key])}"
         for key in now
@@ -147,44 +155,33 @@ def compare(
         )
     _check_origin(stored.get(ORIGIN), config.init_from)
     _check_window(then, now)
-    others = other_facts(stored, facts)
-    other_eval = others.pop("data.eval", None) if "data.eval" in changed else None
-    _check_facts(others)
-    lines = list(changed.values())
+    other_eval = _check_facts(stored, facts, free=["data.eval"] if "data.eval" in changed else []).get("data.eval")
     if other_eval is not None:
-        lines.append(f"data.eval has other contents ({other_eval[0]} -> {other_eval[1]})")
+        changed[""] = f"data.eval has other contents ({other_eval[0]} -> {other_eval[1]})"
     elif "data.eval" in changed and "data.eval" in stored.get("facts", {}).keys() & facts.keys():
-        lines = [f"{line} {SAME}" if line == changed["data.eval"] else line for line in lines]
-    return lines
-
-
-def other_facts(stored: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Return (then, now) of each fact that a checkpoint's settings hold with another value."""
-    then = stored.get("facts", {})
-    return {name: (then[name], now) for name, now in facts.items() if name in then and then[name] != now}
+        changed["data.eval"] += f" {SAME}"
+    return list(changed.values())
 
 
 def check_reading(stored: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """Refuse to evaluate a checkpoint with another tokenizer or template than it was trained with.
 
-    Returns:
-        a sentence where the evaluation samples are others than the run's, else "".
-
-    Raises:
-        UserError: see `compare`.
+    Returns a sentence if the evaluation samples are others than the run's, else "".
     """
-    others = other_facts(stored, facts)
-    data = others.pop("data.eval", None)
-    _check_facts(others)
-    return (
-        "" if data is None else "data.eval has other samples than the run was evaluated on: compare no losses with it"
-    )
+    others = _check_facts(stored, facts, free=["data.eval"])
+    return "data.eval has other samples than the run was evaluated on: compare no losses with it" if others else ""
 
 
-def _check_facts(others: Mapping[str, tuple[str, str]]) -> None:
-    for name in sorted(others):
-        then, now = others[name]
-        raise UserError(OTHER_CONTENTS.get(name, OTHER_READING).format(name=name, then=then, now=now))
+def _check_facts(
+    stored: Mapping[str, Any], facts: Mapping[str, str], free: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+    """Refuse facts that a checkpoint holds with another value, but for the `free` ones: return (then, now) of these."""
+    known = stored.get("facts", {})
+    others = {name: (known[name], now) for name, now in facts.items() if name in known and known[name] != now}
+    for name, (then, now) in sorted(others.items()):
+        if name not in free:
+            raise UserError(OTHER_CONTENTS.get(name, OTHER_READING).format(name=name, then=then, now=now))
+    return others
 
 
 def _check_origin(stored: Mapping[str, Any] | None, given: str | None) -> None:
@@ -192,19 +189,18 @@ def _check_origin(stored: Mapping[str, Any] | None, given: str | None) -> None:
     if given is None or (stored is not None and given == stored["given"]):
         return
     if stored is None:
-        raise UserError(
-            f"init_from is '{given}', and the run that is resumed was not started from a checkpoint's weights: leave "
-            "init_from out to go on with it, or pass another --output and no --resume"
-        )
-    if str(Path(expanduser(given)).resolve()) != stored["checkpoint"]:
-        raise UserError(
-            f"init_from is '{given}', and the run that is resumed was started from '{stored['given']}' "
-            f"({stored['checkpoint']}): set it back, or pass another --output and no --resume"
-        )
+        origin = "not started from a checkpoint's weights: leave init_from out to go on with it"
+    elif str(Path(expanduser(given)).resolve()) != stored["checkpoint"]:
+        origin = f"started from '{stored['given']}' ({stored['checkpoint']}): set it back"
+    else:
+        return
+    raise UserError(
+        f"init_from is '{given}', and the run that is resumed was {origin}, or pass another --output and no --resume"
+    )
 
 
 def _check_window(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse another number of samples in a step, which is another data order, before a model is loaded for it."""
+    """Refuse another number of samples in a step, which is another data order."""
     had, has = (math.prod(values[key] for key in WINDOW) for values in (then, now))
     if had == has:
         return
@@ -226,10 +222,75 @@ def _shown(value: Any) -> str:
 
 
 def stored_settings(slot: Path) -> dict[str, Any] | None:
-    """The settings in a checkpoint that is verified; None if it has none."""
+    """Return the settings in a verified checkpoint; None if it has none."""
     file = slot / STATE / f"{PART}.json"
-    return _of_run(unpack(Packed(json.loads(file.read_bytes()), {}))) if file.exists() else None
-
-
-def _of_run(state: Any) -> dict[str, Any] | None:
+    state = unpack(Packed(json.loads(file.read_bytes()), {})) if file.exists() else None
     return state if isinstance(state, dict) and {"config", WORLD_SIZE} <= set(state) else None
+
+
+def check_settings_of_ranks(config: RunConfig, world: World) -> None:
+    """Refuse ranks with other settings, another kind of device, or other code."""
+    code = {**installed_versions(), "tokenizers": version("tokenizers"), "Python": platform.python_version()}
+    own = sha256_files(Path(__file__).parent.rglob("*.py"))[:16]
+    settings = {key: value for key, value in flat(dataclasses.asdict(config)).items() if key not in MAY_DIFFER}
+    world.check_equal({**settings, **code, "rawloop's source": own, "device type": world.device.type}, ADVICE)
+
+
+@dataclasses.dataclass
+class Contents:
+    """The facts of one rank's data: how it reads samples, and each one's digest and place in its file."""
+
+    reading: dict[str, str]
+    source: str
+    samples: Mapping[str, list[str]]
+    places: Mapping[str, list[str]]
+
+    def of_run(self) -> dict[str, str]:
+        """The facts that a resumed run must find again."""
+        read = {key: f"{len(digests)} samples, digest {_digest(*digests)}" for key, digests in self.samples.items()}
+        return {**self.reading, **read}
+
+    def check_ranks(self, base: BaseFingerprint | None, world: World) -> None:
+        """Refuse ranks with other samples, another tokenizer or template, or other weights."""
+        facts = {**self.reading, "the source of the model's family": self.source}
+        for split, digests in self.samples.items():
+            size = -(-len(digests) // BLOCKS) or 1
+            facts[f"number of samples of {split}"] = str(len(digests))
+            for start in range(0, len(digests), size):
+                end = min(start + size, len(digests))
+                name = f"samples[{start}{f':{end}' if size > 1 else ''}] of {split}"
+                facts[name] = f"{_digest(*digests[start:end])[:8]} (from {self.places[split][start]} on)"
+        if base is not None:
+            base.share_sums(world)
+            facts["the model's config"] = str(base.origin["config"])[:12]
+            facts |= {f"the weight {name}": value for name, value in base.sums.items()}
+        world.check_equal(facts, ADVICE)
+
+
+def contents_of(family: Family, cache: CodeCache | None, samples: Mapping[str, Sequence[Sample]]) -> Contents:
+    """Return the facts of a rank's samples, given by key. A clip counts by its codes, or by a sketch of its file."""
+
+    def clip(path: Path) -> str:
+        return sketch_file(segment_of(path).file) if cache is None else cache.identity(path)
+
+    digests = {key: digests_of(given, clip) for key, given in samples.items()}
+    places = {key: [sample.source for sample in given] for key, given in samples.items()}
+    return Contents(reading_of(family), source_of(family), digests, places)
+
+
+def digests_of(samples: Iterable[Sample], clip: Callable[[Path], str]) -> list[str]:
+    """Return a digest of each sample without its id and source; a clip counts by its name and by `clip(path)`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return [value.name, clip(value)]
+        if not dataclasses.is_dataclass(value):
+            return repr(value)
+        return {name: item for name, item in vars(value).items() if item and name not in ("id", "source")}
+
+    encode = json.JSONEncoder(default=plain).encode
+    return [_digest(encode(sample)) for sample in samples]
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

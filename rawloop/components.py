@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import add_adapter
 from rawloop.audio import import_torchaudio
+from rawloop.changes import Contents, contents_of
 from rawloop.config import RunConfig
 from rawloop.contracts import Family, PackingFamily, Sample
 from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
@@ -26,7 +27,6 @@ from rawloop.ddp import unwrap_ddp
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
-from rawloop.facts import Contents, contents_of
 from rawloop.families import load_family
 from rawloop.families.sample_checks import check_repeatable
 from rawloop.losses import LossModule
@@ -37,11 +37,7 @@ from rawloop.weights import Source, load_weights
 
 
 def build_family(config: RunConfig) -> Family:
-    """Return the family of the configured model, told how to make batches.
-
-    Raises:
-        UserError: there is no such family, or it cannot do what the data's config asks for.
-    """
+    """Return the family of the configured model, told how to make batches, or refuse what it cannot do."""
     import_torchaudio()
     family = load_family(config.model)
     check_streams(config, family)
@@ -56,11 +52,7 @@ def build_family(config: RunConfig) -> Family:
 
 
 def check_streams(config: RunConfig, family: Family) -> None:
-    """Refuse a family that does not weigh its streams as the config says.
-
-    Raises:
-        UserError: it has another weight for a stream, or none.
-    """
+    """Refuse a family that does not weigh its streams as the config says."""
     for stream, weight in config.model.stream_weights.items():
         own = family.stream_weights.get(stream, 0.0)
         if own != weight:
@@ -85,11 +77,7 @@ class Data:
 
 
 def read_data(config: RunConfig, family: Family, *splits: str) -> Data:
-    """Read and check the samples of some splits.
-
-    Raises:
-        UserError: a split is not configured, empty or broken, or has a sample that cannot be used.
-    """
+    """Read the samples of some splits, or refuse a split that is not configured, empty or broken."""
     cache = open_codes(config.data, family)
     notices: list[str] = []
     samples = {f"data.{split}": load_samples(config.data, family, cache, split, notices.append) for split in splits}
@@ -114,13 +102,10 @@ def build_model(
     Args:
         config: the whole configuration.
         world: the ranks.
-        family: knows how the model is loaded.
+        family: loads the model.
         notices: gets a line for everything that the user should know.
         precision: what `stored_precision` said of the checkpoint that will be restored.
         source: whose weights the model starts from.
-
-    Returns:
-        the model, its precision policy, and what identifies the weights that the adapter stands on.
     """
     if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks
         transformers.utils.logging.disable_progress_bar()
@@ -155,11 +140,7 @@ def build_evaluator(
 
 
 def build_loader(config: RunConfig, data: Data, split: str, limits: Limits, world: World) -> Loader:
-    """Build the loader of a split's micro-batches, and check that they are the same each time.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Build the loader of a split's micro-batches, and refuse a family that does not make them the same each time."""
     samples = data.samples[split]
     example = partial(data.family.example, codes=data.cache or no_codes)
     batches = MicroBatches(samples, example, data.family.collate, limits.fault, config.seed)
@@ -171,10 +152,9 @@ def build_loader(config: RunConfig, data: Data, split: str, limits: Limits, worl
 def announce(
     config: RunConfig, family: Family, module: nn.Module, policy: PrecisionPolicy, optimizer: Optimizer
 ) -> str:
-    """Read off the finished module, in DDP or not, what is trained and in which dtypes, and return it in a line.
+    """Say in a line what is trained in which dtypes, read off the finished module, in DDP or not.
 
-    Raises:
-        RawloopError: other weights are trained than the policy steps and the optimizer holds, or in another dtype.
+    Refuse a run that trains other weights than the policy steps and the optimizer holds, or in another dtype.
     """
     wrapped = unwrap_ddp(module)
     assert isinstance(wrapped, LossModule)

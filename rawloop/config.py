@@ -8,7 +8,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os.path import expanduser
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
@@ -27,7 +26,6 @@ from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
 from rawloop.yaml_file import flattened, read_yaml
 
-RUN_MARKS = ("metrics.jsonl", "checkpoints")  # one of them stands in a run folder, beside its config
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
 # Keys that older runs have written into their config.yaml: the value that changes nothing, and the way on.
@@ -99,17 +97,8 @@ def parse(
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Read a run's config from `--config FILE` and overrides such as `--optim.lr 1e-5`.
 
-    Args:
-        argv: the command's arguments. A later file overrides an earlier one, and an option overrides all files.
-        prog: name of the command, for its help.
-        extra: further string options of the command, name -> help.
-        about: what the command does, for its help.
-
-    Returns:
-        the config, and the values of the further options (None where not given).
-
-    Raises:
-        UserError: an unknown key, a wrong type, a file that is not there or not YAML.
+    A later file overrides an earlier one, and an option overrides all files. `extra` are further string options of the
+    command, name -> help; their values are returned beside the config, None where not given.
     """
     head = f"{about[:1].upper()}{about[1:]}. {PATHS}" if about else PATHS
     parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=head)
@@ -135,26 +124,6 @@ def parse(
         return _built(RunConfig, values), options
     except UserError as error:
         raise UserError(f"{error}{_where(str(error), origins)}") from error
-
-
-def moved_run(argv: list[str], config: RunConfig) -> str | None:
-    """A sentence about a run's own config whose `output` is another folder than its own: it was copied or moved.
-
-    None where `--output` is given, and of all other configs.
-    """
-    rest = list(argv)
-    files = [Path(file) for file in _take(rest, "config") if Path(file).is_file()]  # a pipe is read once
-    if any(argument.partition("=")[0] == "--output" for argument in rest):
-        return None
-    named = [file for file in files if "output" in read_yaml(file)]
-    folder = named[-1].parent if named else None
-    if folder is None or not any((folder / mark).exists() for mark in RUN_MARKS):
-        return None
-    if folder.resolve() == Path(expanduser(config.output)).resolve():
-        return None
-    return (
-        f"--config is a run's own, in {folder}, and its output is {config.output}: pass --output {folder} to work there"
-    )
 
 
 def _built(owner: type, values: dict[str, Any]) -> Any:

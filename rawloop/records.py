@@ -184,8 +184,7 @@ class Records:
     def metrics(self, step: int, values: Mapping[str, Value]) -> None:
         """Write one line of metrics for `step`, on rank 0. A nan or an infinity is written as it is, by its name.
 
-        Raises:
-            TypeError: a value is no Python number or string (a tensor here would hide a wait for the device).
+        A value that is no Python number or string is a TypeError: a tensor here would hide a wait for the device.
         """
         for name, value in values.items():
             if not isinstance(value, float | int | str) and value is not None:

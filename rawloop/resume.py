@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -60,44 +61,31 @@ def choose_start(folder: Path, config: RunConfig, world: World, say: Say) -> Sta
 
     The lock comes first: until then another process may save, rotate, or begin a run there.
     """
-    lock = world.on_all_ranks(partial(lock_run_folder, folder), only_main=True)
-    try:
-        return _choose_start(folder, config, world, say, lock)
-    except BaseException:
+    with ExitStack() as undo:
+        lock = world.on_all_ranks(partial(lock_run_folder, folder), only_main=True)
+        was_there = lock is not None
         if lock:
-            lock.release(begun=False)
-        raise
-
-
-def _choose_start(folder: Path, config: RunConfig, world: World, say: Say, lock: RunLock | None) -> Start:
-    beginning = where_to_begin(folder, config.resume, world)
-    chosen = None
-    if beginning.resume is not None:
-        world.on_all_ranks(partial(check_resume, folder, beginning.resume), only_main=True)
-        chosen = choose(folder, beginning.resume, world)
-        world.on_all_ranks(partial(check_settings, chosen.slot, config, world.size), only_main=True)
-    source = find_source(config.init_from, world) if config.init_from and chosen is None else None
-    was_there = lock is not None
-    lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
-    try:
+            undo.callback(lock.release)
+        beginning = where_to_begin(folder, config.resume, world)
+        chosen = None
+        if beginning.resume is not None:
+            world.on_all_ranks(partial(check_resume, folder, beginning.resume), only_main=True)
+            chosen = choose(folder, beginning.resume, world)
+            world.on_all_ranks(partial(check_settings, chosen.slot, config, world.size), only_main=True)
+        source = find_source(config.init_from, world) if config.init_from and chosen is None else None
+        lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
+        if lock:
+            undo.callback(lock.release)
         world.on_all_ranks(lambda: None if was_there else check_nothing_has_begun(folder), only_main=True)
-    except UserError:
-        if lock:
-            lock.release(begun=False)
-        raise
-    removed = remove_stop_file(folder, world) if not world.restarts else None
-    for notice in (removed, lock.notice if lock else None):
-        if notice:
-            say(notice)
+        removed = None if world.restarts else world.on_all_ranks(partial(remove_stop_file, folder), only_main=True)
+        undo.pop_all()
+    for notice in filter(None, (removed, lock.notice if lock else None)):
+        say(notice)
     return Start(beginning, chosen, source, lock)
 
 
 def check_resume(folder: Path, resume: str) -> None:
-    """Refuse to resume over another run, before anything is written.
-
-    Raises:
-        UserError: the checkpoint is of another run than the one in the output folder.
-    """
+    """Refuse to resume from a checkpoint of another run than the one in the output folder."""
     there = resume != "latest" and Path(resume).expanduser().is_dir()  # `choose` refuses what is no folder
     if there and not is_inside(folder, resume) and find_slots(folder):
         raise UserError(
@@ -112,21 +100,14 @@ def goes_back(folder: Path, resume: str | None) -> bool:
 
 
 def check_settings(slot: Path, config: RunConfig, world_size: int) -> None:
-    """Compare the settings with the checkpoint's before anything is loaded or written.
-
-    Raises:
-        UserError: see `compare`.
-    """
+    """Compare the settings with the checkpoint's before anything is loaded or written; see `compare`."""
     stored = stored_settings(slot)
     if stored is not None:
         compare(stored, config, world_size)
 
 
 def stored_precision(slot: Path | None) -> dict[str, Any] | None:
-    """Read the precision state of a verified checkpoint: a run that fell back resumes in the mode it fell back to.
-
-    The mode must be known before weights are cast. None without a checkpoint, or if it holds no such part.
-    """
+    """Read the precision state of a checkpoint: its mode must be known before weights are cast."""
     file = slot / STATE / "precision.json" if slot else None
     return json.loads(file.read_bytes()) if file and file.exists() else None
 

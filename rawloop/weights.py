@@ -47,27 +47,27 @@ class Source:
 
 
 def find_source(given: str, world: World) -> Source:
-    """Find the weights that `init_from` names, and verify every file on every rank.
-
-    Raises:
-        UserError: there are none, or other ones on some rank.
-        CheckpointError: they are damaged.
-    """
+    """Find the weights that `init_from` names, the same on all ranks, and verify every file on every rank."""
     source = world.on_all_ranks(lambda: _find(given))
     assert source is not None
     world.check_equal({"init_from": f"digest {source.digest[:16]}"}, "put the same checkpoint on all machines")
     return source
 
 
+def resolve(path: Path) -> tuple[Path | None, str]:
+    """Return the slot that RUN/best or RUN/latest stands for, and why newer ones were passed over. Others stay."""
+    if path.name != "latest" or path.exists():
+        return resolve_best(path), ""
+    found = find_latest(path.parent)
+    return found.slot, "; ".join(found.damaged.values())
+
+
 def _find(given: str) -> Source:
-    path, damage = resolve_best(Path(expanduser(given))), ""
-    if path.name == "latest" and not path.exists():
-        found = find_latest(path.parent)
-        damage = "; ".join(found.damaged.values())
-        if found.slot is None:
-            reasons = f" ({damage})" if damage else ""
-            raise UserError(f"init_from is '{given}', and no checkpoint of {path.parent} is whole{reasons}: {FORMS}")
-        path = found.slot
+    named = Path(expanduser(given))
+    path, damage = resolve(named)
+    if path is None:
+        reasons = f" ({damage})" if damage else ""
+        raise UserError(f"init_from is '{given}', and no checkpoint of {named.parent} is whole{reasons}: {FORMS}")
     if not path.is_dir():
         raise UserError(f"init_from is '{given}', which is no folder: {FORMS}")
     if (path / CHECKPOINTS).is_dir():
@@ -93,10 +93,6 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
 
     Trained weights are float32 afterwards, so that nothing of them is rounded before the policy casts them: where the
     checkpoint holds masters beside 16-bit weights, the weights take their values.
-
-    Raises:
-        UserError: the checkpoint was trained in another way, or on another base model.
-        CheckpointError: names or shapes differ.
     """
     files = ModelFiles(model, family.load_model)
     is_adapter = (source.folder / "adapter_config.json").is_file()

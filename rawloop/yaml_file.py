@@ -31,11 +31,7 @@ class Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the values of a file by dotted keys, such as `optim.lr`. An empty dict is a value.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or has something that the module's docstring names.
-    """
+    """Return the values of a file by dotted keys, such as `optim.lr`. An empty dict is a value."""
     try:
         content = _parse(_read(path), str(path))
     except yaml.MarkedYAMLError as error:
@@ -83,13 +79,7 @@ def _parse(text: str, source: str) -> Any:
 
 
 def check_node(node: yaml.Node | None, source: str, counter: Iterator[int] | None = None) -> None:
-    """Raise UserError for a node that the module's docstring forbids.
-
-    Args:
-        node: the result of `yaml.compose`; None for an empty text.
-        source: the text's origin, for the message.
-        counter: counts the values so far.
-    """
+    """Raise UserError for a node that the module's docstring forbids. `counter` counts the values so far."""
     if node is None:
         return
     counter = counter or count(1)

@@ -12,8 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.files import ModelFiles
-from rawloop.adapters.finished import check_lora, kinds, lora_layers
-from rawloop.adapters.lora import add_adapter
+from rawloop.adapters.lora import add_adapter, check_lora, kinds, lora_layers
 from rawloop.build import build_run
 from rawloop.components import announce, check_streams
 from rawloop.config import RunConfig

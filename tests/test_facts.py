@@ -16,14 +16,13 @@ from torch import Tensor
 
 from rawloop.adapters.fingerprint import BaseFingerprint, checksum
 from rawloop.build import build_run, check_run
-from rawloop.changes import SettingsState, compare, flat
+from rawloop.changes import MAY_DIFFER, SettingsState, compare, contents_of, digests_of, flat
 from rawloop.cli import main
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data.samples import read_samples
 from rawloop.dist import World
 from rawloop.errors import UserError
-from rawloop.facts import MAY_DIFFER, contents_of, digests_of
 from rawloop.families import ModelConfig, load_family
 from rawloop.segments import Segment
 

@@ -68,7 +68,6 @@ FLOORS = (
             "yaml_file",
             "foreign_names",
             "changes",
-            "facts",
             "weights",
             "components",
             "checkpoints",

@@ -19,11 +19,7 @@ def memory_of(name: str, tensor: Tensor) -> tuple[Any, ...]:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a model's or an adapter's folder; what lies beside its own files is not looked at.
-
-    Raises:
-        CheckpointError: there are none, or one cannot be read.
-    """
+    """Return all tensors of a model's or an adapter's folder; what lies beside its own files is not looked at."""
     files = _weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file")
@@ -52,11 +48,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def same_names(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> None:
-    """Hold names and shapes of what is stored in a folder against those of a model.
-
-    Raises:
-        CheckpointError: they differ, or there are none.
-    """
+    """Compare names and shapes of what is stored in a folder with those of a model. No weights at all are refused."""
     if not (wanted or stored):
         raise CheckpointError(f"{folder} holds no weight that could be compared with the model's")
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
@@ -77,9 +69,6 @@ def compare(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: 
     """Compare stored weights with a model's, bit for bit: a NaN, too, must be the NaN that was meant.
 
     `rounded` allows for a model of another precision today.
-
-    Raises:
-        CheckpointError: names, shapes or bits differ, or there are no weights.
     """
     same_names(stored, wanted, folder)
     for name, tensor in wanted.items():

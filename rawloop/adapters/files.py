@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from rawloop.adapters.compare import compare, compare_model, memory_of, same_names, tensors_of
 from rawloop.adapters.fingerprint import BASE, BaseFingerprint
-from rawloop.adapters.lora import SCALE
+from rawloop.adapters.lora import PREFIX, SCALE
 from rawloop.buffers import Place, places
 from rawloop.errors import CheckpointError, UserError
 from rawloop.host_memory import copy_to_host, host_model, wait_for_copies
 
 WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
 BUFFERS = "buffers.safetensors"  # beside an adapter: those that training moves and PEFT's file does not hold
-PREFIX = "base_model.model."  # which PEFT puts before every name
 
 
 class ModelFiles:

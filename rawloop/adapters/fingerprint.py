@@ -85,21 +85,13 @@ class BaseFingerprint:
         return {"digest": self.digest, "weights": self.weights, **self.origin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare the digests.
-
-        Raises:
-            UserError: the checkpoint was trained on other weights.
-        """
+        """Refuse a checkpoint that was trained on other weights."""
         if state["digest"] != self.digest:
             raise self._other_weights(state)
         self.check_base(state)
 
     def check_base(self, state: Mapping[str, Any]) -> None:
-        """Compare the base model alone: the adapter on it may be another one, or none.
-
-        Raises:
-            UserError: the checkpoint was trained on another base model.
-        """
+        """Compare the base model alone: the adapter on it may be another one, or none."""
         if self.sums and state.get("weights", self.weights) != self.weights:
             raise self._other_weights(state)
         if state["config"] != self.origin["config"]:
@@ -114,14 +106,9 @@ class BaseFingerprint:
 
 
 def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:
-    """Read the fingerprint beside an adapter, or in its checkpoint.
+    """Read the fingerprint beside an adapter, or in its checkpoint; empty if there is none.
 
-    Returns:
-        what `BaseFingerprint.state_dict` returned then, empty if there is none, and a clause that says why the base
-        model could not be checked, empty if it can be.
-
-    Raises:
-        CheckpointError: it cannot be read.
+    The second value says why the base model could not be checked, and is empty if it can be.
     """
     file = next((f for f in (adapter / BASE, adapter.resolve().parent / "state" / BASE) if f.is_file()), None)
     if file is None:

@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -10,16 +11,18 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rawloop.adapters.config import ALL_LINEAR
 from rawloop.adapters.config import AdapterConfig as AdapterConfig
-from rawloop.adapters.finished import PREFIX, check_lora, lora_layers, note_tied, tied_layers
+from rawloop.adapters.fingerprint import ADAPTERS
 from rawloop.errors import UserError
 
 LINEAR = (nn.Linear, Conv1D)
-ADDED = re.compile(r"\.(?:lora_|modules_to_save\.)")
+PREFIX = "base_model.model."  # PEFT puts it before every name; patterns are written against the model's own names
 # Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
 SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
 
@@ -27,15 +30,8 @@ SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rsl
 def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], revision: str | None = None) -> nn.Module:
     """Make the model trainable as the config asks, and return it (wrapped by PEFT for LoRA).
 
-    Args:
-        model: the loaded base model. What it comes with frozen stays frozen, unless `unfreeze` names it.
-        config: LoRA or full, and what is frozen.
-        notices: gets a line for everything the user should know, such as a target that matches two kinds of layer.
-        revision: of the base model on the hub, kept with the adapter.
-
-    Raises:
-        UserError: a target, module or pattern matches nothing, in which case near matches are named; or nothing would
-            be trained.
+    Weights that `load_model` has frozen stay frozen, unless `unfreeze` names them. A target, module or pattern that
+    matches nothing is refused with near matches. `notices` gets a line for everything the user should know.
     """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if config.mode == "lora" and len(frozen) == len(list(model.parameters())):
@@ -97,14 +93,10 @@ def _paths(model: nn.Module, modules: list[str]) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     paths: list[str] = []
     for module in modules:
-        matched = _outermost(_matching(module, names))
+        matched = _matching(module, names)  # without what lies inside another match, which would be copied twice
+        matched = [path for path in matched if not any(path.startswith(f"{other}.") for other in matched)]
         paths += [module] if len(matched) == sum(name.endswith(module) for name in names) else matched
     return paths
-
-
-def _outermost(paths: list[str]) -> list[str]:
-    """Leave out what lies inside another match: a module and its child of the same name would both be copied."""
-    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -188,7 +180,7 @@ def _note_frozen(model: nn.Module, frozen: set[str], mode: str, notices: list[st
         count = sum(model.get_parameter(name).numel() for name in kept)
         text = f"frozen by load_model: {count:,} parameters ({_in_words(kept)}); adapter.unfreeze would train them"
     else:
-        layers = {ADDED.split(name)[0] for name in trained if trained[name]}
+        layers = {re.split("|".join(map(re.escape, ADAPTERS)), name)[0] for name in trained if trained[name]}
         kept = sorted({layer for name in frozen for layer in [name.rpartition(".")[0]] if layer in layers})
         text = (
             f"LoRA or modules_to_save train {len(kept)} layers that load_model has frozen ({_in_words(kept)}): if they "
@@ -202,3 +194,78 @@ def _in_words(names: list[str]) -> str:
     """Names of weights, in short: `model.audio_tower.*, lm_head.weight, ...`."""
     shown = sorted({".".join([*name.split(".")[:2], "*"]) if name.count(".") > 1 else name for name in names})
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+
+
+def lora_layers(model: nn.Module) -> set[str]:
+    """The layers that have LoRA, by the base model's own names; a parameter that has it by the parameter's name."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            parameter = getattr(module, "parameter_name", None)  # of layers whose weights are no layers, as experts
+            found.add(".".join(filter(None, (_own(name), parameter))))
+    return found
+
+
+def check_lora(model: nn.Module, asked: Collection[str], exactly: bool, notices: list[str]) -> None:
+    """Compare the layers to which PEFT gave LoRA with those that were asked for; `notices` gets a line about them.
+
+    `exactly`: the layers were named. Otherwise (all-linear) PEFT has chosen, and a difference is only told.
+    """
+    made = lora_layers(model)
+    more, less = made - set(asked), set(asked) - made
+    if exactly and (more or less):
+        raise UserError(
+            "adapter.target_modules does not come to what it says: PEFT has given LoRA to "
+            f"{kinds(more) or 'no other layer'}, which are not named, and none to {kinds(less) or 'no layer less'}: "
+            "name the layers by more of their path, or take another version of PEFT"
+        )
+    strange = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(mark in name for mark in ADAPTERS)
+    ]
+    if strange:
+        raise UserError(f"{strange[0]} (of {len(strange)}) would be trained, which no key of adapter asks for")
+    line = f"LoRA on {len(made)} layers: {kinds(made)}"
+    if more:
+        line += f"; among them {kinds(more)}, which are no plain linear layers and which all-linear includes"
+    if less:
+        line += f"; not on {kinds(less)}, which all-linear leaves out"
+    saved = [_own(name) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    notices.append(f"{line}; in full: {', '.join(saved)}" if saved else line)
+
+
+def tied_layers(model: nn.Module) -> list[list[str]]:
+    """The layers that share a weight, by their names."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    return [names for names in places.values() if len(names) > 1]
+
+
+def note_tied(tied: Iterable[list[str]], targets: Collection[str], saved: Collection[str], notices: list[str]) -> None:
+    """Say what becomes of `tied_layers` of the base model where the adapter takes one of them."""
+    for names in tied:
+        shared = f"{' and '.join(names)} share a weight"
+        copies = [name for name in names if name in saved]
+        if copies:
+            rest = ", ".join(name for name in names if name not in saved)
+            stays = f"; {rest} keeps that of the base model" if rest else ""
+            notices.append(f"{shared}: a copy of its own is trained for {' and for '.join(copies)}{stays}")
+        changed = [name for name in names if name in targets]
+        if changed:
+            notices.append(
+                f"{shared}, and LoRA changes it in {', '.join(changed)} alone: such an adapter cannot be merged; name "
+                "the layer in adapter.modules_to_save instead if you want to merge it"
+            )
+
+
+def kinds(names: Collection[str]) -> str:
+    """Layers by the last parts of their names, with how many there are: `self_attn.q_proj (28), lm_head (1)`."""
+    counts = Counter(".".join(part for part in name.split(".")[-3:] if not part.isdecimal()) for name in names)
+    counts = Counter({re.sub(r"^(layers|h|blocks)\.", "", name): count for name, count in counts.items()})
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+
+def _own(name: str) -> str:
+    return name.removeprefix(PREFIX).replace(".base_layer", "")

@@ -24,19 +24,8 @@ def merge_adapter(
 ) -> tuple[nn.Module, Tensor, float]:
     """Merge an adapter into its base model, which must be in float32: 16 bits would round small updates away.
 
-    Args:
-        base: the base model.
-        adapter: folder in PEFT's format.
-        probe: runs a model on fixed inputs and returns its logits, any shape.
-
-    Returns:
-        the merged model, the logits of base plus adapter, and the largest difference of the merged model's logits from
-        them, relative to the largest logit.
-
-    Raises:
-        UserError: the adapter is of another model.
-        CheckpointError: its weights are damaged, not complete, or not finite.
-        RawloopError: base plus adapter give logits that are not finite.
+    `probe` runs a model on fixed inputs and returns its logits. Returns the merged model, the logits of base plus
+    adapter, and the largest difference of the merged model's logits from them, relative to the largest logit.
     """
     stored = tensors_of(adapter)
     for name, tensor in stored.items():
@@ -70,20 +59,9 @@ def _check_weight(adapter: Path, name: str, tensor: Tensor) -> None:
 def load_base(
     adapter: Path, load_model: Callable[[], nn.Module], path: str, revision: str | None
 ) -> tuple[nn.Module, str]:
-    """Load the base model and compare it with the fingerprint that stands beside an adapter.
+    """Load the base model and compare it with the fingerprint beside an adapter. Returns a sentence for the user.
 
-    Args:
-        adapter: folder in PEFT's format.
-        load_model: the family's. What it draws at random, as for a head that the base model lacks, it draws as then.
-        path: folder or hub id that it loads from.
-        revision: of the hub repository.
-
-    Returns:
-        the model, and a sentence for the user, empty if there is nothing to say.
-
-    Raises:
-        UserError: the adapter was trained on other weights.
-        CheckpointError: the fingerprint cannot be read.
+    What `load_model` draws at random, as for a head that the base model lacks, it draws as at the training.
     """
     stored, unchecked = stored_fingerprint(adapter)
     seed_all(stored.get("seed", 0), 0)
@@ -96,12 +74,7 @@ def load_base(
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:
-    """Return the folder or hub id of the model that an adapter was trained on, empty if unknown, and its revision.
-
-    Raises:
-        UserError: the folder holds no LoRA adapter.
-        RawloopError: its adapter_config.json cannot be read.
-    """
+    """Return the folder or hub id of the model that an adapter was trained on, empty if unknown, and its revision."""
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise UserError(

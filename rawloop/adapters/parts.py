@@ -23,12 +23,7 @@ What = Literal["auto", "all", "trained"]
 
 
 class Weights:
-    """Some weights and buffers of a model by name, as one state.
-
-    Args:
-        model: the module that has them.
-        names: of the weights and buffers.
-    """
+    """Some weights and buffers of a model by name, as one state."""
 
     def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         self.model, self.names = model, frozenset(names)
@@ -42,11 +37,7 @@ class Weights:
         return dict(self._tensors())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy the tensors into the model.
-
-        Raises:
-            CheckpointError: names or shapes differ.
-        """
+        """Copy the tensors into the model."""
         tensors = self._tensors()
         same_names(state, tensors, Path(type(self.model).__name__))
         with torch.no_grad():
@@ -62,11 +53,7 @@ class Frozen(BaseFingerprint):
         self.frozen = {name: weight for name, weight in model.named_parameters() if name not in kept}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the fingerprint.
-
-        Raises:
-            UserError: a weight is trained by now that was frozen when the part was made.
-        """
+        """Return the fingerprint. A weight that is trained by now would be in no checkpoint, and is refused."""
         unfrozen = [name for name, weight in self.frozen.items() if weight.requires_grad]
         if unfrozen:
             raise UserError(

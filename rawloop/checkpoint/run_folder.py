@@ -49,29 +49,22 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.notice: str | None = None
-        self._path, self._made = folder / LOCK, not (folder / LOCK).exists()
-        self._lock(folder)
-        while self.notice is None and not self._is_in_place():  # its last holder has deleted it while it was opened
-            os.close(self._file)
-            self._lock(folder)
-        if self.notice is None:
-            os.truncate(self._file, 0)
-            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def _lock(self, folder: Path) -> None:
+        self._path = folder / LOCK  # it stays for good: a lock on a file that another one deletes keeps nobody out
+        no_file = UserError(f"{self._path} is no plain file, as the lock of a run's folder is one: remove it")
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             if self._path.is_symlink() or self._path.is_dir():
-                raise self._no_file() from error
+                raise no_file from error
             raise _not_writable(folder, folder, error) from error
-        if not S_ISREG(os.fstat(self._file).st_mode):
-            os.close(self._file)
-            raise self._no_file()
         try:
+            if not S_ISREG(os.fstat(self._file).st_mode):
+                raise no_file
             self.renew()
+            os.truncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except UserError:
-            os.close(self._file)
+            self.release()
             raise
         except OSError as error:
             self.notice = f"nothing keeps a second run from training into {folder}: no file locks ({error.strerror})"
@@ -93,69 +86,38 @@ class RunLock:
                 "another --output"
             ) from None
 
-    def _no_file(self) -> UserError:
-        return UserError(f"{self._path} is no plain file, as the lock of a run's folder is one: remove it")
-
-    def _is_in_place(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._file), self._path.lstat())
-        except FileNotFoundError:
-            return False
-
-    def release(self, begun: bool = True) -> None:
-        """Let others train into the folder, of which nothing is left if the run has not `begun`. Once is enough."""
-        if self._file < 0:
-            return
-        if self._made and not begun:
-            self._path.unlink(missing_ok=True)
-        os.close(self._file)
-        self._file = -1
+    def release(self) -> None:
+        """Let others train into the folder. Once is enough."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def lock_run_folder(folder: Path) -> RunLock | None:
-    """Lock a run folder, if there is one yet.
-
-    Raises:
-        UserError: see `RunLock`.
-    """
+    """Lock a run folder, if there is one yet; see `RunLock`."""
     return RunLock(folder) if folder.is_dir() else None
 
 
 def claim_run_folder(folder: Path, world: World, *, resume: bool, lock: RunLock | None = None) -> RunLock | None:
-    """Make `folder` if need be, check that nothing of another run is in there, and lock it. Call it on every rank.
+    """Make `folder` if need be, refuse another run in there, and lock it. Call it on every rank; rank 0 has the lock.
 
-    Args:
-        folder: of the run.
-        world: the ranks.
-        resume: whether what is in there is of this run.
-        lock: rank 0's, if it holds one already.
-
-    Returns:
-        the lock, on rank 0; to be released at the end of the run.
-
-    Raises:
-        UserError: it holds a run and `resume` is false, it is a file, it cannot be made or written into, or another
-            process is training into it.
+    `resume` says that what is in there is of this run, and `lock` is rank 0's, if it holds one already.
     """
-    return world.on_all_ranks(lambda: _claim(folder, resume, lock), only_main=True)
+
+    def claim() -> RunLock:
+        _check(folder, resume)
+        return lock or RunLock(folder)
+
+    return world.on_all_ranks(claim, only_main=True)
 
 
 def check_nothing_has_begun(folder: Path) -> None:
-    """Refuse a folder that was not there when it was decided what to begin from, and that holds a run now.
-
-    Raises:
-        UserError: another process has made it in the meantime.
-    """
+    """Refuse a folder that was not there when it was decided what to begin from, and that holds a run now."""
     if any((folder / name).exists() for name in MARKS):
         raise UserError(
             f"output is '{folder}', in which another process has begun a run just now: pass another --output, or go "
             "on with that run by --resume latest"
         )
-
-
-def _claim(folder: Path, resume: bool, lock: RunLock | None) -> RunLock:
-    _check(folder, resume)
-    return lock or RunLock(folder)
 
 
 def _check(folder: Path, resume: bool) -> None:
@@ -218,15 +180,9 @@ def _mark(folder: Path, world: World) -> str | None:
 
 
 def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
-    """Decide what a run begins from; rank 0 does, for all.
+    """Decide what a run begins from, by what the user says (`latest`, `auto`, a slot's folder, or None).
 
-    Args:
-        folder: of the run.
-        resume: what the user says: `latest`, `auto`, a slot's folder, or None.
-        world: knows whether this is a restart by torchrun.
-
-    Raises:
-        Preempted: the processes of this launch were told to stop, and torchrun has started them again.
+    Raises Preempted if the processes of this launch were told to stop, and torchrun has started them again.
     """
     beginning = world.from_main(world.on_all_ranks(lambda: _begin(folder, resume, world), only_main=True))
     assert beginning is not None
@@ -249,12 +205,8 @@ def is_inside(folder: Path, resume: str) -> bool:
     return any(slot.is_relative_to(place.resolve()) for place in (folder, folder / CHECKPOINTS, folder / BEST))
 
 
-def remove_stop_file(folder: Path, world: World) -> str | None:
-    """Remove a stop file that was left by an earlier run, and return a sentence about it on rank 0."""
-    return world.on_all_ranks(lambda: _remove_stop_file(folder), only_main=True)
-
-
-def _remove_stop_file(folder: Path) -> str | None:
+def remove_stop_file(folder: Path) -> str | None:
+    """Remove a stop file that was left by an earlier run, and return a sentence about it. Rank 0 does."""
     file = folder / STOP_FILE
     if file.is_dir():
         raise UserError(f"{file} is a folder, which stops a run as a file of that name does: remove it")

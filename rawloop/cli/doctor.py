@@ -37,11 +37,7 @@ PATIENCE = 600.0  # seconds for a process that the doctor starts
 
 
 def run(argv: list[str]) -> None:
-    """Examine a config and print a table.
-
-    Raises:
-        RawloopError: a check failed; the table says why.
-    """
+    """Examine a config and print a table. A failed check is an error."""
     config, options = read_config("doctor", argv)
     with open_world(config.device, config.ddp.timeout) as world:
         if options["part"] is not None:

@@ -9,39 +9,32 @@ from typing import NamedTuple
 
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
-from rawloop.changes import check_reading, stored_settings
+from rawloop.changes import Contents, check_reading, check_settings_of_ranks, stored_settings
 from rawloop.checkpoint.disk import read_packed
 from rawloop.checkpoint.manifest import NAME as MANIFEST
 from rawloop.checkpoint.manifest import read_manifest, verify
 from rawloop.checkpoint.pack import unpack
 from rawloop.checkpoint.reader import check_same
-from rawloop.checkpoint.slots import find_best, find_latest, is_slot_name, resolve_best
+from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import read_config
 from rawloop.components import build_evaluator, build_family, build_model, read_data
-from rawloop.config import RunConfig, moved_run
+from rawloop.config import RunConfig
 from rawloop.data.limits import Limits
 from rawloop.dist import World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
-from rawloop.facts import Contents, check_settings_of_ranks
 from rawloop.families.chat_template import clock_notice
 from rawloop.losses import LossModule
 from rawloop.records import json_value
 from rawloop.resume import stored_precision
+from rawloop.weights import resolve
 
 
 def run(argv: list[str]) -> None:
-    """Evaluate, and print one JSON object: what was evaluated, and its metrics.
-
-    Raises:
-        RawloopError: a batch gave no finite loss; its samples are named.
-    """
+    """Evaluate, and print one JSON object: what was evaluated, and its metrics. Fails if a loss is not finite."""
     config, options = read_config("evaluate", argv)
     with open_world(config.device, config.ddp.timeout) as world:
-        notice = moved_run(argv, config)
-        if notice:
-            _tell(notice, world)
         check_settings_of_ranks(config, world)
         built = world.on_all_ranks(partial(_build, config, options["checkpoint"], world))
         assert built is not None
@@ -111,20 +104,17 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
 
 
 def slot_of(run_folder: Path, checkpoint: str) -> Path:
-    """Return the folder of `best`, `latest` or a named checkpoint, every file of it verified.
-
-    Raises:
-        UserError: there is none.
-        CheckpointError: it is damaged.
-    """
-    if checkpoint == "latest":
-        slot = _latest(run_folder)
-    else:
-        slot = find_best(run_folder) if checkpoint == "best" else resolve_best(Path(expanduser(checkpoint)))
-    if slot is None:
+    """Return the folder of `best`, `latest` or a named checkpoint, every file of it verified."""
+    by_role = checkpoint in ("best", "latest")
+    slot, damage = resolve(run_folder / checkpoint if by_role else Path(expanduser(checkpoint)))
+    if slot is None and damage:
+        raise CheckpointError(f"no checkpoint of {run_folder} is whole: {damage}")
+    if slot is None or (by_role and not slot.is_dir()):
         raise UserError(
             f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"
         )
+    if damage:
+        print(f"rawloop evaluate: passed over a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
     if not (slot / MANIFEST).is_file() and not (slot.is_dir() and is_slot_name(slot)):
         raise UserError(
             f"--checkpoint is '{checkpoint}', which is no checkpoint's folder (it has no {MANIFEST}): say best or "
@@ -132,14 +122,3 @@ def slot_of(run_folder: Path, checkpoint: str) -> Path:
         )
     verify(slot)
     return slot
-
-
-def _latest(run_folder: Path) -> Path | None:
-    """The newest whole checkpoint; newer ones that are damaged are named."""
-    found = find_latest(run_folder)
-    damage = "; ".join(found.damaged.values())
-    if found.slot is None and damage:
-        raise CheckpointError(f"no checkpoint of {run_folder} is whole: {damage}")
-    if damage:
-        print(f"rawloop evaluate: passed over a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
-    return found.slot

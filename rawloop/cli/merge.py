@@ -28,14 +28,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def run(argv: list[str]) -> None:
-    """Merge, compare, and write the merged model beside the base model's other files.
-
-    Raises:
-        UserError: the base model is not the one that the adapter was trained on.
-        CheckpointError: the adapter is a checkpoint's, which is damaged.
-        RawloopError: the merged logits differ from those of base plus adapter by more than `BOUND`, or the model cannot
-            be written; nothing is left of it.
-    """
+    """Merge, compare, and write the merged model beside the base model's other files. A failure leaves nothing."""
     parser = Parser(prog="rawloop merge", description="Merge a LoRA adapter into its base model.")
     of_the_base = dict.fromkeys(("--base", "--base_model", "--model"), "--model.path")
     parser.meant = {"--checkpoint": "--adapter", "--config": "--adapter", **of_the_base}
@@ -96,11 +89,7 @@ def run(argv: list[str]) -> None:
 
 
 def check_folder(adapter: Path) -> None:
-    """Refuse a folder beside the adapter's that people take for it, naming the right one.
-
-    Raises:
-        UserError: it is a checkpoint's or a run's folder, or holds a whole model.
-    """
+    """Refuse a folder beside the adapter's that people take for it, naming the right one."""
     if (adapter / "adapter_config.json").is_file():
         return
     for inside in ("adapter", "best/adapter"):
@@ -118,12 +107,7 @@ def check_folder(adapter: Path) -> None:
 
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
-    """A folder under a temporary name, so that a half-written one is never found; removed if it stays unfinished.
-
-    Raises:
-        UserError: it cannot be made.
-        RawloopError: the disk does not take what is written.
-    """
+    """A folder under a temporary name, so that a half-written one is never found; removed if it stays unfinished."""
     partial = output.with_name(f".tmp-{output.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)

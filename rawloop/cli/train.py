@@ -10,8 +10,7 @@ from rawloop.build import build_run
 from rawloop.checkpoint.run_folder import mark_launch
 from rawloop.checkpoint.slots import best_record, find_best, find_latest
 from rawloop.cli import read_config
-from rawloop.config import moved_run
-from rawloop.dist import World, open_world
+from rawloop.dist import open_world
 from rawloop.errors import Preempted
 from rawloop.loop import Run, train
 from rawloop.preempt import STOP_FILE, watched
@@ -21,11 +20,7 @@ SIGNAL_FILE = "RAWLOOP_SIGNAL_FILE"  # what launch/torchrun.py makes when it is 
 
 
 def run(argv: list[str]) -> None:
-    """Read the config, build the run, train, and say what came of it.
-
-    Raises:
-        Preempted: it was told to stop by SIGTERM, SIGUSR1 or a file named STOP in its folder (exit code 75).
-    """
+    """Read the config, build the run, train, and say what came of it."""
     config, _ = read_config("train", argv)
     folder = Path(expanduser(config.output))
     told = os.environ.get(SIGNAL_FILE)
@@ -33,10 +28,7 @@ def run(argv: list[str]) -> None:
         watched(folder / STOP_FILE, Path(told) if told else None) as preemption,
         open_world(config.device, config.ddp.timeout) as world,
     ):
-        notice = moved_run(argv, config)
-        if notice and world.is_main:
-            _tell(notice)
-        built = build_run(config, world, lambda line: _say(world, line))
+        built = build_run(config, world, lambda line: print(line, flush=True) if world.is_main else None)
         built.preemption = preemption
         try:
             train(built)
@@ -46,19 +38,11 @@ def run(argv: list[str]) -> None:
             try:
                 mark_launch(folder, world, stopped=True)
             except OSError as error:  # of a stop that is done and saved
-                _tell(f"the stop could not be marked ({error}): torchrun --max-restarts will start it again")
+                line = f"the stop could not be marked ({error}): torchrun --max-restarts will start it again"
+                print(f"rawloop train: {line}", file=sys.stderr, flush=True)
             raise
         finally:
             built.close()
-
-
-def _tell(line: str) -> None:
-    print(f"rawloop train: {line}", file=sys.stderr, flush=True)
-
-
-def _say(world: World, line: str) -> None:
-    if world.is_main:
-        print(line, flush=True)
 
 
 def summary(run: Run, folder: Path) -> str:

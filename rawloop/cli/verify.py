@@ -14,12 +14,7 @@ from rawloop.parser import Parser
 
 
 def run(argv: list[str]) -> None:
-    """Print a line per checkpoint as it is read.
-
-    Raises:
-        UserError: the folder is neither a run nor a checkpoint (exit code 2).
-        CheckpointError: a checkpoint is damaged or cannot be read, or there is none (exit code 1).
-    """
+    """Print a line per checkpoint as it is read. A damaged one, or none that is whole, is an error."""
     parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
     parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
     folder = Path(expanduser(parser.read_options(argv).run))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from rawloop.changes import digests_of
 from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data import DataConfig, keys
 from rawloop.data.samples import read_samples
 from rawloop.errors import UserError
-from rawloop.facts import digests_of
 from rawloop.segments import Segment
 
 Write = Callable[..., Path]
