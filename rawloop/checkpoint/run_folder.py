@@ -61,13 +61,14 @@ class RunLock:
             if not S_ISREG(os.fstat(self._file).st_mode):
                 raise no_file
             self.renew()
-            os.truncate(self._file, 0)
-            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except UserError:
             self.release()
             raise
         except OSError as error:
             self.notice = f"nothing keeps a second run from training into {folder}: no file locks ({error.strerror})"
+            return
+        os.truncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def renew(self) -> None:
         """Take the lock again: this process loses it when it closes any other opening of the file.
