@@ -130,9 +130,9 @@ def leave_exit_code(file: Path, code: int) -> None:
 
 def leave_first_failure(file: Path | None) -> None:
     """Write this process's rank beside the file of the exit code, unless another process of this machine has."""
-    from rawloop.launcher import read_ranks
-
     if file is not None:
+        from rawloop.launcher import read_ranks
+
         with suppress(FileExistsError), file.with_name("first").open("x") as first:
             first.write(str(read_ranks()[0]))
 
