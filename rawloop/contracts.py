@@ -46,6 +46,11 @@ class Turn:
     trained: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def words(self) -> str:
+        """The texts of the turn as one."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
 
 @dataclass(frozen=True)
 class Sample:

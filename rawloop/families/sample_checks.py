@@ -34,11 +34,6 @@ def about(sample: Sample) -> Iterator[None]:
         raise
 
 
-def words_of(turn: Turn) -> str:
-    """Return the texts of a turn as one."""
-    return "".join(part.text for part in turn.parts if isinstance(part, Text))
-
-
 def is_text(sample: Sample) -> bool:
     """Whether a sample is plain text. Any other is a conversation."""
     return [turn.role for turn in sample.turns] == ["text"]
@@ -77,7 +72,7 @@ def _check_trained(turn: Turn, index: int) -> None:
         raise UserError(f"its {turn.role} turn is trained: only assistant turns can be")
     if turn.role == "assistant" and index == 0:
         raise UserError("its first message is a trained assistant turn: nothing asks for it; put a user turn before it")
-    if not words_of(turn).strip() and CALLS not in turn.fields:
+    if not turn.words.strip() and CALLS not in turn.fields:
         raise UserError(f"its trained {turn.role} turn says nothing: write it, or remove the sample")
 
 

@@ -3,24 +3,73 @@
 A family of your own may use all of it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel
 
-from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed
+from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed, StreamLoss
 from rawloop.errors import LibraryError, UserError
 from rawloop.families import ModelConfig
 from rawloop.families.chat_template import stop_clock
 from rawloop.families.door import check_sizes, door
-from rawloop.losses import exact
+from rawloop.inputs import check_inputs
+from rawloop.losses import exact, without_adapter
 
 # Where a target's own token may stand, seen from the position that predicts it. 1 is right. 0 is a label that was not
 # shifted, -1 one that was shifted to the wrong side, 2 one that was shifted twice.
 OFFSETS = (1, 0, -1, 2)
+
+
+class TextFamily:
+    """The base of families that answer in text, in one stream, `text`. Right padding needs no attention mask.
+
+    Under a causal mask nothing looks to its right, so padding changes no result and attention keeps its fast path.
+    """
+
+    vocabulary: int
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.stream_weights: Mapping[str, float] = weights_of(config, ("text",))
+        self.streams: Sequence[str] = ("text",)
+        self._checked: set[tuple[str, ...]] = set()
+
+    def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Run the model once and return the logits of every target, (targets, vocabulary) float32."""
+        base = without_adapter(model)
+        if tuple(batch.inputs) not in self._checked:
+            check_inputs(base, batch.inputs)
+            self._checked.add(tuple(batch.inputs))
+        # Features come in float32, and not every class casts them to its encoder's dtype.
+        inputs = {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
+        return {"text": target_logits(base, inputs, batch.labels["text"].positions)}
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+        """Score all targets, in nats."""
+        total = F.cross_entropy(self.logits(model, batch)["text"], batch.labels["text"].targets, reduction="sum")
+        return {"text": StreamLoss(total, batch.targets["text"])}
+
+    def chance(self) -> Mapping[str, float]:
+        """Loss of uniform guesses over the vocabulary, nats per target."""
+        return {"text": math.log(self.vocabulary)}
+
+
+def padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Return sequences as (batch, longest, ...), padded on the right."""
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def text_batch(inputs: dict[str, Tensor], labels: Tensor, examples: Sequence[Any]) -> Batch:
+    """Return a batch of the stream `text` from (batch, sequence) labels that stand at their own tokens."""
+    shifted = Labels.shifted(labels)
+    return Batch(inputs, {"text": shifted}, {"text": len(shifted.targets)}, [example.id for example in examples])
 
 
 def weights_of(config: ModelConfig, streams: Sequence[str]) -> dict[str, float]:

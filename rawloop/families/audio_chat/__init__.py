@@ -4,61 +4,40 @@ Such a class needs a processor whose `apply_chat_template` gives `input_ids` and
 for a clip's positions, and a causal language model behind `AutoModelForMultimodalLM`.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from rawloop.contracts import (
-    IGNORE,
-    Audio,
-    Batch,
-    Context,
-    Labels,
-    Perturbed,
-    Piece,
-    Sample,
-    Special,
-    StreamLoss,
-    Text,
-    Turn,
-)
+from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, Sample, Special, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.audio_chat.examples import ChatEncoder, Example
 from rawloop.families.shared import (
+    TextFamily,
     load_parts,
     load_weights,
+    padded,
     perturbed,
     rows_of,
-    target_logits,
-    weights_of,
+    text_batch,
     with_inputs,
 )
-from rawloop.inputs import check_inputs
-from rawloop.losses import without_adapter
-
-STREAM = "text"
 
 
-class AudioChat:
+class AudioChat(TextFamily):
     """The family of models with audio in and text out: one stream, `text`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.stream_weights: Mapping[str, float] = weights_of(config, (STREAM,))
-        self.streams: Sequence[str] = (STREAM,)
+        super().__init__(config)
         self.settings, self.processor = load_parts(config, AutoProcessor, "processor_config.json or tokenizer.json")
-        self.text_settings: Any = self.settings.get_text_config()
-        self.encoder = ChatEncoder(self.processor, self._audio_token(), self.text_settings.max_position_embeddings)
+        text_settings: Any = self.settings.get_text_config()
+        self.vocabulary = text_settings.vocab_size
+        self.encoder = ChatEncoder(self.processor, self._audio_token(), text_settings.max_position_embeddings)
         self.sample_rate = self.encoder.sample_rate
-        self._checked: set[tuple[str, ...]] = set()
 
     def _audio_token(self) -> int:
         token: int | None = getattr(self.settings, "audio_token_id", None)
@@ -71,14 +50,7 @@ class AudioChat:
         return token
 
     def load_model(self, path: str | None = None) -> nn.Module:
-        """Load the model in its stored dtype.
-
-        Args:
-            path: another folder than the configured one, for the weights of a checkpoint.
-
-        Raises:
-            UserError: the checkpoint cannot be read, or lacks weights that would be trained from random numbers.
-        """
+        """Load the model in its stored dtype; see `load_weights`."""
         model: nn.Module = load_weights(AutoModelForMultimodalLM, self.config, path)
         return model
 
@@ -93,42 +65,16 @@ class AudioChat:
     def collate(self, examples: list[Example]) -> Batch:
         """Make a micro-batch, padded on the right with the end of turn; clips stand in order of the rows.
 
-        Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
-        result, and attention keeps its fast causal path. Clips have a mask of their own among the features. A batch
-        without audio has no features: the model then runs its language model alone.
+        Clips have a mask of their own among the features. A batch without audio has no features: the model then runs
+        its language model alone.
         """
         # Any token but the audio's would do as padding; checkpoints may have none, or use the audio token.
         filler = self.encoder.end_of_turn
-        input_ids = pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=filler)
-        labels = Labels.shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
+        input_ids = padded([e.input_ids for e in examples], filler)
         heard = [e.features for e in examples if e.features]
         features = {name: torch.cat([clips[name] for clips in heard]) for name in (heard[0] if heard else ())}
-        return Batch(
-            {"input_ids": input_ids, **features},
-            {STREAM: labels},
-            {STREAM: len(labels.targets)},
-            [e.id for e in examples],
-        )
-
-    def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
-
-        Returns:
-            `text`: (targets, vocabulary).
-        """
-        base = without_adapter(model)
-        if tuple(batch.inputs) not in self._checked:
-            check_inputs(base, batch.inputs)
-            self._checked.add(tuple(batch.inputs))
-        # Features come in float32, and not every class casts them to its encoder's dtype.
-        inputs = {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
-        return {STREAM: target_logits(base, inputs, batch.labels[STREAM].positions)}
-
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-        """Score the targets, in nats."""
-        logits = self.logits(model, batch)[STREAM]
-        total = F.cross_entropy(logits, batch.labels[STREAM].targets, reduction="sum")
-        return {STREAM: StreamLoss(total, batch.targets[STREAM])}
+        labels = padded([e.labels for e in examples], IGNORE)
+        return text_batch({"input_ids": input_ids, **features}, labels, examples)
 
     def probe(self) -> Batch:
         """A fixed little batch, a second of noise and words about it, for comparing two versions of a model."""
@@ -141,15 +87,11 @@ class AudioChat:
         """The token that ends a turn: without it as a target a model forgets how to stop."""
         token = self.encoder.end_of_turn
         name = self.processor.tokenizer.convert_ids_to_tokens(token)
-        return (Special(STREAM, name, token, required=True, roles=("assistant",)),)
+        return (Special("text", name, token, required=True, roles=("assistant",)),)
 
     def pieces(self, example: Example) -> Sequence[Piece]:
         """An example as people read it; see `ChatEncoder.pieces`."""
         return tuple(self.encoder.pieces(example))
-
-    def chance(self) -> Mapping[str, float]:
-        """Loss of uniform guesses over the model's vocabulary."""
-        return {STREAM: math.log(self.text_settings.vocab_size)}
 
     def perturb(self, batch: Batch) -> Perturbed:
         """Change every token from the middle target of each row on, or before it; see `shared.perturbed`.
@@ -157,7 +99,7 @@ class AudioChat:
         Clips stay as they are in these. In a batch of its own the sound of the clips is changed, loud into quiet:
         predictions behind a clip must notice, also where all text reaches them.
         """
-        ids, size = batch.inputs["input_ids"], self.text_settings.vocab_size
+        ids, size = batch.inputs["input_ids"], self.vocabulary
         clips = ids == self.encoder.audio_token
         other = (ids + 1) % size
         other = torch.where(other == self.encoder.audio_token, (ids + 2) % size, other)
@@ -165,9 +107,9 @@ class AudioChat:
         def change(where: Tensor) -> dict[str, Tensor]:
             return {"input_ids": torch.where(where.view_as(ids) & ~clips, other, ids)}
 
-        changed = perturbed(batch, {STREAM: ids.flatten()}, rows_of(ids), "tokens", change)
+        changed = perturbed(batch, {"text": ids.flatten()}, rows_of(ids), "tokens", change)
         quiet = {n: 1 - x for n, x in batch.inputs.items() if x.is_floating_point() and "mask" not in n}
         if not quiet:
             return changed
-        heard = {STREAM: clips.cumsum(1).flatten()[batch.labels[STREAM].positions] > 0}
+        heard = {"text": clips.cumsum(1).flatten()[batch.labels["text"].positions] > 0}
         return changed._replace(contexts={**changed.contexts, "clips": Context(with_inputs(batch, quiet), heard)})

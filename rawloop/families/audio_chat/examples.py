@@ -26,7 +26,6 @@ from rawloop.families.sample_checks import (
     check_conversation,
     check_no_tools,
     control_pattern,
-    words_of,
 )
 
 SHORTEST = 0.1  # seconds: below this a clip takes no position at all, or so few that models take them for unexpanded
@@ -99,7 +98,7 @@ class ChatEncoder:
             check_conversation(sample, ROLES, hears=True)
             for turn in sample.turns:
                 check_control(turn, self.control)
-                self.letters.check(words_of(turn))
+                self.letters.check(turn.words)
             trained = [index for index, turn in enumerate(sample.turns) if turn.trained]
             messages = _messages(sample)
             text = self.template.render(messages)

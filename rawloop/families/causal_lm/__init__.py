@@ -1,56 +1,42 @@
 """The family of plain causal language models, as transformers' AutoModelForCausalLM builds them."""
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rawloop.contracts import IGNORE, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss
+from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Sample, Special
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm.examples import Example, TextEncoder
 from rawloop.families.sample_checks import is_text
-from rawloop.families.shared import load_parts, load_weights, perturbed, rows_of, target_logits, weights_of
-from rawloop.inputs import check_inputs
-from rawloop.losses import without_adapter
+from rawloop.families.shared import TextFamily, load_parts, load_weights, padded, perturbed, rows_of, text_batch
 
 PACKED_ATTENTION = ("sdpa", "eager")
 PROBES = ("One two three four five six.", "Seven eight nine ten eleven twelve.")
 
 
-class CausalLM:
+class CausalLM(TextFamily):
     """The family of causal language models: one stream, `text`.
 
     With `packing` set, the examples of a micro-batch stand one behind the other in one row instead of being padded.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.packing = False
-        self.stream_weights: Mapping[str, float] = weights_of(config, ("text",))
-        self.streams: Sequence[str] = ("text",)
         settings, self.tokenizer = load_parts(config, AutoTokenizer, "tokenizer.json or tokenizer_config.json")
         self.decoder = getattr(settings, "is_decoder", None) is not False  # BERT and its like can be either
         self.encoder = TextEncoder(settings.get_text_config(), self.tokenizer, config.path)
+        self.vocabulary = self.encoder.vocabulary
         self._kinds: set[str] = set()
-        self._checked: set[tuple[str, ...]] = set()
 
     def load_model(self, path: str | None = None) -> nn.Module:
-        """Load the model in its stored dtype, and check that it sees only its past if that is not sure.
-
-        Args:
-            path: another folder than the configured one, for the weights of a checkpoint.
-
-        Raises:
-            UserError: the checkpoint cannot be read, lacks weights, is not causal, or cannot keep documents apart.
-        """
+        """Load the model, and refuse it if it sees more than its past, where that is not sure; see `load_weights`."""
         model: nn.Module = load_weights(AutoModelForCausalLM, self.config, path)
         if self.packing:
             self._check_packing(model)
@@ -71,40 +57,18 @@ class CausalLM:
     def collate(self, examples: list[Example]) -> Batch:
         """Make a micro-batch: a row per example, padded on the right, or all of them in one row.
 
-        Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
-        result, and attention keeps its fast causal path. Packed, positions start again at 0 with every example.
-        transformers makes each layer's mask (full, sliding window) from them, which keeps the examples apart. A
-        four-dimensional mask of ours would be the same for all layers.
+        Packed, positions start again at 0 with every example. transformers makes each layer's mask (full, sliding
+        window) from them, which keeps the examples apart. A mask given to it would be the same for all layers.
         """
         if self.packing:
             inputs = {
                 "input_ids": torch.cat([e.input_ids for e in examples])[None],
                 "position_ids": torch.cat([torch.arange(len(e.input_ids)) for e in examples])[None],
             }
-            labels = Labels.shifted(torch.cat([e.labels for e in examples]))
-        else:
-            padding = self.tokenizer.pad_token_id or 0  # any id will do: nothing sees it
-            rows = [e.input_ids for e in examples]
-            inputs = {"input_ids": pad_sequence(rows, batch_first=True, padding_value=padding)}
-            labels = Labels.shifted(pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE))
-        return Batch(inputs, {"text": labels}, {"text": len(labels.targets)}, [e.id for e in examples])
-
-    def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
-
-        Returns:
-            `text`: (targets, vocabulary).
-        """
-        base = without_adapter(model)
-        if tuple(batch.inputs) not in self._checked:
-            check_inputs(base, batch.inputs)
-            self._checked.add(tuple(batch.inputs))
-        return {"text": target_logits(base, batch.inputs, batch.labels["text"].positions)}
-
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-        """Score all targets, in nats."""
-        total = F.cross_entropy(self.logits(model, batch)["text"], batch.labels["text"].targets, reduction="sum")
-        return {"text": StreamLoss(total, batch.targets["text"])}
+            return text_batch(inputs, torch.cat([e.labels for e in examples]), examples)
+        padding = self.tokenizer.pad_token_id or 0  # any id will do: nothing sees it
+        inputs = {"input_ids": padded([e.input_ids for e in examples], padding)}
+        return text_batch(inputs, padded([e.labels for e in examples], IGNORE), examples)
 
     def probe(self) -> Batch:
         """A fixed little batch of two documents, for comparing two versions of a model by their logits."""
@@ -136,14 +100,10 @@ class CausalLM:
             start = end
         return found
 
-    def chance(self) -> Mapping[str, float]:
-        """Loss of uniform guesses over the vocabulary, nats per target."""
-        return {"text": math.log(self.encoder.vocabulary)}
-
     def perturb(self, batch: Batch) -> Perturbed:
         """Change every document's tokens from its middle target on, or before it; see `shared.perturbed`."""
         ids = batch.inputs["input_ids"]
-        other = (ids + 1) % self.encoder.vocabulary
+        other = (ids + 1) % self.vocabulary
 
         def change(where: Tensor) -> dict[str, Tensor]:
             return {"input_ids": torch.where(where.view_as(ids), other, ids)}

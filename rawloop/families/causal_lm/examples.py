@@ -23,7 +23,6 @@ from rawloop.families.sample_checks import (
     check_conversation,
     control_pattern,
     is_text,
-    words_of,
 )
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -78,9 +77,9 @@ class TextEncoder:
             check_conversation(sample, ("text",) if text else ROLES, hears=False)
             for turn in sample.turns:
                 check_control(turn, self.control, *map(_spelt, (*turn.fields.values(), sample.tools)))
-                self.letters.check(words_of(turn))
+                self.letters.check(turn.words)
             if text:
-                self._check_text(words_of(sample.turns[0]))
+                self._check_text(sample.turns[0].words)
             else:
                 self._check_chat(sample)
 
@@ -125,7 +124,7 @@ class TextEncoder:
     def example(self, sample: Sample) -> Example:
         """Encode one sample that `check` has passed."""
         if is_text(sample):
-            ids = self._text_ids(words_of(sample.turns[0]))
+            ids = self._text_ids(sample.turns[0].words)
             spans = [(0, len(ids))]
         else:
             messages, text, trained = self._chat(sample)
@@ -147,7 +146,7 @@ class TextEncoder:
         """Return the messages up to the last trained one, their text, and the indices of the trained ones."""
         trained = [index for index, turn in enumerate(sample.turns) if turn.trained]
         turns = sample.turns[: trained[-1] + 1]
-        messages = [{"role": turn.role, "content": words_of(turn), **turn.fields} for turn in turns]
+        messages = [{"role": turn.role, "content": turn.words, **turn.fields} for turn in turns]
         return *self.template.taken(messages, sample.tools), trained
 
 

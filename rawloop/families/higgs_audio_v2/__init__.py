@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +27,15 @@ from rawloop.contracts import (
 )
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
-from rawloop.families.higgs_audio_v2 import views
 from rawloop.families.higgs_audio_v2.codec import codec_hash, load_codec
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
-from rawloop.families.shared import load_parts, load_weights, weights_of
+from rawloop.families.shared import load_parts, load_weights, perturbed, rows_of, weights_of
 from rawloop.inputs import check_inputs
 from rawloop.losses import exact, without_adapter
 
 STREAMS = ("audio", "text")
+INPUTS = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
+TEXT_STOPS = ("<|audio_eos|>", "<|eot_id|>")
 NO_TEXT_HEAD = {
     "text_lm_head.weight": "it has no text head; set model.stream_weights to {text: 0} to train on audio alone"
 }
@@ -67,14 +70,7 @@ class HiggsAudioV2:
             raise UserError(f"{self.config.path} has no chat_template.jinja: prompts cannot be built as in generation")
 
     def load_model(self, path: str | None = None) -> nn.Module:
-        """Load the model in its stored dtype, with the text head when the text stream has a weight.
-
-        Args:
-            path: another folder than the configured one, for the weights of a checkpoint.
-
-        Raises:
-            UserError: the checkpoint cannot be read, or lacks weights that would be trained from random numbers.
-        """
+        """Load the model in its stored dtype, with the text head if the text stream has a weight."""
         model: nn.Module = load_weights(
             HiggsAudioV2ForConditionalGeneration, self.config, path, NO_TEXT_HEAD, use_text_head="text" in self.streams
         )
@@ -97,31 +93,22 @@ class HiggsAudioV2:
         return self.encoder.example(sample, codes)
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Make a micro-batch, padded on the right.
-
-        Under a causal mask nothing looks to its right, so right padding needs no attention mask: padding changes no
-        result, and attention keeps its fast causal path.
-        """
+        """Make a micro-batch, padded on the right; under a causal mask that needs no attention mask."""
         padded = self.encoder.pad(examples)
         labels = {"audio": self._audio_labels(padded), "text": Labels.shifted(padded["labels"])}
         labels = {stream: labels[stream] for stream in self.streams}
-        names = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
         targets = {stream: int((pair.targets != IGNORE).sum()) for stream, pair in labels.items()}
-        return Batch({name: padded[name] for name in names}, labels, targets, [e.id for e in examples])
+        return Batch({name: padded[name] for name in INPUTS}, labels, targets, [e.id for e in examples])
 
     def _audio_labels(self, padded: dict[str, Tensor]) -> Labels:
-        ids = padded["input_ids"]
-        places = (ids == self.settings.audio_token_id) | (ids == self.settings.audio_delay_token_id)
+        places = self._placeholders(padded["input_ids"])
         positions = places.flatten().nonzero().squeeze(1)  # row by row, the order in which the model fills them
         targets = padded["audio_labels"][padded["audio_input_ids_mask"]]
         scored = (targets != IGNORE).any(1)
         return Labels(positions[scored] - 1, targets[scored])
 
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Run the model once and return the logits of every target, float32 (float64 of a float64 model).
-
-        Logits are computed only where there are targets: a vocabulary of 128,256 over every position would take more
-        memory than the rest of the head's work.
+        """Run the model once and return float32 logits, of targets only: a vocabulary of 128,256 takes much memory.
 
         Returns:
             `audio`: (targets, codebooks, codebook_size); `text`: (targets, vocabulary).
@@ -158,12 +145,38 @@ class HiggsAudioV2:
         return self.collate([self.example(Sample("probe", turns), lambda _: codes)])
 
     def special_targets(self) -> Sequence[Special]:
-        """The stop tokens of the streams, and those beside them that are nobody's to say."""
-        return views.special_targets(self.settings, self.tokenizer, self.streams)
+        """The stop tokens, which must be learnt, and those beside them that must not be, for the census to show."""
+        said, settings = ("assistant",), self.settings
+        found = [
+            Special("audio", "EOS", settings.audio_stream_eos_id, required=True, roles=said),
+            Special("audio", "BOS", settings.audio_stream_bos_id, required=False),
+        ]
+        if "text" in self.streams:
+            number, delay = self.tokenizer.convert_tokens_to_ids, settings.audio_delay_token_id
+            found += [Special("text", stop, number(stop), required=True, roles=said) for stop in TEXT_STOPS]
+            found.append(Special("text", self.tokenizer.convert_ids_to_tokens(delay), delay, required=False))
+        return found
 
     def pieces(self, example: Example) -> Sequence[Piece]:
-        """An example as people read it; a clip takes two positions and the delay more than it has frames."""
-        return views.pieces(example, self.settings, self.tokenizer, self.streams)
+        """Cut an example where the role or the stream changes, or learning begins or ends."""
+        ids = example.input_ids.tolist()
+        audio = self._placeholders(example.input_ids).tolist()
+        learnt = ((example.labels != IGNORE) & ("text" in self.streams)).tolist()
+        keys = list(zip(_roles(ids, self.tokenizer), audio, learnt, strict=True))
+        found: list[Piece] = []
+        frame = 0
+        for (role, is_audio, is_learnt), run in groupby(range(len(ids)), key=keys.__getitem__):
+            places = list(run)
+            count = len(places)
+            if is_audio:
+                targets = int((example.audio_labels[frame : frame + count] != IGNORE).sum())
+                frame += count
+                text = f"clip of {count - 1 - self.settings.num_codebooks} frames"  # without BOS, EOS and the delay
+                found.append(Piece(role, "audio", text, count, targets))
+            else:
+                text = self.tokenizer.decode(ids[places[0] : places[-1] + 1], skip_special_tokens=False)
+                found.append(Piece(role, "text", text, count, count if is_learnt else 0))
+        return found
 
     def chance(self) -> Mapping[str, float]:
         """Loss of uniform guesses, nats per target."""
@@ -171,5 +184,42 @@ class HiggsAudioV2:
         return {stream: math.log(sizes[stream]) for stream in self.streams}
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change all inputs from the middle of each row's targets on, or before it; see `views.perturb`."""
-        return views.perturb(batch, self.settings)
+        """Change every token and code from the middle of a stream's targets on, or before it."""
+        ids, frames, real = (batch.inputs[name] for name in INPUTS)
+        places, size = self._placeholders(ids), self.settings.codebook_size
+        other_text = (ids + 1) % self.settings.vocab_size
+        for _ in range(2):  # the placeholders may stand side by side
+            again = (other_text + 1) % self.settings.vocab_size
+            other_text = torch.where(self._placeholders(other_text), again, other_text)
+        codes = frames.new_full((ids.numel(), frames.shape[2]), IGNORE)
+        codes[places.flatten()] = frames[real]
+
+        def change(where: Tensor) -> dict[str, Tensor]:
+            where, other = where.view_as(ids), frames.clone()
+            # codes of changed placeholders, in the order in which the model fills them
+            other[real] = torch.where(where[places][:, None], (frames[real] + size // 2) % size, frames[real])
+            return {"input_ids": torch.where(where & ~places, other_text, ids), "audio_input_ids": other}
+
+        return perturbed(batch, {"audio": codes, "text": ids.flatten()}, rows_of(ids), "tokens and codes", change)
+
+    def _placeholders(self, ids: Tensor) -> Tensor:
+        """Return where a clip's positions are."""
+        return torch.eq(ids, self.settings.audio_token_id) | torch.eq(ids, self.settings.audio_delay_token_id)
+
+
+def _roles(ids: list[int], tokenizer: Any) -> list[str]:
+    """Return the role of every position; a scene stands inside the system turn."""
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|scene_desc_start|>", "<|scene_desc_end|>")
+    head, head_end, scene, scene_end = (tokenizer.convert_tokens_to_ids(name) for name in names)
+    turn, role = "", ""
+    roles: list[str] = []
+    for place, token in enumerate(ids):
+        if token == head:
+            turn = role = tokenizer.decode(ids[place + 1 : ids.index(head_end, place)]).strip()
+        elif token == scene:
+            role = "scene"
+        roles.append(role)
+        if token == scene_end:
+            role = turn
+    first = next(filter(None, roles), "")
+    return [role or first for role in roles]  # the token that begins a text stands before the first header

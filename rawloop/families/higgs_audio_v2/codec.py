@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from os.path import expanduser
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,15 +37,6 @@ def codec_path(config: ModelConfig) -> str:
     return expanduser(str(path))
 
 
-def codec_folder(path: str) -> Path:
-    """Return the codec's folder on this machine; it is fetched from the hub if need be.
-
-    Raises:
-        UserError: it cannot be.
-    """
-    return local_folder(path, None, FILES, KEY)
-
-
 def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
     """Load the codec in float32.
 
@@ -57,7 +47,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
         UserError: it cannot be loaded, or it is not a codec of Higgs Audio v2.
     """
     path = codec_path(config)
-    folder = codec_folder(path)
+    folder = local_folder(path, None, FILES, KEY)
     named = read_json(folder / "config.json").get("model_type")
     if named != HiggsAudioV2TokenizerModel.config_class.model_type:
         raise UserError(f"model.codec is '{path}', a model of type '{named}': give the folder of the codec")
@@ -86,4 +76,4 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
 
 def codec_hash(config: ModelConfig) -> str:
     """Return the content hash of the codec without loading it."""
-    return hash_folder(codec_folder(codec_path(config)))
+    return hash_folder(local_folder(codec_path(config), None, FILES, KEY))

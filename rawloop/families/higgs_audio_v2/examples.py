@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError
 from rawloop.families.chat_template import ChatTemplate, Messages
-from rawloop.families.sample_checks import Letters, about, check_control, check_no_tools, control_pattern, words_of
+from rawloop.families.sample_checks import Letters, about, check_control, check_no_tools, control_pattern
 
 SYSTEM = "Generate audio following instruction."
 # The wording the model was trained with for dialogues without reference voices.
@@ -72,7 +72,7 @@ class HiggsEncoder:
             system = SYSTEM_DIALOGUE if sample.task == "multi_speaker_smart_voice" else SYSTEM
             turns.insert(0, Turn("system", (Text(system),)))
         # Chat templates read the first item of a system turn only, and would drop the rest.
-        joined = [(Text(words_of(turn)),) if turn.role == "system" else turn.parts for turn in turns]
+        joined = [(Text(turn.words),) if turn.role == "system" else turn.parts for turn in turns]
         return [
             {"role": turn.role, "content": [_content(part) for part in parts]}
             for turn, parts in zip(turns, joined, strict=True)
@@ -101,7 +101,7 @@ class HiggsEncoder:
                         "it has a clip to learn and no words that it speaks: put them into a user turn before it, or "
                         "behind its <audio>"
                     )
-                words = (words and turn.role != "assistant") or (turn.role == "user" and bool(words_of(turn).strip()))
+                words = (words and turn.role != "assistant") or (turn.role == "user" and bool(turn.words.strip()))
             if not any(turn.trained for turn in sample.turns):
                 raise UserError("it has no clip to learn: no assistant turn is trained")
             if frames is not None:
@@ -127,7 +127,7 @@ class HiggsEncoder:
         shape = (sample.task, *((turn.role, *map(type, turn.parts)) for turn in sample.turns))
         if shape not in self._rendered:
             self._rendered[shape] = len(self._text(sample).encode())
-        return self._rendered[shape] + sum(len(words_of(turn).encode()) for turn in sample.turns)
+        return self._rendered[shape] + sum(len(turn.words.encode()) for turn in sample.turns)
 
     def _text(self, sample: Sample) -> str:
         messages = self.conversation(sample)
@@ -161,7 +161,7 @@ class HiggsEncoder:
         if turn.role == "scene" and index != (sample.turns[0].role == "system"):
             raise UserError(f"it has a scene turn in place {index}: it belongs behind the system turn, or in front")
         check_control(turn, self.control)
-        self.letters.check(words_of(turn))
+        self.letters.check(turn.words)
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
         """Encode one sample that `check` has passed from cached codes.
