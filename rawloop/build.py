@@ -135,7 +135,7 @@ class Ready:
 
     def check(self, config: RunConfig, world: World) -> Report:
         """Run the checks of a new run."""
-        return run_checks(config.checks, self.data.family, self.module, self.examples, self.policy, world)
+        return run_checks(config.checks, self.data.family, self.module, self.examples, self.policy.autocast, world)
 
 
 def _prepare_run(

@@ -28,12 +28,11 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def call(model: nn.Module, batch: Any, **options: Any) -> Any:
-    """Call a model with the inputs of a batch and return its output.
+    """Call a model with the inputs of a batch, matched to the parameters of its forward by name; return its output.
 
-    Keys of the batch are matched to the parameters of the model's forward by name. Wrappers are looked through: DDP,
-    PEFT, torch.compile, and modules of your own that pass `**kwargs` on. `labels` and `label_ids` stand for each other,
-    and so do `audio_labels` and `label_audio_ids`. Tensors are moved to the model's device. Values of None are left
-    out.
+    Wrappers are looked through: DDP, PEFT, torch.compile, and modules of your own that pass `**kwargs` on. `labels` and
+    `label_ids` stand for each other, and so do `audio_labels` and `label_audio_ids`. Tensors are moved to the model's
+    device. Values of None are left out.
 
     Args:
         model: any module, wrapped or not.
@@ -79,14 +78,9 @@ def arguments_for(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse names that are not those of parameters of a model's forward. Here `label_ids` does not stand for `labels`.
-
-    Raises:
-        UserError: it says which name, the nearest parameter, and all of them.
-    """
-    known = set(_names(model))
+    """Refuse names that no parameter of a model's forward has; here `label_ids` does not stand for `labels`."""
     for name in names:
-        if name not in known:
+        if name not in _names(model):
             raise _unknown(model, name)
 
 

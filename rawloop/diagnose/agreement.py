@@ -25,11 +25,7 @@ def disagreements(
 ) -> dict[str, str]:
     """Return how losses differ from their logits, by stream (`audio`), or part (`audio/3`) if the whole agrees.
 
-    Args:
-        losses: of the batch.
-        logits: of the batch in the same mode: (targets, [parts,] classes).
-        batch: both are of this one.
-        eps: of the coarsest dtype that the model computes in.
+    Both are of `batch`; logits are (targets, [parts,] classes). `eps` is that of the coarsest dtype of the model.
     """
     found: dict[str, str] = {}
     for stream, rows in logits.items():

@@ -50,7 +50,7 @@ class Movement(NamedTuple):
         )
 
     def outcome(self) -> Outcome:
-        """Return the outcome."""
+        """Return the first of LEAK, BLIND, PASS that fits, or UNSEEN if the batch shows nothing."""
         if self.moved_earlier > self.tolerance:
             return "LEAK"
         if self.tolerance > NOISY:
@@ -82,9 +82,8 @@ NONE = (0, 0.0)
 def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) -> dict[str, Movement]:
     """Compare the logits of a batch before and after `family.perturb`, with dropout off; nothing else is changed.
 
-    The tolerance is the larger of two. Rounding: some units of float32 for each layer, and one of the coarsest dtype
-    that the model computes in. Shapes stay the same, so a prediction that does not see the change is mostly the same to
-    the bit. Noise: twice what moves when the same batch is run again, with the same random numbers.
+    The tolerance is the larger of two: rounding (see `_rounding`), and noise, which is twice what moves when the same
+    batch is run again with the same random numbers.
 
     Args:
         family: knows which targets stand before the change.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rawloop.contracts import Batch, Family, Piece, Special, has
+from rawloop.contracts import Batch, Family, Special, has
 from rawloop.diagnose.shared import looking_at, table
 
 GIVEN = frozenset(("system", "scene", "user"))
@@ -45,24 +45,23 @@ class Census:
 
     def missing(self) -> list[str]:
         """A clause for every required token that is never a target, in some codebook at least."""
-        lacking = self._lacking()
-        return [f"{_named(s)}{_where(self.specials[s])}" for s in lacking if s not in self._unseen(lacking)]
+        return [f"{_named(s)}{_where(self.specials[s])}" for s in self._lacking()[0]]
 
     def unseen(self) -> list[str]:
         """A clause for every required token that no sample of these ends with."""
-        return [f"{_named(s)}, which ends the role {' or '.join(s.roles)}" for s in self._unseen(self._lacking())]
+        return [f"{_named(s)}, which ends the role {' or '.join(s.roles)}" for s in self._lacking()[1]]
 
     def undecided(self) -> bool:
         """Whether more samples could have a required token that these have not."""
-        lacking = self._lacking()
-        return any(not special.roles for special in lacking) or bool(self._unseen(lacking))
+        missing, unseen = self._lacking()
+        return bool(unseen) or any(not special.roles for special in missing)
 
-    def _lacking(self) -> list[Special]:
-        return [special for special, counts in self.specials.items() if special.required and not all(counts)]
-
-    def _unseen(self, lacking: list[Special]) -> list[Special]:
+    def _lacking(self) -> tuple[list[Special], list[Special]]:
+        """Return the required tokens that are no target: those that are missed, and those whose roles no sample has."""
         here = {role for role, _ in self.roles}
-        return [special for special in lacking if special.roles and here.isdisjoint(special.roles)]
+        lacking = [special for special, counts in self.specials.items() if special.required and not all(counts)]
+        unseen = [special for special in lacking if special.roles and here.isdisjoint(special.roles)]
+        return [special for special in lacking if special not in unseen], unseen
 
     def prompts(self) -> dict[str, int]:
         """Targets by role where there should be none: what a system, a scene or a user says is given, not learnt."""
@@ -78,8 +77,7 @@ class Census:
         for (role, stream), (positions, targets) in self.roles.items():
             masked = 1 - targets / (positions * self.codebooks[stream])
             roles.append([role, stream, f"{positions:,}", f"{targets:,}", f"{masked:.1%}"])
-        unseen = self._unseen(lacking := self._lacking())
-        missing = [special for special in lacking if special not in unseen]
+        missing, unseen = self._lacking()
         specials: list[list[object]] = [["special token", "stream", "id", "times a target", ""]]
         for special, counts in self.specials.items():
             wanted = "" if not special.required else "required"
@@ -118,7 +116,7 @@ def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch
     for example, name in zip(examples, (name for batch in batches for name in batch.ids), strict=True):
         census.samples += 1
         with looking_at([name]):
-            learnt = _count_roles(census, family.pieces(example)) if has(family, "pieces") else _learnt(family, example)
+            learnt = _count_roles(census, family, example)
         census.silent += [] if learnt else [name]
     for special in family.special_targets() if batches and has(family, "special_targets") else ():
         counts = torch.zeros(census.codebooks.setdefault(special.stream, 1), dtype=torch.int64)
@@ -129,16 +127,16 @@ def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch
     return census
 
 
-def _count_roles(census: Census, pieces: Sequence[Piece]) -> int:
+def _count_roles(census: Census, family: Family, example: Any) -> int:
+    """Count an example by roles, and return how many targets it has."""
+    if not has(family, "pieces"):
+        return sum(family.collate([example]).targets.values())
+    pieces = family.pieces(example)
     for piece in pieces:
         positions, targets = census.roles.get((piece.role, piece.stream), (0, 0))
         census.roles[piece.role, piece.stream] = (positions + piece.positions, targets + piece.targets)
         census.codebooks.setdefault(piece.stream, 1)  # a stream without weight has positions and no labels
     return sum(piece.targets for piece in pieces)
-
-
-def _learnt(family: Family, example: Any) -> int:
-    return sum(family.collate([example]).targets.values())
 
 
 def _named(special: Special) -> str:

@@ -6,18 +6,16 @@ The training that follows is the same as without checks.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial, reduce
+from itertools import chain
 from operator import add
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from rawloop.contracts import Batch, Family, has
+from rawloop.contracts import Family, has
 from rawloop.diagnose.causality import Movement, probe
 from rawloop.diagnose.census import Census, take_census
 from rawloop.diagnose.report import ChecksConfig, Report
-from rawloop.diagnose.verdict import Reading, judge, read_losses
+from rawloop.diagnose.verdict import Autocast, Reading, judge, read_losses
 from rawloop.dist import World
 from rawloop.losses import LossModule
 
@@ -37,22 +35,12 @@ NEEDED = {
 Examples = Callable[[int, int], Sequence[Sequence[Any]]]
 
 
-class Policy(Protocol):
-    """The part of a precision policy that the checks use."""
-
-    device: torch.device
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which training runs its forward passes."""
-        ...
-
-
 def run_checks(
     config: ChecksConfig,
     family: Family,
     module: LossModule,
     examples: Examples,
-    policy: Policy,
+    autocast: Autocast,
     world: World,
 ) -> Report:
     """Run the three checks, all ranks together; the model and random streams are left as they are.
@@ -63,14 +51,11 @@ def run_checks(
         module: the raw model with its loss, prepared by the policy, not wrapped in DDP.
         examples: gives this rank's examples of its micro-batches from one number up to another, a list for each; fewer
             where the data ends.
-        policy: gives the device, and the autocast context of training.
+        autocast: gives the context in which training runs its forward passes.
         world: the ranks.
-
-    Raises:
-        RawloopError: some rank's examples cannot be made; raised on every rank.
     """
     start = time.perf_counter()
-    share = world.on_all_ranks(partial(_own_share, family, module, examples, config.batches, policy))
+    share = world.on_all_ranks(partial(_own_share, family, module, examples, config.batches, autocast))
     assert share is not None
     censuses, readings, movements = zip(*world.gather(share), strict=True)
     total = _decided(reduce(add, censuses), family, examples, config.batches, world)
@@ -105,22 +90,18 @@ def _decided(total: Census, family: Family, examples: Examples, start: int, worl
 
 def _own_census(family: Family, examples: Examples, start: int, stop: int) -> Census:
     groups = examples(start, stop)
-    return _count(family, groups, [family.collate(list(group)) for group in groups])
-
-
-def _count(family: Family, groups: Sequence[Sequence[Any]], batches: Sequence[Batch]) -> Census:
-    return take_census(family, (example for group in groups for example in group), batches)
+    return take_census(family, chain.from_iterable(groups), [family.collate(list(group)) for group in groups])
 
 
 def _own_share(
-    family: Family, module: LossModule, examples: Examples, number: int, policy: Policy
+    family: Family, module: LossModule, examples: Examples, number: int, autocast: Autocast
 ) -> tuple[Census, dict[str, Reading], dict[str, Movement]]:
     groups = examples(0, number)
     batches = [family.collate(list(group)) for group in groups]
-    census = _count(family, groups, batches)
-    on_device = [batch.to(policy.device) for batch in batches]
-    readings = read_losses(family, module, on_device, policy.autocast, groups)
+    census = take_census(family, chain.from_iterable(groups), batches)
+    device = next(module.parameters()).device
+    readings = read_losses(family, module, [batch.to(device) for batch in batches], autocast, groups)
     if not has(family, *PROBED):
         return census, readings, {}
     twice = family.collate([groups[0][0]] * len(family.streams))  # a row for each stream's turn
-    return census, readings, probe(family, module.model, twice.to(policy.device), policy.autocast)
+    return census, readings, probe(family, module.model, twice.to(device), autocast)

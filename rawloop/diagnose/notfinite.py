@@ -123,12 +123,8 @@ def _first_place(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
         for name, part in model.named_modules():
             where = f"'{name}'" if name else "the model outside of its modules"
             hooks.callback(part.register_forward_hook(watch(where), with_kwargs=True).remove)
-        yield (
-            lambda: (
-                [first[key] for key in ("log", "forward", "backward") if key in first]
-                or ["the model gives finite numbers, of which it is made afterwards"]
-            )
-        )
+        otherwise = ["the model gives finite numbers, of which it is made afterwards"]
+        yield lambda: [first[key] for key in ("log", "forward", "backward") if key in first] or otherwise
 
 
 def _any(wrong: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:

@@ -20,19 +20,15 @@ CENSUS = "census.json"
 
 @dataclass
 class Report:
-    """The findings of all ranks together.
-
-    `samples` is the number of samples whose loss was measured; labels may have been counted in more. `not_checked`
-    names the checks that the family has no method for.
-    """
+    """The findings of all ranks together."""
 
     config: ChecksConfig
     census: Census
     verdicts: list[Verdict]
     movements: dict[str, Movement]
     seconds: float
-    samples: int
-    not_checked: list[str] = field(default_factory=list)
+    samples: int  # whose loss was measured; labels may have been counted in more
+    not_checked: list[str] = field(default_factory=list)  # the family has no method for it
 
     def text(self) -> str:
         """All three as tables."""
@@ -44,12 +40,7 @@ class Report:
         return f"not checked, as the family lacks a method for it: {', '.join(self.not_checked)}"
 
     def stop_if_wrong(self) -> None:
-        """Raise all findings that stop the run, in one message.
-
-        Raises:
-            UserError: a required token is never a target.
-            TrainingError: a loss or the causality is wrong.
-        """
+        """Raise all findings that stop the run in one message: `UserError` of labels, else `TrainingError`."""
         found = self.problems()
         if found:
             raise (UserError if self.wrong_labels() else TrainingError)(f"checks before step 0: {'; '.join(found)}")
@@ -82,11 +73,10 @@ class Report:
 
     def wrong_causality(self) -> list[str]:
         """Return the findings of the causality probe that stop the run."""
-        outcomes = {stream: movement.outcome() for stream, movement in self.movements.items()}
         return self._not_allowed(
-            (f"causality of '{stream}': {outcome}, {self.movements[stream].why()}", outcome.lower())
-            for stream, outcome in outcomes.items()
-            if outcome in ("LEAK", "BLIND")
+            (f"causality of '{stream}': {movement.outcome()}, {movement.why()}", movement.outcome().lower())
+            for stream, movement in self.movements.items()
+            if movement.outcome() in ("LEAK", "BLIND")
         )
 
     def _not_allowed(self, found: Iterable[tuple[str, str]]) -> list[str]:
@@ -119,11 +109,10 @@ class Report:
 
     def loss_warnings(self) -> list[str]:
         """Name streams whose first loss is that of guessing, if that is not expected."""
-        guesses = [v for v in self.verdicts if v.kind == "CHANCE" and "/" not in v.name]
         return [
             f"{_first_loss(v)}: {v.why}; if that is expected, set checks.expect_chance to true"
-            for v in guesses
-            if not self.config.expect_chance
+            for v in self.verdicts
+            if v.kind == "CHANCE" and "/" not in v.name and not self.config.expect_chance
         ]
 
     def write_census(self, folder: Path) -> None:
@@ -140,12 +129,11 @@ class Report:
 
     def events(self) -> list[tuple[str, dict[str, Any]]]:
         """Return a sentence and further values for each of the three checks, and for what was not checked."""
-        missing = self.census.missing()
-        unseen = self.census.unseen()
-        census = "; ".join(
-            [f"missing among the targets: {'; '.join(missing)}"] * bool(missing)
-            + [f"not judged, as no sample that was looked at needs it: {'; '.join(unseen)}"] * bool(unseen)
-        )
+        judged = {
+            "missing among the targets": self.census.missing(),
+            "not judged, as no sample that was looked at needs it": self.census.unseen(),
+        }
+        census = "; ".join(f"{what}: {'; '.join(clauses)}" for what, clauses in judged.items() if clauses)
         census = census or "every required token is a target"
         loss = [f"{v.name} {v.loss:.4f} {v.kind}" for v in self.verdicts if "/" not in v.name]
         loss += [f"{v.name} MISMATCH" for v in self.verdicts if v.mismatch]

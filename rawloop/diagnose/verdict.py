@@ -138,9 +138,8 @@ def read_losses(
             logits = {stream: logits[stream] for stream, chosen in first.items() if chosen is batch}
             for stream, rows in logits.items():
                 _check_variety(readings, stream, rows)
-            for name, said in disagreements(
-                scored[id(batch)], logits, batch, coarsest_eps(module.model, autocast)
-            ).items():
+            eps = coarsest_eps(module.model, autocast)
+            for name, said in disagreements(scored[id(batch)], logits, batch, eps).items():
                 readings[name].mismatch = said
     with untouched(module, training=True):
         for stream, seen in [(s, b) for s, b in first.items() if b is not None and not readings[s].not_finite]:

@@ -7,7 +7,7 @@ token that the template writes behind it. A template for which that does not hol
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from rawloop.contracts import Audio, Text
 from rawloop.errors import UserError
 from rawloop.families.door import PASSED, cause, library_error
 
@@ -47,11 +48,7 @@ class ChatTemplate:
         self.tokenizer = getattr(owner, "tokenizer", owner)
 
     def run(self, messages: Messages, **options: Any) -> Any:
-        """Return the result of `apply_chat_template`.
-
-        Raises:
-            UserError: the template refuses the messages; a `LibraryError` if it fails in a way that templates do not.
-        """
+        """Return the result of `apply_chat_template`; a template that refuses the messages is a `UserError`."""
         try:
             return self.owner.apply_chat_template(messages, **options)
         except PASSED:
@@ -69,13 +66,10 @@ class ChatTemplate:
         return text
 
     def taken(self, messages: Messages, tools: Tools = ()) -> tuple[Messages, str]:
-        """Return messages in the form that the template takes, and their text.
-
-        Some templates (DeepSeek's) want the arguments of tool calls as JSON text.
-        """
+        """Return messages in the form that the template takes, and their text."""
         try:
             return messages, self.render(messages, tools=tools)
-        except UserError:
+        except UserError:  # some templates (DeepSeek's) want the arguments of tool calls as JSON text
             texts = [_with_text_arguments(message) for message in messages]
             if texts != messages:
                 with suppress(UserError):  # the first refusal is about the messages as the record has them
@@ -91,11 +85,7 @@ class ChatTemplate:
 
     @cached_property
     def end_of_turn(self) -> int:
-        """Id of the token that ends an assistant turn.
-
-        Raises:
-            UserError: the template takes no plain conversation, or cannot be split into prompt and answer.
-        """
+        """Id of the token that ends an assistant turn. A template that cannot be split there is refused."""
         parts = isinstance(self.question["content"], list)
         contents = ([{"type": "text", "text": a}] if parts else a for a in ANSWERS)
         try:
@@ -127,8 +117,7 @@ class ChatTemplate:
     def span(self, messages: Messages, index: int, ids: list[int], tools: Tools = ()) -> tuple[int, int]:
         """Return where the answer `messages[index]` begins in the tokens of its conversation, and where its turn ends.
 
-        Raises:
-            UserError: the template writes the beginning of the conversation otherwise when more follows.
+        A template that writes the beginning of a conversation otherwise when more follows is refused.
         """
         start = self.length(ids, messages[:index], asks=True, tools=tools)
         if self.end_of_turn not in ids[start:]:
@@ -139,19 +128,13 @@ class ChatTemplate:
         """Refuse an answer that does not end in the whole conversation as it ends alone. See `span`."""
         _, end = self.span(messages, index, ids, tools)
         if index < len(messages) - 1:
-            alone, whole = (
-                self._short(self.ids(self.render(messages[: index + 1], tools=tools))),
-                self._short(ids[:end]),
-            )
+            alone = self._short(self.ids(self.render(messages[: index + 1], tools=tools)))
+            whole = self._short(ids[:end])
             if alone[: len(whole)] != whole:
                 raise self._cannot_split(index, _parting(alone, whole))
 
     def length(self, ids: list[int], messages: Messages, *, asks: bool = False, tools: Tools = ()) -> int:
-        """Return how many of a conversation's tokens its first messages take, clips at their full length.
-
-        Raises:
-            UserError: these messages alone have other tokens.
-        """
+        """Return how many of a conversation's tokens its first messages take, clips at their full length."""
         begin = self._short(self.ids(self.render(messages, asks=asks, tools=tools)))
         places = [*self._places(ids), len(ids)]
         if len(begin) >= len(places) or [ids[place] for place in places[: len(begin)]] != begin:
@@ -205,6 +188,14 @@ class ChatTemplate:
             )
 
 
+def content_of(parts: Iterable[Text | Audio], clip: str) -> list[dict[str, Any]]:
+    """Return the parts of a turn as a message has them; `clip` is the key of a clip's path."""
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "audio", clip: str(part.path)}
+        for part in parts
+    ]
+
+
 def control_tokens(tokenizer: Any) -> dict[int, str]:
     """Return id and name of every special token: they give a conversation its shape, and no text may spell them."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -216,10 +207,7 @@ def stop_clock(holder: Any, date: str) -> None:
     """Let the chat templates of a tokenizer or a processor be told `date` (ISO 8601) when they ask for the time.
 
     transformers gives templates `strftime_now`, and no way to say what it returns. So a macro of that name is put
-    before the template.
-
-    Raises:
-        UserError: a template draws at random.
+    before the template. A template that draws at random is refused.
     """
     templates = getattr(holder, "chat_template", None)
     if isinstance(templates, dict):

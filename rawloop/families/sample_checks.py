@@ -40,16 +40,7 @@ def is_text(sample: Sample) -> bool:
 
 
 def check_conversation(sample: Sample, roles: Iterable[str], *, hears: bool) -> None:
-    """Refuse turns that a model which answers in text cannot learn or take.
-
-    Args:
-        sample: a conversation, or plain text if `roles` has it.
-        roles: that a turn may have.
-        hears: whether a user's turn may have clips.
-
-    Raises:
-        UserError: there is such a turn, or no turn is trained.
-    """
+    """Refuse turns that a model which answers in text cannot take. If it `hears`, user turns may have clips."""
     for index, turn in enumerate(sample.turns):
         if turn.role not in roles:
             raise UserError(f"it has a {turn.role} turn: turns of this model are {', '.join(roles)}; take it out")
@@ -94,13 +85,18 @@ def control_pattern(names: Iterable[str | None]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
+def check_length(positions: int, limit: int | None) -> None:
+    """Refuse a sample that takes more positions than the model has."""
+    if limit is not None and positions > limit:
+        raise BadSample(
+            f"it takes {positions} positions, the model has {limit}: shorten its text, clips or references, {LEAVE}"
+        )
+
+
 def check_control(turn: Turn, control: re.Pattern[str], *more: str) -> None:
     """Refuse a turn whose texts, or `more`, spell a control token, which would forge the conversation's shape.
 
     Chat templates put parts one behind the other, some without the blanks around each.
-
-    Raises:
-        BadSample: it names the token.
     """
     texts = [part.text for part in turn.parts if isinstance(part, Text)]
     for text in (*texts, "".join(texts), "".join(text.strip() for text in texts), *more):
@@ -113,10 +109,6 @@ class Letters:
 
     A model that is trained on such a text learns to leave them out, or to say `<unk>`. The tokenizer is asked once for
     each letter. Changes by the tokenizer's own normaliser (case, accents, compatibility forms, blanks) are no loss.
-
-    Args:
-        tokenizer: of a checkpoint.
-        path: the checkpoint, for messages.
     """
 
     def __init__(self, tokenizer: Any, path: str) -> None:
@@ -125,11 +117,7 @@ class Letters:
         self._suspect: set[str] = set()
 
     def check(self, text: str) -> None:
-        """Refuse a text with letters that the tokenizer loses.
-
-        Raises:
-            BadSample: it names the letters.
-        """
+        """Refuse a text with letters that the tokenizer loses."""
         if lost := self.lost(text):
             named = ", ".join(_shown(letter) for letter in lost[:10]) + (" and more" if len(lost) > 10 else "")
             fate = f"become {self.tokenizer.unk_token}" if self._unknown(lost[0]) else "vanish"
@@ -139,11 +127,7 @@ class Letters:
             )
 
     def check_tokens(self, ids: list[int], text: str) -> None:
-        """Refuse a text with words of known letters that have become the unknown token.
-
-        Raises:
-            BadSample: it names the first words.
-        """
+        """Refuse a text with words of known letters that have become the unknown token."""
         unknown = self.tokenizer.unk_token_id
         if unknown is None or unknown not in ids or self.tokenizer.unk_token in text:
             return
@@ -210,15 +194,12 @@ def _shown(letter: str) -> str:
 
 
 def check_repeatable(make: Callable[[], Batch]) -> None:
-    """Make a batch twice, the second time at another time of day and date.
-
-    Raises:
-        UserError: the two differ.
-    """
+    """Make a batch twice, the second time at another time of day and date, and refuse what differs."""
     first = make()
+    one = _tensors(first)
     with _later():
-        again = make()
-    if not _same(_tensors(first), _tensors(again)):
+        two = _tensors(make())
+    if one.keys() != two.keys() or not all(t.shape == two[n].shape and torch.equal(t, two[n]) for n, t in one.items()):
         raise UserError(
             f"the samples {', '.join(first.ids)} become other numbers each time they are made: the chat template or "
             "the family reads the clock, or draws at random in a way that no seed reaches; a family of your own can "
@@ -247,9 +228,3 @@ def _later() -> Iterator[None]:
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     labels = ((f"{stream} {i}", t) for stream, pair in batch.labels.items() for i, t in enumerate(pair))
     return dict(chain(((f"input {name}", tensor) for name, tensor in batch.inputs.items()), labels))
-
-
-def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    if first.keys() != second.keys():
-        return False
-    return all(t.shape == second[n].shape and torch.equal(t, second[n]) for n, t in first.items())

@@ -73,11 +73,7 @@ def text_batch(inputs: dict[str, Tensor], labels: Tensor, examples: Sequence[Any
 
 
 def weights_of(config: ModelConfig, streams: Sequence[str]) -> dict[str, float]:
-    """Return the weight of each stream, without those whose weight is 0. The first one must have a weight.
-
-    Raises:
-        UserError: a weight is of another stream, or the first stream's is 0.
-    """
+    """Return the weight of each stream, without those whose weight is 0. The first one must have a weight."""
     unknown = sorted(set(config.stream_weights) - set(streams))
     if unknown:
         raise UserError(f"model.stream_weights has {unknown}: this model has the streams {', '.join(streams)}")
@@ -92,13 +88,7 @@ def weights_of(config: ModelConfig, streams: Sequence[str]) -> dict[str, float]:
 def load_parts(config: ModelConfig, owner: Any, file: str) -> tuple[Any, Any]:
     """Return the checkpoint's config, and its tokenizer or processor, whose chat templates are told one date.
 
-    Args:
-        config: where they lie.
-        owner: AutoTokenizer or AutoProcessor.
-        file: that `owner` reads, for messages.
-
-    Raises:
-        UserError: they cannot be read, or the folder has no tokenizer_config.json.
+    `owner` is AutoTokenizer or AutoProcessor, and `file` names what it reads in messages.
     """
     folder = Path(config.path)
     if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
@@ -127,9 +117,6 @@ def load_weights(
         path: another folder than the configured one, for the weights of a checkpoint.
         hints: what to do about a weight that the checkpoint lacks, by its name.
         options: further keywords of `from_pretrained`.
-
-    Raises:
-        UserError: see `load_from`.
     """
     source, revision = path or config.path, None if path else config.revision
     options |= {"dtype": "auto", "attn_implementation": config.attention}
@@ -152,11 +139,7 @@ def load_from(
     hints: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model; `key` is the setting that names its folder. See `load_weights`.
-
-    Raises:
-        UserError: the checkpoint cannot be read, lacks weights, or has weights of other shapes than its config says.
-    """
+    """Load a model; `key` is the setting that names its folder. Missing or misshapen weights are refused."""
     with door(source, "model", key):
         settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         check_sizes(Path(source), settings, lambda: empty(model_class, settings))

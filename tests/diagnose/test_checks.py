@@ -207,7 +207,7 @@ def check_rank(world: World, model: str, data: str, spoilt: str) -> tuple[str, s
     config = ChecksConfig(expect_chance=True)
     module = LossModule(loaded, family.losses)
     try:
-        report = run_checks(config, family, module, examples, policy, world)
+        report = run_checks(config, family, module, examples, policy.autocast, world)
         world.on_all_ranks(report.stop_if_wrong, only_main=True)
     except RawloopError as error:
         return type(error).__name__, str(error)
@@ -273,7 +273,9 @@ def test_an_error_inside_the_checks_names_the_samples(
     examples = [[family.example(chosen, cache)]]
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"))
     with pytest.raises(IndexError) as caught:
-        run_checks(ChecksConfig(batches=1), family, module, lambda start, stop: examples[start:stop], policy, World())
+        run_checks(
+            ChecksConfig(batches=1), family, module, lambda start, stop: examples[start:stop], policy.autocast, World()
+        )
     assert caught.value.__notes__ == [f"in the checks before step 0, on the samples {chosen.id}"]
 
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from rawloop.audio import BadAudio, load_audio
-from rawloop.contracts import IGNORE, Audio, Piece, Sample, Text
+from rawloop.contracts import IGNORE, Piece, Sample
 from rawloop.errors import BadSample, UserError
-from rawloop.families.chat_template import ChatTemplate, Messages
+from rawloop.families.chat_template import ChatTemplate, Messages, content_of
 from rawloop.families.sample_checks import (
     Letters,
     about,
     check_control,
     check_conversation,
+    check_length,
     check_no_tools,
     control_pattern,
 )
@@ -50,13 +51,7 @@ class Example:
 
 
 class ChatEncoder:
-    """Turns samples into examples.
-
-    Args:
-        processor: the checkpoint's processor: tokenizer, feature extractor and chat template.
-        audio_token: id of the token that stands for a clip, once per position.
-        max_positions: of the language model.
-    """
+    """Turns samples into examples; `audio_token` is the id of the token that stands for a clip, once per position."""
 
     def __init__(self, processor: Any, audio_token: int, max_positions: int) -> None:
         self.processor, self.audio_token, self.max_positions = processor, audio_token, max_positions
@@ -83,15 +78,7 @@ class ChatEncoder:
     def check(self, sample: Sample, samples_of: Callable[[Path], int] | None = None) -> None:
         """Refuse a sample that cannot be trained, without decoding its clips.
 
-        Args:
-            sample: the conversation.
-            samples_of: gives the length of a clip at `sample_rate`, if it is known.
-
-        Raises:
-            UserError: no turn is trained, audio stands in another turn than a user's, or the chat template refuses the
-                conversation, drops words or cannot be split at its turns.
-            BadSample: a text holds a control token, a clip is shorter or longer than the model hears, or the whole is
-                longer than the model.
+        `samples_of` gives the length of a clip at `sample_rate`, if it is known.
         """
         with about(sample):
             check_no_tools(sample)
@@ -117,7 +104,7 @@ class ChatEncoder:
         second = self.sample_rate
         most = min(-(-max(clips, default=0) // second) * second, int(self.longest * second))
         if text + len(clips) * (self._positions(most) if clips else 0) > self.max_positions:
-            self._check_length(text - len(clips) + sum(self._positions(length) for length in clips))
+            check_length(text - len(clips) + sum(map(self._positions, clips)), self.max_positions)
 
     def _positions(self, length: int) -> int:
         """Return how many positions a clip of so many samples takes."""
@@ -125,13 +112,6 @@ class ChatEncoder:
             ids = self._encoded([QUESTION], [torch.zeros(length)])["input_ids"]
             self._known[length] = int((ids == self.audio_token).sum())
         return self._known[length]
-
-    def _check_length(self, positions: int) -> None:
-        if positions > self.max_positions:
-            raise BadSample(
-                f"it takes {positions} positions, the model has {self.max_positions}: shorten its text, or leave clips "
-                "out"
-            )
 
     def _check_seconds(self, length: int, path: Path) -> None:
         seconds = length / self.sample_rate
@@ -142,11 +122,7 @@ class ChatEncoder:
             )
 
     def example(self, sample: Sample) -> Example:
-        """Decode the clips of a sample that `check` has passed, and encode it.
-
-        Raises:
-            BadSample: a clip cannot be decoded, is silent, or has another length than it had.
-        """
+        """Decode the clips of a sample that `check` has passed, and encode it."""
         with about(sample):
             return self.encode(sample, [self._waveform(path) for path in sample.audio_paths()])
 
@@ -159,20 +135,11 @@ class ChatEncoder:
         return waveform
 
     def encode(self, sample: Sample, waveforms: Sequence[Tensor]) -> Example:
-        """Encode one sample from its clips' waveforms.
-
-        Args:
-            sample: the conversation; exactly its `trained` turns get targets.
-            waveforms: (samples,) float32 at `sample_rate`, in order of appearance.
-
-        Raises:
-            UserError: the processor does not take so many clips, or the chat template has no place for one.
-            BadSample: the sample is longer than the model.
-        """
+        """Encode one sample from its clips' waveforms, (samples,) float32 at `sample_rate`, in order of appearance."""
         messages = _messages(sample)
         encoded = self._encoded(messages, waveforms)
         ids: list[int] = encoded.pop("input_ids")[0].tolist()
-        self._check_length(len(ids))
+        check_length(len(ids), self.max_positions)
         encoded.pop("attention_mask")
         labels = [IGNORE] * len(ids)
         for index, turn in enumerate(sample.turns):
@@ -191,11 +158,7 @@ class ChatEncoder:
         return dict(self.template.run(heard, tokenize=True, return_dict=True, return_tensors="pt"))
 
     def pieces(self, example: Example) -> Iterator[Piece]:
-        """Yield runs of positions of one turn that are audio, learnt text or other text.
-
-        Raises:
-            UserError: the chat template cannot be split at this conversation's turns.
-        """
+        """Yield runs of positions of one turn that are audio, learnt text or other text."""
         ids, labels, start = example.input_ids.tolist(), example.labels.tolist(), 0
         for count, message in enumerate(example.messages, 1):
             last = count == len(example.messages)
@@ -210,10 +173,4 @@ class ChatEncoder:
 
 
 def _messages(sample: Sample) -> Messages:
-    return [{"role": turn.role, "content": [_content(part) for part in turn.parts]} for turn in sample.turns]
-
-
-def _content(part: Text | Audio) -> dict[str, Any]:
-    if isinstance(part, Text):
-        return {"type": "text", "text": part.text}
-    return {"type": "audio", "audio": str(part.path)}
+    return [{"role": turn.role, "content": content_of(turn.parts, "audio")} for turn in sample.turns]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from rawloop.contracts import IGNORE, Sample
-from rawloop.errors import BadSample, UserError
+from rawloop.errors import UserError
 from rawloop.families.chat_template import ChatTemplate, Messages, control_tokens
 from rawloop.families.sample_checks import (
     Letters,
     about,
     check_control,
     check_conversation,
+    check_length,
     control_pattern,
     is_text,
 )
@@ -44,13 +45,7 @@ class Example:
 
 
 class TextEncoder:
-    """Turns samples into examples.
-
-    Args:
-        settings: the config of the text model.
-        tokenizer: the checkpoint's tokenizer, with its chat template if it has one.
-        path: the checkpoint, for messages.
-    """
+    """Turns samples into examples; `settings` is the config of the text model, `path` names it in messages."""
 
     def __init__(self, settings: Any, tokenizer: Any, path: str) -> None:
         self.tokenizer, self.path = tokenizer, path
@@ -63,13 +58,7 @@ class TextEncoder:
         self._any_token = tokenizer.unk_token_id is None and len(tokenizer) <= self.vocabulary
 
     def check(self, sample: Sample) -> None:
-        """Refuse a sample that cannot be trained.
-
-        Raises:
-            UserError: audio, nothing to learn, or a chat template that is missing, refuses the conversation, drops a
-                part of it, or cannot be split into prompt and answer.
-            BadSample: it has a control token or unknown letters in its text, or is too long for the model.
-        """
+        """Refuse a sample that cannot be trained: its turns, its letters, its chat template or its length."""
         text = is_text(sample)
         if not text and self.tokenizer.chat_template is not None:
             _ = self.template.end_of_turn  # a template that splits no chat at all is no fault of the sample's
@@ -110,10 +99,7 @@ class TextEncoder:
         self._check_ids(ids)
 
     def _check_ids(self, ids: list[int]) -> None:
-        if self.limit is not None and len(ids) > self.limit:
-            raise BadSample(
-                f"it takes {len(ids)} positions, the model has {self.limit}: shorten it, or leave the sample out"
-            )
+        check_length(len(ids), self.limit)
         if max(ids) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
-from rawloop.errors import BadSample, UserError
-from rawloop.families.chat_template import ChatTemplate, Messages
-from rawloop.families.sample_checks import Letters, about, check_control, check_no_tools, control_pattern
+from rawloop.errors import UserError
+from rawloop.families.chat_template import ChatTemplate, Messages, content_of
+from rawloop.families.sample_checks import Letters, about, check_control, check_length, check_no_tools, control_pattern
 
 SYSTEM = "Generate audio following instruction."
 # The wording the model was trained with for dialogues without reference voices.
@@ -47,12 +47,7 @@ class Example:
 
 
 class HiggsEncoder:
-    """Turns samples into examples, and examples into padded tensors.
-
-    Args:
-        settings: the model's config.
-        tokenizer: the checkpoint's tokenizer, with its chat template.
-    """
+    """Turns samples into examples, and examples into padded tensors."""
 
     def __init__(self, settings: Any, tokenizer: Any) -> None:
         self.settings, self.tokenizer = settings, tokenizer
@@ -74,23 +69,11 @@ class HiggsEncoder:
         # Chat templates read the first item of a system turn only, and would drop the rest.
         joined = [(Text(turn.words),) if turn.role == "system" else turn.parts for turn in turns]
         return [
-            {"role": turn.role, "content": [_content(part) for part in parts]}
-            for turn, parts in zip(turns, joined, strict=True)
+            {"role": turn.role, "content": content_of(parts, "path")} for turn, parts in zip(turns, joined, strict=True)
         ]
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
-        """Refuse a sample that cannot be trained.
-
-        Args:
-            sample: the conversation.
-            frames: gives the length of a clip in frames, if its codes are there.
-
-        Raises:
-            UserError: no turn is trained, a turn has another shape than the model knows, or the chat template drops
-                words.
-            BadSample: a text holds a control token or unknown letters, or with all that it has, prompt, references and
-                clips in their delay pattern, it is too long.
-        """
+        """Refuse a sample that cannot be trained; `frames` gives the length of a clip, if its codes are there."""
         with about(sample):
             check_no_tools(sample)
             words = False
@@ -117,7 +100,7 @@ class HiggsEncoder:
         text = self._text(sample)
         ids = self.template.ids(text)
         self.letters.check_tokens(ids, text)
-        self._check_length(clips + len(ids) - len(paths))
+        check_length(clips + len(ids) - len(paths), self.settings.max_position_embeddings)
 
     def _most_text(self, sample: Sample) -> int:
         """Return more positions than a sample's text takes.
@@ -134,14 +117,6 @@ class HiggsEncoder:
         text = self.template.render(messages)
         self.template.check_words(text, messages)
         return text
-
-    def _check_length(self, positions: int) -> None:
-        limit = self.settings.max_position_embeddings
-        if positions > limit:
-            raise BadSample(
-                f"it takes {positions} positions, the model has {limit}: shorten its text, clip or references, or "
-                "leave the sample out"
-            )
 
     def _check_turn(self, turn: Turn, index: int, sample: Sample) -> None:
         clips = sum(isinstance(part, Audio) for part in turn.parts)
@@ -164,25 +139,15 @@ class HiggsEncoder:
         self.letters.check(turn.words)
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
-        """Encode one sample that `check` has passed from cached codes.
-
-        Args:
-            sample: the conversation; exactly its `trained` turns get targets.
-            codes: gives a clip's (frames, codebooks) int64 codes.
-
-        Raises:
-            UserError: a clip's codes do not fit the model, or the chat template has no place for a clip.
-            BadSample: the sample is too long for the model.
-        """
-        with about(sample):
-            ids = self.template.ids(self._text(sample))
+        """Encode one sample that `check` has passed; `codes` gives a clip's (frames, codebooks) int64 codes."""
         clips = [codes(path) for path in sample.audio_paths()]
         trained = [turn.trained for turn in sample.turns for part in turn.parts if isinstance(part, Audio)]
         with about(sample):
+            ids = self.template.ids(self._text(sample))
             self._check_clips(sample, clips, ids)
             blocks = [self.delayed(clip, learn) for clip, learn in zip(clips, trained, strict=True)]
             pieces, labels = self._expand(ids, [len(inputs) for inputs, _ in blocks], trained)
-            self._check_length(len(pieces))
+            check_length(len(pieces), self.settings.max_position_embeddings)
         inputs, audio_labels = (torch.cat(rows) for rows in zip(*blocks, strict=True))
         return Example(sample.id, torch.tensor(pieces), inputs, torch.tensor(labels), audio_labels)
 
@@ -263,7 +228,3 @@ class HiggsEncoder:
             "audio_input_ids_mask": audio(frames, 0),
             "audio_labels": audio([e.audio_labels for e in examples], IGNORE),
         }
-
-
-def _content(part: Text | Audio) -> dict[str, str]:
-    return {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "audio", "path": str(part.path)}
