@@ -83,13 +83,7 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
     """Compare the logits of a batch before and after `family.perturb`, with dropout off; nothing else is changed.
 
     The tolerance is the larger of two: rounding (see `_rounding`), and noise, which is twice what moves when the same
-    batch is run again with the same random numbers.
-
-    Args:
-        family: knows which targets stand before the change.
-        model: any model of the family, training or not.
-        batch: on the model's device; with a row per stream, each stream gets its turn.
-        autocast: gives the context that training runs its forward passes in.
+    batch is run again with the same random numbers. A batch with a row per stream gives each stream its turn.
     """
     with looking_at(batch.ids):
         perturbed = family.perturb(batch)
@@ -124,12 +118,9 @@ def _moved(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[int, float]:
 
 
 def _rounding(model: nn.Module, autocast: Autocast) -> float:
-    """Return how far rounding may move logits: by each layer in float32, as sums are; once in the coarsest dtype.
-
-    A 16-bit dtype is not counted by layers: 64 units of bfloat16 are half the largest logit, and in GPT-2 context
-    moves logits by 3.
-    """
+    """Return how far rounding may move logits: by each layer in float32, as sums are; once in the coarsest dtype."""
     layers = max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=0)
+    # A 16-bit dtype is not counted by layers: 64 units of bfloat16 are half the largest logit.
     summing = torch.finfo(torch.float32).eps * ROUNDINGS * max(LAYERS, layers)
     return max(summing, coarsest_eps(model, autocast))
 

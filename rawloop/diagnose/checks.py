@@ -68,12 +68,9 @@ def run_checks(
     probed = family.streams if has(family, *PROBED) else ()
     moved = {stream: reduce(Movement.join, (own[stream] for own in movements)) for stream in probed}
     measured = sum(census.samples for census in censuses)
-    return Report(config, total, verdicts, moved, round(time.perf_counter() - start, 3), measured, not_checked(family))
-
-
-def not_checked(family: Family) -> list[str]:
-    """Return a clause for each check that a family has no method for."""
-    return [f"{what} (no `{name}`)" for name, what in NEEDED.items() if not has(family, name)]
+    seconds = round(time.perf_counter() - start, 3)
+    lacking = [f"{what} (no `{name}`)" for name, what in NEEDED.items() if not has(family, name)]
+    return Report(config, total, verdicts, moved, seconds, measured, lacking)
 
 
 def _decided(total: Census, family: Family, examples: Examples, start: int, world: World) -> Census:

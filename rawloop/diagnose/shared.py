@@ -24,12 +24,7 @@ def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager
 
 
 def table(align: str, rows: Sequence[Sequence[object]]) -> list[str]:
-    """Return lines of aligned columns, the first row being the head.
-
-    Args:
-        align: a letter per column, `l` for words and `r` for numbers.
-        rows: as many cells each.
-    """
+    """Return lines of aligned columns, the first row being the head; `align` has an `l` or `r` for each column."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

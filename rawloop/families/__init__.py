@@ -20,7 +20,6 @@ FAMILIES = {
     "qwen2_audio": "rawloop.families.audio_chat:AudioChat",
 }
 ADAPTER = "adapter_config.json"
-WRITTEN = "point it at a folder that save_pretrained wrote"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -29,9 +28,6 @@ def load_family(config: ModelConfig) -> "Family":
 
     `auto` takes a family of that `model_type`, else causal_lm where the checkpoint holds the very class that
     transformers has for causal language models of its type (LlamaForCausalLM for llama).
-
-    Raises:
-        UserError: no such folder, no config.json in it, or no family for this kind of model; or your own is none.
     """
     name = config.family
     if ":" in name:
@@ -67,8 +63,9 @@ def check_path(path: str, key: str) -> None:
     folder = Path(expanduser(path))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            adapter = (folder / ADAPTER).is_file()
-            more = "it holds an adapter: give its base model, or merge them by `rawloop merge`" if adapter else WRITTEN
+            more = "point it at a folder that save_pretrained wrote"
+            if (folder / ADAPTER).is_file():
+                more = "it holds an adapter: give its base model, or merge them by `rawloop merge`"
             raise UserError(f"{key} is '{path}', a folder without config.json: {more}")
         if (folder / ADAPTER).exists():
             raise UserError(
@@ -112,11 +109,7 @@ def _is_causal_lm(model_type: str, architectures: list[str]) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a checkpoint's folder.
-
-    Raises:
-        UserError: the file is not JSON.
-    """
+    """Read a JSON object from a checkpoint's folder."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -127,11 +120,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def local_folder(path: str, revision: str | None, patterns: list[str], key: str = "model.path") -> Path:
-    """Return a checkpoint's folder on this machine; of a hub id, the files that match `patterns` are fetched.
-
-    Raises:
-        UserError: the hub does not give it, and it is not here from an earlier time; the message names `key`.
-    """
+    """Return a checkpoint's folder on this machine; of a hub id, the files that match `patterns` are fetched."""
     folder = Path(expanduser(path))
     if folder.is_dir():
         return folder

@@ -32,13 +32,10 @@ DRAWS = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # all that Jinja has of it
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer or a processor.
+    """The chat template of `owner`: of a tokenizer, or of a processor with a tokenizer.
 
-    Args:
-        owner: the tokenizer, or a processor with a tokenizer.
-        path: the checkpoint, for messages.
-        question: a user's message that the template takes.
-        placeholder: id of the token that stands for a clip. A processor repeats it for the clip's positions.
+    `question` is a user's message that the template takes. `placeholder` is the id of the token that stands for a
+    clip; a processor repeats it for the clip's positions.
     """
 
     def __init__(

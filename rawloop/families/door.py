@@ -31,15 +31,12 @@ LAYERS = re.compile(r"(layers|_layer|depth|quantizers)$")  # Gemma has a vocab_s
 
 @contextmanager
 def door(path: str, file: str, key: str = "model.path") -> Iterator[None]:
-    """Turn what a library raises over a checkpoint's folder into a `LibraryError`.
+    """Turn what a library raises over a checkpoint's folder into a `LibraryError`, or leave it as it is if in `PASSED`.
 
     Args:
         path: folder or hub id.
         file: the file that is read, such as config.json; it is named if no file of the folder is visibly damaged.
         key: the setting that names the folder.
-
-    Raises:
-        LibraryError: anything was raised but rawloop's own errors, warnings, a lack of memory, or the process's end.
     """
     try:
         yield
@@ -104,13 +101,8 @@ def _problem(file: Path) -> str | None:
 def check_sizes(folder: Path, settings: Any, build: Callable[[], torch.nn.Module]) -> None:
     """Refuse a config.json that asks for far more weights than the folder's files hold, before memory is.
 
-    Args:
-        folder: of the checkpoint; one without safetensors files is not looked at, nor are quantized weights.
-        settings: its config.
-        build: makes the model; called on the meta device.
-
-    Raises:
-        UserError: it does.
+    A folder without safetensors files is not looked at, nor are quantized weights. `build` makes the model; it is
+    called on the meta device.
     """
     stored, tensors = 0, 0
     for file in folder.glob("*.safetensors"):

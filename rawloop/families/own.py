@@ -17,38 +17,35 @@ def own_family(path: str, config: Any) -> Family:
 
     An error in the user's code becomes one line that says where it was raised: a run has many processes, and a
     traceback from each would be no message.
-
-    Raises:
-        UserError: it cannot be imported, cannot be made, or lacks a required member of a family.
     """
     module_name, _, class_name = path.partition(":")
-    asked = f"model.family is '{path}'"
+    asked = f"model.family is '{path}', which"
     # As `python -m` does, and torchrun with it: a script of the environment begins its search in its own folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"{asked}, which cannot be imported: {_told(error, module_name)}") from error
-        raise UserError(
-            f"{asked}, which cannot be imported: there is no module {error.name} in {os.getcwd()} or among the "
-            "installed packages; start from the folder that it lies in, or install it"
-        ) from error
     except Exception as error:
-        raise UserError(f"{asked}, which cannot be imported: {_told(error, module_name)}") from error
+        reason = _told(error, module_name)
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            reason = (
+                f"there is no module {error.name} in {os.getcwd()} or among the installed packages; start from the "
+                "folder that it lies in, or install it"
+            )
+        raise UserError(f"{asked} cannot be imported: {reason}") from error
     if not hasattr(module, class_name):
-        raise UserError(f"{asked}, and {module.__file__} has no {class_name}{nearest(class_name, vars(module))}")
+        near = nearest(class_name, vars(module))
+        raise UserError(f"model.family is '{path}', and {module.__file__} has no {class_name}{near}")
     try:
         family = getattr(module, class_name)(config)
     except RawloopError:
         raise
     except Exception as error:
-        raise UserError(f"{asked}, which cannot be made from model's config: {_told(error, module_name)}") from error
+        raise UserError(f"{asked} cannot be made from model's config: {_told(error, module_name)}") from error
     lacking = [name for name in Family.__annotations__ if not hasattr(family, name)]
     lacking += [name for name in REQUIRED if not has(family, name)]
     if lacking:
-        raise UserError(f"{asked}, which lacks {', '.join(lacking)}: see rawloop.contracts.Family and docs/families.md")
+        raise UserError(f"{asked} lacks {', '.join(lacking)}: see rawloop.contracts.Family and docs/families.md")
     return cast(Family, family)
 
 

@@ -202,9 +202,8 @@ def check_repeatable(make: Callable[[], Batch]) -> None:
     if one.keys() != two.keys() or not all(t.shape == two[n].shape and torch.equal(t, two[n]) for n, t in one.items()):
         raise UserError(
             f"the samples {', '.join(first.ids)} become other numbers each time they are made: the chat template or "
-            "the family reads the clock, or draws at random in a way that no seed reaches; a family of your own can "
-            "stop the clock of its templates with rawloop.families.chat_template.stop_clock, and seed its generators "
-            "from torch's, Python's or numpy's global one"
+            "the family reads the clock, or draws at random in a way that no seed reaches; stop the clock of templates "
+            "with rawloop.families.chat_template.stop_clock, and draw from a global generator of torch, Python or numpy"
         )
 
 

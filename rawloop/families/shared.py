@@ -5,6 +5,7 @@ A family of your own may use all of it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ class TextFamily:
         return {"text": math.log(self.vocabulary)}
 
 
-def padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Return sequences as (batch, longest, ...), padded on the right."""
-    return pad_sequence(list(rows), batch_first=True, padding_value=value)
+def padded(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
+    """Return sequences as (batch, longest, ...)."""
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def text_batch(inputs: dict[str, Tensor], labels: Tensor, examples: Sequence[Any]) -> Batch:
@@ -178,22 +179,10 @@ def enable_activation_checkpointing(model: Any) -> None:
 
 
 def target_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """Run a language model with its head applied at some positions only.
+    """Run a language model of transformers with its head applied at some positions only; return (targets, vocabulary).
 
     A vocabulary of 150,000 over every position would take more memory than the rest of the head's work. The model's own
-    forward is called, so whatever it does to its logits (scaling, soft capping) is done. Only the input of the head is
-    cut down, and its output is made exact.
-
-    Args:
-        model: a language model of transformers.
-        inputs: keywords of its forward.
-        positions: (targets,) int64 into the flattened (batch, sequence).
-
-    Returns:
-        (targets, vocabulary) float32, float64 of a float64 model.
-
-    Raises:
-        UserError: the model makes its logits in another way.
+    forward is called, so it may scale or cap its logits. `positions` are those of the flattened (batch, sequence).
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -226,7 +215,7 @@ def perturbed(
     unshifted labels would go unnoticed.
 
     Args:
-        batch: with `Labels` whose positions index the flattened (batch, sequence).
+        batch: its labels' positions index the flattened (batch, sequence).
         tokens: the token at each position, by stream: (positions,), or (positions, codebooks).
         documents: (positions,) int64, the number of each position's document from 0 on, not falling; see `rows_of`.
         what: names the inputs that `change` changes, for messages.
@@ -237,20 +226,15 @@ def perturbed(
     behind = torch.arange(len(documents), device=documents.device) >= cuts[documents]
     later = {stream: behind[labels.positions] for stream, labels in batch.labels.items()}
     return Perturbed(
-        with_inputs(batch, change(behind)),
+        replace(batch, inputs=batch.inputs | change(behind)),
         {stream: places <= cuts[documents[places]] for stream, places in own.items()},
-        {what: Context(with_inputs(batch, change(~behind)), later)},
+        {what: Context(replace(batch, inputs=batch.inputs | change(~behind)), later)},
     )
 
 
 def rows_of(ids: Tensor) -> Tensor:
     """Return the number of each position's row in the flattened (batch, sequence), for batches of a document a row."""
     return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
-
-
-def with_inputs(batch: Batch, inputs: Mapping[str, Tensor]) -> Batch:
-    """Return the batch with some inputs exchanged."""
-    return Batch({**batch.inputs, **inputs}, batch.labels, batch.targets, batch.ids)
 
 
 def _own_places(tokens: Tensor, labels: Labels) -> Tensor:

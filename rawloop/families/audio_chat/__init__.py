@@ -5,6 +5,7 @@ for a clip's positions, and a causal language model behind `AutoModelForMultimod
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from rawloop.families.shared import (
     perturbed,
     rows_of,
     text_batch,
-    with_inputs,
 )
 
 
@@ -112,4 +112,5 @@ class AudioChat(TextFamily):
         if not quiet:
             return changed
         heard = {"text": clips.cumsum(1).flatten()[batch.labels["text"].positions] > 0}
-        return changed._replace(contexts={**changed.contexts, "clips": Context(with_inputs(batch, quiet), heard)})
+        clips_alone = Context(replace(batch, inputs=batch.inputs | quiet), heard)
+        return changed._replace(contexts={**changed.contexts, "clips": clips_alone})

@@ -20,11 +20,7 @@ KEY = "model.codec"
 
 
 def codec_path(config: ModelConfig) -> str:
-    """Return the codec's folder or hub id: `model.codec`, or what the checkpoint's processor_config.json names.
-
-    Raises:
-        UserError: neither says where the codec is.
-    """
+    """Return the codec's folder or hub id: `model.codec`, or what the checkpoint's processor_config.json names."""
     if config.codec:
         check_path(config.codec, KEY)
         return config.codec
@@ -42,9 +38,6 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
 
     Returns:
         what it is, and its encoder: (samples,) float32 at `sample_rate` -> (frames, codebooks) int64 on the CPU.
-
-    Raises:
-        UserError: it cannot be loaded, or it is not a codec of Higgs Audio v2.
     """
     path = codec_path(config)
     folder = local_folder(path, None, FILES, KEY)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
 from rawloop.families.sample_checks import Letters, about, check_control, check_length, check_no_tools, control_pattern
+from rawloop.families.shared import padded
 
 SYSTEM = "Generate audio following instruction."
 # The wording the model was trained with for dialogues without reference voices.
@@ -186,15 +186,11 @@ class HiggsEncoder:
                 )
 
     def delayed(self, codes: Tensor, trained: bool) -> tuple[Tensor, Tensor]:
-        """Apply the delay pattern: codebook k runs k frames late.
-
-        Args:
-            codes: (frames, codebooks) int64.
-            trained: whether the clip has targets.
+        """Apply the delay pattern to (frames, codebooks) codes: codebook k runs k frames late.
 
         Returns:
             inputs and labels, both (frames + 2 + codebooks - 1, codebooks): BOS before and EOS after each codebook's
-            stream; as labels the codes and one EOS per codebook, -100 elsewhere.
+            stream; as labels the codes and one EOS per codebook if it is `trained`, -100 elsewhere.
         """
         frames, codebooks = codes.shape
         edge = codes.new_ones(1, codebooks)
@@ -211,20 +207,13 @@ class HiggsEncoder:
             `input_ids`, `attention_mask`, `labels` (batch, sequence); `audio_input_ids`, `audio_labels` (batch,
             frames, codebooks); `audio_input_ids_mask` (batch, frames) bool.
         """
-
-        def text(rows: list[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-        def audio(rows: list[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value)
-
         ones = [torch.ones(len(e.input_ids), dtype=torch.int64) for e in examples]
         frames = [torch.ones(len(e.audio_input_ids), dtype=torch.bool) for e in examples]
         return {
-            "input_ids": text([e.input_ids for e in examples], self.tokenizer.pad_token_id),
-            "attention_mask": text(ones, 0),
-            "labels": text([e.labels for e in examples], IGNORE),
-            "audio_input_ids": audio([e.audio_input_ids for e in examples], self.settings.audio_stream_eos_id),
-            "audio_input_ids_mask": audio(frames, 0),
-            "audio_labels": audio([e.audio_labels for e in examples], IGNORE),
+            "input_ids": padded([e.input_ids for e in examples], self.tokenizer.pad_token_id, side),
+            "attention_mask": padded(ones, 0, side),
+            "labels": padded([e.labels for e in examples], IGNORE, side),
+            "audio_input_ids": padded([e.audio_input_ids for e in examples], self.settings.audio_stream_eos_id),
+            "audio_input_ids_mask": padded(frames, 0),
+            "audio_labels": padded([e.audio_labels for e in examples], IGNORE),
         }
