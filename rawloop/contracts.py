@@ -4,13 +4,16 @@ data -> `Sample` -> family -> `Example` -> family -> `Batch` -> family -> `Strea
 `Stateful` and `FolderState` are all that the checkpoint manager knows of anything.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from rawloop.errors import UserError
 
 IGNORE = -100  # torch's ignore_index: this position is no target
 
@@ -66,6 +69,20 @@ class Sample:
     source: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is plain text. Any other sample is a conversation."""
+        return [turn.role for turn in self.turns] == ["text"]
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Let a refusal begin with the sample that it is about."""
+        try:
+            yield
+        except UserError as error:
+            error.args = (f"sample '{self.id}' ({self.source}): {error}",)
+            raise
 
     def audio_paths(self) -> list[Path]:
         """All clips of the conversation, in order of appearance, references included."""

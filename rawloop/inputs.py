@@ -1,7 +1,6 @@
 """Calls a model with a batch: each input goes to the parameter of the model's forward that has its name.
 
-Models of transformers 5 take `**kwargs` and swallow a keyword that they do not know: `label_ids` instead of `labels`
-gives `loss=None` and no error. So every key of a batch must be the name of a parameter.
+Models of transformers 5 swallow a keyword that they do not know: `label_ids` instead of `labels` gives `loss=None`.
 """
 
 import dataclasses

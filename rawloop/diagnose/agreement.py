@@ -1,7 +1,6 @@
-"""Compares a family's `losses` with the cross-entropy of its `logits` at the labels.
+"""Compares a family's `losses`, which training uses, with the cross-entropy of its `logits`, which the checks look at.
 
-The other checks look at `logits`, and training uses `losses`. A loss that is not shifted goes unseen where the logits
-are right, and looks like chance to a model that knows nothing.
+A loss that is not shifted goes unseen where the logits are right, and looks like chance to a model that knows nothing.
 """
 
 import math

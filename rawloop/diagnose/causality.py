@@ -1,9 +1,7 @@
 """The causality probe: what comes later must not move a prediction, and what comes before must.
 
-A leak makes a loss look splendid and a model useless: labels that were not shifted, a mask that shows the future. Both
-move a prediction when inputs change that it is not to see. A model without attention learns, too, if only how often
-tokens follow each other. So the other half of the probe changes what stands before a prediction, and leaves its own
-input as it was.
+Labels that were not shifted and a mask that shows the future make a loss look splendid and a model useless. A model
+without attention learns, too, so inputs before a prediction are changed as well, its own input left as it was.
 """
 
 from typing import Literal, NamedTuple
@@ -30,14 +28,13 @@ class Movement(NamedTuple):
     """How far logits moved at most, as a share of the largest logit.
 
     `earlier` targets must stay when inputs behind them change, and moved by `moved_earlier`. `later` says of each kind
-    of context (tokens, clips) how many targets must move when it changes alone, and how far they did. Up to `tolerance`
-    is rounding, or noise: the model's difference from itself.
+    of context (tokens, clips) how many targets must move when it changes, and how far they did.
     """
 
     earlier: int
     moved_earlier: float
     later: dict[str, tuple[int, float]]
-    tolerance: float
+    tolerance: float  # of rounding, and of noise: the model's difference from itself
 
     def join(self, other: "Movement") -> "Movement":
         """Join the movements of two ranks."""

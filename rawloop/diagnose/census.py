@@ -20,8 +20,7 @@ class Census:
     """Counts over some samples.
 
     `roles` has positions and targets by (role, stream); `codebooks` how many targets a position of a stream can have;
-    `specials` how often each special token is a target, per codebook of its stream; `silent` names the samples that
-    have no target in any stream, from which nothing is learnt.
+    `specials` how often each special token is a target, per codebook; `silent` names samples without any target.
     """
 
     samples: int = 0

@@ -1,7 +1,6 @@
-"""Runs the checks before step 0.
+"""Runs the checks before step 0; the training that follows is the same as without them.
 
 Each rank looks at the first micro-batches that it will train on. Then the ranks join their results and decide alike.
-The training that follows is the same as without checks.
 """
 
 import time

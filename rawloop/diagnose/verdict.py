@@ -1,7 +1,6 @@
 """The loss verdict: the first loss of each stream and codebook, compared with chance before training.
 
-A loss curve shows that a number falls. Only the loss of a uniform guess shows whether it began where it should: two
-published runs of Higgs Audio v2 that reported success had losses of chance and of a thousandth of it.
+A loss curve shows that a number falls. Only the loss of a uniform guess shows whether it began where it should.
 """
 
 import math
@@ -42,10 +41,9 @@ SAME = 1e-6  # of the largest logit: as good as equal
 class Reading:
     """The measurements of a stream or of one of its codebooks.
 
-    `nats` is a sum over `targets`, and so is `entropy` (each target counts with that of the targets of its batches).
-    The others say what is wrong, if anything is: `gradient` why no trained weight learns from it, and `logits` that
-    they do not differ between positions, both only where no rank and no batch sees it otherwise; `not_finite` what its
-    loss or gradient that is not finite comes from; `mismatch` how the loss differs from what the logits say.
+    `nats` and `entropy` are sums over `targets`. The others say what is wrong, if anything is: why no trained weight
+    learns from it, and that logits do not differ between positions (both only if every rank and batch sees it so),
+    what a loss or gradient that is not finite comes from, and how the loss differs from what the logits say.
     """
 
     nats: float = 0.0
@@ -72,10 +70,7 @@ class Reading:
 
 
 class Verdict(NamedTuple):
-    """A verdict on one stream (`audio`) or codebook (`audio/3`): its mean loss, what chance is, and why.
-
-    `mismatch` says how the loss differs from what the logits say; its kind is judged all the same.
-    """
+    """A verdict on one stream (`audio`) or codebook (`audio/3`): its mean loss, what chance is, and why."""
 
     name: str
     kind: Kind
@@ -116,11 +111,10 @@ def read_losses(
     autocast: Autocast,
     groups: Sequence[Sequence[Any]] = (),
 ) -> dict[str, Reading]:
-    """Measure every stream and codebook on batches that are on the model's device.
+    """Measure every stream and codebook on batches that are on the model's device, which is left as it was.
 
-    Weights, gradients, buffers, modes and random streams are left as they are. Losses are those of evaluation (dropout
-    off); gradients are taken in training mode, where models recompute activations if they were asked to. `groups` has
-    the examples of each batch: with them, a loss that is not finite is looked for in each sample alone.
+    Losses are those of evaluation (dropout off); gradients are taken in training mode, where models may recompute
+    activations. With `groups`, the examples of each batch, a loss that is not finite is looked for in each sample.
     """
     readings = {stream: Reading() for stream in family.streams}
     passes = Passes(family, module, autocast, {id(batch): group for batch, group in zip(batches, groups, strict=False)})

@@ -1,8 +1,7 @@
 """A checkpoint's chat template: writes a conversation, and finds in its tokens where an answer begins and ends.
 
-No token's name is assumed. An answer begins where the prompt ends that the template writes when it is asked for an
-answer, so a prompt in training is, token for token, the prompt that generation will see. It ends with the first control
-token that the template writes behind it. A template for which that does not hold is refused.
+No token's name is assumed. An answer begins where the prompt ends that generation would see, and ends with the first
+control token that the template writes behind it. A template for which that does not hold is refused.
 """
 
 import json

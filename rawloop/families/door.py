@@ -1,7 +1,6 @@
 """The one door to a checkpoint's folder: any error of a library becomes one line that names folder, file and cause.
 
-`from_pretrained`, processors and chat templates run code of several libraries over files that anybody may have written.
-They raise errors of all types: KeyError, pyo3's PanicException, RecursionError, and bare Exception too.
+Libraries raise errors of all types over files that anybody may have written: KeyError, PanicException, bare Exception.
 """
 
 import json

@@ -13,10 +13,9 @@ UNRELATED = ("truncation", "padding")  # the last call of a tokenizer leaves the
 
 
 def reading_of(family: Family) -> dict[str, str]:
-    """Return digests of a family's tokenizer, chat template and feature extractor, by name.
+    """Return digests of a family's tokenizer, chat template and feature extractor, by name, wherever they lie.
 
-    They are found through the attributes `tokenizer` and `processor`, which are taken for those of transformers. The
-    folders that they were loaded from do not count.
+    They are found through the attributes `tokenizer` and `processor`, which are taken for those of transformers.
     """
     processor: Any = getattr(family, "processor", None)
     tokenizer = getattr(family, "tokenizer", None) or getattr(processor, "tokenizer", None)

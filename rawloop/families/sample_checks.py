@@ -24,21 +24,6 @@ LATER = timedelta(days=400, hours=13, minutes=37, seconds=11)  # another year, m
 LEAVE = "or leave the sample out"
 
 
-@contextmanager
-def about(sample: Sample) -> Iterator[None]:
-    """Let a refusal begin with the sample that it is about."""
-    try:
-        yield
-    except UserError as error:
-        error.args = (f"sample '{sample.id}' ({sample.source}): {error}",)
-        raise
-
-
-def is_text(sample: Sample) -> bool:
-    """Whether a sample is plain text. Any other is a conversation."""
-    return [turn.role for turn in sample.turns] == ["text"]
-
-
 def check_conversation(sample: Sample, roles: Iterable[str], *, hears: bool) -> None:
     """Refuse turns that a model which answers in text cannot take. If it `hears`, user turns may have clips."""
     for index, turn in enumerate(sample.turns):

@@ -94,10 +94,9 @@ class AudioChat(TextFamily):
         return tuple(self.encoder.pieces(example))
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change every token from the middle target of each row on, or before it; see `shared.perturbed`.
+        """Change every token from the middle target of each row on, or before it; clips stay as they are.
 
-        Clips stay as they are in these. In a batch of its own the sound of the clips is changed, loud into quiet:
-        predictions behind a clip must notice, also where all text reaches them.
+        In a batch of its own the sound of the clips is changed, loud into quiet: predictions behind a clip must notice.
         """
         ids, size = batch.inputs["input_ids"], self.vocabulary
         clips = ids == self.encoder.audio_token

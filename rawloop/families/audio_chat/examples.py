@@ -1,8 +1,6 @@
 """Conversations with audio as tensors: inputs are the processor's own, labels stand on what the assistant says.
 
-The processor renders its chat template, extracts features and gives each clip its positions. This module adds what the
-processor does not know: which tokens a trained turn says, and refusals where it would truncate a clip, let a text forge
-a turn, or drop audio.
+The processor does not say which tokens a trained turn has, and it truncates clips and drops audio without a word.
 """
 
 import re
@@ -21,7 +19,6 @@ from rawloop.errors import BadSample, UserError
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
 from rawloop.families.sample_checks import (
     Letters,
-    about,
     check_control,
     check_conversation,
     check_length,
@@ -36,11 +33,10 @@ QUESTION = {"role": "user", "content": [{"type": "audio", "audio": "clip"}, {"ty
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded sample.
+    """One encoded sample; a label stands at the position of its own token and is predicted from the one before.
 
-    `input_ids` and `labels` are (sequence,) int64; a label stands at the position of its own token and is predicted
-    from the one before. `features` are the other inputs of the model's forward, (windows, ...) each, empty without
-    audio. `messages` is the conversation as the chat template sees it, for people to look at.
+    `features` are the other inputs of the model's forward, (windows, ...) each, empty without audio. `messages` is the
+    conversation as the chat template sees it, for people to look at.
     """
 
     id: str
@@ -80,7 +76,7 @@ class ChatEncoder:
 
         `samples_of` gives the length of a clip at `sample_rate`, if it is known.
         """
-        with about(sample):
+        with sample.named_in_errors():
             check_no_tools(sample)
             check_conversation(sample, ROLES, hears=True)
             for turn in sample.turns:
@@ -123,7 +119,7 @@ class ChatEncoder:
 
     def example(self, sample: Sample) -> Example:
         """Decode the clips of a sample that `check` has passed, and encode it."""
-        with about(sample):
+        with sample.named_in_errors():
             return self.encode(sample, [self._waveform(path) for path in sample.audio_paths()])
 
     def _waveform(self, path: Path) -> Tensor:

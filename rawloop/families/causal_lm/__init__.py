@@ -13,7 +13,6 @@ from rawloop.contracts import IGNORE, Batch, Perturbed, Piece, Sample, Special
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm.examples import Example, TextEncoder
-from rawloop.families.sample_checks import is_text
 from rawloop.families.shared import TextFamily, load_parts, load_weights, padded, perturbed, rows_of, text_batch
 
 PACKED_ATTENTION = ("sdpa", "eager")
@@ -47,11 +46,11 @@ class CausalLM(TextFamily):
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
         """Refuse a sample that cannot be trained, and note its kind; see `TextEncoder.check`."""
         self.encoder.check(sample)  # one that is left out is of no kind
-        self._kinds.add("text" if is_text(sample) else "chat")
+        self._kinds.add("text" if sample.is_text else "chat")
 
     def example(self, sample: Sample, codes: Callable[[Path], Tensor] | None = None) -> Example:
         """Encode one sample, which has no audio; see `TextEncoder.example`."""
-        self._kinds.add("text" if is_text(sample) else "chat")
+        self._kinds.add("text" if sample.is_text else "chat")
         return self.encoder.example(sample)
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -1,7 +1,7 @@
 """Plain text and chats as token ids, with the tokens that are to be learnt.
 
 In plain text that is everything after the first token, and the end of text. In a chat it is what the trained assistant
-turns say and the token that ends a turn, as the checkpoint's chat template writes them.
+turns say, and the token that ends a turn.
 """
 
 import json
@@ -18,12 +18,10 @@ from rawloop.errors import UserError
 from rawloop.families.chat_template import ChatTemplate, Messages, control_tokens
 from rawloop.families.sample_checks import (
     Letters,
-    about,
     check_control,
     check_conversation,
     check_length,
     control_pattern,
-    is_text,
 )
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -59,10 +57,10 @@ class TextEncoder:
 
     def check(self, sample: Sample) -> None:
         """Refuse a sample that cannot be trained: its turns, its letters, its chat template or its length."""
-        text = is_text(sample)
+        text = sample.is_text
         if not text and self.tokenizer.chat_template is not None:
             _ = self.template.end_of_turn  # a template that splits no chat at all is no fault of the sample's
-        with about(sample):
+        with sample.named_in_errors():
             check_conversation(sample, ("text",) if text else ROLES, hears=False)
             for turn in sample.turns:
                 check_control(turn, self.control, *map(_spelt, (*turn.fields.values(), sample.tools)))
@@ -109,7 +107,7 @@ class TextEncoder:
 
     def example(self, sample: Sample) -> Example:
         """Encode one sample that `check` has passed."""
-        if is_text(sample):
+        if sample.is_text:
             ids = self._text_ids(sample.turns[0].words)
             spans = [(0, len(ids))]
         else:

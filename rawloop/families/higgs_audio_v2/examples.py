@@ -1,8 +1,7 @@
 """Conversations of Higgs Audio v2 as tensors: inputs equal to the processor's token for token, and right labels.
 
-The model's own processor encodes audio on every call, cannot take codes, masks the stop token out of the labels and
-trains reference audio and prompts. Here labels are built from cached codes, per codebook `[-100 (BOS) | codes | EOS]`
-under the delay pattern: one EOS target per codebook, reference turns and prompts masked.
+The processor encodes audio on every call, masks the stop token out of the labels, and trains reference audio and
+prompts. Here labels are built from cached codes, with one EOS target per codebook; references and prompts are masked.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
-from rawloop.families.sample_checks import Letters, about, check_control, check_length, check_no_tools, control_pattern
+from rawloop.families.sample_checks import Letters, check_control, check_length, check_no_tools, control_pattern
 from rawloop.families.shared import padded
 
 SYSTEM = "Generate audio following instruction."
@@ -32,11 +31,10 @@ STRUCTURE = ("<|eot_id|>", "<|audio_eos|>", "<|start_header_id|>", "<|end_header
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded sample.
+    """One encoded sample; a label stands at the position of its own token and is predicted from the one before.
 
     `input_ids` and `labels` are (sequence,) int64, `audio_input_ids` and `audio_labels` (frames, codebooks) int64 with
-    the delay pattern applied. Labels stand at the position of their own token, as transformers has them: position t is
-    predicted from t - 1.
+    the delay pattern applied.
     """
 
     id: str
@@ -74,7 +72,7 @@ class HiggsEncoder:
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
         """Refuse a sample that cannot be trained; `frames` gives the length of a clip, if its codes are there."""
-        with about(sample):
+        with sample.named_in_errors():
             check_no_tools(sample)
             words = False
             for index, turn in enumerate(sample.turns):
@@ -142,7 +140,7 @@ class HiggsEncoder:
         """Encode one sample that `check` has passed; `codes` gives a clip's (frames, codebooks) int64 codes."""
         clips = [codes(path) for path in sample.audio_paths()]
         trained = [turn.trained for turn in sample.turns for part in turn.parts if isinstance(part, Audio)]
-        with about(sample):
+        with sample.named_in_errors():
             ids = self.template.ids(self._text(sample))
             self._check_clips(sample, clips, ids)
             blocks = [self.delayed(clip, learn) for clip, learn in zip(clips, trained, strict=True)]
