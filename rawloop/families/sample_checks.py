@@ -142,7 +142,7 @@ class Letters:
             return []
         # A tokenizer may know a whole word and none of its letters, so the whole text decides.
         ids = [token for token in self._ids(text) if token != self.tokenizer.unk_token_id]
-        told, meant = self._normal(self._told(ids)), self._normal(text)
+        told, meant = self._told(ids), self._normal(text)
         forms = {letter: self._normal(letter) for letter in suspects}
         return [letter for letter, form in forms.items() if told.count(form) < meant.count(form)]
 
@@ -153,7 +153,7 @@ class Letters:
         wanted = "".join(self._normal(letter).split())
         if not wanted or unicodedata.category(letter) in SILENT:
             return False
-        return not set(wanted) <= set(self._normal(self._told(self._ids(letter))))
+        return not set(wanted) <= set(self._told(self._ids(letter)))
 
     def _unknown(self, letter: str) -> bool:
         return self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in self._ids(letter)
@@ -163,8 +163,8 @@ class Letters:
         return ids
 
     def _told(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._normal(text)
 
     def _normal(self, text: str) -> str:
         """Return a text as the tokenizer sees it. One without a normaliser that can be asked gives the text itself."""
