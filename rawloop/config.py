@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
@@ -26,6 +27,7 @@ from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
 from rawloop.yaml_file import flattened, read_yaml
 
+RUN_MARKS = ("metrics.jsonl", "checkpoints")  # one of them stands in a run folder, beside its config
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
 # Keys that older runs have written into their config.yaml: the value that changes nothing, and the way on.
@@ -124,6 +126,23 @@ def parse(
         return _built(RunConfig, values), options
     except UserError as error:
         raise UserError(f"{error}{_where(str(error), origins)}") from error
+
+
+def moved_run(argv: list[str], config: RunConfig) -> str | None:
+    """Return a notice if `--config` is the config of a run that was copied or moved: its `output` is another folder."""
+    rest = list(argv)
+    files = [Path(file) for file in _take(rest, "config") if Path(file).is_file()]  # a pipe is read once
+    if any(argument.partition("=")[0] == "--output" for argument in rest):
+        return None
+    named = [file for file in files if "output" in read_yaml(file)]
+    folder = named[-1].parent if named else None
+    if folder is None or not any((folder / mark).exists() for mark in RUN_MARKS):
+        return None
+    if folder.resolve() == Path(expanduser(config.output)).resolve():
+        return None
+    return (
+        f"--config is a run's own, in {folder}, and its output is {config.output}: pass --output {folder} to work there"
+    )
 
 
 def _built(owner: type, values: dict[str, Any]) -> Any:

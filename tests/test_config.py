@@ -18,6 +18,7 @@ from rawloop.config import (
     ALIASES,
     RunConfig,
     known_keys,
+    moved_run,
     parse,
     to_yaml,
 )
@@ -120,6 +121,30 @@ def test_the_resolved_config_reads_back_as_it_was(write: Callable[..., Path]) ->
     config.model.stream_weights = {"text": 0.25}
     assert read("--config", write(to_yaml(config))) == config
     assert read("--config", write(to_yaml(RunConfig()))) == RunConfig()
+
+
+def test_the_config_of_a_run_that_was_copied_is_told_apart(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*arguments: str | Path) -> str | None:
+        words = [str(argument) for argument in arguments]
+        return moved_run(words, parse(words, "rawloop train")[0])
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "v"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    own, copied = (write("output: runs/a\nseed: 3\n", f"runs/{name}/config.yaml") for name in ("a", "v"))
+    more = write("seed: 4\n", "more.yaml")
+    line = "--config is a run's own, in runs/v, and its output is runs/a: pass --output runs/v to work there"
+    relative = copied.relative_to(tmp_path)
+    assert told("--config", relative) == told(f"--config={relative}", "--config", more, "--seed", "1") == line
+    assert told("--config", copied, "--output", "runs/a") is told("--config", copied, "--output=runs/c") is None
+    assert told("--config", copied, "--config", write("output: runs/c\n")) is None
+    assert told("--config", own) is told("--config", own.relative_to(tmp_path)) is told() is None
+    (tmp_path / "runs" / "v" / "checkpoints").rmdir()
+    assert told("--config", relative) is None  # no run's folder
+    (tmp_path / "runs" / "v" / "metrics.jsonl").touch()
+    assert told("--config", relative) == line
 
 
 def groups() -> list[tuple[str, Any]]:
@@ -348,6 +373,7 @@ def test_a_file_may_be_dotted_merged_and_a_pipe(write: Callable[..., Path], tmp_
     words = ["--config", str(tmp_path / "pipe")]
     assert parse(words, "rawloop train")[0] == config
     writer.join()
+    assert moved_run(words, config) is None
 
 
 @pytest.mark.parametrize(

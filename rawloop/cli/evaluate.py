@@ -19,7 +19,7 @@ from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import read_config
 from rawloop.components import build_evaluator, build_family, build_model, read_data
-from rawloop.config import RunConfig
+from rawloop.config import RunConfig, moved_run
 from rawloop.data.limits import Limits
 from rawloop.dist import World, open_world
 from rawloop.errors import CheckpointError, RawloopError, UserError
@@ -35,6 +35,9 @@ def run(argv: list[str]) -> None:
     """Evaluate, and print one JSON object: what was evaluated, and its metrics. Fails if a loss is not finite."""
     config, options = read_config("evaluate", argv)
     with open_world(config.device, config.ddp.timeout) as world:
+        notice = moved_run(argv, config)
+        if notice:
+            _tell(notice, world)
         check_settings_of_ranks(config, world)
         built = world.on_all_ranks(partial(_build, config, options["checkpoint"], world))
         assert built is not None

@@ -10,6 +10,7 @@ from rawloop.build import build_run
 from rawloop.checkpoint.run_folder import mark_launch
 from rawloop.checkpoint.slots import best_record, find_best, find_latest
 from rawloop.cli import read_config
+from rawloop.config import moved_run
 from rawloop.dist import open_world
 from rawloop.errors import Preempted
 from rawloop.loop import Run, train
@@ -28,6 +29,9 @@ def run(argv: list[str]) -> None:
         watched(folder / STOP_FILE, Path(told) if told else None) as preemption,
         open_world(config.device, config.ddp.timeout) as world,
     ):
+        notice = moved_run(argv, config)
+        if notice and world.is_main:
+            print(f"rawloop train: {notice}", file=sys.stderr, flush=True)
         built = build_run(config, world, lambda line: print(line, flush=True) if world.is_main else None)
         built.preemption = preemption
         try:

@@ -198,6 +198,23 @@ def test_evaluate_refuses_ranks_with_different_checkpoints(ranks: Ranks, trained
     assert "the ranks differ: rank 1 has the checkpoint step 2, digest " in done[0].err
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_run_that_was_copied_is_told_from_the_one_that_its_config_names(
+    ranks: Ranks, trained: Path, tmp_path: Path, command: str
+) -> None:
+    old, copied = tmp_path / "old", tmp_path / "copied"
+    for folder in (old, copied):
+        shutil.copytree(trained / "run", folder, symlinks=True)
+        config = (folder / "config.yaml").read_text().replace(f"output: {trained / 'run'}", f"output: {old}")
+        (folder / "config.yaml").write_text(config)
+    more = ["--resume", "latest"] if command == "train" else ["--checkpoint", "best"]
+    first, second = ranks(command, "--config", copied / "config.yaml", "--train.batch_size", "1", *more)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    line = f"rawloop {command}: --config is a run's own, in {copied}, and its output is {old}: pass "
+    assert f"{line}--output {copied} to work there" in first.err.splitlines()
+    assert line not in second.err
+
+
 def test_evaluate_verifies_what_it_loads(door: Door, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained / "run", run, symlinks=True)
