@@ -59,10 +59,11 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     try:
         return _build_run(config, folder, world, say, start)
     except BaseException as error:
-        if isinstance(error, LibraryError) and (folder / "events.jsonl").exists():
+        begun = (folder / "events.jsonl").exists()
+        if isinstance(error, LibraryError) and begun:
             error.folder = folder
         if start.lock:
-            start.lock.release()
+            start.lock.release(begun=begun)
         raise
 
 

@@ -65,7 +65,7 @@ def choose_start(folder: Path, config: RunConfig, world: World, say: Say) -> Sta
         lock = world.on_all_ranks(partial(lock_run_folder, folder), only_main=True)
         was_there = lock is not None
         if lock:
-            undo.callback(lock.release)
+            undo.callback(lock.release, begun=False)
         beginning = where_to_begin(folder, config.resume, world)
         chosen = None
         if beginning.resume is not None:
@@ -75,7 +75,7 @@ def choose_start(folder: Path, config: RunConfig, world: World, say: Say) -> Sta
         source = find_source(config.init_from, world) if config.init_from and chosen is None else None
         lock = claim_run_folder(folder, world, resume=beginning.own, lock=lock)
         if lock:
-            undo.callback(lock.release)
+            undo.callback(lock.release, begun=False)
         world.on_all_ranks(lambda: None if was_there else check_nothing_has_begun(folder), only_main=True)
         removed = None if world.restarts else world.on_all_ranks(partial(remove_stop_file, folder), only_main=True)
         undo.pop_all()

@@ -49,26 +49,32 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.notice: str | None = None
-        self._path = folder / LOCK  # it stays for good: a lock on a file that another one deletes keeps nobody out
-        no_file = UserError(f"{self._path} is no plain file, as the lock of a run's folder is one: remove it")
+        self._path, self._made = folder / LOCK, not (folder / LOCK).exists()
+        self._lock(folder)
+        while self.notice is None and not self._is_in_place():  # its last holder has deleted it while it was opened
+            os.close(self._file)
+            self._lock(folder)
+        if self.notice is None:
+            os.truncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _lock(self, folder: Path) -> None:
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             if self._path.is_symlink() or self._path.is_dir():
-                raise no_file from error
+                raise self._no_file() from error
             raise _not_writable(folder, folder, error) from error
+        if not S_ISREG(os.fstat(self._file).st_mode):
+            os.close(self._file)
+            raise self._no_file()
         try:
-            if not S_ISREG(os.fstat(self._file).st_mode):
-                raise no_file
             self.renew()
         except UserError:
-            self.release()
+            os.close(self._file)
             raise
         except OSError as error:
             self.notice = f"nothing keeps a second run from training into {folder}: no file locks ({error.strerror})"
-            return
-        os.truncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def renew(self) -> None:
         """Take the lock again: this process loses it when it closes any other opening of the file.
@@ -87,11 +93,23 @@ class RunLock:
                 "another --output"
             ) from None
 
-    def release(self) -> None:
-        """Let others train into the folder. Once is enough."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+    def _no_file(self) -> UserError:
+        return UserError(f"{self._path} is no plain file, as the lock of a run's folder is one: remove it")
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.lstat())
+        except FileNotFoundError:
+            return False
+
+    def release(self, begun: bool = True) -> None:
+        """Let others train into the folder, of which nothing is left if the run has not `begun`. Once is enough."""
+        if self._file < 0:
+            return
+        if self._made and not begun:
+            self._path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = -1
 
 
 def lock_run_folder(folder: Path) -> RunLock | None:

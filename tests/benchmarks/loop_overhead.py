@@ -44,6 +44,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
 
+from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
@@ -272,6 +273,7 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
             records=records,
             world=world,
             state=state,
+            buffers=MovingBuffers(model),  # it has none; looking for them takes a forward pass that is not timed
             evaluator=Evaluator(
                 call,
                 EvalBatches(loader, work.batch, work.batch),

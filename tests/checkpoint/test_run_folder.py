@@ -1,9 +1,11 @@
 """Claiming a run folder: nothing of another run is ever written over."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from subprocess import PIPE
 
@@ -16,6 +18,7 @@ from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.placing import set_best
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import (
+    RunLock,
     claim_run_folder,
     is_inside,
     mark_launch,
@@ -155,6 +158,26 @@ def test_what_is_no_file_in_the_place_of_the_lock_is_refused(tmp_path: Path, kin
         claim_run_folder(tmp_path / "run", World(), resume=False)
     assert other.exists() == (kind == "file")
     assert kind != "file" or other.read_text() == "mine"
+
+
+def test_a_lock_that_was_deleted_while_it_was_opened_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder was refused and left nothing. A lock on a file without a name would keep nobody out."""
+    lockf, deleted = fcntl.lockf, threading.Event()
+
+    def slow(file: int, command: int) -> None:
+        lockf(file, command)
+        if not deleted.is_set():
+            (tmp_path / ".lock").unlink()
+            deleted.set()
+
+    monkeypatch.setattr(fcntl, "lockf", slow)
+    lock = RunLock(tmp_path)
+    said = locked_out(tmp_path)
+    lock.release()
+    assert deleted.is_set()
+    assert f"into which process {os.getpid()} on " in said
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
