@@ -56,7 +56,7 @@ from rawloop.loop import Run, TrainState, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig, build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision import MODES, PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState
 
@@ -405,7 +405,9 @@ def run_round(
 def score(model: Any, work: Work) -> float:
     """The loss on rows outside the training set, in nats."""
     parts = Rows(32, 2, work).ids.to(work.device).view(-1, work.batch, work.length)
-    with torch.no_grad():
+    dtype = MODES[work.mode].autocast
+    autocast = torch.autocast(work.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    with torch.no_grad(), autocast:
         total = sum(summed_nats(model.eval()(input_ids=ids).logits, ids).item() for ids in parts)
     return total / (len(parts) * work.targets)
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
@@ -67,12 +67,11 @@ def batches() -> Iterator[Tensor]:
 
 def by_hand(mode: str, model: nn.Module) -> Iterator[None]:
     """One step each time it is asked."""
-    dtype = DTYPES[mode]
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(weights, lr=1e-3, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=mode == "amp_fp16", init_scale=2.0**15)
     for ids in batches():
-        with nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
+        with autocast(mode):
             loss = model(input_ids=ids, labels=ids).loss
         torch.autograd.backward(scaler.scale(loss))
         scaler.unscale_(optimizer)
@@ -117,14 +116,19 @@ def measure(mode: str, turns: int) -> Measured:
         for side in order.sample(list(SIDES), len(SIDES)):
             seconds[side].append(timed(steps[side]))
     ratios = [own / other for own, other in zip(seconds["policy"], seconds["by hand"], strict=True)]
-    losses = [score(model) for model in models.values()]
+    losses = [score(mode, model) for model in models.values()]
     return Measured(seconds["by hand"][1:], ratios[1:], abs(losses[0] - losses[1]))
 
 
-def score(model: nn.Module) -> float:
-    """The loss on rows that nobody trains on, in nats, in float32."""
+def autocast(mode: str) -> AbstractContextManager[Any]:
+    dtype = DTYPES[mode]
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+
+def score(mode: str, model: nn.Module) -> float:
+    """The loss on rows that nobody trains on, in nats."""
     ids = torch.randint(VOCAB // 8, (64, LENGTH), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
+    with torch.no_grad(), autocast(mode):
         loss: Tensor = model(input_ids=ids, labels=ids).loss
     return loss.item()
 

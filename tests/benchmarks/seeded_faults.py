@@ -29,6 +29,7 @@ COPIED = ("rawloop", "tests", "setup.cfg", "pyproject.toml")
 PATIENCE = 600.0  # seconds for the tests of one fault, and for the doctor
 EVALUATE, LOOP, BATCHES, BUFFERS = "evaluate.py", "loop.py", "data/batches.py", "buffers.py"
 HIGGS, HIGGS_EXAMPLES = "families/higgs_audio_v2/__init__.py", "families/higgs_audio_v2/examples.py"
+SHARED = "families/shared.py"
 CAUSAL_LM, TEXT_EXAMPLES = "families/causal_lm/__init__.py", "families/causal_lm/examples.py"
 CONTRACTS, LOSSES, RUN = "contracts.py", "losses.py", "run.py"
 
@@ -63,7 +64,7 @@ FAULTS = (
     ),
     Fault(
         "loss of text not shifted, logits right",
-        CAUSAL_LM,
+        SHARED,
         'total = F.cross_entropy(self.logits(model, batch)["text"], ',
         'places = batch.labels["text"].positions + 1\n        total = F.cross_entropy('
         "target_logits(without_adapter(model), batch.inputs, places), ",
@@ -114,15 +115,15 @@ FAULTS = (
     Fault(
         "padding behind a clip counted in the loss",
         HIGGS_EXAMPLES,
-        '"labels": text([e.labels for e in examples], IGNORE)',
-        '"labels": text([e.labels for e in examples], self.tokenizer.pad_token_id)',
+        '"labels": padded([e.labels for e in examples], IGNORE, side)',
+        '"labels": padded([e.labels for e in examples], self.tokenizer.pad_token_id, side)',
         ("families/test_higgs_audio_v2.py::test_padding_and_batching_change_nothing",),
     ),
     Fault(
         "padding of text counted in the loss",
         CAUSAL_LM,
-        "batch_first=True, padding_value=IGNORE))",
-        "batch_first=True, padding_value=padding))",
+        "padded([e.labels for e in examples], IGNORE)",
+        "padded([e.labels for e in examples], padding)",
         ("benchmarks/test_gradient_equality.py::test_one_process",),
     ),
     Fault(
