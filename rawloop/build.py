@@ -165,9 +165,11 @@ def _prepare_run(
         shuffle=config.data.shuffle,
     )
     total = config.train.max_steps or plan.windows(config.train.epochs)
+    for line in [*data.notices, *beyond_the_end(config, total)]:  # loading the model may take minutes
+        say(line)
     notices: list[str] = []
     model, policy, base = build_model(config, world, family, notices, precision, source)
-    for line in filter(None, [*data.notices, *beyond_the_end(config, total), *notices, clock_notice(family)]):
+    for line in filter(None, [*notices, clock_notice(family)]):
         say(line)
     module = LossModule(model, family.losses)
     limits = Limits.of(family, model)

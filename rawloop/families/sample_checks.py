@@ -86,7 +86,7 @@ def check_control(turn: Turn, control: re.Pattern[str], *more: str) -> None:
     texts = [part.text for part in turn.parts if isinstance(part, Text)]
     for text in (*texts, "".join(texts), "".join(text.strip() for text in texts), *more):
         if found := control.search(text):
-            raise BadSample(f"its text contains the control token {found.group()}: take it out, {LEAVE}")
+            raise BadSample(f"its text contains the control token {found.group()}: take it out")
 
 
 class Letters:

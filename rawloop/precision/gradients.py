@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import finalize, ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -135,14 +136,22 @@ def _is_synced(optimizer: Optimizer) -> bool:
 
 def watch_steps(policy: Any) -> None:
     """Let a policy refuse `optimizer.step()` calls that are not its own, anywhere in this process, while it lives."""
-    reference = ref(policy)
+    _watching().add(policy)
 
+
+@lru_cache(maxsize=1)
+def _watching() -> WeakSet[Any]:
+    """Register one hook for all policies of the process; return those that it looks at."""
+    policies: WeakSet[Any] = WeakSet()
+
+    # A hook of each policy would have to be removed with it, and that may happen while torch goes through its hooks.
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        alive = reference()
-        if alive is not None and not alive.stepping:
-            alive.window.refuse_foreign_step(optimizer)
+        for policy in list(policies):
+            if not policy.stepping:
+                policy.window.refuse_foreign_step(optimizer)
 
-    finalize(policy, register_optimizer_step_pre_hook(before_step).remove).atexit = False
+    register_optimizer_step_pre_hook(before_step)
+    return policies
 
 
 def measure(

@@ -98,7 +98,8 @@ def test_what_a_text_model_cannot_take_is_one_line(
     )
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"id": "b", "text": "one<|im_end|>two"}\n')
     complaint = refusal("train", "--config", config, "--data.train", tmp_path / "bad.jsonl")
-    assert complaint == "sample 'b' (bad.jsonl line 2): its text contains the control token <|im_end|>: take it out"
+    reason = "sample 'b' (bad.jsonl line 2): its text contains the control token <|im_end|>: take it out"
+    assert complaint == f"1 of 2 samples cannot be used: {reason}. Or leave them out: --data.on_bad_sample skip"
 
 
 def test_unknown_keys_and_samples_of_both_sets_are_said_and_recorded(

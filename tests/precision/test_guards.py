@@ -14,6 +14,7 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rawloop.ddp import DDPConfig, no_sync
 from rawloop.dist import World
@@ -371,6 +372,17 @@ def test_a_step_that_accelerate_holds_back_is_noticed(mode: Any) -> None:
         GradientState._shared_state["sync_gradients"] = True
     gan.backward("d", 0)
     assert gan.policy.step(gan.d).applied
+
+
+def test_a_policy_that_dies_while_torch_goes_through_its_hooks_disturbs_no_step() -> None:
+    policies = [PrecisionPolicy("fp32")]
+    weight = nn.Parameter(torch.ones(2))
+    handle = register_optimizer_step_pre_hook(lambda *_: policies.clear())
+    try:
+        SGD([weight], lr=0.1).step()
+    finally:
+        handle.remove()
+    assert not policies
 
 
 def test_a_mode_is_named_by_a_word_and_the_device_is_the_worlds() -> None:
