@@ -376,12 +376,19 @@ def test_a_step_that_accelerate_holds_back_is_noticed(mode: Any) -> None:
 
 def test_a_policy_that_dies_while_torch_goes_through_its_hooks_disturbs_no_step() -> None:
     policies = [PrecisionPolicy("fp32")]
+    policies[0].prepare(nn.Linear(2, 1))
     weight = nn.Parameter(torch.ones(2))
-    handle = register_optimizer_step_pre_hook(lambda *_: policies.clear())
+
+    def collect(*_: Any) -> None:
+        policies.clear()
+        gc.collect()
+
+    handles = [register_optimizer_step_pre_hook(hook) for hook in (collect, lambda *_: None)]
     try:
         SGD([weight], lr=0.1).step()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     assert not policies
 
 
