@@ -24,6 +24,7 @@ def check(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_tests_and_all_sections_and_writes_both_files(tmp_path: Path) -> None:
     done = check("--cpu", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
