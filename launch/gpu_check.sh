@@ -21,7 +21,7 @@ for argument in "$@"; do
     esac
 done
 if [ -z "$cpu" ] && ! nvidia-smi -L >/dev/null 2>&1 && [ ! -e /dev/nvidia0 ]; then
-    echo "gpu_check: no GPU on this machine (nvidia-smi lists none): run it where there is one, or rehearse with --cpu" >&2
+    echo "gpu_check: no GPU on this machine (nvidia-smi lists none): run it where one is, or rehearse with --cpu" >&2
     exit 2
 fi
 [ -n "${PYTHON:-}" ] || bash launch/setup.sh dev,bench
@@ -36,4 +36,5 @@ tests=(-m gpu -n 4 "${files[@]}")
 rm -f "$output/tests.xml"
 # INT lets pytest write its report; a failure is in it, and in the exit code of the benchmark.
 timeout --signal=INT --kill-after=10 170 "$python" -m pytest -q --junitxml="$output/tests.xml" "${tests[@]}" || true
-"$python" tests/benchmarks/gpu_bench.py $cpu --output "$output" --tests "$output/tests.xml" --seconds $((420 - SECONDS))
+"$python" tests/benchmarks/gpu_bench.py $cpu --output "$output" --tests "$output/tests.xml" \
+    --seconds $((420 - SECONDS))
