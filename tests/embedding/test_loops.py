@@ -87,6 +87,7 @@ def test_ten_and_ten_steps_are_twenty_on_two_processes(
         assert not differ(resumed, resumed_there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [0, 1, 2], ids=["a loop", "several processes", "a GAN"])
 def test_the_pages_loops_run_on_two_processes_and_go_on_when_started_again(block: int, tmp_path: Path) -> None:
     page = (HERE.parent.parent / "docs" / "embedding.md").read_text(encoding="utf-8")
