@@ -26,18 +26,7 @@ UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) 
 class PreparedModel:
     """A model, its trained weights and its optimizers in one mode: the half of `PrecisionPolicy` that no step calls.
 
-    Args:
-        config: the wanted mode, or its name.
-        device: where the model runs; the world's device by default.
-        world: the ranks, which decide alike at each step; `World.current()` by default.
-        grad_scaler: your own torch GradScaler, for amp_fp16.
-        resume: the `state_dict` of the run to resume: the policy continues in the mode that the run had fallen back to.
-            Call `load_state_dict` with it as well, when weights and optimizer are loaded.
-        say: is given what the user should know, a sentence at a time.
-
-    Raises:
-        UserError: the device does not compute the wanted mode, the settings contradict each other, or there are several
-            processes and the world has one.
+    See `PrecisionPolicy` for the arguments.
     """
 
     def __init__(
