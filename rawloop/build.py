@@ -114,10 +114,15 @@ class Ready:
     module: LossModule
     base: BaseFingerprint
     plan: BatchPlan
-    train: Loader
+    loaders: dict[str, Loader]  # by split
     evaluator: Evaluator | None
     limits: Limits
     total_steps: int
+
+    @property
+    def train(self) -> Loader:
+        """The loader of the training set."""
+        return self.loaders["data.train"]
 
     def examples(self, start: int, stop: int) -> list[list[Any]]:
         """Make the examples of this rank's micro-batches from one number up to another, as far as the data goes."""
@@ -173,12 +178,13 @@ def _prepare_run(
         say(line)
     module = LossModule(model, family.losses)
     limits = Limits.of(family, model)
-    evaluator = build_evaluator(config, data, module, policy, limits, world) if evaluates else None
-    train = build_loader(config, data, "data.train", limits, world)
+    loaders = {split: build_loader(config, data, split, limits, world) for split in data.samples}
+    evaluator = build_evaluator(config, data, loaders["data.eval"], module, policy, world) if evaluates else None
+    train = loaders["data.train"]
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
-    return Ready(data, data.contents(), model, policy, module, base, plan, train, evaluator, limits, total)
+    return Ready(data, data.contents(), model, policy, module, base, plan, loaders, evaluator, limits, total)
 
 
 def beyond_the_end(config: RunConfig, total: int) -> Iterator[str]:
@@ -268,4 +274,5 @@ def _assemble(
         best=best,
         max_norm=config.optim.max_norm,
         log_every=config.train.log_every,
+        loaders=[*ready.loaders.values()],
     )

@@ -122,10 +122,9 @@ def build_model(
 
 
 def build_evaluator(
-    config: RunConfig, data: Data, module: LossModule, policy: PrecisionPolicy, limits: Limits, world: World
+    config: RunConfig, data: Data, loader: Loader, module: LossModule, policy: PrecisionPolicy, world: World
 ) -> Evaluator:
-    """Build the evaluator over this rank's share of `data.eval`."""
-    loader = build_loader(config, data, "data.eval", limits, world)
+    """Build the evaluator over this rank's share of `data.eval`, whose micro-batches the loader makes."""
     size, count = config.evaluation.batch_size, len(data.samples["data.eval"])
     batches = EvalBatches(loader, count, size, rank=world.rank, world_size=world.size)
     return Evaluator(

@@ -57,16 +57,20 @@ class CheckpointError(RawloopError):
 
 @contextmanager
 def happening(where: str, *, name_own: bool = False) -> Iterator[None]:
-    """Let an error say where it happened: a bug in a note under its traceback; our own, if asked to, in its message."""
+    """Add to an error where it happened; see `add_place`."""
     try:
         yield
-    except RawloopError as error:
-        if name_own:
-            error.args = (f"{error} ({where})",)
-        raise
     except Exception as error:
-        error.add_note(where)
+        add_place(error, where, name_own=name_own)
         raise
+
+
+def add_place(error: Exception, where: str, *, name_own: bool = False) -> None:
+    """Add to an error where it happened: as a note under a bug's traceback; to our own message only if asked to."""
+    if not isinstance(error, RawloopError):
+        error.add_note(where)
+    elif name_own:
+        error.args = (f"{error} ({where})",)
 
 
 class Preempted(RawloopError):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rawloop.buffers import MovingBuffers, find_moving_buffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.ddp import no_sync, unwrap_ddp
-from rawloop.errors import InterruptedUpdate, TrainingError, UserError, happening
+from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place, happening
 from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr
 from rawloop.precision import StepResult
@@ -170,13 +170,15 @@ def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict
 @contextmanager
 def naming_samples(run: Run, group: str, batches: list[Batch], name_own: bool = False) -> Iterator[None]:
     """Let an error say in which samples it happened, and what to do if the memory is full."""
-    names = ", ".join(name for batch in batches for name in batch.ids)
-    place = f"at step {run.state.step}, on rank {run.world.rank}, in the {group} of the samples {names}"
     try:
-        with happening(place, name_own=name_own):
-            yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(f"{str(error).splitlines()[0]} ({place}): {memory_advice(batches)}") from error
+        yield
+    except Exception as error:
+        names = ", ".join(name for batch in batches for name in batch.ids)
+        place = f"at step {run.state.step}, on rank {run.world.rank}, in the {group} of the samples {names}"
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrainingError(f"{str(error).splitlines()[0]} ({place}): {memory_advice(batches)}") from error
+        add_place(error, place, name_own=name_own)
+        raise
 
 
 def memory_advice(batches: list[Batch]) -> str:

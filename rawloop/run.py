@@ -1,6 +1,6 @@
 """A run: the objects that the loop works with, where it stands, and how it is evaluated, saved and stopped."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -11,6 +11,7 @@ from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint.best import BestRecord, BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.contracts import Batch
+from rawloop.data.batches import Loader
 from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError, nearest
 from rawloop.evaluate import Evaluation, Evaluator
@@ -63,6 +64,7 @@ class Run:
         buffers: the buffers that training moves; found with the first batch if None.
         wrap: makes `module` anew, in DDP or not, when the precision policy has fallen back.
         deferred_error: an error of this rank's records, until all ranks agree to end.
+        loaders: their workers end in `close`.
     """
 
     module: nn.Module
@@ -86,6 +88,7 @@ class Run:
     log_every: int = 10
     wrap: Callable[[], nn.Module] | None = None
     deferred_error: Exception | None = None
+    loaders: Sequence[Loader] = ()
 
     def record_or_defer(self, write: Callable[[], None]) -> None:
         """Write a record; an error on one rank is raised on all of them at the next step's agreement."""
@@ -129,7 +132,9 @@ class Run:
             self.checkpoints.finish()
 
     def close(self) -> None:
-        """Wait for a save that is under way, let others train into the folder, and close the records."""
+        """End data workers, wait for a save that is under way, let others train into the folder, close the records."""
+        for loader in self.loaders:
+            loader.close()
         if self.checkpoints:
             self.checkpoints.close()
         self.records.close()

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rawloop.contracts import Batch, StreamLoss
+from rawloop.contracts import Batch, Sample, StreamLoss
+from rawloop.data.batches import BatchPlan, Loader, MicroBatches, TrainWindows
 from rawloop.ddp import DDPConfig
 from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
@@ -244,3 +246,17 @@ def test_an_error_of_ones_own_record_is_raised_at_the_next_step(tmp_path: Path) 
     assert run.state.step == 1
     assert [event["kind"] for event in read_events(tmp_path)] == []
     assert not isinstance(Bug(), RawloopError)
+
+
+def test_close_ends_the_data_workers(tmp_path: Path) -> None:
+    def collate(examples: list[int]) -> Batch:
+        return Batch({"x": torch.ones(len(examples), 3)}, {}, {"y": len(examples)}, list(map(str, examples)))
+
+    samples = [Sample(str(index), ()) for index in range(8)]
+    loader = Loader(MicroBatches(samples, lambda sample: int(sample.id), collate), num_workers=1)
+    run = run_of(tmp_path, windows=TrainWindows(loader, BatchPlan(8, 4)), loaders=[loader], steps=1)
+    train(run)
+    workers = psutil.Process().children()
+    assert len(workers) == 1
+    run.close()
+    assert not workers[0].is_running()

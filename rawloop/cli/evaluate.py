@@ -18,7 +18,7 @@ from rawloop.checkpoint.reader import check_same
 from rawloop.checkpoint.slots import is_slot_name
 from rawloop.checkpoint.writer import STATE
 from rawloop.cli import read_config
-from rawloop.components import build_evaluator, build_family, build_model, read_data
+from rawloop.components import build_evaluator, build_family, build_loader, build_model, read_data
 from rawloop.config import RunConfig, moved_run
 from rawloop.data.limits import Limits
 from rawloop.dist import World, open_world
@@ -102,7 +102,8 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
         files.load(slot / files.folder)
     limits = Limits.of(family, model)
     limits.learn(family, model, policy.device, policy.autocast)
-    evaluator = build_evaluator(config, data, LossModule(model, family.losses), policy, limits, world)
+    loader = build_loader(config, data, "data.eval", limits, world)
+    evaluator = build_evaluator(config, data, loader, LossModule(model, family.losses), policy, world)
     return subject, evaluator, base, contents
 
 

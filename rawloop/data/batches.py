@@ -159,7 +159,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
 
 
 class Loader:
-    """Makes micro-batches of given samples, in this process or in workers, which live as long as the loader.
+    """Makes micro-batches of given samples, in this process or in workers, which live until `close`.
 
     Give the training stream and the evaluation a loader each: with workers, an iteration ends where the next begins.
     """
@@ -178,6 +178,11 @@ class Loader:
                 finally:
                     del made  # its traceback holds this frame, and the frame the workers
             yield made.pin_memory() if pin else made
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        if self.workers:
+            self.workers.close()
 
 
 class TrainWindows:

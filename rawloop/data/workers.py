@@ -65,7 +65,7 @@ class Order:
 
 
 class Workers:
-    """Processes that make micro-batches of one data set. They are forked at the first use and live as long as this.
+    """Processes that make micro-batches of one data set. They are forked at the first use and live until `close`.
 
     Args:
         dataset: returns the micro-batch of a list of places, or the error.
@@ -84,6 +84,7 @@ class Workers:
             worker_init_fn=_begin,
             pin_memory=pin_memory,
             persistent_workers=True,
+            multiprocessing_context="fork",  # other contexts would have to pickle the family
             generator=torch.Generator(),  # torch would seed workers from training's random stream
         )
 
@@ -92,7 +93,7 @@ class Workers:
 
         Raises RawloopError if a worker has died or cannot be started.
         """
-        if not self.turn:
+        if self.loader._iterator is None:
             check_descriptors(self.number)
             wait_for_libraries_threads()
         self.turn, self.order.draws = self.turn + 1, draws
@@ -108,6 +109,14 @@ class Workers:
             except RuntimeError as error:
                 raise self._death(iterator, error) from error
             yield item.batch() if isinstance(item, Packed) else item
+
+    def close(self) -> None:
+        """End the workers. A later iteration forks others."""
+        iterator: Any = self.loader._iterator
+        self.loader._iterator = None
+        self.turn += 1  # an iteration that is not finished cannot be continued
+        if iterator is not None:
+            iterator._shutdown_workers()  # torch does it when the last reference goes, which a traceback may keep
 
     def _start(self) -> Any:
         """Fork the workers, or give those that are there the new places."""

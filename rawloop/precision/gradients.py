@@ -249,12 +249,11 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     return total
 
 
-def clear(optimizers: Iterable[Optimizer]) -> None:
-    """Drop the gradients of optimizers, and what a scaler may have left on a fused one after a failed step.
+def drop_scaler_marks(optimizers: Iterable[Optimizer]) -> None:
+    """Drop what a scaler may have left on a fused optimizer after a failed step.
 
     A stale `found_inf` of 1 would make every later step of the optimizer a silent no-op.
     """
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
         for name in ("grad_scale", "found_inf"):
             optimizer.__dict__.pop(name, None)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from rawloop.ddp import find_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.advice import found_out
-from rawloop.precision.gradients import Measured, StepResult, Window, clear, connected, global_norm, measure
+from rawloop.precision.gradients import Measured, StepResult, Window, connected, drop_scaler_marks, global_norm, measure
 from rawloop.precision.masters import held_by
 from rawloop.precision.modes import MODES
 from rawloop.precision.prepared import UNPREPARED, PreparedModel
@@ -96,7 +96,7 @@ class PrecisionPolicy(PreparedModel):
 
         `optimizer.zero_grad()` alone does not see the gradients of weights that have masters.
         """
-        clear(optimizers)
+        drop_scaler_marks(optimizers)
         self.trained.clear_gradients(held_by(optimizers) if optimizers else None)
         if all(weight.grad is None for weight in self.trained.weights.values()):
             self.window = Window(self.trained)
@@ -227,7 +227,7 @@ class PrecisionPolicy(PreparedModel):
             self.scaler.update(finite)
         elif self.scaler:
             self.scaler.clear()
-        clear(optimizers)
+        drop_scaler_marks(optimizers)
         held = held_by(optimizers)
         self.trained.clear_gradients(held)
         self.window.closed = True

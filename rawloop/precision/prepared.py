@@ -14,7 +14,7 @@ from rawloop.errors import UserError
 from rawloop.precision.advice import lost_updates
 from rawloop.precision.casting import cast, cast_frozen, check_model, check_world
 from rawloop.precision.chain import ModeChain, refusal
-from rawloop.precision.gradients import Window, clear, watch_steps
+from rawloop.precision.gradients import Window, drop_scaler_marks, watch_steps
 from rawloop.precision.masters import HALF, TrainedWeights, held_by
 from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
 from rawloop.precision.optimizers import adopt, exchange
@@ -151,7 +151,7 @@ class PreparedModel:
         after = dict(self.named_parameters())
         for optimizer in self._adopted:
             exchange(optimizer, {id(held): after[name] for name, held in before.items()})
-            clear([optimizer])
+            drop_scaler_marks([optimizer])
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,6 +57,22 @@ def test_a_batch_is_the_same_after_its_way(tensor: torch.Tensor) -> None:
     assert (whole.targets, whole.ids) == ({"s": 2}, ["id"])
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_close_ends_the_workers_though_an_iteration_is_kept() -> None:
+    made = loader(2)
+    kept = made.iterate(iter(draws(64)))
+    assert next(kept).ids == ["0"]
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    made.close()
+    assert not [worker for worker in workers if worker.is_running()]
+    with pytest.raises(RawloopError, match="make other batches by now"):
+        next(kept)
+    assert [batch.ids for batch in made.iterate(iter(draws(3)))] == [["0"], ["1"], ["2"]]  # with workers of its own
+    made.close()
+    made.close()
+
+
 def in_a_process(run: Callable[[], None]) -> None:
     """Run in a process of its own, since limits that were lowered stay so."""
     process = multiprocessing.get_context("fork").Process(target=run)
