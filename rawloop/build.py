@@ -20,12 +20,20 @@ from rawloop.changes import PART, Contents, SettingsState, check_settings_of_ran
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.run_folder import mark_launch
-from rawloop.components import Data, announce, build_evaluator, build_family, build_loader, build_model, read_data
+from rawloop.components import (
+    Data,
+    announce,
+    build_evaluator,
+    build_family,
+    build_loader,
+    build_model,
+    decide_find_unused,
+    read_data,
+)
 from rawloop.config import RunConfig
 from rawloop.data.batches import BatchPlan, Loader, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.data.workers import SPARE, check_descriptors
-from rawloop.ddp import DDPConfig, decide_find_unused
 from rawloop.diagnose.checks import run_checks
 from rawloop.diagnose.report import Report
 from rawloop.dist import World
@@ -42,6 +50,7 @@ from rawloop.precision.preflight import preflight
 from rawloop.records import Records, check_packages
 from rawloop.resume import Start, choose_start, goes_back, restore, stored_precision
 from rawloop.seed import RngState
+from rawloop.settings import DDPConfig
 from rawloop.weights import Source, find_source
 
 Say = Callable[[str], None]

@@ -20,8 +20,7 @@ from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.slots import find_slots
 from rawloop.contracts import FolderState, Stateful
-from rawloop.ddp import unwrap_ddp
-from rawloop.dist import World
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import RawloopError, UserError, nearest
 from rawloop.evaluate import Evaluation
 from rawloop.optim_state import NamedOptimizerState, SchedulerState

@@ -3,7 +3,8 @@
 import operator
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,7 @@ from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
 from rawloop.data.samples import shared
 from rawloop.data.splits import load_samples, no_codes, open_codes
-from rawloop.ddp import unwrap_ddp
-from rawloop.dist import World
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
@@ -33,6 +33,7 @@ from rawloop.losses import LossModule
 from rawloop.precision import PrecisionPolicy
 from rawloop.precision.modes import DTYPES, MODES
 from rawloop.seed import seed_all
+from rawloop.settings import DDPConfig
 from rawloop.weights import Source, load_weights
 
 
@@ -146,6 +147,40 @@ def build_loader(config: RunConfig, data: Data, split: str, limits: Limits, worl
     firsts = [Draw(index, epoch=0) for index in range(min(2, len(samples)))]
     check_repeatable(lambda: batches.made(firsts)[1])
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
+
+
+def decide_find_unused(config: DDPConfig, unused: Sequence[Sequence[str]]) -> tuple[DDPConfig, str | None]:
+    """Decide on `find_unused_parameters` from the parameters that the first batch left unused.
+
+    Args:
+        config: true, false or auto.
+        unused: names of the trained parameters that got no gradient, by rank, as all ranks have gathered them.
+
+    Returns:
+        the config with true or false, and a sentence for the user if there is something to say.
+
+    Raises:
+        UserError: it is false, and DDP would wait for ever or let the ranks drift apart.
+    """
+    everywhere = [name for name in unused[0] if all(name in names for names in unused)]
+    partly = sorted({name for names in unused for name in names} - set(everywhere))
+    several = len(unused) > 1
+    found = _unused(everywhere, " on any rank" if several else "") + _unused(partly, " on some ranks")
+    if not found:
+        return replace(config, find_unused_parameters=config.find_unused_parameters is True), None
+    what = f"the first batch gives no gradient to {' and to '.join(found)}"
+    if config.find_unused_parameters is False and several:
+        raise UserError(
+            f"ddp.find_unused_parameters is false, and {what}: DDP would wait for ever, or let the ranks drift apart. "
+            "Set it to true or auto, or freeze these weights (adapter.freeze)"
+        )
+    advice = "weights that no batch uses are never trained: freeze them (adapter.freeze), or check the data"
+    return replace(config, find_unused_parameters=True), f"{what}; {advice}"
+
+
+def _unused(names: list[str], where: str) -> list[str]:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{len(names)} trained weights{where} ({', '.join(names[:5])}{more})"] if names else []
 
 
 def announce(

@@ -1,43 +1,43 @@
-"""Ranks and collectives.
+"""Ranks, collectives, and DistributedDataParallel (DDP).
 
-`World.current()` describes the processes that torch.distributed knows, or a single process where it is not initialised.
-`open_world` starts and ends the process group as well.
+`World.current()` describes the process group of torch.distributed, or a single process if there is none. `open_world`
+also starts and ends the process group.
 """
 
 import atexit
-import ctypes
+import gc
 import json
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, reduce
-from threading import Thread
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from rawloop.ddp import DDPConfig, wrap_in_ddp
 from rawloop.errors import RawloopError, UserError
-from rawloop.launcher import choose_device, join_group, read_launch, read_ranks
+from rawloop.launcher import abort_groups, choose_device, join_group, read_launch, read_ranks
+from rawloop.settings import DDPConfig
 from rawloop.waiting import Waiting, is_lost_rank, nccl_advice
 
 FOREVER = timedelta(days=1000)
-ABORT = 5.0  # seconds in which a process group is aborted
 T = TypeVar("T")
 E = TypeVar("E", bound=RawloopError)
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`: its rank, its rank on this machine, and its device.
+    """The rank of this process, the number of ranks, its rank on this machine, and its device.
 
-    `launch` names the launcher's run, "" without torchrun; `restarts` counts how often it has started its processes
-    again after one of them had died. `group` is a gloo group over all ranks, for agreements between CPUs.
+    `launch` is torchrun's run id, "" without torchrun; `restarts` counts how often torchrun has restarted the
+    processes. `group` is a gloo group over all ranks: agreements are reduced on the CPU.
     """
 
     rank: int = 0
@@ -51,10 +51,10 @@ class World:
 
     @classmethod
     def current(cls) -> "World":
-        """Return the world that torch.distributed describes; a single process where it is not initialised.
+        """Return the world of the current process group, or a single process if there is none.
 
-        The first call after `init_process_group` makes a gloo group, so all ranks must make it. Later ones return the
-        same world, until the process group is another one.
+        The first call after `init_process_group` creates a gloo group, so all ranks must make it. Later calls return
+        the same world, as long as the process group is the same.
 
         Raises:
             UserError: the launcher has started several processes, and no process group is initialised.
@@ -67,16 +67,15 @@ class World:
                 f"WORLD_SIZE is {size}, and torch.distributed is not initialised: each of these processes would train "
                 "alone; call torch.distributed.init_process_group first, or use `with rawloop.open_world() as world`"
             )
-        launch, restarts = read_launch()
-        return cls(local_rank=local_rank, device=choose_device("auto", local_rank), launch=launch, restarts=restarts)
+        return cls(0, 1, local_rank, choose_device("auto", local_rank), *read_launch())
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sum each value over all ranks, in float64. One all_reduce between CPUs, so no device is waited for."""
+        """Sum each value over all ranks, in float64. One all_reduce on the CPU; it does not wait for the device."""
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -87,26 +86,22 @@ class World:
         """Return every rank's value, in order of rank, on every rank. For small objects."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._finish(dist.all_gather(sizes, torch.tensor([len(own)]), group=self.group, async_op=True))
-        longest = max(int(size) for size in sizes)
-        rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        padded = torch.cat([own, own.new_zeros(longest - len(own))])
+        content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(n) for n in self.sum([float(len(content) * (r == self.rank)) for r in range(self.size)])]
+        padded = torch.cat([content, content.new_zeros(max(sizes) - len(content))])
+        rows = [torch.empty_like(padded) for _ in sizes]
         self._finish(dist.all_gather(rows, padded, group=self.group, async_op=True))
-        contents = [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+        contents = [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
         return [pickle.loads(content) for content in contents]  # noqa: S301 (from our own ranks)
 
     def _finish(self, work: Any) -> None:
-        if self.waiting is None:
-            work.wait()
-        else:
-            self.waiting.finish(work)
+        assert self.waiting is not None, "World.current() makes the worlds of several ranks"
+        self.waiting.finish(work)
 
     def make_equal(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make tensors equal on all ranks, in place: floats become their mean, other numbers their maximum.
+        """Make tensors equal on all ranks, in place: the mean for floats, the maximum for other dtypes.
 
-        The shapes are those of the other ranks. Nothing waits for the device.
+        All ranks pass tensors of the same shapes. The host does not wait for the device.
         """
         for floats in (True, False) if self.size > 1 else ():
             chosen = [tensor for tensor in tensors if tensor.is_floating_point() == floats]
@@ -116,19 +111,17 @@ class World:
             wide = reduce(torch.promote_types, dtypes, torch.float32) if floats else torch.int64
             flat = torch.cat([tensor.detach().flatten().to(wide) for tensor in chosen])
             operation = dist.ReduceOp.SUM if floats else dist.ReduceOp.MAX
-            group = self.group if flat.device.type == "cpu" else None
-            work = dist.all_reduce(flat, operation, group=group, async_op=True)
             if flat.device.type == "cpu":
-                self._finish(work)
-            else:
-                work.wait()  # the device's queue does; with a limit of time the host would
+                self._finish(dist.all_reduce(flat, operation, group=self.group, async_op=True))
+            else:  # without a timeout, `wait` blocks the device's stream and not the host
+                dist.all_reduce(flat, operation, async_op=True).wait()
             flat = flat / self.size if floats else flat
             with torch.no_grad():
                 for tensor, values in zip(chosen, torch.split(flat, [t.numel() for t in chosen]), strict=True):
                     tensor.copy_(values.view_as(tensor))
 
     def any(self, flags: Sequence[bool]) -> Sequence[bool]:
-        """Of each flag, whether it is true on any rank. One all_reduce."""
+        """Return for each flag whether it is true on any rank. One all_reduce."""
         return flags if self.size == 1 else [count > 0 for count in self.sum([float(flag) for flag in flags])]
 
     def from_main(self, value: T) -> T:
@@ -136,12 +129,12 @@ class World:
         return self.gather(value)[0]
 
     def on_all_ranks(self, work: Callable[[], T], only_main: bool = False) -> T | None:
-        """Run `work` on every rank (or on rank 0), then agree: an error on any rank is raised on all of them.
+        """Run `work` on every rank (or on rank 0 only). If it fails on any rank, raise on all of them.
 
-        No rank is left waiting in a collective for one that has failed, and none gives up on one that works for long.
+        All ranks call this. The others wait for a rank that works for longer than ddp.timeout.
 
         Raises:
-            RawloopError: the first failing rank's own error; other ranks' copies name that rank.
+            RawloopError: the first failing rank's error; on the other ranks a copy that names that rank.
             Exception: any other error, on the rank where it happened; the others raise a RawloopError that quotes it.
         """
         result: T | None = None
@@ -154,58 +147,88 @@ class World:
                 error = RawloopError(f"{type(caught).__name__}: {caught}")
             except Exception as caught:
                 error = caught
-        said = self.gather(_in_words(error) if error else None)
-        rank = next((rank for rank, words in enumerate(said) if words), None)
+        failures = self.gather(_describe(error) if error else None)
+        rank = next((rank for rank, failure in enumerate(failures) if failure), None)
         if rank is None:
             return result
         if error is not None and self.rank == rank:
             raise self.raised_on_all(error) if isinstance(error, RawloopError) else error
-        kind, failed, message = said[rank] or (RawloopError, "", "")
+        kind, failed, message = failures[rank] or (RawloopError, "", "")
         name = f"rank {rank}{failed}: " if rank or failed else ""
         raise self.raised_on_all(kind(f"{name}{message}")) from error
 
     def working(self) -> AbstractContextManager[None]:
-        """Tell the others, while inside, that this rank works and will come: none of them gives up on it."""
+        """While inside, tell the other ranks that this rank is working: they wait beyond ddp.timeout."""
         return self.waiting.working() if self.waiting else nullcontext()
 
     def raised_on_all(self, error: E) -> E:
-        """Mark an error that all ranks raise alike: rank 0 alone tells it."""
+        """Mark an error that all ranks raise: only rank 0 prints it."""
         error.is_reporter = self.is_main
         return error
 
     def check_equal(self, facts: Mapping[str, Any], advice: str = "start all processes alike") -> None:
-        """Refuse facts that are not the same on all ranks, such as settings and digests of data. All ranks call this.
+        """Check that facts, such as settings and digests of data, are the same on all ranks. All ranks call this.
 
         Args:
-            facts: by name; values that JSON can hold, small ones.
-            advice: how to mend a difference.
+            facts: name -> a small value that JSON can hold.
+            advice: how to fix a difference.
 
         Raises:
-            UserError: on all ranks alike, with the first differences, each with a rank that differs from rank 0.
+            UserError: on all ranks, with the first three differences.
         """
-        shares = self.gather({name: _shown(value) for name, value in facts.items()})
+        shares = self.gather({name: v if isinstance(v, str) else json.dumps(v) for name, v in facts.items()})
         found = []
         for name in dict.fromkeys(name for share in shares for name in share):
             values = [share.get(name, "nothing") for share in shares]
-            others = [rank for rank, value in enumerate(values) if value != values[0]]
-            if others:
+            if others := [rank for rank, value in enumerate(values) if value != values[0]]:
                 more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
                 found.append(f"rank {others[0]}{more} has {name} {values[others[0]]}, rank 0 has {values[0]}")
         if found:
-            rest = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
-            raise self.raised_on_all(UserError(f"the ranks differ: {'; '.join(found[:3])}{rest}: {advice}"))
+            found[3:] = [f"and {len(found) - 3} more differences"] if len(found) > 3 else []
+            raise self.raised_on_all(UserError(f"the ranks differ: {'; '.join(found)}: {advice}"))
 
     def wrap(self, module: nn.Module, config: DDPConfig | None = None) -> nn.Module:
-        """Wrap any module in DDP, or return it as it is in a single process.
+        """Wrap any module in DDP; return the module itself in a single process.
 
-        With `find_unused_parameters` off, `PrecisionPolicy.step` ends the run where a trained weight got no gradient:
-        DDP would wait for ever, or let the ranks drift apart.
+        With `find_unused_parameters` off, `PrecisionPolicy.step` ends the run if a trained weight got no gradient: DDP
+        would hang, or the ranks' weights would diverge.
         """
-        return module if self.size == 1 else wrap_in_ddp(module, config or DDPConfig())
+        if self.size == 1:
+            return module
+        config = config or DDPConfig()
+        # torch 2.13 renames broadcast_buffers and warns about the old name
+        renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+        buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": config.broadcast_buffers}
+        return DistributedDataParallel(
+            module,
+            find_unused_parameters=bool(config.find_unused_parameters),  # "auto" searches
+            gradient_as_bucket_view=config.gradient_as_bucket_view,
+            static_graph=config.static_graph,
+            **buffers,
+        )
 
 
-def _in_words(error: Exception) -> tuple[type[RawloopError], str, str]:
-    """Return the type that other ranks raise for an error of this one, what follows `rank N`, and the message."""
+def unwrap_ddp(module: nn.Module) -> nn.Module:
+    """Return the module inside DDP, or the module itself if it is not DDP."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def find_ddp(weights: Iterable[nn.Parameter]) -> list[DistributedDataParallel]:
+    """Find the DDP modules over any of these weights, whoever has built them (accelerate, Fabric, your own script)."""
+    wanted = {id(weight) for weight in weights}
+    kinds = [DistributedDataParallel, *DistributedDataParallel.__subclasses__()]
+    # neither the weights nor the module inside refer to their DDP module, but each instance refers to its class
+    found = [thing for kind in kinds for thing in gc.get_referrers(kind) if type(thing) is kind]
+    return [ddp for ddp in found if any(id(weight) in wanted for weight in ddp.parameters())]
+
+
+def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+    """Return DDP's `no_sync` context if `wanted` and if the module is DDP, else a context that does nothing."""
+    return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def _describe(error: Exception) -> tuple[type[RawloopError], str, str]:
+    """Return the type that the other ranks raise for this error, the words after `rank N`, and the message."""
     if not isinstance(error, RawloopError):
         return RawloopError, " failed", f"{type(error).__name__}: {error}"
     # A subclass from elsewhere may be unknown to the others, or take other arguments.
@@ -213,21 +236,11 @@ def _in_words(error: Exception) -> tuple[type[RawloopError], str, str]:
     return kind, "", str(error)
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def num_processes() -> int:
-    """Return the number of processes of the process group, or of the launcher before there is a group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else read_ranks()[1]
-
-
 @lru_cache(maxsize=1)  # the last process group's: all parts of a process share one world and its gloo group
 def _world_of(default: Any) -> World:
     """Describe the default process group. All ranks call it together."""
-    # A DDP module that outlives its group would be the last to hold it, and its reducer destroys it with the GIL held
-    # while gloo's thread waits for the GIL: a deadlock at exit. Held until the interpreter ends, the group is destroyed
-    # by its own binding, which lets go of the GIL.
+    # If a DDP module is the last to hold a gloo group, its reducer destroys the group with the GIL held, while gloo's
+    # thread waits for the GIL: a deadlock at exit. This reference keeps the group until the interpreter ends.
     atexit.register(id, default)
     rank, size = dist.get_rank(), dist.get_world_size()
     on_gpus = "nccl" in dist.get_backend_config(default)
@@ -237,8 +250,8 @@ def _world_of(default: Any) -> World:
         return world
     options = getattr(default._get_backend(default._device_types[0]), "options", None)  # not every backend has them
     limit = options._timeout if options else dist.default_pg_timeout
-    # Agreements have a group of their own: a plain NCCL group cannot reduce CPU tensors, and here `Waiting` sets the
-    # limits, for a rank that works longer than ddp.timeout ends nothing.
+    # Agreements have their own group: NCCL cannot reduce CPU tensors. `Waiting` sets its time limits, because a rank
+    # may work for longer than ddp.timeout.
     group = dist.new_group(backend="gloo", timeout=limit)
     # torch 2.15 has made this public, and warns of the private name.
     set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
@@ -249,7 +262,7 @@ def _world_of(default: Any) -> World:
 
 @contextmanager
 def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
-    """Join the process group that torchrun describes and leave it at the end. A single process joins none.
+    """Join the process group that torchrun describes, and leave it at the end. A single process joins none.
 
     Args:
         device: `auto`, `cuda`, `mps` or `cpu`.
@@ -257,44 +270,31 @@ def open_world(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
 
     Raises:
         UserError: the device does not exist, or the environment describes no group.
-        RawloopError: the other processes cannot be met.
-        LostRank: another process has gone, or did not come in time; raised in place of torch's error.
+        RawloopError: the other processes cannot be reached.
+        LostRank: another process has ended, or did not come in time; raised in place of torch's error.
     """
     rank, size, local_rank = read_ranks()
-    world = World(rank, size, local_rank, choose_device(device, local_rank, size), *read_launch())
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+    chosen = choose_device(device, local_rank, size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if size == 1 or dist.is_initialized():
-        yield world if size == 1 else World.current()
+        yield World(rank, 1, local_rank, chosen, *read_launch()) if size == 1 else World.current()
         return
-    join_group(world.device, rank, size, world.restarts, timeout)
+    join_group(chosen, rank, size, timeout)
     world = World.current()
     assert world.waiting is not None
     try:
         yield world
     except BaseException as error:
-        # Destroying the group waits for its collectives, for ever if another rank does not come, and closing it ends
-        # the others, and then the launcher this rank: its own message comes first, at exit the group is aborted.
-        atexit.register(_abort)
+        # Destroying the group waits for its collectives, without end if a rank is missing. Closing it ends the other
+        # ranks, and then the launcher ends this one. So this rank prints its message first, and aborts at exit.
+        atexit.register(abort_groups, dist.group.WORLD, world.group)
         if is_lost_rank(error) and isinstance(error, RuntimeError):
             raise world.waiting.explain(error) from error
         if advice := nccl_advice(error):
             error.add_note(advice)
         raise
-    # gloo's threads need the GIL to let go of the last collective's tensors. One that still waits for it when the
-    # interpreter ends aborts the process ("terminate called without an active exception"): let them have it.
+    # gloo's threads need the GIL to free the last collective's tensors. A thread that still waits for it at the
+    # interpreter's end aborts the process ("terminate called without an active exception").
     time.sleep(0.1)
     dist.destroy_process_group()
-
-
-def _abort() -> None:
-    """Let a run that has failed leave its process group without waiting for anybody."""
-    if not dist.is_initialized():
-        return
-    for group in (dist.group.WORLD, World.current().group):
-        # Its destructor waits for collectives that may never end: it must not run.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-    if "nccl" in dist.get_backend_config():
-        (thread := Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)).start()
-        thread.join(ABORT)
-    time.sleep(0.1)  # for gloo's threads, as above

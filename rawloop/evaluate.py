@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from rawloop.buffers import untouched
 from rawloop.contracts import Batch
-from rawloop.ddp import unwrap_ddp
-from rawloop.dist import World
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import Preempted, UserError, happening, nearest
 from rawloop.inputs import moved
 from rawloop.losses import as_stream_losses, joined, not_weighable, sums_by_name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rawloop.buffers import MovingBuffers, find_moving_buffers
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.ddp import no_sync, unwrap_ddp
+from rawloop.dist import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place, happening
 from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr

@@ -1,13 +1,14 @@
-"""Lost ranks: how long a rank waits for the others, which one did not come, and which errors mean that one has gone.
+"""Lost ranks: how long a rank waits for the others, which rank did not come, and which errors mean a lost rank.
 
-A rank that waits for a while leaves a mark in the store through which the ranks have met; a rank without a mark did not
-come. A rank that works for long says so there, and the others go on waiting. The hot path touches no store.
+A rank that has waited for a while writes `waiting-RANK` into the store of the process group. A rank that works for long
+writes `working-RANK` again and again, and the others go on waiting. The first rank whose time is over writes `verdict`:
+the ranks that did not come. The others read it, so all of them name the same rank. The hot path uses no store.
 """
 
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Event, Thread
@@ -17,10 +18,10 @@ import torch.distributed as dist
 
 from rawloop.errors import LostRank
 
-PATIENCE = 5.0  # seconds that a rank waits before it leaves a mark, and between two signs of one that works
-ANSWER = 10.0  # seconds in which the store answers, if its host is there
+PATIENCE = 5.0  # seconds that a rank waits before it uses the store, and between two signs of a rank that works
+ANSWER = 10.0  # seconds in which the store answers, unless its host has ended
 
-# Errors of gloo and NCCL on a rank that is sound itself. NCCL's text for its own timeout says nothing of a connection.
+# Errors of gloo and NCCL whose cause is another rank. NCCL's text for its own timeout does not mention a connection.
 LOST = (
     "gloo/transport",
     "closed by peer",
@@ -32,7 +33,7 @@ LOST = (
     "Watchdog caught collective operation timeout",
     "NCCL operations have failed or timed out",
 )
-# Errors of NCCL that are this rank's own, and how to mend them.
+# Errors of NCCL whose cause is this rank, and how to fix them.
 NCCL_ADVICE = {
     "Duplicate GPU detected": "two processes use the same GPU: start one process per GPU, and call "
     "torch.cuda.set_device(LOCAL_RANK) before the first collective (rawloop.open_world does)",
@@ -46,60 +47,63 @@ NCCL_ADVICE = {
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Return whether an error says that another rank has gone or did not come; NCCL also fails by itself."""
+    """Return whether an error means that another rank has ended or did not come. NCCL also fails for other reasons."""
     if any(sign in str(error) for sign in LOST):
         return True
     return isinstance(error, dist.DistError) and not isinstance(error, dist.DistBackendError)
 
 
 def nccl_advice(error: BaseException) -> str | None:
-    """Return how to mend an error of NCCL that is this rank's own."""
+    """Return how to fix an error of NCCL whose cause is this rank, or None."""
     if "NCCL" not in str(error) or is_lost_rank(error):
         return None
     return next((advice for sign, advice in NCCL_ADVICE.items() if sign in str(error)), None)
 
 
 class Waiting:
-    """One rank's marks in the store, and its reading of the others'.
+    """How one rank waits for the others. The ranks leave notes for each other in the store of the process group.
 
     Args:
         store: of torch.distributed.
-        rank: this process's.
+        rank: of this process.
         size: number of ranks.
-        timeout: seconds that this rank waits for one that neither comes nor says that it works (ddp.timeout).
+        timeout: seconds that this rank waits for a rank that neither comes nor works (ddp.timeout).
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.patience = min(PATIENCE, timeout / 4)
-        self.agreement = 0  # number of the agreement that this rank has come to
-        self.signs = 0  # of work, that this rank has given
+        self.agreement = 0  # number of this rank's last collective
+        self.signs = 0  # how often this rank has written that it is working
 
     def finish(self, work: Any) -> None:
-        """Wait for a collective that was begun, as long as a missing rank says that it works.
+        """Wait for a collective that has started. A rank that works for long is waited for without limit.
 
         Raises:
-            RuntimeError: it failed.
-            LostRank: somebody did not come in time.
+            RuntimeError: the collective failed.
+            LostRank: a rank did not come in time.
         """
         self.agreement += 1
         if _done(work, self.patience):
             return
-        self._mark([])
-        seen, last = self._read("working"), time.monotonic() - self.patience
+        self._write(f"waiting-{self.rank}", self.agreement)
+        keys = [*self._keys("working"), "verdict"]
+        seen, last = self._read(keys), time.monotonic() - self.patience
         while time.monotonic() < last + self.timeout:
             if _done(work, self.patience):
                 return
-            signs = self._read("working")
-            if signs != seen:
-                seen, last = signs, time.monotonic()
-        # A rank that came just now has left no mark yet.
+            found = self._read(keys)
+            if "verdict" in found and (error := self._verdict()):
+                raise error
+            if found != seen:
+                seen, last = found, time.monotonic()
+        # A rank that came just now has not written yet that it waits.
         if not _done(work, self.patience + 1):
-            raise self._nobody_came()
+            raise self._judge()
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Let the others wait for this rank inside, however long it takes; if it dies, or is stopped, they notice."""
+        """While inside, the other ranks wait for this rank without limit. If it dies or is suspended, they notice."""
         done = Event()
         Thread(target=self._give_signs, args=(done,), daemon=True).start()
         try:
@@ -110,87 +114,92 @@ class Waiting:
     def _give_signs(self, done: Event) -> None:
         while not done.wait(self.patience):
             self.signs += 1
-            with suppress(RuntimeError, OSError):  # the store has gone: the others will say what they miss
-                self._knock()
+            with suppress(RuntimeError, OSError):  # the store has ended: the others will say which rank is missing
+                self._check_host()
                 self.store.set(f"working-{self.rank}", json.dumps(self.signs))
 
     def explain(self, error: Exception) -> LostRank:
-        """Return what this rank knows of the cause of a collective's error."""
-        if "Timed out" in str(error) or "timed out" in str(error):  # in DDP, which has limits of its own
-            self._mark(None)
-            time.sleep(self.patience + 1)  # whoever came just before leaves its mark
-            return self._nobody_came()
-        self._mark([])
-        time.sleep(self.patience / 4)  # a rank whose time is over closes its connections, and then leaves its mark
-        if any(mark["missing"] is None for mark in self._read("waiting").values()):
-            time.sleep(self.patience + 2)  # until that rank knows who was missing
+        """Return an error that says why a collective failed, as far as this rank knows."""
+        self._write(f"waiting-{self.rank}", self.agreement)
+        if "timed out" in str(error).lower():  # in DDP, which has its own time limit
+            self._write("judging", True)
+            time.sleep(self.patience + 1)  # a rank that came just before writes that it waits
+            return self._judge()
+        time.sleep(self.patience / 4)  # a rank that times out closes its connections, and then writes `judging`
+        if self._read(["judging"]):
+            time.sleep(self.patience + 2)  # until that rank has written its verdict
         ended = f"another rank has ended, and its message says why ({str(error).splitlines()[0]})"
-        return self._missed_by_others(self._read("waiting")) or LostRank(ended)
+        return self._verdict() or LostRank(ended)
 
-    def _nobody_came(self) -> LostRank:
-        marks = self._read("waiting")
-        if self.rank not in marks:  # not even its own: the store has ended with its host
-            rest = "which one is not known here, the message of the rank that ended first says it"
-            return LostRank(f"a rank did not come in time, within {self.timeout:g} s (ddp.timeout); {rest}")
-        if found := self._missed_by_others(marks):
-            return found
-        here = {rank for rank, mark in marks.items() if mark["agreement"] == self.agreement}
-        missing = sorted(set(range(self.size)) - here)
-        self._mark(missing)
-        return self._did_not_come(missing)
+    def _judge(self) -> LostRank:
+        """Write which ranks did not come, unless another rank has done so, and return the error."""
+        marks = self._read(self._keys("waiting")) | {f"waiting-{self.rank}": self.agreement}
+        missing = [rank for rank, key in enumerate(self._keys("waiting")) if marks.get(key) != self.agreement]
+        verdict = json.dumps({"by": self.rank, "missing": missing})
+        self._try(lambda: self.store.compare_set("verdict", "", verdict))
+        # Without a verdict the store has ended, together with the rank that hosts it.
+        rest = "which one is not known here, the message of the rank that ended first says it"
+        return self._verdict() or LostRank(
+            f"a rank did not come in time, within {self.timeout:g} s (ddp.timeout); {rest}"
+        )
 
-    def _missed_by_others(self, marks: Mapping[int, Any]) -> LostRank | None:
-        """Return what another rank has said before it ended, if it had waited in vain: perhaps for this one."""
-        for rank, mark in marks.items():
-            if mark["missing"] and self.rank in mark["missing"]:
-                whom = f"rank {rank} had waited {self.timeout:g} s for it (ddp.timeout) and has ended"
-                return LostRank(f"rank {self.rank} came too late: {whom}")
-            if mark["missing"]:
-                return self._did_not_come(mark["missing"])
-        return None
-
-    def _did_not_come(self, missing: list[int]) -> LostRank:
+    def _verdict(self) -> LostRank | None:
+        """Return the error about the missing ranks that a rank has written, if one has."""
+        verdict = self._read(["verdict"]).get("verdict")
+        if verdict is None:
+            return None
+        missing, waited = verdict["missing"], f"waited {self.timeout:g} s"
+        if self.rank in missing:
+            whom = f"rank {verdict['by']} had {waited} for it (ddp.timeout) and has ended"
+            return LostRank(f"rank {self.rank} came too late: {whom}")
+        here = [rank for rank in range(self.size) if rank not in missing]
+        self._write(f"told-{self.rank}", True)
+        # This rank may host the store: it does not end before the others have read the verdict.
+        told = [f"told-{rank}" for rank in here]
+        self._try(lambda: self.store.wait(told, timedelta(seconds=0.8 * ANSWER)))
         if missing:
             names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
-            what = f"{names} did not come in time: the others waited {self.timeout:g} s (ddp.timeout)"
+            what = f"{names} did not come in time: the others {waited} (ddp.timeout)"
             advice = "look what held it there; if it was only slow (its data, its network), raise ddp.timeout"
         else:
-            what = f"the ranks waited {self.timeout:g} s (ddp.timeout) for each other, and none was missing"
+            what = f"the ranks {waited} (ddp.timeout) for each other, and none was missing"
             advice = "look whether the network between them carries data, and raise ddp.timeout if it is only slow"
         error = LostRank(f"{what}: {advice}")
-        error.is_reporter = self.rank == min(set(range(self.size)) - set(missing))
+        error.is_reporter = self.rank == min(here)
         return error
 
-    def _mark(self, missing: list[int] | None) -> None:
-        """Say that this rank has come to its agreement, and whom it has missed: None is not known yet."""
-        content = json.dumps({"agreement": self.agreement, "missing": missing})
-        self._try(lambda: self.store.set(f"waiting-{self.rank}", content))
+    def _keys(self, name: str) -> list[str]:
+        return [f"{name}-{rank}" for rank in range(self.size)]
 
-    def _read(self, name: str) -> dict[int, Any]:
-        found: dict[int, Any] = {}
+    def _write(self, key: str, value: Any) -> None:
+        self._try(lambda: self.store.set(key, json.dumps(value)))
+
+    def _read(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Return the values of those keys that the store has."""
+        found: dict[str, Any] = {}
 
         def read() -> None:
-            for rank in range(self.size):
-                if self.store.check([f"{name}-{rank}"]):
-                    found[rank] = json.loads(self.store.get(f"{name}-{rank}"))
+            for key in keys:
+                if self.store.check([key]):
+                    found[key] = json.loads(self.store.get(key))
 
         self._try(read)
         return dict(found)
 
-    def _try(self, work: Callable[[], None]) -> None:
-        """Use the store, whose host may have gone: in a thread that nobody waits for longer than a while."""
+    def _try(self, use: Callable[[], object]) -> None:
+        """Use the store in a thread, and wait for it at most `ANSWER` seconds: its host may have ended."""
 
         def attempt() -> None:
-            with suppress(RuntimeError, OSError):  # the host has gone: what it knew is not known
-                self._knock()
-                work()
+            with suppress(RuntimeError, OSError):
+                self._check_host()
+                use()
 
         thread = Thread(target=attempt, daemon=True)
         thread.start()
         thread.join(ANSWER)
 
-    def _knock(self) -> None:
-        """Fail where nobody listens any more: torch's own attempts would print pages of C++ frames."""
+    def _check_host(self) -> None:
+        """Raise OSError if the store's host has ended: torch's own attempts would print pages of C++ frames."""
         store = self.store
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
@@ -199,7 +208,7 @@ class Waiting:
 
 
 def _done(work: Any, seconds: float) -> bool:
-    """Wait for a collective; whether it is done.
+    """Wait for a collective at most so long, and return whether it is done.
 
     Raises:
         RuntimeError: it failed.
@@ -209,5 +218,5 @@ def _done(work: Any, seconds: float) -> bool:
     except RuntimeError:
         if not work.is_completed():
             return False
-        work.wait()  # it has failed, or was done at the last moment
+        work.wait()  # raises if it has failed; it may also have succeeded at the last moment
     return True

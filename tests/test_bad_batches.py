@@ -22,7 +22,6 @@ from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
 from rawloop.data.samples import read_samples
-from rawloop.ddp import DDPConfig
 from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
@@ -33,6 +32,7 @@ from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.records import read_metrics
+from rawloop.settings import DDPConfig
 
 HEAD = "base_model.model.text_lm_head.modules_to_save.default.weight"
 Spoil = Callable[[World, list[Batch], int], list[Batch]]  # (world, a window's micro-batches, its number)

@@ -29,7 +29,6 @@ from rawloop.cli.doctor import Doctor
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
-from rawloop.ddp import DDPConfig
 from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, TrainingError, UserError
@@ -41,6 +40,7 @@ from rawloop.optim import OptimConfig
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.records import read_events, read_metrics
+from rawloop.settings import DDPConfig
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"

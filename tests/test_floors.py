@@ -35,7 +35,6 @@ FLOORS = (
             "buffers",
             "losses",
             "inputs",
-            "ddp",
             "hashing",
             "segments",
             "containers",
@@ -83,7 +82,7 @@ PARTS, FRAME = 1, 2
 # What is named -> the only places that may name it. A place is a room, or a path within the package.
 ONLY_IN = {
     "torch.distributed": ("dist", "launcher", "waiting"),
-    "torch.nn.parallel.DistributedDataParallel": ("ddp",),
+    "torch.nn.parallel.DistributedDataParallel": ("dist",),
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),
     "torch.cpu.amp": ("precision",),
@@ -283,7 +282,7 @@ BROKEN = {
     "evaluate.py: from torch import distributed": "torch.distributed belongs into dist",
     "cli/a.py: from torch.distributed.fsdp import FSDP": "torch.distributed.fsdp.FSDP belongs into dist",
     "seed.py: import torch; torch.distributed.barrier()": "torch.distributed.barrier belongs into dist",
-    "build.py: from torch.nn.parallel import DistributedDataParallel as D": "DistributedDataParallel belongs into ddp",
+    "build.py: from torch.nn.parallel import DistributedDataParallel as D": "DistributedDataParallel belongs into dist",
     "build.py: def f(): import peft": "build.py:1: peft belongs into adapters",
     "families/a.py: from peft import LoraConfig": "peft.LoraConfig belongs into adapters",
     "evaluate.py: import torch as t; t.autocast('cpu')": "torch.autocast belongs into precision",

@@ -23,7 +23,6 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.data.splits import prepare_codes
-from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
 from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
@@ -36,6 +35,7 @@ from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import OptimConfig, lr_at
 from rawloop.precision import PrecisionConfig
 from rawloop.records import read_events, read_metrics
+from rawloop.settings import DDPConfig
 
 
 @pytest.fixture(scope="module")

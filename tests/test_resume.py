@@ -40,9 +40,8 @@ from rawloop.checkpoint.slots import find_slots
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
-from rawloop.ddp import unwrap_ddp
 from rawloop.diagnose.config import ChecksConfig
-from rawloop.dist import World
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import CheckpointError, Preempted, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Sample, StreamLoss
 from rawloop.data.batches import BatchPlan, Loader, MicroBatches, TrainWindows
-from rawloop.ddp import DDPConfig
 from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule
 from rawloop.precision import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig, read_events
+from rawloop.settings import DDPConfig
 
 Change = Callable[[nn.Module, Batch], Any]
 

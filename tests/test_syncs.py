@@ -32,7 +32,6 @@ from rawloop.adapters.lora import add_adapter
 from rawloop.buffers import MovingBuffers, places
 from rawloop.contracts import Batch, Labels, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
-from rawloop.ddp import DDPConfig
 from rawloop.dist import World
 from rawloop.evaluate import Evaluator
 from rawloop.loop import Run, train
@@ -41,6 +40,7 @@ from rawloop.meter import Meter
 from rawloop.optim import OptimConfig, build_optimizer
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
+from rawloop.settings import DDPConfig
 
 CPU = torch.device("cpu")
 PACKAGE = Path(rawloop.__file__).parent

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from rawloop.ddp import find_ddp, unwrap_ddp
-from rawloop.dist import World, num_processes
+from rawloop.dist import World, find_ddp, unwrap_ddp
 from rawloop.errors import UserError
+from rawloop.launcher import num_processes
 from rawloop.precision.masters import HALF, TrainedWeights
 from rawloop.precision.modes import DTYPES, MODES, PrecisionConfig, examine, stream_weights
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rawloop.ddp import find_ddp
+from rawloop.dist import find_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.advice import found_out
 from rawloop.precision.gradients import Measured, StepResult, Window, connected, drop_scaler_marks, global_norm, measure

@@ -52,7 +52,6 @@ from rawloop.data import DataConfig
 from rawloop.data.batches import BatchPlan, Loader, MicroBatches, TrainWindows
 from rawloop.data.samples import read_samples
 from rawloop.data.splits import prepare_codes
-from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint
 from rawloop.diagnose.config import ChecksConfig
@@ -61,6 +60,7 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Run, TrainConfig, accumulate, agree_on_window, fetch
 from rawloop.precision import PrecisionConfig
+from rawloop.settings import DDPConfig
 
 FAMILIES = ("higgs_audio_v2", "causal_lm", "audio_chat")
 PER_PROCESS = 8  # samples of a window

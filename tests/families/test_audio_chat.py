@@ -34,7 +34,6 @@ from rawloop.adapters.lora import add_adapter
 from rawloop.audio import load_audio
 from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
-from rawloop.ddp import DDPConfig
 from rawloop.demo import SPEECH
 from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.causality import probe
@@ -47,6 +46,7 @@ from rawloop.families.sample_checks import Letters, check_repeatable
 from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics
 from rawloop.segments import Segment
+from rawloop.settings import DDPConfig
 
 CLIPS = sorted((SPEECH / "eval").glob("*.flac"))
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|pad|>")

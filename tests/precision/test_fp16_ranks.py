@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim import AdamW
 
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.ddp import DDPConfig, no_sync
-from rawloop.dist import World
+from rawloop.dist import World, no_sync
 from rawloop.errors import TrainingError
 from rawloop.losses import LossModule
 from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.precision.preflight import preflight
+from rawloop.settings import DDPConfig
 
 MODES: list[dict[str, Any]] = [
     {"mode": "fp32"},

@@ -16,10 +16,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from rawloop.ddp import DDPConfig, no_sync
-from rawloop.dist import World
+from rawloop.dist import World, no_sync
 from rawloop.errors import TrainingError, UserError
 from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
+from rawloop.settings import DDPConfig
 
 MODES: list[Any] = ["fp32", "bf16", "amp_fp16", "native_fp16"]
 SCALED = ["amp_fp16", "native_fp16"]
