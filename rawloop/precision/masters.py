@@ -44,6 +44,7 @@ class TrainedWeights:
             if masters and dtype in HALF:
                 self.masters[name] = nn.Parameter(value.to(device, torch.float32, copy=True))
         self._name_of = {id(master): name for name, master in self.masters.items()}
+        self._known = {id(parameter) for _, parameter in self.named_parameters()}
         self._versions = self._counts()
 
     def _counts(self) -> list[int]:
@@ -82,17 +83,19 @@ class TrainedWeights:
             UserError: one is held twice, or was unfrozen or cast after the model was prepared.
         """
         self.check_casts()
-        known = {id(parameter) for _, parameter in self.named_parameters()}
         held = held_by(optimizers)
-        if len({id(p) for p in held}) < len(held):
+        ids = {*map(id, held)}
+        if len(ids) < len(held):
             raise UserError("a weight is held by two optimizers, or twice by one, and would be updated twice: keep one")
-        unfrozen = [tuple(p.shape) for p in held if p.requires_grad and id(p) not in known]
+        if ids <= self._known:  # as in nearly every step
+            return held
+        unfrozen = [tuple(p.shape) for p in held if p.requires_grad and id(p) not in self._known]
         if unfrozen:
             raise UserError(
                 f"{len(unfrozen)} weights of the optimizer (first of shape {unfrozen[0]}) were unfrozen after "
                 "policy.prepare(model): unfreeze before it"
             )
-        return [p for p in held if id(p) in known]
+        return [p for p in held if id(p) in self._known]
 
     def check_casts(self) -> None:
         """Refuse weights that were cast after the model was prepared.

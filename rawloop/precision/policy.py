@@ -71,7 +71,9 @@ class PrecisionPolicy(PreparedModel):
             UserError: the loss is no tensor of one number, or `unscale` was called since the last step.
             TrainingError: the loss depends on no trainable weight.
         """
-        value = connected(loss).detach().float().reshape(())
+        value = connected(loss).detach()
+        if value.ndim or value.dtype != torch.float32:
+            value = value.float().reshape(())
         if self.window.closed or self.window.dropped:
             self.zero_grad()
         if self.window.unscaled:
