@@ -3,7 +3,8 @@
 The public names are imported when they are first used, so `import rawloop` costs no torch.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -96,9 +97,11 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from rawloop.settings import RecordsConfig as RecordsConfig
     from rawloop.settings import TrainConfig as TrainConfig
 else:
-    from rawloop.lazy import importer
 
-    __getattr__ = importer(__name__, _HOME)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'rawloop' has no attribute '{name}'")
+        return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

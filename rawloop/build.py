@@ -41,11 +41,10 @@ from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.families.chat_template import clock_notice
 from rawloop.loop import Run, TrainState, trial_loss
-from rawloop.losses import LossModule
-from rawloop.meter import Meter
+from rawloop.losses import LossModule, Meter
 from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import PrecisionPolicy
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.records import Records, check_packages
 from rawloop.resume import Start, choose_start, goes_back, restore, stored_precision

@@ -30,8 +30,8 @@ from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
 from rawloop.families.sample_checks import check_repeatable
 from rawloop.losses import LossModule
-from rawloop.precision import PrecisionPolicy
 from rawloop.precision.modes import DTYPES, MODES
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
 from rawloop.settings import DDPConfig
 from rawloop.weights import Source, load_weights

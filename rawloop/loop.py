@@ -20,7 +20,7 @@ from rawloop.dist import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place, happening
 from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr
-from rawloop.precision import StepResult
+from rawloop.precision.gradients import StepResult
 from rawloop.precision.preflight import preflight
 from rawloop.preempt import agreed
 from rawloop.run import Run as Run

@@ -15,8 +15,8 @@ from rawloop.data.batches import Loader
 from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError, nearest
 from rawloop.evaluate import Evaluation, Evaluator
-from rawloop.meter import Meter
-from rawloop.precision import PrecisionPolicy
+from rawloop.losses import Meter
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption
 from rawloop.records import Records
 

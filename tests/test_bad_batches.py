@@ -30,7 +30,8 @@ from rawloop.families import ModelConfig, load_family
 from rawloop.loop import TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_metrics
 from rawloop.settings import DDPConfig
 

@@ -37,7 +37,8 @@ from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.records import read_events, read_metrics
 from rawloop.settings import DDPConfig

@@ -21,7 +21,7 @@ from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Run, TrainConfig
 from rawloop.optim import build_optimizer
-from rawloop.precision import PrecisionConfig
+from rawloop.precision.config import PrecisionConfig
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ATTENTION = "self_attn.k_proj (2), self_attn.o_proj (2), self_attn.q_proj (2), self_attn.v_proj (2)"

@@ -25,7 +25,7 @@ from rawloop.config import (
 from rawloop.errors import UserError
 from rawloop.foreign_names import HF_NAMES, NO_COUNTERPART
 from rawloop.parser import Parser, add_options, field_help
-from rawloop.precision.scaler import LossScaleConfig
+from rawloop.precision.config import LossScaleConfig
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluation, EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family
-from rawloop.losses import LossModule
-from rawloop.meter import Meter
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.losses import LossModule, Meter
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import capture_rng
 
 CPU = torch.device("cpu")

@@ -20,7 +20,6 @@ FLOORS = (
         "ground",
         (
             "errors",
-            "lazy",
             "settings",
             "contracts",
             "launcher",
@@ -51,7 +50,6 @@ FLOORS = (
             "data",
             "families",
             "adapters",
-            "meter",
             "optim",
             "optim_state",
             "diagnose",

@@ -38,7 +38,8 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig, train
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_metrics
 from rawloop.seed import RngState, seed_all
 

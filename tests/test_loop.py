@@ -33,7 +33,7 @@ from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import OptimConfig, lr_at
-from rawloop.precision import PrecisionConfig
+from rawloop.precision.config import PrecisionConfig
 from rawloop.records import read_events, read_metrics
 from rawloop.settings import DDPConfig
 

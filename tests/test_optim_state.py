@@ -19,7 +19,8 @@ from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.optim import OptimConfig, build_optimizer
 from rawloop.optim_state import NamedOptimizerState, SchedulerState
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 
 

@@ -46,13 +46,12 @@ from rawloop.errors import CheckpointError, Preempted, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, TrainState, train
-from rawloop.losses import LossModule
-from rawloop.meter import Meter
+from rawloop.losses import LossModule, Meter
 from rawloop.optim import OptimConfig
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.precision.masters import TrainedWeights
-from rawloop.precision.scaler import LossScaleConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption
 from rawloop.records import read_events, read_metrics
 from rawloop.seed import RngState

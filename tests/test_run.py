@@ -15,7 +15,7 @@ from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule
-from rawloop.precision import PrecisionPolicy
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig, read_events
 from rawloop.settings import DDPConfig
 

@@ -35,10 +35,10 @@ from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, T
 from rawloop.dist import World
 from rawloop.evaluate import Evaluator
 from rawloop.loop import Run, train
-from rawloop.losses import LossModule
-from rawloop.meter import Meter
+from rawloop.losses import LossModule, Meter
 from rawloop.optim import OptimConfig, build_optimizer
-from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.settings import DDPConfig
 

@@ -26,8 +26,7 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig
-from rawloop.precision.scaler import LossScaleConfig
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.records import read_events, read_metrics
 
 FULL = AdapterConfig(mode="full")

@@ -1,11 +1,11 @@
 """What to tell the user about numbers that are not finite, and about a loss that trains nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rawloop.precision.masters import TrainedWeights, share_of_lost_updates
+from rawloop.precision.masters import TrainedWeights
 
 
 def found_out(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
@@ -49,3 +49,24 @@ def lost_updates(trained: TrainedWeights, lr: float) -> str:
         f"{trained.dtype} weights are trained without masters: at a learning rate of {lr:g} about {share:.0%} of "
         "updates round to nothing; precision.masters 'fp32' keeps them"
     )
+
+
+def unit_in_last_place(weight: Tensor) -> Tensor:
+    """The distance from each number to the next larger one of its dtype, float32."""
+    info = torch.finfo(weight.dtype)
+    _, exponent = torch.frexp(weight.detach().float())  # |w| = m x 2^exponent with m in [0.5, 1)
+    power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1)
+    power = torch.where(weight == 0, info.smallest_normal, power.clamp(min=info.smallest_normal))
+    return power * info.eps
+
+
+def share_of_lost_updates(weights: Iterable[Tensor], lr: float) -> float:
+    """The share of weights that an update of size `lr`, Adam's usual one, would leave as they are.
+
+    An update below half a unit in the last place rounds to nothing.
+    """
+    lost = total = 0
+    for weight in weights:
+        lost += int((unit_in_last_place(weight) / 2 > lr).sum())
+        total += weight.numel()
+    return lost / total if total else 0.0

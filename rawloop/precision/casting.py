@@ -9,8 +9,9 @@ from torch import nn
 from rawloop.dist import World, find_ddp, unwrap_ddp
 from rawloop.errors import UserError
 from rawloop.launcher import num_processes
+from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.masters import HALF, TrainedWeights
-from rawloop.precision.modes import DTYPES, MODES, PrecisionConfig, examine, stream_weights
+from rawloop.precision.modes import DTYPES, MODES, examine, stream_weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -13,11 +13,10 @@ from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.precision.advice import lost_updates
 from rawloop.precision.casting import cast, cast_frozen, check_model, check_world
-from rawloop.precision.chain import ModeChain, refusal
+from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import Window, drop_scaler_marks, watch_steps
-from rawloop.precision.masters import HALF, TrainedWeights, held_by
-from rawloop.precision.modes import MODES, Mode, PrecisionConfig, describe, examine
-from rawloop.precision.optimizers import adopt, exchange
+from rawloop.precision.masters import HALF, TrainedWeights, adopt, exchange, held_by
+from rawloop.precision.modes import MODES, Mode, ModeChain, describe, examine, refusal
 from rawloop.precision.scaler import LossScaler, make_scaler
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rawloop.errors import UserError
-from rawloop.precision.config import LossScaleConfig as LossScaleConfig
+from rawloop.precision.config import LossScaleConfig
 
 FP16_LOSS_CEILING = 2.0**15
 

@@ -41,7 +41,8 @@ from rawloop.dist import World
 from rawloop.loop import TrainState
 from rawloop.optim import OptimConfig, build_optimizer
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState
 

@@ -57,7 +57,8 @@ from rawloop.families import ModelConfig, load_family
 from rawloop.loop import TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 
 SAMPLES = 13
 CASES = [(1, False), (2, False), (3, False), (8, False), (1, True), (3, True), (8, True)]  # batch size, shuffled

@@ -59,7 +59,7 @@ from rawloop.dist import World, open_world
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Run, TrainConfig, accumulate, agree_on_window, fetch
-from rawloop.precision import PrecisionConfig
+from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig
 
 FAMILIES = ("higgs_audio_v2", "causal_lm", "audio_chat")

@@ -56,7 +56,9 @@ from rawloop.loop import Run, TrainState, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig, build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import MODES, PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.modes import MODES
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.seed import RngState
 

@@ -35,7 +35,8 @@ from transformers import (
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.lora import add_adapter
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 
 CPU = torch.device("cpu")
 SYMBOLS, CODEBOOKS, LENGTH, BATCH = 24, 8, 24, 8

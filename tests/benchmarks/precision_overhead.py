@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.lora import add_adapter
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 
 BATCH, LENGTH, VOCAB = 2, 16, 256
 TURN, WARM_UP = 10, 2  # steps; the first of a turn find the caches full of the other side's data

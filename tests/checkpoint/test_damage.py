@@ -23,7 +23,7 @@ from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig, train
-from rawloop.precision import PrecisionConfig
+from rawloop.precision.config import PrecisionConfig
 from rawloop.records import Records, RecordsConfig, read_events
 
 

@@ -29,7 +29,8 @@ from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.loop import TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_events, read_metrics
 
 

@@ -21,7 +21,7 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm import CausalLM
 from rawloop.loop import TrainConfig
-from rawloop.precision import PrecisionConfig
+from rawloop.precision.config import PrecisionConfig
 
 Check = Callable[[int], Report]
 END_OF_TEXT, END_OF_TURN = "'</s>' (id ", "'<|im_end|>' (id "

@@ -215,7 +215,7 @@ def demo_run(demo_checkpoint: Path, demo_data: Path, tmp_path: Path) -> Callable
     from rawloop.families import ModelConfig
     from rawloop.loop import Run, TrainConfig, train
     from rawloop.optim import OptimConfig
-    from rawloop.precision import PrecisionConfig
+    from rawloop.precision.config import PrecisionConfig
 
     base = RunConfig(
         device="cpu",

@@ -21,7 +21,8 @@ from rawloop.contracts import Audio, Batch, Sample, Text, Turn
 from rawloop.evaluate import Evaluator
 from rawloop.families import ModelConfig, load_family
 from rawloop.losses import LossModule
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 
 FRAMES = {"One.": 4, "One two three four five six seven.": 12, "Two three.": 60}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from rawloop import PrecisionConfig, PrecisionPolicy
-from rawloop.precision import LossScaleConfig
+from rawloop.precision.config import LossScaleConfig
 
 Loss = Callable[[nn.Module], Tensor]
 SCALE = 2.0**16

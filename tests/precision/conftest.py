@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.dist import World
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import PrecisionConfig, PrecisionPolicy, StepResult
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.gradients import StepResult
+from rawloop.precision.policy import PrecisionPolicy
 
 Agreement = Callable[[Sequence[bool]], Sequence[bool]]
 

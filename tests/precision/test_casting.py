@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
 from rawloop.precision.casting import trainable_dtype
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 
 CASES = [
     ("amp_fp16", torch.bfloat16, None, torch.float16),

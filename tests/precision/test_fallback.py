@@ -9,7 +9,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 
 CPU = torch.device("cpu")
 INF, NAN = math.inf, math.nan

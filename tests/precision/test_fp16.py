@@ -11,8 +11,9 @@ from torch.optim import SGD
 
 from rawloop.errors import CheckpointError, UserError
 from rawloop.families.shared import enable_activation_checkpointing
-from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.precision.masters import TrainedWeights
+from rawloop.precision.policy import PrecisionPolicy
 
 CPU = torch.device("cpu")
 FP16 = ["amp_fp16", "native_fp16"]

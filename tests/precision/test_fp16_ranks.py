@@ -13,7 +13,8 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import World, no_sync
 from rawloop.errors import TrainingError
 from rawloop.losses import LossModule
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.settings import DDPConfig
 

@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rawloop.dist import World, no_sync
 from rawloop.errors import TrainingError, UserError
-from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.settings import DDPConfig
 
 MODES: list[Any] = ["fp32", "bf16", "amp_fp16", "native_fp16"]

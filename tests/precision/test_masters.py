@@ -9,7 +9,8 @@ from torch.optim import AdamW
 
 from rawloop.errors import CheckpointError
 from rawloop.precision import masters
-from rawloop.precision.masters import TrainedWeights, share_of_lost_updates, unit_in_last_place
+from rawloop.precision.advice import share_of_lost_updates, unit_in_last_place
+from rawloop.precision.masters import TrainedWeights
 
 CPU = torch.device("cpu")
 HALVES = [torch.float16, torch.bfloat16]

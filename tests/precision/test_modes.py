@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from rawloop.errors import UserError
-from rawloop.precision import LossScaleConfig, PrecisionConfig, PrecisionPolicy
-from rawloop.precision.chain import ModeChain
-from rawloop.precision.modes import MODES, Hardware, Weights, describe, examine
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
+from rawloop.precision.modes import MODES, Hardware, ModeChain, Weights, describe, examine
+from rawloop.precision.policy import PrecisionPolicy
 
 TITAN = Hardware("cuda", "NVIDIA TITAN RTX", bf16=False)
 H200 = Hardware("cuda", "NVIDIA H200", bf16=True)

@@ -9,8 +9,9 @@ from torch.optim import SGD, AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.errors import TrainingError, UserError
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import global_norm
+from rawloop.precision.policy import PrecisionPolicy
 
 CPU = torch.device("cpu")
 

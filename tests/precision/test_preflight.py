@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.errors import RawloopError, TrainingError, UserError
-from rawloop.precision import PrecisionConfig, PrecisionPolicy
+from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import is_lacking, preflight
 
 CPU = torch.device("cpu")
