@@ -416,7 +416,7 @@ def test_a_window_that_makes_a_buffer_infinite_is_not_applied() -> None:
     result = step()
     assert not result.applied
     assert result.skipped_because == "moving buffers that are not finite (buffers nan)"
-    advice = r"if the model came with 0\.running_var so, begin with another one; else look at the samples"
+    advice = r"if the base model came with this 0\.running_var, use another one; else look at the samples"
     with pytest.raises(TrainingError, match=f"move are not: {advice}"):
         step()
 

@@ -1,4 +1,4 @@
-"""What to tell the user about numbers that are not finite, and about a loss that trains nothing."""
+"""Messages about numbers that are not finite, and about updates that rounding loses."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,42 +8,41 @@ from torch import Tensor, nn
 from rawloop.precision.masters import TrainedWeights
 
 
-def found_out(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
-    """Where numbers that are not finite come from, as far as can be seen, and what to do. It waits for the device.
+def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
+    """Return the likely source of numbers that are not finite, and what to do. This waits for the device.
 
     Args:
         model: the trained model.
         what: what is not finite: `loss`, `norm` (of the gradients) or `buffers`.
-        moved: buffers that this window has moved: they do not tell what was there before.
+        moved: buffers that this window has changed, so their values say nothing about the model before it.
         fp16: whether the mode computes in FP16.
     """
-    fresh = {id(buffer) for buffer in moved}
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in fresh]
-    # of buffers NaN alone: the -inf of a mask is healthy
-    spoilt = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
-    spoilt += [name for name, buffer in buffers if bool(torch.isnan(buffer).any())]
-    if spoilt:
+    changed = {id(buffer) for buffer in moved}
+    buffers = dict(model.named_buffers())
+    damaged = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+    # In buffers only NaN is damage: masks contain -inf.
+    damaged += [name for name, b in buffers.items() if id(b) not in changed and bool(torch.isnan(b).any())]
+    if damaged:
         return (
-            f"{len(spoilt)} of the model's weights and buffers are not finite, first {spoilt[0]}: no loss can be "
-            "finite with them. Begin with finite ones, of an earlier checkpoint, or of the base model fetched again"
+            f"{len(damaged)} of the model's weights and buffers are not finite, first {damaged[0]}: no loss can be "
+            "finite with them. Start from an earlier checkpoint, or download the base model again"
         )
+    wider = "a mode of a larger range than FP16 (bf16, fp32)"
     samples = "look at the samples that the last skips name (events.jsonl)"
-    if what == "norm" and fp16:
-        advice = "take a lower learning rate, or a mode of more range than FP16 (bf16, fp32)"
-    elif what == "norm":
-        advice = f"its backward pass makes them (the root of zero): {samples} under torch.autograd.detect_anomaly()"
-    else:
-        more = ", or take a mode of more range than FP16 (bf16, fp32)" if fp16 else ""
-        advice = f"{samples} for what is not finite or too large in them{more}"
-        names = [name for name, b in model.named_buffers() if id(b) in fresh and not bool(b.isfinite().all())]
-        if what == "buffers" and names:
-            advice = f"if the model came with {names[0]} so, begin with another one; else {advice}"
-    healthy = {"loss": "weights are finite, its losses", "norm": "weights and losses are finite, the gradients"}
-    return f"The model's {healthy.get(what, 'weights and losses are finite, the buffers that move')} are not: {advice}"
+    causes = f"{samples} for numbers that are not finite or too large{f', or take {wider}' if fp16 else ''}"
+    if what == "loss":
+        return f"The model's weights are finite, its losses are not: {causes}"
+    if what == "norm":
+        causes = f"its backward pass makes them (the root of zero): {samples} under torch.autograd.detect_anomaly()"
+        causes = f"lower the learning rate, or take {wider}" if fp16 else causes
+        return f"The model's weights and losses are finite, the gradients are not: {causes}"
+    names = [name for name, b in buffers.items() if id(b) in changed and not bool(b.isfinite().all())]
+    other = f"if the base model came with this {names[0]}, use another one; else " if names else ""
+    return f"The model's weights and losses are finite, the buffers that move are not: {other}{causes}"
 
 
 def lost_updates(trained: TrainedWeights, lr: float) -> str:
-    """A warning of what trained weights in 16 bits lose without masters."""
+    """Return a warning about the updates that 16-bit weights lose without masters."""
     share = share_of_lost_updates((weight.detach() for weight in trained.weights.values()), lr)
     return (
         f"{trained.dtype} weights are trained without masters: at a learning rate of {lr:g} about {share:.0%} of "
@@ -51,22 +50,22 @@ def lost_updates(trained: TrainedWeights, lr: float) -> str:
     )
 
 
-def unit_in_last_place(weight: Tensor) -> Tensor:
-    """The distance from each number to the next larger one of its dtype, float32."""
-    info = torch.finfo(weight.dtype)
-    _, exponent = torch.frexp(weight.detach().float())  # |w| = m x 2^exponent with m in [0.5, 1)
-    power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1)
-    power = torch.where(weight == 0, info.smallest_normal, power.clamp(min=info.smallest_normal))
-    return power * info.eps
-
-
 def share_of_lost_updates(weights: Iterable[Tensor], lr: float) -> float:
-    """The share of weights that an update of size `lr`, Adam's usual one, would leave as they are.
+    """Return the share of weights that an update of size `lr`, Adam's usual one, does not change.
 
-    An update below half a unit in the last place rounds to nothing.
+    An update smaller than half a unit in the last place rounds to nothing.
     """
     lost = total = 0
     for weight in weights:
         lost += int((unit_in_last_place(weight) / 2 > lr).sum())
         total += weight.numel()
     return lost / total if total else 0.0
+
+
+def unit_in_last_place(weight: Tensor) -> Tensor:
+    """Return the distance from each number to the next larger one of its dtype, in float32."""
+    info = torch.finfo(weight.dtype)
+    _, exponent = torch.frexp(weight.detach().float())  # |w| = m x 2^exponent with m in [0.5, 1)
+    power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1)
+    power = torch.where(weight == 0, info.smallest_normal, power.clamp(min=info.smallest_normal))
+    return power * info.eps

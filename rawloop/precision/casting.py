@@ -1,4 +1,4 @@
-"""Casting a model for a mode: the dtype of each weight, and what is refused before anything is trained."""
+"""Casts a model for a mode, and checks its weights before training."""
 
 import gc
 from collections.abc import Iterable
@@ -20,30 +20,29 @@ def check_world(world: World | None) -> World:
     """Return the world, `World.current()` by default.
 
     Raises:
-        UserError: it has fewer processes than there are.
+        UserError: it has fewer ranks than there are processes.
     """
     if world is not None and world.size < num_processes():
         raise UserError(
             f"the precision policy was given a world of {world.size} process(es), and there are {num_processes()}, "
-            "which would not skip the same steps: leave world= out, or give it World.current()"
+            "which would not skip the same steps: omit world=, or pass World.current()"
         )
     return World.current() if world is None else world
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that cannot be trained in any mode.
+    """Raise a UserError if no mode can train the model.
 
-    Raises:
-        UserError: it is wrapped already, nothing is trainable, or a trainable weight is of a dtype that no mode trains.
+    That is a model that is wrapped, has no trainable weight, or has a trainable weight of a dtype that no mode trains.
     """
     wrapped = next((m for m in model.modules() if isinstance(m, nn.DataParallel) or unwrap_ddp(m) is not m), None)
     if wrapped is None and num_processes() > 1 and find_ddp(model.parameters()):
-        gc.collect()  # a wrapper that nobody holds any more may not have been collected yet
+        gc.collect()  # deletes wrappers that are no longer referenced
         wrapped = next(iter(find_ddp(model.parameters())), None)
     if wrapped is not None:
         raise UserError(
-            f"the model is wrapped in {type(wrapped).__name__} already, which keeps the dtypes that its weights had "
-            "then: call policy.prepare(model) first and wrap the result"
+            f"the model is wrapped in {type(wrapped).__name__} already, which does not follow a cast of the weights: "
+            "call policy.prepare(model) first and wrap the result"
         )
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
@@ -63,10 +62,10 @@ def cast(
 
     Args:
         model: any model with trainable weights.
-        name: a row of `MODES`.
-        config: gives the dtype and the masters of trained weights.
+        name: the mode.
+        config: the dtype and the masters of trained weights.
         device: where the model will be.
-        is_last: no mode is left to fall back to.
+        is_last: no fallback is left.
 
     Raises:
         UserError: the mode cannot train these weights, or FP16 cannot hold one of them.
@@ -77,10 +76,10 @@ def cast(
 
 
 def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig, is_last: bool = False) -> torch.dtype:
-    """Cast the weights that the mode `name` does not train, and return the dtype for the trained ones.
+    """Cast the frozen weights for the mode `name`, and return the dtype for the trained ones.
 
     Raises:
-        UserError: see `cast`; nothing was changed.
+        UserError: see `cast`; no weight was changed.
     """
     dtype = trainable_dtype(model, name, config)
     _check_range(model, name, dtype)
@@ -90,17 +89,17 @@ def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig, is_last: b
     if any(parameter.requires_grad for parameter in stream):
         _round(stream, dtype)
     if name == "fp32":
-        for buffer in model.buffers():  # running means of a model that was stored in 16 bits
+        for buffer in model.buffers():  # such as running means that were stored in 16 bits
             if buffer.dtype in HALF:
                 buffer.data = buffer.data.float()
     return dtype
 
 
 def trainable_dtype(model: nn.Module, name: str, config: PrecisionConfig) -> torch.dtype:
-    """Return the dtype for the mode's trained weights.
+    """Return the dtype for trained weights in the mode `name`.
 
     Raises:
-        UserError: float32 weights would stand beside FP16 ones that they do not fit.
+        UserError: float32 weights would produce hidden states that do not fit the FP16 weights.
     """
     weights = examine(model)
     wanted = config.trainable_dtype if name == config.mode else "auto"
@@ -122,17 +121,16 @@ def _round(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
 
 
 def _cast_for_autocast(model: nn.Module, dtype: torch.dtype | None, is_last: bool) -> None:
-    """Cast frozen weights of linear layers once, which autocast would cast in every pass and keep until backward.
+    """Cast frozen weights of linear layers once, instead of in every pass by autocast, which keeps them until backward.
 
-    The results are the same to the bit. Float32 weights keep their digits while a mode is left that could use them,
-    and so does a weight that FP16 cannot hold, and every weight of a model that is trained for the most part: its
-    checkpoints hold the frozen weights too.
+    The results are bitwise equal. These weights are not cast: float32 weights, if a fallback could use their digits;
+    weights out of FP16's range; and any weight if most weights are trained, because then checkpoints contain all.
     """
     if dtype is None or examine(model).mostly_trained:
         return
     linear = {id(p): p for module in model.modules() if _is_linear(module) for p in module.parameters(recurse=False)}
     for module in model.modules():
-        # Some weights are read elsewhere too: by an embedding that is tied to the head, or by PEFT's DoRA.
+        # Other modules may read these weights too: an embedding that is tied to the head, or PEFT's DoRA.
         if not _is_linear(module):
             is_dora = bool(getattr(module, "lora_magnitude_vector", None))
             for parameter in module.parameters(recurse=is_dora):
@@ -149,7 +147,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _check_range(model: nn.Module, mode: str, trainable: torch.dtype) -> None:
-    """Refuse weights that would be infinite in FP16, before any is cast: other dtypes hold more than 65504."""
+    """Raise a UserError if a weight would be infinite in FP16, before any is cast: FP16 ends at 65504."""
     for name, weight in model.named_parameters():
         wanted = trainable if weight.requires_grad else MODES[mode].frozen
         if wanted != torch.float16 or weight.dtype not in FLOATS:

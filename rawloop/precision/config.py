@@ -1,4 +1,4 @@
-"""Which mode of precision is wanted, and what it falls back to."""
+"""The settings of precision: the mode, its fallbacks, and the loss scale."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,11 +28,11 @@ class LossScaleConfig:
     """Dynamic loss scaling, for FP16 modes only.
 
     Args:
-        init: scale at the start. 2^15 is the largest that an FP16 loss can be multiplied by.
-        floor: never below this; a step that is not finite at the floor is counted and skipped.
-        ceiling: never above this.
+        init: the first scale. An FP16 loss can be multiplied by 2^15 at most.
+        floor: the smallest scale; a step that is not finite at the floor is counted and skipped.
+        ceiling: the largest scale.
         growth_interval: double the scale after this many good steps in a row.
-        hysteresis: halve it only at the n-th step in a row that is not finite.
+        hysteresis: halve the scale at the n-th step in a row that is not finite.
     """
 
     init: float = 2.0**15
@@ -59,24 +59,23 @@ class PrecisionConfig:
     """The dtype of weights and of computation.
 
     Args:
-        mode: fp32: everything in float32, the reference. bf16: bfloat16 autocast over float32 trainables
-            (Ampere and later, Apple, CPU). amp_fp16: FP16 autocast over float32 trainables with
-            torch's GradScaler (Volta, Turing). native_fp16: FP16 weights without autocast, with loss scaling of our
-            own: a frozen base beside float32 adapters, or, in full fine-tuning, float32 masters (Turing, least memory).
-            auto: by what the device computes natively, what the weights are stored in, and how many are trained.
-        fallback: modes to go on in, in this order, where the mode turns out not to work; all ranks change together.
-            Empty: stop with an error instead. Not set: empty for a named mode; for auto bf16 -> fp32,
-            amp_fp16 -> bf16 -> fp32, native_fp16 -> amp_fp16 -> fp32.
-        trainable_dtype: of trained weights. auto: fp32, but in native_fp16 fp16 where most weights are trained. bf16
-            goes with mode bf16, fp16 with mode native_fp16. It holds for `mode`, not for the modes of `fallback`.
-        masters: fp32: keep a float32 master of each 16-bit trainable, whose updates would else be lost to rounding (16
-            bytes per weight with AdamW). none: keep none; only with bf16 trainables, and with a warning.
-        tf32: let float32 matrix products on NVIDIA GPUs round their inputs to TF32 (10 bits of mantissa). Off, so
-            that fp32 means float32.
-        max_skips: give the mode up after this many steps in a row whose loss or gradients were not finite.
-        max_nonfinite_losses: give it up, where another is left, after this many steps in a row whose loss itself was
-            not finite: no loss scale mends that.
-        loss_scale: of the FP16 modes.
+        mode: fp32: everything in float32, the reference. bf16: bfloat16 autocast with float32 trainables (Ampere and
+            later, Apple, CPU). amp_fp16: FP16 autocast with float32 trainables and torch's GradScaler (Volta, Turing).
+            native_fp16: FP16 weights without autocast, with rawloop's loss scaler: a frozen base beside float32
+            adapters, or, in full fine-tuning, float32 masters (Turing, least memory). auto: chosen by device, stored
+            dtype and number of trained weights.
+        fallback: modes to switch to, in this order, if the mode does not work; all ranks switch together. Empty: stop
+            with an error. Not set: empty for a named mode; for auto bf16 -> fp32, amp_fp16 -> bf16 -> fp32,
+            native_fp16 -> amp_fp16 -> fp32.
+        trainable_dtype: dtype of trained weights. auto: fp32, or fp16 in native_fp16 if most weights are trained. bf16
+            needs mode bf16, fp16 needs mode native_fp16. It applies to `mode`, not to `fallback`.
+        masters: fp32: keep a float32 master of each 16-bit trainable, so that rounding loses no update (16 bytes per
+            weight with AdamW). none: keep no masters; only for bf16 trainables, with a warning.
+        tf32: let float32 matrix products on NVIDIA GPUs round their inputs to TF32 (10 bits of mantissa).
+        max_skips: leave the mode after this many steps in a row with a loss or gradients that are not finite.
+        max_nonfinite_losses: leave the mode for a fallback after this many steps in a row with a loss that is not
+            finite: no loss scale helps.
+        loss_scale: loss scaling in the FP16 modes.
     """
 
     mode: Literal["auto", "fp32", "bf16", "amp_fp16", "native_fp16"] = "auto"

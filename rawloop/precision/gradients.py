@@ -1,4 +1,4 @@
-"""The gradients between two updates: whether they can be trusted, whether they are finite, and their norm."""
+"""The gradients of an accumulation window: who made them, whether they are finite, and their norm."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,8 +21,8 @@ SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's G
 class StepResult(NamedTuple):
     """The outcome of one optimizer step. `grad_norm` is the global L2 norm before clipping.
 
-    `fell_back` says `amp_fp16 -> bf16` if the step was the last one of its mode. A DDP wrapper must then be built anew:
-    weights may have changed their dtype.
+    `fell_back` is set, for example to `amp_fp16 -> bf16`, if the policy has switched the mode. Then wrap the model in
+    DDP again: weights may have another dtype.
     """
 
     applied: bool
@@ -32,45 +32,41 @@ class StepResult(NamedTuple):
 
 
 class Window:
-    """The backward passes since the last update, and what may be done with their gradients."""
+    """The backward passes since the last update, and the checks of their gradients."""
 
     def __init__(self, trained: TrainedWeights) -> None:
         self.trained = trained
-        self.loss: Tensor | None = None  # the sum of all losses: not finite if one of them is not
+        self.loss: Tensor | None = None  # the sum of all losses, which is not finite if one of them is not
         self.scale = 1.0
-        self.closed = False  # an optimizer was stepped; others may be stepped too, until the next backward pass
+        self.closed = False  # an optimizer was stepped; others may follow, until the next backward pass
         self.dropped: str | None = None  # why its gradients are gone
-        self.unscaled: dict[int, Tensor] = {}  # by id of an optimizer, the norm of its gradients at `unscale`
-        self._local: set[int] = set()  # ids of weights whose gradients were not averaged over the ranks
+        self.unscaled: dict[int, Tensor] = {}  # id of an optimizer -> norm of its gradients at `unscale`
+        self._local: set[int] = set()  # ids of weights with gradients of this rank alone
         self._versions: dict[int, tuple[int, int]] = {}
 
     def add(self, loss: Tensor, scale: float, wrappers: Iterable[Any]) -> None:
-        """Note a backward pass that is done.
+        """Record a backward pass.
 
         Args:
-            loss: its loss, a scalar.
-            scale: the factor of the loss.
+            loss: the unscaled loss, a scalar.
+            scale: the loss scale.
             wrappers: the DDP modules over trained weights.
         """
         self.loss = loss if self.loss is None else self.loss + loss
         self.scale = scale
-        # no_sync and accelerate switch the first flag off; the forward pass copies it into the second
+        # `no_sync` and accelerate clear the first flag; the forward pass copies it into the second.
         unsynced = [d for d in wrappers if not (d.require_backward_grad_sync or d.require_forward_param_sync)]
         self._local = {id(weight) for ddp in unsynced for weight in ddp.parameters()}
         self.note_versions()
 
     def note_versions(self) -> None:
-        """Note how often each scaled gradient was written, so that `check` sees who else writes."""
+        """Record how often each scaled gradient was written, so `check` sees writes by others."""
         if self.scale != 1.0:
             given = ((id(weight), weight.grad) for weight in self.trained.weights.values())
             self._versions = {key: (id(grad), grad._version) for key, grad in given if grad is not None}
 
     def check(self, optimizers: Iterable[Optimizer], held: Iterable[nn.Parameter]) -> None:
-        """Refuse gradients that `policy.backward` did not make, or that an update must not use.
-
-        Raises:
-            UserError: with the line to change.
-        """
+        """Raise a UserError if gradients do not come from `policy.backward`, or must not be applied."""
         if self.loss is None:
             raise UserError(
                 "the gradients were not made by policy.backward(loss), so that nobody knows their scale, or whether "
@@ -78,7 +74,7 @@ class Window:
             )
         if any(not _is_synced(optimizer) for optimizer in optimizers):
             raise UserError(
-                "accelerate would hold this step back: under accumulate() its optimizers step after the last "
+                "accelerate would skip this step: under accumulate() its optimizers step after the last "
                 "micro-batch only; call policy.step(optimizer) there only: "
                 "`if accelerator.sync_gradients: policy.step(optimizer)`"
             )
@@ -100,11 +96,7 @@ class Window:
             )
 
     def refuse_foreign_step(self, optimizer: Optimizer) -> None:
-        """Refuse an `optimizer.step()` that is not the policy's, while gradients wait for an update.
-
-        Raises:
-            UserError: with the line to delete.
-        """
+        """Raise a UserError if the loop calls `optimizer.step()` itself while gradients wait for `policy.step`."""
         ours = {id(p) for named in (self.trained.weights, self.trained.masters) for p in named.values()}
         held = [p for p in held_by([optimizer]) if id(p) in ours]
         waiting = not self.closed or any(p.grad is not None for p in held)
@@ -116,9 +108,9 @@ class Window:
 
 
 class Measured(NamedTuple):
-    """The gradients' L2 norm, unscaled (-1 without any gradient), and what else must be finite.
+    """The unscaled L2 norm of the gradients (-1 if there are none), and the other values that must be finite.
 
-    `loss` is the sum over micro-batches; `buffers` is 0.0, or NaN if one of them is not finite. `refusal` is the error
+    `loss` is the sum over micro-batches. `buffers` is 0.0, or NaN if one of them is not finite. `refusal` is the error
     of torch's scaler.
     """
 
@@ -129,22 +121,22 @@ class Measured(NamedTuple):
 
 
 def _is_synced(optimizer: Optimizer) -> bool:
-    """Whether accelerate, if it has wrapped the optimizer, lets it step now."""
+    """Return False if the optimizer is wrapped by accelerate and would skip a step now."""
     state = getattr(optimizer, "gradient_state", None)
     return bool(getattr(state, "sync_gradients", True))
 
 
 def watch_steps(policy: Any) -> None:
-    """Let a policy refuse `optimizer.step()` calls that are not its own, anywhere in this process, while it lives."""
+    """Check every `optimizer.step()` of this process against a policy, as long as the policy exists."""
     _watching().add(policy)
 
 
 @lru_cache(maxsize=1)
 def _watching() -> WeakSet[Any]:
-    """Register one hook for all policies of the process; return those that it looks at."""
+    """Register one hook for all policies of the process, and return the set of these policies."""
     policies: WeakSet[Any] = WeakSet()
 
-    # A hook of each policy would have to be removed with it, and that may happen while torch goes through its hooks.
+    # A hook per policy would be removed when the policy is deleted, perhaps while torch iterates over its hooks.
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for policy in list(policies):
             if not policy.stepping:
@@ -165,15 +157,15 @@ def measure(
     """Measure a window's gradients, and unscale them where torch's scaler does it.
 
     Args:
-        optimizers: the optimizers that will be stepped.
+        optimizers: the optimizers to step.
         held: the trained parameters that they hold.
-        window: the passes that made the gradients.
-        scaler: the scaler of the losses.
-        every_gradient: a trained weight without a gradient is an error.
-        buffers: floats that must be finite as well.
+        window: the backward passes.
+        scaler: the loss scaler.
+        every_gradient: raise an error if a trained weight has no gradient.
+        buffers: float buffers that must be finite too.
 
     Raises:
-        TrainingError: see `every_gradient`.
+        TrainingError: a weight has no gradient, and `every_gradient` is set.
         UserError: see `Window.check`.
     """
     trained = window.trained
@@ -195,9 +187,9 @@ def measure(
             return Measured(math.nan, refusal=f"{type(error).__name__}: {error}")
     norm = global_norm(gradients)
     for optimizer in optimizers:
-        if id(optimizer) in window.unscaled:  # clipping by value would hide what is not finite
+        if id(optimizer) in window.unscaled:  # clipping by value since then may have hidden inf
             norm = norm + 0.0 * window.unscaled[id(optimizer)]
-    # The one wait for the device in a step: what is applied must be known.
+    # The only wait for the device in a step: the host must know whether to apply the update.
     numbers = [norm, window.loss.to(norm.device)]
     if buffers:
         numbers.append(torch.cat([b.flatten().to(norm.device, torch.float32) for b in buffers]).mul(0).sum())
@@ -206,9 +198,9 @@ def measure(
 
 
 def missing_gradients(held: Iterable[nn.Parameter], trained: TrainedWeights) -> str:
-    """The message about weights without a gradient.
+    """Return the error message about weights without a gradient.
 
-    The other ranks are not asked first: they may be waiting for this one in backward.
+    This is raised without an agreement: the other ranks may be waiting for this one in backward.
     """
     missing = {id(p) for p in held if trained.weight_of(p).grad is None}
     names = [name for name, parameter in trained.named_parameters() if id(parameter) in missing]
@@ -221,38 +213,36 @@ def missing_gradients(held: Iterable[nn.Parameter], trained: TrainedWeights) -> 
 
 
 def connected(loss: Any) -> Tensor:
-    """Return the loss itself.
+    """Check the loss, and return it.
 
     Raises:
-        UserError: it is no tensor of one number.
+        UserError: it is not a tensor with one number.
         TrainingError: it depends on no trainable weight.
     """
     if not isinstance(loss, Tensor):
-        more = ": a model returns none where it got no labels, or under a name that it swallows" if loss is None else ""
+        more = ": a model returns None without labels, or with labels under an unknown name" if loss is None else ""
         raise UserError(f"the loss is {'None' if loss is None else f'a {type(loss).__name__}'}, not a tensor{more}")
     if loss.numel() != 1:
         raise UserError(f"the loss has shape {tuple(loss.shape)}: backward takes one number, a sum or a mean")
     if loss.grad_fn is None:
         why = "it was detached, computed under torch.no_grad, or all weights that it depends on are frozen"
         if loss.requires_grad:
-            why = (
-                "it is a tensor made anew, such as torch.tensor(value, requires_grad=True), and not what the model gave"
-            )
+            why = "it is a new tensor, such as torch.tensor(value, requires_grad=True), and not the model's output"
         raise TrainingError(f"the loss is not connected to any trainable weight (it has no grad_fn): {why}")
     return loss
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm over all gradients together, a float32 scalar on their device: in 16 bits it would overflow."""
+    """Return the L2 norm over all gradients, a float32 scalar on their device: in 16 bits it would overflow."""
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 
 def drop_scaler_marks(optimizers: Iterable[Optimizer]) -> None:
-    """Drop what a scaler may have left on a fused optimizer after a failed step.
+    """Delete the attributes that a scaler leaves on a fused optimizer if a step fails.
 
-    A stale `found_inf` of 1 would make every later step of the optimizer a silent no-op.
+    A stale `found_inf` of 1 would turn every later step of the optimizer into a silent no-op.
     """
     for optimizer in optimizers:
         for name in ("grad_scale", "found_inf"):

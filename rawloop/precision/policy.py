@@ -1,8 +1,7 @@
-"""The precision policy: the dtype of weights, autocast, and when an update is applied.
+"""The precision policy: autocast, the backward pass, and whether an update is applied.
 
-Modes are rows of a table, so every loop and the evaluator call the same verbs whatever the mode is. `prepare` runs
-before DDP and the optimizer exist. A mode that does not work is left for the next one of `precision.fallback`, by all
-ranks at the same step boundary.
+The modes are rows of a table, so every loop and the evaluator call the same methods in every mode. If a mode does not
+work, all ranks switch to the next one of `precision.fallback` at the same step boundary.
 """
 
 import math
@@ -17,10 +16,10 @@ from torch.optim import Optimizer
 
 from rawloop.dist import find_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
-from rawloop.precision.advice import found_out
+from rawloop.precision.advice import explain_nonfinite
 from rawloop.precision.gradients import Measured, StepResult, Window, connected, drop_scaler_marks, global_norm, measure
 from rawloop.precision.masters import held_by
-from rawloop.precision.modes import MODES
+from rawloop.precision.modes import MODES, Mode
 from rawloop.precision.prepared import UNPREPARED, PreparedModel
 from rawloop.precision.scaler import GuardedGradScaler
 
@@ -28,47 +27,65 @@ NOT_FINITE = {"loss": "losses", "norm": "gradients", "buffers": "moving buffers"
 
 
 class PrecisionPolicy(PreparedModel):
-    """Applies one row of `MODES` to a model, in rawloop's loop or in your own.
+    """Applies one precision mode to a model, in rawloop's loop or in your own.
 
     Args:
-        config: the wanted mode, or its name.
+        config: the settings, or the name of a mode.
         device: where the model runs; the world's device by default.
-        world: the ranks, which decide alike at each step; `World.current()` by default.
+        world: the ranks, which agree at each step; `World.current()` by default.
         grad_scaler: your own torch GradScaler, for amp_fp16.
-        resume: the `state_dict` of the run to resume: the policy continues in the mode that the run had fallen back to.
-            Call `load_state_dict` with it as well, when weights and optimizer are loaded.
-        say: is given what the user should know, a sentence at a time.
+        resume: the `state_dict` of the run to resume. The policy continues in the mode that the run fell back to. Call
+            `load_state_dict` with the same state after weights and optimizer are loaded.
+        say: called with each message for the user.
 
     Raises:
-        UserError: the device does not compute the wanted mode, the settings contradict each other, or there are several
-            processes and the world has one.
+        UserError: the device does not support the mode, the settings contradict each other, or `world` has fewer ranks
+            than there are processes.
     """
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context for every forward pass: training, evaluation and generation.
+    @property
+    def name(self) -> str:
+        """The name of the mode; `auto` until the model is prepared."""
+        return self.chain.name
+
+    @property
+    def reason(self) -> str:
+        """The reason for this mode."""
+        return self.chain.reason
+
+    @property
+    def mode(self) -> Mode:
+        """The mode's row of the table.
 
         Raises:
             UserError: the mode is `auto`, and no model is prepared.
         """
-        mode = MODES.get(self.chain.name)
-        if mode is None:
+        if self.name not in MODES:
             raise UserError(UNPREPARED)
-        dtype = mode.autocast
+        return MODES[self.name]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context for every forward pass: training, evaluation and generation.
+
+        Raises:
+            UserError: the mode is `auto`, and no model is prepared.
+        """
+        dtype = self.mode.autocast
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def backward(self, loss: Tensor, *, inputs: Iterable[Tensor] | None = None, retain_graph: bool = False) -> None:
-        """Run the backward pass, on the scaled loss where the mode scales. Gradients add up until `step`.
+        """Run the backward pass on the scaled loss. Gradients accumulate until `step`.
 
-        The first pass after a step drops all gradients that no step has applied, such as those that a GAN's generator
-        loss leaves in the discriminator.
+        The first pass after a step drops gradients that no step has applied, such as those of a GAN's discriminator
+        from the generator's loss.
 
         Args:
-            loss: a tensor of one number.
-            inputs: the only weights that get a gradient; all by default.
+            loss: a tensor with one number.
+            inputs: the weights that get a gradient; all by default.
             retain_graph: keep the graph for another backward pass.
 
         Raises:
-            UserError: the loss is no tensor of one number, or `unscale` was called since the last step.
+            UserError: the loss is not a tensor with one number, or `unscale` was called since the last step.
             TrainingError: the loss depends on no trainable weight.
         """
         value = connected(loss).detach()
@@ -94,9 +111,9 @@ class PrecisionPolicy(PreparedModel):
         return [ddp for reference in self._ddp if (ddp := reference()) is not None]
 
     def zero_grad(self, *optimizers: Optimizer) -> None:
-        """Drop the gradients of the optimizers' weights; without an optimizer, all gradients.
+        """Drop the gradients of the optimizers' weights, or all gradients if no optimizer is given.
 
-        `optimizer.zero_grad()` alone does not see the gradients of weights that have masters.
+        `optimizer.zero_grad()` does not clear the gradients of weights that have masters.
         """
         drop_scaler_marks(optimizers)
         self.trained.clear_gradients(held_by(optimizers) if optimizers else None)
@@ -106,13 +123,13 @@ class PrecisionPolicy(PreparedModel):
                 self.scaler.clear()
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the loss scale, for clipping or reading of your own before `step`.
+        """Divide the gradients by the loss scale, so that you can clip or read them before `step`.
 
-        They stand on the model's weights and on the parameters that the optimizer holds. Where there are masters they
-        are float32, at 4 bytes per weight until `step`.
+        They are set on the model's weights and on the parameters that the optimizer holds. With masters they are
+        float32, which takes 4 bytes per weight until `step`.
 
         Raises:
-            UserError: see `step`; or torch's scaler refuses.
+            UserError: see `step`.
         """
         held = self._held([optimizer])
         gradients = [gradient for p in held if (gradient := self.trained.weight_of(p).grad) is not None]
@@ -125,7 +142,7 @@ class PrecisionPolicy(PreparedModel):
         self.trained.show_gradients(held, 1.0 if isinstance(self.scaler, GuardedGradScaler) else 1 / self.window.scale)
 
     def _held(self, optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
-        """The trained parameters that optimizers hold."""
+        """Return the trained parameters that optimizers hold, after the masters have replaced their weights."""
         for optimizer in optimizers:
             if self._adopted.get(optimizer) != len(held_by([optimizer])):
                 self.adopt(optimizer)
@@ -139,22 +156,24 @@ class PrecisionPolicy(PreparedModel):
         max_norm: float | None = None,
         buffers: Sequence[Tensor] = (),
     ) -> StepResult:
-        """Unscale, clip, test and apply the gradients of one accumulation window, then clear them.
+        """Unscale, clip, check and apply the gradients of one accumulation window, then clear them.
+
+        If gradients, a loss or buffers are not finite on any rank, no rank applies the update. A loss of NaN may have
+        gradients of zero, with which Adam's running means would still move the weights.
 
         Args:
             optimizer: the optimizer to step; several are stepped together or not at all.
-            max_norm: clip the global L2 norm of the gradients to this; None or 0 clips nothing.
-            buffers: floats that the window's forward passes have moved, and that must be finite as well.
+            max_norm: clip the global L2 norm of the gradients to this; None or 0 turns clipping off.
+            buffers: float buffers that the window's forward passes have changed; they must be finite too.
 
         Returns:
-            whether the update was applied. Where gradients, a loss or buffers are not finite on any rank, it is on
-            none: a loss of NaN may well have gradients of zero, with which running means would move the weights.
+            whether the update was applied, and the norm.
 
         Raises:
-            UserError: see `adopt` and `Window.check`. On all ranks, if on one.
-            TrainingError: some rank's weights have no gradient at all, a weight has none under DDP that does not look
-                for unused ones, or the mode has to be given up and no other is left in `precision.fallback`.
-            InterruptedUpdate: the optimizer failed in the middle of the update.
+            UserError: see `adopt` and `Window.check`; raised on all ranks if on one.
+            TrainingError: on some rank no weight has a gradient, a weight has none under DDP without
+                `find_unused_parameters`, or the mode does not work and no fallback is left.
+            InterruptedUpdate: the optimizer failed during the update.
         """
         if self.window.dropped:
             return StepResult(False, math.nan, self.window.dropped)
@@ -172,18 +191,18 @@ class PrecisionPolicy(PreparedModel):
             misuse = error
         norm, refusal = found.norm, found.refusal
         flags = [not math.isfinite(value) for value in (norm, found.loss, found.buffers)]
-        # The one agreement: every rank decides alike.
+        # The only agreement of a step: all ranks take the same decision.
         nonfinite, bad_loss, bad_buffers, refused, unconnected, misused = self.world.any(
             [*flags, refusal is not None, norm < 0, misuse is not None]
         )
         if refused or unconnected or misused:
             self.zero_grad(*optimizers)
         if misused:
-            raise misuse or UserError("another rank's step was refused, for a reason that it gives")
+            raise misuse or UserError("another rank's step was refused; see its message")
         if unconnected:
             raise TrainingError(
-                "on one rank at least, no weight of the optimizer got a gradient: what the loss hangs on is frozen, of "
-                "another model, or made anew with requires_grad=True"
+                "on at least one rank, no weight of the optimizer got a gradient: the loss depends on frozen weights, "
+                "on another model, or on a new tensor with requires_grad=True"
             )
         if refused:
             return self._give_up(f"unscaling failed: {refusal or 'on another rank'}", norm)
@@ -197,7 +216,7 @@ class PrecisionPolicy(PreparedModel):
     def _apply(
         self, optimizers: list[Optimizer], held: list[nn.Parameter], norm: float, max_norm: float | None
     ) -> None:
-        # Clipping and unscaling are one factor, multiplied in float32: in FP16 it would flush gradients to zero.
+        # Clipping and unscaling are one factor, multiplied in float32: FP16 would flush gradients to zero.
         factor = max_norm / norm if max_norm and norm > max_norm else 1.0
         if not isinstance(self.scaler, GuardedGradScaler) and not self.window.unscaled:
             factor /= self.window.scale
@@ -219,11 +238,9 @@ class PrecisionPolicy(PreparedModel):
         self._close(optimizers, finite=True)
 
     def _close(self, optimizers: list[Optimizer], finite: bool | None) -> None:
-        """Clear the gradients of optimizers. Others may be stepped until the next backward pass.
+        """Clear the gradients of optimizers, and update the loss scale unless `finite` is None.
 
-        Args:
-            optimizers: those that were stepped, or would have been.
-            finite: moves the loss scale; None leaves it.
+        Other optimizers can be stepped until the next backward pass.
         """
         if self.scaler and finite is not None and (not finite or not self.window.closed):
             self.scaler.update(finite)
@@ -240,7 +257,7 @@ class PrecisionPolicy(PreparedModel):
     def _skip(
         self, optimizers: list[Optimizer], found: Measured, what: str, buffers: Sequence[Tensor], nonfinite: bool
     ) -> StepResult:
-        """Drop the gradients of optimizers; `what` is not finite, on some rank."""
+        """Drop the gradients of optimizers, because `what` is not finite on some rank."""
         self._close(optimizers, finite=False if nonfinite else None)
         self.skips_in_a_row += 1
         self.bad_losses_in_a_row = self.bad_losses_in_a_row + 1 if what == "loss" else 0
@@ -250,7 +267,7 @@ class PrecisionPolicy(PreparedModel):
 
         def advice() -> str:
             assert self.model is not None
-            return found_out(self.model, what, buffers, fp16=self.mode.scaler is not None)
+            return explain_nonfinite(self.model, what, buffers, fp16=self.mode.scaler is not None)
 
         if self.chain.remaining and self.bad_losses_in_a_row >= self.config.max_nonfinite_losses:
             reason = f"{self.bad_losses_in_a_row} losses in a row were not finite"
@@ -263,12 +280,12 @@ class PrecisionPolicy(PreparedModel):
         self,
         reason: str,
         norm: float,
-        advice: Callable[[], str] = lambda: "Name another precision.mode, or more modes in precision.fallback",
+        advice: Callable[[], str] = lambda: "Set another precision.mode, or more modes in precision.fallback",
     ) -> StepResult:
-        """Leave the mode for the next of the chain, at this step boundary.
+        """Switch to the next mode, at this step boundary.
 
         Raises:
-            TrainingError: there is none; ends with the advice.
+            TrainingError: none is left; the message ends with the advice.
         """
         name = self.name
         if not self.advance(reason):

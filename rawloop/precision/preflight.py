@@ -1,6 +1,6 @@
-"""One forward and backward pass before DDP and the optimizer exist: an error there can still be mended by all ranks.
+"""One trial pass before DDP and the optimizer exist, when all ranks can still handle an error together.
 
-Later it cannot: a rank that fails in the middle of a pass leaves the others waiting in DDP's all-reduce.
+Later, a rank that fails during a pass would leave the other ranks waiting in DDP's all-reduce.
 """
 
 import re
@@ -15,7 +15,7 @@ from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.precision.gradients import connected
 from rawloop.precision.policy import PrecisionPolicy
 
-# Errors of torch and of kernels about an operation that a device lacks for a dtype, or about dtypes that do not match.
+# Errors of torch and of kernels: the device lacks an operation for a dtype, or dtypes do not match.
 LACKING = re.compile(
     r"not implemented for '(Half|BFloat16)'|(not supported|unsupported|undefined type).*(half|float16)"
     r"|(half|float16|dtype|data type).*not supported|expected scalar type|same dtype|dtypes match|mixed dtype"
@@ -26,27 +26,26 @@ LACKING = re.compile(
 
 
 class Trial(NamedTuple):
-    """What one pass has shown: the trained weights that got no gradient on this rank, by name, and what it moves."""
+    """Findings of the trial pass on this rank: names of trained weights without a gradient, and the moving buffers."""
 
     unused: list[str]
     moves: Moves
 
 
 def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
-    """Try one forward and backward pass on the prepared model, and change nothing by it. All ranks call this together.
+    """Run one forward and backward pass on the prepared model, and undo its changes. All ranks call this together.
 
-    A mode in which the device lacks an operation is left for the next one of the chain.
+    If the device lacks an operation for a mode, the policy switches to the next mode.
 
     Args:
-        policy: has prepared the model.
-        loss_of: runs the model on some batch and returns a scalar loss; it is called once per mode that is tried, and
-            again if it moves buffers that no file holds.
+        policy: the policy that has prepared the model.
+        loss_of: runs the model on a batch and returns a scalar loss. It is called once per mode that is tried, and
+            once more if it changes non-persistent buffers.
 
     Raises:
-        UserError: no mode that is left can run the model.
-        TrainingError: the loss hangs on no trained weight, on some rank.
-        RawloopError: another rank failed, for a reason that it gives. An error of this rank that says nothing of
-            dtypes (memory, data) is raised as it is.
+        UserError: the model runs in none of the remaining modes.
+        TrainingError: on some rank the loss depends on no trained weight.
+        RawloopError: another rank failed. An error of this rank that is not about dtypes (memory, data) is re-raised.
     """
     while True:
         error, trial = _attempt(policy, loss_of)
@@ -55,7 +54,9 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
             [lacks, unconnected, error is not None and not lacks and not unconnected]
         )
         if failed:
-            raise error or _quiet(RawloopError("another rank failed in its first pass, for a reason that it gives"))
+            other = RawloopError("another rank failed in its first pass; see its message")
+            other.is_reporter = False
+            raise error or other
         if lacking:
             _next_mode(policy, error)
             error = None  # its frames hold the graph of the pass
@@ -66,18 +67,13 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
 
 
 def is_lacking(error: Exception) -> bool:
-    """Whether an error of a pass says that dtypes do not match, or that the device lacks an operation for one."""
+    """Return whether an error means that dtypes do not match, or that the device lacks an operation for one."""
     kinds = NotImplementedError | RuntimeError | TypeError | ValueError
     return isinstance(error, kinds) and bool(LACKING.search(str(error)))
 
 
-def _quiet(error: RawloopError) -> RawloopError:
-    error.is_reporter = False  # the rank that failed has more to say
-    return error
-
-
 def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Exception | None, Trial]:
-    """Run both passes, and return the error if they fail. Every error is caught: the ranks must agree on it first."""
+    """Run the forward and backward pass, and return their error, if any: the ranks must agree before it is raised."""
     assert policy.model is not None
     trial = Trial([], Moves([], {}, [], []))
     try:
@@ -90,14 +86,14 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Ex
             twice = any(moved for _, _, moved in forward.written().values())
             trial = Trial(unused, _moves(policy, loss_of, trace)._replace(twice=twice))
         if len(unused) == len(policy.trained.weights):
-            return TrainingError(_unconnected(_leaves_of(loss))), trial
+            return TrainingError(_unconnected(loss)), trial
     except Exception as error:
         return error, trial
     return None, trial
 
 
 def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace) -> Moves:
-    """What the pass has moved. Where no file holds it, a second pass shows whether it follows from the batch alone."""
+    """Return the buffers that the pass has changed. A second pass shows which non-persistent ones are only caches."""
     assert policy.model is not None
     attributes, written = trace.moved_attributes(), trace.written()
     refused = {name: why for name, (_, why, moved) in written.items() if moved and why is not None}
@@ -115,8 +111,8 @@ def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace)
     return Moves(held, refused, [name for name in written if name not in held], attributes)
 
 
-def _leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors that get a gradient from a loss, weights or not."""
+def _unconnected(loss: Tensor) -> str:
+    """Return the error message for a loss from which no trained weight gets a gradient."""
     seen, nodes, leaves = set(), [loss.grad_fn], []
     while nodes:
         node = nodes.pop()
@@ -126,17 +122,11 @@ def _leaves_of(loss: Tensor) -> list[Tensor]:
         nodes += [following for following, _ in node.next_functions]
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-    return leaves
-
-
-def _unconnected(leaves: list[Tensor]) -> str:
-    """What to say of a loss from which no trained weight got a gradient, by the tensors that did."""
     if not leaves:
-        return "no trained weight got a gradient from the loss: all that it hangs on is frozen"
+        return "no trained weight got a gradient from the loss: it depends only on frozen weights"
     return (
-        f"no trained weight got a gradient from the loss: it hangs on {len(leaves)} tensors (first of shape "
-        f"{tuple(leaves[0].shape)}) that are none of them; they were made anew with requires_grad=True, or are another "
-        "model's"
+        f"no trained weight got a gradient from the loss: it depends on {len(leaves)} other tensors (first of shape "
+        f"{tuple(leaves[0].shape)}), which belong to another model or were created with requires_grad=True"
     )
 
 
@@ -145,10 +135,10 @@ def _next_mode(policy: PrecisionPolicy, error: Exception | None) -> None:
     message = str(error).splitlines()[0] if error is not None and is_lacking(error) else "on another rank"
     if policy.advance(f"{chain.hardware.name} cannot run the model in it: {message}"):
         return
-    advice = f"name another mode ({chain.modes_that_work()}), or have some to go on in with precision.fallback"
+    advice = f"set another mode ({chain.modes_that_work()}), or list fallbacks in precision.fallback"
     if name == "native_fp16" and policy.trained.dtype == torch.float32:
         advice = (
-            "float32 weights fit beside FP16 ones only in layers that cast their input, as LoRA's do: set "
+            "float32 weights work beside FP16 ones only in layers that cast their input, such as LoRA's: set "
             "precision.trainable_dtype to fp16 (with masters), or use another mode"
         )
     raise UserError(

@@ -1,4 +1,4 @@
-"""A model in one precision mode: cast, with masters and a loss scaler, and the way to the next mode."""
+"""A model in one precision mode: cast, with masters and a loss scaler, and switching to the next mode."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,14 +16,14 @@ from rawloop.precision.casting import cast, cast_frozen, check_model, check_worl
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import Window, drop_scaler_marks, watch_steps
 from rawloop.precision.masters import HALF, TrainedWeights, adopt, exchange, held_by
-from rawloop.precision.modes import MODES, Mode, ModeChain, describe, examine, refusal
-from rawloop.precision.scaler import LossScaler, make_scaler
+from rawloop.precision.modes import MODES, ModeChain, describe, examine, other_mode
+from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
 
 
 class PreparedModel:
-    """A model, its trained weights and its optimizers in one mode: the half of `PrecisionPolicy` that no step calls.
+    """A model, its trained weights and its optimizers in one mode: the base of `PrecisionPolicy`, which no step calls.
 
     See `PrecisionPolicy` for the arguments.
     """
@@ -51,37 +51,17 @@ class PreparedModel:
         self.stepping = False  # while `step` calls the optimizers
         self._grad_scaler = grad_scaler
         self._adopted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-        self._ddp: list[ref[Any]] | None = None  # the DDP modules over trained weights, once they were looked for
-        if grad_scaler is not None and "amp_fp16" not in (self.name, *self.chain.remaining):
-            raise UserError(f"a GradScaler was handed in and precision.mode is '{self.name}': it goes with amp_fp16")
-
-    @property
-    def name(self) -> str:
-        """The name of the mode; `auto` until the model is prepared."""
-        return self.chain.name
-
-    @property
-    def reason(self) -> str:
-        """Why it is this mode."""
-        return self.chain.reason
-
-    @property
-    def mode(self) -> Mode:
-        """The row of the table.
-
-        Raises:
-            UserError: the mode is `auto`, and no model is prepared.
-        """
-        if self.name not in MODES:
-            raise UserError(UNPREPARED)
-        return MODES[self.name]
+        self._ddp: list[ref[Any]] | None = None  # the DDP modules over trained weights; None: not searched yet
+        name = self.chain.name
+        if grad_scaler is not None and "amp_fp16" not in (name, *self.chain.remaining):
+            raise UserError(f"a GradScaler was passed and precision.mode is '{name}': it goes with amp_fp16")
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Cast the model's weights as the mode asks, in place, before DDP and the optimizer exist.
+        """Cast the model's weights for the mode, in place. Call it before DDP and the optimizer exist.
 
         Raises:
-            UserError: nothing is trainable, a trainable weight is of a dtype that no mode trains, the mode cannot train
-                these weights, or they are in DDP already.
+            UserError: no weight is trainable, a trainable weight has a dtype that no mode trains, the mode cannot train
+                these weights, or the model is wrapped already.
         """
         if self.model is not None:
             raise UserError("prepare was called twice: put several models into one torch.nn.ModuleList")
@@ -91,7 +71,7 @@ class PreparedModel:
             torch.backends.cudnn.allow_tf32 = self.config.tf32
         self.chain.resolve_auto(examine(model))
         self.model = model
-        for step in self.chain.history:  # weights that a mode has rounded stay rounded, also after a resume
+        for step in self.chain.history:  # frozen weights that a mode has rounded stay rounded, also after a resume
             if step["entered"]:
                 cast_frozen(model, step["from"], self.config)
         self._enter()
@@ -99,31 +79,35 @@ class PreparedModel:
         return model.to(self.device)
 
     def _enter(self) -> None:
-        """Cast the model for the current mode, and make the mode's scaler."""
+        """Cast the model for the current mode, and build the scaler."""
         assert self.model is not None
         while True:
             try:
-                self.trained = cast(self.model, self.name, self.config, self.device, not self.chain.remaining)
+                self.trained = cast(self.model, self.chain.name, self.config, self.device, not self.chain.remaining)
                 break
             except UserError as error:  # raised before any weight is changed
                 if not self.chain.advance(str(error)):
                     raise
-        self.scaler = make_scaler(self.mode.scaler, self.config.loss_scale, self.device, self._grad_scaler)
+        kind = MODES[self.chain.name].scaler
+        if kind == "torch":
+            self.scaler = GuardedGradScaler(self.config.loss_scale, self.device, self._grad_scaler)
+        else:
+            self.scaler = LossScaler(self.config.loss_scale) if kind == "own" else None
         self.window, self._ddp = Window(self.trained), None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that the optimizer must hold after `prepare`, by name: trained weights, or their masters."""
+        """Return the parameters that the optimizer must hold after `prepare`: trained weights, or their masters."""
         return self.trained.named_parameters()
 
     def adopt(self, *optimizers: Optimizer) -> None:
-        """Let optimizers that were built over the model's own weights hold the masters of these weights.
+        """Replace the model's weights in optimizers by their masters.
 
-        `step` does it by itself. Call it yourself before you load an optimizer's state: torch casts a state to the
-        dtype of the weights that it finds, and in 16 bits most of it is zero.
+        `step` does this for you. Call it yourself before you load an optimizer's state: torch casts the state to the
+        dtype of the weights, and in 16 bits most of it becomes zero.
 
         Raises:
             UserError: an optimizer holds weights that the model does not train, a weight was cast after `prepare`, or
-                a state has been loaded in 16 bits.
+                optimizer state was loaded in 16 bits.
         """
         if self.model is None:
             raise UserError(UNPREPARED)
@@ -135,10 +119,10 @@ class PreparedModel:
                 self.say(lost_updates(self.trained, max(float(group["lr"]) for group in optimizer.param_groups)))
 
     def advance(self, reason: str) -> bool:
-        """Leave the mode for the next one of the chain; False, and nothing changed, if none is left.
+        """Switch to the next mode. Return False, and change nothing, if none is left.
 
-        Weights, masters and scaler become those of the new mode. Optimizers that the policy knows get the new masters
-        or weights, and keep their running means. DDP must be built anew.
+        Weights, masters and the scaler become those of the new mode. Optimizers that the policy knows get the new
+        parameters and keep their state. Wrap the model in DDP again afterwards.
         """
         before = dict(self.named_parameters())
         if not self.chain.advance(reason, entered=True):
@@ -154,10 +138,10 @@ class PreparedModel:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mode, why it is that one, the counts of skips, the scaler, and masters."""
+        """Return the mode, its reason, the counts of skips, the scaler and the masters."""
         return {
-            "mode": self.name,
-            "reason": self.reason,
+            "mode": self.chain.name,
+            "reason": self.chain.reason,
             "history": list(self.chain.history),
             "skips_in_a_row": self.skips_in_a_row,
             "bad_losses_in_a_row": self.bad_losses_in_a_row,
@@ -166,14 +150,14 @@ class PreparedModel:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, after the model's weights.
+        """Restore a `state_dict`. Load the model's weights first.
 
         Raises:
-            UserError: the state is of another mode.
-            CheckpointError: its masters are of other weights.
+            UserError: the state belongs to another mode.
+            CheckpointError: its masters belong to other weights.
         """
-        if state["mode"] != self.name:
-            raise UserError(refusal(state["mode"], self.name))
+        if state["mode"] != self.chain.name:
+            raise other_mode(state["mode"], self.chain.name)
         self.chain.history = list(state["history"])
         self.skips_in_a_row, self.bad_losses_in_a_row = state["skips_in_a_row"], state["bad_losses_in_a_row"]
         self.trained.load_state_dict(state["masters"])

@@ -1,8 +1,8 @@
-"""Loss scaling: our own scaler for native FP16, and torch's GradScaler under guard.
+"""Loss scaling: rawloop's scaler for native FP16, and a guard around torch's GradScaler.
 
-FP16 gradients below 6e-8 are zero, so the loss is multiplied by a power of two before backward and the gradients are
-divided by it in float32. Both scalers have a floor, which torch's lacks: after 144 skipped steps its scale is so small
-that dividing by it overflows, and the first good step poisons the weights.
+FP16 gradients below 6e-8 are zero, so the loss is multiplied by a power of two before backward, and the gradients are
+divided by it in float32. Both scalers have a floor. torch's own has none: after 144 skipped steps its scale is so small
+that dividing by it overflows, and the next good step corrupts the weights.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ FP16_LOSS_CEILING = 2.0**15
 
 
 class LossScaler:
-    """A loss scale as plain Python numbers: doubled after good steps, halved after bad ones, between two bounds."""
+    """A loss scale between two bounds, in Python numbers: doubled after good steps, halved after bad ones."""
 
     def __init__(self, config: LossScaleConfig) -> None:
         self.config = config
@@ -26,7 +26,7 @@ class LossScaler:
         self.growth, self.backoff, self.growth_interval = 2.0, 0.5, config.growth_interval
         self.good_steps = 0
         self.bad_steps = 0
-        self.window_open = False  # a micro-batch was scaled: until the step the scale must stay
+        self.window_open = False  # a micro-batch was scaled: the scale is fixed until the step
 
     def apply(self, loss: Tensor) -> Tensor:
         """Return the loss times the scale, in float32."""
@@ -34,7 +34,7 @@ class LossScaler:
         return loss.float() * self.scale
 
     def _open_window(self, loss: Tensor) -> None:
-        if loss.dtype == torch.float16:  # its gradient is the scale itself, in FP16: 2^16 would be infinite
+        if loss.dtype == torch.float16:  # its gradient is the scale in FP16, where 2^16 is infinite
             self.ceiling = min(self.ceiling, FP16_LOSS_CEILING)
             if not self.window_open:
                 self._set(min(self.scale, self.ceiling))
@@ -44,7 +44,7 @@ class LossScaler:
         self.scale = scale
 
     def update(self, finite: bool) -> None:
-        """Move the scale after a step."""
+        """Update the scale after a step."""
         self.window_open = False
         if finite:
             self.good_steps += 1
@@ -59,31 +59,33 @@ class LossScaler:
         self._set(min(self.scale, self.ceiling))
 
     def clear(self) -> None:
-        """Forget a window that was begun and given up; the scale stays."""
+        """Drop the current window without changing the scale."""
         self.window_open = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return scale and counters."""
+        """Return the scale and the counters."""
         return {"scale": self.scale, "good_steps": self.good_steps, "bad_steps": self.bad_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore scale and counters."""
+        """Restore the scale and the counters."""
         self.good_steps, self.bad_steps = state["good_steps"], state["bad_steps"]
         self._set(state["scale"])
 
 
 class GuardedGradScaler(LossScaler):
-    """torch's GradScaler, driven so that its state machine cannot be left half-way.
+    """Drives torch's GradScaler by the numbers of `LossScaler`, which are written into it after every step.
 
-    The numbers of `LossScaler` are the truth and are written into the torch scaler after every step, through its
-    public methods: so there is a floor, the rule is the same on all ranks, and nothing is read back from the device.
-    The torch scaler multiplies the loss and divides the gradients, in place (trainables are float32, so nothing
-    flushes to zero). It never sees the optimizer's step, so no half-done step can leave `grad_scale` or `found_inf`
-    on a fused optimizer. `theirs` may be a user's own scaler; its factors and its interval are kept.
+    So the scale has a floor, all ranks use the same rule, and nothing is read from the device. The torch scaler
+    multiplies the loss, and divides the gradients in place: they are float32, so none becomes zero. It does not see the
+    optimizer's step, so a failed step cannot leave `grad_scale` or `found_inf` on a fused optimizer.
+
+    Args:
+        config: the bounds, and the rule for a new scaler.
+        device: where the model runs.
+        theirs: the user's own scaler, if any; its scale, factors and interval are kept.
 
     Raises:
-        UserError: the user's scaler is disabled: it would scale nothing, and most FP16 gradients would be zero. Or its
-            scale stands outside the floor and the ceiling, to which the next step would move it.
+        UserError: the user's scaler is disabled, so most FP16 gradients would be zero, or its scale is out of bounds.
     """
 
     def __init__(self, config: LossScaleConfig, device: torch.device, theirs: Any = None) -> None:
@@ -104,7 +106,7 @@ class GuardedGradScaler(LossScaler):
                     f"the GradScaler's scale is {self.scale:g}, outside precision.loss_scale.floor ({config.floor:g}) "
                     f"and ceiling ({config.ceiling:g}): build it with another init_scale, or widen the bounds"
                 )
-        self._used = False  # torch's scaler has no scale to set before it has scaled something
+        self._used = False  # before its first `scale`, torch's scaler cannot be updated
         self._set(self.scale)
 
     def apply(self, loss: Tensor) -> Tensor:
@@ -118,10 +120,10 @@ class GuardedGradScaler(LossScaler):
         """Divide the gradients of an optimizer by the scale of their window, in place.
 
         Raises:
-            ValueError, RuntimeError, AssertionError: torch's scaler refuses, as it does for FP16 gradients.
+            ValueError, RuntimeError, AssertionError: torch's scaler refuses, for example FP16 gradients.
         """
         self.torch_scaler.unscale_(optimizer)
-        if scale != self.scale:  # it has moved since, at the step of another optimizer
+        if scale != self.scale:  # the step of another optimizer has changed it since
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, self.scale / scale)
 
@@ -137,18 +139,9 @@ class GuardedGradScaler(LossScaler):
             }
         )
         if self._used:
-            self.torch_scaler.update(scale)  # the public way to forget what was unscaled
+            self.torch_scaler.update(scale)  # resets which optimizers were unscaled
 
     def clear(self) -> None:
-        """Forget a window that was begun and given up, unscaled or not; the scale stays."""
+        """Drop the current window, unscaled or not, without changing the scale."""
         super().clear()
         self._set(self.scale)
-
-
-def make_scaler(
-    kind: str | None, config: LossScaleConfig, device: torch.device, theirs: Any = None
-) -> LossScaler | None:
-    """Return a fresh scaler of a mode's kind: `own`, `torch`, or None. `theirs` is a torch GradScaler to drive."""
-    if kind == "torch":
-        return GuardedGradScaler(config, device, theirs)
-    return LossScaler(config) if kind == "own" else None

@@ -148,7 +148,7 @@ def test_an_fp16_loss_caps_the_scale(training: Any) -> None:
 def test_contradictions_are_refused(training: Any) -> None:
     with pytest.raises(UserError, match=r"loss_scale is set and precision\.mode is 'bf16'"):
         PrecisionConfig(mode="bf16", loss_scale=LossScaleConfig(init=2.0))
-    with pytest.raises(UserError, match=r"GradScaler was handed in and precision\.mode is 'fp32'"):
+    with pytest.raises(UserError, match=r"GradScaler was passed and precision\.mode is 'fp32'"):
         PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU, grad_scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(UserError, match="0 < floor <= init <= ceiling"):
         LossScaleConfig(init=1.0, floor=2.0)

@@ -367,7 +367,7 @@ def test_a_step_that_accelerate_holds_back_is_noticed(mode: Any) -> None:
     gan.backward("d", 0)
     GradientState._shared_state["sync_gradients"] = False
     try:
-        with pytest.raises(UserError, match=r"accelerate would hold this step back.*`if accelerator\.sync_gradients:"):
+        with pytest.raises(UserError, match=r"accelerate would skip this step.*`if accelerator\.sync_gradients:"):
             gan.policy.step(gan.d)
     finally:
         GradientState._shared_state["sync_gradients"] = True
@@ -410,7 +410,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_among_several_needs_their_world() -> None:
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2, and torch\.distributed is not initialised"):
         PrecisionPolicy("fp32")
-    with pytest.raises(UserError, match=r"a world of 1 process\(es\), and there are 2.*leave world= out"):
+    with pytest.raises(UserError, match=r"a world of 1 process\(es\), and there are 2.*omit world="):
         PrecisionPolicy("fp32", world=World())
 
 

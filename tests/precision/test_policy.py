@@ -229,12 +229,12 @@ def test_a_disconnected_loss_is_refused() -> None:
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (None, UserError, r"the loss is None, not a tensor: a model returns none where it got no labels"),
+        (None, UserError, r"the loss is None, not a tensor: a model returns None without labels, or with"),
         (1.5, UserError, r"the loss is a float, not a tensor"),
         ({"loss": torch.ones(())}, UserError, r"the loss is a dict, not a tensor"),
         (torch.ones(3, requires_grad=True) * 2, UserError, r"the loss has shape \(3,\): backward takes one number"),
         (torch.ones(()), TrainingError, r"no grad_fn\): it was detached, computed under torch.no_grad, or all weights"),
-        (torch.tensor(2.0, requires_grad=True), TrainingError, r"no grad_fn\): it is a tensor made anew, such as"),
+        (torch.tensor(2.0, requires_grad=True), TrainingError, r"no grad_fn\): it is a new tensor, such as"),
     ],
 )
 def test_what_is_no_loss_is_called_what_it_is(loss: Any, error: type[Exception], message: str) -> None:
