@@ -18,7 +18,7 @@ from rawloop.adapters.lora import add_adapter
 from rawloop.audio import import_torchaudio
 from rawloop.changes import Contents, contents_of
 from rawloop.config import RunConfig
-from rawloop.contracts import Family, PackingFamily, Sample
+from rawloop.contracts import Family, Sample
 from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.limits import Limits
@@ -29,6 +29,7 @@ from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
 from rawloop.families.sample_checks import check_repeatable
+from rawloop.family_protocols import PackingFamily
 from rawloop.losses import LossModule
 from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy

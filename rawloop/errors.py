@@ -87,3 +87,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a clause naming the nearest of `known`, such as ` (did you mean 'lr'?)`, or an empty string."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def first_few(names: Iterable[object], separator: str = ", ", most: int = 5) -> str:
+    """Return the first names in a line, and the number of the others: `a, b, c, d, e and 7 more`."""
+    listed = [str(name) for name in names]
+    more = f"{separator.replace(',', '')}and {len(listed) - most} more" if len(listed) > most else ""
+    return separator.join(listed[:most]) + more

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.buffers import untouched
-from rawloop.contracts import IGNORE, Batch, Family, IdsFamily, has
+from rawloop.contracts import IGNORE, Batch, Family, has
+from rawloop.family_protocols import IdsFamily
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 TOKENIZER = "use the tokenizer and codec that belong to the model"

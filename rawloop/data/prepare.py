@@ -26,10 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rawloop.audio import BadAudio, load_audio
-from rawloop.contracts import CodecInfo, Sample
+from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
 from rawloop.errors import Preempted, RawloopError
+from rawloop.family_protocols import CodecInfo
 from rawloop.preempt import Preemption, watched
 from rawloop.segments import content_hash, segment_of
 

@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rawloop.contracts import CodecInfo
 from rawloop.errors import RawloopError, UserError
+from rawloop.family_protocols import CodecInfo
 from rawloop.files import replace_file
 
 FORMAT = 1

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from rawloop.audio import import_torchaudio
-from rawloop.contracts import CodecFamily, Family, HearingFamily, Sample
+from rawloop.contracts import Family, Sample
 from rawloop.data.codes import CodeCache
 from rawloop.data.config import DataConfig, codes_folder
 from rawloop.data.prepare import BadClips, prepare
 from rawloop.data.samples import named, read_samples, usable
 from rawloop.data.shards import CODEC_FILE, codec_folder, heard_at
 from rawloop.errors import BadSample, UserError
+from rawloop.family_protocols import CodecFamily, HearingFamily
 from rawloop.preempt import Preemption
 
 HEARD_RATE = 16_000  # Hz at which clips are decoded for a family that does not say at which it takes them

@@ -46,11 +46,11 @@ def load_family(config: ModelConfig) -> "Family":
             f"no family for models of type '{name}'{nearest(name, FAMILIES)}: rawloop has {', '.join(FAMILIES)}; "
             "your own goes into model.family as package.module:Class (docs/families.md)"
         )
-    from rawloop.families.door import door
+    from rawloop.families.loading import library_errors
 
     module_name, _, class_name = FAMILIES[name].partition(":")
     owner = getattr(importlib.import_module(module_name), class_name)
-    with door(config.path, "config.json, tokenizer or chat template"):
+    with library_errors(config.path, "config.json, tokenizer or chat template"):
         family = cast("Family", owner(config))
         family.probe()  # a tokenizer or config that does not fit fails here, inside the door
     return family
@@ -82,14 +82,14 @@ def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
     """Return the model's type and the classes that its weights were saved from."""
     from transformers import AutoConfig
 
-    from rawloop.families.door import door
+    from rawloop.families.loading import library_errors
 
     folder = Path(config.path)
     if folder.is_dir():
         content = read_json(folder / "config.json")
         return str(content.get("model_type", "unknown")), content.get("architectures") or []
     try:
-        with door(config.path, "config.json"):
+        with library_errors(config.path, "config.json"):
             loaded = AutoConfig.from_pretrained(
                 config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
             )

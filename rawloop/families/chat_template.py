@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from rawloop.contracts import Audio, Text
 from rawloop.errors import UserError
-from rawloop.families.door import PASSED, cause, library_error
+from rawloop.families.loading import PASSED, cause, library_error
 
 Messages = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]

@@ -30,7 +30,7 @@ PATIENCE = 600.0  # seconds for the tests of one fault, and for the doctor
 EVALUATE, LOOP, BATCHES, BUFFERS = "evaluate.py", "loop.py", "data/batches.py", "buffers.py"
 HIGGS, HIGGS_EXAMPLES = "families/higgs_audio_v2/__init__.py", "families/higgs_audio_v2/examples.py"
 SHARED = "families/shared.py"
-CAUSAL_LM, TEXT_EXAMPLES = "families/causal_lm/__init__.py", "families/causal_lm/examples.py"
+CAUSAL_LM = "families/causal_lm.py"
 CONTRACTS, LOSSES, RUN = "contracts.py", "losses.py", "run.py"
 
 
@@ -79,9 +79,9 @@ FAULTS = (
     ),
     Fault(
         "stop token of text masked",
-        TEXT_EXAMPLES,
-        "labels[start:end] = inputs[start:end]",
-        "labels[start : end - 1] = inputs[start : end - 1]",
+        SHARED,
+        "labels[start:end] = ids[start:end]",
+        "labels[start : end - 1] = ids[start : end - 1]",
         ("families/test_causal_lm_examples.py::test_of_a_chat_the_trained_answer_is_learnt_and_the_end_of_its_turn",),
     ),
     Fault(
@@ -107,9 +107,9 @@ FAULTS = (
     ),
     Fault(
         "prompts of chats trained",
-        TEXT_EXAMPLES,
-        "labels[start:end] = inputs[start:end]",
-        "labels[:end] = inputs[:end]",
+        SHARED,
+        "labels[start:end] = ids[start:end]",
+        "labels[:end] = ids[:end]",
         ("families/test_causal_lm_examples.py::test_of_a_chat_the_trained_answer_is_learnt_and_the_end_of_its_turn",),
     ),
     Fault(
@@ -122,8 +122,8 @@ FAULTS = (
     Fault(
         "padding of text counted in the loss",
         CAUSAL_LM,
-        "padded([e.labels for e in examples], IGNORE)",
-        "padded([e.labels for e in examples], padding)",
+        "padded(labels, IGNORE)",
+        "padded(labels, padding)",
         ("benchmarks/test_gradient_equality.py::test_one_process",),
     ),
     Fault(
@@ -430,7 +430,7 @@ def examine(faults: Sequence[Fault], demos: Path | None) -> Iterator[tuple[Fault
         with copy() as folder:
             seed(fault, folder)
             _, failed = failing(folder, fault.tests)
-            name = "text" if fault.file in (CAUSAL_LM, TEXT_EXAMPLES) else "speech"
+            name = "text" if fault.file in (CAUSAL_LM, SHARED) else "speech"
             yield fault, failed, [] if demos is None else rows_that_fail(folder, demos, name)
 
 

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from rawloop.contracts import CodecInfo
+from rawloop.family_protocols import CodecInfo
 
 HOP = 960  # samples per frame: 25 frames/s at 24 kHz, as in the codec of Higgs Audio v2
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from rawloop.audio import load_audio
-from rawloop.contracts import Audio, CodecInfo, Sample, Turn
+from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import BadClips, PrepareReport, prepare
 from rawloop.data.shards import codec_folder, heard_at, open_writer
 from rawloop.data.splits import decode_once
 from rawloop.errors import Preempted, RawloopError, UserError
+from rawloop.family_protocols import CodecInfo
 
 Tone = Callable[..., Path]
 Encode = Callable[[Tensor], Tensor]
@@ -391,7 +392,8 @@ WORKER = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has switched off in what runs beside it
-from rawloop.contracts import Audio, CodecInfo, Sample, Turn
+from rawloop.contracts import Audio, Sample, Turn
+from rawloop.family_protocols import CodecInfo
 from rawloop.data.prepare import prepare
 
 def encode(waveform):

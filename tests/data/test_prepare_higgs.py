@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel, HubertConfig
 
 from rawloop.audio import load_audio
-from rawloop.contracts import Audio, CodecInfo, Sample, Turn
+from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
+from rawloop.family_protocols import CodecInfo
 from rawloop.hashing import hash_folder
 
 

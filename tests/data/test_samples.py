@@ -110,7 +110,7 @@ def test_missing_files_are_counted(metadata: Write, tmp_path: Path) -> None:
         read_samples(folder)
     message = str(caught.value)
     assert message.startswith("7 audio files are missing: 'gone0.wav' of ")
-    assert f"'gone4.wav' of {tmp_path}/metadata.json samples[4] and 2 more" in message
+    assert f"'gone4.wav' of {tmp_path}/metadata.json samples[4]; and 2 more" in message
     assert "gone5" not in message
 
 

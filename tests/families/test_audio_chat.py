@@ -40,8 +40,7 @@ from rawloop.diagnose.causality import probe
 from rawloop.dist import World
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.audio_chat import AudioChat
-from rawloop.families.audio_chat.examples import ChatEncoder, Example
+from rawloop.families.audio_chat import AudioChat, ChatEncoder, Example
 from rawloop.families.sample_checks import Letters, check_repeatable
 from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics

@@ -22,9 +22,8 @@ from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.causality import probe
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.causal_lm import CausalLM, documents
-from rawloop.families.causal_lm.examples import Example
-from rawloop.families.shared import target_logits
+from rawloop.families.causal_lm import CausalLM, Example
+from rawloop.families.shared import documents, target_logits
 from rawloop.losses import weighted_mean
 
 

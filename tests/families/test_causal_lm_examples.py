@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
-from rawloop.families.causal_lm.examples import Example, TextEncoder
+from rawloop.families.causal_lm import Example, TextEncoder
 
 OWN = "the template that the checkpoint has"
 

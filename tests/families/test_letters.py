@@ -13,7 +13,7 @@ from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data.samples import usable
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.causal_lm.examples import TextEncoder
+from rawloop.families.causal_lm import TextEncoder
 from rawloop.families.sample_checks import Letters
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABC.\n"

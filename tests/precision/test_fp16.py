@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD
 
 from rawloop.errors import CheckpointError, UserError
-from rawloop.families.shared import enable_activation_checkpointing
+from rawloop.families.loading import enable_activation_checkpointing
 from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.precision.masters import TrainedWeights
 from rawloop.precision.policy import PrecisionPolicy

@@ -11,26 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from rawloop.contracts import (
-    IGNORE,
-    Audio,
-    Batch,
-    CodecInfo,
-    Labels,
-    Perturbed,
-    Piece,
-    Sample,
-    Special,
-    StreamLoss,
-    Text,
-    Turn,
-)
+from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.families.higgs_audio_v2.codec import codec_hash, load_codec
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
-from rawloop.families.shared import load_parts, load_weights, perturbed, rows_of, weights_of
-from rawloop.inputs import check_inputs
+from rawloop.families.loading import load_weights
+from rawloop.families.shared import BaseFamily, load_parts, perturbed, rows_of
+from rawloop.family_protocols import CodecInfo
 from rawloop.losses import exact, without_adapter
 
 STREAMS = ("audio", "text")
@@ -41,18 +29,15 @@ NO_TEXT_HEAD = {
 }
 
 
-class HiggsAudioV2:
+class HiggsAudioV2(BaseFamily):
     """The family of `HiggsAudioV2ForConditionalGeneration`: two streams, `audio` (per codebook) and `text`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.stream_weights: Mapping[str, float] = weights_of(config, STREAMS)
-        self.streams: Sequence[str] = tuple(self.stream_weights)
+        super().__init__(config, STREAMS)
         self.settings, self.tokenizer = load_parts(config, AutoTokenizer, "tokenizer.json or tokenizer_config.json")
         self._check_settings()
         self.num_ids = {"audio_input_ids": self.settings.codebook_size}
         self.encoder = HiggsEncoder(self.settings, self.tokenizer)
-        self._checked: set[tuple[str, ...]] = set()
 
     def _check_settings(self) -> None:
         if self.settings.model_type != HiggsAudioV2ForConditionalGeneration.config_class.model_type:
@@ -71,29 +56,20 @@ class HiggsAudioV2:
 
     def load_model(self, path: str | None = None) -> nn.Module:
         """Load the model in its stored dtype, with the text head if the text stream has a weight."""
-        model: nn.Module = load_weights(
+        return load_weights(
             HiggsAudioV2ForConditionalGeneration, self.config, path, NO_TEXT_HEAD, use_text_head="text" in self.streams
         )
-        return model
 
     def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
-        """Load the codec for `rawloop prepare`; see `rawloop.families.higgs_audio_v2.codec.load_codec`."""
+        """Load the codec for `rawloop prepare`; see `codec.load_codec`."""
         return load_codec(self.config, device)
 
     def codec_hash(self) -> str:
-        """Content hash of the codec that the checkpoint goes with."""
+        """Content hash of the checkpoint's codec."""
         return codec_hash(self.config)
 
-    def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
-        """Refuse a sample that cannot be trained; see `HiggsEncoder.check`."""
-        self.encoder.check(sample, frames)
-
-    def example(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
-        """Encode one sample from cached codes; see `HiggsEncoder.example`."""
-        return self.encoder.example(sample, codes)
-
     def collate(self, examples: list[Example]) -> Batch:
-        """Make a micro-batch, padded on the right; under a causal mask that needs no attention mask."""
+        """Make a micro-batch, padded on the right without an attention mask, which a causal mask makes unnecessary."""
         padded = self.encoder.pad(examples)
         labels = {"audio": self._audio_labels(padded), "text": Labels.shifted(padded["labels"])}
         labels = {stream: labels[stream] for stream in self.streams}
@@ -102,21 +78,19 @@ class HiggsAudioV2:
 
     def _audio_labels(self, padded: dict[str, Tensor]) -> Labels:
         places = self._placeholders(padded["input_ids"])
-        positions = places.flatten().nonzero().squeeze(1)  # row by row, the order in which the model fills them
+        positions = places.flatten().nonzero().squeeze(1)  # row by row, as the model fills them
         targets = padded["audio_labels"][padded["audio_input_ids_mask"]]
         scored = (targets != IGNORE).any(1)
         return Labels(positions[scored] - 1, targets[scored])
 
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Run the model once and return float32 logits, of targets only: a vocabulary of 128,256 takes much memory.
+        """Run the model once and return the float32 logits of targets only, as a vocabulary of 128,256 is large.
 
         Returns:
             `audio`: (targets, codebooks, codebook_size); `text`: (targets, vocabulary).
         """
         base = without_adapter(model)
-        if tuple(batch.inputs) not in self._checked:
-            check_inputs(base.model, batch.inputs)
-            self._checked.add(tuple(batch.inputs))
+        self.check_forward(base.model, batch.inputs)
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         heads = {"audio": base.audio_lm_head, "text": base.text_lm_head}
         rows = {s: exact(heads[s](hidden.index_select(0, batch.labels[s].positions))) for s in self.streams}
@@ -124,7 +98,7 @@ class HiggsAudioV2:
         return rows
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-        """Score each stream's targets, in nats; audio also per codebook."""
+        """Return the cross-entropy of each stream's targets, in nats; audio also per codebook."""
         logits = self.logits(model, batch)
         codebooks, count = self.settings.num_codebooks, batch.targets["audio"]
         wanted = batch.labels["audio"].targets.flatten()
@@ -138,14 +112,14 @@ class HiggsAudioV2:
         return result
 
     def probe(self) -> Batch:
-        """A fixed little batch with random codes, for comparing two versions of a model by their logits."""
+        """Return a fixed small batch with random codes, to compare two versions of a model by their logits."""
         turns = (Turn("user", (Text("One two three."),)), Turn("assistant", (Audio(Path("probe")),), trained=True))
         generator = torch.Generator().manual_seed(0)
         codes = torch.randint(self.settings.audio_stream_bos_id, (25, self.settings.num_codebooks), generator=generator)
         return self.collate([self.example(Sample("probe", turns), lambda _: codes)])
 
     def special_targets(self) -> Sequence[Special]:
-        """The stop tokens, which must be learnt, and those beside them that must not be, for the census to show."""
+        """The stop tokens, which must be learnt, and tokens that must not be, for the census to show."""
         said, settings = ("assistant",), self.settings
         found = [
             Special("audio", "EOS", settings.audio_stream_eos_id, required=True, roles=said),
@@ -158,7 +132,7 @@ class HiggsAudioV2:
         return found
 
     def pieces(self, example: Example) -> Sequence[Piece]:
-        """Cut an example where the role or the stream changes, or learning begins or ends."""
+        """Split an example where the role, the stream or `learnt` changes."""
         ids = example.input_ids.tolist()
         audio = self._placeholders(example.input_ids).tolist()
         learnt = ((example.labels != IGNORE) & ("text" in self.streams)).tolist()
@@ -179,16 +153,16 @@ class HiggsAudioV2:
         return found
 
     def chance(self) -> Mapping[str, float]:
-        """Loss of uniform guesses, nats per target."""
+        """Return the loss of uniform guesses, nats per target."""
         sizes = {"audio": self.settings.codebook_size, "text": self.settings.vocab_size}
         return {stream: math.log(sizes[stream]) for stream in self.streams}
 
     def perturb(self, batch: Batch) -> Perturbed:
-        """Change every token and code from the middle of a stream's targets on, or before it."""
+        """Change every token and code from the middle of a stream's targets on, or before it; see `perturbed`."""
         ids, frames, real = (batch.inputs[name] for name in INPUTS)
         places, size = self._placeholders(ids), self.settings.codebook_size
         other_text = (ids + 1) % self.settings.vocab_size
-        for _ in range(2):  # the placeholders may stand side by side
+        for _ in range(2):  # the ids of the placeholders may be consecutive
             again = (other_text + 1) % self.settings.vocab_size
             other_text = torch.where(self._placeholders(other_text), again, other_text)
         codes = frames.new_full((ids.numel(), frames.shape[2]), IGNORE)
@@ -196,19 +170,19 @@ class HiggsAudioV2:
 
         def change(where: Tensor) -> dict[str, Tensor]:
             where, other = where.view_as(ids), frames.clone()
-            # codes of changed placeholders, in the order in which the model fills them
+            # the codes of changed placeholders, in the order in which the model fills them
             other[real] = torch.where(where[places][:, None], (frames[real] + size // 2) % size, frames[real])
             return {"input_ids": torch.where(where & ~places, other_text, ids), "audio_input_ids": other}
 
         return perturbed(batch, {"audio": codes, "text": ids.flatten()}, rows_of(ids), "tokens and codes", change)
 
     def _placeholders(self, ids: Tensor) -> Tensor:
-        """Return where a clip's positions are."""
+        """Return a mask of the positions of clips."""
         return torch.eq(ids, self.settings.audio_token_id) | torch.eq(ids, self.settings.audio_delay_token_id)
 
 
 def _roles(ids: list[int], tokenizer: Any) -> list[str]:
-    """Return the role of every position; a scene stands inside the system turn."""
+    """Return the role of every position. A scene is inside the system turn."""
     names = ("<|start_header_id|>", "<|end_header_id|>", "<|scene_desc_start|>", "<|scene_desc_end|>")
     head, head_end, scene, scene_end = (tokenizer.convert_tokens_to_ids(name) for name in names)
     turn, role = "", ""
@@ -222,4 +196,4 @@ def _roles(ids: list[int], tokenizer: Any) -> list[str]:
         if token == scene_end:
             role = turn
     first = next(filter(None, roles), "")
-    return [role or first for role in roles]  # the token that begins a text stands before the first header
+    return [role or first for role in roles]  # the begin-of-text token is before the first header

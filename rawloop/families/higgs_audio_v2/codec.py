@@ -1,4 +1,4 @@
-"""The codec of Higgs Audio v2, as `rawloop prepare` runs it: the same steps as the processor's, once per clip."""
+"""The codec of Higgs Audio v2 for `rawloop prepare`: the same steps as in the processor, once per clip."""
 
 from collections.abc import Callable
 from os.path import expanduser
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from transformers import DacFeatureExtractor, HiggsAudioV2TokenizerModel
 
-from rawloop.contracts import CodecInfo
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, check_path, local_folder, read_json
-from rawloop.families.door import door
-from rawloop.families.shared import load_from
+from rawloop.families.loading import library_errors, load_from
+from rawloop.family_protocols import CodecInfo
 from rawloop.hashing import hash_folder
 
 FILES = ["config.json", "*.safetensors"]
@@ -28,7 +27,7 @@ def codec_path(config: ModelConfig) -> str:
     named = read_json(file).get("audio_tokenizer", {}) if file.is_file() else {}
     path = named.get("audio_tokenizer_name_or_path")
     if not path:
-        raise UserError(f"{config.path} does not say which codec it goes with: set model.codec to its folder or hub id")
+        raise UserError(f"{config.path} names no codec: set model.codec to the folder or hub id of its codec")
     check_path(str(path), f"the codec in {file}")
     return expanduser(str(path))
 
@@ -37,7 +36,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
     """Load the codec in float32.
 
     Returns:
-        what it is, and its encoder: (samples,) float32 at `sample_rate` -> (frames, codebooks) int64 on the CPU.
+        its description, and its encoder: (samples,) float32 at `sample_rate` -> (frames, codebooks) int64 on the CPU.
     """
     path = codec_path(config)
     folder = local_folder(path, None, FILES, KEY)
@@ -45,7 +44,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
     if named != HiggsAudioV2TokenizerModel.config_class.model_type:
         raise UserError(f"model.codec is '{path}', a model of type '{named}': give the folder of the codec")
     codec: Any = load_from(HiggsAudioV2TokenizerModel, str(folder), None, KEY, dtype=torch.float32).eval().to(device)
-    with door(config.path, "processor_config.json"):
+    with library_errors(config.path, "processor_config.json"):
         extractor: Any = DacFeatureExtractor.from_pretrained(config.path, revision=config.revision)
     settings = codec.config
     info = CodecInfo(
@@ -62,7 +61,7 @@ def load_codec(config: ModelConfig, device: torch.device) -> tuple[CodecInfo, Ca
         codes: Tensor = codec.encode(inputs["input_values"].to(device)).audio_codes
         return codes[0].T.cpu()
 
-    with door(path, "config.json", KEY):  # a config that does not fit shows when the codec runs
+    with library_errors(path, "config.json", KEY):  # a wrong config fails only when the codec runs
         encode(torch.zeros(info.sample_rate))
     return info, encode
 

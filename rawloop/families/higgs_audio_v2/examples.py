@@ -1,7 +1,7 @@
-"""Conversations of Higgs Audio v2 as tensors: inputs equal to the processor's token for token, and right labels.
+"""Conversations of Higgs Audio v2 as tensors: the processor's inputs, token for token, and our own labels.
 
 The processor encodes audio on every call, masks the stop token out of the labels, and trains reference audio and
-prompts. Here labels are built from cached codes, with one EOS target per codebook; references and prompts are masked.
+prompts. Our labels come from cached codes, with one EOS target per codebook, and mask references and prompts.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
+from rawloop.families import shared
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
-from rawloop.families.sample_checks import Letters, check_control, check_length, check_no_tools, control_pattern
-from rawloop.families.shared import padded
+from rawloop.families.sample_checks import Letters, check_control, check_no_tools, control_pattern
+from rawloop.families.shared import check_length, padded
 
 SYSTEM = "Generate audio following instruction."
-# The wording the model was trained with for dialogues without reference voices.
+# The model was trained with this text for dialogues without reference voices.
 SYSTEM_DIALOGUE = (
     "You are an AI assistant designed to convert text into speech.\n"
     "If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following "
@@ -30,17 +31,10 @@ STRUCTURE = ("<|eot_id|>", "<|audio_eos|>", "<|start_header_id|>", "<|end_header
 
 
 @dataclass(frozen=True)
-class Example:
-    """One encoded sample; a label stands at the position of its own token and is predicted from the one before.
+class Example(shared.Example):
+    """One encoded sample; `audio_input_ids` and `audio_labels` are (frames, codebooks) int64, delay pattern applied."""
 
-    `input_ids` and `labels` are (sequence,) int64, `audio_input_ids` and `audio_labels` (frames, codebooks) int64 with
-    the delay pattern applied.
-    """
-
-    id: str
-    input_ids: Tensor
     audio_input_ids: Tensor
-    labels: Tensor
     audio_labels: Tensor
 
 
@@ -53,25 +47,25 @@ class HiggsEncoder:
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         ids = (settings.audio_token_id, settings.audio_delay_token_id, settings.audio_bos_token_id)
         names = [*map(tokenizer.convert_ids_to_tokens, ids), tokenizer.eos_token, tokenizer.bos_token]
-        # Inside a transcript these would forge turns or audio. Others, such as those of a scene, may be spelt.
+        # Inside a transcript these would forge turns or audio. Other control tokens, such as a scene's, are allowed.
         self.control = control_pattern([*names, *STRUCTURE])
         self.letters = Letters(tokenizer, tokenizer.name_or_path)
-        self._rendered: dict[tuple[Any, ...], int] = {}  # bytes of the first sample of each shape, with its template
+        self._rendered: dict[tuple[Any, ...], int] = {}  # bytes of the first sample of each shape, as rendered
 
     def conversation(self, sample: Sample) -> Messages:
-        """Return the sample as messages for a chat template, with the system message that the task wants."""
+        """Return the sample as messages for a chat template, with the system message of its task."""
         turns = list(sample.turns)
         if not turns or turns[0].role != "system":
             system = SYSTEM_DIALOGUE if sample.task == "multi_speaker_smart_voice" else SYSTEM
             turns.insert(0, Turn("system", (Text(system),)))
-        # Chat templates read the first item of a system turn only, and would drop the rest.
+        # Chat templates read only the first item of a system turn.
         joined = [(Text(turn.words),) if turn.role == "system" else turn.parts for turn in turns]
         return [
             {"role": turn.role, "content": content_of(parts, "path")} for turn, parts in zip(turns, joined, strict=True)
         ]
 
     def check(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> None:
-        """Refuse a sample that cannot be trained; `frames` gives the length of a clip, if its codes are there."""
+        """Refuse a sample that cannot be trained; `frames` gives the length of a clip, if it is encoded."""
         with sample.named_in_errors():
             check_no_tools(sample)
             words = False
@@ -89,7 +83,7 @@ class HiggsEncoder:
                 self._measure(sample, frames)
 
     def _measure(self, sample: Sample, frames: Callable[[Path], int]) -> None:
-        """Refuse a sample that is too long. Text is rendered only if it may be: a token takes a byte at least."""
+        """Refuse a sample that is too long. A token has at least one byte, so most samples need not be rendered."""
         paths = sample.audio_paths()
         clips = sum(frames(path) + self.settings.num_codebooks + 1 for path in paths)
         fits = clips + self._most_text(sample) <= self.settings.max_position_embeddings
@@ -101,9 +95,9 @@ class HiggsEncoder:
         check_length(clips + len(ids) - len(paths), self.settings.max_position_embeddings)
 
     def _most_text(self, sample: Sample) -> int:
-        """Return more positions than a sample's text takes.
+        """Return an upper bound of the positions of a sample's text.
 
-        The chat template adds less than the whole text of another sample with the same turns.
+        The chat template adds less than the rendered text of another sample with the same turns.
         """
         shape = (sample.task, *((turn.role, *map(type, turn.parts)) for turn in sample.turns))
         if shape not in self._rendered:
@@ -132,7 +126,7 @@ class HiggsEncoder:
                 "does; a clip whose words the assistant writes is learnt with --data.task single_speaker_smart_voice"
             )
         if turn.role == "scene" and index != (sample.turns[0].role == "system"):
-            raise UserError(f"it has a scene turn in place {index}: it belongs behind the system turn, or in front")
+            raise UserError(f"it has a scene turn in place {index}: it belongs after the system turn, or first")
         check_control(turn, self.control)
         self.letters.check(turn.words)
 
@@ -147,12 +141,12 @@ class HiggsEncoder:
             pieces, labels = self._expand(ids, [len(inputs) for inputs, _ in blocks], trained)
             check_length(len(pieces), self.settings.max_position_embeddings)
         inputs, audio_labels = (torch.cat(rows) for rows in zip(*blocks, strict=True))
-        return Example(sample.id, torch.tensor(pieces), inputs, torch.tensor(labels), audio_labels)
+        return Example(sample.id, torch.tensor(pieces), torch.tensor(labels), inputs, audio_labels)
 
     def _expand(self, ids: list[int], lengths: list[int], trained: list[bool]) -> tuple[list[int], list[int]]:
-        """Give each audio placeholder as many positions as its clip has frames, and label the text to be learnt.
+        """Repeat each audio placeholder for the frames of its clip, and label the text to be learnt.
 
-        What follows a trained clip (end of audio, end of turn) is the model's to say; then its turn is over.
+        The model must learn the tokens between a trained clip and the end of its turn, inclusive.
         """
         ramp = self.settings.num_codebooks - 1
         audio, delay = self.settings.audio_token_id, self.settings.audio_delay_token_id
@@ -184,11 +178,11 @@ class HiggsEncoder:
                 )
 
     def delayed(self, codes: Tensor, trained: bool) -> tuple[Tensor, Tensor]:
-        """Apply the delay pattern to (frames, codebooks) codes: codebook k runs k frames late.
+        """Apply the delay pattern to (frames, codebooks) codes: codebook k is k frames late.
 
         Returns:
-            inputs and labels, both (frames + 2 + codebooks - 1, codebooks): BOS before and EOS after each codebook's
-            stream; as labels the codes and one EOS per codebook if it is `trained`, -100 elsewhere.
+            inputs and labels, both (frames + 2 + codebooks - 1, codebooks). Inputs have BOS before and EOS after each
+            codebook's stream. Labels are the codes and one EOS per codebook if `trained`, else -100.
         """
         frames, codebooks = codes.shape
         edge = codes.new_ones(1, codebooks)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rawloop.contracts import Sample, Text, Turn
 from rawloop.errors import LibraryError, UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.families.door import door
+from rawloop.families.loading import library_errors
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 CHAT = Sample("s", (Turn("user", (Text("Hi."),)), Turn("assistant", (Text("Yes."),), trained=True)), source="x line 1")
@@ -122,11 +122,11 @@ def test_a_template_that_fails_is_one_line_with_the_sample(folder: Path, templat
         family.check(CHAT)
 
 
-def test_what_is_no_damage_passes_the_door(folder: Path) -> None:
+def test_what_is_no_damage_passes(folder: Path) -> None:
     for kind in (KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError):
-        with pytest.raises(kind), door(str(folder), "config.json"):
+        with pytest.raises(kind), library_errors(str(folder), "config.json"):
             raise kind
-    with pytest.raises(UserError, match=r"^ours$"), door(str(folder), "config.json"):
+    with pytest.raises(UserError, match=r"^ours$"), library_errors(str(folder), "config.json"):
         raise UserError("ours")
 
 
@@ -136,7 +136,7 @@ class PanicException(BaseException):
 
 def test_a_panic_in_rust_is_one_line(folder: Path) -> None:
     line = r"whose tokenizer.json cannot be loaded: PanicException index 7$"
-    with pytest.raises(LibraryError, match=line) as caught, door(str(folder), "tokenizer.json"):
+    with pytest.raises(LibraryError, match=line) as caught, library_errors(str(folder), "tokenizer.json"):
         raise PanicException("index\n7")
     assert "Traceback (most recent call last)" in caught.value.trace
 

@@ -1,0 +1,65 @@
+"""Optional protocols of a family. The part of rawloop that needs one asks for it with `isinstance`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CodecInfo:
+    """Identity and shape of a codec's codes, which are integers from 0 to `codebook_size` - 1.
+
+    `hash` is the content hash of the codec's folder (`rawloop.hashing.hash_folder`), `sample_rate` in Hz is that of its
+    input, `frame_rate` is in frames per second.
+    """
+
+    hash: str
+    sample_rate: int
+    codebooks: int
+    codebook_size: int
+    frame_rate: float
+
+
+@runtime_checkable
+class CodecFamily(Protocol):
+    """A family whose samples hold audio as codes of a codec, which `rawloop prepare` caches before training."""
+
+    def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
+        """Load the codec: its description, and its encoder, (samples,) float32 -> (frames, codebooks) int64."""
+
+    def codec_hash(self) -> str:
+        """Content hash of the codec. Codes of another codec would be noise to the model."""
+
+
+@runtime_checkable
+class HearingFamily(Protocol):
+    """A family without a codec whose `example` decodes clips. All clips are decoded once before training.
+
+    `sample_rate` is in Hz; `check` gets the lengths of clips in samples at this rate.
+    """
+
+    sample_rate: int
+
+
+@runtime_checkable
+class IdsFamily(Protocol):
+    """A family whose model changes ids before it looks them up, for example offsets codes by codebook.
+
+    There a wrong id is another codebook's id and no error, so `num_ids` says how many ids each such input may hold, by
+    name. Inputs that go into an embedding unchanged need no entry.
+    """
+
+    num_ids: Mapping[str, int]
+
+
+@runtime_checkable
+class PackingFamily(Protocol):
+    """A family that can pack the examples of a micro-batch into one row, without attention between them.
+
+    `packing` says whether it does; it is set once, before the model is loaded.
+    """
+
+    packing: bool
