@@ -1,7 +1,7 @@
-"""Which keys of a data file are read, which are ignored, and which are refused as they would change the training.
+"""The keys of a data file: which are read, which are ignored, and which are refused.
 
-A key that is in none of the lists is counted, and the counts are printed once. A key that is nearly the name of a key
-that is read is an error.
+Ignoring a refused key would change the training. Keys in none of the lists are counted, and the counts are printed
+once. A misspelling of a key that is read is an error.
 """
 
 from collections import Counter
@@ -16,9 +16,9 @@ from rawloop.audio import ROUNDED
 from rawloop.data.record import Record, show
 from rawloop.segments import Segment
 
-TYPO = 0.88  # an unknown key that is so similar to a known one is misspelt: 'start_indx' has 0.95
+TYPO = 0.88  # similarity to a known key from which a key is misspelt: 'start_indx' has 0.95
 EMPTY: tuple[object, ...] = (None, "", [], {})
-SWITCHES = ("prefix", "continue_final_message")  # clients write them into every message; false asks for nothing
+SWITCHES = ("prefix", "continue_final_message")  # clients write them into every message; false is harmless
 NO_IMAGES = "no family of rawloop sees images or videos: leave these samples out"
 RENAME_REFERENCE = "call a reference clip 'ref_audio_file' and its words 'ref_transcript'"
 BY_TEMPLATE = "it would change what the chat template writes, and is not supported: take it out"
@@ -26,7 +26,7 @@ BY_TEMPLATE = "it would change what the chat template writes, and is not support
 
 @dataclass(frozen=True)
 class Kind:
-    """The keys of one kind of object: those that are read, those that are ignored, and those refused, with the fix."""
+    """The keys of one kind of object: those read, those ignored, and those refused, with the fix."""
 
     name: str
     read: frozenset[str]
@@ -47,7 +47,7 @@ def _fix(fix: str, keys: str) -> dict[str, str]:
     return dict.fromkeys(keys.split(), fix)
 
 
-ABOUT = _words(  # published data sets describe their records by these
+ABOUT = _words(  # descriptions in published data sets
     """
     speaker speaker_id speaker_name speaker_ids speaker_gender lang language language_id locale gender sex age
     accent accents dialect emotion style tone sampling_rate sample_rate num_samples n_samples channels duration_ms
@@ -57,7 +57,7 @@ ABOUT = _words(  # published data sets describe their records by these
     index idx up_votes down_votes client_id sentence_id parallel_tool_calls
     """
 )
-MARKS = _words("loss train weight loss_scale")  # on a message: whether it is trained
+MARKS = _words("loss train weight loss_scale")  # whether a message or record is trained
 SEGMENT = _words("offset duration start end start_time end_time")
 TIMES = SEGMENT - {"duration"}
 LONGEST = 1e6  # seconds
@@ -159,7 +159,7 @@ class KeyCheck:
 
     strict: bool = False
     unknown: Counter[str] = field(default_factory=Counter)
-    markers: int = 0  # transcripts with a marker before them, which was removed
+    markers: int = 0  # transcripts that had a marker before them
 
     def check(self, record: Record, values: Mapping[str, Any], kind: Kind, place: str = "") -> None:
         """Refuse or count keys of `values`, which are in `record` at `place`."""
@@ -182,17 +182,17 @@ class KeyCheck:
             self.unknown[key if kind.name == "record" else f"{key} (of a {kind.name})"] += 1
 
     def notices(self, file: object) -> Iterator[str]:
-        """Yield a line about the unknown keys and one about markers, if there are any."""
+        """Yield a line about unknown keys, and a line about markers."""
         if self.unknown:
             counts = ", ".join(f"'{key}' {count} times" for key, count in self.unknown.most_common())
             yield f"{file}: keys that nothing reads: {counts} (data.strict: true refuses them)"
         if self.markers:
-            yield f"{file}: {self.markers} transcripts begin with <audio>, the mark of a clip, which is left out"
+            yield f"{file}: {self.markers} transcripts start with <audio>, the marker of a clip, which is left out"
 
 
 def trained_mark(record: Record, values: Mapping[str, Any], place: str) -> bool | None:
-    """Return whether an object is marked as trained or not (`loss`, `train`, `weight`, `loss_scale`), else None."""
-    said: dict[bool, str] = {}
+    """Return whether an object is marked as trained (`loss`, `train`, `weight`, `loss_scale`); None without a mark."""
+    marked: dict[bool, str] = {}
     for key in sorted(MARKS & values.keys()):
         value = values[key]
         if value is None:
@@ -201,14 +201,14 @@ def trained_mark(record: Record, values: Mapping[str, Any], place: str) -> bool 
             record.fail(f"{place}'{key}' is {show(value)}: it must be true or false")
         if not isinstance(value, int | float) or value not in (0, 1):
             record.fail(f"{place}'{key}' is {show(value)}: 0 (not trained) or 1 (trained); weights are not supported")
-        said[bool(value)] = key
-    if len(said) > 1:
-        record.fail(f"{place}'{said[True]}' says that it is trained, '{said[False]}' that it is not: take one out")
-    return next(iter(said), None)
+        marked[bool(value)] = key
+    if len(marked) > 1:
+        record.fail(f"{place}'{marked[True]}' says that it is trained, '{marked[False]}' that it is not: take one out")
+    return next(iter(marked), None)
 
 
 def clip_path(record: Record, values: Mapping[str, Any], file: Path, place: str) -> Path:
-    """Return `file`, or the segment of it that `values` name: by `offset` and `duration`, or by `start` and `end`.
+    """Return `file`, or its segment given by `offset` and `duration`, or by `start` and `end`.
 
     A `duration` alone describes the whole clip and is ignored.
     """
@@ -245,5 +245,5 @@ def _seconds(record: Record, values: Mapping[str, Any], place: str, keys: tuple[
 
 @lru_cache(maxsize=1024)
 def _misspelt(key: str, known: frozenset[str]) -> list[str]:
-    swapped = [name for name in known if name[0] == key[:1] and sorted(name) == sorted(key)]  # 'wieght' has only 0.83
+    swapped = [name for name in known if name[0] == key[:1] and sorted(name) == sorted(key)]  # 'wieght' is at 0.83
     return swapped or get_close_matches(key, known, n=1, cutoff=TYPO)

@@ -1,7 +1,7 @@
 """Chat messages as JSON records: HF style content lists, boson's ChatML samples, and ms-swift's `audios`.
 
-A record is a conversation, and its turns are kept as they are, including a system turn. This module decides which of
-them are trained: by default the last assistant turn.
+A record is a conversation, and its turns are kept, including a system turn. By default the last assistant turn is
+trained.
 """
 
 import json
@@ -19,11 +19,11 @@ from rawloop.errors import nearest
 
 ROLES = ("system", "scene", "user", "assistant", "tool")
 OTHER_ROLES = {
-    **dict.fromkeys(("human",), " (it is called 'user' here)"),
+    "human": " (it is called 'user' here)",
     **dict.fromkeys(("gpt", "bot", "model", "chatbot", "ai"), " (it is called 'assistant' here)"),
     **dict.fromkeys(("function", "observation", "tool_response", "ipython"), " (it is called 'tool' here)"),
     "developer": " (it is called 'system' here)",
-    "tool_call": " (a call stands in the 'tool_calls' of an assistant message)",
+    "tool_call": " (put a call into the 'tool_calls' of an assistant message)",
 }
 AUDIO_KEYS = ("path", "audio", "url", "audio_url")
 MARKER = "<audio>"
@@ -46,7 +46,7 @@ class MessagesReader:
         audios = _audios(record)
         queue = iter(audios)
         parts = [tuple(self._parts(message, record, queue, index)) for index, message in enumerate(messages)]
-        markers = sum(_markers(message) for message in messages)
+        markers = sum(map(_markers, messages))
         if markers != len(audios):
             record.fail(f"{markers} {MARKER} marker(s) for {len(audios)} file(s) in 'audios': give one marker per file")
         trained = _trained(record, messages)
@@ -55,15 +55,14 @@ class MessagesReader:
             for index, (message, content) in enumerate(zip(messages, parts, strict=True))
         )
         for index, turn in enumerate(turns):
-            blank = not any(isinstance(part, Audio) or part.text.strip() for part in turn.parts)
+            blank = not turn.clips and not turn.words.strip()
             if turn.trained and blank and "tool_calls" not in turn.fields:
-                record.fail(f"messages[{index}] is trained and has only blanks in it: write it, or remove the sample")
+                record.fail(f"messages[{index}] is trained and has only blanks: write it, or remove the sample")
         turns = self._as_speech(_with_system(turns, record))
-        source = f"{record.file.name} {record.place}"
-        return Sample(identity, turns, None, source, record.without(CHAT.read), _tools(record))
+        return Sample(identity, turns, None, record.source, record.without(CHAT.read), _tools(record))
 
     def _as_speech(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if not any(isinstance(part, Audio) for turn in turns for part in turn.parts):
+        if not any(turn.clips for turn in turns):
             return turns
         turns = speech.scene_from_system(speech.answer_with_words(turns))
         if self.config.task in (SINGLE, MULTI):
@@ -147,7 +146,7 @@ def _with_system(turns: tuple[Turn, ...], record: Record) -> tuple[Turn, ...]:
         return turns
     if turns[0].role != "system":
         return (Turn("system", (Text(system),)), *turns)
-    if speech.words_of(turns[0]) != system:
+    if turns[0].words.strip() != system:
         record.fail(f"'system' is {show(system)}, and messages[0] is another system turn: keep one of them")
     return turns
 
@@ -168,7 +167,7 @@ def _markers(message: dict[str, Any]) -> int:
 
 
 def _fields(message: dict[str, Any], record: Record, index: int) -> dict[str, Any]:
-    """Return the other keys of a message that the chat template may read; arguments of tool calls become objects."""
+    """Return the other keys of a message for the chat template. Arguments of tool calls become objects."""
     fields = {key: message[key] for key in sorted(FIELDS & message.keys()) if message[key] not in (None, "", [])}
     if fields:
         record.speakable(json.dumps(fields, ensure_ascii=False))
@@ -183,12 +182,12 @@ def _fields(message: dict[str, Any], record: Record, index: int) -> dict[str, An
 
 
 def _call(call: dict[str, Any], record: Record, place: str) -> dict[str, Any]:
-    """Return a tool call whose arguments are an object: a template would quote the JSON text that OpenAI writes."""
+    """Return a tool call with an object as arguments: templates would quote the JSON text that OpenAI writes."""
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         record.fail(f"{place}: the tool call {show(call)} has no function with a name")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):  # OpenAI writes "" for none
+    if isinstance(arguments, str):  # OpenAI writes "" for no arguments
         what = f"{place}: 'arguments' of {function['name']}"
         function = {**function, "arguments": _parsed(arguments, record, what) if arguments.strip() else {}}
     return {**call, "function": function} if "function" in call else function
@@ -203,7 +202,7 @@ def _parsed(text: str, record: Record, what: str) -> Any:
 
 def _tools(record: Record) -> list[dict[str, Any]]:
     tools = record.values.get("tools") or []
-    if isinstance(tools, str):  # ms-swift and others write it as JSON inside the JSON
+    if isinstance(tools, str):  # ms-swift and others write JSON text inside the JSON
         tools = _parsed(tools, record, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         record.fail(f"'tools' is {show(tools)}: it must be a list of functions, each an object")
@@ -225,7 +224,7 @@ def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
         mark = trained_mark(record, message, f"messages[{index}]: ")
         if mark and index not in assistants:
             record.fail(
-                f"messages[{index}] is to be trained and has role {message['role']}: only assistant turns are trained"
+                f"messages[{index}] is marked as trained and has role {message['role']}: only assistant turns can be"
             )
         if mark is not None:
             (trained.add if mark else trained.discard)(index)

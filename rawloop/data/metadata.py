@@ -1,7 +1,7 @@
-"""The layout of train-higgs-audio: a `metadata.json` whose `samples` pair a clip with its transcript.
+"""The layout of train-higgs-audio: a `metadata.json` with `samples` of a clip and its transcript.
 
 Each sample becomes the turns of one of four tasks. Nothing is invented: a reference without a transcript is an error,
-and speakers are described only in the words of the sample. The system turn belongs to the model family.
+and only the sample's own words describe speakers. The family adds the system turn.
 """
 
 import re
@@ -22,18 +22,18 @@ MULTI, MULTI_CLONING = "multi_speaker_smart_voice", "multi_speaker_voice_cloning
 TASKS = (SINGLE, CLONING, MULTI, MULTI_CLONING)
 TAG = re.compile(r"\[(SPEAKER\d+)\]")
 SPEAKER = re.compile(r"\[?(SPEAKER\d+)\]?")
-# Published samples name the commonest scene by a key; the base model knows it by a sentence with an article.
+# The base model was trained with an article in the sentence of this scene.
 SCENES = {"quiet_room": "a quiet room"}
-NO_SCENE = ("unknown", "none", "n/a")  # written by tools that do not know the scene
-NO_TASK = ("audio_generation", "text_to_speech", "tts")  # written by tools that know one task only
-TEXT_KEYS = ("transcript", "text")  # these count before `transcript_file`
+NO_SCENE = ("unknown", "none", "n/a")  # from tools that do not know the scene
+NO_TASK = ("audio_generation", "text_to_speech", "tts")  # from tools with a single task
+TEXT_KEYS = ("transcript", "text")  # they have precedence over `transcript_file`
 REFERENCE_AUDIO, REFERENCE_TEXT = ("ref_audio_file", "ref_audio"), ("ref_transcript", "ref_text")
-MARKER = "<audio>"  # ms-swift's mark for a clip; converters leave it before the words
+MARKER = "<audio>"  # ms-swift's marker of a clip, which converters leave before the words
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference clip with its transcript, which is not needed in a scene. `speaker` is `SPEAKER0` or None."""
+    """A reference clip with its transcript, which a scene does not need. `speaker` is like `SPEAKER0`, or None."""
 
     audio: Path
     text: str | None
@@ -68,11 +68,10 @@ class MetadataReader:
         turns.append(Turn("user", (Text(text),)))
         clip = clip_path(record, record.values, self.files.resolve(audio, record), "")
         turns.append(Turn("assistant", (Audio(clip),), trained=True))
-        source = f"{record.file.name} {record.place}"
-        return Sample(identity, tuple(turns), task, source, record.without(CLIP.read))
+        return Sample(identity, tuple(turns), task, record.source, record.without(CLIP.read))
 
     def _unmarked(self, text: str, record: Record) -> str:
-        """Return the words without the mark before them, which only says that the sample has a clip."""
+        """Return the words without the marker before them, which only says that the sample has a clip."""
         if MARKER not in text:
             return text
         words = text.removeprefix(MARKER).strip()
@@ -122,7 +121,7 @@ class MetadataReader:
         return list(references.values())
 
     def _scene(self, record: Record, references: list[Reference]) -> list[Turn]:
-        """Return the scene's turn, or no turn if the scene is empty."""
+        """Return the turn of the scene, or no turn if the scene is empty."""
         scene, voices = record.words("scene"), _speakers(record)
         named = scene is not None and scene.casefold() not in NO_SCENE
         sentence = scene_sentence(scene) if scene and named else self.config.default_scene
@@ -138,14 +137,14 @@ class MetadataReader:
 
 @lru_cache
 def _scene_turn(sentence: str) -> Turn:
-    return Turn("scene", (Text(sentence),))  # most samples of a data set share one
+    return Turn("scene", (Text(sentence),))  # cached, as most samples of a data set share it
 
 
 def scene_sentence(scene: str) -> str:
     """Return a scene as a sentence: a key such as `noisy_street` becomes `Audio is recorded from noisy street.`
 
-    No article is added, except for `quiet_room`, which becomes the sentence that the base model was trained with. A
-    value that contains a space is a sentence and kept.
+    Only `quiet_room` gets an article, as the base model was trained with it. A value with a space is a sentence and is
+    returned unchanged.
     """
     if any(character.isspace() for character in scene):
         return scene

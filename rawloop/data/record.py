@@ -1,4 +1,4 @@
-"""One record of a data file with its place in the file, so that every error about a value says where it is."""
+"""One record of a data file, and the paths in it. Every error about a value names its place in the file."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from rawloop.errors import UserError
+from rawloop.errors import UserError, first_few
 from rawloop.segments import MARK
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object of a data file. `file` is the data file, `place` says where in it: `samples[3]` or `line 7`."""
+    """A JSON object of a data file. `place` is its place in `file`: `samples[3]` or `line 7`."""
 
     values: Mapping[str, Any]
     file: Path
@@ -28,18 +28,23 @@ class Record:
         name = self.identity()
         return f"{self.file} {self.place}" + ("" if name is None else f" (id {quoted(name)})")
 
+    @property
+    def source(self) -> str:
+        """Name of the file, and the place in it."""
+        return f"{self.file.name} {self.place}"
+
     def identity(self) -> Any:
-        """Return the id that the record gives itself, of whatever type, or None."""
+        """Return the id of the record, of any type, or None."""
         return next((self.values[key] for key in ("id", "audio_id") if self.values.get(key) not in (None, "")), None)
 
     def fail(self, message: str) -> NoReturn:
-        """Raise a UserError that says where this record is."""
+        """Raise a UserError that names this record."""
         raise UserError(f"{self}: {message}")
 
     def text(self, *keys: str) -> str | None:
-        """Return the value of one of `keys`, which are names for the same thing, stripped; None if none is given.
+        """Return the value of one of `keys`, which have the same meaning, stripped; None if none is given.
 
-        Null and empty strings count as not given: converters write them for absent values.
+        Null and empty strings count as not given, as converters write them for absent values.
         """
         found: dict[str, str] = {}
         for key in keys:
@@ -51,19 +56,19 @@ class Record:
         return self.only(found)
 
     def only(self, found: Mapping[T, str], place: str = "") -> T | None:
-        """Return the one value in `found` (value -> its key), or None. Refuses several: the keys mean one thing."""
+        """Return the only value in `found` (value -> its key), or None. Refuses several, as the keys mean the same."""
         if len(found) > 1:
             named = " and ".join(f"'{key}' is {quoted(value)}" for value, key in found.items())
             self.fail(f"{place}{named}, which should be the same: take one out")
         return next(iter(found), None)
 
     def words(self, *keys: str) -> str | None:
-        """Return `text(*keys)`, if a tokenizer can take it."""
+        """Return `text(*keys)`, and refuse it if no tokenizer accepts it."""
         text = self.text(*keys)
         return None if text is None else self.speakable(text)
 
     def speakable(self, text: str) -> str:
-        """Return `text` unchanged. Refuses half a surrogate pair, which JSON can contain and no tokenizer takes."""
+        """Return `text` unchanged. Refuses half a surrogate pair, which JSON can contain and no tokenizer accepts."""
         if not text.isascii():
             try:
                 text.encode()
@@ -77,7 +82,7 @@ class Record:
 
 
 class DoubledKey(ValueError):
-    """A JSON object that has a key twice, so that nobody knows which value is meant."""
+    """A JSON object with a key twice: either value may be meant."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,27 +107,27 @@ def parse_json(text: str) -> Any:
 
 
 def quoted(value: object) -> str:
-    """Return a value as Python writes it, on one line; longer ones than a path lose their middle."""
+    """Return the repr of a value, without its middle if it is longer than a path."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
 
 
 def show(value: object) -> str:
-    """Return a value's type and a short form of it, for messages."""
+    """Return a short repr of a value, and its type."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
 @dataclass
 class Files:
-    """Resolves the paths of a data file, keeps them inside the data folder, and collects missing files.
+    """Resolves the paths of a data file, refuses paths outside the data folder, and collects missing files.
 
     Each folder is resolved once, and each file costs a single lstat, so that 600,000 clips take seconds.
 
     Args:
         root: folder of the data file; relative paths start here.
-        allow_outside: let paths leave `root`.
-        check: look whether each file exists. Otherwise a link inside `root` that leads outside is not noticed.
+        allow_outside: allow paths outside `root`.
+        check: check that each file exists. Otherwise a link inside `root` to a file outside is not noticed.
     """
 
     root: Path
@@ -138,11 +143,11 @@ class Files:
         """Return the resolved path of `value`, a path or file:// url in `record`."""
         path = os.path.join(self._base, local_path(value, record))
         try:
-            encoded = os.fsencode(path)  # may hold bytes that are no UTF-8, as Linux file names may
+            encoded = os.fsencode(path)  # Linux allows names that are not UTF-8
         except UnicodeEncodeError:
             encoded = b"\0"
         if b"\0" in encoded:
-            record.fail(f"{quoted(value)} is no path: it holds a character that no file name has")
+            record.fail(f"{quoted(value)} is no path: it has a character that no file name has")
         folder, name = os.path.split(path)
         if name in ("", ".", ".."):
             record.fail(f"{quoted(value)} is a folder: name a file")
@@ -171,24 +176,24 @@ class Files:
         """Raise a UserError that names missing files, if there are any."""
         if not self.missing:
             return
-        named = "; ".join(f"{quoted(value)} of {record}{self._hint(value)}" for value, record in self.missing[:5])
-        count = len(self.missing)
-        more = f" and {count - 5} more" if count > 5 else ""
-        noun = "file is" if count == 1 else "files are"
-        raise UserError(f"{count} audio {noun} missing: {named}{more}. Restore them or remove these samples")
+        missing = (
+            f"{quoted(value)} of {record}{self._hint(value) if number < 5 else ''}"
+            for number, (value, record) in enumerate(self.missing)
+        )
+        noun = "file is" if len(self.missing) == 1 else "files are"
+        named = first_few(missing, "; ")
+        raise UserError(f"{len(self.missing)} audio {noun} missing: {named}. Restore them or remove these samples")
 
     def _hint(self, value: str) -> str:
-        """Return the similar name under which a missing file is there, or an empty string."""
+        """Return a clause about an existing file with a similar name, or an empty string."""
         slashes = value.replace("\\", "/")
         if slashes != value:
-            there = os.path.exists(os.path.join(self._base, slashes))
-            return (
-                f" (write / for \\{': the file is there' if there else ', which separates folders on Windows alone'})"
-            )
+            exists = os.path.exists(os.path.join(self._base, slashes))
+            return f" (write / for \\{': that file exists' if exists else ', which separates folders on Windows only'})"
         for form in ("NFC", "NFD"):
             other = unicodedata.normalize(form, value)
             if other != value and os.path.exists(os.path.join(self._base, other)):
-                return f" (the file's name is the same in the Unicode form {form}: rename it, or write it in that form)"
+                return f" (the same name exists in the Unicode form {form}: rename the file, or write it in that form)"
         folder, name = os.path.split(os.path.join(self._base, value))
         names = os.listdir(folder) if os.path.isdir(folder) else []
         similar = next((other for other in names if other.casefold() == name.casefold()), None)
@@ -211,7 +216,7 @@ class Files:
 
 
 def local_path(value: str, record: Record) -> str:
-    """Return the path that a path or file:// url stands for, and refuse other urls."""
+    """Return the path of a path or file:// url, and refuse other urls."""
     scheme, found, _ = value.partition(":")
     if not found or not scheme.isalnum():
         return value

@@ -1,7 +1,7 @@
-"""Turns speech samples in the layouts of other trainers into conversations that a speech model takes.
+"""Turns speech samples of other trainers' layouts into conversations for a speech model.
 
-The user gives the words, the assistant's clip speaks them, and a reference clip is a separate turn or part of the
-scene. Nothing is invented: a clip without words stays as it is, and the family refuses it.
+The user gives the words, the assistant's clip speaks them. A reference clip is a separate turn or part of the scene.
+Nothing is invented: a clip without words is left unchanged, and the family refuses it.
 """
 
 import re
@@ -11,43 +11,33 @@ from rawloop.contracts import Audio, Text, Turn
 
 Turns = tuple[Turn, ...]
 SCENE = re.compile(r"(.*?)\s*<\|scene_desc_start\|>(.*)<\|scene_desc_end\|>\s*", re.DOTALL)
-CLIP = "\0"  # stands for a clip in a text, as no tokenizer needs it
-
-
-def clips_of(turn: Turn) -> list[Audio]:
-    """Return the clips of a turn, in order."""
-    return [part for part in turn.parts if isinstance(part, Audio)]
-
-
-def words_of(turn: Turn) -> str:
-    """Return the words of a turn, without blanks around them."""
-    return "".join(part.text for part in turn.parts if isinstance(part, Text)).strip()
+CLIP = "\0"  # a placeholder for a clip in a text
 
 
 def answer_with_words(turns: Turns) -> Turns:
-    """Split an answer that is a clip and its words, without a question, into two turns: `<audio>words` of ms-swift."""
+    """Split an only answer of a clip and its words (`<audio>words` of ms-swift) into a user and an assistant turn."""
     answers = [turn for turn in turns if turn.role not in ("system", "scene")]
-    if len(answers) != 1 or answers[0].role != "assistant" or len(clips_of(answers[0])) != 1:
+    if len(answers) != 1 or answers[0].role != "assistant" or len(answers[0].clips) != 1:
         return turns
     (answer,) = answers
-    words = words_of(answer)
+    words = answer.words.strip()
     if not words:
         return turns
-    asked = (Turn("user", (Text(words),)), Turn("assistant", tuple(clips_of(answer)), answer.trained))
+    asked = (Turn("user", (Text(words),)), Turn("assistant", tuple(answer.clips), answer.trained))
     return (*(turn for turn in turns if turn is not answer), *asked)
 
 
 def recognition_reversed(turns: Turns) -> Turns:
-    """Turn a recognition sample (clip and instruction, words) round: the model speaks the words.
+    """Reverse a recognition sample (a clip and an instruction, then its words): the model speaks the words.
 
-    The user's instruction is left out: it asks a model to listen.
+    The instruction is left out, since it asks a model to listen.
     """
     users = [turn for turn in turns if turn.role == "user"]
     answers = [turn for turn in turns if turn.role == "assistant"]
-    clips = [clip for turn in turns for clip in clips_of(turn)]
-    if len(users) != 1 or len(answers) != 1 or len(clips) != 1 or clips != clips_of(users[0]):
+    clips = [clip for turn in turns for clip in turn.clips]
+    if len(users) != 1 or len(answers) != 1 or len(clips) != 1 or clips != users[0].clips:
         return turns
-    words = words_of(answers[0])
+    words = answers[0].words.strip()
     if not words:
         return turns
     before = tuple(turn for turn in turns if turn.role in ("system", "scene"))
@@ -55,57 +45,58 @@ def recognition_reversed(turns: Turns) -> Turns:
 
 
 def scene_from_system(turns: Turns) -> Turns:
-    """Move the scene out of a system turn that has clips, since chat templates drop clips there.
+    """Move the scene out of a system turn with clips, since chat templates drop clips there.
 
-    Other trainers write it as `<|scene_desc_start|>`, a line each for the scene and the speakers, and
-    `<|scene_desc_end|>`.
+    Other trainers write it between `<|scene_desc_start|>` and `<|scene_desc_end|>`, with a line for the scene and for
+    each speaker.
     """
-    if not turns or turns[0].role != "system" or not clips_of(turns[0]):
+    if not turns or turns[0].role != "system" or not turns[0].clips:
         return turns
-    clips = iter(clips_of(turns[0]))
+    clips = iter(turns[0].clips)
     text = "".join(part.text if isinstance(part, Text) else CLIP for part in turns[0].parts)
     found = SCENE.fullmatch(text)
     if found is None or CLIP in found[1]:
         return turns
     parts: list[Text | Audio] = []
     for line in filter(None, (line.strip() for line in found[2].splitlines())):
-        first, *rest = line.split(CLIP)
-        for number, words in enumerate((first, *rest)):
-            parts += [next(clips)] if number else []
-            parts += [Text(words.strip())] if words.strip() else []
+        for piece in re.split(f"({CLIP})", line):
+            if piece == CLIP:
+                parts.append(next(clips))
+            elif piece.strip():
+                parts.append(Text(piece.strip()))
     return (Turn("system", (Text(found[1]),)), Turn("scene", tuple(parts)), *turns[1:])
 
 
 def clips_into_scene(turns: Turns, default_scene: str | None) -> Turns:
-    """Move the clips of user turns that a clip answers into the scene, as the voices of SPEAKER0, SPEAKER1, ...
+    """Move the clips of user turns before spoken answers into the scene, as the voices of SPEAKER0, SPEAKER1, ...
 
-    There Higgs Audio v2 takes a voice without the words that it speaks. A conversation without a scene gets the default
-    one.
+    There Higgs Audio v2 needs no transcript of a voice. A conversation without a scene gets the default scene.
     """
     moved: list[Audio] = []
     kept: list[Turn] = []
-    for turn, following in zip(turns, (*turns[1:], None), strict=True):
-        spoken = following is not None and following.role == "assistant" and clips_of(following)
-        if turn.role == "user" and clips_of(turn) and spoken and words_of(turn):
-            moved += clips_of(turn)
-            kept.append(Turn("user", (Text(words_of(turn)),), turn.trained, turn.fields))
+    for turn, answer in zip(turns, (*turns[1:], None), strict=True):
+        spoken = answer is not None and answer.role == "assistant" and answer.clips
+        words = turn.words.strip()
+        if turn.role == "user" and turn.clips and spoken and words:
+            moved += turn.clips
+            kept.append(Turn("user", (Text(words),), turn.trained, turn.fields))
         else:
             kept.append(turn)
     if not moved:
         return turns
-    before, scene, behind = _around_scene(kept, default_scene)
+    before, scene, after = _around_scene(kept, default_scene)
     parts = list(scene.parts)
-    for number, clip in enumerate(moved, len(clips_of(scene))):
+    for number, clip in enumerate(moved, len(scene.clips)):
         parts += [Text(f"SPEAKER{number}:"), clip]
-    return (*before, Turn("scene", tuple(parts)), *behind)
+    return (*before, Turn("scene", tuple(parts)), *after)
 
 
 def _around_scene(turns: Sequence[Turn], default_scene: str | None) -> tuple[Sequence[Turn], Turn, Sequence[Turn]]:
-    """Split a conversation at its scene, which may be in the text of its system turn, or be the default one."""
+    """Split a conversation at its scene: a turn, a part of the system text, or else the default scene."""
     at = 1 if turns[0].role == "system" else 0
     if turns[at].role == "scene":
         return turns[:at], turns[at], turns[at + 1 :]
-    written = SCENE.fullmatch(words_of(turns[0])) if at else None
+    written = SCENE.fullmatch(turns[0].words.strip()) if at else None
     if written is not None:
         return [Turn("system", (Text(written[1]),))], Turn("scene", (Text(written[2].strip()),)), turns[at:]
     return turns[:at], Turn("scene", (Text(default_scene),) if default_scene else ()), turns[at:]

@@ -1,4 +1,4 @@
-"""Families: all that rawloop knows of particular models, one package each. `load_family` picks by the checkpoint."""
+"""Families: everything that rawloop knows of particular models. `load_family` picks one by the checkpoint."""
 
 import importlib
 import json
@@ -24,23 +24,23 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def load_family(config: ModelConfig) -> "Family":
-    """Return the family object for a model: by name, by import path, or by what the checkpoint's config.json says.
+    """Return the family of a model: by name, by import path, or by the checkpoint's config.json.
 
-    `auto` takes a family of that `model_type`, else causal_lm where the checkpoint holds the very class that
-    transformers has for causal language models of its type (LlamaForCausalLM for llama).
+    `auto` takes the family of that `model_type`; or causal_lm if the checkpoint's class is the one that transformers
+    has for causal language models of its type (LlamaForCausalLM for llama).
     """
     name = config.family
     if ":" in name:
         from rawloop.families.own import own_family
 
-        return own_family(name, config)  # which decides itself what model.path is
+        return own_family(name, config)  # model.path is the family's to interpret
     check_path(config.path, "model.path")
     if name == "auto":
         name, architectures = _architecture(config)
         if name not in FAMILIES and _is_causal_lm(name, architectures):
             name = "causal_lm"
     if name == "higgs_audio_v2_tokenizer":
-        raise UserError(f"model.path is '{config.path}', the folder of an audio codec: it belongs into model.codec")
+        raise UserError(f"model.path is '{config.path}', the folder of an audio codec: it belongs in model.codec")
     if name not in FAMILIES:
         raise UserError(
             f"no family for models of type '{name}'{nearest(name, FAMILIES)}: rawloop has {', '.join(FAMILIES)}; "
@@ -52,21 +52,21 @@ def load_family(config: ModelConfig) -> "Family":
     owner = getattr(importlib.import_module(module_name), class_name)
     with library_errors(config.path, "config.json, tokenizer or chat template"):
         family = cast("Family", owner(config))
-        family.probe()  # a tokenizer or config that does not fit fails here, inside the door
+        family.probe()  # fails here if tokenizer and config do not fit each other
     return family
 
 
 def check_path(path: str, key: str) -> None:
-    """Refuse a model path that is neither a folder with config.json nor shaped like a hub id."""
+    """Refuse a model path that is neither a folder with config.json nor a possible hub id."""
     if not path:
         raise UserError(f"{key} is empty: give the folder or the hub id of the model")
     folder = Path(expanduser(path))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            more = "point it at a folder that save_pretrained wrote"
+            fix = "give a folder that save_pretrained wrote"
             if (folder / ADAPTER).is_file():
-                more = "it holds an adapter: give its base model, or merge them by `rawloop merge`"
-            raise UserError(f"{key} is '{path}', a folder without config.json: {more}")
+                fix = "it holds an adapter: give its base model, or merge them by `rawloop merge`"
+            raise UserError(f"{key} is '{path}', a folder without config.json: {fix}")
         if (folder / ADAPTER).exists():
             raise UserError(
                 f"{key} is '{path}', which has {ADAPTER} beside config.json: transformers would load that adapter into "
@@ -79,7 +79,7 @@ def check_path(path: str, key: str) -> None:
 
 
 def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
-    """Return the model's type and the classes that its weights were saved from."""
+    """Return the model's type and the classes that saved its weights."""
     from transformers import AutoConfig
 
     from rawloop.families.loading import library_errors
@@ -101,7 +101,7 @@ def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
 
 
 def _is_causal_lm(model_type: str, architectures: list[str]) -> bool:
-    """Whether these are the weights of a plain causal LM; models that also take images or audio are not guessed at."""
+    """Whether these are the weights of a plain causal LM, which takes no images or audio."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -120,7 +120,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def local_folder(path: str, revision: str | None, patterns: list[str], key: str = "model.path") -> Path:
-    """Return a checkpoint's folder on this machine; of a hub id, the files that match `patterns` are fetched."""
+    """Return a checkpoint's folder on this machine. For a hub id, fetch the files that match `patterns`."""
     folder = Path(expanduser(path))
     if folder.is_dir():
         return folder
@@ -133,7 +133,7 @@ def local_folder(path: str, revision: str | None, patterns: list[str], key: str 
 
 
 def _not_given(key: str, path: str, error: OSError) -> UserError:
-    """The hub did not give a model; of what its library says about that the first line is enough."""
+    """Return the error for a model that the hub did not give, with the first line of its library's message."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(
         f"{key} is '{path}': no such folder, and the hub gave no such model ({reason}): mend the name, or fetch it "

@@ -1,7 +1,7 @@
-"""A checkpoint's chat template: writes a conversation, and finds in its tokens where an answer begins and ends.
+"""A checkpoint's chat template: renders a conversation, and finds where an answer starts and ends in its tokens.
 
-No token's name is assumed. An answer begins where the prompt ends that generation would see, and ends with the first
-control token that the template writes behind it. A template for which that does not hold is refused.
+No names of tokens are assumed. An answer starts after the prompt of generation, and ends with the first control token
+that the template writes after it. Other templates are refused.
 """
 
 import json
@@ -22,19 +22,19 @@ from rawloop.families.loading import PASSED, cause, library_error
 Messages = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 QUESTION = {"role": "user", "content": "Hello."}
-ANSWERS = ("One two.", "Three.")  # what the template writes behind both of them ends a turn
+ANSWERS = ("One two.", "Three.")  # the text that follows both of them ends a turn
 CALLS = "tool_calls"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MARK = "{#- the clock is stopped at "
 DIRECTIVES = (*"aAwdbBmyYHIpMSfzZjUWGuVcxXDFTeRh", "-d", "-m", "-I", "-H", "-M", "-S", "-j", "-y")
-DRAWS = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # all that Jinja has of it
+DRAWS = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # Jinja's random functions
 
 
 class ChatTemplate:
-    """The chat template of `owner`: of a tokenizer, or of a processor with a tokenizer.
+    """The chat template of `owner`, a tokenizer or a processor with a tokenizer.
 
-    `question` is a user's message that the template takes. `placeholder` is the id of the token that stands for a
-    clip; a processor repeats it for the clip's positions.
+    `question` is a user message that the template accepts. `placeholder` is the id of the token of a clip, which a
+    processor repeats for the clip's positions.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ChatTemplate:
         self.tokenizer = getattr(owner, "tokenizer", owner)
 
     def run(self, messages: Messages, **options: Any) -> Any:
-        """Return the result of `apply_chat_template`; a template that refuses the messages is a `UserError`."""
+        """Return the result of `apply_chat_template`. Raises UserError if the template refuses the messages."""
         try:
             return self.owner.apply_chat_template(messages, **options)
         except PASSED:
@@ -56,32 +56,32 @@ class ChatTemplate:
             raise library_error(line, error) from error
 
     def render(self, messages: Messages, *, asks: bool = False, tools: Tools = ()) -> str:
-        """Return a conversation as text. `asks` adds the header of the answer that is to come."""
+        """Return a conversation as text. `asks` adds the header of the next answer."""
         options = {"tools": list(tools)} if tools else {}
         text: str = self.run(messages, tokenize=False, add_generation_prompt=asks, **options)
         return text
 
     def taken(self, messages: Messages, tools: Tools = ()) -> tuple[Messages, str]:
-        """Return messages in the form that the template takes, and their text."""
+        """Return messages in a form that the template accepts, and their text."""
         try:
             return messages, self.render(messages, tools=tools)
-        except UserError:  # some templates (DeepSeek's) want the arguments of tool calls as JSON text
+        except UserError:  # some templates (DeepSeek's) need the arguments of tool calls as JSON text
             texts = [_with_text_arguments(message) for message in messages]
             if texts != messages:
-                with suppress(UserError):  # the first refusal is about the messages as the record has them
+                with suppress(UserError):  # report the first error, which is about the messages of the record
                     return texts, self.render(texts, tools=tools)
             raise
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens of a rendered text. Processors put BOS before it, unless the template has written one."""
+        """Return the tokens of a rendered text. Processors prepend BOS unless the template has written it."""
         bos = self.tokenizer.bos_token
-        begins = self.owner is not self.tokenizer and not (bos and text.startswith(bos))
-        ids: list[int] = self.tokenizer(text, add_special_tokens=begins, verbose=False)["input_ids"]
+        add_bos = self.owner is not self.tokenizer and not (bos and text.startswith(bos))
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_bos, verbose=False)["input_ids"]
         return ids
 
     @cached_property
     def end_of_turn(self) -> int:
-        """Id of the token that ends an assistant turn. A template that cannot be split there is refused."""
+        """Id of the token that ends an assistant turn. Refuses a template that cannot be split there."""
         parts = isinstance(self.question["content"], list)
         contents = ([{"type": "text", "text": a}] if parts else a for a in ANSWERS)
         try:
@@ -91,7 +91,7 @@ class ChatTemplate:
             error.args = (f"a user and an assistant turn: {error}",)
             raise
         between = first[len(asked) :].partition(ANSWERS[0])[0]
-        # A header that is only written with the answer would be learnt. A channel before the answer is to be learnt.
+        # A header that is written only with the answer would be learnt. A channel before the answer should be learnt.
         if not first.startswith(asked) or (asked == plain and between.strip()):
             raise UserError(
                 f"the chat template of {self.path} cannot be split into prompt and answer: asked for an answer it ends "
@@ -111,9 +111,9 @@ class ChatTemplate:
         return found[0]
 
     def span(self, messages: Messages, index: int, ids: list[int], tools: Tools = ()) -> tuple[int, int]:
-        """Return where the answer `messages[index]` begins in the tokens of its conversation, and where its turn ends.
+        """Return where the answer `messages[index]` starts in the tokens of its conversation, and where its turn ends.
 
-        A template that writes the beginning of a conversation otherwise when more follows is refused.
+        Refuses a template that writes the first messages differently when more follow.
         """
         start = self.length(ids, messages[:index], asks=True, tools=tools)
         if self.end_of_turn not in ids[start:]:
@@ -121,7 +121,7 @@ class ChatTemplate:
         return start, ids.index(self.end_of_turn, start) + 1
 
     def check_span(self, messages: Messages, index: int, ids: list[int], tools: Tools = ()) -> None:
-        """Refuse an answer that does not end in the whole conversation as it ends alone. See `span`."""
+        """Refuse an answer whose tokens change when more messages follow; see `span`."""
         _, end = self.span(messages, index, ids, tools)
         if index < len(messages) - 1:
             alone = self._short(self.ids(self.render(messages[: index + 1], tools=tools)))
@@ -130,15 +130,15 @@ class ChatTemplate:
                 raise self._cannot_split(index, _parting(alone, whole))
 
     def length(self, ids: list[int], messages: Messages, *, asks: bool = False, tools: Tools = ()) -> int:
-        """Return how many of a conversation's tokens its first messages take, clips at their full length."""
-        begin = self._short(self.ids(self.render(messages, asks=asks, tools=tools)))
+        """Return how many of a conversation's tokens belong to its first messages, including all positions of clips."""
+        first = self._short(self.ids(self.render(messages, asks=asks, tools=tools)))
         places = [*self._places(ids), len(ids)]
-        if len(begin) >= len(places) or [ids[place] for place in places[: len(begin)]] != begin:
-            raise self._cannot_split(len(messages), _parting(begin, self._short(ids)))
-        return places[len(begin)]
+        if len(first) >= len(places) or [ids[place] for place in places[: len(first)]] != first:
+            raise self._cannot_split(len(messages), _parting(first, self._short(ids)))
+        return places[len(first)]
 
     def _places(self, ids: list[int]) -> Sequence[int]:
-        """Positions of tokens without the repetitions of the placeholder."""
+        """Return the positions of tokens, without repetitions of the placeholder."""
         p = self.placeholder
         return range(len(ids)) if p is None else [i for i, t in enumerate(ids) if t != p or not i or ids[i - 1] != p]
 
@@ -148,21 +148,21 @@ class ChatTemplate:
     def _cannot_split(self, index: int, place: int) -> UserError:
         return UserError(
             f"the chat template of {self.path} cannot be split at messages[{index}]: the conversation up to there has "
-            f"other tokens (from {place} on) than it has in the whole. Train the last assistant turn only, take blanks "
-            "from the beginning of the answer, or use a template with {% if add_generation_prompt %} that keeps "
-            "earlier turns as they were"
+            f"other tokens (from {place} on) than its messages in the whole conversation. Train the last assistant "
+            "turn only, take blanks from the beginning of the answer, or use a template with {% if "
+            "add_generation_prompt %} that leaves earlier turns unchanged"
         )
 
     def check_words(self, text: str, messages: Messages, trained: Sequence[int] = ()) -> None:
-        """Refuse a text that lacks words of its messages. Answers that are context may: some drop old reasoning."""
-        said = "".join(text.split())
+        """Refuse a text without some words of its messages. Only answers in the context may lose old reasoning."""
+        written = "".join(text.split())
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index not in trained:
                 continue
             for key, words in _words(message):
                 # Llama 3's template writes the result of a tool as JSON text.
                 quoted = json.dumps(words, ensure_ascii=False)[1:-1] if message["role"] == "tool" else words
-                if not any("".join(form.split()) in said for form in (words, quoted)):
+                if not any("".join(form.split()) in written for form in (words, quoted)):
                     raise UserError(
                         f"the chat template of {self.path} drops or changes the words of messages[{index}] "
                         f"({message['role'] if key == 'content' else key}): write it as the template has it, or leave "
@@ -170,7 +170,7 @@ class ChatTemplate:
                     )
 
     def check_tools(self, text: str, messages: Messages, tools: Tools) -> None:
-        """Refuse a text that lacks a part of its tools and tool calls: it does not change when they do."""
+        """Refuse a text without some part of its tools and tool calls: it does not change when that part changes."""
         lost = "'tools'" if tools and self.render(messages) == text else None
         for index, message in enumerate(messages):
             for what, changed in _changed(message):
@@ -185,7 +185,7 @@ class ChatTemplate:
 
 
 def content_of(parts: Iterable[Text | Audio], clip: str) -> list[dict[str, Any]]:
-    """Return the parts of a turn as a message has them; `clip` is the key of a clip's path."""
+    """Return the parts of a turn as the content of a message; `clip` is the key of a clip's path."""
     return [
         {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "audio", clip: str(part.path)}
         for part in parts
@@ -193,17 +193,17 @@ def content_of(parts: Iterable[Text | Audio], clip: str) -> list[dict[str, Any]]
 
 
 def control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Return id and name of every special token: they give a conversation its shape, and no text may spell them."""
+    """Return id and name of every special token. They structure a conversation, and no text may contain them."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = sorted(added | set(tokenizer.all_special_tokens))
     return {tokenizer.convert_tokens_to_ids(name): name for name in names}
 
 
 def stop_clock(holder: Any, date: str) -> None:
-    """Let the chat templates of a tokenizer or a processor be told `date` (ISO 8601) when they ask for the time.
+    """Fix the time of `strftime_now` in the chat templates of a tokenizer or a processor to `date` (ISO 8601).
 
-    transformers gives templates `strftime_now`, and no way to say what it returns. So a macro of that name is put
-    before the template. A template that draws at random is refused.
+    transformers always passes the current time, so a macro of the same name is put before the template. Refuses a
+    template that draws random numbers.
     """
     templates = getattr(holder, "chat_template", None)
     if isinstance(templates, dict):
@@ -215,7 +215,7 @@ def stop_clock(holder: Any, date: str) -> None:
 def _stopped(template: str, date: str) -> str:
     if drawn := DRAWS.search(template):
         raise UserError(
-            f"the chat template draws at random ({drawn.group().strip()}): the same sample would be other numbers each "
+            f"the chat template draws at random ({drawn.group().strip()}): a sample would have other tokens each "
             "time; take that out of the template"
         )
     if "strftime_now" not in template or template.startswith(MARK):
@@ -227,15 +227,15 @@ def _stopped(template: str, date: str) -> str:
 
 
 def clock_notice(family: Any) -> str:
-    """Return a sentence that says which date a family's chat template is told, or "" if it does not ask."""
+    """Return a sentence about the date that a family's chat template gets, or "" if it does not ask for the time."""
     for holder in (getattr(family, name, None) for name in ("processor", "tokenizer")):
         templates = getattr(holder, "chat_template", None)
         for template in templates.values() if isinstance(templates, dict) else [templates]:
             if template is not None and template.startswith(MARK):
                 date = template.removeprefix(MARK).partition(" ")[0]
                 return (
-                    f"the chat template asks for the time: it is told {date} (model.template_date), in training and in "
-                    "evaluation, on whichever day"
+                    f"the chat template asks for the time: it always gets {date} (model.template_date), in training "
+                    "and in evaluation"
                 )
     return ""
 
@@ -256,7 +256,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield changes of a message with tool calls, each with the part that it changes."""
+    """Yield changes of a message with tool calls, each with the name of the changed part."""
     calls = message.get(CALLS, [])
     if calls and message["content"].strip():
         yield f"'content' beside '{CALLS}'", {"content": f"{message['content']} ."}
@@ -270,10 +270,10 @@ def _changed(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _with(call: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Return a call with another value in its function."""
+    """Return a call with another value of a key of its function."""
     return {**call, "function": {**call["function"], key: value}} if "function" in call else {**call, key: value}
 
 
 def _parting(first: Sequence[int], second: Sequence[int]) -> int:
-    """The first position in which two sequences differ."""
+    """Return the first position at which two sequences differ."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -1,4 +1,4 @@
-"""Which model is trained, and how it is loaded."""
+"""The settings of the model: which one is trained, and how it is loaded."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ class ModelConfig:
     """The model to fine-tune.
 
     Args:
-        path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base; a
-            family of your own makes of it what it likes.
+        path: folder written by `save_pretrained`, or a hub id such as bosonai/higgs-audio-v2-generation-3B-base. Your
+            own family may read it differently.
         family: `auto` reads it from the checkpoint's config.json; or a name (higgs_audio_v2, causal_lm, audio_chat); or
             your own as `package.module:Class`.
         codec: folder or hub id of the audio codec. Default: the one that the checkpoint's processor names.
@@ -23,9 +23,9 @@ class ModelConfig:
             weight of 0 leaves the stream out, head included.
         attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        trust_remote_code: let the checkpoint's own Python code run while its type is read, and in families of your own
-            that ask for it; rawloop's families never run any. Only for checkpoints that you trust.
-        template_date: date, or date and time, such as 2024-07-26, that a chat template which asks for the time is told.
+        trust_remote_code: run the checkpoint's own Python code while its type is read, and in your own families that
+            ask for it; rawloop's families never run any. Only for checkpoints that you trust.
+        template_date: date, or date and time, such as 2024-07-26, that chat templates get as the current time.
     """
 
     path: str = ""

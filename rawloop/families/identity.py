@@ -1,4 +1,4 @@
-"""Digests of everything that a family reads samples with: tokenizer, chat template, processor and source."""
+"""Digests of everything that changes how a family encodes samples: tokenizer, chat template, processor, source."""
 
 import hashlib
 import json
@@ -9,13 +9,13 @@ from typing import Any
 from rawloop.contracts import Family
 from rawloop.hashing import sha256_files
 
-UNRELATED = ("truncation", "padding")  # the last call of a tokenizer leaves them behind
+UNRELATED = ("truncation", "padding")  # a tokenizer keeps them from its last call
 
 
 def reading_of(family: Family) -> dict[str, str]:
-    """Return digests of a family's tokenizer, chat template and feature extractor, by name, wherever they lie.
+    """Return digests of a family's tokenizer, chat template and feature extractor, by name.
 
-    They are found through the attributes `tokenizer` and `processor`, which are taken for those of transformers.
+    They are found through the attributes `tokenizer` and `processor`, which must be those of transformers.
     """
     processor: Any = getattr(family, "processor", None)
     tokenizer = getattr(family, "tokenizer", None) or getattr(processor, "tokenizer", None)
@@ -31,7 +31,7 @@ def reading_of(family: Family) -> dict[str, str]:
 
 
 def source_of(family: Family) -> str:
-    """Return a digest of the source files of a family's package, as far as they are imported."""
+    """Return a digest of the imported source files of a family's package."""
     package = type(family).__module__.partition(".")[0]
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == package]
     files = {Path(str(m.__file__)) for m in modules if getattr(m, "__file__", None)}

@@ -1,4 +1,4 @@
-"""Imports a family of the user's own, also from the folder that the command is started from, and checks it."""
+"""Imports a user's own family, also from the working folder, and checks it."""
 
 import importlib
 import os
@@ -15,12 +15,11 @@ REQUIRED = ("load_model", "check", "example", "collate", "losses")
 def own_family(path: str, config: Any) -> Family:
     """Import `package.module:Class`, call it with the model's config, and check that the result is a family.
 
-    An error in the user's code becomes one line that says where it was raised: a run has many processes, and a
-    traceback from each would be no message.
+    An error in the user's code becomes one line with its place, since every process of a run raises it.
     """
     module_name, _, class_name = path.partition(":")
     asked = f"model.family is '{path}', which"
-    # As `python -m` does, and torchrun with it: a script of the environment begins its search in its own folder.
+    # `python -m` and torchrun search the working folder; an installed script such as `rawloop` does not.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -29,8 +28,8 @@ def own_family(path: str, config: Any) -> Family:
         reason = _told(error, module_name)
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             reason = (
-                f"there is no module {error.name} in {os.getcwd()} or among the installed packages; start from the "
-                "folder that it lies in, or install it"
+                f"there is no module {error.name} in {os.getcwd()} or among the installed packages; start from its "
+                "folder, or install it"
             )
         raise UserError(f"{asked} cannot be imported: {reason}") from error
     if not hasattr(module, class_name):
@@ -50,11 +49,11 @@ def own_family(path: str, config: Any) -> Family:
 
 
 def _told(error: Exception, module_name: str) -> str:
-    """Return an error in a line, with its place in the user's file, else in the file that raised it."""
+    """Return an error in one line, with its place in the user's file, else in the file that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename.removesuffix(".py").endswith(module_name.replace(".", os.sep))]
-    place = (own or frames)[-1]
+    users = [frame for frame in frames if frame.filename.removesuffix(".py").endswith(module_name.replace(".", os.sep))]
+    place = (users or frames)[-1]
     file, line = place.filename, place.lineno
-    if isinstance(error, SyntaxError):  # which no frame of the file has met
+    if isinstance(error, SyntaxError):  # it has no frame of the file
         file, line = error.filename or file, error.lineno
     return f"{' '.join(traceback.format_exception_only(error)[-1].split())} ({file}, line {line})"

@@ -1,7 +1,4 @@
-"""The checks that families make of every sample once, before training, so that a step need not repeat them.
-
-Samples stay in memory after the check, so `example` may rely on it. Files that are read again are digested.
-"""
+"""The checks that families make once for every sample, before training, so that a step need not repeat them."""
 
 import re
 import unicodedata
@@ -15,26 +12,24 @@ import torch
 from torch import Tensor
 from transformers.utils import chat_template_utils
 
-from rawloop.contracts import Audio, Batch, Sample, Text, Turn
-from rawloop.errors import BadSample, UserError
+from rawloop.contracts import Batch, Sample, Text, Turn
+from rawloop.errors import BadSample, UserError, first_few
 from rawloop.families.chat_template import CALLS
 
-SILENT = ("Cc", "Cf")  # control and format characters, which many tokenizers drop by design
+SILENT = ("Cc", "Cf")  # Unicode categories of control and format characters, which many tokenizers drop by design
 LATER = timedelta(days=400, hours=13, minutes=37, seconds=11)  # another year, month, weekday, day and hour
-LEAVE = "or leave the sample out"
 
 
 def check_conversation(sample: Sample, roles: Iterable[str], *, hears: bool) -> None:
-    """Refuse turns that a model which answers in text cannot take. If it `hears`, user turns may have clips."""
+    """Refuse turns that do not fit a model with text answers. If it `hears`, user turns may have clips."""
     for index, turn in enumerate(sample.turns):
         if turn.role not in roles:
             raise UserError(f"it has a {turn.role} turn: turns of this model are {', '.join(roles)}; take it out")
-        clip = next((part.path for part in turn.parts if isinstance(part, Audio)), None)
-        if clip and not hears:
-            raise UserError(f"its {turn.role} turn has the clip {clip}, and the model reads text only")
-        if clip and turn.role != "user":
+        if turn.clips and not hears:
+            raise UserError(f"its {turn.role} turn has the clip {turn.clips[0].path}, and the model reads text only")
+        if turn.clips and turn.role != "user":
             raise UserError(
-                f"it has audio in a {turn.role} turn: this model hears audio and answers in text, so clips belong into "
+                f"it has audio in a {turn.role} turn: this model hears audio and answers in text, so clips belong in "
                 "user turns"
             )
         if turn.trained:
@@ -53,7 +48,7 @@ def _check_trained(turn: Turn, index: int) -> None:
 
 
 def check_no_tools(sample: Sample) -> None:
-    """Refuse tools, calls and thoughts, for a family that has no place for them."""
+    """Refuse tools, tool calls and reasoning, for a family without a place for them."""
     named = ["tools"] if sample.tools else []
     named += ["a tool turn" for turn in sample.turns if turn.role == "tool"]
     named += [key for turn in sample.turns for key in turn.fields if key not in ("name", "tool_call_id")]
@@ -65,23 +60,15 @@ def check_no_tools(sample: Sample) -> None:
 
 
 def control_pattern(names: Iterable[str | None]) -> re.Pattern[str]:
-    """Return a pattern that finds control tokens by their names, the longest first. It finds nothing without names."""
+    """Return a pattern that finds control tokens by name, the longest first. Without names it matches nothing."""
     ordered = sorted({name for name in names if name}, key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
-def check_length(positions: int, limit: int | None) -> None:
-    """Refuse a sample that takes more positions than the model has."""
-    if limit is not None and positions > limit:
-        raise BadSample(
-            f"it takes {positions} positions, the model has {limit}: shorten its text, clips or references, {LEAVE}"
-        )
-
-
 def check_control(turn: Turn, control: re.Pattern[str], *more: str) -> None:
-    """Refuse a turn whose texts, or `more`, spell a control token, which would forge the conversation's shape.
+    """Refuse a turn whose texts, or `more`, contain a control token, which would start or end a turn.
 
-    Chat templates put parts one behind the other, some without the blanks around each.
+    Chat templates concatenate the parts of a turn, some of them without the blanks around each part.
     """
     texts = [part.text for part in turn.parts if isinstance(part, Text)]
     for text in (*texts, "".join(texts), "".join(text.strip() for text in texts), *more):
@@ -92,8 +79,8 @@ def check_control(turn: Turn, control: re.Pattern[str], *more: str) -> None:
 class Letters:
     """Finds letters that a tokenizer does not have: they vanish from a text, or become the unknown token.
 
-    A model that is trained on such a text learns to leave them out, or to say `<unk>`. The tokenizer is asked once for
-    each letter. Changes by the tokenizer's own normaliser (case, accents, compatibility forms, blanks) are no loss.
+    A model trained on such a text learns to leave them out, or to say `<unk>`. Each letter is tokenized once. Changes
+    by the tokenizer's normalizer (case, accents, compatibility forms, blanks) are allowed.
     """
 
     def __init__(self, tokenizer: Any, path: str) -> None:
@@ -104,19 +91,19 @@ class Letters:
     def check(self, text: str) -> None:
         """Refuse a text with letters that the tokenizer loses."""
         if lost := self.lost(text):
-            named = ", ".join(_shown(letter) for letter in lost[:10]) + (" and more" if len(lost) > 10 else "")
             fate = f"become {self.tokenizer.unk_token}" if self._unknown(lost[0]) else "vanish"
             raise BadSample(
-                f"its text has letters that the tokenizer of {self.path} does not know, {named}, which {fate}: use a "
-                f"tokenizer that knows them, write them otherwise, {LEAVE}"
+                f"its text has letters that the tokenizer of {self.path} does not know, "
+                f"{first_few(map(_visible, lost), most=10)}, which {fate}: use a tokenizer that knows them, write them "
+                "otherwise, or leave the sample out"
             )
 
     def check_tokens(self, ids: list[int], text: str) -> None:
-        """Refuse a text with words of known letters that have become the unknown token."""
+        """Refuse a text with words of known letters that became the unknown token."""
         unknown = self.tokenizer.unk_token_id
         if unknown is None or unknown not in ids or self.tokenizer.unk_token in text:
             return
-        ids = self._ids(text)  # a tokenizer that puts BOS before each text may use that for unknown words, too (OPT)
+        ids = self._ids(text)  # without BOS, which is also the unknown token in some tokenizers (OPT)
         if unknown not in ids:
             return
         named = ""
@@ -127,7 +114,7 @@ class Letters:
             named = f" ({', '.join(repr(word[:40]) for word in words[:5])})"
         raise BadSample(
             f"{ids.count(unknown)} words of its text{named} become {self.tokenizer.unk_token} in the tokenizer of "
-            f"{self.path}: write them otherwise, {LEAVE}"
+            f"{self.path}: write them otherwise, or leave the sample out"
         )
 
     def lost(self, text: str) -> list[str]:
@@ -140,20 +127,20 @@ class Letters:
         suspects = [letter for letter in letters if letter in self._suspect]
         if not suspects:
             return []
-        # A tokenizer may know a whole word and none of its letters, so the whole text decides.
+        # A tokenizer may know a whole word but none of its letters, so the whole text decides.
         ids = [token for token in self._ids(text) if token != self.tokenizer.unk_token_id]
-        told, meant = self._told(ids), self._normal(text)
+        decoded, normal = self._decoded(ids), self._normal(text)
         forms = {letter: self._normal(letter) for letter in suspects}
-        return [letter for letter, form in forms.items() if told.count(form) < meant.count(form)]
+        return [letter for letter, form in forms.items() if decoded.count(form) < normal.count(form)]
 
     def _is_suspect(self, letter: str) -> bool:
-        """Whether a letter alone is lost, or a part of it."""
+        """Whether a letter alone loses any part of itself."""
         if self._unknown(letter):
             return True
         wanted = "".join(self._normal(letter).split())
         if not wanted or unicodedata.category(letter) in SILENT:
             return False
-        return not set(wanted) <= set(self._told(self._ids(letter)))
+        return not set(wanted) <= set(self._decoded(self._ids(letter)))
 
     def _unknown(self, letter: str) -> bool:
         return self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in self._ids(letter)
@@ -162,24 +149,24 @@ class Letters:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _told(self, ids: list[int]) -> str:
+    def _decoded(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return self._normal(text)
 
     def _normal(self, text: str) -> str:
-        """Return a text as the tokenizer sees it. One without a normaliser that can be asked gives the text itself."""
+        """Return the output of the tokenizer's normalizer, or the text itself if there is none."""
         normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
 
-def _shown(letter: str) -> str:
-    """Return a letter in quotes, or its number if it cannot be seen alone."""
+def _visible(letter: str) -> str:
+    """Return a letter in quotes, or its code point if it is invisible alone."""
     visible = letter.isprintable() and not letter.isspace() and not unicodedata.combining(letter)
     return f"'{letter}'" if visible else f"U+{ord(letter):04X}"
 
 
 def check_repeatable(make: Callable[[], Batch]) -> None:
-    """Make a batch twice, the second time at another time of day and date, and refuse what differs."""
+    """Make a batch twice, the second time with another date and time for chat templates. Refuse differences."""
     first = make()
     one = _tensors(first)
     with _later():
@@ -187,14 +174,15 @@ def check_repeatable(make: Callable[[], Batch]) -> None:
     if one.keys() != two.keys() or not all(t.shape == two[n].shape and torch.equal(t, two[n]) for n, t in one.items()):
         raise UserError(
             f"the samples {', '.join(first.ids)} become other numbers each time they are made: the chat template or "
-            "the family reads the clock, or draws at random in a way that no seed reaches; stop the clock of templates "
-            "with rawloop.families.chat_template.stop_clock, and draw from a global generator of torch, Python or numpy"
+            "the family reads the clock, or draws from a generator that rawloop does not seed; fix the time of "
+            "templates with rawloop.families.chat_template.stop_clock, and draw from the global generator of torch, "
+            "Python or numpy"
         )
 
 
 @contextmanager
 def _later() -> Iterator[None]:
-    """While this is open, chat templates are told another time; the process's own time goes on as it does."""
+    """Give chat templates another time. The time of the process is unchanged."""
 
     class Later(datetime):
         @classmethod

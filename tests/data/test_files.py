@@ -101,10 +101,10 @@ def test_paths_that_differ_within_one_part(tmp_path: Path, tone: Callable[..., P
 @pytest.mark.parametrize(
     ("written", "there", "hint"),
     [
-        ("é.wav", unicodedata.normalize("NFD", "é.wav"), "the file's name is the same in the Unicode form NFD"),
-        (unicodedata.normalize("NFD", "é.wav"), "é.wav", "the file's name is the same in the Unicode form NFC"),
-        ("wavs\\a.wav", "wavs/a.wav", r"write / for \\: the file is there"),
-        ("wavs\\a.wav", "b.wav", r"write / for \\, which separates folders on Windows alone"),
+        ("é.wav", unicodedata.normalize("NFD", "é.wav"), "the same name exists in the Unicode form NFD"),
+        (unicodedata.normalize("NFD", "é.wav"), "é.wav", "the same name exists in the Unicode form NFC"),
+        ("wavs\\a.wav", "wavs/a.wav", r"write / for \\: that file exists"),
+        ("wavs\\a.wav", "b.wav", r"write / for \\, which separates folders on Windows only"),
         ("A.WAV", "a.wav", "there is 'a.wav': mind upper and lower case"),
     ],
 )

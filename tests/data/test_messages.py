@@ -118,7 +118,7 @@ def told(**part: Any) -> dict[str, Any]:
         ({"messages": [ASK, {**TOLD, "loss": False}]}, "no turn is trained"),
         ({"messages": [ASK, TOLD], "start_index": 2}, "no turn is trained"),
         ({"messages": [ASK, TOLD], "start_index": "1"}, r"'start_index' is '1' \(str\)"),
-        ({"messages": [{**ASK, "loss": True}, TOLD]}, "only assistant turns are trained"),
+        ({"messages": [{**ASK, "loss": True}, TOLD]}, "only assistant turns can be"),
         ({"messages": [ASK, {**TOLD, "loss": 0.5}]}, r"messages\[1\]: 'loss' is 0.5 \(float\): it must be true"),
         ({"messages": [ASK, TOLD], "audios": ["a.wav"]}, r"0 <audio> marker\(s\) for 1 file\(s\)"),
         ({"messages": [{**ASK, "content": "<audio>"}, TOLD]}, r"1 <audio> marker\(s\) for 0 file\(s\)"),

@@ -67,7 +67,9 @@ def test_a_transcript_that_begins_with_the_mark_of_its_clip(metadata: Write, cli
     (clip.parent / "a.txt").write_text("<audio>Hello.")
     folder = metadata({"audio_file": "a.wav", "transcript_file": "a.txt", **ABOUT})
     assert one(folder, lines).turns == (SCENE, *spoken(clip))
-    assert lines == [f"{folder}/metadata.json: 1 transcripts begin with <audio>, the mark of a clip, which is left out"]
+    assert lines == [
+        f"{folder}/metadata.json: 1 transcripts start with <audio>, the marker of a clip, which is left out"
+    ]
     (clip.parent / "a.txt").write_text("<audio>")
     with pytest.raises(UserError, match=r"the transcript '<audio>' .* has the marker <audio> among or without words"):
         one(folder)

@@ -54,7 +54,7 @@ def test_templates_without_the_time_stay_as_they_are(text_checkpoint: Path) -> N
     tokenizer.chat_template = {"default": before, "tools": DATED}
     stop_clock(tokenizer, DATES[0])
     assert tokenizer.chat_template["default"] == before
-    assert "it is told 2024-07-26 (model.template_date)" in clock_notice(type("Own", (), {"tokenizer": tokenizer}))
+    assert "it always gets 2024-07-26 (model.template_date)" in clock_notice(type("Own", (), {"tokenizer": tokenizer}))
     stop_clock(object(), DATES[0])  # a processor that has none
 
 
@@ -108,7 +108,7 @@ def test_a_sample_is_the_same_on_all_days(
 
     check_repeatable(lambda: make(family))
     assert "Today is Friday, 26 Jul 2024." in family.tokenizer.decode(make(family).inputs["input_ids"][0])
-    assert "it is told 2024-07-26" in clock_notice(family)
+    assert "it always gets 2024-07-26" in clock_notice(family)
     assert clock_notice(load_family(ModelConfig(path=str(base / "model" if kind == "higgs" else base)))) == ""
     family.tokenizer.chat_template = Path(path, "chat_template.jinja").read_text()  # as a family of one's own may have
     with pytest.raises(UserError, match="the samples s become other numbers each time they are made"):
@@ -143,7 +143,7 @@ def test_eval_loss_does_not_depend_on_the_day(
     options = [f"--model.path={model}", f"--data.train={text_data}/train.jsonl", f"--data.eval={text_data}/eval.jsonl"]
     options += [f"--output={tmp_path}/run", "--device=cpu", "--checks.enabled=false", "--records.progress=false"]
     told = (
-        "the chat template asks for the time: it is told 2024-07-26 (model.template_date), in training and in evaluat"
+        "the chat template asks for the time: it always gets 2024-07-26 (model.template_date), in training and in eva"
     )
     assert main(["train", *options, "--train.max_steps=1"]) == 0
     assert told in capfd.readouterr().out

@@ -97,7 +97,7 @@ def test_a_size_of_a_layer_is_no_number_of_layers(folder: Path) -> None:
 def test_one_models_folder_in_the_place_of_anothers(folder: Path, demo_checkpoint: Path) -> None:
     asked = "model.family is 'higgs_audio_v2', and model.path is 'FOLDER', a model of type 'llama'"
     assert asked in refusal(folder, family="higgs_audio_v2")
-    assert "folder of an audio codec: it belongs into model.codec" in refusal(demo_checkpoint / "codec")
+    assert "folder of an audio codec: it belongs in model.codec" in refusal(demo_checkpoint / "codec")
     family: Any = load_family(ModelConfig(path=str(demo_checkpoint / "model"), codec=str(folder)))
     with pytest.raises(UserError, match=r"model\.codec is '.*', a model of type 'llama': give the folder of the codec"):
         family.load_codec(torch.device("cpu"))

@@ -87,7 +87,7 @@ class Own:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (None, r"cannot be imported: there is no module mine_for_tests in .*; start from the folder that it lies in"),
+        (None, r"cannot be imported: there is no module mine_for_tests in .*; start from its folder"),
         (
             "import no_such_module_anywhere",
             r"ModuleNotFoundError: No module named 'no_such_.* \(.*mine_for_tests.py, line 1\)",
