@@ -33,7 +33,7 @@ _HOME = {
         "precision.config": "PrecisionConfig",
         "precision.gradients": "StepResult",
         "precision.policy": "PrecisionPolicy",
-        "preempt": "Preemption watched",
+        "preempt": "Preemption watch_signals",
         "records": "Records read_events read_metrics",
         "seed": "RngState seed_all",
         "settings": "DDPConfig EvaluationConfig OptimConfig RecordsConfig TrainConfig",
@@ -85,7 +85,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from rawloop.precision.gradients import StepResult as StepResult
     from rawloop.precision.policy import PrecisionPolicy as PrecisionPolicy
     from rawloop.preempt import Preemption as Preemption
-    from rawloop.preempt import watched as watched
+    from rawloop.preempt import watch_signals as watch_signals
     from rawloop.records import Records as Records
     from rawloop.records import read_events as read_events
     from rawloop.records import read_metrics as read_metrics

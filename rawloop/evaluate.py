@@ -20,7 +20,7 @@ from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import Preempted, UserError, happening, nearest
 from rawloop.inputs import moved
 from rawloop.losses import as_stream_losses, joined, not_weighable, sums_by_name
-from rawloop.preempt import agreed
+from rawloop.preempt import first_reason
 from rawloop.settings import EvaluationConfig as EvaluationConfig
 
 Pairs = dict[str, tuple[Any, int]]  # sum and count by name
@@ -150,7 +150,7 @@ class Evaluator:
             share = self.world.on_all_ranks(lambda: self._own_share(wanted))
         assert share is not None
         shares = self.world.gather(share)
-        stopped = agreed([share.stopped for share in shares])
+        stopped = first_reason([share.stopped for share in shares])
         if stopped is not None:
             raise Preempted(stopped)
         if not any(share.num_batches for share in shares):

@@ -22,7 +22,7 @@ from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr
 from rawloop.precision.gradients import StepResult
 from rawloop.precision.preflight import preflight
-from rawloop.preempt import agreed
+from rawloop.preempt import first_reason
 from rawloop.run import Run as Run
 from rawloop.run import TrainState as TrainState
 from rawloop.run import evaluate_and_save, raise_if, stop_early
@@ -126,7 +126,7 @@ def agree_on_window(run: Run, fetched: Fetched) -> tuple[list[Batch], dict[str, 
     if failed:
         run.world.on_all_ranks(lambda: raise_if(error))
     if stopping:
-        run.save_and_stop(agreed(run.world.gather(stop)) or "")
+        run.save_and_stop(first_reason(run.world.gather(stop)) or "")
     targets = {stream: int(count) for stream, count in zip(run.weights, counts, strict=True)}
     if not any(targets.values()):
         raise run.world.raised_on_all(

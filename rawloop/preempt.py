@@ -1,7 +1,7 @@
-"""Requests to stop: by a scheduler's SIGTERM or SIGUSR1, or by a file named STOP.
+"""Requests to stop: SIGTERM or SIGUSR1 from a scheduler, or a file named STOP.
 
-A signal only sets a flag, because it may come in the middle of an update or a save. The loop asks `wanted()` between
-steps, agrees with the other ranks, and raises `Preempted`.
+A signal only sets a flag, because it may arrive during an update or a save. Between steps the loop calls `wanted()`,
+agrees with the other ranks, and raises `Preempted`.
 """
 
 import os
@@ -20,22 +20,22 @@ STOP_FILE = "STOP"
 
 
 class Preemption:
-    """Says whether to stop.
+    """Says whether the run should stop.
 
-    `stop_file` is looked for when asked, one `stat` a time, and so is `signal_file`, which launch/torchrun.py makes
-    when it is told: its name is the signal's.
+    Each call of `wanted` looks for `stop_file` and for `signal_file`. launch/torchrun.py makes the latter when it
+    receives a signal, and names it after the signal.
     """
 
     def __init__(self, stop_file: Path | None = None, signal_file: Path | None = None) -> None:
         self.stop_file, self.signal_file = stop_file, signal_file
-        self.received: str | None = None  # the first signal's name; later ones change nothing
+        self.received: str | None = None  # name of the first signal; later signals change nothing
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Remember a signal; this is the handler."""
+        """Remember a signal. This is the signal handler."""
         self.received = self.received or signal.Signals(number).name
 
     def wanted(self) -> str | None:
-        """Return by what the run is to be stopped, or None."""
+        """Return what asks the run to stop, or None."""
         if self.received is None and self.signal_file is not None and self.signal_file.exists():
             self.received = self.signal_file.name
         if self.received is None and self.stop_file is not None and self.stop_file.exists():
@@ -43,11 +43,11 @@ class Preemption:
         return self.received
 
 
-def end_early(command: str, go_on: str, exit_code_file: str | None) -> None:
-    """Until signals are watched, end at once with exit code 75 on SIGTERM and SIGUSR1: nothing has begun yet.
+def exit_on_signals(command: str, go_on: str, exit_code_file: str | None) -> None:
+    """On SIGTERM and SIGUSR1 exit at once with code 75, until `watch_signals` sets its handlers.
 
-    For a process that is rawloop's own, at its very start; torch is imported for seconds. The handlers come back when
-    watching ends, and `ignore_signals` should follow.
+    For the first seconds of rawloop's own process, in which torch is imported and there is nothing to save. Afterwards
+    these handlers are back: call `ignore_signals`.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -62,17 +62,17 @@ def end_early(command: str, go_on: str, exit_code_file: str | None) -> None:
 
 
 def ignore_signals() -> None:
-    """Let no later signal change the exit code of a process that ends."""
+    """Ignore both signals, so that they cannot change the exit code of a process that is about to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def watched(stop_file: Path | None = None, signal_file: Path | None = None) -> Iterator[Preemption]:
-    """Remember SIGTERM and SIGUSR1 inside the block instead of dying of them. At its end all is put back as it was.
+def watch_signals(stop_file: Path | None = None, signal_file: Path | None = None) -> Iterator[Preemption]:
+    """Remember SIGTERM and SIGUSR1 inside the block; at its end restore the handlers that were set before.
 
-    Signals that were blocked until now, as the scripts in `launch/` leave SIGUSR1, are let in. Python lets only the
-    main thread set handlers: in any other thread only files count.
+    Blocked signals are unblocked inside (launch/torchrun.py blocks SIGUSR1). Python sets signal handlers only in
+    the main thread: in any other thread only the two files count.
     """
     preemption = Preemption(stop_file, signal_file)
     if threading.current_thread() is not threading.main_thread():
@@ -88,8 +88,8 @@ def watched(stop_file: Path | None = None, signal_file: Path | None = None) -> I
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def agreed(reasons: Sequence[str | None]) -> str | None:
-    """Return why all ranks stop: the first rank's reason, and which rank that is where not all have one."""
+def first_reason(reasons: Sequence[str | None]) -> str | None:
+    """Return the first rank's reason to stop, or None. It names that rank unless all ranks have a reason."""
     found = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
     if not found:
         return None
@@ -97,14 +97,14 @@ def agreed(reasons: Sequence[str | None]) -> str | None:
     return reason if len(found) == len(reasons) else f"{reason} on rank {rank}"
 
 
-def left_to_the_parent() -> None:
-    """In a helper process: obey SIGTERM only if it comes from the parent, and SIGUSR1 never.
+def leave_signals_to_parent() -> None:
+    """In a data worker: ignore SIGUSR1, and obey SIGTERM only if the parent has sent it.
 
-    A scheduler and torchrun send them to helpers too, and a data worker that dies of one breaks the step in which its
-    parent was to notice its own. A helper that ignored SIGTERM would outlive a parent that ends it when it exits.
+    Schedulers and torchrun send both to data workers too. A worker that ended would break the step of its parent; a
+    worker that ignored SIGTERM would outlive a parent that terminates it at exit.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere a signal does not say whom it is from
+    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -1,15 +1,17 @@
 """The files that a run writes for people: metrics, events and lines of progress.
 
-`metrics.jsonl` and `events.jsonl` are the truth; TensorBoard and W&B receive copies. A line is handed to the operating
-system before the call returns. A line that a crash left incomplete is cut off, and reported, when the run goes on.
+`metrics.jsonl` and `events.jsonl` are the truth; TensorBoard and W&B receive copies. Each line is passed to the
+operating system before the call returns. A resumed run cuts off, and reports, a line that a crash left incomplete.
 """
 
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
@@ -21,19 +23,16 @@ from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.files import replace_file
 from rawloop.settings import RecordsConfig as RecordsConfig
-from rawloop.sinks import Sinks
 
 EventKind = Literal[
     "start", "stop", "precision", "check", "skip", "fallback", "save", "restore", "best", "bad_sample", "warning"
 ]
-
 Value = float | int | str | None
 Log = Callable[[str], object] | None
 METRICS, EVENTS, DISCARDED = "metrics.jsonl", "events.jsonl", "metrics.discarded.jsonl"
 MEND = "rawloop writes no such line: mend it, or move the file aside"
 NOT_FINITE = ("nan", "inf", "-inf")
-# The metrics of a line of progress, and their format. Only metrics with one of the two losses make a line.
-LOSSES = ("loss", "eval_loss")
+# The metrics in a line of progress, and their format. Metrics without one of the two losses make no line.
 SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval_loss {:.4f}",
@@ -54,7 +53,7 @@ def check_packages(config: RecordsConfig) -> None:
 
 
 def json_value(value: Any) -> Any:
-    """Return the value in a form that JSON can hold: a float that is not finite becomes its name, at any depth."""
+    """Return the value as JSON can hold it: a float that is not finite becomes its name, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
@@ -72,20 +71,17 @@ def _cut_torn_tail(path: Path) -> str | None:
     """Cut off an incomplete last line and return it."""
     if not path.exists():
         return None
-    with path.open("r+b") as file:
+    with path.open("r+b") as file:  # unlike "rb", this does not wait where the path is a pipe: it raises
         data = file.read()
         whole = data.rfind(b"\n") + 1
-        if whole == len(data):
-            return None
-        file.truncate(whole)
-    return data[whole:].decode(errors="replace")
+        if whole < len(data):
+            file.truncate(whole)
+    return data[whole:].decode(errors="replace") or None
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file, without an incomplete last line: a writer may be at work on it, or have died."""
-    if not path.exists():
-        return
-    *whole, _ = path.read_bytes().split(b"\n")
+    """Yield the objects of a file, except an incomplete last line: the writer may still be writing, or have died."""
+    *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(whole, start=1):
         try:
             found = json.loads(line)
@@ -97,7 +93,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Value]]:
-    """Return the lines of a run's `metrics.jsonl`, in order, with "nan", "inf" and "-inf" as floats again."""
+    """Return the lines of a run's `metrics.jsonl`, in order; "nan", "inf" and "-inf" become floats."""
     return [
         {name: float(value) if value in NOT_FINITE else value for name, value in line.items()}
         for line in _read_lines(folder / METRICS)
@@ -105,15 +101,9 @@ def read_metrics(folder: Path) -> list[dict[str, Value]]:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of all ranks of a run, in order of time."""
+    """Return the events of all ranks of a run, sorted by time."""
     paths = [folder / EVENTS, *sorted(folder.glob("events-rank*.jsonl"))]
     return sorted((event for path in paths for event in _read_lines(path)), key=lambda event: event["time"])
-
-
-def progress_line(step: int, total: int | None, values: Mapping[str, Value]) -> str:
-    """Return metrics as a line for a log file: `step 120/60000  loss 4.3520  lr 1.2e-05`."""
-    shown = [text.format(values[name]) for name, text in SHOWN.items() if isinstance(values.get(name), float | int)]
-    return "  ".join([f"step {step}" if total is None else f"step {step}/{total}", *shown])
 
 
 def to_stderr(line: str) -> None:
@@ -121,18 +111,52 @@ def to_stderr(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+class Sinks:
+    """Copies metrics to TensorBoard and Weights & Biases, as the config says."""
+
+    def __init__(self, folder: Path, config: RecordsConfig, purge_step: int | None) -> None:
+        self._tensorboard = self._wandb = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        if config.wandb:
+            identity = folder / "wandb-id"  # so that a resumed run continues the same run on W&B
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(8))
+            options = {"name": folder.name, "id": identity.read_text().strip(), "dir": str(folder), "resume": "allow"}
+            self._wandb = import_module("wandb").init(project=config.wandb_project, **options)
+            # W&B drops values for a step before its own counter, as after a resume: log the step as a metric instead.
+            self._wandb.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write the metrics of one step; only numbers go to TensorBoard."""
+        if self._tensorboard:
+            for name in (name for name, value in values.items() if isinstance(value, float | int)):
+                self._tensorboard.add_scalar(name, values[name], step)
+        if self._wandb:
+            self._wandb.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Flush both, and end their threads."""
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
 class Records:
     """Metrics, events and progress of one run. Every rank has one; only rank 0 writes metrics and shows progress.
 
-    Each rank writes events to a file of its own, so lines never mix: rank 0 to `events.jsonl`, rank 1 to
-    `events-rank00001.jsonl`. Construct it, and call `rewind`, on every rank.
+    Each rank writes its events to its own file: rank 0 to `events.jsonl`, rank 1 to `events-rank00001.jsonl`. All ranks
+    construct it, and all call `rewind`.
 
     Args:
-        folder: the run folder; made if it is missing.
+        folder: the run folder; created if it is missing.
         world: the ranks.
         config: sinks and progress.
-        log: called with each event of rank 0 and each line of progress, such as `logging.getLogger("run").info`; None
-            says nothing. The files are written in any case.
+        log: called with each event of rank 0 and each line of progress, for example `logging.getLogger("run").info`;
+            None prints nothing. The files are written in any case.
 
     Raises:
         UserError: a sink needs a package that is not installed.
@@ -148,7 +172,7 @@ class Records:
         self._sinks: Sinks | None = None
         self._bar: tqdm[Any] | None = None
         self._total: int | None = None
-        self._shows_lines = False  # a bar in a log file would be one endless line
+        self._shows_lines = False  # in place of the bar, which would be one endless line in a log file
         self._purge_step: int | None = None
         world.on_all_ranks(self._start, only_main=True)
 
@@ -171,7 +195,7 @@ class Records:
         return self._files[name]
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        """Write one object as one line, whole or not at all."""
+        """Write one object as one line, completely or not at all."""
         file, rest = self._open(name), _to_line(values)
         end = os.fstat(file.fileno()).st_size
         try:
@@ -182,9 +206,10 @@ class Records:
             raise RawloopError(f"cannot write {self.folder / name}: {error.strerror}") from error
 
     def metrics(self, step: int, values: Mapping[str, Value]) -> None:
-        """Write one line of metrics for `step`, on rank 0. A nan or an infinity is written as it is, by its name.
+        """Write one line of metrics for `step`, on rank 0. A nan or an infinity is written by its name.
 
-        A value that is no Python number or string is a TypeError: a tensor here would hide a wait for the device.
+        Raises:
+            TypeError: a value is no Python number or string: reading a tensor here would hide a device sync.
         """
         for name, value in values.items():
             if not isinstance(value, float | int | str) and value is not None:
@@ -192,15 +217,15 @@ class Records:
         if not self.world.is_main:
             return
         self._append(METRICS, {"step": step, **json_value(values)})
-        if self._log and self._shows_lines and any(name in values for name in LOSSES):
-            self._log(progress_line(step, self._total, values))
-        if self.config.tensorboard or self.config.wandb:
-            project = self.config.wandb_project if self.config.wandb else None
-            self._sinks = self._sinks or Sinks(self.folder, self.config.tensorboard, project, self._purge_step)
-            self._sinks.write(step, values)
+        if self._log and self._shows_lines and {"loss", "eval_loss"} & values.keys():
+            shown = [text.format(values[n]) for n, text in SHOWN.items() if isinstance(values.get(n), float | int)]
+            place = f"step {step}" if self._total is None else f"step {step}/{self._total}"
+            self._log("  ".join([place, *shown]))  # step 120/60000  loss 4.3520  lr 1.2e-05
+        self._sinks = self._sinks or Sinks(self.folder, self.config, self._purge_step)
+        self._sinks.write(step, values)
 
     def event(self, kind: EventKind, *, step: int, reason: str, **fields: Any) -> None:
-        """Record a decision or an incident, on any rank; rank 0's also goes to the log.
+        """Record a decision or an incident, on any rank; rank 0 logs it too.
 
         `step` is -1 for an event outside the steps. `fields` are further JSON values.
         """
@@ -208,21 +233,19 @@ class Records:
             raise ValueError(f"{kind!r} is no kind of event; these are: {', '.join(get_args(EventKind))}")
         rank = self.world.rank
         name = f"events-rank{rank:05d}.jsonl" if rank else EVENTS
-        self._open(name)  # before the time is taken: it may write an event of its own
+        self._open(name)  # before the time is read: opening may write an event
         line = {"time": time.time(), "kind": kind, "step": step, "rank": rank, "reason": reason}
         self._append(name, {**line, **json_value(fields)})
         if self._log:
             self._log(f"[{kind}] step {step}: {reason}" if step >= 0 else f"[{kind}] {reason}")
 
     def rewind(self, step: int, evaluated: bool = True, entered: Sequence[str] = ()) -> None:
-        """Move metrics later than `step` to `metrics.discarded.jsonl`: a run that resumes there writes its own.
-
-        Events stay: they did happen.
+        """Move metrics after `step` to `metrics.discarded.jsonl`: the resumed run writes them again. Events stay.
 
         Args:
             step: where the run resumes.
-            evaluated: whether the evaluation of `step` itself counts; if not, it will be repeated.
-            entered: the precision modes that the run had fallen back to by then.
+            evaluated: whether the evaluation of `step` itself stays; if not, it will be repeated.
+            entered: the precision modes that the run had fallen back to at `step`.
         """
         self.world.on_all_ranks(lambda: self._rewind(step, evaluated, entered), only_main=True)
 
@@ -244,14 +267,13 @@ class Records:
         self._files.pop(METRICS).close()
         replace_file(self.folder / METRICS, b"".join(_to_line(line) for line in lines if stays(line)))
         where = f"later than step {step}" if evaluated else f"from the evaluation of step {step} on"
-        if step < 0:
-            where = "of a start that came to no checkpoint"
+        where = where if step >= 0 else "of a start that came to no checkpoint"
         self.event("restore", step=step, reason=f"moved {len(later)} line(s) of metrics {where} to {DISCARDED}")
 
     def progress(self, total: int | None, initial: int = 0) -> "tqdm[Any]":
-        """Return a progress bar over optimizer steps: `update(n)`, `set_postfix(...)`, `close()`.
+        """Return a progress bar over optimizer steps.
 
-        It does nothing on other ranks, nor where stderr is no terminal: there `metrics` logs a line instead.
+        It shows nothing on other ranks, or if stderr is no terminal: then `metrics` logs lines instead.
         """
         shown, terminal = self.world.is_main and self.config.progress, sys.stderr.isatty()
         self._total, self._shows_lines = total, shown and not terminal
@@ -265,7 +287,7 @@ class Records:
         self.close()
 
     def close(self) -> None:
-        """Close the files; nothing can be written afterwards."""
+        """Close the files and the sinks; nothing can be written afterwards."""
         if self._bar is not None:
             self._bar.close()
         self._close_sinks()
@@ -273,6 +295,6 @@ class Records:
             file.close()
 
     def _close_sinks(self) -> None:
-        if self._sinks is not None:
+        if self._sinks:
             self._sinks.close()
         self._sinks = None

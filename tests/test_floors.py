@@ -30,7 +30,6 @@ FLOORS = (
             "dist",
             "preempt",
             "records",
-            "sinks",
             "seed",
             "buffers",
             "losses",

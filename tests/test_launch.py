@@ -346,8 +346,8 @@ def test_a_worker_told_to_stop_while_it_is_still_importing_learns_of_it(told: st
         f"""import os, signal, time
 from pathlib import Path
 os.kill({told}, signal.SIGUSR1)
-from rawloop.preempt import watched
-with watched(None, Path(os.environ["RAWLOOP_SIGNAL_FILE"])) as preemption:
+from rawloop.preempt import watch_signals
+with watch_signals(None, Path(os.environ["RAWLOOP_SIGNAL_FILE"])) as preemption:
     deadline = time.monotonic() + 10
     while preemption.wanted() is None and time.monotonic() < deadline:
         time.sleep(0.01)

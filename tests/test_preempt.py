@@ -35,7 +35,7 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.optim import OptimConfig
-from rawloop.preempt import SIGNALS, STOP_FILE, agreed, watched
+from rawloop.preempt import SIGNALS, STOP_FILE, first_reason, watch_signals
 from rawloop.records import read_events, read_metrics
 
 TIMES = ("eval_seconds", "samples_per_second")
@@ -60,7 +60,7 @@ def base(demo_checkpoint: Path, demo_data: Path) -> RunConfig:
 
 def go(config: RunConfig, world: World | None = None, change: Change | None = None) -> Run:
     """What `rawloop train` does, in this process."""
-    with watched(Path(config.output) / STOP_FILE) as preemption:
+    with watch_signals(Path(config.output) / STOP_FILE) as preemption:
         run = build_run(config, world or World(), lambda line: None)
         run.preemption = preemption
         try:
@@ -241,9 +241,9 @@ def test_a_second_signal_changes_nothing_until_the_process_has_ended(tmp_path: P
     script = """import sys, time, types
 from rawloop import cli
 from rawloop.errors import Preempted
-from rawloop.preempt import watched
+from rawloop.preempt import watch_signals
 def run(rest):
-    with watched() as preemption:
+    with watch_signals() as preemption:
         print("watching", flush=True)
         while preemption.wanted() is None:
             time.sleep(0.01)
@@ -272,11 +272,11 @@ def test_handlers_are_put_back_and_other_threads_set_none() -> None:
     seen = []
 
     def look() -> None:
-        with watched() as preemption:
+        with watch_signals() as preemption:
             seen.append([signal.getsignal(number) for number in SIGNALS])
             assert preemption.wanted() is None
 
-    with watched() as preemption:
+    with watch_signals() as preemption:
         inside = [signal.getsignal(number) for number in SIGNALS]
         thread = threading.Thread(target=look)
         thread.start()
@@ -290,9 +290,9 @@ def test_handlers_are_put_back_and_other_threads_set_none() -> None:
 
 
 def test_the_rank_is_named_where_not_all_were_told() -> None:
-    assert agreed([None, None]) is None
-    assert agreed(["SIGTERM", "SIGTERM"]) == "SIGTERM"
-    assert agreed([None, "SIGTERM"]) == "SIGTERM on rank 1"
+    assert first_reason([None, None]) is None
+    assert first_reason(["SIGTERM", "SIGTERM"]) == "SIGTERM"
+    assert first_reason([None, "SIGTERM"]) == "SIGTERM on rank 1"
 
 
 class Numbers(torch.utils.data.Dataset[Any]):

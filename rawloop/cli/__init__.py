@@ -16,7 +16,7 @@ from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
 from rawloop.errors import LibraryError, LostRank, RawloopError, UserError, nearest
-from rawloop.preempt import end_early, ignore_signals
+from rawloop.preempt import exit_on_signals, ignore_signals
 
 if TYPE_CHECKING:
     from rawloop.config import RunConfig
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     own_process = argv is None and command in GO_ON
     if own_process:
-        end_early(command, GO_ON[command], os.environ.get(EXIT_CODE_FILE))
+        exit_on_signals(command, GO_ON[command], os.environ.get(EXIT_CODE_FILE))
     left = Path(os.environ[EXIT_CODE_FILE]) if EXIT_CODE_FILE in os.environ else None
     try:
         code = call(command, rest, left)

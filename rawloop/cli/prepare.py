@@ -5,7 +5,7 @@ from rawloop.data.splits import prepare_codes
 from rawloop.errors import UserError
 from rawloop.families import load_family
 from rawloop.launcher import choose_device, read_ranks
-from rawloop.preempt import watched
+from rawloop.preempt import watch_signals
 
 
 def run(argv: list[str]) -> None:
@@ -14,5 +14,5 @@ def run(argv: list[str]) -> None:
     if read_ranks()[1] > 1:
         raise UserError("rawloop prepare is one process: start it without torchrun")
     device = choose_device(config.device, 0)
-    with watched() as preemption:
+    with watch_signals() as preemption:
         print(prepare_codes(config.data, load_family(config.model), device, preemption), flush=True)

@@ -14,7 +14,7 @@ from rawloop.config import moved_run
 from rawloop.dist import open_world
 from rawloop.errors import Preempted
 from rawloop.loop import Run, train
-from rawloop.preempt import STOP_FILE, watched
+from rawloop.preempt import STOP_FILE, watch_signals
 from rawloop.records import read_metrics
 
 SIGNAL_FILE = "RAWLOOP_SIGNAL_FILE"  # what launch/torchrun.py makes when it is told to stop by SIGUSR1
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> None:
     folder = Path(expanduser(config.output))
     told = os.environ.get(SIGNAL_FILE)
     with (
-        watched(folder / STOP_FILE, Path(told) if told else None) as preemption,
+        watch_signals(folder / STOP_FILE, Path(told) if told else None) as preemption,
         open_world(config.device, config.ddp.timeout) as world,
     ):
         notice = moved_run(argv, config)

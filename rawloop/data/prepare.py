@@ -31,7 +31,7 @@ from rawloop.data.config import DataConfig
 from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
 from rawloop.errors import Preempted, RawloopError
 from rawloop.family_protocols import CodecInfo
-from rawloop.preempt import Preemption, watched
+from rawloop.preempt import Preemption, watch_signals
 from rawloop.segments import content_hash, segment_of
 
 T = TypeVar("T")
@@ -270,7 +270,7 @@ def _deferred_signals(preemption: Preemption | None) -> Iterator[Callable[[], st
     if main:
         signal.signal(signal.SIGINT, record)
     try:
-        with nullcontext(preemption) if preemption else watched() as stop:
+        with nullcontext(preemption) if preemption else watch_signals() as stop:
             yield lambda: "SIGINT" if interrupts else stop.wanted()
     finally:
         if main:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rawloop.contracts import Batch, Labels
 from rawloop.errors import RawloopError, UserError
-from rawloop.preempt import left_to_the_parent
+from rawloop.preempt import leave_signals_to_parent
 
 PER_WORKER = 8  # file descriptors that a worker takes in the process that started it, and some more
 SPARE = 16  # those that a run opens after its start: records, checkpoints
@@ -144,7 +144,7 @@ def _pack(item: Any) -> Any:
 
 
 def _begin(number: int) -> None:
-    left_to_the_parent()
+    leave_signals_to_parent()
 
 
 def check_descriptors(num_workers: int, spare: int = 0) -> None:
