@@ -1,7 +1,7 @@
-"""Buffers that a forward pass changes, such as the running means of BatchNorm.
+"""Buffers that training changes ("moves"), such as the running means of BatchNorm.
 
-They matter as much as weights, but no optimizer, no all-reduce and no adapter's file looks after them. One pass before
-training finds them by comparison.
+They matter as much as weights, but no optimizer, all-reduce or adapter file handles them. One pass before training
+finds them by comparison.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,35 +18,35 @@ from rawloop.seed import preserved_rng
 
 
 class Place(NamedTuple):
-    """The module and the name of a buffer. A forward pass may assign another tensor, so it is looked up each time."""
+    """The module and the name of a buffer. It is looked up each time, as a forward pass may assign another tensor."""
 
     module: nn.Module
     key: str
 
     @property
     def buffer(self) -> Tensor:
-        """The buffer as it is now."""
+        """The current buffer."""
         found = self.module._buffers[self.key]
         assert found is not None
         return found
 
 
 def places(model: nn.Module) -> dict[str, Place]:
-    """Return the place of each buffer of a model, by name; of a shared buffer, the first place."""
+    """Return the place of each buffer of a model by name; a shared buffer is listed once, at its first place."""
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and id(buffer) not in seen:
                 seen.add(id(buffer))
-                found[_joined(prefix, key)] = Place(module, key)
+                found[f"{prefix}.{key}".lstrip(".")] = Place(module, key)
     return found
 
 
 class Moves(NamedTuple):
-    """The buffers that a training pass moves, by name, and why some of them cannot be kept in checkpoints.
+    """Names of the buffers that a training pass moves; `refused` ones cannot be saved, for the reason given.
 
-    `caches` are written in each pass and depend on its batch alone. `attributes` are numbers and tensors of modules
-    that move and are no buffers. `twice`: the backward pass moves buffers again, as it recomputes activations.
+    `caches` are written in each pass and depend only on its batch. `attributes` are numbers and tensors of modules that
+    move but are not buffers. `twice` means that backward, which recomputes activations, moves buffers again.
     """
 
     moved: list[str]
@@ -57,9 +57,9 @@ class Moves(NamedTuple):
 
 
 class Trace:
-    """A copy of a model's buffers, to compare them with later and to restore them.
+    """A copy of a model's buffers, for comparing and restoring them.
 
-    Numbers and tensors that are plain attributes of modules are copied too: often one of them describes a cache.
+    It includes numbers and tensors that are plain attributes of modules: often one of them describes a cache.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,32 +75,32 @@ class Trace:
         self.before = {id(tensor): (tensor, tensor._version, tensor.detach().clone()) for tensor in tensors}
 
     def written(self) -> dict[str, tuple[Place, str | None, bool]]:
-        """Return the buffers that were written: their place, why they cannot be kept (or None), whether they moved."""
+        """Return the buffers that were written: place, why they cannot be saved (or None), and whether they moved."""
         found: dict[str, tuple[Place, str | None, bool]] = {}
         for prefix, module, table in self.tables:
             for key in dict.fromkeys([*table, *module._buffers]):
                 old, new = table.get(key), module._buffers.get(key)
                 value = None if old is None else self.before[id(old)][2]
                 moved = not _same(value, new)
-                # BatchNorm's kernels write without counting it as a version: the value tells
+                # BatchNorm's kernels write without increasing the version, so the value is compared too.
                 if not moved and old is new and (old is None or self.before[id(old)][1] == old._version):
                     continue
-                why = _not_holdable(value, new)
+                why = _why_not_saved(value, new)
                 if why is None and key in module._non_persistent_buffers_set:
-                    why = "is registered with persistent=False, so that no file of the model holds it"
-                found[_joined(prefix, key)] = Place(module, key), why, moved
+                    why = "is registered with persistent=False, so no file of the model contains it"
+                found[f"{prefix}.{key}".lstrip(".")] = Place(module, key), why, moved
         return found
 
     def moved_attributes(self) -> list[str]:
-        """Return the names of numbers and tensors of modules that have another value now."""
+        """Return the names of plain attributes of modules that have another value now."""
         return [
-            _joined(prefix, name)
+            f"{prefix}.{name}".lstrip(".")
             for prefix, module, name, value in self.attributes
             if not _same(self.before[id(value)][2] if id(value) in self.before else value, vars(module).get(name))
         ]
 
-    def put_back(self) -> None:
-        """Restore all values. Buffers that did not move are not written to, and new ones stay."""
+    def restore(self) -> None:
+        """Restore all values. Buffers that did not move are not written, and new ones are kept."""
         for _, module, table in self.tables:
             module._buffers.update(table)
         for _, module, name, value in self.attributes:
@@ -111,10 +111,6 @@ class Trace:
                     tensor.copy_(value)
 
 
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
 def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if _kind(one) != _kind(other):
@@ -123,9 +119,9 @@ def _same(one: object, other: object) -> bool:
     return one is other or (type(one) is type(other) and one == other)
 
 
-def _not_holdable(old: Tensor | None, new: Tensor | None) -> str | None:
+def _why_not_saved(old: Tensor | None, new: Tensor | None) -> str | None:
     if old is None or new is None:
-        return f"is {'made' if old is None else 'removed'} by the forward pass"
+        return f"is {'created' if old is None else 'removed'} by the forward pass"
     if (old.shape, old.dtype) != (new.shape, new.dtype):
         return f"changes from {_kind(old)} to {_kind(new)}"
     return "is complex" if new.is_complex() else None
@@ -137,27 +133,27 @@ def _kind(tensor: Tensor) -> str:
 
 @contextmanager
 def untouched(model: nn.Module, training: bool | None = None) -> Iterator[Trace]:
-    """Run passes of a model that leave no trace: buffers, modes, gradients and random streams are put back on exit.
+    """Restore a model's buffers, modes, gradients and random streams on exit, whatever passes run inside.
 
     Args:
         model: any module.
-        training: the mode of all its modules inside the context; None leaves their modes as they are.
+        training: the mode of all its modules inside the context; None does not change it.
 
     Yields:
-        the buffers as they were on entry, to be compared with what the passes have made of them.
+        the buffers on entry.
     """
-    modes = [(module, module.training) for module in model.modules()]  # a child may be in another mode than its parent
+    modes = [(module, module.training) for module in model.modules()]  # `train(mode)` would set all modules alike
     gradients = [(weight, weight.grad) for weight in model.parameters()]
     trace = Trace(model)
     try:
         for weight, _ in gradients:
-            weight.grad = None  # a backward pass inside would add to it in place
+            weight.grad = None  # backward inside would add to it in place
         if training is not None:
             model.train(training)
         with preserved_rng():
             yield trace
     finally:
-        trace.put_back()
+        trace.restore()
         for weight, gradient in gradients:
             weight.grad = gradient
         for module, mode in modes:
@@ -167,14 +163,14 @@ def untouched(model: nn.Module, training: bool | None = None) -> Iterator[Trace]
 class MovingBuffers:
     """The buffers that training moves: made equal on all ranks after an update, restored after a skipped one.
 
-    Around each window of a loop: `begin`, the passes, then `agree` if the update was applied and `put_back` if not.
-    Nothing waits for the device. Without names it does nothing.
+    In each window of a loop call `start_window`, run the passes, then call `make_equal` if the update was applied, or
+    `restore` if it was skipped. Nothing waits for the device. Without names it does nothing.
 
     Args:
         model: the trained model.
         names: the buffers that move, the same on all ranks.
-        twice: the backward pass moves them as well.
-        watched: other buffers, none of which may move.
+        twice: backward moves them again.
+        watched: other buffers, which must not move.
     """
 
     def __init__(
@@ -186,8 +182,8 @@ class MovingBuffers:
         self._stamps: list[tuple[int, int]] = []
         self._before: list[Tensor] = []
 
-    def begin(self) -> None:
-        """Remember the buffers before a window."""
+    def start_window(self) -> None:
+        """Copy the buffers before a window."""
         self._before = self.values()
         self._stamps = self._now()
 
@@ -196,36 +192,36 @@ class MovingBuffers:
         return [place.buffer.clone() for place in self.places.values()]
 
     def floats(self) -> list[Tensor]:
-        """Return the buffers of floats themselves."""
+        """Return the float buffers themselves."""
         return [p.buffer for p in self.places.values() if p.buffer.is_floating_point()]
 
     def write(self, values: Sequence[Tensor]) -> None:
-        """Write copies that `values` returned into the buffers."""
+        """Copy the result of `values` into the buffers."""
         with torch.no_grad():
             for place, value in zip(self.places.values(), values, strict=True):
-                if place.buffer.shape == value.shape:  # its dtype may be another, after a fallback
+                if place.buffer.shape == value.shape:  # the dtype may differ after a fallback
                     place.buffer.copy_(value)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore the values from before the window."""
         self.write(self._before)
 
-    def agree(self, world: World) -> None:
-        """Make them equal on all ranks: floats become their mean, other numbers their maximum."""
+    def make_equal(self, world: World) -> None:
+        """Make the buffers equal on all ranks: the mean of floats, the maximum of other numbers."""
         pairs = [(place.buffer, before) for place, before in zip(self.places.values(), self._before, strict=True)]
-        # `trouble` reports one of another shape: the other ranks must not wait for this one
+        # A buffer of another shape is replaced, so that no rank waits; `problem` reports it.
         world.make_equal([now if _kind(now) == _kind(before) else before for now, before in pairs])
 
-    def trouble(self) -> str | None:
-        """Say what the window has done wrong to buffers on this rank, or return None."""
+    def problem(self) -> str | None:
+        """Return what is wrong with this rank's buffers after a window, or None."""
         for (name, place), before in zip(self.places.items(), self._before, strict=True):
             if place.buffer.shape != before.shape:
                 return f"has changed the buffer {name} from {_kind(before)} to {_kind(place.buffer)}"
         for name, old, new in zip(self._watched, self._stamps, self._now(), strict=True):
             if old != new:
                 return (
-                    f"has moved the buffer {name}, which the first micro-batch had not: no checkpoint would hold it, "
-                    "or all ranks alike; let the first micro-batch reach it, or keep its module in evaluation mode"
+                    f"has moved the buffer {name}, which the first micro-batch had not: it would be in no checkpoint, "
+                    "and differ over ranks; let the first micro-batch reach it, or keep its module in evaluation mode"
                 )
         return None
 
@@ -234,16 +230,16 @@ class MovingBuffers:
 
 
 def find_moving_buffers(model: nn.Module, moves: Moves, world: World, watch: bool) -> MovingBuffers:
-    """Decide which buffers training moves, from those that the first batch moved on any rank. All ranks call this.
+    """Join the buffers that the first batch moved on any rank. All ranks call this.
 
     Args:
         model: the trained model.
-        moves: the buffers that this rank's first batch moved.
+        moves: the findings of this rank's first batch.
         world: the ranks.
         watch: check in each window that no other buffer moves.
 
     Raises:
-        UserError: one of them cannot be kept in checkpoints, on any rank.
+        UserError: on some rank, a buffer that moves cannot be saved.
     """
     shares = world.gather(moves)
     refused = {name: why for share in shares for name, why in share.refused.items()}
@@ -252,17 +248,17 @@ def find_moving_buffers(model: nn.Module, moves: Moves, world: World, watch: boo
         more = f" ({len(refused)} such buffers: {', '.join(list(refused)[:5])})" if len(refused) > 1 else ""
         raise world.raised_on_all(
             UserError(
-                f"training moves the buffer {name}, which {why}{more}: no checkpoint could hold it, and eval_loss "
-                "would depend on the batches before; register it in __init__ with its final shape and "
+                f"training moves the buffer {name}, which {why}{more}: no checkpoint could contain it, and eval_loss "
+                "would depend on earlier batches; register it in __init__ with its final shape and "
                 "persistent=True, or do not write it in forward"
             )
         )
     found = places(model)
     moved = {name for share in shares for name in share.moved}
-    # PEFT keeps the modules of modules_to_save as they were beside those that run.
+    # PEFT keeps the originals of modules_to_save, which do not run.
     originals = [getattr(module, "original_module", None) for module in model.modules()]
     unused = {inner for module in originals if isinstance(module, nn.Module) for inner in module.modules()}
-    norms = {  # the first batch need not reach them
+    norms = {  # these move even if the first batch does not reach them
         name
         for name, (module, _) in found.items()
         if isinstance(module, _NormBase) and module.training and module.track_running_stats and module not in unused
@@ -273,28 +269,28 @@ def find_moving_buffers(model: nn.Module, moves: Moves, world: World, watch: boo
     return MovingBuffers(model, names, any(share.twice for share in shares), watched)
 
 
-def in_words(buffers: MovingBuffers, moves: Moves, beside: Mapping[str, str]) -> list[str]:
-    """Return what the user should know; `beside` are buffers that PEFT's own file does not hold, and their modules."""
+def buffer_notices(buffers: MovingBuffers, moves: Moves, beside: Mapping[str, str]) -> list[str]:
+    """Return messages for the user; `beside` maps buffers that are not in PEFT's file to their modules."""
     lines = []
     if names := list(buffers.places):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(
             f"training moves {len(names)} buffers ({', '.join(names[:3])}{more}): they are made equal over ranks after "
-            "each update, put back where one is skipped, and kept in checkpoints"
+            "each update, restored after a skipped one, and saved in checkpoints"
         )
         if any(isinstance(place.module, _NormBase) for place in buffers.places.values()):
-            lines[-1] += "; BatchNorm mixes the samples of a micro-batch, so that its size changes what is trained"
+            lines[-1] += "; BatchNorm mixes the samples of a micro-batch, so its size changes what is trained"
         if buffers.twice:
             lines[-1] += "; activations are recomputed, which moves them twice: the second time is undone"
     if modules := ", ".join(dict.fromkeys(beside.values())):
         lines.append(
-            f"{len(beside)} of these buffers are not in PEFT's own file and a plain load of the adapter leaves them as "
-            "in the base model: `rawloop evaluate` and `rawloop merge` read them from adapter/buffers.safetensors; "
-            f"--adapter.modules_to_save '[{modules}]' has them in PEFT's file"
+            f"{len(beside)} of these buffers are not in PEFT's file, so PEFT alone loads the adapter with those of the "
+            "base model: `rawloop evaluate` and `rawloop merge` read them from adapter/buffers.safetensors; "
+            f"--adapter.modules_to_save '[{modules}]' puts them into PEFT's file"
         )
     if moves.attributes:
         lines.append(
-            f"training moves {', '.join(moves.attributes[:5])}, which are no buffers: no checkpoint holds them; "
+            f"training moves {', '.join(moves.attributes[:5])}, which are not buffers: no checkpoint contains them; "
             "if the loss depends on them, register them as buffers"
         )
     return lines

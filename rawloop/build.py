@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
-from rawloop.buffers import MovingBuffers, find_moving_buffers, in_words
+from rawloop.buffers import MovingBuffers, buffer_notices, find_moving_buffers
 from rawloop.changes import PART, Contents, SettingsState, check_settings_of_ranks
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
@@ -97,7 +97,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, ddp, start, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
-    moving = in_words(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
+    moving = buffer_notices(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
     for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:

@@ -148,7 +148,7 @@ def samples_of_all_ranks(run: Run, window: list[Batch]) -> list[str]:
 def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> None:
     """Add the gradients of all micro-batches; the last one always synchronises the ranks."""
     if run.buffers:
-        run.buffers.begin()
+        run.buffers.start_window()
     for micro_step, batch in enumerate(window, start=1):
         named = naming_samples(run, "micro-batch", [batch], name_own=True)
         with named, no_sync(run.module, micro_step < len(window)):
@@ -215,9 +215,9 @@ def update(run: Run, window: list[Batch]) -> StepResult:
 
 def sync_buffers(run: Run, buffers: MovingBuffers, result: StepResult) -> None:
     """Make the buffers that the window has moved equal on all ranks; put them back if the window was skipped."""
-    buffers.agree(run.world) if result.applied else buffers.put_back()
-    if trouble := buffers.trouble():
-        run.deferred_error = run.deferred_error or TrainingError(f"window {run.state.window} {trouble}")
+    buffers.make_equal(run.world) if result.applied else buffers.restore()
+    if problem := buffers.problem():
+        run.deferred_error = run.deferred_error or TrainingError(f"window {run.state.window} {problem}")
 
 
 def advance(run: Run, result: StepResult, window: list[Batch], progress: Any) -> None:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.lora import add_adapter
-from rawloop.buffers import MovingBuffers, find_moving_buffers, in_words, places, untouched
+from rawloop.buffers import MovingBuffers, buffer_notices, find_moving_buffers, places, untouched
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.cli import main
@@ -297,7 +297,7 @@ def tried(net: nn.Module) -> tuple[MovingBuffers, list[str]]:
     model = policy.prepare(net)
     moves = preflight(policy, lambda: model(torch.ones(3, 2))).moves
     buffers = find_moving_buffers(net, moves, World(), watch=True)
-    return buffers, in_words(buffers, moves, {})
+    return buffers, buffer_notices(buffers, moves, {})
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,11 @@ def tried(net: nn.Module) -> tuple[MovingBuffers, list[str]]:
         (replace_it, False, r"buffer state, which is registered with persistent=False"),
         (grow, True, r"buffer state, which changes from float32 \(2,\) to float32 \(4,\)"),
         (cast, True, r"buffer state, which changes from float32 \(2,\) to float64 \(2,\)"),
-        (create, True, r"buffer late, which is made by the forward pass"),
+        (create, True, r"buffer late, which is created by the forward pass"),
     ],
 )
 def test_what_cannot_be_held_is_refused_by_name(touch: Any, persistent: bool, why: str) -> None:
-    with pytest.raises(UserError, match=rf"^training moves the {why}.*: no checkpoint could hold it"):
+    with pytest.raises(UserError, match=rf"^training moves the {why}.*: no checkpoint could contain it"):
         tried(Small(touch, persistent))
 
 
@@ -325,7 +325,7 @@ def test_what_moves_is_found_and_nothing_of_it_is_left(touch: Any, names: list[s
     assert net.state.tolist() == [0.0, 0.0]
     assert net.calls == 0
     assert len(said) == len(names) + (touch is count)
-    assert touch is not count or "training moves calls, which are no buffers" in said[0]
+    assert touch is not count or "training moves calls, which are not buffers" in said[0]
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -340,12 +340,12 @@ def test_buffers_of_a_skipped_window_are_as_before() -> None:
     net = Small(add)
     buffers, _ = tried(net)
     for applied in (True, False, True):
-        buffers.begin()
+        buffers.start_window()
         net(torch.ones(3, 2))
         net(torch.ones(3, 2))
-        buffers.agree(World()) if applied else buffers.put_back()
+        buffers.make_equal(World()) if applied else buffers.restore()
     assert net.state.tolist() == [4.0, 4.0]
-    assert buffers.trouble() is None
+    assert buffers.problem() is None
 
 
 def test_a_buffer_that_moves_later_is_told() -> None:
@@ -353,18 +353,18 @@ def test_a_buffer_that_moves_later_is_told() -> None:
     buffers, _ = tried(net)
     assert not buffers.places
     for _ in range(2):
-        buffers.begin()
+        buffers.start_window()
         torch.autograd.backward(net(torch.ones(3, 2)))
-    assert str(buffers.trouble()).startswith("has moved the buffer state, which the first micro-batch had not")
+    assert str(buffers.problem()).startswith("has moved the buffer state, which the first micro-batch had not")
 
 
 def test_a_buffer_of_another_shape_later_is_told_and_no_rank_waits() -> None:
     net = Small(add)
     buffers, _ = tried(net)
-    buffers.begin()
+    buffers.start_window()
     grow(net)
-    buffers.agree(World())
-    assert buffers.trouble() == "has changed the buffer state from float32 (2,) to float32 (4,)"
+    buffers.make_equal(World())
+    assert buffers.problem() == "has changed the buffer state from float32 (2,) to float32 (4,)"
 
 
 class Recomputing(nn.Module):
