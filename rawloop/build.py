@@ -34,8 +34,7 @@ from rawloop.config import RunConfig
 from rawloop.data.batches import BatchPlan, Loader, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.data.workers import SPARE, check_descriptors
-from rawloop.diagnose.checks import run_checks
-from rawloop.diagnose.report import Report
+from rawloop.diagnose.checks import Report, run_checks
 from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric

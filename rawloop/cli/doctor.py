@@ -26,7 +26,7 @@ from rawloop.checkpoint.slots import find_slots
 from rawloop.cli import read_config
 from rawloop.cli.grouping import NOT_FINITE, STEPS, compare, measure, small
 from rawloop.config import RunConfig, to_yaml
-from rawloop.diagnose.report import Report
+from rawloop.diagnose.checks import Check, Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
 
@@ -127,20 +127,18 @@ class Doctor:
 
     def labels(self) -> str:
         """The label census: see `rawloop.diagnose.census`."""
-        report = self.need_report()
-        return judged(report, 0, report.wrong_labels(), report.label_warnings())
+        return judged(self.need_report().labels())
 
     def first_loss(self) -> str:
         """Whether the first loss is plausible: see `rawloop.diagnose.verdict`."""
-        report = self.need_report()
-        return judged(report, 1, report.wrong_losses(), report.loss_warnings())
+        return judged(self.need_report().first_loss())
 
     def causality(self) -> str:
         """Whether a prediction depends on its past and on nothing else: see `rawloop.diagnose.causality`."""
         report = self.need_report()
         if any("not finite" in verdict.why for verdict in report.verdicts):
             raise Skipped("not judged: the first loss is not finite")
-        return judged(report, 2, report.wrong_causality(), [])
+        return judged(report.causality())
 
     def need_report(self) -> Report:
         """The findings of the checks before step 0."""
@@ -192,11 +190,11 @@ def outcome(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, "FAILED", str(error))
 
 
-def judged(report: Report, place: int, wrong: list[str], warnings: list[str]) -> str:
-    """Return a check's sentence with its warnings, or raise RawloopError if it stops a run."""
-    if wrong:
-        raise RawloopError("; ".join(wrong))
-    return "; warning: ".join([report.events()[place][0], *warnings])
+def judged(check: Check) -> str:
+    """Return a check's summary with its warnings, or raise RawloopError if it stops a run."""
+    if check.problems:
+        raise RawloopError("; ".join(check.problems))
+    return "; warning: ".join([check.summary, *check.warnings])
 
 
 def different_files(first: Path, second: Path) -> list[str]:

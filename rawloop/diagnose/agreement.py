@@ -1,6 +1,6 @@
-"""Compares a family's `losses`, which training uses, with the cross-entropy of its `logits`, which the checks look at.
+"""Compares a family's `losses`, which training uses, with the cross-entropy of its `logits`, which the checks use.
 
-A loss that is not shifted goes unseen where the logits are right, and looks like chance to a model that knows nothing.
+The other checks miss an unshifted loss if the logits are right: to an untrained model it looks like chance.
 """
 
 import math
@@ -12,19 +12,18 @@ from torch import Tensor
 
 from rawloop.contracts import IGNORE, Batch, StreamLoss
 
-ROWS = 256  # targets that are scored at once: a whole batch's log-softmax would need the memory of its logits again
-# Largest relative difference of the two sums: in float32, and as a share of the coarsest dtype's eps, in which hidden
-# states are computed. rawloop's own families differ by 2e-7 at most, labels beside the right ones by 1e-3 at least, in
-# a model that guesses.
+ROWS = 256  # targets per call: a log-softmax of the whole batch would double the memory of its logits
+# Largest relative difference of the two sums: in float32, and as a share of the eps of the coarsest dtype. rawloop's
+# families differ by at most 2e-7; shifted labels differ by at least 1e-3, even in a model that guesses.
 SINGLE, SHARE = 1e-5, 1 / 32
 
 
 def disagreements(
     losses: Mapping[str, StreamLoss], logits: Mapping[str, Tensor], batch: Batch, eps: float
 ) -> dict[str, str]:
-    """Return how losses differ from their logits, by stream (`audio`), or part (`audio/3`) if the whole agrees.
+    """Return how a batch's losses differ from its logits, by stream (`audio`), or part (`audio/3`) if the sum agrees.
 
-    Both are of `batch`; logits are (targets, [parts,] classes). `eps` is that of the coarsest dtype of the model.
+    Logits are (targets, [parts,] classes). `eps` is that of the model's coarsest dtype.
     """
     found: dict[str, str] = {}
     for stream, rows in logits.items():
@@ -44,7 +43,7 @@ def disagreements(
 
 
 def _scored(rows: Tensor, targets: Tensor) -> tuple[list[float], list[int]]:
-    """Sums of the cross-entropy in float64, and counts of targets, of every part."""
+    """Return the sum of the cross-entropy, in float64, and the number of targets of every part."""
     columns = targets.view(len(targets), -1)
     sums = torch.zeros(columns.shape[1], dtype=torch.float64)
     for some, wanted in zip(torch.split(rows, ROWS), torch.split(columns, ROWS), strict=True):

@@ -1,7 +1,7 @@
-"""The causality probe: what comes later must not move a prediction, and what comes before must.
+"""The causality probe: later inputs must not change a prediction, and earlier inputs must.
 
-Labels that were not shifted and a mask that shows the future make a loss look splendid and a model useless. A model
-without attention learns, too, so inputs before a prediction are changed as well, its own input left as it was.
+Unshifted labels, or a mask that shows the future, give a low loss and a useless model. A model without attention learns
+too, so the probe also changes inputs before a prediction, but not the input at its position.
 """
 
 from typing import Literal, NamedTuple
@@ -17,24 +17,23 @@ from rawloop.seed import preserved_rng
 
 Outcome = Literal["PASS", "LEAK", "BLIND", "UNSEEN"]
 
-# Roundings of float32 per layer that a prediction may notice of inputs that it does not see: experts, who take the
-# tokens of all positions at once, moved it by 3.2 eps in 24 layers. Leaks of a single layer moved it by 20,000.
-ROUNDINGS, LAYERS = 4, 16  # as if there were 16 layers at least
-# Share of the largest logit by which a model may differ from itself and still be judged: context moves it by 0.024.
-NOISY = 0.02
+# Tolerance in units of float32's eps per layer, for at least 16 layers. Experts, which process the tokens of all
+# positions together, changed predictions by 3.2 eps in 24 layers; a leak in a single layer by 20,000 eps.
+ROUNDINGS, LAYERS = 4, 16
+NOISY = 0.02  # largest difference between two equal passes, as a share of the largest logit: context gives 0.024
 
 
 class Movement(NamedTuple):
-    """How far logits moved at most, as a share of the largest logit.
+    """The largest changes of logits, as a share of the largest logit.
 
-    `earlier` targets must stay when inputs behind them change, and moved by `moved_earlier`. `later` says of each kind
-    of context (tokens, clips) how many targets must move when it changes, and how far they did.
+    When later inputs change, `earlier` targets must not move; they moved by `moved_earlier`. `later` has, for each kind
+    of context (tokens, clips), how many targets must move when it changes, and by how much they moved.
     """
 
     earlier: int
     moved_earlier: float
     later: dict[str, tuple[int, float]]
-    tolerance: float  # of rounding, and of noise: the model's difference from itself
+    tolerance: float  # for rounding and for noise, the difference between two equal passes
 
     def join(self, other: "Movement") -> "Movement":
         """Join the movements of two ranks."""
@@ -47,7 +46,7 @@ class Movement(NamedTuple):
         )
 
     def outcome(self) -> Outcome:
-        """Return the first of LEAK, BLIND, PASS that fits, or UNSEEN if the batch shows nothing."""
+        """Return LEAK, BLIND or PASS, or UNSEEN if the batch shows nothing."""
         if self.moved_earlier > self.tolerance:
             return "LEAK"
         if self.tolerance > NOISY:
@@ -57,16 +56,15 @@ class Movement(NamedTuple):
         return "PASS" if self.earlier and any(count for count, _ in self.later.values()) else "UNSEEN"
 
     def why(self) -> str:
-        """The outcome in words, empty for a pass."""
+        """Return the reason for the outcome; empty for a pass."""
         return {
             "PASS": "",
-            "LEAK": "a prediction moves with its own target or what follows it: labels not shifted, or a mask not "
-            "causal",
-            "BLIND": f"no prediction moves when the {' or the '.join(self._unnoticed())} before its own input change: "
-            "nothing of them reaches it, through embeddings, encoder or attention",
+            "LEAK": "a prediction moves with its own target or later inputs: labels not shifted, or a mask not causal",
+            "BLIND": f"no prediction moves when earlier {' or '.join(self._unnoticed())} change: they do not reach it "
+            "through embeddings, encoder or attention",
             "UNSEEN": "the same batch gives other logits each time"
             if self.tolerance > NOISY
-            else "no target stands before the change or none after it, or logits are not finite: nothing was shown",
+            else "no target is before the change or none is after it, or logits are not finite",
         }[self.outcome()]
 
     def _unnoticed(self) -> list[str]:
@@ -77,10 +75,10 @@ NONE = (0, 0.0)
 
 
 def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) -> dict[str, Movement]:
-    """Compare the logits of a batch before and after `family.perturb`, with dropout off; nothing else is changed.
+    """Compare the logits of a batch before and after `family.perturb`, with dropout off. The model does not change.
 
-    The tolerance is the larger of two: rounding (see `_rounding`), and noise, which is twice what moves when the same
-    batch is run again with the same random numbers. A batch with a row per stream gives each stream its turn.
+    The tolerance is the larger of rounding (see `_rounding`) and twice the difference between two passes over the same
+    batch with the same random numbers. The batch needs one row per stream.
     """
     with looking_at(batch.ids):
         perturbed = family.perturb(batch)
@@ -106,7 +104,7 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
 
 
 def _moved(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[int, float]:
-    """Return the number of chosen targets, and how far their logits moved; 0 if there is nothing to compare."""
+    """Return the number of chosen targets, and how far their logits moved; zeros if they cannot be compared."""
     count = int(chosen.sum())
     if not count or not bool(before.isfinite().all() & after.isfinite().all()):
         return NONE
@@ -115,15 +113,15 @@ def _moved(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[int, float]:
 
 
 def _rounding(model: nn.Module, autocast: Autocast) -> float:
-    """Return how far rounding may move logits: by each layer in float32, as sums are; once in the coarsest dtype."""
+    """Return how far rounding may move logits: in each layer by float32's eps, and once by the coarsest dtype's."""
     layers = max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=0)
-    # A 16-bit dtype is not counted by layers: 64 units of bfloat16 are half the largest logit.
+    # The eps of a 16-bit dtype is not multiplied by layers: 64 times bfloat16's is half the largest logit.
     summing = torch.finfo(torch.float32).eps * ROUNDINGS * max(LAYERS, layers)
     return max(summing, coarsest_eps(model, autocast))
 
 
 def lines(movements: dict[str, Movement]) -> list[str]:
-    """Return the results as a table: a row per stream, and one more per further context."""
+    """Return the results as a table, with a row per stream and kind of context."""
     rows: list[list[object]] = [["stream", "must stay", "moved by", "must move", "with", "moved by", "result"]]
     for stream, m in movements.items():
         result = f"{m.outcome()}: {m.why()}" if m.why() else m.outcome()

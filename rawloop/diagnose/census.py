@@ -1,6 +1,6 @@
-"""The label census: how much of each role is a target, and whether tokens that must be learnt are among the targets.
+"""The label census: how much of each role is a target, and whether required tokens are among the targets.
 
-A stop token that is masked out of the labels shows in no loss: the loss looks as good, and the model unlearns to stop.
+No loss shows a stop token that is masked out of the labels: the loss is as good, and the model forgets how to stop.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ GIVEN = frozenset(("system", "scene", "user"))
 class Census:
     """Counts over some samples.
 
-    `roles` has positions and targets by (role, stream); `codebooks` how many targets a position of a stream can have;
-    `specials` how often each special token is a target, per codebook; `silent` names samples without any target.
+    `roles` maps (role, stream) to positions and targets, `codebooks` a stream to the targets that a position can have,
+    and `specials` a special token to how often it is a target, per codebook. `silent` has samples without any target.
     """
 
     samples: int = 0
@@ -43,27 +43,27 @@ class Census:
         return total
 
     def missing(self) -> list[str]:
-        """A clause for every required token that is never a target, in some codebook at least."""
+        """Return a clause for every required token that is never a target, in at least one codebook."""
         return [f"{_named(s)}{_where(self.specials[s])}" for s in self._lacking()[0]]
 
     def unseen(self) -> list[str]:
-        """A clause for every required token that no sample of these ends with."""
+        """Return a clause for every required token whose role no sample has."""
         return [f"{_named(s)}, which ends the role {' or '.join(s.roles)}" for s in self._lacking()[1]]
 
     def undecided(self) -> bool:
-        """Whether more samples could have a required token that these have not."""
+        """Return whether more samples could show a required token that is missing here."""
         missing, unseen = self._lacking()
         return bool(unseen) or any(not special.roles for special in missing)
 
     def _lacking(self) -> tuple[list[Special], list[Special]]:
-        """Return the required tokens that are no target: those that are missed, and those whose roles no sample has."""
+        """Return the required tokens that are no targets: missing ones, and those whose role no sample has."""
         here = {role for role, _ in self.roles}
         lacking = [special for special, counts in self.specials.items() if special.required and not all(counts)]
         unseen = [special for special in lacking if special.roles and here.isdisjoint(special.roles)]
         return [special for special in lacking if special not in unseen], unseen
 
     def prompts(self) -> dict[str, int]:
-        """Targets by role where there should be none: what a system, a scene or a user says is given, not learnt."""
+        """Return the number of targets in system, scene and user turns, by role: these should not be learnt."""
         found: dict[str, int] = {}
         for (role, _), (_, targets) in self.roles.items():
             if targets and not GIVEN.isdisjoint(role.split("+")):
@@ -71,7 +71,7 @@ class Census:
         return found
 
     def lines(self) -> list[str]:
-        """Return the census as two tables."""
+        """Return the census as tables."""
         roles: list[list[object]] = [["role", "stream", "positions", "targets", "masked"]]
         for (role, stream), (positions, targets) in self.roles.items():
             masked = 1 - targets / (positions * self.codebooks[stream])
@@ -104,9 +104,9 @@ class Census:
 
 
 def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch]) -> Census:
-    """Count the targets of examples and of the batches that they were collated to, in the same order.
+    """Count the targets of examples, and of the batches that were collated from them in the same order.
 
-    A family without `pieces` gets no counts by role, one without `special_targets` no special tokens.
+    Counts by role need the family's method `pieces`, special tokens need `special_targets`.
     """
     census = Census()
     for batch in batches:
@@ -127,7 +127,7 @@ def take_census(family: Family, examples: Iterable[Any], batches: Sequence[Batch
 
 
 def _count_roles(census: Census, family: Family, example: Any) -> int:
-    """Count an example by roles, and return how many targets it has."""
+    """Count an example by role, and return its number of targets."""
     if not has(family, "pieces"):
         return sum(family.collate([example]).targets.values())
     pieces = family.pieces(example)
@@ -150,7 +150,7 @@ def _where(counts: Sequence[int]) -> str:
 
 
 def _short(counts: Sequence[int]) -> str:
-    """`16`, `16 in each of 8`, or all of them where codebooks differ."""
+    """Return `16`, `16 in each of 8`, or all counts if codebooks differ."""
     if len(counts) == 1:
         return f"{counts[0]:,}"
     return f"{counts[0]:,} in each of {len(counts)}" if len(set(counts)) == 1 else " ".join(map(str, counts))

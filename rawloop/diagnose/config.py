@@ -1,4 +1,4 @@
-"""Configures the checks before step 0: findings that are expected, and findings that do not stop the run."""
+"""The settings of the checks before step 0."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,13 +13,12 @@ class ChecksConfig:
     """Checks of labels, first loss and causality before step 0 of a new run.
 
     Args:
-        enabled: whether to check at all. A resumed run is not checked again.
-        batches: micro-batches of training data that each process looks at.
-        expect_chance: the first loss is expected to be that of guessing, as with random weights; without it such a loss
-            is a warning.
-        allow_missing_targets: train even if a stop token is never a target, so that generation does not learn to stop.
-        allow: findings to let pass that would stop the run, of leak, dead, blind and mismatch (losses that are not the
-            cross-entropy of the logits, such as weighted ones, or with a further term).
+        enabled: run the checks. A resumed run is not checked again.
+        batches: micro-batches of training data that each process checks.
+        expect_chance: do not warn if the first loss is that of guessing, as with random weights.
+        allow_missing_targets: train even if a stop token is never a target, so generation does not learn to stop.
+        allow: findings that do not stop the run: leak, dead, blind, and mismatch (losses that are not the cross-entropy
+            of the logits, such as weighted losses, or losses with a further term).
     """
 
     enabled: bool = True

@@ -1,4 +1,4 @@
-"""Shared by the checks before step 0: the samples of an error, the rounding of a model, and tables as text."""
+"""Helpers of the checks before step 0: samples in errors, the rounding of a model, and text tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -11,12 +11,12 @@ from rawloop.errors import happening
 
 
 def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
-    """Let an error inside say which samples the checks were looking at."""
+    """Add the samples to errors that are raised inside."""
     return happening(f"in the checks before step 0, on the samples {', '.join(dict.fromkeys(ids))}", name_own=True)
 
 
 def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
-    """Return the unit of rounding of the coarsest dtype in which a model computes."""
+    """Return the eps of the coarsest dtype in which a model computes."""
     one = torch.ones(1, 1, device=next(model.parameters()).device)
     with autocast():
         dtypes = {(one @ one).dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
@@ -24,7 +24,7 @@ def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager
 
 
 def table(align: str, rows: Sequence[Sequence[object]]) -> list[str]:
-    """Return lines of aligned columns, the first row being the head; `align` has an `l` or `r` for each column."""
+    """Return rows as lines of aligned columns; `align` has `l` or `r` for each column."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

@@ -1,6 +1,6 @@
 """The loss verdict: the first loss of each stream and codebook, compared with chance before training.
 
-A loss curve shows that a number falls. Only the loss of a uniform guess shows whether it began where it should.
+A loss curve shows that a number falls. Only the loss of uniform guesses shows whether it started at the right value.
 """
 
 import math
@@ -24,26 +24,26 @@ from rawloop.seed import preserved_rng
 Kind = Literal["OK", "CHANCE", "LEAK", "DEAD"]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
-# Share of chance from which on a loss is no better than guessing. Runs that had learnt nothing reported 0.936 of it and
-# more (6.49 of 6.93); the last codebooks of a residual quantizer are the hardest of what a working model predicts.
+# A loss of at least this share of chance is no better than guessing. Runs that had learnt nothing had 0.936 or more
+# (6.49 of 6.93). The last codebooks of a residual quantizer come closest to it in a working model.
 CHANCE_FROM = 0.93
-# Share of the targets' own entropy below which no model gets without seeing them. Leaks reported 0.0028 and 0.0011 nats
-# a code, less than a thousandth; text that is learnt by heart keeps some hundredths.
+# No model gets below this share of the targets' entropy without seeing them. Leaks reported 0.0028 and 0.0011 nats per
+# code, less than a thousandth of it; memorised text keeps a few hundredths.
 LEAK_BELOW = 0.01
-# Nats of entropy that targets must have for that: tokens that always follow alike, such as the end of a turn, are
-# rightly predicted without loss. Three tokens of equal share have 1.1.
+# Targets with less entropy than this, in nats, may have no loss: the tokens at the end of a turn are always the same.
+# Three tokens of equal share have 1.1.
 VARIETY = 1.0
 LOOKED_AT = 64  # targets whose logits are compared with each other
-SAME = 1e-6  # of the largest logit: as good as equal
+SAME = 1e-6  # logits that differ by less than this share of the largest logit are equal
 
 
 @dataclass
 class Reading:
-    """The measurements of a stream or of one of its codebooks.
+    """The measurements of a stream or one of its codebooks.
 
-    `nats` and `entropy` are sums over `targets`. The others say what is wrong, if anything is: why no trained weight
-    learns from it, and that logits do not differ between positions (both only if every rank and batch sees it so),
-    what a loss or gradient that is not finite comes from, and how the loss differs from what the logits say.
+    `nats` and `entropy` are sums over `targets`. The other fields are problems, or empty: `gradient`, why no trained
+    weight learns from it; `logits`, they are equal at all positions; `not_finite`, the cause of a loss or gradient that
+    is not finite; `mismatch`, how the loss differs from the logits' cross-entropy.
     """
 
     nats: float = 0.0
@@ -55,7 +55,7 @@ class Reading:
     mismatch: str = ""
 
     def __add__(self, other: "Reading") -> "Reading":
-        """Join the readings of two ranks. One without targets counts for nothing."""
+        """Join two readings. Dead gradients and logits must be so in both; a reading without targets is ignored."""
         if not self.targets or not other.targets:
             return self if self.targets else other
         return Reading(
@@ -70,7 +70,7 @@ class Reading:
 
 
 class Verdict(NamedTuple):
-    """A verdict on one stream (`audio`) or codebook (`audio/3`): its mean loss, what chance is, and why."""
+    """A verdict on one stream (`audio`) or codebook (`audio/3`): its mean loss, chance, and the reason."""
 
     name: str
     kind: Kind
@@ -81,7 +81,7 @@ class Verdict(NamedTuple):
 
 
 def judge(name: str, reading: Reading, chance: float | None) -> Verdict:
-    """Compare a reading with chance, if that is known. The first of DEAD, CHANCE, LEAK that fits is the verdict."""
+    """Compare a reading with chance, if known. The verdict is the first of DEAD, CHANCE and LEAK that applies."""
     loss = reading.nats / reading.targets if reading.targets else math.nan
     kind, why = _judged(loss, reading, chance)
     return Verdict(name, kind, loss, chance, why, reading.mismatch)
@@ -89,18 +89,18 @@ def judge(name: str, reading: Reading, chance: float | None) -> Verdict:
 
 def _judged(loss: float, reading: Reading, chance: float | None) -> tuple[Kind, str]:
     if not reading.targets:
-        return "DEAD", "it has no target: all of its labels are masked"
+        return "DEAD", "it has no target: all its labels are masked"
     if not math.isfinite(loss) or reading.not_finite:
         return "DEAD", reading.not_finite or "its loss is not finite"
     if reading.gradient or reading.logits:
         return "DEAD", "; ".join(filter(None, (reading.gradient, reading.logits)))
     if chance is not None and loss > chance / CHANCE_FROM:
-        return "CHANCE", "worse than guessing: labels of another shift, order, tokenizer or codec than the model's"
+        return "CHANCE", "worse than guessing: shift, order, tokenizer or codec of the labels are not the model's"
     if chance is not None and loss >= CHANCE_FROM * chance:
         return "CHANCE", "no better than guessing: random weights, or inputs and labels that do not belong together"
     entropy = reading.entropy / reading.targets
     if entropy >= VARIETY and loss < LEAK_BELOW * entropy:
-        return "LEAK", "lower than any model gets: labels not shifted, a mask not causal, or data learnt by heart"
+        return "LEAK", "lower than any model gets: labels not shifted, a mask not causal, or memorised data"
     return "OK", ""
 
 
@@ -111,10 +111,10 @@ def read_losses(
     autocast: Autocast,
     groups: Sequence[Sequence[Any]] = (),
 ) -> dict[str, Reading]:
-    """Measure every stream and codebook on batches that are on the model's device, which is left as it was.
+    """Measure every stream and codebook on batches that are on the model's device. The model does not change.
 
-    Losses are those of evaluation (dropout off); gradients are taken in training mode, where models may recompute
-    activations. With `groups`, the examples of each batch, a loss that is not finite is looked for in each sample.
+    Losses are measured in evaluation mode (dropout off), gradients in training mode, where models may recompute
+    activations. `groups` are the examples of each batch, to find the sample of a loss that is not finite.
     """
     readings = {stream: Reading() for stream in family.streams}
     passes = Passes(family, module, autocast, {id(batch): group for batch, group in zip(batches, groups, strict=False)})
@@ -147,7 +147,7 @@ def read_losses(
 def _scored(
     passes: "Passes", batch: Batch, readings: Mapping[str, Reading]
 ) -> tuple[dict[str, StreamLoss], dict[str, Reading]]:
-    """Return a batch's losses, and what they say; why one is not finite is looked for once in a stream."""
+    """Return a batch's losses and readings. The cause of a loss that is not finite is searched once per stream."""
     with looking_at(batch.ids):
         losses = passes.losses(batch)
         own = _of_batch(losses, batch)
@@ -159,12 +159,12 @@ def _scored(
 
 @dataclass
 class Passes:
-    """Forward and backward passes of one model, and the causes if something is wrong with them."""
+    """Forward and backward passes of one model, and the causes of their failures."""
 
     family: Family
     module: LossModule
     autocast: Autocast
-    examples: Mapping[int, Sequence[Any]]  # of batches, by their id()
+    examples: Mapping[int, Sequence[Any]]  # id of a batch -> its examples
 
     def losses(self, batch: Batch) -> dict[str, StreamLoss]:
         """Return every stream's loss, in the precision of training."""
@@ -173,18 +173,18 @@ class Passes:
         return losses
 
     def logits(self, batch: Batch) -> dict[str, Tensor]:
-        """Return every target's logits, by stream, with the random numbers that the losses were computed with."""
+        """Return every target's logits by stream, with the same random numbers as `losses`."""
         with preserved_rng(), self.autocast():
             return self.family.logits(self.module.model, batch)
 
     def gradient(self, batch: Batch, stream: str) -> tuple[str, str]:
-        """Say why no trained weight learns from a stream, and what is not finite in its gradient, if so."""
+        """Return why no trained weight learns from a stream, and why its gradient is not finite; or empty strings."""
         total = self._total(batch, stream)
         if not total.requires_grad:
-            return "its loss is detached: it hangs on no trained weight", ""
+            return "its loss is detached: it depends on no trained weight", ""
         given = [gradient for gradient in self._gradients(total) if gradient is not None]
         if not given:
-            return "no trained weight gets a gradient from it: what it hangs on is frozen", ""
+            return "no trained weight gets a gradient from it: it depends only on frozen weights", ""
         if not all(bool(gradient.isfinite().all()) for gradient in given) and not self._is_mean_finite(batch, stream):
             finite = partial(self._is_mean_finite, stream=stream)
             found = cause(self.module.model, batch, self._alone(batch), finite)
@@ -193,7 +193,7 @@ class Passes:
         return "its gradient is zero in every trained weight" if none else "", ""
 
     def why_not_finite(self, batch: Batch, stream: str) -> str:
-        """Say where a loss that is not finite comes from; see `rawloop.diagnose.notfinite`."""
+        """Return the cause of a loss that is not finite; see `rawloop.diagnose.notfinite`."""
 
         def finite(one: Batch) -> bool:
             return bool(self.losses(one)[stream].total.isfinite())
@@ -219,7 +219,7 @@ class Passes:
         return torch.autograd.grad(total, weights, allow_unused=True)
 
     def _is_mean_finite(self, batch: Batch, stream: str) -> bool:
-        """Training goes back from a mean: from a sum, FP16 has too little range."""
+        """Return whether the mean loss, which training uses, has finite gradients: a sum may overflow in FP16."""
         gradients = self._gradients(self._total(batch, stream) / max(1, batch.targets[stream]))
         return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
@@ -245,7 +245,7 @@ def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Readi
 
 
 def _entropy(targets: Tensor) -> float:
-    """Return the entropy in nats of how often each target occurs: the loss of a model that knows only that."""
+    """Return the entropy of the targets' frequencies in nats: the loss of a model that knows only these."""
     counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].tolist()  # Apple GPUs have no float64
     total = sum(counts)
     shares: list[float] = [count / total for count in counts]
@@ -253,12 +253,12 @@ def _entropy(targets: Tensor) -> float:
 
 
 def _check_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> None:
-    """Write into `readings` where logits, (targets, [codebooks,] classes), are the same at all positions."""
+    """Write into `readings` whether logits, (targets, [codebooks,] classes), are the same at all positions."""
     if len(logits) < 2:
         return
     rows = logits[:: max(1, len(logits) // LOOKED_AT)]
     spread, size = (rows - rows[:1]).abs().amax(-1).amax(0), rows.abs().amax()
-    same = spread <= SAME * size  # a nan is no proof of sameness; its loss will tell
+    same = spread <= SAME * size  # false for NaN, which the loss shows
     found = f"its logits are the same at every position of {len(rows)}" if bool(size) else "its logits are all zero"
     readings[stream].logits = found if bool(same.all()) else ""
     for part, flag in enumerate(same.flatten().tolist() if same.dim() else []):
@@ -267,12 +267,12 @@ def _check_variety(readings: dict[str, Reading], stream: str, logits: Tensor) ->
 
 
 def number(chance: float | None) -> str:
-    """Return a chance in digits; of a family that does not say it, a word."""
+    """Return chance as text; `unknown` if the family does not give it."""
     return "unknown" if chance is None else f"{chance:.4f}"
 
 
 def lines(verdicts: Sequence[Verdict], samples: int, expect_chance: bool) -> list[str]:
-    """Return the verdicts as a table: a row per stream, and one for each codebook whose verdict differs."""
+    """Return the verdicts as a table, with a row per stream and per codebook with another verdict."""
     kinds = {verdict.name: verdict.kind for verdict in verdicts}
     rows: list[list[object]] = [["stream", "loss", "chance", "verdict"]]
     for verdict in verdicts:

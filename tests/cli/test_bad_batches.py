@@ -243,7 +243,7 @@ def test_a_sample_without_targets_among_the_first_is_a_warning(
     assert [done.code for done in run(ranks, config, size)] == [0] * size
     warnings = [event["reason"] for event in read_events(config.parent / "run") if event["kind"] == "warning"]
     assert warnings == [
-        "1 of 4 samples have no target in any stream, so that nothing is learnt from them: bad; mend their labels, or "
+        "1 of 4 samples have no target in any stream, so nothing is learnt from them: bad; correct their labels, or "
         "leave them out"
     ]
 

@@ -68,7 +68,7 @@ def test_labels_without_a_stop_token_fail_their_row_and_the_others_show(
     (census, loss, probe), done = rows("--config", config)
     assert census[:2] == ["FAILED", "label census"]
     assert census[2].startswith("'EOS' (id 1025 of the stream 'audio') in any codebook: never a target in 8 samples")
-    assert census[2].endswith("or train all the same with --checks.allow_missing_targets true")
+    assert census[2].endswith("or train anyway with --checks.allow_missing_targets true")
     assert loss[:2] == ["passed", "first loss"]
     assert probe == ["passed", "causality probe", "causality: audio PASS, text PASS"]
     assert (done.code, done.err.splitlines()[-1]) == (1, "rawloop doctor: 1 of 8 checks failed: label census")
@@ -98,7 +98,7 @@ def test_labels_that_were_not_shifted_and_a_dead_head_fail_rows_of_their_own(
     found, done = rows("--config", config, "--evaluation.enabled", "false")
     assert [row[0] for row in found] == ["passed", "FAILED", "FAILED"]
     assert "first loss of 'text' is 6.6619, chance is 6.6619: DEAD, its logits are all zero (to train" in found[1][2]
-    assert "(to train all the same: --checks.allow '[dead]')" in found[1][2]
+    assert "(to train anyway: --checks.allow '[dead]')" in found[1][2]
     assert found[2][2].startswith("causality of 'audio': LEAK, a prediction moves with its own target")
     assert "2 of 8 checks failed: first loss, causality probe" in done.err
 

@@ -9,8 +9,8 @@ import pytest
 
 from rawloop.contracts import Special
 from rawloop.diagnose.census import Census, take_census
+from rawloop.diagnose.checks import Report
 from rawloop.diagnose.config import ChecksConfig
-from rawloop.diagnose.report import Report
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 
@@ -123,7 +123,7 @@ def test_samples_without_targets_are_named(family: HiggsAudioV2, examples: list[
     assert f"no target in any stream: {names}" in census.lines()
     assert census.as_json()["without_targets"] == census.silent
     assert report_of(census).warnings() == [
-        f"2 of 8 samples have no target in any stream, so that nothing is learnt from them: {names}; mend their "
+        f"2 of 8 samples have no target in any stream, so nothing is learnt from them: {names}; correct their "
         "labels, or leave them out"
     ]
     examples[1].audio_labels[3, 0] = 7  # one target is enough
@@ -139,6 +139,8 @@ def test_prompts_that_are_learnt_are_a_warning(family: HiggsAudioV2, examples: l
     assert list(census.prompts()) == ["system", "scene", "user"]
     assert census.prompts()["user"] == census.roles["user", "text"][0]
     (said,) = report_of(census).warnings()
-    assert said.startswith("prompts are learnt: there are targets where nothing is to be said (320 in system turns, ")
+    assert said.startswith(
+        "prompts are learnt: there are targets in turns that the model does not say (320 in system turns, "
+    )
     several = Census(1, {("system+user", "text"): (9, 2), ("assistant", "text"): (5, 5), ("text", "text"): (5, 4)})
     assert several.prompts() == {"system+user": 2}

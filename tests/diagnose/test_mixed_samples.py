@@ -14,8 +14,8 @@ from rawloop.config import RunConfig
 from rawloop.contracts import IGNORE
 from rawloop.data import DataConfig
 from rawloop.diagnose import checks
+from rawloop.diagnose.checks import Report
 from rawloop.diagnose.config import ChecksConfig
-from rawloop.diagnose.report import Report
 from rawloop.dist import World
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
@@ -82,7 +82,7 @@ def test_a_kind_that_no_sample_shows_is_said_and_not_judged(check: Check, monkey
     unseen = [report for report in reports if report.census.unseen()]
     assert unseen
     for report in unseen:
-        said = report.events()[0][0]
-        assert "of 8 samples: not judged, as no sample that was looked at needs it: '<|im_end|>'" in said
+        said = report.labels().summary
+        assert "of 8 samples: not checked, as no sample needs it: '<|im_end|>'" in said
         assert "of the stream 'text'), which ends the role assistant" in said
         assert any(line.endswith("required, not seen") for line in report.text().splitlines())

@@ -126,42 +126,45 @@ def change(name: str, value: float) -> Callable[[Batch], Batch]:
 def test_a_feature_that_is_nan(family: Scored) -> None:
     family.spoil = change("features", math.nan)
     assert said(family).startswith(
-        "its loss is not finite: the sample bad alone gives it; its input 'features' is not finite; "
+        "its loss is not finite: the sample bad alone causes it; its input 'features' is not finite; "
     )
 
 
 def test_a_row_that_is_masked_whole(family: Scored) -> None:
     family.spoil = change("attention_mask", 0)
     assert said(family) == (
-        "its loss is not finite: the sample bad alone gives it; nothing is to be seen in 1 row(s) of "
-        "its 'attention_mask'; the first that is not finite is made by 'attention' (float32)"
+        "its loss is not finite: the sample bad alone causes it; 1 row(s) of "
+        "its 'attention_mask' mask every position; the first that is not finite is the output of 'attention' (float32)"
     )
 
 
 def test_the_logarithm_of_zero_in_the_model(family: Scored) -> None:
     family.spoil = change("features", -9.0)
     found = said(family, Log())
-    assert "bad alone gives it; all weights and inputs are finite; 'tail' makes minus infinity; the first" in found
+    assert (
+        "bad alone causes it; all weights and inputs are finite; the output of 'tail' has minus infinity; the first"
+        in found
+    )
 
 
 def test_the_logarithm_of_zero_in_the_loss(family: Scored) -> None:
     family.loss = lambda logits, targets: -(1e4 * logits).softmax(-1).gather(1, targets[:, None]).log().sum()
     assert said(family) == (
-        "its loss is not finite: each of the samples a, b gives it alone; all weights and inputs are finite; the model "
-        "gives finite numbers, of which it is made afterwards"
+        "its loss is not finite: each of the samples a, b causes it alone; all weights and inputs are finite; the "
+        "model's output is finite, and the loss computed from it is not"
     )
 
 
 def test_a_dtype_with_too_little_range(family: Scored) -> None:
     found = said(family, nn.Linear(8, 8), partial(torch.autocast, "cpu", dtype=torch.float16), tail_weight=1e5)
     assert found.endswith(
-        "inputs are finite; the first that is not finite is made by 'tail' (float16); without autocast it is finite"
+        "are finite; the first that is not finite is the output of 'tail' (float16); without autocast it is finite"
     )
 
 
 def test_samples_that_give_it_only_together(family: Scored) -> None:
     family.loss = lambda logits, targets: F.cross_entropy(logits, targets, reduction="sum") / (8 - len(targets))
-    assert "no sample alone gives it, only the samples a, b together; all weights and inputs are" in said(family)
+    assert "no sample alone causes it, only the samples a, b together; all weights and inputs are" in said(family)
 
 
 class Root(nn.Module):
@@ -172,10 +175,10 @@ class Root(nn.Module):
 def test_a_gradient_that_is_not_finite_under_a_loss_that_is(family: Scored) -> None:
     found = said(family, Root())
     assert found.startswith(
-        "its loss is finite, and its gradient is not: each of the samples a, b gives it alone; all "
+        "its loss is finite, and its gradient is not: each of the samples a, b causes it alone; all "
     )
     assert found.endswith(
-        "going back, the first gradient that is not finite is that of what 'attention' gives (float32)"
+        "in backward, the first gradient that is not finite is that of the output of 'attention' (float32)"
     )
 
 

@@ -153,7 +153,7 @@ def test_a_frozen_model_under_one_head_leaves_the_other_stream_dead(
     model.audio_lm_head.weight.requires_grad_(True)
     found = verdicts(family, module, batches)
     assert kinds(found) == {"audio": "CHANCE", "text": "DEAD"}
-    assert found["text"].why == "its loss is detached: it hangs on no trained weight"
+    assert found["text"].why == "its loss is detached: it depends on no trained weight"
 
 
 def test_a_detached_stream_is_dead(family: HiggsAudioV2, module: LossModule, batches: list[Batch]) -> None:
@@ -164,7 +164,7 @@ def test_a_detached_stream_is_dead(family: HiggsAudioV2, module: LossModule, bat
     module.losses = losses
     found = verdicts(family, module, batches)
     assert {verdict.kind for name, verdict in found.items() if name.startswith("audio")} == {"DEAD"}
-    assert found["audio"].why == "its loss is detached: it hangs on no trained weight"
+    assert found["audio"].why == "its loss is detached: it depends on no trained weight"
     assert found["text"].kind == "CHANCE"
 
 

@@ -85,6 +85,6 @@ def test_rawloop_says_which_sample_which_input_and_which_module() -> None:
     verdict = judge("text", reading, math.log(8))
     assert verdict.kind == "DEAD"
     assert verdict.why == (
-        "its loss is not finite: the sample padded alone gives it; nothing is to be seen in 1 row(s) of its "
-        "'attention_mask'; the first that is not finite is made by 'attention' (float32)"
+        "its loss is not finite: the sample padded alone causes it; 1 row(s) of its "
+        "'attention_mask' mask every position; the first that is not finite is the output of 'attention' (float32)"
     )
