@@ -267,7 +267,7 @@ def test_all_labels_masked_ends_the_run_before_step_0(ranks: Ranks, write: Calla
     config = write("AllMasked", None, size, checks=CHECKED)
     first, *others = run(ranks, config, size)
     assert re.search(r"'</s>' \(id \d+ of the stream 'text'\): never a target in 4 samples", told(first.err))
-    assert "first loss of 'text' is nan, chance is 5.5645: DEAD, it has no target: all of its" in told(first.err)
+    assert "first loss of 'text' is nan, chance is 5.5645: DEAD, it has no target: all its" in told(first.err)
     assert [first.code, *(done.code for done in others)] == [2] * size
 
 
