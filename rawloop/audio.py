@@ -1,8 +1,12 @@
-"""Turns an audio file into a mono waveform at a model's sample rate, or into the reason why it cannot be used.
+"""Clips: names a file or a segment of it, and decodes it to a mono waveform at a model's sample rate.
+
+A segment is named by its path with its times in seconds, `talk.flac#t=1.5,3`, as in W3C media fragments. So everything
+that names a clip by its path (samples, the cache of codes, messages) distinguishes the segments of one recording.
 
 libsndfile decodes (wav, flac, ogg, mp3), torchaudio resamples. `torchaudio.load` is not used: it needs FFmpeg.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -12,9 +16,10 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +28,10 @@ from rawloop.containers import STREAMED, Extent, cut_short
 from rawloop.containers import BadAudio as BadAudio
 from rawloop.errors import UserError
 from rawloop.frames import measure
-from rawloop.hashing import open_regular
-from rawloop.segments import Segment, segment_of
+from rawloop.hashing import open_regular, sha256_file
 
+MARK = "#t="
+FRAGMENT = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")
 OTHER_FORMATS = {
     b"\x1a\x45\xdf\xa3": "WebM or Matroska",
     b"\x30\x26\xb2\x75": "Windows Media",
@@ -33,15 +39,59 @@ OTHER_FORMATS = {
     b"\xff\xf1": "AAC",
     b"\xff\xf9": "AAC",
 }
-SILENCE_PEAK = 1e-3  # -60 dBFS: a clip that never exceeds it holds no speech that a codec could keep
-LOUDEST_PEAK = 10.0  # +20 dBFS: float files beyond this were never scaled to [-1, 1]
+SILENCE_PEAK = 1e-3  # -60 dBFS: a clip below it has no speech that a codec could encode
+LOUDEST_PEAK = 10.0  # +20 dBFS: float files above it were never scaled to [-1, 1]
 MOST_TAPS = 20_000_000  # coefficients of the resampling filter: 80 MB; odd sample rates would need gigabytes
-UNKNOWN = 2**62  # libsndfile gives about 2**63 samples where a header does not say how many
-ROUNDED = 0.05  # seconds by which a segment may end behind its clip, as published lists round times
+UNKNOWN = 2**62  # libsndfile gives about 2**63 samples if the header has no number
+ROUNDED = 0.05  # seconds that a segment may end after its clip, as published lists round times
 # The lines of libsndfile's log about a length beyond the end of the file, in aiff, au and w64.
 CUT = re.compile(r"^(?: SSND|  Data Size  |riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-PADDING = 8  # bytes that such a file may lack at its end, where writers forget them
+PADDING = 8  # bytes that such a file may lack at its end, as some writers forget them
 BLOCK = 2**20  # samples decoded at a time, over all channels: 4 MB
+
+
+class Segment(NamedTuple):
+    """A part of an audio file, in seconds. An `end` of None is the end of the file."""
+
+    file: Path
+    start: float = 0.0
+    end: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Return whether this is the whole file."""
+        return self.end is None and not self.start
+
+    def path(self) -> Path:
+        """Return the path that names the segment; for a whole file, the file's path."""
+        if self.whole:
+            return self.file
+        times = [f"{seconds:.6f}".rstrip("0").rstrip(".") for seconds in (self.start, self.end) if seconds is not None]
+        return self.file.with_name(f"{self.file.name}{MARK}{','.join(times)}")
+
+
+def segment_of(path: Path | str) -> Segment:
+    """Return the file and the times that a path names."""
+    found = FRAGMENT.search(str(path))
+    if found is None:
+        return Segment(Path(path))
+    return Segment(Path(str(path)[: found.start()]), float(found[1]), float(found[2]) if found[2] else None)
+
+
+def content_hash(path: Path | str) -> str:
+    """Return the SHA-256 of a file, or of its hash and the times of a segment, as 64 hexadecimal digits."""
+    if MARK not in str(path):
+        return sha256_file(Path(path))
+    file, start, end = segment_of(path)
+    now = os.stat(file)
+    whole = _hash_once(str(file), now.st_size, now.st_mtime_ns)
+    return hashlib.sha256(f"{whole}{MARK}{start},{end}".encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _hash_once(file: str, size: int, mtime_ns: int) -> str:
+    """Hash a recording once for its segments, which are consecutive in the data."""
+    return sha256_file(Path(file))
 
 
 def load_audio(
@@ -55,15 +105,15 @@ def load_audio(
     """Decode a clip, mix it to mono and resample it.
 
     Args:
-        path: wav, flac, ogg or mp3 file, of any sample rate and number of channels, or a segment of one.
+        path: wav, flac, ogg or mp3 file with any sample rate and number of channels, or a segment of it.
         sample_rate: of the result, in Hz.
         min_seconds: shorter clips are bad.
-        max_seconds: longer clips are bad; the headers are read before anything is decoded.
+        max_seconds: longer clips are bad; the header is read before anything is decoded.
         frame_rate: of the codec, in frames per second; a clip shorter than one frame is bad.
-        on_open_end: is called if the file does not say where it ends, so that it may have been cut short.
+        on_open_end: is called if the file does not say where it ends, so that it may be cut short.
 
-    Returns the waveform, (samples,) float32. Raises BadAudio if the clip cannot be decoded whole, or no voice could be
-    learnt from it; the message says why.
+    Returns the waveform, (samples,) float32. Raises BadAudio if the clip cannot be decoded whole, or is silent, too
+    loud or not finite; the message is the reason.
     """
     waveform, rate = _decode(path, max_seconds, on_open_end)
     shortest = max(min_seconds, 1 / frame_rate if frame_rate else 0.0)
@@ -83,21 +133,21 @@ def load_audio(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a clip, and turn the errors of libsndfile into BadAudio."""
+    """Open a file, and turn the errors of libsndfile into BadAudio."""
     import soundfile
 
     try:
-        # Python opens it, as libsndfile only says "System error".
+        # Python opens the file, as the errors of libsndfile have no reason.
         with open_regular(path) as stream:
             yield stream
     except soundfile.LibsndfileError as error:
-        raise BadAudio(f"cannot be decoded: {_other_format(path) or _words(error)}") from error
+        raise BadAudio(f"cannot be decoded: {_other_format(path) or _reason(error)}") from error
     except OSError as error:
         raise BadAudio(f"cannot be opened: {error.strerror}") from error
 
 
 def _other_format(path: Path) -> str | None:
-    """Return what a file is that libsndfile does not read, by its first bytes."""
+    """Return the format of a file that libsndfile cannot read, by its first bytes, and the fix."""
     with open(path, "rb") as stream:
         head = stream.read(16)
     if head.startswith(b"version https://"):
@@ -109,22 +159,22 @@ def _other_format(path: Path) -> str | None:
     return name and f"it is {name}, and wav, flac, ogg and mp3 are read: convert it, as with {convert}"
 
 
-def _words(error: Any) -> str:
+def _reason(error: Any) -> str:
     return str(error.error_string).strip().rstrip(".")
 
 
 def _sound(stream: BinaryIO, found: Extent) -> tuple[Any, int]:
-    """Open a clip for libsndfile, and return it with its number of samples per channel."""
+    """Open a file with libsndfile, and return it with its number of samples per channel."""
     import soundfile
 
-    os.lseek(stream.fileno(), 0, os.SEEK_SET)  # stream.seek may only move inside its buffer
+    os.lseek(stream.fileno(), 0, os.SEEK_SET)  # stream.seek may move only inside its buffer
     try:
         file = soundfile.SoundFile(stream.fileno(), closefd=False)
-    except soundfile.LibsndfileError:  # it does not know every tag that may stand before an mp3
+    except soundfile.LibsndfileError:  # libsndfile does not know every tag that may precede an mp3
         if not found.replaces:
             raise
         file = None
-    # libsndfile would stop at the wrong number of samples that it has read or guessed.
+    # libsndfile would stop at the number of samples in the header, or at its guess.
     if file is None or (found.header and not 0 < found.samples <= file.frames < UNKNOWN):
         rest = os.pread(stream.fileno(), os.fstat(stream.fileno()).st_size, found.replaces)
         file = soundfile.SoundFile(io.BytesIO(found.header + rest))
@@ -134,7 +184,7 @@ def _sound(stream: BinaryIO, found: Extent) -> tuple[Any, int]:
 def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> tuple[Tensor, int]:
     """Return a clip as mono, (samples,) float32, and its sample rate in Hz.
 
-    The header is read first and channels are mixed block by block, as a small file can decode to a huge one.
+    Channels are mixed block by block, as a small file can decode to a huge one.
     """
     segment = segment_of(path)
     with _opened(segment.file) as stream:
@@ -152,7 +202,7 @@ def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> 
                 raise BadAudio("is empty: it has no samples")
             if last - first > max_seconds * rate:
                 raise BadAudio(f"lasts {(last - first) / rate:.2f} s, longer than data.max_seconds ({max_seconds:g} s)")
-            # An mp3 is decoded from its beginning, as its frames lean on earlier ones; GSM cannot be sought in at all.
+            # An mp3 is decoded from its start, as its frames depend on earlier ones. GSM is not seekable.
             place = file.seek(first) if first and not found.slack and file.seekable() else 0
             waveform = _mono(file, place, first, last)
             if len(waveform) < last - first - found.slack:
@@ -172,7 +222,7 @@ def _bounds(segment: Segment, frames: int, rate: int) -> tuple[int, int]:
 
 
 def _mono(file: Any, place: int, first: int, end: int) -> Tensor:
-    """Decode a file whose next sample is `place`, and mix the samples from `first` to `end` at most."""
+    """Decode a file from its current sample `place`, and mix the samples from `first` to at most `end`."""
     import soundfile
 
     blocks, size = [torch.zeros(0)], max(1, BLOCK // file.channels)
@@ -181,7 +231,7 @@ def _mono(file: Any, place: int, first: int, end: int) -> Tensor:
             samples = file.read(min(size, end - place), dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             seconds = place / file.samplerate
-            raise BadAudio(f"cannot be decoded beyond {seconds:.2f} s, as if cut short: {_words(error)}") from error
+            raise BadAudio(f"cannot be decoded beyond {seconds:.2f} s, as if cut short: {_reason(error)}") from error
         if not len(samples):
             break
         blocks.append(torch.from_numpy(samples[max(first - place, 0) :]).mean(dim=1))
@@ -200,10 +250,10 @@ def _resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
 
 
 def import_torchaudio() -> ModuleType:
-    """Import torchaudio, or raise a UserError with the command that mends it.
+    """Import torchaudio, or raise a UserError with the command that repairs it.
 
-    PyPI's torchaudio is a CUDA build. Beside a CPU build of torch it fails to load its libraries, and no model of
-    transformers can be imported either. rawloop uses only the part that is plain PyTorch and needs none of them.
+    PyPI's torchaudio is a CUDA build. With a CPU build of torch it cannot load its libraries, and transformers' models
+    cannot be imported. rawloop uses only the part in plain PyTorch, which needs no libraries.
     """
     try:
         import torchaudio

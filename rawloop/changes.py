@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rawloop.adapters.fingerprint import BaseFingerprint
+from rawloop.audio import segment_of
 from rawloop.checkpoint.manifest import installed_versions
 from rawloop.checkpoint.pack import Packed, unpack
 from rawloop.checkpoint.writer import STATE
@@ -28,7 +29,6 @@ from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families.identity import reading_of, source_of
 from rawloop.hashing import sha256_files, sketch_file
-from rawloop.segments import segment_of
 
 WORLD_SIZE = "world_size"  # no key of the config, and compared like one
 PART = "config"  # of a checkpoint

@@ -1,8 +1,8 @@
-"""Where the audio of a file ends, read off its container: what a header promises can be an estimate, or wrong.
+"""Where the audio of a file ends, by its container, since a header can be an estimate, or wrong.
 
-libsndfile stops where it believes a file ends, and does not say what it leaves: a second file that was joined to the
-first, or the rest of an mp3 without a Xing header, whose length it guesses from the first frame. Nor does it notice
-that a wav, an ogg or an mp3 was cut short. Nothing is decoded here. `frames.py` does the same for mp3 and flac.
+libsndfile stops at the number of samples in the header and ignores the rest: a second file joined to the first, or
+most of an mp3 without a Xing header, whose length it guesses from the first frame. It also reads a wav, an ogg or an
+mp3 that was cut short without an error. Nothing is decoded here. `frames.py` does the same for mp3 and flac.
 
 Sources: RFC 3533 (Ogg), id3.org, the RIFF specification.
 """
@@ -13,21 +13,21 @@ from typing import BinaryIO, NamedTuple
 
 from rawloop.errors import RawloopError
 
-CHUNK = 2**20  # bytes read at a time where a file is searched
-STREAMED = 2**30  # bytes: writers to a pipe leave a huge length behind in a wav
+CHUNK = 2**20  # bytes read at a time when a file is searched
+STREAMED = 2**30  # bytes: a longer length in a wav comes from a writer to a pipe
 WAV_START = re.compile(rb"RIFF.{4}WAVEfmt ", re.DOTALL)
 
 
 class BadAudio(RawloopError):
-    """A clip that cannot be used. The message is the reason alone, without the file's name."""
+    """A clip that cannot be used. The message is the reason, without the name of the file."""
 
 
 class Extent(NamedTuple):
     """How much audio a file has.
 
-    `samples` per channel, or 0 where libsndfile counts right; a decoder may leave out `slack` of them. `header` takes
-    the place of the first `replaces` bytes, where these do not say how many samples there are, or are tags. A file with
-    an `open_end` does not say where it ends: a program streamed it, or it was cut short.
+    `samples` per channel, or 0 if libsndfile counts them right; a decoder may leave out `slack` of them. If the first
+    `replaces` bytes are tags, or have no number of samples, `header` replaces them. A file with an `open_end` does not
+    say where it ends: a program streamed it, or it was cut short.
     """
 
     samples: int = 0
@@ -38,26 +38,26 @@ class Extent(NamedTuple):
 
 
 def read_at(stream: BinaryIO, place: int, count: int) -> bytes:
-    """Return `count` bytes from `place` on, or fewer at the end of the file."""
+    """Return `count` bytes from `place`, or fewer at the end of the file."""
     stream.seek(place)
     return stream.read(count)
 
 
 def cut_short(promised: float, found: float) -> BadAudio:
-    """Return the error for a file that has lost its end; both arguments in seconds."""
+    """Return the error for a file without its end; both arguments in seconds."""
     return BadAudio(f"is cut short: its header promises {promised:.2f} s, it holds {found:.2f} s")
 
 
 def joined(place: int, size: int, what: str) -> BadAudio:
-    """Return the error for a file that goes on with something else at `place`."""
+    """Return the error for a file with something else after its audio, at `place`."""
     return BadAudio(
         f"has {what} behind its audio, from byte {place} of {size} on, which a decoder leaves out: if files were "
         "joined, split them or encode them anew as one"
     )
 
 
-def behind_tags(stream: BinaryIO, place: int, size: int) -> int:
-    """Return where the next thing begins that is neither a tag nor the zeros at a file's end."""
+def skip_tags(stream: BinaryIO, place: int, size: int) -> int:
+    """Return the first place that is neither in a tag nor in the zeros at the end of the file."""
     while place < size:
         length = _tag(stream, place, size)
         if not length:
@@ -67,7 +67,7 @@ def behind_tags(stream: BinaryIO, place: int, size: int) -> int:
 
 
 def _tag(stream: BinaryIO, place: int, size: int) -> int:
-    """Return the length of the tag that begins at `place`, of zeros up to the end, or 0."""
+    """Return the length of the tag at `place`, or of zeros up to the end, or 0."""
     head = read_at(stream, place, 32)
     if head[:3] == b"ID3" and len(head) >= 10 and max(head[6:10]) < 128:
         length = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
@@ -76,7 +76,7 @@ def _tag(stream: BinaryIO, place: int, size: int) -> int:
         return size - place
     if head[:8] == b"APETAGEX" and len(head) == 32:
         return 32 + int.from_bytes(head[12:16], "little") * bool(head[23] & 32)
-    for last in (size, size - 128):  # an APE tag may lack its header; an ID3v1 tag may follow
+    for last in (size, size - 128):  # an APE tag may have no header; an ID3v1 tag may follow it
         foot = read_at(stream, max(last - 32, 0), 32)
         if foot[:8] == b"APETAGEX" and place == last - int.from_bytes(foot[12:16], "little"):
             return last - place
@@ -94,18 +94,17 @@ def _chunks(stream: BinaryIO, place: int) -> Iterator[bytes]:
 
 
 def refuse_second(stream: BinaryIO, place: int, size: int, start: re.Pattern[bytes], what: str) -> None:
-    """Refuse a file in which another one begins, at or behind `place`."""
+    """Refuse a file in which another file starts, at or after `place`."""
     before = b""
     for chunk in _chunks(stream, place):
-        found = start.search(before + chunk)
-        if found:
+        if found := start.search(before + chunk):
             raise joined(place + found.start() - len(before), size, what)
         place += len(chunk)
         before = (before + chunk)[-32:]
 
 
 def wav(stream: BinaryIO, start: int, size: int) -> Extent:
-    """Look at the chunks of a wav. libsndfile counts its samples, unless its header says that there are none."""
+    """Check the chunks of a wav. libsndfile counts its samples, unless the header has no length."""
     place, speed, large, seen = start + 12, 0, 0, False
     while place + 8 <= size:
         name, length = read_at(stream, place, 4), int.from_bytes(stream.read(4), "little")
@@ -113,7 +112,7 @@ def wav(stream: BinaryIO, start: int, size: int) -> Extent:
         if name in (b"RIFF", b"RF64"):
             raise joined(place, size, "a second wav file")
         if not _is_name(name):
-            if seen and behind_tags(stream, place, size) < size:
+            if seen and skip_tags(stream, place, size) < size:
                 raise joined(place, size, "bytes that are no chunk")
             return Extent()
         if name == b"fmt ":
@@ -124,20 +123,24 @@ def wav(stream: BinaryIO, start: int, size: int) -> Extent:
             seen = True
             length = large if length == 2**32 - 1 and large else length
             found = size - place - 8
-            never_closed = not length and not _is_name(body[:4]) and behind_tags(stream, place + 8, size) < size
-            if never_closed or (length > found and length > STREAMED and not large):
-                refuse_second(stream, place + 8, size, WAV_START, "a second wav file")
-                if not never_closed:
-                    return Extent(open_end=True)
-                # Whoever wrote it could not go back to the header, or has not done so.
-                head = read_at(stream, start, place + 4 - start) + min(found, 2**32 - 1).to_bytes(4, "little")
-                return Extent(header=head, replaces=place + 8, open_end=True)
+            no_length = not length and not _is_name(body[:4]) and skip_tags(stream, place + 8, size) < size
+            if no_length or (length > found and length > STREAMED and not large):
+                return _streamed_wav(stream, start, place + 8, size, no_length)
             if length > found and speed:
                 raise cut_short(length / speed, found / speed)
         place += 8 + length
-        if length % 2:  # some writers forget the byte that makes it even, others put no zero there
+        if length % 2:  # some writers forget the padding byte, others do not write a zero
             place += not _is_name(read_at(stream, place, 4))
     return Extent()
+
+
+def _streamed_wav(stream: BinaryIO, start: int, data: int, size: int, no_length: bool) -> Extent:
+    """Return the extent of a wav without a true length: its writer did not go back to the header."""
+    refuse_second(stream, data, size, WAV_START, "a second wav file")
+    if not no_length:
+        return Extent(open_end=True)
+    header = read_at(stream, start, data - 4 - start) + min(size - data, 2**32 - 1).to_bytes(4, "little")
+    return Extent(header=header, replaces=data, open_end=True)
 
 
 def _is_name(name: bytes) -> bool:
@@ -145,12 +148,12 @@ def _is_name(name: bytes) -> bool:
 
 
 def ogg(stream: BinaryIO, start: int, size: int) -> Extent:
-    """Look at the pages of an ogg, whose samples libsndfile counts. A broadcast may end without an end mark."""
+    """Check the pages of an ogg. libsndfile counts its samples. A broadcast may have no end mark."""
     place, first, ended = start, True, False
     while place < size:
         head = read_at(stream, place, 27)
         if head[:4] != b"OggS"[: len(head)]:
-            place = behind_tags(stream, place, size)
+            place = skip_tags(stream, place, size)
             if place == size and ended:
                 break
             raise joined(place, size, "something") if ended else BadAudio(f"is damaged: no ogg page at byte {place}")

@@ -27,7 +27,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Audio:
-    """A clip inside a turn, by its resolved path. The path of a segment includes its times (`rawloop.segments`)."""
+    """A clip inside a turn, by its resolved path. The path of a segment includes its times (`rawloop.audio`)."""
 
     path: Path
 

@@ -1,4 +1,4 @@
-"""How many samples an mp3 or a flac has, counted by its frames; see `containers.py`.
+"""The number of samples in an mp3 or a flac, counted by its frames; see `containers.py`.
 
 Sources: RFC 9639 (FLAC), ISO 11172-3 and 13818-3 (MPEG audio).
 """
@@ -6,9 +6,10 @@ Sources: RFC 9639 (FLAC), ISO 11172-3 and 13818-3 (MPEG audio).
 import os
 import re
 from collections.abc import Iterator
+from functools import reduce
 from typing import BinaryIO, NamedTuple
 
-from rawloop.containers import BadAudio, Extent, behind_tags, cut_short, joined, ogg, read_at, refuse_second, wav
+from rawloop.containers import BadAudio, Extent, cut_short, joined, ogg, read_at, refuse_second, skip_tags, wav
 
 FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 FLAC_BLOCKS = {1: 192, **{code: 144 * 2**code for code in range(2, 6)}, **{code: 2**code for code in range(8, 16)}}
@@ -20,12 +21,12 @@ MP3_KBPS = {
 
 
 def measure(stream: BinaryIO) -> Extent:
-    """Return how much audio a wav, flac, ogg or mp3 file has; other formats are left to libsndfile.
+    """Return how much audio a wav, flac, ogg or mp3 file has. For other formats, libsndfile counts.
 
-    Raises BadAudio if the file is cut short, or something stands behind its audio that is neither audio nor a tag.
+    Raises BadAudio if the file is cut short, or has something after its audio that is neither audio nor a tag.
     """
     size = os.fstat(stream.fileno()).st_size
-    start = behind_tags(stream, 0, size)
+    start = skip_tags(stream, 0, size)
     head = read_at(stream, start, 12)
     if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
         return wav(stream, start, size)
@@ -35,7 +36,7 @@ def measure(stream: BinaryIO) -> Extent:
         return _Flac(stream, start, size).extent()
     if _mp3_frame(head):
         return _mp3(stream, start, size)
-    if head[:1] == b"\xff":  # an mp3 of free format, or of another layer
+    if head[:1] == b"\xff":  # an mp3 of free format or another layer
         return Extent(slack=2**62)
     return Extent()
 
@@ -50,7 +51,7 @@ class Mp3Frame(NamedTuple):
 
 
 def _mp3_frame(head: bytes) -> Mp3Frame | None:
-    """Read the header of a layer III frame; None if it is none, or of free format."""
+    """Parse the header of a layer III frame. Returns None for other bytes, and for free format."""
     if len(head) < 4 or head[0] != 255 or head[1] & 0xE6 != 0xE2:
         return None
     version, kbps, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
@@ -62,7 +63,7 @@ def _mp3_frame(head: bytes) -> Mp3Frame | None:
 
 
 def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
-    """Count the frames of an mp3, and compare them with the number in its header, if there is one."""
+    """Count the frames of an mp3, and compare with the number in its header, if there is one."""
     place, content = start, read_at(stream, start, 256)
     first = _mp3_frame(content)
     assert first is not None
@@ -72,7 +73,7 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
     while place < size:
         frame = _mp3_frame(read_at(stream, place, 4))
         if frame is None:
-            behind = behind_tags(stream, place, size)
+            behind = skip_tags(stream, place, size)
             if behind == place:
                 raise joined(place, size, "bytes that are no mp3 frame")
             place = behind
@@ -84,7 +85,7 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
             break
         count += 1
         place += frame.length
-    if promised is not None and not promised <= count <= promised + 2:  # its header is a frame that some count, too
+    if promised is not None and not promised <= count <= promised + 2:  # some writers count the header as a frame
         seconds = first.samples / first.rate
         if count < promised:
             raise cut_short(promised * seconds, (count - 1) * seconds)
@@ -94,7 +95,7 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
         )
     if lost:
         raise BadAudio(f"is cut short after {count * first.samples / first.rate:.2f} s: {lost}")
-    if b"VBRI" in content[:64]:  # the decoder takes no count from there, and guesses
+    if b"VBRI" in content[:64]:  # the decoder does not read this header, and guesses
         return Extent((count - 1) * first.samples, first.samples, _xing(content, count - 1), start + first.length)
     if promised is not None:
         return Extent(slack=first.samples, replaces=start)
@@ -102,19 +103,19 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
 
 
 def _promised_frames(content: bytes) -> int | None:
-    """Return the number of frames behind the first one, which may tell it, or None."""
+    """Return the number of frames after the first, if the first frame is a header with this number, else None."""
     found = re.search(rb"Xing|Info|VBRI", content[4:64])
     if not found:
         return None
     place = 4 + found.start()
     if found[0] == b"VBRI":
         return int.from_bytes(content[place + 14 : place + 18])
-    # Encoders that cannot go back to the beginning leave a 0.
+    # Encoders that cannot go back to the header leave a 0.
     return int.from_bytes(content[place + 8 : place + 12]) or None if content[place + 7] & 1 else None
 
 
 def _xing(content: bytes, count: int) -> bytes:
-    """Return a header frame, as encoders write it, that gives the number of frames of an mp3 that has none."""
+    """Return a header frame with the number of frames, for an mp3 without one."""
     head = bytes((0xFF, content[1] | 1, content[2] & 0x0C | 0xE0, content[3]))
     frame = _mp3_frame(head)
     assert frame is not None
@@ -124,7 +125,7 @@ def _xing(content: bytes, count: int) -> bytes:
 
 
 class _Flac:
-    """A flac file: the number of samples in its header is compared with its last frame."""
+    """A flac file. The number of samples in its header must fit its last frame."""
 
     def __init__(self, stream: BinaryIO, start: int, size: int) -> None:
         self.stream, self.start, self.size = stream, start, size
@@ -140,7 +141,7 @@ class _Flac:
         self.frames = place
 
     def extent(self) -> Extent:
-        """Return how many samples there are up to the last one."""
+        """Return the number of samples."""
         refuse_second(self.stream, self.frames, self.size, FLAC_START, "a second flac file")
         found = self._last_frame()
         if found is None:
@@ -156,25 +157,25 @@ class _Flac:
         return Extent(found, header=head[:-5] + total.to_bytes(5), replaces=len(head))
 
     def _last_frame(self) -> int | None:
-        """Return the number of the sample behind the last frame, if the file or its tags begin where that ends."""
+        """Return the number of samples up to the end of the last frame, if only tags follow that frame."""
         place = max(self.frames, self.size - 2**22)
         content = read_at(self.stream, place, 2**22)
-        end, tries = len(content), 4  # chance makes bytes inside a frame look like a header, too
-        while tries and (end := content.rfind(b"\xff", 0, end)) >= 0:
-            behind = self._header(content[end : end + 16])
-            if behind is None:
+        begin, tries = len(content), 4  # other bytes may look like a header by chance
+        while tries and (begin := content.rfind(b"\xff", 0, begin)) >= 0:
+            samples = self._samples_to_end_of(content[begin : begin + 16])
+            if samples is None:
                 continue
             tries -= 1
-            ends = _crc16_ends(content[end:])
-            if any(behind_tags(self.stream, place + end + length, self.size) == self.size for length in ends):
-                return behind
+            ends = _crc16_ends(content[begin:])
+            if any(skip_tags(self.stream, place + begin + length, self.size) == self.size for length in ends):
+                return samples
         return None
 
-    def _header(self, head: bytes) -> int | None:
-        """Return the number of the first sample behind a frame, if `head` begins one."""
+    def _samples_to_end_of(self, head: bytes) -> int | None:
+        """Return the number of samples up to the end of the frame with the header `head`; None for other bytes."""
         if len(head) < 6 or head[1] & 0xFE != 0xF8 or head[3] & 1:
             return None
-        ones = 8 - (~head[4] & 0xFF).bit_length()  # of the number, which is coded as in UTF-8
+        ones = 8 - (~head[4] & 0xFF).bit_length()  # the frame number is encoded like UTF-8
         length = max(ones, 1)
         if ones in (1, 8):
             return None
@@ -205,14 +206,11 @@ CRC8, CRC16 = _crc_table(8, 0x07), _crc_table(16, 0x8005)
 
 
 def _crc8(content: bytes) -> int:
-    value = 0
-    for byte in content:
-        value = CRC8[value ^ byte]
-    return value
+    return reduce(lambda value, byte: CRC8[value ^ byte], content, 0)
 
 
 def _crc16_ends(content: bytes) -> Iterator[int]:
-    """Yield the lengths at which `content` may end as a flac frame does: its checksum makes that of the whole zero."""
+    """Yield the lengths at which a flac frame in `content` may end: with its checksum, the CRC is zero."""
     value = 0
     for length, byte in enumerate(content, 1):
         value = (value << 8 & 0xFF00) ^ CRC16[value >> 8 ^ byte]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rawloop.adapters.fingerprint import BaseFingerprint, checksum
+from rawloop.audio import Segment
 from rawloop.build import build_run, check_run
 from rawloop.changes import MAY_DIFFER, SettingsState, compare, contents_of, digests_of, flat
 from rawloop.cli import main
@@ -24,7 +25,6 @@ from rawloop.data.samples import read_samples
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
-from rawloop.segments import Segment
 
 Ranks = Callable[..., list[Any]]
 

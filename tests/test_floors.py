@@ -35,7 +35,6 @@ FLOORS = (
             "losses",
             "inputs",
             "hashing",
-            "segments",
             "containers",
             "frames",
             "audio",

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rawloop.audio import content_hash, segment_of
 from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.samples import usable
 from rawloop.data.shards import CODEC_FILE, HEARD, Row, read_codec, read_rows, shard_file
 from rawloop.errors import BadSample, RawloopError, UserError
 from rawloop.family_protocols import CodecInfo
-from rawloop.segments import content_hash, segment_of
 
 PREPARE = "run `rawloop prepare`"
 LASTS = "lasts "  # the first word of every complaint about a clip's length

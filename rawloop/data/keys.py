@@ -12,9 +12,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from rawloop.audio import ROUNDED
+from rawloop.audio import ROUNDED, Segment
 from rawloop.data.record import Record, show
-from rawloop.segments import Segment
 
 TYPO = 0.88  # similarity to a known key from which a key is misspelt: 'start_indx' has 0.95
 EMPTY: tuple[object, ...] = (None, "", [], {})

@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rawloop.audio import BadAudio, load_audio
+from rawloop.audio import BadAudio, content_hash, load_audio, segment_of
 from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
 from rawloop.errors import Preempted, RawloopError
 from rawloop.family_protocols import CodecInfo
 from rawloop.preempt import Preemption, watch_signals
-from rawloop.segments import content_hash, segment_of
 
 T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from rawloop.audio import MARK
 from rawloop.errors import UserError, first_few
-from rawloop.segments import MARK
 
 T = TypeVar("T")
 

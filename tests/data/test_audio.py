@@ -14,10 +14,9 @@ import pytest
 import soundfile
 import torch
 
-from rawloop.audio import BadAudio, load_audio
+from rawloop.audio import BadAudio, Segment, load_audio
 from rawloop.frames import _mp3_frame
 from rawloop.hashing import sha256_file
-from rawloop.segments import Segment
 
 Tone = Callable[..., Path]
 ROOT = Path(__file__).parents[2]

@@ -14,14 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rawloop.audio import load_audio
+from rawloop.audio import Segment, load_audio
 from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data import DataConfig, codes_folder
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.errors import RawloopError, UserError
 from rawloop.family_protocols import CodecInfo
-from rawloop.segments import Segment
 
 Tone = Callable[..., Path]
 Encode = Callable[[Tensor], Tensor]

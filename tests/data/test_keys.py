@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from rawloop.audio import Segment
 from rawloop.changes import digests_of
 from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data import DataConfig, keys
 from rawloop.data.samples import read_samples
 from rawloop.errors import UserError
-from rawloop.segments import Segment
 
 Write = Callable[..., Path]
 ASK: dict[str, Any] = {"role": "user", "content": "Q"}

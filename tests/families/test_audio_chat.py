@@ -31,7 +31,7 @@ from transformers import (
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.lora import add_adapter
-from rawloop.audio import load_audio
+from rawloop.audio import Segment, load_audio
 from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
 from rawloop.demo import SPEECH
@@ -44,7 +44,6 @@ from rawloop.families.audio_chat import AudioChat, ChatEncoder, Example
 from rawloop.families.sample_checks import Letters, check_repeatable
 from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics
-from rawloop.segments import Segment
 from rawloop.settings import DDPConfig
 
 CLIPS = sorted((SPEECH / "eval").glob("*.flac"))
