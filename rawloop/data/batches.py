@@ -1,8 +1,8 @@
-"""Which samples are in which micro-batch: a pure function of (seed, window), and the loaders that follow it.
+"""Which samples are in which micro-batch, a pure function of (seed, window), and the loaders that make the batches.
 
-A *window* is the accumulation group of one optimizer step. Since its contents depend on nothing else, a resume is O(1)
-and does not depend on the number of workers, and another world size has the same windows over all ranks. The random
-numbers that a family draws while it makes an example depend on (seed, epoch, index of the sample) alone.
+A *window* is the accumulation group of one optimizer step. Since its contents depend only on (seed, window), a resume
+is O(1), and neither the number of workers nor the world size changes a window. The random numbers that a family draws
+for an example depend only on (seed, epoch, index of the sample).
 """
 
 import math
@@ -22,7 +22,7 @@ from rawloop.seed import SampleStreams, Seed, derive_seed
 
 
 class Draw(NamedTuple):
-    """A place in the data order: the index of a sample, and the pass over the data."""
+    """A place in the data order: the index of a sample, and the epoch."""
 
     sample: int
     epoch: int
@@ -32,8 +32,8 @@ class Draw(NamedTuple):
 class BatchPlan:
     """Which samples a rank takes in a window.
 
-    The epochs follow each other, each a permutation of all samples, and window k takes the k-th slice of
-    `world_size * batch_size * accumulation`. So no tail is dropped, and every window is full on every rank.
+    Each epoch is a permutation of all samples. Window k is the k-th slice of `world_size * batch_size * accumulation`
+    samples of the concatenated epochs. So no sample is dropped, and every window is full on every rank.
     """
 
     num_samples: int
@@ -63,18 +63,18 @@ class BatchPlan:
         return self.world_size * self.batch_size * self.accumulation
 
     def windows(self, epochs: float) -> int:
-        """Return the number of windows in which every sample is seen `epochs` times; the last one is filled up."""
+        """Return the number of windows of `epochs` epochs. The last window is filled from the next epoch."""
         return max(1, math.ceil(round(epochs * self.num_samples / self.window_size, 9)))
 
     def micro_batches(self, window: int) -> list[list[Draw]]:
-        """Return this rank's samples of one window, a list per micro-batch."""
+        """Return this rank's samples of one window, one list per micro-batch."""
         start = window * self.window_size
         stride = self.world_size * self.batch_size
         firsts = [start + micro * stride + self.rank * self.batch_size for micro in range(self.accumulation)]
         return [[self._sample(first + i) for i in range(self.batch_size)] for first in firsts]
 
     def stream(self, window: int) -> Iterator[list[Draw]]:
-        """Yield this rank's samples of each micro-batch, from one window on, without end."""
+        """Yield this rank's samples of each micro-batch from `window` on, forever."""
         while True:
             yield from self.micro_batches(window)
             window += 1
@@ -97,9 +97,9 @@ class MicroBatches(Dataset[Batch | RawloopError]):
 
     Args:
         samples: the data set.
-        example: encodes one sample. Its random numbers depend on `seed`, epoch and index of the sample alone.
+        example: encodes one sample. Its random numbers depend only on `seed`, epoch and index of the sample.
         collate: pads examples to a micro-batch. Its random numbers continue those of the last sample.
-        fault: returns what is wrong with a micro-batch, or None, such as `Limits.fault`.
+        fault: returns the fault of a micro-batch, or None; see `Limits.fault`.
         seed: of the run.
     """
 
@@ -115,7 +115,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         self.seed, self.streams = seed, SampleStreams()
 
     def __getitem__(self, draws: list[Draw]) -> Batch | RawloopError:
-        """Return the micro-batch, or the error: raised in a worker, it would arrive with a traceback in its message."""
+        """Return the micro-batch, or the error: torch would add a traceback to the message of an error in a worker."""
         try:
             return self.made(draws)[1]
         except RawloopError as error:
@@ -124,13 +124,13 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             return RawloopError(f"the codes of the samples {self._names(draws)} cannot be read: {error}")
 
     def made(self, draws: list[Draw]) -> tuple[list[Any], Batch]:
-        """Return the examples of some samples and their micro-batch; a UserError names a sample that is wrong."""
+        """Return the examples of some samples and their micro-batch. A UserError names a bad sample."""
         try:
             examples, batch = self.streams.lend(partial(self._make, draws))
             fault = self.fault(batch)
         except (RawloopError, OSError):
             raise
-        except Exception as error:  # a bug in somebody's family
+        except Exception as error:  # a bug in a family
             error.add_note(f"while making a batch of the samples {self._names(draws)}")
             raise
         if fault is not None:
@@ -146,7 +146,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         return examples, self.collate(examples)
 
     def _blame(self, draws: list[Draw], examples: list[Any], fault: str) -> str:
-        """Return a message that names the first sample that is wrong when it is alone."""
+        """Return a message that names the first sample that has a fault in its own batch."""
         for draw, example in zip(draws, examples, strict=True):
             alone = self.fault(self.collate([example]))
             if alone is not None:
@@ -169,14 +169,14 @@ class Loader:
         self.workers = Workers(batches, num_workers, pin_memory) if num_workers else None
 
     def iterate(self, draws: Iterable[list[Draw]]) -> Iterator[Batch]:
-        """Yield a micro-batch for each list of samples; a RawloopError names a sample that is wrong, or a worker."""
+        """Yield a micro-batch for each list of samples. A RawloopError names a bad sample, or a dead worker."""
         pin = self.pin_memory and self.workers is None
         for made in self.workers.iterate(draws) if self.workers else map(self.batches.__getitem__, draws):
             if isinstance(made, RawloopError):
                 try:
                     raise made
                 finally:
-                    del made  # its traceback holds this frame, and the frame the workers
+                    del made  # else its traceback keeps this frame alive, and the frame the workers
             yield made.pin_memory() if pin else made
 
     def close(self) -> None:
@@ -186,20 +186,20 @@ class Loader:
 
 
 class TrainWindows:
-    """The training data: called with a number, it yields windows (lists of micro-batches) from that one on."""
+    """The training data: a call yields the windows (lists of micro-batches) from a number on."""
 
     def __init__(self, loader: Loader, plan: BatchPlan) -> None:
         self.loader, self.plan = loader, plan
 
     def __call__(self, window: int) -> Iterator[list[Batch]]:
-        """Yield this rank's windows, beginning with number `window`."""
+        """Yield this rank's windows from number `window` on, forever."""
         stream = self.loader.iterate(self.plan.stream(window))
         while True:
             yield [next(stream) for _ in range(self.plan.accumulation)]
 
 
 class EvalBatches:
-    """One rank's share of the evaluation set, in a fixed order: each sample is in the share of exactly one rank.
+    """One rank's share of the evaluation set, in a fixed order. Each sample is in exactly one share.
 
     Every evaluation is epoch 0, so its random numbers are the same each time.
     """

@@ -1,9 +1,9 @@
-"""The codes of all clips, for reading: training asks for a clip by its path and never opens or decodes its audio.
+"""Reads the cached codes of clips by path. Training never opens or decodes audio.
 
-`check` looks once, at the start, whether each clip of a data set has codes and its audio file is still the one that was
-encoded. After that, getting codes is a dictionary access and one read. Audio files that are gone are not missed.
+`check` verifies once, at the start, that each clip of a data set has codes of its current audio file. After that,
+getting codes is a dictionary access and one read. The audio files may be deleted.
 
-Shards are read, not mapped: a mapped file that loses its end while it is read kills the process (SIGBUS).
+Shards are read, not memory-mapped: truncating a mapped file kills the process that reads it (SIGBUS).
 """
 
 import json
@@ -22,14 +22,14 @@ from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.data.samples import usable
 from rawloop.data.shards import CODEC_FILE, HEARD, Row, read_codec, read_rows, shard_file
-from rawloop.errors import BadSample, RawloopError, UserError
+from rawloop.errors import BadSample, RawloopError, UserError, first_few
 from rawloop.family_protocols import CodecInfo
 
 PREPARE = "run `rawloop prepare`"
-LASTS = "lasts "  # the first word of every complaint about a clip's length
-NO_FILE, NO_CODES, CHANGED, BAD = range(4)  # what can be wrong with a clip
+LASTS = "lasts "  # the first word of every message about a clip's length
+NO_FILE, NO_CODES, CHANGED, BAD = range(4)  # the faults of a clip
 WRONG = {
-    NO_FILE: ("without codes, and without files", f"restore them and {PREPARE}, or remove their samples"),
+    NO_FILE: ("without codes and without files", f"restore them and {PREPARE}, or remove their samples"),
     NO_CODES: ("without codes", PREPARE),
     CHANGED: ("changed since they were encoded", f"{PREPARE} again"),
     BAD: ("that cannot be used", f"mend them and {PREPARE} again, with --data.on_bad_sample skip to leave them out"),
@@ -37,7 +37,7 @@ WRONG = {
 
 
 class Shard:
-    """The codes in one file, which is open only while it is read. Raises ValueError if it is damaged."""
+    """The codes in one file, which is open only during a read. Raises ValueError if it is damaged."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -72,35 +72,33 @@ class Shard:
 
 
 def _place(start: int, entry: Any) -> tuple[int, int, int]:
-    """Return where the codes of an entry begin in the file, and their shape."""
+    """Return the place of an entry's codes in the file, and their shape."""
     (frames, books), (first, last) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] != "U16" or min(frames, books, first) < 0 or last - first != 2 * frames * books:
-        raise ValueError(f"it holds a tensor that is no codes: {entry}")
+        raise ValueError(f"it has a tensor other than codes: {entry}")
     return start + first, frames, books
 
 
 class CodeCache:
-    """Codes of clips by path: `cache(path)` gives (frames, codebooks) int64.
-
-    Works in forked and in spawned data workers: each process reads the headers of the shards that it needs.
+    """Codes of clips by path: `cache(path)` returns (frames, codebooks) int64.
 
     Args:
         folder: the cache that `rawloop prepare` wrote (`codes_folder(config)`).
-        codec: hash of the codec, or a prefix of it; needed if the cache holds codes of several codecs.
-        config: clips outside its `min_seconds` and `max_seconds` are bad, even if they were good when they were
-            encoded. If its `on_bad_sample` is skip, `usable` leaves out all samples with bad clips. Default: no limits.
+        codec: hash of the codec, or a prefix; needed if the cache has codes of several codecs.
+        config: clips outside its `min_seconds` and `max_seconds` are bad, even if they are encoded. If its
+            `on_bad_sample` is skip, `usable` leaves out all samples with bad clips. Default: no limits.
     """
 
     def __init__(self, folder: Path | str, codec: str | None = None, config: DataConfig | None = None) -> None:
         self.config = config
         self.folder, self.codec = _choose(Path(expanduser(folder)), codec)
         self._rows = read_rows(self.folder)
-        self._current: set[str] = set()  # paths whose audio file is known to be the one that was encoded
+        self._current: set[str] = set()  # paths with an unchanged audio file
         self._shards: dict[int, Shard] = {}
         self._contents: dict[str, Row] | None = None
 
     def __call__(self, path: Path) -> Tensor:
-        """Return the codes of a clip, (frames, codebooks) int64. Raises UserError if it has none or has changed."""
+        """Return the codes of a clip, (frames, codebooks) int64. Raises UserError if it has no codes or has changed."""
         row = self._row(str(path))
         try:
             codes, crc = self._shard(row.shard).codes(row.sha256)
@@ -111,31 +109,31 @@ class CodeCache:
         return codes.to(torch.int64)
 
     def frames(self, path: Path) -> int:
-        """Return how many frames a clip has, without reading its codes. Raises as calling does."""
+        """Return how many frames a clip has, without reading its codes. Raises like a call."""
         return self._row(str(path)).frames
 
     def identity(self, path: Path) -> str:
-        """Return a text that differs between different codes, without reading them. Raises as calling does."""
+        """Return a text that identifies the codes, without reading them. Raises like a call."""
         row = self._row(str(path))
         return f"{self.codec.hash[:16]} {row.frames} {row.crc:08x}"
 
     def knows(self, sample: Sample) -> bool:
-        """Return whether all clips of a sample were looked at as they are now; limits of length may have changed."""
+        """Return whether all clips of a sample are in the index, unchanged. Clips of bad length are looked at again."""
         rows = (self._known(str(path)) for path in sample.audio_paths())
         return all(row is not None and not (row.bad or "").startswith(LASTS) and _unchanged(row) for row in rows)
 
     def usable(self, samples: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
-        """Return the samples to train on, and the reason for each one to leave out, by sample id.
+        """Return the samples to train on, and the reason for each other one, by sample id.
 
-        `rawloop prepare` or the config asked for leaving it out.
+        A sample is left out if it needs a bad clip and `rawloop prepare` or the config says skip.
         """
         return usable(list(samples), self._refuse_left_out, skip=True)
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Verify that every clip of `samples` has codes, made from the audio that is on disk now, if there is any.
+        """Verify that every clip of `samples` has codes of its current audio file, if the file exists.
 
-        Costs one stat per clip; a file is hashed only if it was moved or touched since. Raises UserError for clips
-        without codes, and RawloopError for a damaged shard.
+        Costs one stat per clip; only a file that was moved or touched is hashed. Raises UserError for clips without
+        codes, and RawloopError for a damaged shard.
         """
         problems: dict[int, list[str]] = {}
         rows: list[Row] = []
@@ -147,18 +145,18 @@ class CodeCache:
                 problems.setdefault(found[0], []).append(found[1])
         if problems:
             raise UserError("; ".join(_problem(*pair) for pair in sorted(problems.items())))
-        for number in sorted({row.shard for row in rows if row.shard >= 0}):  # clips that are only decoded have none
+        for number in sorted({row.shard for row in rows if row.shard >= 0}):  # clips without a codec have no shard
             self._shard(number)
 
     def open_ends(self, samples: Iterable[Sample]) -> str | None:
-        """Return a line about the clips whose files do not say where they end, or None if all do."""
+        """Return a line about the clips with an open end, or None if there are none."""
         paths = dict.fromkeys(str(path) for sample in samples for path in sample.audio_paths())
         found = [path for path in paths if (row := self._known(path)) and row.open_end and not row.bad]
         if not found:
             return None
         return (
             f"{len(found)} clip(s) do not say where they end (an ogg without an end mark, a wav without a length), as "
-            f"if streamed or cut short: {_named(found)}: listen to their ends, or encode them anew"
+            f"if streamed or cut short: {first_few(found)}: listen to their ends, or encode them anew"
         )
 
     def _refuse_left_out(self, sample: Sample) -> None:
@@ -187,7 +185,7 @@ class CodeCache:
         raise UserError(_problem(found[0], [found[1]]))
 
     def _find(self, path: str) -> Row | tuple[int, str]:
-        """Return the row with the codes of the file at `path` as it is now, or what is wrong and with which clip."""
+        """Return the row with the codes of the current file at `path`, or its fault and the name of the clip."""
         row = known = self._known(path)
         if row is None or not _unchanged(row):
             row = self._by_content(path)
@@ -203,7 +201,7 @@ class CodeCache:
         return row
 
     def _by_content(self, path: str) -> Row | None:
-        """Return the codes of a file that was moved or touched, found by its hash."""
+        """Return the row of a file that was moved or touched, by its hash."""
         if self._contents is None:
             self._contents = {row.sha256: row for row in self._rows.values() if row.frames}
         try:
@@ -227,16 +225,13 @@ class CodeCache:
         reason = "the file is gone" if isinstance(why, FileNotFoundError) else why
         return RawloopError(f"{shard_file(self.folder, number)} is damaged ({reason}): delete it and {PREPARE} again")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a spawned worker reads the headers that it needs
-
 
 def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
-    """Return the folder and the description of the one codec that is asked for."""
+    """Return the folder and the description of the requested codec."""
     found = {file.parent: read_codec(file.parent) for file in sorted(folder.glob(f"*/{CODEC_FILE}"))}
     if not found:
-        raise UserError(f"{folder} holds no codes: {PREPARE} first, or set --data.codes to the folder it wrote")
-    if codec is None:  # clips that were only decoded have no codes
+        raise UserError(f"{folder} has no codes: {PREPARE} first, or set --data.codes to the folder it wrote")
+    if codec is None:  # a folder of clips that were only decoded has no codes
         found = {place: info for place, info in found.items() if not info.hash.startswith(HEARD)} or found
     fitting = {place: info for place, info in found.items() if codec is None or info.hash.startswith(codec)}
     known = ", ".join(f"{info.hash[:16]} at {info.sample_rate} Hz" for info in found.values())
@@ -244,14 +239,14 @@ def _choose(folder: Path, codec: str | None) -> tuple[Path, CodecInfo]:
         raise UserError(f"{folder} has no codes of codec {codec} (it has {known}): {PREPARE} with this model")
     if len(fitting) > 1:
         raise UserError(
-            f"{folder} holds codes of several codecs ({known}): name one by its hash, or set "
-            "--data.codes to a folder for this codec alone"
+            f"{folder} has codes of several codecs ({known}): name one by its hash, or set --data.codes to a folder "
+            "for this codec alone"
         )
     return next(iter(fitting.items()))
 
 
 def _unchanged(row: Row) -> bool:
-    """Return whether the file is as it was when it was encoded. A file that is gone counts as unchanged."""
+    """Return whether the file has the size and time of its row. A deleted file counts as unchanged."""
     try:
         now = os.stat(segment_of(row.path).file)
     except FileNotFoundError:
@@ -263,8 +258,4 @@ def _unchanged(row: Row) -> bool:
 
 def _problem(kind: int, clips: list[str]) -> str:
     what, fix = WRONG[kind]
-    return f"{len(clips)} clip(s) {what}: {_named(clips)}: {fix}"
-
-
-def _named(clips: list[str]) -> str:
-    return ", ".join(clips[:5]) + (f" and {len(clips) - 5} more" if len(clips) > 5 else "")
+    return f"{len(clips)} clip(s) {what}: {first_few(clips)}: {fix}"

@@ -1,4 +1,4 @@
-"""The settings of the data: where it is, how it is read, and what happens to clips that cannot be used."""
+"""The settings of the data: its files, how they are read, and what happens to clips that cannot be used."""
 
 import math
 import os
@@ -22,25 +22,25 @@ class DataConfig:
         eval: the same for evaluation.
         codes: folder of the codec's cached codes, written by `rawloop prepare`. Default: `.rawloop-codes` in the folder
             of the training data.
-        task: take every sample of a metadata.json as this task: single_speaker_smart_voice, zero_shot_voice_cloning,
-            multi_speaker_smart_voice or multi_speaker_voice_cloning. Default: what the sample says, else what its keys
-            imply. With single_speaker_smart_voice or multi_speaker_smart_voice, a chat of one clip and an answer that
-            writes down its words is turned round, too: the clip speaks the answer.
-        refs_in_scene: put reference clips into the scene, where they need no words, instead of into separate turns;
-            also those that chat messages have in the user turn before a spoken answer.
-        default_scene: scene of the samples of a metadata.json that name none; null for no scene.
-        strict: refuse a record with a key that rawloop does not know. Default: count such keys and print the counts.
-        allow_outside: let the data name audio files outside its own folder.
+        task: task of every sample of a metadata.json: single_speaker_smart_voice, zero_shot_voice_cloning,
+            multi_speaker_smart_voice or multi_speaker_voice_cloning. Default: the sample's task, or the one that its
+            keys imply. With single_speaker_smart_voice or multi_speaker_smart_voice, recognition samples in chat
+            messages (a clip, then its words) are reversed: the clip speaks the words.
+        refs_in_scene: put reference clips into the scene, where they need no words, instead of into separate turns.
+            Includes clips of chat messages in the user turn before a spoken answer.
+        default_scene: scene of the samples of a metadata.json without a scene; null for no scene.
+        strict: refuse a record with an unknown key. Default: count such keys and print the counts.
+        allow_outside: allow audio files outside the folder of the data.
         on_bad_sample: what to do about clips that cannot be used, and samples that are too long for the model or have
             letters that its tokenizer does not know: stop (`rawloop prepare` encodes all other clips and ends with
-            exit code 1; training does not begin) or skip (exactly these samples are left out).
-        max_seconds: clips longer than this are bad, also where they are encoded already.
-        min_seconds: clips shorter than this are bad, also where they are encoded already.
-        num_workers: processes that make batches beside each training process, and as many for the evaluation; 0 makes
-            them in the training process.
-        packing: put the samples of a micro-batch one behind the other into one row, where none attends to another,
-            instead of padding them to the longest (causal_lm only).
-        shuffle: take the training samples in a different order in every epoch.
+            exit code 1; training does not start) or skip (exactly these samples are left out).
+        max_seconds: longer clips are bad, also if they are encoded.
+        min_seconds: shorter clips are bad, also if they are encoded.
+        num_workers: worker processes of each training process that make batches, and as many for the evaluation; 0
+            makes batches in the training process.
+        packing: concatenate the samples of a micro-batch into one row, without attention between them, instead of
+            padding them to the longest (causal_lm only).
+        shuffle: use another order of the training samples in every epoch.
     """
 
     train: str | None = None
@@ -72,9 +72,9 @@ class DataConfig:
             )
 
     def fault_of_length(self, frames: int, frame_rate: float) -> str | None:
-        """Return what is wrong with the length of an encoded clip, or None.
+        """Return the fault in the length of an encoded clip, or None.
 
-        A codec rounds to frames, up or down, so one frame more or less is allowed: `rawloop prepare` knows the seconds.
+        One frame more or less is allowed, as a codec rounds to frames; `rawloop prepare` checks the exact length.
         """
         seconds = frames / frame_rate
         if frames - 1 > math.ceil(self.max_seconds * frame_rate):

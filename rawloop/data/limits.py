@@ -1,8 +1,7 @@
-"""Checks the values of a batch on the CPU, where the sample of a wrong value is still known.
+"""Checks the values of a batch on the CPU when it is made, to name the sample of a wrong value.
 
-A token or target beyond the model's tables is an IndexError without a sample on the CPU, and on a GPU it kills the
-whole process with a device-side assert. A NaN among features makes the step be skipped in every epoch. Both are found
-here, where the batch is made, at the cost of one pass over its values.
+Otherwise a token or target out of range is an IndexError without a sample on the CPU, and a device-side assert that
+kills the process on a GPU. A NaN in features makes every epoch skip a step. The check costs one pass over the values.
 """
 
 import math
@@ -20,27 +19,27 @@ from rawloop.family_protocols import IdsFamily
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 TOKENIZER = "use the tokenizer and codec that belong to the model"
-MASKS = ("mask", "bias")  # in the name of an input: minus infinity hides a position
+MASKS = ("mask", "bias")  # names of inputs in which minus infinity hides a position
 
 
 @dataclass
 class Limits:
-    """The values that a model can take.
+    """The values that a model accepts.
 
-    `ids` has the number of ids that each input may hold, by name; other inputs are not checked. `classes` has the
-    number of classes of each stream's targets, None if the family does not say it.
+    `ids` has the number of valid ids of each input, by name; other inputs are not checked. `classes` has the number of
+    classes of each stream's targets, or None if the family does not give it.
     """
 
     ids: dict[str, int]
     classes: Mapping[str, int | None]
-    probe: Batch | None = None  # the family's, which `learn` runs
+    probe: Batch | None = None  # of the family, for `learn`
 
     @classmethod
     def of(cls, family: Family, model: nn.Module) -> "Limits":
-        """Return the ids that a model has an embedding for, and the targets that the family's heads can name.
+        """Return the ids in the model's embedding, and the classes of the family's heads.
 
-        A token beyond the embedding is allowed where the family's probe has it: some models put audio in its
-        place before they look anything up.
+        Tokens of the family's probe are allowed even if they are not in the embedding: some models replace them by
+        audio first.
         """
         chance = family.chance() if has(family, "chance") else {}
         classes = {stream: round(math.exp(chance[stream])) if chance else None for stream in family.streams}
@@ -52,9 +51,9 @@ class Limits:
         return cls(ids, classes, probe)
 
     def learn(self, family: Family, model: nn.Module, device: torch.device, autocast: Autocast) -> None:
-        """Run the probe on the prepared model, to see which further inputs an embedding is given unchanged.
+        """Run the probe on the prepared model, and find the other inputs that go into an embedding unchanged.
 
-        Ids of the probe that are beyond the embedding are allowed: the model replaces them before.
+        Tokens of the probe are allowed even if they are not in the embedding; see `of`.
         """
         if self.probe is None:
             return
@@ -77,7 +76,7 @@ class Limits:
         self.ids = ids | self.ids
 
     def fault(self, batch: Batch) -> str | None:
-        """Return what is wrong with a batch, which is on the CPU, or None."""
+        """Return the first fault of a batch on the CPU, or None."""
         faults = [self._fault_of_input(name, values) for name, values in batch.inputs.items()]
         faults += [self._fault_of_stream(stream, batch) for stream in self.classes]
         return next((fault for fault in faults if fault is not None), None)
@@ -88,7 +87,7 @@ class Limits:
         if values.is_floating_point():
             return _fault_of_numbers(name, values)
         size = self.ids.get(name)
-        wrong = _outside(values, size) if size is not None else None
+        wrong = _outside(values, size)
         if size is None or wrong is None:
             return None
         place, found = wrong
@@ -105,17 +104,19 @@ class Limits:
                 f"it counts {batch.targets[stream]} targets of the stream '{stream}', and {count} of its labels "
                 f"are not {IGNORE}: collate must count what is scored"
             )
+        if not count:
+            return None
         size = self.classes[stream]
-        wrong = _outside(labels.targets.where(scored, 0), size) if count and size is not None else None
+        wrong = _outside(labels.targets.where(scored, 0), size)
         if size is not None and wrong is not None:
             (row, *codebook), found = wrong
             where = f"{f' of codebook {codebook[0]}' if codebook else ''} at position {int(labels.positions[row]) + 1}"
             return (
-                f"a target of the stream '{stream}'{where} is {found}, and the model can say 0 to "
-                f"{size - 1}: {TOKENIZER}; what is no target is {IGNORE}"
+                f"a target of the stream '{stream}'{where} is {found}, and the model has the classes 0 to "
+                f"{size - 1}: {TOKENIZER}; label other positions {IGNORE}"
             )
-        if count and int(labels.positions.min()) < 0:
-            return f"a target of the stream '{stream}' is the first of all: nothing stands before it to predict it from"
+        if int(labels.positions.min()) < 0:
+            return f"a target of the stream '{stream}' is at the very first position, which no position predicts"
         return None
 
 
@@ -128,18 +129,20 @@ def _embedding(model: nn.Module) -> Tensor | None:
 
 
 def _fault_of_numbers(name: str, values: Tensor) -> str | None:
-    least, most = (float(value) for value in torch.aminmax(values))  # a NaN is both the least and the most
+    least, most = (float(value) for value in torch.aminmax(values))  # with a NaN, both are NaN
     masks = any(word in name for word in MASKS)
     if most < math.inf and (least > -math.inf or masks):
         return None
     allowed = "NaN or plus infinity" if masks else "numbers that are not finite"
-    return f"its '{name}' has {allowed}: mend what they are made of, or leave the sample out"
+    return f"its '{name}' has {allowed}: correct their source, or leave the sample out"
 
 
-def _outside(values: Tensor, size: int) -> tuple[list[int], int] | None:
-    """Return the first place whose value is below 0, or `size` or more, and that value."""
+def _outside(values: Tensor, size: int | None) -> tuple[list[int], int] | None:
+    """Return the first place with a value outside 0 to `size` - 1, and that value. Without a size, return None."""
+    if size is None:
+        return None
     least, most = torch.aminmax(values)
-    if least >= 0 and most < size:  # nonzero() is slower, and no batch of a healthy data set needs it
+    if least >= 0 and most < size:  # nonzero() is slower, and rarely needed
         return None
     place: list[int] = torch.nonzero((values < 0) | (values >= size))[0].tolist()
     return place, int(values[tuple(place)])
@@ -150,5 +153,5 @@ def _place(place: list[int]) -> str:
 
 
 def no_fault(batch: Batch) -> str | None:
-    """Find no fault, where no limits are known."""
+    """Find no fault, if no limits are known."""
     return None

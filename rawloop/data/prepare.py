@@ -1,8 +1,8 @@
 """Encodes every clip of a data set once, so that training never runs the codec.
 
-A clip that is in the cache is not encoded again, whichever data set or path it comes from. Clips are encoded one at a
-time, since padding a batch of them would change their codes; meanwhile threads decode the next ones. A run that is
-stopped at any moment is continued by the next one.
+A clip in the cache is not encoded again, also under another path or in another data set. Clips are encoded one at a
+time, since padding a batch of them would change their codes; threads decode the next clips meanwhile. After a stop at
+any moment, the next run continues.
 """
 
 import json
@@ -11,9 +11,9 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -38,12 +38,12 @@ Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
 DECODERS = 4  # threads that hash and decode ahead of the codec
 AHEAD = 16  # clips decoded ahead: at most 50 MB of waveforms
-LOG_SECONDS = 60.0  # between two states of the progress bar where stderr is no terminal
+LOG_SECONDS = 60.0  # between two lines of the progress bar if stderr is no terminal
 
 
 @dataclass(frozen=True)
 class BadClip:
-    """A clip that cannot be used, why, and one of the samples that need it."""
+    """A clip that cannot be used, the reason, and a sample that needs it."""
 
     path: str
     reason: str
@@ -54,8 +54,8 @@ class BadClip:
 class PrepareReport:
     """The results of `prepare`, which are written to `report.json` in the cache folder.
 
-    `encoded` clips went through the codec now; `reused` ones had codes, or the content of another clip. `left_out` has
-    the ids of the samples that need a bad clip.
+    `encoded` clips were encoded now; `reused` clips had codes, or the content of another clip. `left_out` has the ids
+    of the samples that need a bad clip.
     """
 
     folder: str
@@ -70,7 +70,7 @@ class PrepareReport:
 
 
 class BadClips(RawloopError):
-    """Some clips cannot be used, and the config does not say to skip them. All others are encoded; see `report`."""
+    """Some clips cannot be used, and `on_bad_sample` is stop. All others are encoded; see `report`."""
 
     def __init__(self, report: PrepareReport) -> None:
         first = report.bad[0]
@@ -98,28 +98,28 @@ def prepare(
     """Encode every distinct clip of `samples` and cache its codes in `folder`.
 
     Args:
-        samples: from `read_samples`; clips that several of them share are encoded once.
+        samples: from `read_samples`; clips that several samples share are encoded once.
         encode: the codec: waveform (samples,) float32 on the CPU -> codes (frames, codebooks) of any integer type.
             None: clips are only decoded, and their lengths stored; see `heard_at`.
-        codec: what identifies the codec and its codes.
+        codec: description of the codec and its codes.
         folder: of the cache.
         config: `on_bad_sample`, `max_seconds` and `min_seconds` are read from it.
-        progress: show a progress bar, and name bad clips as they are found, on stderr.
-        shard_clips: write a shard after so many clips,
-        shard_seconds: or after so many seconds, so that a kill costs no more than these.
+        progress: show a progress bar and bad clips on stderr.
+        shard_clips: write a shard after this number of clips,
+        shard_seconds: or after this number of seconds, so that a kill loses little.
         preemption: says when to stop. Default: this function watches for SIGTERM and SIGUSR1.
-        wait: if another process writes to the folder, wait for it instead of refusing.
+        wait: wait for another process that writes to the folder, instead of raising.
 
     Returns the report, which is also written to `folder/report.json`.
 
     Raises:
-        BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others have been encoded.
-        Preempted: SIGTERM or SIGUSR1 arrived; what was encoded is kept. SIGINT: KeyboardInterrupt, likewise.
+        BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others are encoded.
+        Preempted: on SIGTERM or SIGUSR1; encoded clips are kept. Likewise KeyboardInterrupt on SIGINT.
     """
     config = config or DataConfig()
     folder = Path(expanduser(folder))
     samples = list(samples)
-    clips: dict[str, str] = {}  # each with the first sample that needs it
+    clips: dict[str, str] = {}  # path -> the first sample that needs it
     for sample in samples:
         for path in sample.audio_paths():
             clips.setdefault(str(path.absolute()), sample.id)
@@ -129,7 +129,7 @@ def prepare(
         with open_writer(folder, codec, shard_clips, shard_seconds, waiting) as writer:
             done = _encode_all(list(clips), writer, config, encode, report, signalled, progress)
     if done < len(clips):
-        raise Preempted(f"stopped by {signalled()}; what was encoded is kept: run `rawloop prepare` again to go on")
+        raise Preempted(f"stopped by {signalled()}; encoded clips are kept: run `rawloop prepare` again to go on")
     rows = [(writer.rows[path], sample) for path, sample in clips.items()]
     report.bad = [BadClip(row.path, row.bad, sample) for row, sample in rows if row.bad]
     bad = {clip.path for clip in report.bad}
@@ -141,7 +141,7 @@ def prepare(
 
 
 def _look_up(writer: ShardWriter, config: DataConfig, path: str) -> tuple[Row, Tensor | None]:
-    """Return a clip's row, and its waveform if it must be encoded. Runs in threads, so it only reads the index."""
+    """Return a clip's row, and its waveform if it must be encoded. Runs in threads, which only read the index."""
 
     def bad(row: Row, reason: str) -> tuple[Row, None]:
         return row._replace(bad=reason, skip=config.on_bad_sample == "skip"), None
@@ -177,28 +177,24 @@ def _encode_all(
     signalled: Callable[[], str | None],
     progress: bool,
 ) -> int:
-    """Encode the clips that have no codes, until all are done or a signal arrives. Return how many are done."""
+    """Encode the clips without codes until all are done or a signal arrives. Return the number of clips done."""
     done, every = 0, 0.1 if sys.stderr.isatty() else LOG_SECONDS
     what = "decoding" if encode is None else "encoding"
     bar = tqdm(
         total=len(paths), desc=what, unit="clip", disable=not progress, mininterval=every, maxinterval=max(every, 10.0)
     )
-    with bar, ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
-        try:
-            clips = _ahead(pool, partial(_look_up, writer, config), paths)
-            for row, waveform in takewhile(lambda clip: not signalled(), clips):
-                _take(row, waveform, encode, writer, report)
-                done += 1
-                if row.bad and progress:
-                    bar.write(f"{row.path}: {row.bad}", file=sys.stderr)
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with bar, closing(_ahead(partial(_look_up, writer, config), paths)) as clips:
+        for row, waveform in takewhile(lambda clip: not signalled(), clips):
+            _add(row, waveform, encode, writer, report)
+            done += 1
+            if row.bad and progress:
+                bar.write(f"{row.path}: {row.bad}", file=sys.stderr)
+            bar.update()
     return done
 
 
-def _take(row: Row, waveform: Tensor | None, encode: Encode | None, writer: ShardWriter, report: PrepareReport) -> None:
-    """Encode a clip if nobody has, and put its row into the index."""
+def _add(row: Row, waveform: Tensor | None, encode: Encode | None, writer: ShardWriter, report: PrepareReport) -> None:
+    """Encode a clip without codes, and put its row into the index."""
     twin = writer.find(row.sha256)
     if not row.bad and twin is None:
         assert waveform is not None, "a clip is either cached or decoded"
@@ -233,15 +229,19 @@ def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Ten
     return codes
 
 
-def _ahead(pool: ThreadPoolExecutor, load: Callable[[str], T], paths: list[str]) -> Iterator[T]:
-    """Yield `load(path)` for each path in order, while the pool works a few clips ahead."""
+def _ahead(load: Callable[[str], T], paths: list[str]) -> Generator[T, None, None]:
+    """Yield `load(path)` for each path in order. Threads run a few clips ahead."""
+    pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
     waiting: deque[Future[T]] = deque()
-    for path in paths:
-        waiting.append(pool.submit(load, path))
-        if len(waiting) > AHEAD:
+    try:
+        for path in paths:
+            waiting.append(pool.submit(load, path))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _give_up(signalled: Callable[[], str | None]) -> None:
@@ -254,13 +254,13 @@ def _give_up(signalled: Callable[[], str | None]) -> None:
 
 @contextmanager
 def _deferred_signals(preemption: Preemption | None) -> Iterator[Callable[[], str | None]]:
-    """Give a function that returns the name of the signal that has arrived, if one has, instead of obeying signals.
+    """Defer signals: yield a function that returns the name of the signal that has arrived, or None.
 
-    SIGINT is obeyed at the end of the block. A second SIGINT does at once what it would have done outside.
+    SIGINT takes effect at the end of the block, a second SIGINT at once.
     """
     interrupts: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers or gets signals
+    main = threading.current_thread() is threading.main_thread()  # only this thread may set handlers
 
     def record(number: int, frame: Any) -> None:
         interrupts.append(number)

@@ -1,15 +1,15 @@
-"""How cached codes lie on disk: immutable shards of codes, and beside each the index rows that it brought.
+"""The files of cached codes: immutable shards of codes, and for each shard the rows of its clips in the index.
 
     <cache>/<codec hash>-<sample rate>/codec.json
                                        shard-00000.safetensors   one tensor per clip, (frames, codebooks) uint16
                                        files-00000.jsonl         one row per audio file: path, size, mtime, hash, shard
 
-Clips that are only decoded, for models that take no codes, have rows without shards; see `heard_at`.
+For models without codes, clips are only decoded and have rows without shards; see `heard_at`.
 
-A clip's tensor is named by the SHA-256 of its audio file. Both files are written whole and then renamed, the codes
-before the rows that point at them, so a kill at any moment loses only what was not yet written. Later rows replace
-earlier ones of the same path. Paths in the folder of the cache, or beside it, are stored relative to it: the data and
-its cache can be moved together.
+The name of a clip's tensor is the SHA-256 of its audio file. Files are written under a temporary name and renamed, the
+codes before the rows that refer to them, so a kill loses only what is not yet written. Later rows replace earlier rows
+of the same path. Paths in the parent folder of the cache, or in that folder's parent, are stored relative, so data and
+cache can be moved together.
 """
 
 import json
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from safetensors.torch import save
@@ -40,10 +40,11 @@ NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 
 
 class Row(NamedTuple):
-    """An audio file in the index, as it was when it was encoded.
+    """An audio file in the index, with its size and time when it was encoded.
 
-    `sha256` names its codes, which are in `shard`, have so many `frames` and the CRC-32 `crc`. `bad` says why it has
-    none, and `skip` whether samples that need it are left out. A file with an `open_end` does not say where it ends.
+    `sha256` names its codes in `shard`; they have `frames` frames and the CRC-32 `crc`. A clip without codes is `bad`
+    for this reason; with `skip`, samples that need it are left out. A file with an `open_end` does not say where it
+    ends.
     """
 
     path: str
@@ -62,7 +63,7 @@ class Row(NamedTuple):
         return self._replace(shard=twin.shard, frames=twin.frames, crc=twin.crc, open_end=twin.open_end)
 
 
-# The types that each column of the index may have; a bool is no int here.
+# The types of the columns of the index; a bool is no int here.
 COLUMNS: dict[str, set[type]] = {
     **{name: {str} for name in ("path", "sha256")},
     **{name: {int} for name in ("size", "mtime_ns", "shard", "frames", "crc")},
@@ -72,12 +73,12 @@ COLUMNS: dict[str, set[type]] = {
 
 
 def codec_folder(cache: Path, codec: CodecInfo) -> Path:
-    """Return the folder that holds the codes of one codec."""
+    """Return the folder with the codes of a codec."""
     return cache / f"{codec.hash[:16]}-{codec.sample_rate}"
 
 
 def heard_at(sample_rate: int) -> CodecInfo:
-    """Return what stands for the codec where clips are decoded only: a frame is a sample, and there are no codes."""
+    """Return a codec's description for clips that are only decoded: a frame is a sample, and there are no codes."""
     return CodecInfo(f"{HEARD}{sample_rate:06d}", sample_rate, 1, 1, float(sample_rate))
 
 
@@ -87,7 +88,7 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def read_codec(folder: Path) -> CodecInfo:
-    """Return the codec whose codes are in `folder`. Raises RawloopError if codec.json is damaged."""
+    """Return the codec of the codes in `folder`. Raises RawloopError if codec.json is damaged."""
     file = folder / CODEC_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -117,7 +118,7 @@ def read_rows(folder: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("files-*.jsonl")):
         try:
-            # One call of the parser for the whole file: 600,000 rows take about two seconds.
+            # Parsed in one call, 600,000 rows take about two seconds.
             read = json.loads(f"[{','.join(file.read_text(encoding='utf-8').splitlines())}]")
             new = {(full := absolute(path)): Row(full, *rest) for path, *rest in read}
             _check_types(list(new.values()))
@@ -130,7 +131,7 @@ def read_rows(folder: Path) -> dict[str, Row]:
 
 
 def _check_types(rows: list[Row]) -> None:
-    """Refuse rows with values of other types, and paths that no file can have."""
+    """Refuse rows with wrong types, and impossible paths."""
     for name, column in zip(Row._fields, zip(*rows, strict=True), strict=False):
         other = set(map(type, column)) - COLUMNS[name]
         if other:
@@ -141,7 +142,7 @@ def _check_types(rows: list[Row]) -> None:
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises RawloopError if the disk is full or refuses."""
+    """Write a file atomically. Raises RawloopError if the disk is full or refuses it."""
     try:
         replace_file(file, content)
     except OSError as error:
@@ -150,9 +151,9 @@ def write_file(file: Path, content: bytes) -> None:
 
 @dataclass
 class ShardWriter:
-    """Collects codes and index rows and writes them shard by shard. Made by `open_writer`.
+    """Collects codes and index rows, and writes them shard by shard; see `open_writer`.
 
-    A shard is closed after `shard_clips` clips or `shard_seconds` seconds, so that a kill loses little.
+    A shard is written after `shard_clips` clips or `shard_seconds` seconds, so that a kill loses little.
     """
 
     folder: Path
@@ -174,11 +175,11 @@ class ShardWriter:
         self._contents = {row.sha256: row for row in self.rows.values() if row.frames and row.shard not in lost}
 
     def find(self, sha256: str) -> Row | None:
-        """Return a row that has the codes of this content, or None. Safe to call from other threads."""
+        """Return a row with the codes of this content, or None. Other threads may call this."""
         return self._contents.get(sha256)
 
     def add(self, row: Row, codes: Tensor | None = None) -> None:
-        """Add an audio file's row, with its codes (frames, codebooks) int64 unless they are cached already."""
+        """Add the row of an audio file, with its codes (frames, codebooks) int64 if they are not in the cache."""
         if codes is not None:
             self._codes[row.sha256] = codes = codes.to(torch.uint16).contiguous()
             row = row._replace(shard=self._number, frames=len(codes), crc=zlib.crc32(codes.numpy().data))
@@ -190,7 +191,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write everything that was added: the codes first, then the rows that point at them."""
+        """Write everything that was added: first the codes, then the rows."""
         if self._codes:
             write_file(shard_file(self.folder, self._number), save(self._codes))
         if self._fresh:
@@ -214,19 +215,19 @@ def open_writer(
     shard_seconds: float,
     waiting: Callable[[], None] | None = None,
 ) -> Iterator[ShardWriter]:
-    """Open the codes of one codec for writing. At the end, also after an exception, what was added is written.
+    """Open the codes of one codec for writing. They are flushed at the end, also after an exception.
 
-    If another process writes there, `waiting` is called again and again until it has ended, and raises to give up.
-    Without `waiting` that is a UserError.
+    While another process writes to the folder, `waiting` is called repeatedly; it raises to give up. Without `waiting`,
+    another process is a UserError.
     """
     folder = codec_folder(cache, codec)
     with _locked(folder, waiting):
-        for part in (*folder.glob(".tmp-*"), *folder.glob("*.part")):  # the latter of older versions
-            part.unlink()  # a writer that was killed has left it
+        for part in (*folder.glob(".tmp-*"), *folder.glob("*.part")):  # of a killed writer; *.part of older versions
+            part.unlink()
         if not (folder / CODEC_FILE).exists():
             write_file(folder / CODEC_FILE, json.dumps({"format": FORMAT, **asdict(codec)}, indent=1).encode())
         elif read_codec(folder) != codec:
-            raise RawloopError(f"{folder} holds codes of {read_codec(folder)}, not of {codec}: delete it")
+            raise RawloopError(f"{folder} has codes of {read_codec(folder)}, not of {codec}: delete it")
         writer = ShardWriter(folder, codec, read_rows(folder), shard_clips, shard_seconds)
         try:
             yield writer
@@ -236,23 +237,27 @@ def open_writer(
 
 @contextmanager
 def _locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
-    import fcntl
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115 - closed below, and by the system if the process is killed
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): set --data.codes to another folder") from error
     with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if waiting is None:
-                    raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended") from None
-            except OSError as error:
-                raise RawloopError(f"{folder / 'lock'} cannot be locked: {error.strerror}") from error
+        while not _try_lock(lock):
+            if waiting is None:
+                raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended")
             waiting()
             time.sleep(0.05)
         yield
+
+
+def _try_lock(lock: TextIO) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise RawloopError(f"{lock.name} cannot be locked: {error.strerror}") from error
+    return True

@@ -1,4 +1,4 @@
-"""The two splits of a run's data: encoding their clips, reading them, and checking every sample before step 0."""
+"""The two splits of a run's data: encodes their clips, reads them, and checks every sample before step 0."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ from rawloop.errors import BadSample, UserError
 from rawloop.family_protocols import CodecFamily, HearingFamily
 from rawloop.preempt import Preemption
 
-HEARD_RATE = 16_000  # Hz at which clips are decoded for a family that does not say at which it takes them
+HEARD_RATE = 16_000  # Hz, to decode clips for a family without `sample_rate`
 
 
 def prepare_codes(
     config: DataConfig, family: Family, device: torch.device, preemption: Preemption | None = None
 ) -> str:
-    """Encode the clips of both splits that the cache does not have yet, and return a line about it.
+    """Encode the clips of both splits that are not in the cache, and return a line about it.
 
-    For a model that takes no codes, clips are decoded once. Raises BadClips and Preempted, as `prepare` does.
+    For a model without codes, clips are decoded once. Raises like `prepare`.
     """
     import_torchaudio()
     if not isinstance(family, CodecFamily | HearingFamily):
@@ -46,32 +46,32 @@ def prepare_codes(
     if line := cache.open_ends(samples):
         warn(line)
     bad |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
-    of, done = ("codes of ", "encoded") if encode else ("", "decoded")
+    what, done = ("codes of ", "encoded") if encode else ("", "decoded")
     counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
     others = f"; {len(bad)} samples that the model cannot take are left out: {named(bad)}" if bad else ""
-    return f"{of}{report.clips} clips in {report.folder}: {counts}{others}"
+    return f"{what}{report.clips} clips in {report.folder}: {counts}{others}"
 
 
 def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
-    """Open the cache of codes that `rawloop prepare` wrote; None for a family that needs none."""
+    """Open the cache of codes that `rawloop prepare` wrote. Returns None for a family without codes."""
     return CodeCache(codes_folder(config), family.codec_hash(), config) if isinstance(family, CodecFamily) else None
 
 
 def load_samples(
     config: DataConfig, family: Family, cache: CodeCache | None, split: str, say: Callable[[str], None]
 ) -> list[Sample]:
-    """Read one split of the data, and check that the model can take every sample and that all clips are encoded."""
+    """Read one split of the data, and check every sample and that all clips are encoded."""
     path = getattr(config, split)
     if not path:
         off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
-    # with codes, training needs no audio
+    # With codes, training needs no audio.
     samples = read_samples(path, config, check_files=cache is None, notice=say)
     number, frames = len(samples), None
     left_out: dict[str, str] = {}
     if cache is None and any(sample.audio_paths() for sample in samples):
         for sample in samples:
-            with suppress(BadSample):  # checked again when the lengths of clips are known
+            with suppress(BadSample):  # checked again with the lengths of clips
                 family.check(sample)
         rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
         cache = decode_once(samples, codes_folder(config), rate, config)
@@ -84,24 +84,23 @@ def load_samples(
     samples, bad = usable(samples, lambda one: family.check(one, frames), config.on_bad_sample == "skip")
     left_out |= bad
     if not samples:
-        raise UserError(f"data.{split} is '{path}', of which no sample can be used: {named(left_out)}")
+        raise UserError(f"data.{split} is '{path}', and no sample of it can be used: {named(left_out)}")
     if left_out:
         say(
-            f"data.{split}: {len(left_out)} of {number} samples left out, as data.on_bad_sample skip asks for, here or "
-            f"in `rawloop prepare`: {named(left_out)}"
+            f"data.{split}: {len(left_out)} of {number} samples left out, since data.on_bad_sample is skip, here or in "
+            f"`rawloop prepare`: {named(left_out)}"
         )
     return samples
 
 
 def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, config: DataConfig) -> CodeCache:
-    """Decode every clip that was not decoded before, and return the lengths in samples at `sample_rate`, and bad clips.
+    """Decode every clip that was not decoded before. Return a cache with their lengths in samples at `sample_rate`.
 
-    So a bad clip is found now and not in the middle of a run. Several processes may call this at once: one decodes, the
-    others wait for it.
+    So a bad clip is found before training. Several processes may call this: one decodes, the others wait.
     """
     codec = heard_at(sample_rate)
-    there = (codec_folder(folder, codec) / CODEC_FILE).is_file()
-    known = CodeCache(folder, codec.hash, config) if there else None
+    exists = (codec_folder(folder, codec) / CODEC_FILE).is_file()
+    known = CodeCache(folder, codec.hash, config) if exists else None
     new = [sample for sample in samples if known is None or not known.knows(sample)]
     if new or known is None:
         with suppress(BadClips):
@@ -111,5 +110,5 @@ def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, confi
 
 
 def no_codes(path: Path) -> Tensor:
-    """Take the place of the cache of codes for a family that has no codec."""
+    """Replaces the cache of codes for a family without a codec."""
     raise AssertionError(f"{path} has no codes")

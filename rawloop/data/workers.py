@@ -1,8 +1,8 @@
-"""Data workers: when they are forked, how batches travel from them, and the error when one of them dies.
+"""Data workers: forks them, passes batches from them, and reports when one of them dies.
 
-A batch travels as plain bytes. torch would move each tensor by a file descriptor into shared memory: a run with few
-descriptors hangs on that, and a small /dev/shm kills workers (SIGBUS). A batch has some kilobytes, or some megabytes of
-features, and another copy of it costs little beside making it.
+A batch goes through a pipe as bytes. torch would pass each tensor by a file descriptor in shared memory: without enough
+descriptors a run hangs, and a small /dev/shm kills workers (SIGBUS). A batch has kilobytes, or megabytes of features,
+so a copy costs little compared with making it.
 """
 
 import os
@@ -23,12 +23,12 @@ from rawloop.contracts import Batch, Labels
 from rawloop.errors import RawloopError, UserError
 from rawloop.preempt import leave_signals_to_parent
 
-PER_WORKER = 8  # file descriptors that a worker takes in the process that started it, and some more
-SPARE = 16  # those that a run opens after its start: records, checkpoints
+PER_WORKER = 8  # file descriptors per worker in its parent process, rounded up
+SPARE = 16  # file descriptors that a run opens after its start, for records and checkpoints
 
 
 class Packed:
-    """A batch without tensors, as it goes through a pipe."""
+    """A batch with bytes for tensors, to go through a pipe."""
 
     def __init__(self, batch: Batch) -> None:
         self.inputs = {name: _bytes(tensor) for name, tensor in batch.inputs.items()}
@@ -56,7 +56,7 @@ def _tensor(content: bytearray, dtype: torch.dtype, shape: torch.Size) -> Tensor
 
 
 class Order:
-    """The sampler of a DataLoader: yields the places that were assigned last."""
+    """The sampler of a DataLoader: yields the draws that were assigned last."""
 
     draws: Iterable[Any] = ()
 
@@ -68,9 +68,9 @@ class Workers:
     """Processes that make micro-batches of one data set. They are forked at the first use and live until `close`.
 
     Args:
-        dataset: returns the micro-batch of a list of places, or the error.
+        dataset: returns the micro-batch of a list of draws, or the error.
         number: of processes.
-        pin_memory: hand batches over in page-locked memory.
+        pin_memory: return batches in page-locked memory.
     """
 
     def __init__(self, dataset: Dataset[Batch | RawloopError], number: int, pin_memory: bool) -> None:
@@ -81,17 +81,17 @@ class Workers:
             sampler=self.order,
             num_workers=number,
             collate_fn=_pack,
-            worker_init_fn=_begin,
+            worker_init_fn=lambda _: leave_signals_to_parent(),
             pin_memory=pin_memory,
             persistent_workers=True,
-            multiprocessing_context="fork",  # other contexts would have to pickle the family
-            generator=torch.Generator(),  # torch would seed workers from training's random stream
+            multiprocessing_context="fork",  # other contexts would pickle the family
+            generator=torch.Generator(),  # else torch draws the workers' seed from training's random stream
         )
 
     def iterate(self, draws: Iterable[Any]) -> Iterator[Batch | RawloopError]:
-        """Yield the micro-batch of each list of places, or the error. An earlier iteration cannot be continued.
+        """Yield the micro-batch of each list of draws, or the error. This ends any earlier iteration.
 
-        Raises RawloopError if a worker has died or cannot be started.
+        Raises RawloopError if a worker dies or cannot be started.
         """
         if self.loader._iterator is None:
             check_descriptors(self.number)
@@ -101,7 +101,7 @@ class Workers:
         iterator = self._start()
         while True:
             if turn != self.turn:
-                raise RawloopError("the data workers make other batches by now: give each use a Loader of its own")
+                raise RawloopError("the data workers now make other batches: give each use its own Loader")
             try:
                 item = next(iterator)
             except StopIteration:
@@ -111,15 +111,15 @@ class Workers:
             yield item.batch() if isinstance(item, Packed) else item
 
     def close(self) -> None:
-        """End the workers. A later iteration forks others."""
+        """End the workers and any iteration. A later iteration forks new workers."""
         iterator: Any = self.loader._iterator
         self.loader._iterator = None
-        self.turn += 1  # an iteration that is not finished cannot be continued
+        self.turn += 1
         if iterator is not None:
-            iterator._shutdown_workers()  # torch does it when the last reference goes, which a traceback may keep
+            iterator._shutdown_workers()  # torch waits until no reference is left, and a traceback may keep one
 
     def _start(self) -> Any:
-        """Fork the workers, or give those that are there the new places."""
+        """Fork the workers, or give existing workers the new draws."""
         before = signal.getsignal(signal.SIGCHLD)
         try:
             return iter(self.loader)
@@ -128,27 +128,23 @@ class Workers:
         except RuntimeError as error:
             raise self._death(self.loader._iterator, error) from error
         finally:
-            # torch raises a worker's death wherever the main thread stands, in a step of other samples. Asked for the
-            # next batch, the loader finds it itself.
+            # torch's handler raises a worker's death anywhere in the main thread, for example in a step with other
+            # samples. Without it, the loader raises at the next batch.
             if before is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, before)
 
     def _death(self, iterator: Any, error: RuntimeError) -> Exception:
-        """Return what to raise for torch's error: the death of a worker in one line, or the error itself."""
+        """Return the error for a dead worker in one line, or torch's error if no worker is dead."""
         dead = [worker for worker in iterator._workers if worker.exitcode]
-        return RawloopError(_in_words(dead[0].pid, dead[0].exitcode)) if dead else error
+        return RawloopError(_cause(dead[0].pid, dead[0].exitcode)) if dead else error
 
 
 def _pack(item: Any) -> Any:
     return Packed(item) if isinstance(item, Batch) else item
 
 
-def _begin(number: int) -> None:
-    leave_signals_to_parent()
-
-
 def check_descriptors(num_workers: int, spare: int = 0) -> None:
-    """Let this process open as many files as so many workers need, and `spare` ones, or raise UserError."""
+    """Raise this process's limit of open files for `num_workers` and `spare` files, or raise UserError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _open_files() + PER_WORKER * num_workers + spare
     if needed > soft and (hard == resource.RLIM_INFINITY or needed <= hard):
@@ -164,34 +160,34 @@ def _open_files() -> int:
     try:
         return len(os.listdir("/proc/self/fd"))
     except OSError:
-        return 32  # not Linux, or no descriptor is left to look with
+        return 32  # not Linux, or no descriptor is left
 
 
 def wait_for_libraries_threads(limit: float = 2.0) -> None:
-    """Wait, for `limit` seconds at most, until only Python's own threads are running: then a fork is safe.
+    """Wait until only Python's own threads are running, for at most `limit` seconds: then a fork is safe.
 
-    A thread of a library that takes the GIL (gloo's, when it frees a tensor after a collective) holds the interpreter's
-    list of threads for a moment, without the GIL. Up to Python 3.11 at least, `fork` does not wait for that, and a
-    child that is forked in this moment waits for it for ever (`_PyThreadState_DeleteExcept`), and with it all ranks.
+    A library's thread that takes the GIL (gloo's, to free a tensor after a collective) locks the interpreter's list of
+    threads for a moment, without the GIL. `fork` does not wait for that (at least up to Python 3.11). A child forked in
+    this moment would wait for the lock forever (`_PyThreadState_DeleteExcept`), and all ranks with it.
     """
     known = {threading.get_native_id(), *(thread.native_id for thread in threading.enumerate())}
     deadline = time.monotonic() + limit
     while running_threads(known) and time.monotonic() < deadline:
-        time.sleep(0.001)  # lets go of the GIL, which they may want
+        time.sleep(0.001)  # releases the GIL, which the threads may need
 
 
 def running_threads(known: Collection[int | None]) -> list[int]:
-    """Return the ids of this process's threads that are running or about to, without `known`. Empty off Linux."""
+    """Return the ids of this process's runnable threads, without `known`. Empty except on Linux."""
     found = []
     for task in Path("/proc/self/task").glob("*"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            state = (task / "stat").read_text().rpartition(")")[2].split()[0]  # the name before it may hold anything
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]  # after the name, which may contain ")"
             if state in "RD" and int(task.name) not in known:
                 found.append(int(task.name))
     return found
 
 
-def _in_words(pid: int, code: int) -> str:
+def _cause(pid: int, code: int) -> str:
     if code > 0:
         return f"a data worker (process {pid}) has ended with exit code {code}; its output says why"
     name = signal.Signals(-code).name

@@ -88,9 +88,9 @@ def losses(config: Path, key: str = "loss") -> list[Any]:
 # -- found on the CPU, before the model sees it: all ranks end together ------------------------------------------
 
 FOUND = {
-    "Target": r"a target of the stream 'text' at position \d+ is 9999, and the model can say 0 to 260: use the",
+    "Target": r"a target of the stream 'text' at position \d+ is 9999, and the model has the classes 0 to 260: use the",
     "Token": r"its 'input_ids' has the id 9999 at position \d+, and the model knows 0 to 260 there: use the tokenizer",
-    "Features": "its 'attention_mask' has NaN or plus infinity: mend what they are made of, or leave the sam",
+    "Features": "its 'attention_mask' has NaN or plus infinity: correct their source, or leave the sam",
 }
 
 

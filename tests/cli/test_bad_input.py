@@ -98,7 +98,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--data.train", "TMP/run"], r".*/run has neither metadata\.json nor a \.jsonl file"),
         (["--data.train", "null"], r"data\.train is not set: give a folder with metadata\.json or a JSONL file$"),
         (["--data.eval", "null"], r"data\.eval is not set: .* or switch evaluation off with --evaluation\.enabled fa"),
-        (["--data.codes", "TMP/none"], r".*/none holds no codes: run `rawloop prepare` first"),
+        (["--data.codes", "TMP/none"], r".*/none has no codes: run `rawloop prepare` first"),
         (["--data.task", "singing"], r"data\.task is 'singing', which is no task: it must be one of single_speaker_"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -216,7 +216,7 @@ def test_metadata(
     data = folder(*content) if listed else folder(content=content)
     said = refusal(command, "--config", config, "--data.train", data)
     if "missing: 'b.flac'" in line and command == "train":  # which needs no audio where there are codes
-        assert said.startswith(f"1 clip(s) without codes, and without files: {data / 'b.flac'}: restore them"), said
+        assert said.startswith(f"1 clip(s) without codes and without files: {data / 'b.flac'}: restore them"), said
         return
     assert said.startswith(str(data)) or "missing" in line
     assert line in said, said

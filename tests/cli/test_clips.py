@@ -103,7 +103,7 @@ def test_a_sample_that_is_too_long_with_its_text(
     assert not (tmp_path / "run" / "events.jsonl").exists()
     done = door("train", "--config", config, "--data.on_bad_sample", "skip")
     assert done.code == 0, done.err
-    assert "data.train: 1 of 8 samples left out, as data.on_bad_sample skip asks for" in done.out
+    assert "data.train: 1 of 8 samples left out, since data.on_bad_sample is skip" in done.out
     assert f"sample '{samples[3]['id']}'" in done.out
     shown = door("inspect", "--config", config, "--data.on_bad_sample", "skip", "--sample", samples[3]["id"])
     assert shown.code == 2

@@ -469,7 +469,7 @@ def test_a_prepare_that_is_told_to_stop_ends_with_75_and_keeps_what_it_has(
     (done,) = ranks(*arguments, size=1, then=stop_after(tmp_path / "codes", signal.SIGTERM))
     assert done.code == 75, done
     assert done.err.splitlines()[-1] == (
-        "rawloop prepare: stopped by SIGTERM; what was encoded is kept: run `rawloop prepare` again to go on"
+        "rawloop prepare: stopped by SIGTERM; encoded clips are kept: run `rawloop prepare` again to go on"
     )
     again = door(*arguments)
     assert again.code == 0

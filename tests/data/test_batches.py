@@ -180,18 +180,18 @@ WRONG = {
         *range(15, 21)
     ),
     r"^its 'audio_input_ids' has the id -1 in codebook 0 at frame 1, and": codes(0, 1, -1, 2),
-    r"^a target of the stream 's' at position 1 is 5, and the model can say 0 to 4: .*get is -100$": text(
+    r"^a target of the stream 's' at position 1 is 5, and the model has the classes 0 to 4: .*positions -100$": text(
         [[1]], [0], [5]
     ),
     r"^a target of the stream 's' at position 2 is -7, and": text([[1]], [0, 1], [1, -7]),
     r"^a target of the stream 's' of codebook 1 at position 3 is 7, and": code_targets(0, 4, -100, 7),
-    r"^a target of the stream 's' is the first of all: nothing stands before it": text([[1, 2]], [-1, 0], [1, 2]),
+    r"^a target of the stream 's' is at the very first position": text([[1, 2]], [-1, 0], [1, 2]),
     r"^it counts 3 targets of the stream 's', and 1 of its labels are not -100": text([[1, 2]], [0, 1], [1, -100], 3),
     r"^it has no labels or no count of targets for the stream 's'": replace(text([[1]], [0], [1]), labels={}),
     r"^it has no labels or no count": replace(text([[1]], [0], [1]), targets={}),
-    r"^its 'input_features' has numbers that are not finite: mend what they": features(math.nan),
+    r"^its 'input_features' has numbers that are not finite: correct their source": features(math.nan),
     r"^its 'input_features' has numbers": features(-math.inf),
-    r"^its 'attention_mask' has NaN or plus infinity: mend": features(math.nan, "attention_mask"),
+    r"^its 'attention_mask' has NaN or plus infinity: correct": features(math.nan, "attention_mask"),
     r"^its 'decoder_attention_mask' has NaN or plus": features(math.inf, "decoder_attention_mask"),
 }
 

@@ -182,7 +182,7 @@ def test_limits_hold_for_clips_that_are_encoded_already(folder: Path, clips: lis
 
 
 def test_no_codes_at_all(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none holds no codes: run `rawloop prepare` first, or set --data.codes"):
+    with pytest.raises(UserError, match=r"none has no codes: run `rawloop prepare` first, or set --data.codes"):
         CodeCache(tmp_path / "none")
 
 

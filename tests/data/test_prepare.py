@@ -340,7 +340,7 @@ def test_folder_of_another_codec_with_the_same_beginning(
 ) -> None:
     run(samples_of(clips))
     twin = replace(info, hash=info.hash[:16] + "1" * 48)
-    with pytest.raises(RawloopError, match=r"holds codes of"):
+    with pytest.raises(RawloopError, match=r"has codes of"):
         run(samples_of(clips), info=twin)
 
 
@@ -471,7 +471,7 @@ def test_stopped_in_the_middle(
     first.send_signal(number)
     code, out, error = rest_of(first)
     assert code == (-number if number == signal.SIGINT else 1), error
-    said = "KeyboardInterrupt" if number == signal.SIGINT else f"Preempted: stopped by {number.name}; what was encoded"
+    said = "KeyboardInterrupt" if number == signal.SIGINT else f"Preempted: stopped by {number.name}; encoded clips"
     assert said in error
     assert "report" not in out
     encoded = 6 + out.count("encoded")
@@ -487,7 +487,7 @@ def test_a_handler_that_goes_on_does_not_make_it_a_success(run: Run, clips: list
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
-        with pytest.raises(Preempted, match=r"stopped by SIGTERM; what was encoded is kept"):
+        with pytest.raises(Preempted, match=r"stopped by SIGTERM; encoded clips are kept"):
             run(samples_of(clips), encode=encode_and_signal)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -66,7 +66,7 @@ def test_close_ends_the_workers_though_an_iteration_is_kept() -> None:
     assert len(workers) == 2
     made.close()
     assert not [worker for worker in workers if worker.is_running()]
-    with pytest.raises(RawloopError, match="make other batches by now"):
+    with pytest.raises(RawloopError, match="now make other batches"):
         next(kept)
     assert [batch.ids for batch in made.iterate(iter(draws(3)))] == [["0"], ["1"], ["2"]]  # with workers of its own
     made.close()
@@ -196,7 +196,7 @@ def test_a_stream_whose_workers_make_other_batches_by_now_is_refused() -> None:
     stream = both.iterate(draws(20))
     next(stream)
     assert len(list(both.iterate(draws(4)))) == 4
-    with pytest.raises(RawloopError, match="the data workers make other batches by now: give each use a Loader"):
+    with pytest.raises(RawloopError, match="the data workers now make other batches: give each use its own Loader"):
         next(stream)
 
 
