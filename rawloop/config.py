@@ -1,7 +1,7 @@
-"""`RunConfig`: the parts' own config dataclasses put together, and how it is read from YAML and the command line.
+"""`RunConfig` is composed of the parts' config dataclasses. `parse` reads it from YAML files and the command line.
 
-Each key has one home and one default, beside the component that it configures. Unknown keys fail with the nearest
-name; the resolved config is written into the run folder.
+Each key has one default, in the dataclass of its part. An unknown key is refused with the nearest name. The resolved
+config is written into the run folder.
 """
 
 import dataclasses
@@ -21,21 +21,69 @@ from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig
 from rawloop.errors import UserError, nearest
 from rawloop.families.config import ModelConfig
-from rawloop.foreign_names import HF_NAMES, NO_COUNTERPART
-from rawloop.parser import Parser, add_options
+from rawloop.parser import Parser, add_options, flattened, read_yaml
 from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
-from rawloop.yaml_file import flattened, read_yaml
 
-RUN_MARKS = ("metrics.jsonl", "checkpoints")  # one of them stands in a run folder, beside its config
+RUN_MARKS = ("metrics.jsonl", "checkpoints")  # a run folder has one of them beside its config
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
 
-# Keys that older runs have written into their config.yaml: the value that changes nothing, and the way on.
+# Keys in the config.yaml of older runs -> the value that is ignored, and what to do with another value.
 GONE: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {"resume_force": ([], "start another run from the checkpoint's weights with --init_from CHECKPOINT")}
 )
 
 PATHS = "Paths are relative to the folder that the command is started in."
+
+# Names of HF Trainer and PEFT -> the key here.
+HF_NAMES = MappingProxyType(
+    {
+        "bf16": "precision.mode",
+        "data_seed": "seed",
+        "do_eval": "evaluation.enabled",
+        "early_stopping_patience": "evaluation.patience",
+        "eval_steps": "evaluation.every",
+        "fp16": "precision.mode",
+        "gradient_accumulation_steps": "train.accumulation",
+        "gradient_checkpointing": "model.activation_checkpointing",
+        "greater_is_better": "evaluation.best_mode",
+        "learning_rate": "optim.lr",
+        "logging_steps": "train.log_every",
+        "lora_alpha": "adapter.alpha",
+        "lora_dropout": "adapter.dropout",
+        "lora_r": "adapter.rank",
+        "lr_scheduler_type": "optim.schedule",
+        "max_grad_norm": "optim.max_norm",
+        "metric_for_best_model": "evaluation.best_metric",
+        "num_train_epochs": "train.epochs",
+        "output_dir": "output",
+        "per_device_eval_batch_size": "evaluation.batch_size",
+        "per_device_train_batch_size": "train.batch_size",
+        "resume_from_checkpoint": "resume",
+        "run_name": "output",
+        "save_steps": "checkpoint.save_every",
+        "save_total_limit": "checkpoint.keep_last",
+    }
+)
+# Names of HF Trainer -> why there is no such key here.
+NO_COUNTERPART = MappingProxyType(
+    {
+        "deepspeed": "there is none; several processes train by DDP, which torchrun starts",
+        "disable_tqdm": "'records.progress' set to false is that",
+        "eval_strategy": "'evaluation.every' is a number of steps",
+        "evaluation_strategy": "'evaluation.every' is a number of steps",
+        "fsdp": "there is none; several processes train by DDP, which torchrun starts",
+        "ignore_data_skip": "there is none; a resumed run goes on with the samples that were next, and skips none",
+        "load_best_model_at_end": "there is none; the best model is always kept, in best/ of the run's folder",
+        "logging_dir": "there is none; TensorBoard's files lie in tensorboard/ of the run's folder, 'output'",
+        "logging_strategy": "'train.log_every' is a number of steps",
+        "overwrite_output_dir": "there is none; go on in the folder of a run with --resume auto, or delete it",
+        "report_to": "'records.tensorboard' and 'records.wandb' are true or false",
+        "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
+        "save_strategy": "'checkpoint.save_every' is a number of steps",
+        "warmup_ratio": "'optim.warmup_steps' is a number of steps",
+    }
+)
 
 
 @dataclass
@@ -44,16 +92,16 @@ class RunConfig:
 
     Args:
         output: folder of the run: config, metrics, events, checkpoints, best.
-        resume: `latest` continues the run in `output`; `auto` does if it has a checkpoint, and starts it from the
-            beginning if not, which is what a job that is requeued should say; a path continues from that checkpoint.
-        init_from: a checkpoint whose weights, and nothing else of it, a new run starts from: RUN/best, RUN/latest, a
-            checkpoint's folder, or an adapter/ or model/ folder. A run that has a checkpoint of its own resumes.
+        resume: `latest` continues the run in `output`; `auto` continues it if it has a checkpoint and else starts it,
+            which is right for a job that is requeued; a path continues from that checkpoint.
+        init_from: start a new run from the weights of this checkpoint, and from nothing else in it: RUN/best,
+            RUN/latest, a checkpoint's folder, or an adapter/ or model/ folder. A run that has checkpoints resumes.
         seed: seed of weights, data order and dropout.
         device: auto, cuda, mps or cpu.
         model: the model.
-        adapter: what is trained of it.
+        adapter: which of its weights train.
         data: the data.
-        train: how long, and on how much at a time.
+        train: length, batch size, accumulation.
         optim: the optimizer.
         precision: dtypes.
         checks: checks before step 0.
@@ -90,48 +138,49 @@ class RunConfig:
 
 
 def known_keys() -> set[str]:
-    """Every key of a run's config, dotted: `optim.lr`."""
+    """Return every key of a run's config, dotted: `optim.lr`."""
     return {key for key, _ in flattened(dataclasses.asdict(RunConfig()))}
 
 
 def parse(
     argv: list[str], prog: str, extra: Mapping[str, str] | None = None, about: str = ""
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """Read a run's config from `--config FILE` and overrides such as `--optim.lr 1e-5`.
+    """Read a run's config from `--config FILE` and options such as `--optim.lr 1e-5`.
 
-    A later file overrides an earlier one, and an option overrides all files. `extra` are further string options of the
-    command, name -> help; their values are returned beside the config, None where not given.
+    A later file overrides an earlier one, and options override all files. `extra` are the command's other string
+    options, name -> help; their values are returned beside the config, None if not given.
     """
     head = f"{about[:1].upper()}{about[1:]}. {PATHS}" if about else PATHS
     parser = Parser(prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=head)
-    own = {"config": "YAML file with the keys below; options override it", **(extra or {})}
-    for name, text in own.items():
-        parser.add_argument_group(f"--{name} {name.upper()}", text)  # taken out by hand: it may be called like a group
+    other = {"config": "YAML file with the keys below; options override it", **(extra or {})}
+    for name, text in other.items():
+        parser.add_argument_group(f"--{name} {name.upper()}", text)  # only for the help: the name may be a group's
     add_options(parser, RunConfig)
     rest = [ALIASES.get(argument, argument) for argument in argv]
-    options = {name: next(reversed(_take(rest, name)), None) for name in extra or {}}
-    files = _take(rest, "config")
+    options = {name: next(reversed(_pop_option(rest, name)), None) for name in extra or {}}
+    files = _pop_option(rest, "config")
     known = known_keys()
     origins: dict[str, str] = {}
     values = None
-    for file in files:  # one after the other, so that a wrong value is laid at the right door
+    for file in files:  # one by one, so that an error names the right file
         parser.origin = file
         settings = _file_settings(Path(file), known)
         origins |= dict.fromkeys(settings, file)
         values = parser.read_settings(settings, values)
     parser.origin = Parser.origin
-    origins |= dict.fromkeys(_option_keys(rest, known | own.keys(), prog), parser.origin)
+    origins |= dict.fromkeys(_option_keys(rest, known | other.keys(), prog), parser.origin)
     values = parser.read_options(rest, values).as_dict()
     try:
-        return _built(RunConfig, values), options
+        return _build(RunConfig, values), options
     except UserError as error:
-        raise UserError(f"{error}{_where(str(error), origins)}") from error
+        named = [f"{k} from {origins[k]}" for k in origins if re.search(rf"(?<![\w.]){re.escape(k)}\b", str(error))]
+        raise UserError(f"{error} ({', '.join(named)})" if named else str(error)) from error
 
 
 def moved_run(argv: list[str], config: RunConfig) -> str | None:
-    """Return a notice if `--config` is the config of a run that was copied or moved: its `output` is another folder."""
+    """Return a notice if `--config` belongs to a run that was copied or moved, so that `output` is another folder."""
     rest = list(argv)
-    files = [Path(file) for file in _take(rest, "config") if Path(file).is_file()]  # a pipe is read once
+    files = [Path(file) for file in _pop_option(rest, "config") if Path(file).is_file()]  # a pipe is read only once
     if any(argument.partition("=")[0] == "--output" for argument in rest):
         return None
     named = [file for file in files if "output" in read_yaml(file)]
@@ -145,26 +194,19 @@ def moved_run(argv: list[str], config: RunConfig) -> str | None:
     )
 
 
-def _built(owner: type, values: dict[str, Any]) -> Any:
-    """Make a config dataclass of parsed values; its own checks may refuse them."""
+def _build(owner: type, values: dict[str, Any]) -> Any:
+    """Build a config dataclass from parsed values. Its checks may refuse them."""
     hints = get_type_hints(owner)
-    given = {item.name: values[item.name] for item in dataclasses.fields(owner)}
-    return owner(**{k: _built(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in given.items()})
+    return owner(**{k: _build(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
 
 
-def _where(message: str, origins: Mapping[str, str]) -> str:
-    """A clause that says where the keys that a message names were set."""
-    named = [f"{key} from {origins[key]}" for key in origins if re.search(rf"(?<![\w.]){re.escape(key)}\b", message)]
-    return f" ({', '.join(named)})" if named else ""
-
-
-def _take(arguments: list[str], name: str) -> list[str]:
-    """Take `--name VALUE` and `--name=VALUE` out of the arguments, wherever they stand, and return the values."""
-    values, left = [], iter(list(arguments))
+def _pop_option(arguments: list[str], name: str) -> list[str]:
+    """Remove `--name VALUE` and `--name=VALUE` from the arguments, and return the values."""
+    values, all_arguments = [], iter(list(arguments))
     arguments.clear()
-    for argument in left:
+    for argument in all_arguments:
         if argument == f"--{name}":
-            value = next(left, "")
+            value = next(all_arguments, "")
             if not value or value.startswith("--"):
                 raise UserError(f"--{name} needs a value after it")
             values.append(value)
@@ -176,7 +218,7 @@ def _take(arguments: list[str], name: str) -> list[str]:
 
 
 def _option_keys(arguments: list[str], known: set[str], prog: str) -> list[str]:
-    """Refuse options that no component has, naming the nearest, before types are looked at."""
+    """Return the keys of the options. Refuse an unknown key, before any value is parsed."""
     keys = []
     for argument in arguments:
         key = argument[2:].partition("=")[0].removesuffix("+")
@@ -190,7 +232,7 @@ def _option_keys(arguments: list[str], known: set[str], prog: str) -> list[str]:
 
 
 def _file_settings(path: Path, known: set[str]) -> dict[str, Any]:
-    """The values in a file by dotted keys, all of them known."""
+    """Return the values in a file by dotted keys. Refuse an unknown key."""
     settings = read_yaml(path)
     for key in [key for key in settings if key in GONE]:
         unused, way_on = GONE[key]
@@ -205,12 +247,14 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
     members = sorted(name for name in known if name.startswith(key + "."))
     if members:
         raise UserError(f"'{key}' {place} is a group: give values to its keys, such as {', '.join(members[:3])}")
-    if key not in known and not _below(key, known):
-        raise UserError(f"unknown key '{key}' {place}{near(key, known)}{more}")
+    parent = key.rpartition(".")[0]
+    is_entry = parent in known and parent.endswith("stream_weights")  # of a dict, such as model.stream_weights.text
+    if key not in known and not is_entry:
+        raise UserError(f"unknown key '{key}' {place}{_suggest(key, known)}{more}")
 
 
-def near(key: str, known: set[str]) -> str:
-    """A clause: what HF Trainer calls so, or the keys of the same name in other groups, or the nearest one."""
+def _suggest(key: str, known: set[str]) -> str:
+    """Return a clause: the key for a name of HF Trainer, or keys of this name in other groups, or the nearest key."""
     for name in reversed(key.split(".")):
         if name in HF_NAMES:
             whose = "PEFT" if name.startswith("lora_") else "HF Trainer"
@@ -223,12 +267,6 @@ def near(key: str, known: set[str]) -> str:
     return nearest(key, {*known, *(alias.removeprefix("--") for alias in ALIASES)})
 
 
-def _below(key: str, known: set[str]) -> bool:
-    """Whether the key is an entry of a dict-valued key, such as `model.stream_weights.text`."""
-    parent = key.rpartition(".")[0]
-    return parent in known and parent.endswith("stream_weights")
-
-
 def to_yaml(config: RunConfig) -> str:
-    """The resolved config as YAML, which `--config` reads back."""
+    """Return the config as YAML, which `--config` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

@@ -16,6 +16,8 @@ import yaml
 from rawloop.cli import COMMANDS, main
 from rawloop.config import (
     ALIASES,
+    HF_NAMES,
+    NO_COUNTERPART,
     RunConfig,
     known_keys,
     moved_run,
@@ -23,7 +25,6 @@ from rawloop.config import (
     to_yaml,
 )
 from rawloop.errors import UserError
-from rawloop.foreign_names import HF_NAMES, NO_COUNTERPART
 from rawloop.parser import Parser, add_options, field_help
 from rawloop.precision.config import LossScaleConfig
 

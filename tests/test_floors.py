@@ -61,8 +61,6 @@ FLOORS = (
         (
             "config",
             "parser",
-            "yaml_file",
-            "foreign_names",
             "changes",
             "weights",
             "components",

@@ -76,11 +76,11 @@ def output(tmp_path: Path) -> Iterator[Path]:
         ),
         (
             ["--precision.fallback", "bf16"],
-            r"fallback is 'bf16' \(from the command line\): it must be a list, '\[a, b\]",
+            r"fallback is 'bf16' \(from the command line\): it must be a list such as '\[a, b\]'",
         ),
         (
             ["--precision.fallback", "[bf16,fp8]"],
-            r"fp8'\]' \(from the command line\): it must be a list, .* of 'fp32',",
+            r"fp8'\]' \(from the command line\): it must be a list .* of 'fp32',",
         ),
         (
             ["--precision.mode", "amp_fp16", "--precision.trainable_dtype", "fp16"],
