@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "train": {},
     "evaluate": {"checkpoint": "best, latest, or a checkpoint's folder of this config's run (default: the base model)"},
     "doctor": {
-        "part": "internal: measure gradients and the evaluation loss into this folder, as one of several processes"
+        "part": "internal: measure gradients and the evaluation loss into this file, as one of several processes"
     },
 }
 # How to go on with a command that was interrupted; other commands are only run again.

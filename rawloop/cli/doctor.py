@@ -3,6 +3,7 @@
 It trains a few steps in a temporary folder and writes nothing else. It costs the loading of the model a few times.
 """
 
+import math
 import platform
 import shutil
 import signal
@@ -10,30 +11,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from os.path import expanduser
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rawloop.audio import import_torchaudio
-from rawloop.build import check_run
+from rawloop.build import build_run, check_run
 from rawloop.checkpoint.disk import readable
 from rawloop.checkpoint.slots import find_slots
 from rawloop.cli import read_config
-from rawloop.cli.grouping import NOT_FINITE, STEPS, compare, measure, small
 from rawloop.config import RunConfig, to_yaml
-from rawloop.diagnose.checks import Check, Report
+from rawloop.diagnose.checks import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
+from rawloop.loop import Run, accumulate, agree_on_window, fetch
 
 FIRST_ROW = "data, model, first pass"
-CHECKS = ("label census", "first loss", "causality probe")  # in the order of `Report.events`
+CHECKS = ("label census", "first loss", "causality probe")  # in the order of `Report.checks`
+NOT_FINITE = "not finite: "
 NOT_JUDGED = "not judged: what the first pass gives is not finite"
+STEPS = 4  # of a small run
 PATIENCE = 600.0  # seconds for a process that the doctor starts
+# Largest relative difference of gradients and evaluation losses between groupings of the same samples, by mode: some
+# hundred units in the last place of the dtype in which the mode computes.
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "amp_fp16": 5e-3, "native_fp16": 5e-3}
 
 
 def run(argv: list[str]) -> None:
@@ -41,27 +49,28 @@ def run(argv: list[str]) -> None:
     config, options = read_config("doctor", argv)
     with open_world(config.device, config.ddp.timeout) as world:
         if options["part"] is not None:
-            measure(config, world, Path(options["part"]))
+            measured = measure(config, world)
+            if world.is_main:
+                torch.save(tuple(measured), options["part"])
             return
         if world.size > 1:
             raise UserError("rawloop doctor starts its own processes: call it without torchrun")
         with tempfile.TemporaryDirectory(prefix="rawloop-doctor-") as folder:
-            findings = list(Doctor(config, world, Path(folder)).examine())
-    failed = [finding.check for finding in findings if finding.result == "FAILED"]
-    if failed:
-        raise RawloopError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
-
-
-class Finding(NamedTuple):
-    """One row of the table."""
-
-    check: str
-    result: Literal["passed", "FAILED", "skipped"]
-    found: str
+            Doctor(config, world, Path(folder)).examine()
 
 
 class Skipped(RawloopError):
     """A check that this machine cannot do, or whose result cannot be judged."""
+
+
+class Measured(NamedTuple):
+    """The gradients of the first window, and what else is compared or shown."""
+
+    gradients: dict[str, Tensor]  # float32, by name
+    loss: float | None  # of the evaluation
+    mode: str
+    wrong: Sequence[str] = ()  # all that is not finite
+    moving: Sequence[str] = ()  # names of the buffers that training moves
 
 
 class Doctor:
@@ -70,27 +79,29 @@ class Doctor:
     def __init__(self, config: RunConfig, world: World, folder: Path) -> None:
         self.config, self.world, self.folder = config, world, folder
         self.report: Report | None = None  # of the checks before step 0
+        self.first = Measured({}, None, "")  # of four micro-batches of one sample
 
-    def examine(self) -> Iterator[Finding]:
-        """Yield the findings one by one, printing each. A check that needs a failed one is skipped."""
+    def examine(self) -> None:
+        """Run the checks and print a row for each. Raise RawloopError if one failed; skip those that need it."""
         checks: dict[str, Callable[[], str]] = {
             "environment": self.environment,
             FIRST_ROW: self.first_pass,
-            CHECKS[0]: self.labels,
-            CHECKS[1]: self.first_loss,
-            CHECKS[2]: self.causality,
+            **{name: partial(self.before_step_0, place) for place, name in enumerate(CHECKS)},
             "4 x 1 equals 1 x 4": self.equal_groupings,
             "2 processes equal 1": self.equal_processes,
             "killed and resumed, bit for bit": self.killed_and_resumed,
         }
+        failed = []
         blocked = ""  # why the later checks are not judged
         for name, check in checks.items():
             skipped = blocked and not (blocked == NOT_JUDGED and name in CHECKS)
-            finding = Finding(name, "skipped", blocked) if skipped else outcome(name, check)
-            if finding.result == "FAILED" and name == FIRST_ROW:
-                blocked = NOT_JUDGED if finding.found.startswith(NOT_FINITE) else "mend what failed first"
-            print(f"{finding.result:<8} {finding.check:<34} {finding.found}", flush=True)
-            yield finding
+            result, found = ("skipped", blocked) if skipped else outcome(check)
+            failed += [name] if result == "FAILED" else []
+            if result == "FAILED" and name == FIRST_ROW:
+                blocked = NOT_JUDGED if found.startswith(NOT_FINITE) else "mend what failed first"
+            print(f"{result:<8} {name:<34} {found}", flush=True)
+        if failed:
+            raise RawloopError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
     def environment(self) -> str:
         """Versions, device, bfloat16, torchaudio, and free space for the run folder."""
@@ -102,76 +113,59 @@ class Doctor:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = torch.cuda.get_device_name(self.world.device)
             device = f"{name}, bfloat16 {'native' if native else 'not native'}"
-        output = self.config.output
-        existing = Path(expanduser(output)).absolute()
-        while not existing.exists():
-            existing = existing.parent
+        output = Path(expanduser(self.config.output)).absolute()
+        existing = next(folder for folder in (output, *output.parents) if folder.exists())
         free = readable(shutil.disk_usage(existing).free)
-        return f"Python {platform.python_version()}, {versions}; {device}; {free} free for {output}"
+        return f"Python {platform.python_version()}, {versions}; {device}; {free} free for {self.config.output}"
 
     def first_pass(self) -> str:
-        """Read, load, and run one window forward and backward as 4 x 1; the other groupings are compared with it.
-
-        A loss or gradient that is not finite fails here: a comparison with it would blame the wrong thing.
-        """
+        """Read, load, and run one window forward and backward as 4 x 1. The other groupings are compared with it."""
         start = small(self.config, self.folder / "run-4x1", 4, 1)
-        measured = measure(start, self.world, self.folder / "4x1")
+        self.first = measure(start, self.world)
         if self.config.checks.enabled:
             self.report = check_run(replace(start, checks=self.config.checks), self.world)
-        if measured.wrong:
-            raise RawloopError(NOT_FINITE + "; ".join(measured.wrong))
-        loss = "evaluation is off" if measured.loss is None else f"eval_loss {measured.loss:.4f}"
-        count, moving = len(measured.gradients), measured.moving
+        if self.first.wrong:  # a comparison with it would blame the wrong thing
+            raise RawloopError(NOT_FINITE + "; ".join(self.first.wrong))
+        loss = "evaluation is off" if self.first.loss is None else f"eval_loss {self.first.loss:.4f}"
+        count, moving = len(self.first.gradients), self.first.moving
         moves = f"; training moves {len(moving)} buffers (first {moving[0]}): docs/checkpoints.md" if moving else ""
         return f"{count} trained weights have a gradient; {loss}{moves}"
 
-    def labels(self) -> str:
-        """The label census: see `rawloop.diagnose.census`."""
-        return judged(self.need_report().labels())
-
-    def first_loss(self) -> str:
-        """Whether the first loss is plausible: see `rawloop.diagnose.verdict`."""
-        return judged(self.need_report().first_loss())
-
-    def causality(self) -> str:
-        """Whether a prediction depends on its past and on nothing else: see `rawloop.diagnose.causality`."""
-        report = self.need_report()
-        if any("not finite" in verdict.why for verdict in report.verdicts):
-            raise Skipped("not judged: the first loss is not finite")
-        return judged(report.causality())
-
-    def need_report(self) -> Report:
-        """The findings of the checks before step 0."""
+    def before_step_0(self, place: int) -> str:
+        """Return the summary and the warnings of one of `CHECKS`: see `rawloop.diagnose`."""
         if self.report is None:
             raise Skipped("checks.enabled is false")
-        return self.report
+        if place == 2 and any("not finite" in verdict.why for verdict in self.report.verdicts):
+            raise Skipped("not judged: the first loss is not finite")
+        check = self.report.checks()[place]
+        if check.problems:
+            raise RawloopError("; ".join(check.problems))
+        return "; warning: ".join([check.summary, *check.warnings])
 
     def equal_groupings(self) -> str:
-        """Four micro-batches of one sample equal one of four; the evaluation takes batches of another size."""
+        """Four micro-batches of one sample equal one of four. The evaluation takes batches of another size."""
         other = small(self.config, self.folder / "run-1x4", 1, 4)
-        size = 1 if self.config.evaluation.batch_size > 1 else 3
-        other = replace(other, evaluation=replace(other.evaluation, batch_size=size))
-        measure(other, self.world, self.folder / "1x4")
+        other.evaluation = replace(other.evaluation, batch_size=1 if other.evaluation.batch_size > 1 else 3)
         cause = "micro-batches are weighted by their targets, or the model mixes rows"
-        return compare(self.folder / "4x1", self.folder / "1x4", cause)
+        return compare(self.first, measure(other, self.world), cause)
 
     def equal_processes(self) -> str:
         """The same four samples, two on each of two ranks."""
         if self.world.device.type != "cpu" and torch.cuda.device_count() < 2:
             raise Skipped("one device here; run it where there are two, or with --device cpu")
-        config = written(small(self.config, self.folder / "run-2", 2, 1), self.folder / "two.yaml")
+        config, part = write_config(small(self.config, self.folder / "run-2", 2, 1)), self.folder / "part"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        finish([*launch, "-m", "rawloop", "doctor", "--config", str(config), "--part", str(self.folder / "2")])
+        run_python([*launch, "-m", "rawloop", "doctor", "--config", str(config), "--part", str(part)])
         cause = "a rank sees other samples, or gradients are not averaged over ranks"
-        return compare(self.folder / "4x1", self.folder / "2", cause)
+        return compare(self.first, Measured(*torch.load(part)), cause)
 
     def killed_and_resumed(self) -> str:
-        """Train in a process of its own; then again, killed after its first checkpoint, and resumed."""
+        """Train in another process; then again, killed after its first checkpoint, and resumed."""
         runs = [self.folder / name for name in ("straight", "killed")]
-        straight, killed = (written(small(self.config, run, 1, 1), run.with_suffix(".yaml")) for run in runs)
-        finish(["-m", "rawloop", "train", "--config", str(straight)])
+        straight, killed = (write_config(small(self.config, run, 1, 1)) for run in runs)
+        run_python(["-m", "rawloop", "train", "--config", str(straight)])
         kill_after_first_checkpoint(killed, runs[1])
-        finish(["-m", "rawloop", "train", "--config", str(killed), "--resume", "latest"])
+        run_python(["-m", "rawloop", "train", "--config", str(killed), "--resume", "latest"])
         different = different_files(*(find_slots(run)[0] for run in runs))
         if different and self.world.device.type == "cpu":
             raise RawloopError(f"after {STEPS} steps these files differ: {', '.join(different)}")
@@ -180,39 +174,101 @@ class Doctor:
         return f"after {STEPS} steps weights and optimizer are the same to the byte"
 
 
-def outcome(name: str, check: Callable[[], str]) -> Finding:
-    """Run a check; its error is its finding."""
+def outcome(check: Callable[[], str]) -> tuple[str, str]:
+    """Run a check, and return its result and what it found."""
     try:
-        return Finding(name, "passed", check())
-    except Skipped as error:
-        return Finding(name, "skipped", str(error))
+        return "passed", check()
     except RawloopError as error:
-        return Finding(name, "FAILED", str(error))
+        return "skipped" if isinstance(error, Skipped) else "FAILED", str(error)
 
 
-def judged(check: Check) -> str:
-    """Return a check's summary with its warnings, or raise RawloopError if it stops a run."""
-    if check.problems:
-        raise RawloopError("; ".join(check.problems))
-    return "; warning: ".join([check.summary, *check.warnings])
+def small(config: RunConfig, output: Path, batch_size: int, accumulation: int) -> RunConfig:
+    """Return the user's config with a small window and a few steps, and with no metrics sent anywhere."""
+    return replace(
+        config,
+        output=str(output),
+        resume=None,
+        adapter=replace(config.adapter, dropout=0.0),
+        train=replace(config.train, batch_size=batch_size, accumulation=accumulation, max_steps=STEPS, log_every=1),
+        checks=replace(config.checks, enabled=False),  # they have their own rows
+        evaluation=replace(config.evaluation, every=10**9, patience=0),
+        checkpoint=replace(config.checkpoint, save_every=STEPS // 2, keep_last=0),
+        records=replace(config.records, tensorboard=False, wandb=False, progress=False),
+    )
+
+
+def measure(config: RunConfig, world: World) -> Measured:
+    """Measure the gradients of the first window, and the evaluation loss if there is one."""
+    built = build_run(config, world, lambda line: None)
+    try:
+        gradients, ids = first_gradients(built)
+        losses = built.meter.take(world)
+        evaluation = built.evaluator.run() if built.evaluator else None
+    finally:
+        built.close()
+    wrong = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value) and name.count("/") == 1]
+    if bad := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
+        wrong.append(f"the gradients of {len(bad)} of {len(gradients)} trained weights (first {bad[0]})")
+    wrong = [f"{' and '.join(wrong)}, in the window of the samples {', '.join(ids)}"] if wrong else []
+    loss = evaluation.metrics["eval_loss"] if evaluation else None
+    if evaluation and not evaluation.valid:
+        wrong.append(f"eval_loss {loss}, in the batches of the samples {', '.join(evaluation.bad_ids)}")
+    return Measured(gradients, loss, built.policy.name, wrong, list(built.buffers.places if built.buffers else ()))
+
+
+def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the gradients of the first window over all ranks, without dropout, and this rank's samples."""
+    window, targets = agree_on_window(built, fetch(iter(built.windows(0))))
+    built.module.eval()
+    scaler = built.policy.scaler
+    while True:
+        accumulate(built, window, targets)
+        scale = scaler.scale if scaler else 1.0
+        weights = built.policy.trained.weights.items()
+        found = {name: (p.grad.float() / scale).cpu().contiguous() for name, p in weights if p.grad is not None}
+        if scaler is None or scale <= scaler.config.floor or all(bool(g.isfinite().all()) for g in found.values()):
+            return found, [name for batch in window for name in batch.ids]
+        scaler.update(finite=False)  # lower the loss scale until they do not overflow, as in training
+        built.policy.zero_grad(built.optimizer)
+
+
+def compare(first: Measured, second: Measured, cause: str) -> str:
+    """Compare two measurements, or raise RawloopError if they differ by more than rounding."""
+    one, other, mode = first.gradients, second.gradients, first.mode
+    if second.wrong:
+        raise RawloopError(f"{NOT_FINITE}{'; '.join(second.wrong)}; as one batch of 4 on one process all is finite")
+    if set(one) != set(other) or not one:
+        raise RawloopError(f"gradients reach {len(one)} weights in one and {len(other)} in the other: {cause}")
+    square = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
+    size = sum(float(one[name].double().square().sum()) for name in one)
+    if not size:
+        raise RawloopError("the gradient is zero in every trained weight: nothing is learnt, and nothing is compared")
+    gaps = {"gradients": (square / size) ** 0.5}
+    if first.loss is not None and second.loss is not None:
+        gaps["eval_loss"] = abs(first.loss - second.loss) / max(abs(first.loss), 1e-12)
+    found = " and ".join(f"{name} differ by {gap:.1e}" for name, gap in gaps.items())
+    if not all(gap <= TOLERANCE[mode] for gap in gaps.values()):  # written so that nan fails too
+        raise RawloopError(f"{found}; rounding in {mode} explains {TOLERANCE[mode]:.0e}: {cause}")
+    return found
 
 
 def different_files(first: Path, second: Path) -> list[str]:
-    """The names of the safetensors files that differ between two slots."""
-    own, other = ({str(p.relative_to(slot)): p for p in slot.rglob("*.safetensors")} for slot in (first, second))
-    assert own, f"{first} holds no weights to compare"
-    differ = [name for name in own.keys() & other.keys() if own[name].read_bytes() != other[name].read_bytes()]
-    return sorted([*differ, *(own.keys() ^ other.keys())])
+    """Return the names of the safetensors files that differ between two slots."""
+    one, other = ({str(p.relative_to(slot)): p for p in slot.rglob("*.safetensors")} for slot in (first, second))
+    assert one, f"{first} holds no weights to compare"
+    differ = [name for name in one.keys() & other.keys() if one[name].read_bytes() != other[name].read_bytes()]
+    return sorted([*differ, *(one.keys() ^ other.keys())])
 
 
-def written(config: RunConfig, file: Path) -> Path:
-    """Write a config for a process of its own."""
+def write_config(config: RunConfig) -> Path:
+    """Write a config for another process, beside its output folder."""
+    file = Path(config.output).with_suffix(".yaml")
     file.write_text(to_yaml(config), encoding="utf-8")
     return file
 
 
-def finish(arguments: list[str]) -> None:
-    """Run Python in a process of its own, or raise RawloopError if it fails or takes longer than `PATIENCE`."""
+def run_python(arguments: list[str]) -> None:
+    """Run Python in another process, or raise RawloopError if it fails or takes longer than `PATIENCE`."""
     command = [sys.executable, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)  # noqa: S603
@@ -223,7 +279,7 @@ def finish(arguments: list[str]) -> None:
 
 
 def kill_after_first_checkpoint(config: Path, run_folder: Path) -> None:
-    """Train in a process of its own and kill it once it has a checkpoint, or raise RawloopError if it ends before."""
+    """Train in another process and kill it once it has a checkpoint, or raise RawloopError if it ends before."""
     command = [sys.executable, "-m", "rawloop", "train", "--config", str(config)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # noqa: S603
         deadline = time.monotonic() + PATIENCE
@@ -235,6 +291,6 @@ def kill_after_first_checkpoint(config: Path, run_folder: Path) -> None:
 
 
 def last_words(text: str) -> str:
-    """The line in which rawloop says why it failed, or else the last one."""
+    """Return the line in which rawloop says why it failed, or else the last line."""
     lines = [line for line in text.splitlines() if line.strip()]
     return next((line for line in lines if line.startswith("rawloop ")), lines[-1] if lines else "no message")
