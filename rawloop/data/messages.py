@@ -1,19 +1,21 @@
 """Chat messages as JSON records: HF style content lists, boson's ChatML samples, and ms-swift's `audios`.
 
 A record is a conversation, and its turns are kept, including a system turn. By default the last assistant turn is
-trained.
+trained. Speech samples of other trainers become conversations for a speech model: the user gives the words, the
+assistant's clip speaks them, and a reference clip is a separate turn or part of the scene. Nothing is invented: a clip
+without words is left unchanged, and the family refuses it.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rawloop.contracts import Audio, Sample, Text, Turn
-from rawloop.data import speech
 from rawloop.data.config import DataConfig
 from rawloop.data.keys import AUDIO_PART, CHAT, FIELDS, MARKS, MESSAGE, TEXT_PART, KeyCheck, clip_path, trained_mark
-from rawloop.data.metadata import MULTI, SINGLE
+from rawloop.data.metadata import MARKER, MULTI, SINGLE
 from rawloop.data.record import Files, Record, parse_json, show
 from rawloop.errors import nearest
 
@@ -26,7 +28,9 @@ OTHER_ROLES = {
     "tool_call": " (put a call into the 'tool_calls' of an assistant message)",
 }
 AUDIO_KEYS = ("path", "audio", "url", "audio_url")
-MARKER = "<audio>"
+SCENE = re.compile(r"(.*?)\s*<\|scene_desc_start\|>(.*)<\|scene_desc_end\|>\s*", re.DOTALL)
+CLIP = "\0"  # a placeholder for a clip in a text
+Turns = tuple[Turn, ...]
 
 
 @dataclass
@@ -43,17 +47,16 @@ class MessagesReader:
         messages = _messages(record)
         for index, message in enumerate(messages):
             self.keys.check(record, message, MESSAGE, f"messages[{index}]")
-        audios = _audios(record)
-        queue = iter(audios)
-        parts = [tuple(self._parts(message, record, queue, index)) for index, message in enumerate(messages)]
-        markers = sum(map(_markers, messages))
+        contents = [list(self._parts(message, record, f"messages[{index}]")) for index, message in enumerate(messages)]
+        audios, markers = _audios(record), sum(content.count(None) for content in contents)
         if markers != len(audios):
             record.fail(f"{markers} {MARKER} marker(s) for {len(audios)} file(s) in 'audios': give one marker per file")
+        clips = (Audio(self.files.resolve(path, record)) for path in audios)
         trained = _trained(record, messages)
-        turns = tuple(
-            Turn(message["role"], content, index in trained, _fields(message, record, index))
-            for index, (message, content) in enumerate(zip(messages, parts, strict=True))
-        )
+        turns: Turns = ()
+        for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            parts = tuple(next(clips) if part is None else part for part in content)
+            turns += (Turn(message["role"], parts, index in trained, _fields(message, record, index)),)
         for index, turn in enumerate(turns):
             blank = not turn.clips and not turn.words.strip()
             if turn.trained and blank and "tool_calls" not in turn.fields:
@@ -61,56 +64,44 @@ class MessagesReader:
         turns = self._as_speech(_with_system(turns, record))
         return Sample(identity, turns, None, record.source, record.without(CHAT.read), _tools(record))
 
-    def _as_speech(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    def _as_speech(self, turns: Turns) -> Turns:
         if not any(turn.clips for turn in turns):
             return turns
-        turns = speech.scene_from_system(speech.answer_with_words(turns))
-        if self.config.task in (SINGLE, MULTI):
-            turns = speech.recognition_reversed(turns)
-        if self.config.refs_in_scene:
-            turns = speech.clips_into_scene(turns, self.config.default_scene)
-        return turns
+        turns = scene_from_system(words_before_clip(turns, self.config.task in (SINGLE, MULTI)))
+        return clips_into_scene(turns, self.config.default_scene) if self.config.refs_in_scene else turns
 
-    def _parts(
-        self, message: dict[str, Any], record: Record, audios: Iterator[str], index: int
-    ) -> Iterator[Text | Audio]:
+    def _parts(self, message: dict[str, Any], record: Record, place: str) -> Iterator[Text | Audio | None]:
+        """Yield the parts of a message, with None for each marker of a clip."""
         content = message.get("content")
         if content is None and message.get("tool_calls"):
             return
         items = [content] if isinstance(content, dict | str) else content
         if not isinstance(items, list) or not items:
-            record.fail(f"messages[{index}] has content {show(content)}: it must be a string or a list of parts")
+            record.fail(f"{place} has content {show(content)}: it must be a string or a list of parts")
         for item in items:
+            kind = item.get("type") if isinstance(item, dict) else None
             if isinstance(item, str):
-                yield from self._marked(record.speakable(item), record, audios)
+                yield from _marked(record.speakable(item))
+            elif kind == "text" and isinstance(item.get("text"), str):
+                self.keys.check(record, item, TEXT_PART, f"{place}, part text")
+                yield from _marked(record.speakable(item["text"]))
+            elif kind == "audio":
+                self.keys.check(record, item, AUDIO_PART, f"{place}, part audio")
+                file = self.files.resolve(_path(item, record, place), record)
+                yield Audio(clip_path(record, item, file, f"{place}: "))
             else:
-                yield from self._part(item, record, f"messages[{index}]", audios)
+                record.fail(
+                    f'{place} has the part {show(item)}: parts are {{"type": "text", "text": ...}} '
+                    'or {"type": "audio", "path": ...}'
+                )
 
-    def _marked(self, content: str, record: Record, audios: Iterator[str]) -> Iterator[Text | Audio]:
-        first, *rest = content.split(MARKER)
-        if first:
-            yield Text(first)
-        for text in rest:
-            path = next(audios, None)
-            if path is None:
-                return  # the counts are compared for the whole record
-            yield Audio(self.files.resolve(path, record))
-            if text:
-                yield Text(text)
 
-    def _part(self, item: Any, record: Record, place: str, audios: Iterator[str]) -> Iterator[Text | Audio]:
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "text" and isinstance(item.get("text"), str):
-            self.keys.check(record, item, TEXT_PART, f"{place}, part text")
-            yield from self._marked(record.speakable(item["text"]), record, audios)
-        elif kind == "audio":
-            self.keys.check(record, item, AUDIO_PART, f"{place}, part audio")
-            yield Audio(clip_path(record, item, self.files.resolve(_path(item, record, place), record), f"{place}: "))
-        else:
-            record.fail(
-                f'{place} has the part {show(item)}: parts are {{"type": "text", "text": ...}} '
-                'or {"type": "audio", "path": ...}'
-            )
+def _marked(content: str) -> Iterator[Text | None]:
+    for number, text in enumerate(content.split(MARKER)):
+        if number:
+            yield None
+        if text:
+            yield Text(text)
 
 
 def _path(item: dict[str, Any], record: Record, place: str) -> str:
@@ -139,7 +130,7 @@ def _messages(record: Record) -> list[dict[str, Any]]:
     return messages
 
 
-def _with_system(turns: tuple[Turn, ...], record: Record) -> tuple[Turn, ...]:
+def _with_system(turns: Turns, record: Record) -> Turns:
     """Put the record's `system` text before the conversation."""
     system = record.words("system")
     if system is None:
@@ -157,13 +148,6 @@ def _audios(record: Record) -> list[str]:
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         record.fail(f"'audios' is {show(audios)}: it must be a list of paths")
     return paths
-
-
-def _markers(message: dict[str, Any]) -> int:
-    content = message.get("content")
-    items = content if isinstance(content, list) else [content]
-    texts = [item.get("text") if isinstance(item, dict) and item.get("type") == "text" else item for item in items]
-    return sum(text.count(MARKER) for text in texts if isinstance(text, str))
 
 
 def _fields(message: dict[str, Any], record: Record, index: int) -> dict[str, Any]:
@@ -234,3 +218,77 @@ def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
         ruled = f": {', '.join(sorted(marks))} rules it out" if assistants and marks else ""
         record.fail(f"no turn is trained{ruled}: a sample needs an assistant message to learn; else take it out")
     return trained
+
+
+def words_before_clip(turns: Turns, recognition: bool = False) -> Turns:
+    """Give the words of an only clip to the user, and the clip to the assistant.
+
+    Changes an only answer of a clip and its words (`<audio>words` of ms-swift). With `recognition` it also changes a
+    clip in the user turn and its words in the answer; the instruction is left out, since it asks a model to listen.
+    """
+    before = tuple(turn for turn in turns if turn.role in ("system", "scene"))
+    said = [turn for turn in turns if turn not in before]
+    clips = said[0].clips if said else []
+    roles, words = [turn.role for turn in said], said[-1].words.strip() if said else ""
+    reverse = recognition and roles == ["user", "assistant"] and clips == [c for turn in turns for c in turn.clips]
+    if len(clips) != 1 or not words or not (roles == ["assistant"] or reverse):
+        return turns
+    return (*before, Turn("user", (Text(words),)), Turn("assistant", tuple(clips), said[-1].trained))
+
+
+def scene_from_system(turns: Turns) -> Turns:
+    """Move the scene out of a system turn with clips, since chat templates drop clips there.
+
+    Other trainers write it between `<|scene_desc_start|>` and `<|scene_desc_end|>`, with a line for the scene and for
+    each speaker.
+    """
+    if not turns or turns[0].role != "system" or not turns[0].clips:
+        return turns
+    clips = iter(turns[0].clips)
+    text = "".join(part.text if isinstance(part, Text) else CLIP for part in turns[0].parts)
+    found = SCENE.fullmatch(text)
+    if found is None or CLIP in found[1]:
+        return turns
+    parts: list[Text | Audio] = []
+    for line in filter(None, (line.strip() for line in found[2].splitlines())):
+        for piece in re.split(f"({CLIP})", line):
+            if piece == CLIP:
+                parts.append(next(clips))
+            elif piece.strip():
+                parts.append(Text(piece.strip()))
+    return (Turn("system", (Text(found[1]),)), Turn("scene", tuple(parts)), *turns[1:])
+
+
+def clips_into_scene(turns: Turns, default_scene: str | None) -> Turns:
+    """Move the clips of user turns before spoken answers into the scene, as the voices of SPEAKER0, SPEAKER1, ...
+
+    There Higgs Audio v2 needs no transcript of a voice. A conversation without a scene gets the default scene.
+    """
+    moved: list[Audio] = []
+    kept: list[Turn] = []
+    for turn, answer in zip(turns, (*turns[1:], None), strict=True):
+        spoken = answer is not None and answer.role == "assistant" and answer.clips
+        words = turn.words.strip()
+        if turn.role == "user" and turn.clips and spoken and words:
+            moved += turn.clips
+            kept.append(Turn("user", (Text(words),), turn.trained, turn.fields))
+        else:
+            kept.append(turn)
+    if not moved:
+        return turns
+    before, scene, after = _around_scene(kept, default_scene)
+    parts = list(scene.parts)
+    for number, clip in enumerate(moved, len(scene.clips)):
+        parts += [Text(f"SPEAKER{number}:"), clip]
+    return (*before, Turn("scene", tuple(parts)), *after)
+
+
+def _around_scene(turns: Sequence[Turn], default_scene: str | None) -> tuple[Sequence[Turn], Turn, Sequence[Turn]]:
+    """Split a conversation at its scene: a turn, a part of the system text, or else the default scene."""
+    at = 1 if turns[0].role == "system" else 0
+    if turns[at].role == "scene":
+        return turns[:at], turns[at], turns[at + 1 :]
+    written = SCENE.fullmatch(turns[0].words.strip()) if at else None
+    if written is not None:
+        return [Turn("system", (Text(written[1]),))], Turn("scene", (Text(written[2].strip()),)), turns[at:]
+    return turns[:at], Turn("scene", (Text(default_scene),) if default_scene else ()), turns[at:]
