@@ -51,7 +51,7 @@ def cut_short(promised: float, found: float) -> BadAudio:
 def joined(place: int, size: int, what: str) -> BadAudio:
     """Return the error for a file with something else after its audio, at `place`."""
     return BadAudio(
-        f"has {what} behind its audio, from byte {place} of {size} on, which a decoder leaves out: if files were "
+        f"has {what} after its audio, from byte {place} of {size} on, which a decoder leaves out: if files were "
         "joined, split them or encode them anew as one"
     )
 

@@ -90,7 +90,7 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
         if count < promised:
             raise cut_short(promised * seconds, (count - 1) * seconds)
         raise BadAudio(
-            f"goes on for {(count - 1 - promised) * seconds:.2f} s behind the end that its header gives: if files "
+            f"goes on for {(count - 1 - promised) * seconds:.2f} s after the end in its header: if files "
             "were joined, split them or encode them anew as one"
         )
     if lost:
@@ -145,7 +145,7 @@ class _Flac:
         refuse_second(self.stream, self.frames, self.size, FLAC_START, "a second flac file")
         found = self._last_frame()
         if found is None:
-            raise BadAudio("is cut short, or something stands behind its audio: no flac frame ends where the file does")
+            raise BadAudio("is cut short, or something follows its audio: no flac frame ends at the end of the file")
         if found < self.total:
             raise cut_short(self.total / self.rate, found / self.rate)
         if found > self.total > 0:

@@ -1,7 +1,6 @@
-"""`rawloop demo`: makes everything that a first run needs, without a download: a small checkpoint, speech, its codes.
+"""`rawloop demo`: makes everything for a first run without a download: a small checkpoint, speech, and its codes.
 
-The weights are random; only the codec's codebooks are fitted. The demo shows that training works, not how well a model
-speaks.
+The weights are random; only the codec's codebooks are fitted. So the demo shows that training works, and no voice.
 """
 
 import shutil
@@ -20,7 +19,7 @@ from rawloop.parser import Parser
 
 
 def run(argv: list[str]) -> None:
-    """Build the missing parts in the folder, and print where they are."""
+    """Build missing parts in the folder, and print their paths."""
     parser = Parser(prog="rawloop demo", description="Build the demo checkpoint and encode the bundled speech.")
     parser.add_argument("--folder", type=str, default=".demo", help="where to put it")
     folder = Path(expanduser(parser.read_options(argv).folder))

@@ -1,4 +1,4 @@
-"""`rawloop prepare`: encode the audio of a data set once. Training then never touches the codec."""
+"""`rawloop prepare`: encode the audio of a data set once, so that training never runs the codec."""
 
 from rawloop.cli import read_config
 from rawloop.data.splits import prepare_codes
@@ -9,7 +9,7 @@ from rawloop.preempt import watch_signals
 
 
 def run(argv: list[str]) -> None:
-    """Encode data.train and data.eval of a run's config into its cache."""
+    """Encode data.train and data.eval of a config into the cache of codes."""
     config, _ = read_config("prepare", argv)
     if read_ranks()[1] > 1:
         raise UserError("rawloop prepare is one process: start it without torchrun")

@@ -146,7 +146,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         return examples, self.collate(examples)
 
     def _blame(self, draws: list[Draw], examples: list[Any], fault: str) -> str:
-        """Return a message that names the first sample that has a fault in its own batch."""
+        """Return a message that names the first sample with a fault when it is batched alone."""
         for draw, example in zip(draws, examples, strict=True):
             alone = self.fault(self.collate([example]))
             if alone is not None:

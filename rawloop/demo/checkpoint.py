@@ -1,7 +1,7 @@
-"""The demo checkpoint: a small Higgs Audio v2 with random weights, laid out as the real one is.
+"""The demo checkpoint: a small Higgs Audio v2 with random weights, in the layout of the real checkpoint.
 
-Users without a download, the quickstart and the tests load it by path, through the same code as
-`bosonai/higgs-audio-v2-generation-3B-base`: model, tokenizer, processor with chat template, and codec.
+The quickstart and the tests load it by path, through the same code as `bosonai/higgs-audio-v2-generation-3B-base`:
+model, tokenizer, processor with chat template, and codec.
 """
 
 import json
@@ -51,11 +51,11 @@ SPECIAL_TOKENS = (
 
 
 def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> None:
-    """Write `folder/model` and `folder/codec`, fitted on `speech/train`. Other files in `folder` are left alone.
+    """Write `folder/model` and `folder/codec`, fitted on `speech/train`. Other files in `folder` are not changed.
 
-    Both are complete before they get their names. The same seed gives the same safetensors on one machine, byte for
-    byte. The processor finds the codec by its absolute path: build again after moving the folder. Raises UserError if
-    the model or codec in `folder` is no demo's.
+    Both are renamed into place when they are complete. On one machine, the same seed gives the same safetensors byte
+    for byte. The processor finds the codec by its absolute path: build again after moving the folder. Raises UserError
+    if the model or codec in `folder` is not from the demo.
     """
     folder = folder.resolve()
     for part in PARTS:
@@ -77,16 +77,16 @@ def build_demo_checkpoint(folder: Path, speech: Path, seed: int = 0) -> None:
 
 
 def put_in_place(workplace: Path, folder: Path) -> None:
-    """Give finished parts their names. After a kill at any moment each is whole, or absent and made anew."""
+    """Rename finished parts into place. After a kill at any moment, each part is complete or absent."""
     for part in PARTS:
         (workplace / part / STAMP).write_text(_stamp(workplace / part, folder))
         if (folder / part).exists():
-            (folder / part).rename(workplace / f"old-{part}")  # deleted here it could stay without its stamp
+            (folder / part).rename(workplace / f"old-{part}")  # a deletion could leave a part without its stamp
         (workplace / part).rename(folder / part)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete the folders of builders that were killed."""
+    """Delete the folders of killed builders."""
     for workplace in folder.glob(f"{BUILDING}*"):
         builder = workplace.name.removeprefix(BUILDING).partition("-")[0]
         if not (builder.isdecimal() and _is_alive(int(builder))):
@@ -98,20 +98,20 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         pass
     return True
 
 
 def demo_is_built(folder: Path) -> bool:
-    """Return whether `folder` has a complete demo checkpoint, made there and by this version of the recipe."""
+    """Return whether `folder` has a complete demo checkpoint that this version of the code built there."""
     folder = folder.resolve()
     stamps = {part: folder / part / STAMP for part in PARTS}
     return all(path.is_file() and path.read_text() == _stamp(folder / part, folder) for part, path in stamps.items())
 
 
 def read_split(folder: Path) -> list[tuple[str, Tensor]]:
-    """Return transcript and wave (samples,) float32 at 24 kHz of every clip that a split's `metadata.json` names."""
+    """Return transcript and waveform (samples,) float32 at 24 kHz of every clip in a split's `metadata.json`."""
     path = folder / "metadata.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: the demo is built from a folder with train/ and eval/, each with its own")
@@ -125,7 +125,7 @@ def read_split(folder: Path) -> list[tuple[str, Tensor]]:
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on `texts`; like the real one it begins every text with BOS."""
+    """Return a byte-level BPE tokenizer trained on `texts`. Like the real tokenizer, it prepends BOS to every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -146,7 +146,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_codec(seed: int) -> HiggsAudioV2TokenizerModel:
-    """Return a codec at 24 kHz, 25 frames per second, 8 codebooks of 1024 codes at 2 kbps; its codebooks are zero."""
+    """Return a codec at 24 kHz and 25 frames per second, with 8 codebooks of 1024 codes (2 kbps), which are zero."""
     acoustic = DacConfig(
         encoder_hidden_size=4,
         decoder_hidden_size=128,
@@ -180,11 +180,11 @@ def build_codec(seed: int) -> HiggsAudioV2TokenizerModel:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, codec: Any) -> HiggsAudioV2Processor:
-    """Return the processor with our chat template; it saves the codec as the path in `codec.name_or_path`."""
+    """Return the processor with our chat template. It saves the path `codec.name_or_path` of the codec."""
     extractor = DacFeatureExtractor(
         feature_size=1,
         sampling_rate=SAMPLE_RATE,
-        hop_length=1,  # clips are not padded to whole frames: the codec does that itself
+        hop_length=1,  # the codec pads clips to whole frames
         padding_value=0.0,
         padding_side="right",
     )
@@ -193,7 +193,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, codec: Any) -> HiggsAudi
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> HiggsAudioV2ForConditionalGeneration:
-    """Return the model with text head, float32, random weights drawn from `seed`."""
+    """Return the model with text head, in float32, with random weights from `seed`."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = HiggsAudioV2Config(
         vocab_size=len(tokenizer),
@@ -204,7 +204,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> HiggsAudioV2Fo
         num_key_value_heads=2,
         head_dim=40,
         num_codebooks=CODEBOOKS,
-        codebook_size=CODES + 2,  # and the stream's begin and end, which the config's default of 1024 forgets
+        codebook_size=CODES + 2,  # with BOS and EOS of the stream, unlike the config's default of 1024
         audio_stream_bos_id=CODES,
         audio_stream_eos_id=CODES + 1,
         bos_token_id=ids[BOS],

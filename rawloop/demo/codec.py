@@ -1,8 +1,8 @@
 """Fits the demo's codec, a small `HiggsAudioV2TokenizerModel`, to the bundled speech.
 
-A codec made from its config has codebooks of zeros, so that every frame becomes code 0 and losses on the codes mean
-nothing. Here the encoder stays random, but is scaled so that it passes the energy of random frequency bands, and the
-codebooks are residual k-means over its outputs. Only its sound is no codec's: the decoder is random too.
+A codec built from its config has codebooks of zeros, so every frame has code 0 and losses on the codes mean nothing.
+Here the encoder is random, but scaled to pass the energy of random frequency bands, and the codebooks are residual
+k-means over its outputs. The decoder is random too, so its sound is noise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SEMANTIC_SHARE = 0.3  # a random HuBERT says little about speech: its features enter the codes with this scale
-# Each codebook is fitted to the residuals at these scales together. So it also covers sound louder and rougher than
-# the train speech, which leaves the speech some 150 codes of 1024: few enough that a run over 90 seconds sees each
-# code often and has something to learn.
+SEMANTIC_SHARE = 0.3  # scale of the semantic features, as a random HuBERT says little about speech
+# Each codebook is fitted to the residuals at all these scales, so most codes are for louder and rougher sounds. The
+# speech then uses about 150 of 1024 codes: a run over 90 seconds sees each code often enough to learn it.
 HEADROOM = (1.0, 2.0, 4.0)
 ITERATIONS = 8
 
 
 def fit_codec(codec: Any, clips: Sequence[Tensor], seed: int) -> None:
-    """Fit a fresh codec to `clips`: each (samples,) float32 at its sample rate, 400 frames or more in all.
+    """Fit a codec to `clips`, each (samples,) float32 at its sample rate, with at least 400 frames in total.
 
-    The same codec, seed and clips give the same weights, bit for bit, on one machine.
+    On one machine, the same codec, seed and clips give the same weights bit for bit.
     """
     generator = torch.Generator().manual_seed(seed)
     with one_thread(), torch.no_grad():
@@ -35,7 +34,7 @@ def fit_codec(codec: Any, clips: Sequence[Tensor], seed: int) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: sums are taken in one order, and tensors this small gain nothing from more."""
+    """Run torch on one thread, so that the order of sums is fixed. Such small tensors gain nothing from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -45,10 +44,10 @@ def one_thread() -> Iterator[None]:
 
 
 def scale_acoustics(codec: Any, generator: torch.Generator) -> None:
-    """Give the acoustic encoder and decoder weights of a size that lets sound through; biases become zero.
+    """Scale the weights of the acoustic encoder and decoder so that sound passes; biases become zero.
 
-    The strided convolutions of the encoder get positive weights. They average, so that of each band its energy is
-    left (Snake squares) and not its phase, which no frame shares with the next.
+    The strided convolutions of the encoder get positive weights. They average each band, which keeps its energy (Snake
+    squares) and removes its phase, which differs from frame to frame.
     """
     for name, module in (*codec.acoustic_encoder.named_modules(), *codec.acoustic_decoder.named_modules()):
         if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
@@ -76,7 +75,7 @@ def features(codec: Any, clip: Tensor) -> Tensor:
 
 
 def standardise(codec: Any, outputs: Tensor) -> None:
-    """Make `fc` map encoder outputs (frames, hidden) to mean 0 and variance 1, the semantic ones smaller."""
+    """Make `fc` map encoder outputs (frames, hidden) to mean 0 and variance 1, the semantic outputs to less."""
     share = torch.ones(outputs.shape[1])
     share[codec.config.acoustic_model_config.hidden_size :] = SEMANTIC_SHARE
     scale = share / outputs.std(0)
@@ -85,10 +84,10 @@ def standardise(codec: Any, outputs: Tensor) -> None:
 
 
 def fit_codebooks(codec: Any, residual: Tensor, generator: torch.Generator) -> None:
-    """Fit each codebook to the residual of the embeddings (frames, hidden) behind the codebooks before it.
+    """Fit each codebook to the residual of the embeddings (frames, hidden) after the earlier codebooks.
 
-    `project_in` is the orthonormal projection on the directions of most variance of the residual, `project_out` its
-    transpose: together they never add to the residual, whatever the code.
+    `project_in` is the orthonormal projection on the directions of the residual with the most variance, `project_out`
+    its transpose. Together they never increase the residual.
     """
     codes, dim = codec.config.codebook_size, codec.config.codebook_dim
     for quantizer in codec.quantizer.quantizers:
@@ -106,9 +105,9 @@ def fit_codebooks(codec: Any, residual: Tensor, generator: torch.Generator) -> N
 
 
 def kmeans(points: Tensor, centres: int, generator: torch.Generator) -> Tensor:
-    """Return `centres` centres (centres, dim) of `points` (points, dim) after a few of Lloyd's iterations.
+    """Return `centres` centres (centres, dim) of `points` (points, dim) after a few iterations of Lloyd's algorithm.
 
-    Needs at least as many points as centres. A centre that loses all its points moves to a random point.
+    Needs at least as many points as centres. A centre without points moves to a random point.
     """
     found = points[torch.randperm(len(points), generator=generator)[:centres]]
     for _ in range(ITERATIONS):
@@ -121,7 +120,7 @@ def kmeans(points: Tensor, centres: int, generator: torch.Generator) -> Tensor:
 
 
 def match_loudness(codec: Any, clips: Sequence[Tensor], examples: int = 8) -> None:
-    """Scale the decoder's last layer so that its output for some clips is as loud (RMS) as they are."""
+    """Scale the decoder's last layer so that its output is as loud (RMS) as some clips."""
     wanted, made = torch.cat(list(clips[:examples])), []
     for clip in clips[:examples]:
         codes = codec.encode(clip[None, None]).audio_codes

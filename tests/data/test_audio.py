@@ -226,7 +226,7 @@ def test_joined_mp3s_without_headers_are_read_to_the_last_end(tone: Tone) -> Non
     assert len(load_audio(path, 24000)) / 24000 == pytest.approx(2 * alone / 24000, abs=0.03)
     other = without_xing(tone("b.mp3", seconds=1.0, rate=16000))
     path.write_bytes(path.read_bytes() + other.read_bytes())
-    with pytest.raises(BadAudio, match=r"has a second mp3 stream behind its audio"):
+    with pytest.raises(BadAudio, match=r"has a second mp3 stream after its audio"):
         load_audio(path, 24000)
 
 
@@ -234,7 +234,7 @@ def test_joined_mp3s_without_headers_are_read_to_the_last_end(tone: Tone) -> Non
 def test_what_is_no_audio_behind_the_end(name: str, tone: Tone) -> None:
     path = tone(name, seconds=1.0)
     path.write_bytes(path.read_bytes() + b"\x01what is this?" * 20)
-    with pytest.raises(BadAudio, match=r"behind its audio"):
+    with pytest.raises(BadAudio, match=r"after its audio"):
         load_audio(path, 24000)
 
 
@@ -247,7 +247,7 @@ def test_a_wav_that_was_never_closed_is_read_to_its_end(riff: bytes | None, tone
     path.write_bytes(unclosed)
     assert torch.equal(load_audio(path, 24000), whole)
     path.write_bytes(unclosed + content)
-    with pytest.raises(BadAudio, match="has a second wav file behind its audio"):
+    with pytest.raises(BadAudio, match="has a second wav file after its audio"):
         load_audio(path, 24000)
 
 

@@ -74,7 +74,7 @@ class HiggsEncoder:
                 if turn.trained and not words:
                     raise UserError(
                         "it has a clip to learn and no words that it speaks: put them into a user turn before it, or "
-                        "behind its <audio>"
+                        "after its <audio>"
                     )
                 words = (words and turn.role != "assistant") or (turn.role == "user" and bool(turn.words.strip()))
             if not any(turn.trained for turn in sample.turns):
