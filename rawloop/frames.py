@@ -145,7 +145,7 @@ class _Flac:
         refuse_second(self.stream, self.frames, self.size, FLAC_START, "a second flac file")
         found = self._last_frame()
         if found is None:
-            raise BadAudio("is cut short, or something follows its audio: no flac frame ends at the end of the file")
+            raise BadAudio("is cut short, or has something after its audio: no flac frame ends at the end of the file")
         if found < self.total:
             raise cut_short(self.total / self.rate, found / self.rate)
         if found > self.total > 0:
