@@ -27,7 +27,7 @@ from rawloop.contracts import Family, Sample
 from rawloop.data.codes import CodeCache
 from rawloop.dist import World
 from rawloop.errors import UserError
-from rawloop.families.identity import reading_of, source_of
+from rawloop.families import reading_of, source_of
 from rawloop.hashing import sha256_files, sketch_file
 
 WORLD_SIZE = "world_size"  # no key of the config, and compared like one

@@ -1,14 +1,22 @@
-"""Families: everything that rawloop knows of particular models. `load_family` picks one by the checkpoint."""
+"""Families: everything that rawloop knows of particular models. `load_family` picks one by the checkpoint.
 
+A user's own family is imported by its path. Digests identify everything that changes how a family encodes samples.
+"""
+
+import hashlib
 import importlib
 import json
+import os
 import re
+import sys
+import traceback
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rawloop.errors import LibraryError, UserError, nearest
+from rawloop.errors import LibraryError, RawloopError, UserError, nearest
 from rawloop.families.config import ModelConfig as ModelConfig
+from rawloop.hashing import sha256_files
 
 if TYPE_CHECKING:
     from rawloop.contracts import Family
@@ -20,6 +28,8 @@ FAMILIES = {
     "qwen2_audio": "rawloop.families.audio_chat:AudioChat",
 }
 ADAPTER = "adapter_config.json"
+REQUIRED = ("load_model", "check", "example", "collate", "losses")
+UNRELATED = ("truncation", "padding")  # a tokenizer keeps them from its last call
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -31,9 +41,7 @@ def load_family(config: ModelConfig) -> "Family":
     """
     name = config.family
     if ":" in name:
-        from rawloop.families.own import own_family
-
-        return own_family(name, config)  # model.path is the family's to interpret
+        return _own_family(name, config)  # model.path is the family's to interpret
     check_path(config.path, "model.path")
     if name == "auto":
         name, architectures = _architecture(config)
@@ -54,6 +62,55 @@ def load_family(config: ModelConfig) -> "Family":
         family = cast("Family", owner(config))
         family.probe()  # fails here if tokenizer and config do not fit each other
     return family
+
+
+def _own_family(path: str, config: ModelConfig) -> "Family":
+    """Import `package.module:Class`, call it with the model's config, and check that the result is a family.
+
+    An error in the user's code becomes one line with its place, since every process of a run raises it.
+    """
+    from rawloop.contracts import Family, has
+
+    module_name, _, class_name = path.partition(":")
+    asked = f"model.family is '{path}', which"
+    # `python -m` and torchrun search the working folder; an installed script such as `rawloop` does not.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = _in_one_line(error, module_name)
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            reason = (
+                f"there is no module {error.name} in {os.getcwd()} or among the installed packages; start from its "
+                "folder, or install it"
+            )
+        raise UserError(f"{asked} cannot be imported: {reason}") from error
+    if not hasattr(module, class_name):
+        near = nearest(class_name, vars(module))
+        raise UserError(f"model.family is '{path}', and {module.__file__} has no {class_name}{near}")
+    try:
+        family = getattr(module, class_name)(config)
+    except RawloopError:
+        raise
+    except Exception as error:
+        raise UserError(f"{asked} cannot be made from model's config: {_in_one_line(error, module_name)}") from error
+    lacking = [name for name in Family.__annotations__ if not hasattr(family, name)]
+    lacking += [name for name in REQUIRED if not has(family, name)]
+    if lacking:
+        raise UserError(f"{asked} lacks {', '.join(lacking)}: see rawloop.contracts.Family and docs/families.md")
+    return cast(Family, family)
+
+
+def _in_one_line(error: Exception, module_name: str) -> str:
+    """Return an error in one line, with its place in the user's file, else in the file that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if frame.filename.removesuffix(".py").endswith(module_name.replace(".", os.sep))]
+    place = (users or frames)[-1]
+    file, line = place.filename, place.lineno
+    if isinstance(error, SyntaxError):  # it has no frame of the file
+        file, line = error.filename or file, error.lineno
+    return f"{' '.join(traceback.format_exception_only(error)[-1].split())} ({file}, line {line})"
 
 
 def check_path(path: str, key: str) -> None:
@@ -139,3 +196,42 @@ def _not_given(key: str, path: str, error: OSError) -> UserError:
         f"{key} is '{path}': no such folder, and the hub gave no such model ({reason}): mend the name, or fetch it "
         f"where there is a network, `hf download {path}`, and set {key} to its folder"
     )
+
+
+def reading_of(family: "Family") -> dict[str, str]:
+    """Return digests of a family's tokenizer, chat template and feature extractor, by name.
+
+    They are found through the attributes `tokenizer` and `processor`, which must be those of transformers.
+    """
+    processor: Any = getattr(family, "processor", None)
+    tokenizer = getattr(family, "tokenizer", None) or getattr(processor, "tokenizer", None)
+    found = {}
+    if tokenizer is not None:
+        found["tokenizer"] = _digest(_vocabulary(tokenizer))
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if template is not None:
+        found["chat template"] = _digest(template)
+    if hasattr(processor, "feature_extractor"):
+        found["feature extractor"] = _digest(processor.feature_extractor.to_dict())
+    return found
+
+
+def source_of(family: "Family") -> str:
+    """Return a digest of the imported source files of a family's package."""
+    package = type(family).__module__.partition(".")[0]
+    modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == package]
+    files = {Path(str(m.__file__)) for m in modules if getattr(m, "__file__", None)}
+    return sha256_files(file for file in files if file.suffix == ".py" and file.is_file())
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = tokenizer.get_vocab()
+    else:
+        content = {name: part for name, part in json.loads(backend.to_str()).items() if name not in UNRELATED}
+    return [type(tokenizer).__name__, content, tokenizer.special_tokens_map]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

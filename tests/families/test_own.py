@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_model
 from rawloop.cli import main
 from rawloop.contracts import Family, has
 from rawloop.errors import CheckpointError, UserError
-from rawloop.families import ModelConfig, load_family
-from rawloop.families.own import REQUIRED
+from rawloop.families import REQUIRED, ModelConfig, load_family
 from rawloop.records import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent

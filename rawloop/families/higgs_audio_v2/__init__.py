@@ -3,27 +3,35 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    DacFeatureExtractor,
+    HiggsAudioV2ForConditionalGeneration,
+    HiggsAudioV2TokenizerModel,
+)
 
 from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
 from rawloop.errors import UserError
-from rawloop.families import ModelConfig
-from rawloop.families.higgs_audio_v2.codec import codec_hash, load_codec
+from rawloop.families import ModelConfig, check_path, local_folder, read_json
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
-from rawloop.families.loading import load_weights
+from rawloop.families.loading import library_errors, load_from, load_weights
 from rawloop.families.shared import BaseFamily, load_parts, perturbed, rows_of
 from rawloop.family_protocols import CodecInfo
+from rawloop.hashing import hash_folder
 from rawloop.losses import exact, without_adapter
 
 STREAMS = ("audio", "text")
 INPUTS = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
 TEXT_STOPS = ("<|audio_eos|>", "<|eot_id|>")
+CODEC = "model.codec"
+CODEC_FILES = ["config.json", "*.safetensors"]
 NO_TEXT_HEAD = {
     "text_lm_head.weight": "it has no text head; set model.stream_weights to {text: 0} to train on audio alone"
 }
@@ -60,13 +68,56 @@ class HiggsAudioV2(BaseFamily):
             HiggsAudioV2ForConditionalGeneration, self.config, path, NO_TEXT_HEAD, use_text_head="text" in self.streams
         )
 
-    def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
-        """Load the codec for `rawloop prepare`; see `codec.load_codec`."""
-        return load_codec(self.config, device)
+    def _codec_folder(self) -> Path:
+        """Return the folder of the codec: `model.codec`, or the codec in the checkpoint's processor_config.json."""
+        path, key = self.config.codec, CODEC
+        if not path:
+            name = "processor_config.json"
+            file = local_folder(self.config.path, self.config.revision, [name]) / name
+            named = read_json(file).get("audio_tokenizer", {}) if file.is_file() else {}
+            path, key = expanduser(str(named.get("audio_tokenizer_name_or_path") or "")), f"the codec in {file}"
+        if not path:
+            raise UserError(f"{self.config.path} names no codec: set {CODEC} to the folder or hub id of its codec")
+        check_path(path, key)
+        return local_folder(path, None, CODEC_FILES, CODEC)
 
     def codec_hash(self) -> str:
         """Content hash of the checkpoint's codec."""
-        return codec_hash(self.config)
+        return hash_folder(self._codec_folder())
+
+    def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
+        """Load the codec in float32. It does the same steps as in the processor.
+
+        Returns:
+            its description, and its encoder: (samples,) float32 at `sample_rate` -> (frames, codebooks) int64 on the
+            CPU.
+        """
+        folder = self._codec_folder()
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind != HiggsAudioV2TokenizerModel.config_class.model_type:
+            raise UserError(f"{CODEC} is '{folder}', a model of type '{kind}': give the folder of the codec")
+        codec: Any = load_from(HiggsAudioV2TokenizerModel, str(folder), None, CODEC, dtype=torch.float32)
+        codec.eval().to(device)
+        with library_errors(self.config.path, "processor_config.json"):
+            extractor: Any = DacFeatureExtractor.from_pretrained(self.config.path, revision=self.config.revision)
+        settings = codec.config
+        info = CodecInfo(
+            hash=hash_folder(folder),
+            sample_rate=settings.sample_rate,
+            codebooks=settings.num_quantizers,
+            codebook_size=settings.codebook_size,
+            frame_rate=settings.sample_rate / settings.hop_length,
+        )
+
+        @torch.no_grad()
+        def encode(waveform: Tensor) -> Tensor:
+            inputs = extractor(waveform.numpy(), sampling_rate=info.sample_rate, return_tensors="pt")
+            codes: Tensor = codec.encode(inputs["input_values"].to(device)).audio_codes
+            return codes[0].T.cpu()
+
+        with library_errors(str(folder), "config.json", CODEC):  # a wrong config fails only when the codec runs
+            encode(torch.zeros(info.sample_rate))
+        return info, encode
 
     def collate(self, examples: list[Example]) -> Batch:
         """Make a micro-batch, padded on the right without an attention mask, which a causal mask makes unnecessary."""
