@@ -27,8 +27,8 @@ from torch import Tensor
 from rawloop.containers import STREAMED, Extent, cut_short
 from rawloop.containers import BadAudio as BadAudio
 from rawloop.errors import UserError
+from rawloop.files import open_regular, sha256_file
 from rawloop.frames import measure
-from rawloop.hashing import open_regular, sha256_file
 
 MARK = "#t="
 FRAGMENT = re.compile(r"#t=(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?$")

@@ -19,6 +19,7 @@ from rawloop.buffers import MovingBuffers, buffer_notices, find_moving_buffers
 from rawloop.changes import PART, Contents, SettingsState, check_settings_of_ranks
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
+from rawloop.checkpoint.reader import stored_part
 from rawloop.checkpoint.run_folder import mark_launch
 from rawloop.components import (
     Data,
@@ -46,7 +47,7 @@ from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.records import Records, check_packages
-from rawloop.resume import Start, choose_start, goes_back, restore, stored_precision
+from rawloop.resume import Start, choose_start, goes_back, restore
 from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
 from rawloop.weights import Source, find_source
@@ -66,17 +67,17 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     try:
         return _build_run(config, folder, world, say, start)
     except BaseException as error:
-        begun = (folder / "events.jsonl").exists()
-        if isinstance(error, LibraryError) and begun:
+        started = (folder / "events.jsonl").exists()
+        if isinstance(error, LibraryError) and started:
             error.folder = folder
         if start.lock:
-            start.lock.release(begun=begun)
+            start.lock.release(started=started)
         raise
 
 
 def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: Start) -> Run:
     # Local work first and under one agreement; whatever needs all ranks together comes after it.
-    precision = world.from_main(stored_precision(start.slot))
+    precision = world.from_main(stored_part(start.slot, "precision", tensors=False) if start.slot else None)
     ready = world.on_all_ranks(partial(_prepare_run, config, world, say, precision, start.source))
     assert ready is not None
     ready.contents.check_ranks(ready.base, world)

@@ -19,16 +19,14 @@ from typing import Any
 
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.audio import segment_of
-from rawloop.checkpoint.manifest import installed_versions
-from rawloop.checkpoint.pack import Packed, unpack
-from rawloop.checkpoint.writer import STATE
+from rawloop.checkpoint.reader import installed_versions, stored_part
 from rawloop.config import RunConfig
 from rawloop.contracts import Family, Sample
 from rawloop.data.codes import CodeCache
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families import reading_of, source_of
-from rawloop.hashing import sha256_files, sketch_file
+from rawloop.files import sha256_files, sketch_file
 
 WORLD_SIZE = "world_size"  # no key of the config, and compared like one
 PART = "config"  # of a checkpoint
@@ -223,8 +221,7 @@ def _shown(value: Any) -> str:
 
 def stored_settings(slot: Path) -> dict[str, Any] | None:
     """Return the settings in a verified checkpoint; None if it has none."""
-    file = slot / STATE / f"{PART}.json"
-    state = unpack(Packed(json.loads(file.read_bytes()), {})) if file.exists() else None
+    state = stored_part(slot, PART, tensors=False)
     return state if isinstance(state, dict) and {"config", WORLD_SIZE} <= set(state) else None
 
 

@@ -106,7 +106,7 @@ def build_model(
         world: the ranks.
         family: loads the model.
         notices: gets a line for everything that the user should know.
-        precision: what `stored_precision` said of the checkpoint that will be restored.
+        precision: the stored state of the policy, if a checkpoint will be restored.
         source: whose weights the model starts from.
     """
     if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks

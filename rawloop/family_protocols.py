@@ -12,7 +12,7 @@ from torch import Tensor
 class CodecInfo:
     """Identity and shape of a codec's codes, which are integers from 0 to `codebook_size` - 1.
 
-    `hash` is the content hash of the codec's folder (`rawloop.hashing.hash_folder`), `sample_rate` in Hz is that of its
+    `hash` is the content hash of the codec's folder (`rawloop.files.hash_folder`), `sample_rate` in Hz is that of its
     input, `frame_rate` is in frames per second.
     """
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.contracts import Batch
+from rawloop.dist import unwrap_ddp
 from rawloop.errors import UserError, nearest
 
 LABELS = {
@@ -108,6 +109,13 @@ def _levels(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
         if inner is None:
             return
         model = inner
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside DDP and torch.compile, which put their own prefix before every name."""
+    while (inner := model._modules.get("_orig_mod") or unwrap_ddp(model)) is not model:
+        model = inner
+    return model
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:

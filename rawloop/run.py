@@ -105,7 +105,7 @@ class Run:
         """Wait for a save in the background; the other ranks wait as long as it takes."""
         if self.checkpoints:
             with self.world.working():
-                self.record_or_defer(self.checkpoints.settle)
+                self.record_or_defer(self.checkpoints.wait_until_written)
 
     def save_and_stop(self, reason: str) -> NoReturn:
         """Write the state of the run to the disk, and end it on all ranks.
@@ -115,7 +115,7 @@ class Run:
         """
         step = self.state.step
         self.raise_deferred()
-        slot = self.checkpoints.secure(step) if self.checkpoints else None
+        slot = self.checkpoints.ensure_saved(step) if self.checkpoints else None
         self.raise_deferred()
         kept = f"checkpoint: {slot}; go on from it with --resume latest" if slot else "nothing is saved"
         try:
@@ -150,7 +150,7 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
     evaluation = evaluate(run, last)
     state.visited = state.step
     if run.checkpoints:
-        run.checkpoints.changed()
+        run.checkpoints.mark_changed()
     if evaluation is not None:
         run.record_or_defer(lambda: run.records.metrics(state.step, evaluation.metrics))
         if not evaluation.valid and run.world.is_main:

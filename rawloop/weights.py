@@ -1,4 +1,4 @@
-"""`init_from`: a run that starts from the weights of a checkpoint, with all else anew."""
+"""`init_from`: a new run that starts from the weights of a checkpoint, and from nothing else of it."""
 
 from dataclasses import dataclass
 from os.path import expanduser
@@ -10,16 +10,12 @@ from torch import nn
 
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint, stored_fingerprint
-from rawloop.checkpoint.disk import read_packed
-from rawloop.checkpoint.manifest import NAME as MANIFEST
-from rawloop.checkpoint.manifest import verify
-from rawloop.checkpoint.pack import unpack
-from rawloop.checkpoint.slots import CHECKPOINTS, find_latest, is_slot_name, resolve_best
-from rawloop.checkpoint.writer import STATE
+from rawloop.checkpoint.reader import stored_part
+from rawloop.checkpoint.slots import CHECKPOINTS, MANIFEST, find_latest, is_slot_name, resolve_best, verify
 from rawloop.contracts import Family
 from rawloop.dist import World
 from rawloop.errors import UserError
-from rawloop.hashing import sha256_file, sha256_files
+from rawloop.files import sha256_file, sha256_files
 
 PARTS = ("adapter", "model")
 FORMS = "name RUN/best, RUN/latest, a checkpoint such as RUN/checkpoints/step-00000500, or an adapter/ or model/ folder"
@@ -27,10 +23,15 @@ FORMS = "name RUN/best, RUN/latest, a checkpoint such as RUN/checkpoints/step-00
 
 @dataclass(frozen=True)
 class Source:
-    """The weights that a run starts from: `folder`, the `slot` that it stands in (None for a copy), and its step.
+    """The weights that a run starts from.
 
-    `given` is how the user named it. `digest` is the SHA-256 of the slot's manifest, or of the copied files. `damage`
-    says which newer checkpoints of the run were passed over, and why.
+    Attributes:
+        given: the value of `init_from`.
+        folder: the folder with the weights.
+        slot: the slot that contains the folder; None for a copied folder.
+        step: of the slot.
+        digest: SHA-256 of the slot's manifest, or of the copied files.
+        damage: the newer checkpoints that were skipped, and why; or "".
     """
 
     given: str
@@ -41,13 +42,13 @@ class Source:
     damage: str = ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the weights come from; every checkpoint of the run stores it."""
+        """Return the origin of the weights, for the checkpoints of the run."""
         place = str((self.slot or self.folder).resolve())
         return {"given": self.given, "checkpoint": place, "step": self.step, "digest": self.digest}
 
 
 def find_source(given: str, world: World) -> Source:
-    """Find the weights that `init_from` names, the same on all ranks, and verify every file on every rank."""
+    """Find the weights that `init_from` names, the same on all ranks. Every rank verifies every file."""
     source = world.on_all_ranks(lambda: _find(given))
     assert source is not None
     world.check_equal({"init_from": f"digest {source.digest[:16]}"}, "put the same checkpoint on all machines")
@@ -55,7 +56,7 @@ def find_source(given: str, world: World) -> Source:
 
 
 def resolve(path: Path) -> tuple[Path | None, str]:
-    """Return the slot that RUN/best or RUN/latest stands for, and why newer ones were passed over. Others stay."""
+    """Return the slot of RUN/best or RUN/latest, or any other path unchanged; and why newer slots were skipped."""
     if path.name != "latest" or path.exists():
         return resolve_best(path), ""
     found = find_latest(path.parent)
@@ -89,10 +90,10 @@ def _find(given: str) -> Source:
 
 
 def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family: Family) -> list[str]:
-    """Put the weights into a model that no precision policy has cast yet. Returns sentences for the user.
+    """Load the weights into a model, before a precision policy casts it. Returns notices for the user.
 
-    Trained weights are float32 afterwards, so that nothing of them is rounded before the policy casts them: where the
-    checkpoint holds masters beside 16-bit weights, the weights take their values.
+    Trained weights become float32, so that nothing is rounded before the policy casts them. If the checkpoint has
+    float32 masters of 16-bit weights, the weights take the values of the masters.
     """
     files = ModelFiles(model, family.load_model)
     is_adapter = (source.folder / "adapter_config.json").is_file()
@@ -103,40 +104,33 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
             f"{kinds[files.is_adapter]}: set adapter.mode to the checkpoint's, or point model.path at a merged or "
             "whole model instead"
         )
-    said = _check_base(source, base) if is_adapter else []
+    notices = _check_base(source, base) if is_adapter else []
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     files.load(source.folder)
-    kept = _masters(source)
+    precision = stored_part(source.slot, "precision") if source.slot else None
+    kept = precision["masters"] if precision else {}
     if kept.get("kind") == "Masters":
         named = dict(model.named_parameters())
         for name in sorted(kept["kept"].keys() & named.keys()):
             named[name].data.copy_(kept["kept"][name])
-        said.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
+        notices.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
     elif kept.get("kept"):
-        said.append("the checkpoint's weights are in 16 bits and are taken so; its residuals are not taken")
+        notices.append("the checkpoint's weights are in 16 bits and are taken so; its residuals are not taken")
     if source.damage:
-        said.append(f"passed over a damaged checkpoint: {source.damage}")
+        notices.append(f"passed over a damaged checkpoint: {source.damage}")
     place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which no manifest vouches for"
     return [
         f"weights from {place} (digest {source.digest[:16]}); counters, optimizer, schedule, random streams and best "
         "value begin anew",
-        *said,
+        *notices,
     ]
 
 
 def _check_base(source: Source, base: BaseFingerprint) -> list[str]:
     stored, unchecked = stored_fingerprint(source.folder)
     if unchecked:
-        return [f"that the base model is the one of {source.folder} could not be checked: {unchecked}"]
+        return [f"the base model could not be compared with that of {source.folder}: {unchecked}"]
     base.check_base(stored)
     return [base.notice] if base.notice else []
-
-
-def _masters(source: Source) -> dict[str, Any]:
-    """Read the masters that a checkpoint holds beside 16-bit weights; a copied folder has none."""
-    if source.slot is None or not (source.slot / STATE / "precision.json").is_file():
-        return {}
-    masters: dict[str, Any] = unpack(read_packed(source.slot / STATE, "precision"))["masters"]
-    return masters

@@ -34,7 +34,6 @@ FLOORS = (
             "buffers",
             "losses",
             "inputs",
-            "hashing",
             "containers",
             "frames",
             "audio",

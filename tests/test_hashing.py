@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rawloop.errors import UserError
-from rawloop.hashing import hash_folder, sha256_file, sha256_files, sketch_file
+from rawloop.files import hash_folder, sha256_file, sha256_files, sketch_file
 
 
 def test_file(tmp_path: Path) -> None:

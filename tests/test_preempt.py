@@ -21,9 +21,8 @@ from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
-from rawloop.checkpoint.manifest import verify
 from rawloop.checkpoint.run_folder import mark_launch
-from rawloop.checkpoint.slots import find_slots
+from rawloop.checkpoint.slots import find_slots, verify
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.data import DataConfig

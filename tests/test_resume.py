@@ -34,9 +34,8 @@ from rawloop.build import build_run
 from rawloop.checkpoint import writer as slot_writer
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.config import CheckpointConfig
-from rawloop.checkpoint.manifest import read_manifest, verify, write_manifest
 from rawloop.checkpoint.reader import choose
-from rawloop.checkpoint.slots import find_slots
+from rawloop.checkpoint.slots import find_slots, read_manifest, verify, write_manifest
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
@@ -613,7 +612,7 @@ def test_a_state_from_elsewhere_that_cannot_be_saved_costs_nothing(
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rawloop.checkpoint.background.write_slot", full)
+    monkeypatch.setattr("rawloop.checkpoint.writer.write_slot", full)
     with pytest.raises(CheckpointError, match="cannot save step-00000004"):
         build_run(replace(short, resume=str(other)), World(), lambda line: None)
     assert [path.name for path in find_slots(folder)] == [newest, "step-00000003"]
@@ -623,8 +622,8 @@ def test_a_state_from_elsewhere_that_cannot_be_saved_costs_nothing(
 def test_who_trains_in_a_folder_is_said_before_what_is_wrong_with_the_settings(short: RunConfig) -> None:
     finished(short)
     code = (
-        "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import lock_run_folder; "
-        "lock_run_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; "
+        "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code, short.output], **pipes) as other:
@@ -748,7 +747,7 @@ def test_data_workers_are_forked_when_nothing_is_being_written(
         time.sleep(0.3)
         return write(*arguments)
 
-    monkeypatch.setattr("rawloop.checkpoint.background.write_slot", slow)
+    monkeypatch.setattr("rawloop.checkpoint.writer.write_slot", slow)
     seen = []
 
     def look(run: Run) -> None:
@@ -802,7 +801,7 @@ def test_a_folder_in_which_another_run_has_begun_meanwhile_is_refused(
         return choose(*arguments)
 
     monkeypatch.setattr("rawloop.resume.choose", slow)
-    with pytest.raises(UserError, match="in which another process has begun a run just now"):
+    with pytest.raises(UserError, match="in which another process has started a run just now"):
         build_run(new, World(), lambda line: None)
     names = [path.name for path in find_slots(Path(new.output))]
     assert names[0] == "step-00000004"

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
-from rawloop.checkpoint.manifest import read_manifest
-from rawloop.checkpoint.slots import find_slots
+from rawloop.checkpoint.slots import find_slots, read_manifest
 from rawloop.config import RunConfig
 from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig

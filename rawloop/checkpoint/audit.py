@@ -1,7 +1,6 @@
-"""Looking at every checkpoint of a run, whole or not. Read-only, so it may look beside the process that trains.
+"""Verifies every checkpoint of a run, whole or not. It only reads, so it may run beside the process that trains.
 
-That process deletes and replaces slots meanwhile: what is found wrong with a slot counts only if it is still the same
-folder afterwards.
+That process deletes and replaces slots meanwhile: damage counts only if the slot is still the same folder afterwards.
 """
 
 import time
@@ -9,17 +8,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, step_of, verify
 from rawloop.checkpoint.run_folder import MARKS
-from rawloop.checkpoint.slots import BEST, CHECKPOINTS, DISCARDED, find_best, find_slots, is_slot_name
+from rawloop.checkpoint.slots import (
+    BEST,
+    CHECKPOINTS,
+    DISCARDED,
+    MANIFEST,
+    Manifest,
+    best_is_folder,
+    find_slots,
+    is_slot_name,
+    manifest_of,
+    step_of,
+    verify,
+)
 from rawloop.errors import CheckpointError, UserError
 
 UNFINISHED = "being written, or left by a save that was killed; never taken for a checkpoint"
-GONE = "deleted or replaced while this was looking"
+GONE = "deleted or replaced meanwhile"
 
 
 class Found(NamedTuple):
-    """What became of looking at one slot. `manifest` is None where it cannot be read; `seconds` is what it took."""
+    """The result for one slot. `manifest` is None if it cannot be read; `seconds` is the time that reading took."""
 
     slot: Path
     verdict: Literal["whole", "DAMAGED", "unreadable", "unfinished", "gone"]
@@ -29,12 +39,12 @@ class Found(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The step of the slot, -1 if neither manifest nor name say it."""
+        """The step of the slot; -1 if neither its manifest nor its name has one."""
         return self.manifest.step if self.manifest else step_of(self.slot)
 
 
 def slots_to_examine(folder: Path) -> list[Path]:
-    """Return every slot of a run: by step, newest first, discarded ones, and unfinished ones. Or the one.
+    """Return all slots of a run: newest first, then discarded and unfinished ones. Of a slot, return the slot.
 
     Raises:
         UserError: the folder is neither a run nor a slot.
@@ -50,17 +60,19 @@ def slots_to_examine(folder: Path) -> list[Path]:
 
 
 def _is_slot(folder: Path) -> bool:
-    return (folder / NAME).exists() or (is_slot_name(folder) and not any((folder / mark).exists() for mark in MARKS))
+    return (folder / MANIFEST).exists() or (
+        is_slot_name(folder) and not any((folder / mark).exists() for mark in MARKS)
+    )
 
 
 def _slots_of_run(run: Path) -> Iterator[Path]:
-    if (run.parent / NAME).exists():
+    if (run.parent / MANIFEST).exists():
         raise UserError(f"'{run}' is a part of a checkpoint: name that, '{run.parent}'")
     if not any((run / mark).exists() for mark in MARKS):
         advice = f": name the run, '{run.parent}'" if run.name == CHECKPOINTS else ", nor a checkpoint"
         raise UserError(f"'{run}' is no run{advice}")
     yield from find_slots(run)
-    if find_best(run) == run / BEST:  # written by an older version
+    if best_is_folder(run):
         yield run / BEST
     discarded = run / CHECKPOINTS / DISCARDED
     yield from sorted(path for path in discarded.glob("*") if path.is_dir())
@@ -70,14 +82,14 @@ def _slots_of_run(run: Path) -> Iterator[Path]:
 
 def examine(slot: Path) -> Found:
     """Check every file of a slot by size and digest."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     if slot.name.startswith(".tmp-"):
         return Found(slot, "unfinished", UNFINISHED, 0.0, None)
     try:
         found = _look(slot)
     except OSError as error:
         found = Found(slot, "unreadable", f"it cannot be read: {error.strerror}", 0.0, None)
-    return found._replace(seconds=time.perf_counter() - begun)
+    return found._replace(seconds=time.perf_counter() - start)
 
 
 def _look(slot: Path) -> Found:
@@ -90,20 +102,13 @@ def _look(slot: Path) -> Found:
         except CheckpointError as error:
             if _identity(slot) == before:
                 verdict: Any = "unreadable" if isinstance(error.__cause__, OSError) else "DAMAGED"
-                return Found(slot, verdict, str(error).removeprefix(f"{slot}: "), 0.0, _manifest(slot))
+                return Found(slot, verdict, str(error).removeprefix(f"{slot}: "), 0.0, manifest_of(slot))
 
 
 def _identity(slot: Path) -> tuple[int, int, int] | None:
-    """What tells a folder from another one of its name; None if there is none."""
+    """Return what changes when another folder takes the name; None if there is no folder."""
     try:
         found = slot.stat()
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def _manifest(slot: Path) -> Manifest | None:
-    try:
-        return read_manifest(slot)
-    except CheckpointError:
-        return None

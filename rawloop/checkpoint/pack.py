@@ -1,21 +1,26 @@
-"""Nested state to plain files and back, without pickle: tensors into safetensors, everything else into JSON.
+"""Writes nested state to files and reads it, without pickle: tensors as safetensors, everything else as JSON.
 
-Loading a pickle runs whatever is inside it; loading these files cannot. Every value comes back as it was, type and bit
-for bit, or packing it is refused with the place where it stands.
+Loading a pickle runs code from the file; loading these files cannot. Every value is restored with its type and its
+bits. A value that cannot be stored is refused, with its path in the state.
 """
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from rawloop.files import FileRecord, write_file
 from rawloop.host_memory import copy_to_host
 
-# the names that the safetensors format gives to dtypes
+# names of dtypes in the safetensors format
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -36,42 +41,45 @@ DTYPES = {
 }
 
 
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
-
-
 class Packed(NamedTuple):
-    """A state in two halves: a tree of JSON values, and the tensors it refers to, on the CPU, by path."""
+    """A state as a tree of JSON values, and the CPU tensors that the tree refers to, by path."""
 
     tree: Any
     tensors: dict[str, Tensor]
 
 
-def pack(state: Any, copy: bool = False, spare: Mapping[str, Tensor] = NOTHING, *, dry: bool = False) -> Packed:
-    """Split `state` into JSON and tensors.
+def pack(
+    state: Any, copy: bool = False, spare: Mapping[str, Tensor] = MappingProxyType({}), *, dry: bool = False
+) -> Packed:
+    """Split `state` into JSON values and contiguous CPU tensors.
 
-    Takes dicts with string keys, lists, tuples, tensors, int, float, bool, str and None. A tensor becomes a plain,
-    contiguous CPU tensor; one that is already so is copied only if `copy` says so. `spare` has memory by path that
-    a copy may be written over, such as the tensors of an earlier copy; call `wait_for_copies` before reading copies.
-    `dry` only looks whether it can be stored: tensors are left where they are.
+    Args:
+        state: dicts with string keys, lists, tuples, tensors, int, float, bool, str and None, nested.
+        copy: copy all tensors; call `wait_for_copies` before reading them. Without it, contiguous CPU tensors are
+            taken without a copy.
+        spare: tensors by path that copies may overwrite, such as those of an earlier copy.
+        dry: only check that the state can be stored; the tensors stay on their device.
 
     Raises:
-        TypeError: anything else is in there; the message names its path.
+        TypeError: the state has a value of another type; the message says where.
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    checked = {path: _checked(tensor, path) for path, tensor in tensors.items()}
-    return Packed(tree, checked if dry else {p: _plain(tensor, copy, spare.get(p)) for p, tensor in checked.items()})
+    if copy:
+        return Packed(tree, {path: copy_to_host(tensor, spare.get(path)) for path, tensor in tensors.items()})
+    if dry:
+        return Packed(tree, tensors)
+    return Packed(tree, {p: t.to("cpu").resolve_conj().resolve_neg().contiguous() for p, t in tensors.items()})
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
-        # JSON has no word for these, and a nan carries bits of its own
-        finite = value - value == 0.0
-        return value if finite else {"$float": struct.pack(">d", value).hex()}
+        # JSON has neither inf nor nan, and the bits of a nan matter
+        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
     if isinstance(value, Tensor):
-        tensors[path] = value
+        tensors[path] = _checked(value, path)
         return {"$tensor": path}
     if isinstance(value, dict):
         return _pack_dict(value, path, tensors)
@@ -86,7 +94,7 @@ def _pack_dict(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> 
         if type(key) is not str:
             raise TypeError(f"state{_shown(path)} has the key {key!r}, a {_type(key)}: keys must be strings")
     items = {key: _pack(item, f"{path}/{_escaped(key)}", tensors) for key, item in value.items()}
-    if any(key.startswith("$") for key in items):  # would be taken for one of our own marks
+    if any(key.startswith("$") for key in items):  # reading would take such a key for one of the marks above
         return {"$dict": [[key, item] for key, item in items.items()]}
     return items
 
@@ -97,12 +105,6 @@ def _checked(tensor: Tensor, path: str) -> Tensor:
         kind = f"{_type(plain)} ({plain.layout}, {plain.dtype})"
         raise TypeError(f"state{_shown(path)} is a {kind}: only dense tensors of common dtypes can be stored")
     return plain
-
-
-def _plain(plain: Tensor, copy: bool, spare: Tensor | None) -> Tensor:
-    if not copy:
-        return plain.to("cpu").resolve_conj().resolve_neg().contiguous()
-    return copy_to_host(plain, spare)
 
 
 def _escaped(key: str) -> str:
@@ -119,30 +121,30 @@ def _type(value: Any) -> str:
 
 
 def unpack(packed: Packed) -> Any:
-    """Put the two halves together again. The tensors are handed on, not copied."""
-    return _unpack(packed.tree, packed.tensors)
+    """Return the state that was packed. The tensors are not copied."""
+    return _unpack(packed.tree, packed.tensors.__getitem__)
 
 
-def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpack(tree: Any, tensor_at: Callable[[str], Any]) -> Any:
     if isinstance(tree, list):
-        return [_unpack(item, tensors) for item in tree]
+        return [_unpack(item, tensor_at) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if len(tree) == 1:
-        (key, value), *_ = tree.items()
+        ((key, value),) = tree.items()
         if key == "$tensor":
-            return tensors[value]
+            return tensor_at(value)
         if key == "$float":
             return struct.unpack(">d", bytes.fromhex(value))[0]
         if key == "$tuple":
-            return tuple(_unpack(item, tensors) for item in value)
+            return tuple(_unpack(item, tensor_at) for item in value)
         if key == "$dict":
-            return {name: _unpack(item, tensors) for name, item in value}
-    return {key: _unpack(item, tensors) for key, item in tree.items()}
+            return {name: _unpack(item, tensor_at) for name, item in value}
+    return {key: _unpack(item, tensor_at) for key, item in tree.items()}
 
 
 def safetensors_header(tensors: dict[str, Tensor]) -> tuple[bytes, list[str]]:
-    """Return the head of a safetensors file and the order in which the tensors' bytes must follow it.
+    """Return the header of a safetensors file, and the names of the tensors in the order of their bytes.
 
     Wide dtypes come first, so that every tensor starts at a multiple of its element size.
     Format: https://huggingface.co/docs/safetensors/index#format
@@ -158,3 +160,26 @@ def safetensors_header(tensors: dict[str, Tensor]) -> tuple[bytes, list[str]]:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header, order
+
+
+def write_packed(packed: Packed, folder: Path, name: str) -> dict[str, FileRecord]:
+    """Write a state as NAME.json, and NAME.safetensors if it has tensors. Returns a record of each file by name."""
+    tree = json.dumps(packed.tree, indent=1, allow_nan=False).encode()
+    records = {f"{name}.json": write_file(folder / f"{name}.json", [tree])}
+    if packed.tensors:
+        header, order = safetensors_header(packed.tensors)
+        views = (packed.tensors[key].reshape(-1).view(torch.uint8).numpy().data for key in order)  # without a copy
+        file = f"{name}.safetensors"
+        records[file] = write_file(folder / file, chain([header], views))
+    return records
+
+
+def read_state(folder: Path, name: str, tensors: bool = True) -> Any:
+    """Read a state from the files of `write_packed`. Without `tensors`, read only the JSON file: each tensor is None.
+
+    The tensors are copied out of the file: a mapped tensor would change, or crash the process, when the file changes.
+    """
+    tree = json.loads((folder / f"{name}.json").read_bytes())
+    path = folder / f"{name}.safetensors"
+    stored = load_file(path) if tensors and path.exists() else {}
+    return _unpack(tree, (lambda path: stored[path].clone()) if tensors else lambda path: None)

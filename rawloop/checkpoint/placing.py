@@ -1,66 +1,70 @@
-"""Changes to the slots of a run: a finished one takes its name, old ones go, `best` moves, dead saves are tidied up.
+"""Changes to the slots of a run: puts a finished slot in place, deletes old ones, moves `best`, cleans up after kills.
 
-Only the process that trains into a folder calls these. A kill at any point leaves whole slots alone under their names,
-and a `best` that is the old one or the new one.
+Only the process that trains into the folder calls these functions. A kill at any point leaves only whole slots under
+the names of slots, and `best` points to the old slot or to the new one.
 """
 
 import errno
 import json
 import re
+from itertools import chain, count
 from pathlib import Path
 
 from rawloop.checkpoint.best import BestRecord
-from rawloop.checkpoint.disk import remove_tree
-from rawloop.checkpoint.manifest import step_of, verify
 from rawloop.checkpoint.slots import (
     BEST,
     BEST_FILE,
     CHECKPOINTS,
     DISCARDED,
+    best_is_folder,
     best_record,
     find_best,
     find_slots,
-    is_old_best,
     json_of_best,
     link_of_best,
     manifest_of,
     points_nowhere,
     slot_name,
+    step_of,
+    verify,
 )
 from rawloop.errors import CheckpointError
-from rawloop.files import replace_file, sync
+from rawloop.files import remove_tree, replace_file, sync
 
 LEFTOVER = re.compile(r"\.(tmp|trash|old)-(step-\d+|best|best\.json|metrics\.jsonl)")
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def set_best(run: Path, slot: Path, record: BestRecord) -> list[str]:
-    """Let `best` point to a slot. Returns what the user should know.
+    """Point `best` to a slot. Returns warnings for the user.
 
-    The slot that it pointed to becomes an ordinary one. If its value is better, as after a change of the metric, it is
-    moved to the discarded, where rotation does not delete it.
+    The previous best becomes an ordinary slot. If its value is better, as after a change of the metric, it is moved to
+    `discarded/`, where rotation does not delete it.
     """
     adopt_best(run, record.step)
     before, was = find_best(run), best_record(run)
     if before not in (None, slot) and before.parent == run / CHECKPOINTS and not record.reaches(was):
-        _move(before, _place_aside(before))
-    _write_best(run, slot, record)
-    return _link_best(run, slot)
+        _move(run, before, _free_place(run, before.name))
+    return _point_best(run, slot, record)
 
 
 def mend_best(run: Path) -> list[str]:
-    """Make best.json and the link agree, after a kill. Returns what the user should know."""
+    """Make best.json and the link agree after a kill. Returns warnings for the user."""
     slot = find_best(run)
     if slot is None:
         return [f"{run / BEST} points to a checkpoint that is not there"] if points_nowhere(run) else []
-    manifest, record = manifest_of(slot), best_record(run)
+    record = best_record(run)
     if record is None:
-        return [f"{slot}: neither its manifest nor best.json says of which evaluation it is the best"]
+        return [f"{slot}: neither its manifest nor best.json says which evaluation made it the best"]
+    warnings = _point_best(run, slot, record)
+    if manifest_of(slot) is None:
+        warnings.append(f"the best checkpoint, {slot}, is damaged: its manifest cannot be read")
+    return warnings
+
+
+def _point_best(run: Path, slot: Path, record: BestRecord) -> list[str]:
     _write_best(run, slot, record)
-    said = _link_best(run, slot)
-    if manifest is None:
-        said.append(f"the best checkpoint, {slot}, is damaged: its manifest cannot be read")
-    return said
+    return _link_best(run, slot)
 
 
 def _write_best(run: Path, slot: Path, record: BestRecord) -> None:
@@ -71,7 +75,7 @@ def _write_best(run: Path, slot: Path, record: BestRecord) -> None:
 
 
 def _link_best(run: Path, slot: Path) -> list[str]:
-    """Replace the link. Where the file system has none, best.json alone is the pointer."""
+    """Replace the link. On a file system without links, best.json alone names the best slot."""
     name, temporary = slot.relative_to(run).as_posix(), run / f".tmp-{BEST}"
     if link_of_best(run) == name:
         return []
@@ -88,26 +92,23 @@ def _link_best(run: Path, slot: Path) -> list[str]:
 
 
 def adopt_best(run: Path, step: int) -> list[str]:
-    """Turn the `best` folder of an older version of rawloop into a slot that `best` points to.
+    """Replace a folder `best` by a slot that `best` points to; see `best_is_folder`. Returns warnings for the user.
 
-    It becomes the slot of its step if that name is free and the run goes on from no earlier one.
+    A copy of the best slot is deleted. Another folder becomes the slot of its step, or is moved to `discarded/` if that
+    name is taken or the run continues from an earlier step.
     """
-    if not is_old_best(run):
+    if not best_is_folder(run):
         return []
     manifest, record = manifest_of(run / BEST), best_record(run)
     slot = run / str(json_of_best(run).get("slot"))
     if record is not None and manifest == manifest_of(slot) and slot.parent != run and _is_whole(slot):
-        remove_tree(run / BEST)  # the run was copied by a program that follows links
+        remove_tree(run / BEST)
         return [f"removed {run / BEST}, a copy of {slot}", *_link_best(run, slot)]
     place = run / CHECKPOINTS / slot_name(manifest.step if manifest else 0)
     if manifest is None or manifest.step > step or place.exists():
-        place = _place_aside(place if manifest else run / CHECKPOINTS / BEST)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if record is not None:
-        _write_best(run, place, record)
-    (run / BEST).rename(place)
-    said = _link_best(run, place) if record is not None else []
-    return [f"moved {run / BEST}, a folder of an older version of rawloop, to {place}", *said]
+        place = _free_place(run, place.name if manifest else BEST)
+    _move(run, run / BEST, place)
+    return [f"moved {run / BEST}, a folder of an older version of rawloop, to {place}"]
 
 
 def _is_whole(slot: Path) -> bool:
@@ -119,48 +120,51 @@ def _is_whole(slot: Path) -> bool:
 
 
 def put_in_place(temporary: Path, slot: Path, *, gives_up: bool = False, best: BestRecord | None = None) -> None:
-    """Give a finished folder its final name. A slot of that name is deleted only after that, or moved aside.
+    """Rename a finished folder to its slot's name. An existing slot of that name is deleted afterwards, or moved aside.
 
-    It is moved aside if it is of another continuation (`gives_up`), if its manifest cannot be read, or if `best` points
-    to it and the new one is no better. Killed at any point, the one or the other is there, whole. A link in its place
-    is removed: nothing is written where it leads.
+    It is moved to `discarded/` if it belongs to another continuation (`gives_up`), if its manifest cannot be read, or
+    if `best` points to it and the new slot is no better. A kill at any point leaves one of the two, whole. A link of
+    that name is removed, so nothing is written into its target.
     """
     if slot.is_symlink():
         slot.unlink()
-    old = slot.with_name(f".old-{slot.name}")
+    run, old = _run_of(slot), slot.with_name(f".old-{slot.name}")
     if old.exists():
-        _retire(old, slot)
+        _retire(run, old, slot)
     if slot.exists():
-        old = _move(slot, _place_aside(slot)) if gives_up or _is_needed(slot, best) else slot.rename(old)
+        aside = gives_up or _is_needed(run, slot, best)
+        old = _move(run, slot, _free_place(run, slot.name)) if aside else slot.rename(old)
     try:
         temporary.rename(slot)
     except OSError:
         if old.exists():
-            _move(old, slot)
+            _move(run, old, slot)
         raise
     sync(slot.parent)
     if old.exists() and old.parent == slot.parent:
-        _retire(old, slot)
+        _retire(run, old, slot)
 
 
-def _is_needed(slot: Path, best: BestRecord | None) -> bool:
-    run = _run_of(slot)
+def _run_of(slot: Path) -> Path:
+    return slot.parent.parent if slot.parent.name == CHECKPOINTS else slot.parent
+
+
+def _is_needed(run: Path, slot: Path, best: BestRecord | None) -> bool:
     if manifest_of(slot) is None:
         return True
     return find_best(run) == slot and not (best is not None and best.reaches(best_record(run)))
 
 
-def _retire(old: Path, successor: Path) -> Path | None:
-    """Delete a slot that has been replaced, or move it aside if either manifest cannot be read. Returns where it is."""
+def _retire(run: Path, old: Path, successor: Path) -> Path | None:
+    """Delete a replaced slot, or move it aside and return where, if its manifest or the successor's is unreadable."""
     if manifest_of(old) and manifest_of(successor):
         remove_tree(old)
         return None
-    return _move(old, _place_aside(successor))
+    return _move(run, old, _free_place(run, successor.name))
 
 
-def _move(slot: Path, place: Path) -> Path:
-    """Move a slot; `best` follows. best.json comes first: until the rename, the link still leads to the slot."""
-    run = _run_of(slot)
+def _move(run: Path, slot: Path, place: Path) -> Path:
+    """Move a slot; `best` follows. best.json is first: until the rename, the link still points to the slot."""
     record = best_record(run) if find_best(run) == slot else None
     place.parent.mkdir(parents=True, exist_ok=True)
     if record is not None:
@@ -171,36 +175,30 @@ def _move(slot: Path, place: Path) -> Path:
     return place
 
 
-def _place_aside(slot: Path) -> Path:
-    """Return a free path among the discarded for a slot."""
-    return _free_name(_run_of(slot) / CHECKPOINTS / DISCARDED / slot.name.removeprefix(".old-"))
-
-
-def _run_of(slot: Path) -> Path:
-    parent = slot.parent.parent if slot.parent.name == DISCARDED else slot.parent
-    return parent.parent if parent.name == CHECKPOINTS else parent
+def _free_place(run: Path, name: str) -> Path:
+    """Return a path in `discarded/` that does not exist."""
+    path = run / CHECKPOINTS / DISCARDED / name.removeprefix(".old-")
+    names = chain([path.name], (f"{path.name}-{number}" for number in count(2)))
+    return next(place for place in map(path.with_name, names) if not place.exists())
 
 
 def clean_up(run: Path) -> list[str]:
-    """Remove what dead saves have left and finish interrupted replacements. Returns a sentence for each.
+    """Remove the leftovers of killed saves and finish interrupted replacements. Returns a warning for each.
 
-    Only for the process that trains: in any other, the leftovers might be a save in progress.
+    Only the process that trains may call this: for any other, the leftovers may be a save in progress.
     """
-    done = []
-    for folder in (run, run / CHECKPOINTS):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if LEFTOVER.fullmatch(path.name):
-                done.append(_clean_up(path))
-    return done
+    folders = [folder for folder in (run, run / CHECKPOINTS) if folder.is_dir()]
+    paths = [path for folder in folders for path in sorted(folder.iterdir())]
+    return [_clean_up(run, path) for path in paths if LEFTOVER.fullmatch(path.name)]
 
 
-def _clean_up(path: Path) -> str:
+def _clean_up(run: Path, path: Path) -> str:
     target = path.with_name(path.name.removeprefix(".old-"))
     if path.name.startswith(".old-") and not target.exists():
         path.rename(target)
         return f"put {target.name} back: it was being replaced when the run ended"
     if path.name.startswith(".old-"):
-        kept = _retire(path, target)
+        kept = _retire(run, path, target)
         if kept:
             return f"moved {path.name}, left by a run that ended while saving, to {kept}"
     elif path.is_dir():
@@ -210,48 +208,47 @@ def _clean_up(path: Path) -> str:
     return f"removed {path.name}, left by a run that ended while saving"
 
 
+def continue_from(run: Path, step: int) -> list[str]:
+    """Move the slots later than `step` aside, and mend `best`. Returns warnings for the user."""
+    moved = set_aside(run, step)
+    warnings = [f"going on from step {step}: moved a checkpoint of what was given up to {place}" for place in moved]
+    warnings += mend_best(run)
+    best = best_record(run)
+    if best is not None and best.step > step:
+        warnings.append(f"going on from step {step}: the best checkpoint so far is of step {best.step}")
+    return warnings
+
+
 def set_aside(run: Path, after: int) -> list[Path]:
-    """Move slots of steps later than `after` to `checkpoints/discarded/`: of a continuation that was given up.
+    """Move the slots later than step `after` to `checkpoints/discarded/`. Returns their new places.
 
-    Left in place, the next `--resume latest` would take one of them for the newest.
+    In their old places, the next `--resume latest` would take one of them for the newest checkpoint.
     """
-    return [_move(slot, _place_aside(slot)) for slot in find_slots(run) if step_of(slot) > after]
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    later = [slot for slot in find_slots(run) if step_of(slot) > after]
+    return [_move(run, slot, _free_place(run, slot.name)) for slot in later]
 
 
 def rotate(run: Path, step: int, keep_last: int, keep_every: int = 0) -> list[Path]:
-    """Delete the oldest slots so that `keep_last` remain, the one of `step` among them. Returns the deleted ones.
+    """Delete the oldest slots up to `step`, so that `keep_last` remain. Returns the deleted slots.
 
-    The slot that `best` points to is neither deleted nor counted, nor are multiples of `keep_every`, by its value of
-    today or of when they were written.
+    The best slot and the multiples of `keep_every` are neither deleted nor counted. A multiple counts by the present
+    value of `keep_every`, or by its value when the slot was written.
     """
     if keep_last == 0:
         return []
     best = find_best(run)
-    counted = [
-        slot
-        for slot in find_slots(run)
-        if slot != best and not is_kept(step_of(slot), keep_every) and not _marked(slot)
-    ]
+    counted = [slot for slot in find_slots(run) if slot != best and not _is_kept(slot, keep_every)]
     surplus = [slot for slot in counted if step_of(slot) <= step][keep_last:]
     for slot in surplus:
         remove_tree(slot)
     return surplus
 
 
-def is_kept(step: int, keep_every: int) -> bool:
-    """Whether the checkpoint of a step is one of those that are kept for ever; 0 sets none apart."""
-    return keep_every > 0 and step > 0 and step % keep_every == 0
+def is_multiple(step: int, every: int) -> bool:
+    """Whether a step is a multiple of `every`. Step 0 never is, and no step is a multiple of 0."""
+    return every > 0 and step > 0 and step % every == 0
 
 
-def _marked(slot: Path) -> bool:
+def _is_kept(slot: Path, keep_every: int) -> bool:
     manifest = manifest_of(slot)
-    return manifest is not None and bool(manifest.meta.get("keep"))
+    return is_multiple(step_of(slot), keep_every) or bool(manifest and manifest.meta.get("keep"))

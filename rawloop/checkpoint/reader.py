@@ -1,137 +1,147 @@
-"""Choosing a slot, the newest that every machine finds whole or the one the user named, and restoring it."""
+"""Chooses the checkpoint to restore, the same on all ranks, and restores it."""
 
+from importlib.metadata import PackageNotFoundError, version
 from os.path import expanduser
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rawloop.checkpoint import slots
-from rawloop.checkpoint.capture import Parts
-from rawloop.checkpoint.disk import read_packed
-from rawloop.checkpoint.manifest import NAME, Manifest, read_manifest, verify
-from rawloop.checkpoint.pack import unpack
-from rawloop.checkpoint.writer import STATE, rank_file
+from rawloop.checkpoint.pack import read_state
+from rawloop.checkpoint.parts import Parts
+from rawloop.checkpoint.slots import (
+    CHECKPOINTS,
+    MANIFEST,
+    STATE,
+    Manifest,
+    find_slots,
+    is_slot_name,
+    rank_file,
+    read_manifest,
+    readable_best,
+    resolve_best,
+    verify,
+)
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
-from rawloop.hashing import sha256_file
+from rawloop.files import sha256_file
 from rawloop.records import Records
 
 
-class Chosen(NamedTuple):
-    """The slot to restore, of which every machine has verified every file, and newer ones that are damaged: why."""
+class Restored(NamedTuple):
+    """The slot that was restored, its step, and the number of ranks that wrote it."""
 
     slot: Path
-    passed_over: dict[Path, str]
+    step: int
+    world_size: int
 
 
-def choose(run: Path, which: str | Path, world: World) -> Chosen:
-    """Verify the slot that is asked for; of `latest`, take the newest that every machine finds whole. Reads only.
+def choose(run: Path, which: str | Path, world: World) -> tuple[Path, dict[Path, str]]:
+    """Choose and verify the checkpoint to restore: a named slot, or `latest`, the newest that all machines find whole.
 
-    The first rank of each machine reads all files, the others take its word.
+    The first rank of each machine reads all files. Nothing is written.
+
+    Returns:
+        the slot, and the damaged newer ones, each with the reason.
 
     Raises:
-        UserError: there is no checkpoint, or no such folder, or another one on some rank.
-        CheckpointError: the named one is damaged, or none of the run is whole. On all ranks alike.
+        UserError: there is no checkpoint, no such folder, or another checkpoint on some rank.
+        CheckpointError: the named one is damaged, or none of the run is whole. On all ranks.
     """
     if which != "latest":
-        named = slots.resolve_best(Path(expanduser(which)))
+        named = resolve_best(Path(expanduser(which)))
         world.on_all_ranks(lambda: check_slot(named, all_files=world.local_rank == 0))
         check_same(named, world)
-        return Chosen(named, {})
-    seen = world.on_all_ranks(lambda: (slots.find_slots(run), slots.readable_best(run)), only_main=True)
+        return named, {}
+    seen = world.on_all_ranks(lambda: (find_slots(run), readable_best(run)), only_main=True)
     candidates, best = world.from_main(seen or ([], None))
     if not candidates:
         advice = f"the best one is at hand, try --resume {best}" if best else "start without --resume, or say 'auto'"
         raise world.raised_on_all(UserError(f"resume is 'latest', but '{run}' has no checkpoint: {advice}"))
-    passed_over: dict[Path, str] = {}
+    damaged: dict[Path, str] = {}
     for slot in candidates:
-        reason = _why_not(slot, world)
+        reason = _why_damaged(slot, world)
         if reason is None:
             check_same(slot, world)
-            return Chosen(slot, passed_over)
-        passed_over[slot] = reason
+            return slot, damaged
+        damaged[slot] = reason
     advice = f"; the best one is not among these, try --resume {best}" if best and best not in candidates else ""
-    reasons = "; ".join(passed_over.values())
+    reasons = "; ".join(damaged.values())
     raise world.raised_on_all(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))
 
 
 def check_same(slot: Path | None, world: World) -> None:
-    """Refuse ranks that have chosen different checkpoints, or machines that have their own under one path.
+    """Raise UserError on all ranks if their checkpoints differ, or machines have different files under one path.
 
     Args:
-        slot: the checkpoint that this rank reads; None if it reads none.
+        slot: the checkpoint that this rank reads, or None.
         world: the ranks.
-
-    Raises:
-        UserError: on all ranks alike.
     """
-    own = world.on_all_ranks(
-        lambda: None if slot is None else (read_manifest(slot).step, sha256_file(slot / NAME)[:16])
+    mine = world.on_all_ranks(
+        lambda: None if slot is None else f"step {read_manifest(slot).step}, digest {sha256_file(slot / MANIFEST)[:16]}"
     )
-    world.check_equal(
-        {"the checkpoint": f"step {own[0]}, digest {own[1]}" if own else "none"},
-        "name one checkpoint's folder for all processes, on a disk that all machines share",
-    )
+    advice = "name one checkpoint's folder for all processes, on a disk that all machines share"
+    world.check_equal({"the checkpoint": mine or "none"}, advice)
 
 
-def _why_not(slot: Path, world: World) -> str | None:
-    """Return the first rank's reason against a slot, or None if all machines find it whole."""
+def _why_damaged(slot: Path, world: World) -> str | None:
+    """Return the first damage that a rank finds in a slot, or None if it is whole on all machines."""
     mine = None
     try:
         with world.working():
             verify(slot) if world.local_rank == 0 else read_manifest(slot)
     except CheckpointError as error:
         mine = str(error)
-    found = [(rank, reason) for rank, reason in enumerate(world.gather(mine)) if reason is not None]
-    if not found:
-        return None
-    rank, reason = found[0]
-    return reason if rank == 0 else f"rank {rank}: {reason}"
+    found = ((rank, reason) for rank, reason in enumerate(world.gather(mine)) if reason is not None)
+    rank, reason = next(found, (0, None))
+    return f"rank {rank}: {reason}" if rank else reason
 
 
 def check_slot(slot: Path, *, all_files: bool = True) -> None:
-    """Refuse a path that the user gave and that is no whole checkpoint.
+    """Check that a path from the user is a whole checkpoint.
 
     Raises:
-        UserError: it is none.
+        UserError: it is no checkpoint.
         CheckpointError: it is damaged.
     """
     advice = "name a checkpoint's folder, such as RUN/checkpoints/step-00000500 or RUN/best, or say 'latest' or 'auto'"
     if not slot.is_dir():
         raise UserError(f"resume is '{slot}', which is no folder: {advice}")
     for run, what in ((slot, "a run"), (slot.parent, "the folder of a run's checkpoints")):
-        if (run / slots.CHECKPOINTS).is_dir() and slot in (run, run / slots.CHECKPOINTS):
-            names = ", ".join(path.name for path in slots.find_slots(run)) or "none"
+        if (run / CHECKPOINTS).is_dir() and slot in (run, run / CHECKPOINTS):
+            names = ", ".join(path.name for path in find_slots(run)) or "none"
             raise UserError(f"resume is '{slot}', which is {what}: name one of them ({names}), or say 'latest'")
-    if not (slot / NAME).exists() and not slots.is_slot_name(slot):
-        what = "a part of a checkpoint" if (slot.parent / NAME).exists() else "no checkpoint"
+    if not (slot / MANIFEST).exists() and not is_slot_name(slot):
+        what = "a part of a checkpoint" if (slot.parent / MANIFEST).exists() else "no checkpoint"
         raise UserError(f"resume is '{slot}', which is {what}: {advice}")
     verify(slot) if all_files else read_manifest(slot)
 
 
-def check_parts(slot: Path, manifest: Manifest, expected: set[str]) -> None:
-    """Check that a checkpoint holds exactly the parts that this run has."""
-    held = {*manifest.states, *manifest.per_rank, *manifest.folders}
-    wrong = []
-    if expected - held:
-        wrong.append(f"it lacks {', '.join(sorted(expected - held))}")
-    if held - expected:
-        wrong.append(f"it holds {', '.join(sorted(held - expected))}, which this run has no use for")
-    if wrong:
-        raise CheckpointError(f"{slot} cannot be restored: {'; '.join(wrong)}")
+def stored_part(slot: Path, name: str, *, tensors: bool = True) -> Any:
+    """Read the state of one part of a checkpoint; None if the checkpoint has no such part.
+
+    Without `tensors`, only the small JSON file is read, and every tensor is None.
+    """
+    folder = slot / STATE
+    return read_state(folder, name, tensors) if (folder / f"{name}.json").is_file() else None
 
 
 def restore_parts(slot: Path, parts: Parts, world: World, records: Records) -> Manifest:
     """Restore every part on every rank, and return the slot's manifest.
 
-    One rank of a machine after another: each has the whole optimizer in host memory for a moment.
+    The ranks of a machine restore one after another, because each needs the whole optimizer in host memory.
 
     Raises:
-        CheckpointError: the slot does not hold exactly the parts of this run.
+        CheckpointError: the parts of the slot are not the parts of this run.
     """
 
     def check() -> Manifest:
         manifest = read_manifest(slot)
-        check_parts(slot, manifest, {*parts.states, *parts.folders})
+        stored = {*manifest.states, *manifest.per_rank, *manifest.folders}
+        expected = {*parts.states, *parts.folders}
+        wrong = [f"it lacks {', '.join(sorted(expected - stored))}"] if expected - stored else []
+        if stored - expected:
+            wrong.append(f"it holds {', '.join(sorted(stored - expected))}, which this run has no use for")
+        if wrong:
+            raise CheckpointError(f"{slot} cannot be restored: {'; '.join(wrong)}")
         return manifest
 
     manifest = world.on_all_ranks(check)
@@ -142,27 +152,38 @@ def restore_parts(slot: Path, parts: Parts, world: World, records: Records) -> M
 
 
 def _restore(slot: Path, manifest: Manifest, parts: Parts, turn: int, world: World, records: Records) -> None:
-    """Restore weights first and random streams last, because building the former may draw from the latter."""
+    """Restore weights first and random streams last, because building the weights may draw random numbers."""
     if world.local_rank != turn:
         return
     for name, folder_part in parts.folders.items():
         folder_part.load(slot / manifest.folders[name])
     for name, part in parts.states.items():
         if name not in parts.per_rank:
-            part.load_state_dict(unpack(read_packed(slot / STATE, name)))
-    known = world.rank < manifest.world_size
+            part.load_state_dict(stored_part(slot, name))
+    is_stored = world.rank < manifest.world_size
     for name, rank_part in parts.per_rank.items():
-        if known:
-            rank_part.load_state_dict(unpack(read_packed(slot / STATE, rank_file(name, world.rank))))
+        if is_stored:
+            rank_part.load_state_dict(stored_part(slot, rank_file(name, world.rank)))
         else:
             rank_part.start_afresh(manifest.step)
-    if not known and parts.per_rank:
+    if not is_stored and parts.per_rank:
         names = ", ".join(parts.per_rank)
-        reason = f"what this rank has of its own ({names}) starts afresh: {manifest.world_size} rank(s) wrote it"
+        reason = f"this rank has no stored state of {names} and starts afresh: {manifest.world_size} rank(s) wrote it"
         records.event("restore", step=manifest.step, reason=reason)
 
 
-def changes(then: dict[str, str | None], now: dict[str, str | None]) -> str:
-    """Return a clause naming the packages whose version differs from when the checkpoint was written."""
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that write a checkpoint; None if one is not installed as a package."""
+    found: dict[str, str | None] = {}
+    for name in ("rawloop", "torch", "transformers", "peft", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def changed_versions(then: dict[str, str | None], now: dict[str, str | None]) -> str:
+    """Return a clause that names the packages with another version than when the checkpoint was written."""
     changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
     return f" ({'; '.join(changed)})" if changed else ""

@@ -1,7 +1,7 @@
-"""Claiming an output folder, so that one run never writes over another.
+"""Locks an output folder, so that one run never overwrites another.
 
-When a process dies, torchrun starts all of them again, also where the folder of another run was refused. So a launch
-marks the folder that it trains into: its restarts go on from the newest checkpoint there, as `--resume auto` does.
+When a process dies, torchrun restarts all processes, even if they were refused the folder of another run. So a launch
+marks the folder that it trains into: its restarts continue from the newest checkpoint there, like `--resume auto`.
 """
 
 import fcntl
@@ -11,47 +11,35 @@ from os.path import expanduser
 from pathlib import Path
 from stat import S_ISREG
 from tempfile import TemporaryFile
-from typing import NamedTuple
 
 from rawloop.checkpoint.slots import BEST, CHECKPOINTS, find_slots, readable_best
 from rawloop.dist import World
 from rawloop.errors import Preempted, UserError
 from rawloop.files import replace_file
+from rawloop.launcher import read_ranks
 from rawloop.preempt import STOP_FILE
 
-LAUNCH = ".launch"  # the launch's name, and on the next line whether its processes were told to stop
+LAUNCH = ".launch"  # the launch's name; the next line says if its processes were told to stop
 STOPPED = "stopped"
 LOCK = ".lock"
-
-
-class Beginning(NamedTuple):
-    """The state that a run begins from: `latest`, the folder of a slot, or None for a fresh start.
-
-    `own` says that the files in its folder belong to this run, though there may be no checkpoint yet.
-    """
-
-    resume: str | None
-    own: bool
-
-
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "best.json", CHECKPOINTS, BEST)
 
 
 class RunLock:
-    """Keeps a second process from training into a folder, as long as this one lives or until it is released.
+    """Keeps other processes from training into a folder until it is released or this process ends.
 
-    The kernel lets go of it when the process ends, however it ends. It is per process, so data workers do not hold it,
-    and a second lock of the same process is none. Where the file system has no locks, `notice` says so.
+    The kernel releases the lock when the process ends, in any way. Data workers do not inherit it. It does not stop a
+    second lock of the same process. On a file system without locks, `notice` says so.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written into.
+        UserError: another process has the lock, or the folder is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
         self.notice: str | None = None
         self._path, self._made = folder / LOCK, not (folder / LOCK).exists()
         self._lock(folder)
-        while self.notice is None and not self._is_in_place():  # its last holder has deleted it while it was opened
+        while self.notice is None and not self._is_in_place():  # the last holder deleted the file after it was opened
             os.close(self._file)
             self._lock(folder)
         if self.notice is None:
@@ -77,10 +65,10 @@ class RunLock:
             self.notice = f"nothing keeps a second run from training into {folder}: no file locks ({error.strerror})"
 
     def renew(self) -> None:
-        """Take the lock again: this process loses it when it closes any other opening of the file.
+        """Take the lock again: the process loses it when it closes any other handle of the file.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process has the lock.
         """
         if self.notice is not None:
             return
@@ -94,7 +82,7 @@ class RunLock:
             ) from None
 
     def _no_file(self) -> UserError:
-        return UserError(f"{self._path} is no plain file, as the lock of a run's folder is one: remove it")
+        return UserError(f"{self._path} is no plain file, and the lock of a run's folder must be one: remove it")
 
     def _is_in_place(self) -> bool:
         try:
@@ -102,25 +90,46 @@ class RunLock:
         except FileNotFoundError:
             return False
 
-    def release(self, begun: bool = True) -> None:
-        """Let others train into the folder, of which nothing is left if the run has not `begun`. Once is enough."""
+    def release(self, started: bool = True) -> None:
+        """Let other processes train into the folder. Deletes the lock's file if the run has not `started`.
+
+        It may be called again.
+        """
         if self._file < 0:
             return
-        if self._made and not begun:
+        if self._made and not started:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = -1
 
 
-def lock_run_folder(folder: Path) -> RunLock | None:
-    """Lock a run folder, if there is one yet; see `RunLock`."""
-    return RunLock(folder) if folder.is_dir() else None
+def hold_lock(lock: RunLock | None, folder: Path, world: World) -> RunLock:
+    """Renew rank 0's lock of a folder, or lock the folder if there is no lock yet."""
+    try:
+        if lock is not None:
+            lock.renew()
+            return lock
+        folder.mkdir(parents=True, exist_ok=True)
+        return RunLock(folder)
+    except UserError as error:
+        launched = read_ranks()[1]
+        if launched == 1 or world.size > 1:
+            raise
+        advice = "hand every part the World that open_world gives; World() is a single process"
+        raise UserError(f"{error}. This is one of {launched} processes that were started together: {advice}") from None
 
 
 def claim_run_folder(folder: Path, world: World, *, resume: bool, lock: RunLock | None = None) -> RunLock | None:
-    """Make `folder` if need be, refuse another run in there, and lock it. Call it on every rank; rank 0 has the lock.
+    """Create `folder` if needed, refuse it if another run is in it, and lock it. Call it on every rank.
 
-    `resume` says that what is in there is of this run, and `lock` is rank 0's, if it holds one already.
+    Args:
+        folder: the run folder.
+        world: the ranks.
+        resume: whether the files in the folder belong to this run.
+        lock: rank 0's lock of the folder, if there is one already.
+
+    Returns:
+        the lock, on rank 0.
     """
 
     def claim() -> RunLock:
@@ -130,12 +139,12 @@ def claim_run_folder(folder: Path, world: World, *, resume: bool, lock: RunLock 
     return world.on_all_ranks(claim, only_main=True)
 
 
-def check_nothing_has_begun(folder: Path) -> None:
-    """Refuse a folder that was not there when it was decided what to begin from, and that holds a run now."""
+def check_no_run(folder: Path) -> None:
+    """Refuse a folder that did not exist when the start was chosen, and that holds a run now."""
     if any((folder / name).exists() for name in MARKS):
         raise UserError(
-            f"output is '{folder}', in which another process has begun a run just now: pass another --output, or go "
-            "on with that run by --resume latest"
+            f"output is '{folder}', in which another process has started a run just now: pass another --output, or "
+            "go on with that run by --resume latest"
         )
 
 
@@ -160,12 +169,12 @@ def _check(folder: Path, resume: bool) -> None:
 
 
 def _check_writable(folder: Path, place: Path) -> None:
-    """Find out before a model is loaded for minutes; a file without a name leaves nothing behind."""
+    """Refuse a read-only folder before the model is loaded, which takes minutes. The trial file has no name."""
     try:
         with TemporaryFile(dir=place):
             pass
     except FileNotFoundError:
-        pass  # there are no checkpoints yet
+        pass  # there is no folder of checkpoints yet
     except OSError as error:
         raise _not_writable(folder, place, error) from error
 
@@ -178,15 +187,15 @@ def _not_writable(folder: Path, place: Path, error: OSError) -> UserError:
 
 
 def mark_launch(folder: Path, world: World, *, stopped: bool = False) -> None:
-    """Mark the folder as this launch's, or its run as stopped, for torchrun's restarts. Rank 0 under torchrun does."""
+    """Mark the folder as this launch's, or the run as stopped, for torchrun's restarts. Only rank 0 writes."""
     if world.launch and world.is_main:
         replace_file(folder / LAUNCH, f"{world.launch}\n{STOPPED if stopped else ''}")
 
 
 def _mark(folder: Path, world: World) -> str | None:
-    """Read the mark that this launch's processes left before torchrun restarted them; None if there is none.
+    """Return the mark that this launch left before torchrun restarted its processes, or None.
 
-    A scheduler gives a requeued job its old id: the first processes of a launch remove a mark of its name.
+    A scheduler gives a requeued job the same id, so the first processes of a launch remove a mark of that id.
     """
     file = folder / LAUNCH
     launch, _, mark = file.read_text(errors="replace").rpartition("\n") if file.is_file() else ("", "", "")
@@ -198,37 +207,42 @@ def _mark(folder: Path, world: World) -> str | None:
     return mark
 
 
-def where_to_begin(folder: Path, resume: str | None, world: World) -> Beginning:
-    """Decide what a run begins from, by what the user says (`latest`, `auto`, a slot's folder, or None).
+def choose_resume(folder: Path, resume: str | None, world: World) -> tuple[str | None, bool]:
+    """Decide what a run resumes from, given the user's choice: `latest`, `auto`, the folder of a slot, or None.
 
-    Raises Preempted if the processes of this launch were told to stop, and torchrun has started them again.
+    Returns:
+        `latest`, the folder of a slot, or None for a new run; and whether the files in `folder` belong to this run,
+        even if it has no checkpoint yet.
+
+    Raises:
+        Preempted: this launch was told to stop, and torchrun has restarted its processes.
     """
-    beginning = world.from_main(world.on_all_ranks(lambda: _begin(folder, resume, world), only_main=True))
-    assert beginning is not None
-    return beginning
 
+    def choose() -> tuple[str | None, bool]:
+        mark = _mark(folder, world)
+        if mark == STOPPED:
+            raise Preempted("was told to stop before torchrun started it again; go on with --resume latest")
+        is_ours = mark is not None or resume is not None
+        if find_slots(folder) and (mark is not None or resume == "auto"):
+            return "latest", is_ours
+        return None if resume == "auto" else resume, is_ours
 
-def _begin(folder: Path, resume: str | None, world: World) -> Beginning:
-    mark = _mark(folder, world)
-    if mark == STOPPED:
-        raise Preempted("was told to stop before torchrun started it again; go on with --resume latest")
-    own = mark is not None or resume is not None
-    if find_slots(folder) and (mark is not None or resume == "auto"):
-        return Beginning("latest", own)
-    return Beginning(None if resume == "auto" else resume, own)
+    chosen = world.from_main(world.on_all_ranks(choose, only_main=True))
+    assert chosen is not None
+    return chosen
 
 
 def is_inside(folder: Path, resume: str) -> bool:
-    """Whether a slot's path leads into a run's folder."""
+    """Whether the path of a slot is inside a run's folder."""
     slot = Path(expanduser(resume)).resolve()
     return any(slot.is_relative_to(place.resolve()) for place in (folder, folder / CHECKPOINTS, folder / BEST))
 
 
 def remove_stop_file(folder: Path) -> str | None:
-    """Remove a stop file that was left by an earlier run, and return a sentence about it. Rank 0 does."""
+    """Remove the stop file of an earlier run, and return a sentence about it. Only rank 0 calls this."""
     file = folder / STOP_FILE
     if file.is_dir():
-        raise UserError(f"{file} is a folder, which stops a run as a file of that name does: remove it")
+        raise UserError(f"{file} is a folder, and stops a run like a file of that name: remove it")
     if not file.exists():
         return None
     file.unlink()

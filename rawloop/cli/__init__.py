@@ -172,7 +172,7 @@ def call(command: str, rest: list[str], left: Path | None = None) -> int:
             print(f"rawloop {command}: nobody reads its output any more{GO_ON[command]}", file=sys.stderr, flush=True)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        from rawloop.checkpoint.disk import WORDS, in_words
+        from rawloop.files import WORDS, in_words
 
         if error.errno not in WORDS or error.errno == errno.ENOENT:
             raise

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from rawloop.audio import import_torchaudio
 from rawloop.build import build_run, check_run
-from rawloop.checkpoint.disk import readable
 from rawloop.checkpoint.slots import find_slots
 from rawloop.cli import read_config
 from rawloop.config import RunConfig, to_yaml
 from rawloop.diagnose.checks import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
+from rawloop.files import readable
 from rawloop.loop import Run, accumulate, agree_on_window, fetch
 
 FIRST_ROW = "data, model, first pass"

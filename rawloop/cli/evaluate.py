@@ -10,13 +10,8 @@ from typing import NamedTuple
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.changes import Contents, check_reading, check_settings_of_ranks, stored_settings
-from rawloop.checkpoint.disk import read_packed
-from rawloop.checkpoint.manifest import NAME as MANIFEST
-from rawloop.checkpoint.manifest import read_manifest, verify
-from rawloop.checkpoint.pack import unpack
-from rawloop.checkpoint.reader import check_same
-from rawloop.checkpoint.slots import is_slot_name
-from rawloop.checkpoint.writer import STATE
+from rawloop.checkpoint.reader import check_same, stored_part
+from rawloop.checkpoint.slots import MANIFEST, is_slot_name, read_manifest, verify
 from rawloop.cli import read_config
 from rawloop.components import build_evaluator, build_family, build_loader, build_model, read_data
 from rawloop.config import RunConfig, moved_run
@@ -27,7 +22,6 @@ from rawloop.evaluate import Evaluator
 from rawloop.families.chat_template import clock_notice
 from rawloop.losses import LossModule
 from rawloop.records import json_value
-from rawloop.resume import stored_precision
 from rawloop.weights import resolve
 
 
@@ -91,14 +85,15 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     if slot is not None:
         other = check_reading(stored_settings(slot) or {}, contents.of_run())
         subject = Subject(str(slot), read_manifest(slot).step, (clock, other))
-    model, policy, base = build_model(config, world, family, [], stored_precision(slot))
+    precision = stored_part(slot, "precision", tensors=False) if slot is not None else None
+    model, policy, base = build_model(config, world, family, [], precision)
     if slot is not None:
         files = ModelFiles(model, family.load_model)
         if not (slot / files.folder).is_dir():
             raise UserError(
                 f"{slot} has no {files.folder}/: adapter.mode is '{config.adapter.mode}', the run's was not"
             )
-        base.load_state_dict(unpack(read_packed(slot / STATE, "base")))
+        base.load_state_dict(stored_part(slot, "base"))
         files.load(slot / files.folder)
     limits = Limits.of(family, model)
     limits.learn(family, model, policy.device, policy.autocast)

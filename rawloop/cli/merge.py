@@ -14,12 +14,11 @@ from safetensors import SafetensorError
 from rawloop.adapters.files import write_model
 from rawloop.adapters.merge import base_of, load_base, merge_adapter
 from rawloop.audio import import_torchaudio
-from rawloop.checkpoint.disk import in_words
-from rawloop.checkpoint.manifest import NAME as MANIFEST
-from rawloop.checkpoint.manifest import verify
+from rawloop.checkpoint.slots import MANIFEST, verify
 from rawloop.contracts import has
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family, local_folder
+from rawloop.files import in_words
 from rawloop.parser import Parser, add_options
 
 BOUND = 1e-4  # of the largest logit; float32 rounding gives about 1e-6

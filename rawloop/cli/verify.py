@@ -1,20 +1,20 @@
-"""`rawloop verify RUN`: is every checkpoint of a run still what was written? No format notices a flipped bit by itself.
+"""`rawloop verify RUN`: compares every file of a run's checkpoints with its digest.
 
-Read-only, and safe beside a training that goes on.
+It only reads, so it may run while the run is training.
 """
 
 from os.path import expanduser
 from pathlib import Path
 
 from rawloop.checkpoint.audit import Found, examine, slots_to_examine
-from rawloop.checkpoint.disk import readable
 from rawloop.checkpoint.slots import find_best, points_nowhere
 from rawloop.errors import CheckpointError
+from rawloop.files import readable
 from rawloop.parser import Parser
 
 
 def run(argv: list[str]) -> None:
-    """Print a line per checkpoint as it is read. A damaged one, or none that is whole, is an error."""
+    """Print a line per checkpoint. A damaged checkpoint is an error, and so is a run without a whole one."""
     parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
     parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
     folder = Path(expanduser(parser.read_options(argv).run))
@@ -35,17 +35,13 @@ def run(argv: list[str]) -> None:
     if wrong:
         raise CheckpointError(f"{', '.join(wrong)}, {whole} whole")
     if not whole:
-        raise CheckpointError("there is no whole checkpoint yet, so that nothing was verified")
+        raise CheckpointError("there is no whole checkpoint yet: nothing was verified")
     print(f"{whole} whole, none damaged", flush=True)
 
 
 def line(found: Found, best: bool) -> str:
-    """What the table says of a slot, after its name."""
-    step = str(found.step) if found.step >= 0 else "-"
-    files, size = "-", "-"
-    if found.manifest is not None:
-        files, size = str(len(found.manifest.files)), readable(found.manifest.size)
-    reason = f": {found.reason}" if found.reason else ""
-    return (
-        f"{step:>9} {files:>6} {size:>10} {found.seconds:>8.2f}  {found.verdict}{', the best' if best else ''}{reason}"
-    )
+    """Return the columns of the table after the slot's name."""
+    step, manifest = str(found.step) if found.step >= 0 else "-", found.manifest
+    files, size = (str(len(manifest.files)), readable(manifest.size)) if manifest else ("-", "-")
+    verdict = f"{found.verdict}{', the best' if best else ''}{f': {found.reason}' if found.reason else ''}"
+    return f"{step:>9} {files:>6} {size:>10} {found.seconds:>8.2f}  {verdict}"

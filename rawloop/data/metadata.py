@@ -15,7 +15,7 @@ from rawloop.data.config import DataConfig
 from rawloop.data.keys import CLIP, REFERENCE, KeyCheck, clip_path
 from rawloop.data.record import Files, Record, quoted, show
 from rawloop.errors import UserError, nearest
-from rawloop.hashing import read_text
+from rawloop.files import read_text
 
 SINGLE, CLONING = "single_speaker_smart_voice", "zero_shot_voice_cloning"
 MULTI, MULTI_CLONING = "multi_speaker_smart_voice", "multi_speaker_voice_cloning"

@@ -21,7 +21,7 @@ from rawloop.data.messages import MessagesReader
 from rawloop.data.metadata import MetadataReader
 from rawloop.data.record import DECODER, DoubledKey, Files, Record, parse_json, show
 from rawloop.errors import BadSample, UserError, first_few, nearest
-from rawloop.hashing import read_text
+from rawloop.files import read_text
 
 METADATA = "metadata.json"
 SAMPLE_KEYS = ("messages", "audio_file", "text")  # the first of these with a value is the kind of the record

@@ -32,7 +32,7 @@ from transformers import (
 
 from rawloop.demo.codec import fit_codec, one_thread
 from rawloop.errors import UserError
-from rawloop.hashing import sha256_files
+from rawloop.files import sha256_files
 
 STAMP = "demo.json"
 PARTS = ("codec", "model")

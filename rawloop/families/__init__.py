@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rawloop.errors import LibraryError, RawloopError, UserError, nearest
 from rawloop.families.config import ModelConfig as ModelConfig
-from rawloop.hashing import sha256_files
+from rawloop.files import sha256_files
 
 if TYPE_CHECKING:
     from rawloop.contracts import Family

@@ -30,9 +30,8 @@ from tqdm import tqdm
 from rawloop.checkpoint.best import BestRecord, BestTracker
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
-from rawloop.checkpoint.manifest import read_manifest, verify
 from rawloop.checkpoint.run_folder import LOCK
-from rawloop.checkpoint.slots import find_best, find_latest, find_slots
+from rawloop.checkpoint.slots import find_best, find_latest, find_slots, read_manifest, verify
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import RawloopError

@@ -14,8 +14,7 @@ import torch
 from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
-from rawloop.checkpoint.manifest import verify
-from rawloop.checkpoint.slots import find_best, find_slots
+from rawloop.checkpoint.slots import find_best, find_slots, verify
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError
@@ -157,7 +156,7 @@ def test_a_save_waits_for_the_one_before(saving: Saving) -> None:
     timer.join()
     saving.manager.finish()
     assert saving.names() == ["2", "1"]
-    waited = [event["held"] for event in read_events(saving.run) if event["kind"] == "save"]
+    waited = [event["blocked"] for event in read_events(saving.run) if event["kind"] == "save"]
     assert waited[1] > 0.2 > waited[0]
 
 

@@ -14,7 +14,7 @@ from rawloop.build import build_run
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
-from rawloop.checkpoint.manifest import verify
+from rawloop.checkpoint.slots import verify
 from rawloop.config import RunConfig
 from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig
@@ -191,12 +191,12 @@ def test_a_folder_that_becomes_unreadable_is_said_in_words(tmp_path: Path, place
         manager = CheckpointManager(tmp_path / "run", CheckpointConfig(), World(), records, part)
         manager.start(0)
         manager.save(1)
-        manager.settle()
+        manager.wait_until_written()
         (tmp_path / "run" / place).chmod(0)
         manager.save(2)
-        manager.settle()
+        manager.wait_until_written()
         assert manager.newest() is None
-        for call in (manager.finish, manager.load, lambda: manager.secure(2)):
+        for call in (manager.finish, manager.load, lambda: manager.ensure_saved(2)):
             with pytest.raises(RawloopError, match="ermission"):
                 call()
         (tmp_path / "run" / place).chmod(0o755)

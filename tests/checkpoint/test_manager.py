@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rawloop.checkpoint import disk
+from rawloop import files
+from rawloop.checkpoint import writer
 from rawloop.checkpoint.best import BestRecord, BestTracker
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
@@ -404,7 +405,7 @@ def test_missing_and_extra_parts_are_listed_and_nothing_is_restored(tmp_path: Pa
 
 def test_a_changed_version_is_said(tmp_path: Path) -> None:
     with opened(tmp_path) as manager:
-        manager._capture.versions["peft"] = "0.0.1"
+        manager.versions["peft"] = "0.0.1"
         manager.save(1)
     with opened(tmp_path) as manager:
         manager.load()
@@ -466,13 +467,13 @@ class Elsewhere(Adapter):
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"a/b": Holder()}, "'a/b' of a checkpoint has a name that is none of a file"),
-        ({".x": Holder()}, "has a name that is none of a file: use letters, digits"),
-        ({"": Holder()}, "has a name that is none of a file"),
-        ({7: Holder()}, "the part 7 of a checkpoint has a name that is none"),
+        ({"a/b": Holder()}, "'a/b' of a checkpoint has a name that no file can have"),
+        ({".x": Holder()}, "has a name that no file can have: use letters, digits"),
+        ({"": Holder()}, "has a name that no file can have"),
+        ({7: Holder()}, "the part 7 of a checkpoint has a name that no file"),
         ({"rng-00001": Holder()}, "has the name of another part's state on one rank"),
         ({"Model": Holder(), "model": Holder()}, "have the same name"),
-        ({"it": Elsewhere("../x")}, "whose folder has a name that is none of a file"),
+        ({"it": Elsewhere("../x")}, "whose folder has a name that no file can have"),
         ({"it": Elsewhere("state")}, "have the same folder"),
         ({"it": Elsewhere("x"), "at": Elsewhere("X")}, "have the same folder"),
         ({}, "a checkpoint has no parts"),
@@ -546,14 +547,14 @@ def test_a_folder_that_takes_no_files_is_said_in_words(tmp_path: Path) -> None:
     ],
 )
 def test_error_numbers_become_words(error: Any, text: str) -> None:
-    assert disk.in_words(error) == text
+    assert files.in_words(error) == text
 
 
 def test_too_little_space_is_known_before_anything_is_written(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    disk.check_space(tmp_path, int(free * 0.7))
+    writer.check_space(tmp_path, int(free * 0.7))
     with pytest.raises(CheckpointError, match=r"too little space on the disk of .*: the last checkpoint took .* MB"):
-        disk.check_space(tmp_path, int(free * 0.9))
+        writer.check_space(tmp_path, int(free * 0.9))
     with opened(tmp_path) as manager:
         manager.save(1)
         manager._last_size = free

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rawloop.checkpoint.best import BestRecord
-from rawloop.checkpoint.manifest import read_manifest, verify
 from rawloop.checkpoint.pack import pack
+from rawloop.checkpoint.slots import read_manifest, verify
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.errors import CheckpointError
 
@@ -195,7 +195,7 @@ def test_a_manifest_that_fits_its_digest_and_is_not_ours_is_named(tmp_path: Path
     del body["sha256"]
     body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (slot / "MANIFEST.json").write_text(json.dumps(body, indent=1) + "\n")
-    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: rawloop has not written it so"):
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: rawloop does not write such a manifest"):
         read_manifest(slot)
 
 

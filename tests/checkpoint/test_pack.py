@@ -14,8 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rawloop.checkpoint.disk import read_packed, write_packed
-from rawloop.checkpoint.pack import DTYPES, pack, safetensors_header, unpack
+from rawloop.checkpoint.pack import DTYPES, pack, read_state, safetensors_header, write_packed
 
 KEYS = [
     "",
@@ -78,7 +77,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 def through_files(state: Any, folder: Path) -> Any:
     write_packed(pack(state), folder, "part")
-    return unpack(read_packed(folder, "part"))
+    return read_state(folder, "part")
 
 
 @pytest.mark.parametrize("seed", range(150))

@@ -171,7 +171,7 @@ def test_loading_on_more_ranks_than_saved_where_one_finds_damage(tmp_path: Path,
     assert second["loaded"][2] != drawn
     said = {(event["rank"], event["kind"]): event["reason"] for home in homes for event in read_events(home / run)}
     assert "passed over a checkpoint: rank 1: run/checkpoints/step-00000002: state/counter.json" in said[0, "warning"]
-    assert said[1, "restore"] == "what this rank has of its own (rng) starts afresh: 1 rank(s) wrote it"
+    assert said[1, "restore"] == "this rank has no stored state of rng and starts afresh: 1 rank(s) wrote it"
 
 
 class Timed(Counter):

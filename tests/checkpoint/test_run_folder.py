@@ -19,11 +19,11 @@ from rawloop.checkpoint.placing import set_best
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import (
     RunLock,
+    choose_resume,
     claim_run_folder,
     is_inside,
     mark_launch,
     remove_stop_file,
-    where_to_begin,
 )
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
@@ -154,7 +154,7 @@ def test_what_is_no_file_in_the_place_of_the_lock_is_refused(tmp_path: Path, kin
         lock.mkdir()
     else:
         os.mkfifo(lock)
-    with pytest.raises(UserError, match=f"{lock} is no plain file, as the lock of a run's folder is one: remove it"):
+    with pytest.raises(UserError, match=f"{lock} is no plain file, and the lock of a run's folder must be one"):
         claim_run_folder(tmp_path / "run", World(), resume=False)
     assert other.exists() == (kind == "file")
     assert kind != "file" or other.read_text() == "mine"
@@ -198,23 +198,23 @@ def test_a_job_that_is_put_back_under_its_old_id_is_no_restart(tmp_path: Path) -
     first, again = World(launch="4711"), World(launch="4711", restarts=1)
     for stopped in (True, False):
         mark_launch(tmp_path, first, stopped=stopped)
-        assert where_to_begin(tmp_path, None, first) == (None, False)
-        assert where_to_begin(tmp_path, None, again) == (None, False)
+        assert choose_resume(tmp_path, None, first) == (None, False)
+        assert choose_resume(tmp_path, None, again) == (None, False)
     mark_launch(tmp_path, first)
-    where_to_begin(tmp_path, None, World(launch="another"))
-    assert where_to_begin(tmp_path, None, again) == (None, True)
+    choose_resume(tmp_path, None, World(launch="another"))
+    assert choose_resume(tmp_path, None, again) == (None, True)
 
 
 @pytest.mark.parametrize("text", ["", "x", "4711", '{"launch": "4711"}', "\xff"])
 def test_a_damaged_mark_is_none(tmp_path: Path, text: str) -> None:
     """The folder is then one of another run: it is refused, unless the user says how to go on with it."""
     (tmp_path / ".launch").write_bytes(text.encode("latin1"))
-    assert where_to_begin(tmp_path, None, World(launch="4711", restarts=1)) == (None, False)
+    assert choose_resume(tmp_path, None, World(launch="4711", restarts=1)) == (None, False)
 
 
 def test_a_folder_in_the_place_of_the_stop_file_is_the_users_to_remove(tmp_path: Path) -> None:
     (tmp_path / "STOP").mkdir()
-    with pytest.raises(UserError, match="STOP is a folder, which stops a run as a file of that name does: remove it"):
+    with pytest.raises(UserError, match="STOP is a folder, and stops a run like a file of that name: remove it"):
         remove_stop_file(tmp_path)
 
 

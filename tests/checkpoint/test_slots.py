@@ -11,8 +11,8 @@ import pytest
 
 from rawloop.checkpoint import placing, slots
 from rawloop.checkpoint.best import BestRecord
-from rawloop.checkpoint.manifest import step_of
 from rawloop.checkpoint.pack import pack
+from rawloop.checkpoint.slots import step_of
 from rawloop.checkpoint.writer import Contents, write_slot
 
 

@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
-from rawloop.checkpoint.manifest import verify
-from rawloop.checkpoint.slots import find_slots
+from rawloop.checkpoint.slots import find_slots, verify
 from rawloop.cli import main, merge
 from rawloop.families import ModelConfig, load_family
 from rawloop.files import replace_file

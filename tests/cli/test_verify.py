@@ -12,8 +12,8 @@ import pytest
 
 from rawloop.checkpoint import audit, placing, slots
 from rawloop.checkpoint.best import BestRecord
-from rawloop.checkpoint.manifest import verify
 from rawloop.checkpoint.pack import pack
+from rawloop.checkpoint.slots import verify
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.errors import CheckpointError
 
@@ -126,7 +126,7 @@ def test_what_is_no_run_is_refused(door: Door, run: Path, tmp_path: Path) -> Non
 
 def test_of_a_run_that_has_saved_nothing_yet_nothing_is_verified(door: Door, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    said = "rawloop verify: there is no whole checkpoint yet, so that nothing was verified\n"
+    said = "rawloop verify: there is no whole checkpoint yet: nothing was verified\n"
     done = door("verify", tmp_path)
     assert (done.code, done.err) == (1, said)
     (tmp_path / "checkpoints" / ".tmp-step-00000001").mkdir(parents=True)

@@ -15,8 +15,8 @@ import soundfile
 import torch
 
 from rawloop.audio import BadAudio, Segment, load_audio
+from rawloop.files import sha256_file
 from rawloop.frames import _mp3_frame
-from rawloop.hashing import sha256_file
 
 Tone = Callable[..., Path]
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import prepare
 from rawloop.family_protocols import CodecInfo
-from rawloop.hashing import hash_folder
+from rawloop.files import hash_folder
 
 
 @pytest.fixture

@@ -21,8 +21,7 @@ import rawloop.cli.train
 import rawloop.families.audio_chat
 import rawloop.families.causal_lm
 import rawloop.families.higgs_audio_v2
-from rawloop.checkpoint.manifest import verify
-from rawloop.checkpoint.slots import find_latest
+from rawloop.checkpoint.slots import find_latest, verify
 from rawloop.cli import main
 from rawloop.config import known_keys, parse
 from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn

@@ -24,7 +24,7 @@ from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
 from rawloop.families.loading import library_errors, load_from, load_weights
 from rawloop.families.shared import BaseFamily, load_parts, perturbed, rows_of
 from rawloop.family_protocols import CodecInfo
-from rawloop.hashing import hash_folder
+from rawloop.files import hash_folder
 from rawloop.losses import exact, without_adapter
 
 STREAMS = ("audio", "text")
