@@ -97,7 +97,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, ddp, start, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
-    moving = buffer_notices(buffers, trial.moves, model.beside() if isinstance(model, ModelFiles) else {})
+    moving = buffer_notices(buffers, trial.moves, model.extra_buffers() if isinstance(model, ModelFiles) else {})
     for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:

@@ -1,8 +1,8 @@
-"""The settings and facts that a run depends on: the same on all ranks, and again when the run is resumed.
+"""The settings and facts that must be the same on all ranks, and when a run is resumed.
 
-Every checkpoint holds the config of the run that wrote it. A changed key is taken and printed, unless the table lists
-it: a change that would make another run is refused before anything is written. A fact is a name and a value, or the
-digest of one. `World.check_equal` compares facts between ranks, `compare` with those of a checkpoint.
+Every checkpoint holds the config of its run. A resume accepts and prints changed keys, except for those in a table:
+they would make it another run, and are refused before anything is written. A fact is a name with a value or a digest.
+`World.check_equal` compares the facts of the ranks, `compare` those of a checkpoint.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ from rawloop.errors import UserError
 from rawloop.families import reading_of, source_of
 from rawloop.files import sha256_files, sketch_file
 
-WORLD_SIZE = "world_size"  # no key of the config, and compared like one
-PART = "config"  # of a checkpoint
-ORIGIN = "init_from"  # in that part
+WORLD_SIZE = "world_size"  # not a key of the config, but compared like one
+PART = "config"  # the part of a checkpoint
+ORIGIN = "init_from"  # a key of that part
 
 
 def _keys(*groups: str) -> frozenset[str]:
-    """`optim lr eps` -> optim.lr, optim.eps; a dash stands for keys without a group."""
+    """Expand `optim lr eps` to optim.lr, optim.eps; the group `-` is for keys without a group."""
     return frozenset(f"{group}.{name}".removeprefix("-.") for group, *names in map(str.split, groups) for name in names)
 
 
 FIXED = "fixed"
-# The keys that are not free to change, and why: fixed, as the model, the samples or the numbers would be other ones,
-# or taken where a check finds that they stand for the same thing as before.
+# The keys that a resume does not simply accept: FIXED ones are refused if they change, as they would change the model,
+# the samples or the numbers; the others are accepted if the named check passes.
 NOT_FREE: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(
@@ -66,13 +66,13 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
     }
 )
 WINDOW = (WORLD_SIZE, "train.batch_size", "train.accumulation")  # their product is the number of samples in a step
-# Keys of one start, not of the run: equal runs have equal checkpoints, wherever they lie and however they were begun.
+# keys that no checkpoint holds, so that equal runs in different folders have equal checkpoints
 NOT_KEPT = frozenset({"output", "resume", "init_from"})
 WAY_ON = "start another run from these weights with --init_from CHECKPOINT --output NEW"
 SAME = "(the same samples)"
-# Settings that machines may have of their own: paths, whose contents are compared, and what no number depends on.
+# Settings that may differ between ranks: paths (their contents are compared), and keys that change no result.
 MAY_DIFFER = frozenset({"data.train", "data.eval", "data.codes", "model.path", "model.codec", "data.num_workers"})
-BLOCKS = 64  # in how many parts the samples are compared between ranks, to name the part that differs
+BLOCKS = 64  # the ranks compare samples in so many blocks, to name the block that differs
 ADVICE = "start every process with the same command, and the same data, model and code"
 OTHER_CONTENTS = MappingProxyType(
     {
@@ -84,13 +84,13 @@ OTHER_CONTENTS = MappingProxyType(
     }
 )
 OTHER_READING = (
-    "the {name} of model.path is another than the checkpoint was trained with ({then} then, {now} now): the model "
+    "the {name} of model.path is not the one that the checkpoint was trained with ({then} then, {now} now): the model "
     "would read other numbers; put it back, or point model.path at the earlier files"
 )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config by dotted keys; the value of `model.stream_weights` is one, though a dict."""
+    """Return a nested config by dotted keys. The dict `model.stream_weights` is one value."""
     values: dict[str, Any] = {}
     for name, value in config.items():
         is_group = isinstance(value, dict) and name != "stream_weights"
@@ -99,9 +99,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class SettingsState:
-    """The config as a part of a checkpoint. Loading it compares, and keeps in `taken` a line for each change.
+    """The config as a part of a checkpoint. Loading compares it, and sets `taken` to a line for each accepted change.
 
-    `facts` are `Contents.of_run`. `origin` is the checkpoint of `init_from`; all later checkpoints keep it.
+    `facts` are `Contents.of_run`. `origin` describes the checkpoint of `init_from`; a resume restores it.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class SettingsState:
 def compare(
     stored: Mapping[str, Any], config: RunConfig, world_size: int, facts: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """Compare a checkpoint's settings with the present ones, and the facts that both know.
+    """Compare a checkpoint's settings with the present ones, and the facts that both have.
 
     Returns:
-        a line for each change that is taken, such as `optim.lr 0.001 -> 0.0005`.
+        a line for each accepted change, such as `optim.lr 0.001 -> 0.0005`.
 
     Raises:
-        UserError: settings or facts have changed that must not.
+        UserError: a setting or fact has changed that must stay the same.
     """
     then = {**flat(stored["config"]), WORLD_SIZE: stored[WORLD_SIZE]}
     now = {**flat(dataclasses.asdict(config)), WORLD_SIZE: world_size}
@@ -153,7 +153,7 @@ def compare(
         )
     _check_origin(stored.get(ORIGIN), config.init_from)
     _check_window(then, now)
-    other_eval = _check_facts(stored, facts, free=["data.eval"] if "data.eval" in changed else []).get("data.eval")
+    other_eval = _check_facts(stored, facts, may_differ="data.eval" if "data.eval" in changed else "")
     if other_eval is not None:
         changed[""] = f"data.eval has other contents ({other_eval[0]} -> {other_eval[1]})"
     elif "data.eval" in changed and "data.eval" in stored.get("facts", {}).keys() & facts.keys():
@@ -164,54 +164,51 @@ def compare(
 def check_reading(stored: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """Refuse to evaluate a checkpoint with another tokenizer or template than it was trained with.
 
-    Returns a sentence if the evaluation samples are others than the run's, else "".
+    Returns a notice if the evaluation samples are not those of the run, else "".
     """
-    others = _check_facts(stored, facts, free=["data.eval"])
-    return "data.eval has other samples than the run was evaluated on: compare no losses with it" if others else ""
+    differs = _check_facts(stored, facts, may_differ="data.eval") is not None
+    return "data.eval has other samples than the run was evaluated on: compare no losses with it" if differs else ""
 
 
-def _check_facts(
-    stored: Mapping[str, Any], facts: Mapping[str, str], free: Sequence[str]
-) -> dict[str, tuple[str, str]]:
-    """Refuse facts that a checkpoint holds with another value, but for the `free` ones: return (then, now) of these."""
+def _check_facts(stored: Mapping[str, Any], facts: Mapping[str, str], may_differ: str) -> tuple[str, str] | None:
+    """Refuse facts that differ from a checkpoint's. Returns (then, now) of the fact `may_differ` if that differs."""
     known = stored.get("facts", {})
     others = {name: (known[name], now) for name, now in facts.items() if name in known and known[name] != now}
     for name, (then, now) in sorted(others.items()):
-        if name not in free:
+        if name != may_differ:
             raise UserError(OTHER_CONTENTS.get(name, OTHER_READING).format(name=name, then=then, now=now))
-    return others
+    return others.get(may_differ)
 
 
 def _check_origin(stored: Mapping[str, Any] | None, given: str | None) -> None:
-    """Refuse to resume a run by a command that starts it from other weights than it was started from."""
-    if given is None or (stored is not None and given == stored["given"]):
+    """Refuse to resume a run with an `init_from` that names other weights than the run was started from."""
+    if given is None:
         return
-    if stored is None:
-        origin = "not started from a checkpoint's weights: leave init_from out to go on with it"
-    elif str(Path(expanduser(given)).resolve()) != stored["checkpoint"]:
+    origin = "not started from a checkpoint's weights: leave init_from out to go on with it"
+    if stored is not None:
+        if given == stored["given"] or str(Path(expanduser(given)).resolve()) == stored["checkpoint"]:
+            return
         origin = f"started from '{stored['given']}' ({stored['checkpoint']}): set it back"
-    else:
-        return
     raise UserError(
         f"init_from is '{given}', and the run that is resumed was {origin}, or pass another --output and no --resume"
     )
 
 
 def _check_window(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse another number of samples in a step, which is another data order."""
+    """Refuse another number of samples in a step: it changes the data order."""
     had, has = (math.prod(values[key] for key in WINDOW) for values in (then, now))
     if had == has:
         return
-    told = [
+    sizes = [
         f"{values[WORLD_SIZE]} process(es) x train.batch_size {values['train.batch_size']} x train.accumulation "
         f"{values['train.accumulation']}"
         for values in (then, now)
     ]
     rest = now[WORLD_SIZE] * now["train.batch_size"]
-    mend = f"set train.accumulation to {had // rest}" if had % rest == 0 else f"choose them so that it is {had} again"
+    fix = f"set train.accumulation to {had // rest}" if had % rest == 0 else f"choose them so that it is {had} again"
     raise UserError(
-        f"a step of the checkpoint's run took {had} samples ({told[0]}), and would now take {has} ({told[1]}), in "
-        f"another data order: {mend}, or {WAY_ON}"
+        f"a step of the checkpoint's run took {had} samples ({sizes[0]}), and would now take {has} ({sizes[1]}), in "
+        f"another data order: {fix}, or {WAY_ON}"
     )
 
 
@@ -226,16 +223,16 @@ def stored_settings(slot: Path) -> dict[str, Any] | None:
 
 
 def check_settings_of_ranks(config: RunConfig, world: World) -> None:
-    """Refuse ranks with other settings, another kind of device, or other code."""
+    """Raise UserError on all ranks if their settings, kinds of device or code differ."""
     code = {**installed_versions(), "tokenizers": version("tokenizers"), "Python": platform.python_version()}
-    own = sha256_files(Path(__file__).parent.rglob("*.py"))[:16]
+    source = sha256_files(Path(__file__).parent.rglob("*.py"))[:16]
     settings = {key: value for key, value in flat(dataclasses.asdict(config)).items() if key not in MAY_DIFFER}
-    world.check_equal({**settings, **code, "rawloop's source": own, "device type": world.device.type}, ADVICE)
+    world.check_equal({**settings, **code, "rawloop's source": source, "device type": world.device.type}, ADVICE)
 
 
 @dataclasses.dataclass
 class Contents:
-    """The facts of one rank's data: how it reads samples, and each one's digest and place in its file."""
+    """The facts of one rank's data: how it reads samples, and the digest and place of each sample."""
 
     reading: dict[str, str]
     source: str
@@ -243,12 +240,12 @@ class Contents:
     places: Mapping[str, list[str]]
 
     def of_run(self) -> dict[str, str]:
-        """The facts that a resumed run must find again."""
-        read = {key: f"{len(digests)} samples, digest {_digest(*digests)}" for key, digests in self.samples.items()}
-        return {**self.reading, **read}
+        """Return the facts that a resumed run must have again."""
+        samples = {key: f"{len(digests)} samples, digest {_digest(*digests)}" for key, digests in self.samples.items()}
+        return {**self.reading, **samples}
 
     def check_ranks(self, base: BaseFingerprint | None, world: World) -> None:
-        """Refuse ranks with other samples, another tokenizer or template, or other weights."""
+        """Raise UserError on all ranks if their samples, tokenizers, templates or weights differ."""
         facts = {**self.reading, "the source of the model's family": self.source}
         for split, digests in self.samples.items():
             size = -(-len(digests) // BLOCKS) or 1
@@ -265,7 +262,7 @@ class Contents:
 
 
 def contents_of(family: Family, cache: CodeCache | None, samples: Mapping[str, Sequence[Sample]]) -> Contents:
-    """Return the facts of a rank's samples, given by key. A clip counts by its codes, or by a sketch of its file."""
+    """Return the facts of a rank's samples, given by key. A clip is compared by its codes, or a sketch of its file."""
 
     def clip(path: Path) -> str:
         return sketch_file(segment_of(path).file) if cache is None else cache.identity(path)
@@ -276,7 +273,7 @@ def contents_of(family: Family, cache: CodeCache | None, samples: Mapping[str, S
 
 
 def digests_of(samples: Iterable[Sample], clip: Callable[[Path], str]) -> list[str]:
-    """Return a digest of each sample without its id and source; a clip counts by its name and by `clip(path)`."""
+    """Return a digest of each sample without its id and source. A clip counts with its name and `clip(path)`."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):

@@ -1,7 +1,6 @@
-"""Copies of tensors in host memory, for saves that are written while training goes on.
+"""Copies of tensors in host memory, for asynchronous saves.
 
-Where CUDA is available the copies are pinned, so that they run beside each other; `wait_for_copies` must be called
-before anything reads them.
+If CUDA is available, the copies are pinned, so that they run in parallel; call `wait_for_copies` before reading them.
 """
 
 from collections.abc import Mapping
@@ -13,23 +12,24 @@ from torch import Tensor, nn
 
 
 def copy_to_host(tensor: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Return a contiguous copy on the CPU, in the memory of `spare` if that fits.
+    """Return a contiguous copy on the CPU, in the memory of `spare` if shape and dtype match.
 
-    Fresh memory costs five times as much. A copy into pinned memory may still be under way; see `wait_for_copies`.
+    Allocating the memory takes five times as long. A copy into pinned memory is asynchronous; see `wait_for_copies`.
     """
     if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
         spare = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
-    return spare.copy_(tensor.detach(), non_blocking=spare.is_pinned())  # from pageable memory it could read too late
+    # into pageable memory, an asynchronous copy could still run when training changes the tensor
+    return spare.copy_(tensor.detach(), non_blocking=spare.is_pinned())
 
 
 def wait_for_copies() -> None:
-    """Wait until all copies from GPUs have arrived."""
+    """Wait until all copies from GPUs are done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def host_model(model: nn.Module, copies: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a model whose weights and buffers are `copies`, by name: nothing is copied on the device."""
+    """Return a copy of a model with `copies` as its weights and buffers, by name. Nothing is copied on the device."""
     memo: dict[int, Any] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         memo.setdefault(id(weight), nn.Parameter(copies[name], weight.requires_grad))

@@ -119,9 +119,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    """Return the module inside torch.compile's or PEFT's wrapper, if it is one."""
-    if "_orig_mod" in model._modules:
-        return model._modules["_orig_mod"]
+    """Return the module inside DDP, torch.compile or PEFT; None if there is no such wrapper."""
+    if (inner := unwrap(model)) is not model:
+        return inner
     if not hasattr(model, "get_base_model"):
         return None
     base: nn.Module = model.get_base_model()  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """The state of optimizers and schedulers for checkpoints: by parameter name, with the options of every group.
 
-torch stores it by position, and a scheduler does not store the learning rate it has set: either resumes wrongly without
-a word.
+torch stores optimizer state by position, and a scheduler does not store the learning rate that it has set. Both can
+resume wrongly without an error.
 """
 
 from collections import Counter
@@ -16,22 +16,21 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rawloop.errors import CheckpointError, UserError
 
-# Options that say how this machine computes an update: loading leaves them as they are.
+# options for how this machine computes an update; loading does not change them
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 
 class NamedOptimizerState:
-    """An optimizer's state for checkpoints, keyed by parameter name instead of by position.
+    """An optimizer's state for checkpoints, by parameter name instead of by position.
 
-    Positions shift when a parameter is frozen or added; names say what is missing. The options of each parameter group
+    Positions shift when a parameter is frozen or added; names show what is missing. The options of each parameter group
     (lr, betas, the counters of schedule-free optimizers, ...) are part of the state.
 
     Args:
-        optimizer: its parameters may be replaced later, as a precision policy does.
-        named: returns (name, parameter) of everything the optimizer holds. It is called at each save and load, since a
-            fallback may have changed the parameters.
-        restore_options: whether the options of the groups are stored and restored. False where a config sets them: a
-            resumed run that has no step left would store other ones than the run before.
+        optimizer: the optimizer. Its parameters may be replaced later, for example by a precision policy.
+        named: returns (name, parameter) for all parameters of the optimizer. It is called at each save and load,
+            because a fallback may have replaced the parameters.
+        restore_options: whether to store and restore the options of the groups. False if a config sets them.
 
     Raises:
         UserError: `optimizer` is no optimizer, or `named` cannot be called.
@@ -54,31 +53,31 @@ class NamedOptimizerState:
         self.restore_options = restore_options
 
     def _groups(self) -> list[dict[str, nn.Parameter]]:
-        """The parameters of each group by name.
+        """Return the parameters of each group by name.
 
         Raises:
             UserError: the optimizer has state, or trains parameters, without a name.
         """
         names, state = {id(parameter): name for name, parameter in self.named()}, self.optimizer.state
-        held = [group["params"] for group in self.optimizer.param_groups]
-        trained = [p for params in held for p in params if p.requires_grad or state.get(p)]
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        trained = [p for params in groups for p in params if p.requires_grad or state.get(p)]
         nameless = sum(id(parameter) not in names for parameter in trained)
         if nameless:
             raise UserError(
-                f"{nameless} of the {len(trained)} parameters that the optimizer trains are not among those that "
-                "NamedOptimizerState is told by name: hand in the named_parameters of the model that it trains; under "
-                "a PrecisionPolicy hand in policy.named_parameters, and call policy.adopt(optimizer) before"
+                f"{nameless} of the {len(trained)} parameters that the optimizer trains have no name in `named` of "
+                "NamedOptimizerState: hand in the named_parameters of the model that it trains; with a "
+                "PrecisionPolicy hand in policy.named_parameters, and call policy.adopt(optimizer) before"
             )
         others = [key for key in state if not isinstance(key, torch.Tensor)]
         if others:
             raise UserError(
-                f"{type(self.optimizer).__name__} keeps state under {others[0]!r}, which is no parameter: "
+                f"{type(self.optimizer).__name__} has state for {others[0]!r}, which is no parameter: "
                 "NamedOptimizerState stores the state of parameters and the options of their groups"
             )
-        return [{names[id(p)]: p for p in params if id(p) in names} for params in held]
+        return [{names[id(p)]: p for p in params if id(p) in names} for params in groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `groups`, with the shapes of their parameters by name and their options, and `state` by name.
+        """Return `groups`, each with its options and the shapes of its parameters by name, and `state` by name.
 
         Raises:
             UserError: the optimizer has state, or trains parameters, without a name.
@@ -103,19 +102,17 @@ class NamedOptimizerState:
             CheckpointError: the groups, names or shapes differ from the optimizer's.
         """
         groups = self._groups()
-        if not isinstance(state.get("groups"), list):  # rawloop 0.1 stored {name: state}, without the groups
-            state = _with_groups(state, groups)
         _check_groups([group["params"] for group in state["groups"]], groups)
         for named, group, stored in zip(groups, self.optimizer.param_groups, state["groups"], strict=True):
             if self.restore_options:
                 _set_options(group, stored["options"])
             for name, parameter in named.items():
-                self.optimizer.state.pop(parameter, None)  # what is not stored was not there
+                self.optimizer.state.pop(parameter, None)  # a parameter without stored state had none
                 if name in state["state"]:
                     self.optimizer.state[parameter] = self._restored(state["state"][name], parameter, group)
 
     def _restored(self, values: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
-        # torch keeps the step counter of a fused or capturable optimizer on the device, of any other on the CPU
+        # torch has the step counter of a fused or capturable optimizer on the device, of any other on the CPU
         step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         places = {key: step if key == "step" else parameter.device for key in values}
         return {key: _placed(value, places[key]) for key, value in values.items()}
@@ -136,19 +133,8 @@ def _set_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:
             group[key] = value
 
 
-def _with_groups(state: Mapping[str, Any], groups: list[dict[str, nn.Parameter]]) -> dict[str, Any]:
-    """Return a state without groups, which has an entry for every trained parameter, as one of the groups of now."""
-    found: list[dict[str, Any]] = [{"params": {}, "options": {}} for _ in groups]
-    for name, values in state.items():
-        index = next((index for index, named in enumerate(groups) if name in named), 0)
-        shapes = [list(value.shape) for value in values.values() if isinstance(value, torch.Tensor) and value.ndim]
-        known = groups[index].get(name)
-        found[index]["params"][name] = [*shapes, list(known.shape) if known is not None else []][0]
-    return {"groups": found, "state": {name: values for name, values in state.items() if values}}
-
-
 def _check_groups(stored: list[Mapping[str, list[int]]], groups: list[dict[str, nn.Parameter]]) -> None:
-    """Refuse a state whose parameters, or their groups or shapes, are others than the optimizer's."""
+    """Raise CheckpointError if names, groups or shapes of the stored parameters differ from the optimizer's."""
     then = {name: index for index, named in enumerate(stored) for name in named}
     now = {name: index for index, named in enumerate(groups) for name in named}
     extra, missing = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
@@ -161,7 +147,7 @@ def _check_groups(stored: list[Mapping[str, list[int]]], groups: list[dict[str, 
     if moved or len(stored) != len(groups):
         raise CheckpointError(
             f"the optimizer's parameter groups differ from the checkpoint's: {len(stored)} then, {len(groups)} now; "
-            f"{len(moved)} weights have moved {moved[:3]}. Build the groups as they were: each has options of its own"
+            f"{len(moved)} weights have moved {moved[:3]}. Build the groups as before, because each has its options"
         )
     for index, named in enumerate(groups):
         for name, parameter in named.items():
@@ -173,7 +159,7 @@ def _check_groups(stored: list[Mapping[str, list[int]]], groups: list[dict[str, 
 
 
 def _placed(value: Any, device: torch.device) -> Any:
-    """Return a copy of a state value on `device`, at any depth."""
+    """Copy the tensors of a nested state value to `device`."""
     if isinstance(value, torch.Tensor):
         return value.to(device, copy=True)
     if isinstance(value, dict):
@@ -186,11 +172,11 @@ def _placed(value: Any, device: torch.device) -> Any:
 class SchedulerState:
     """The state of a torch learning-rate scheduler, for checkpoints.
 
-    A scheduler does not store the learning rates it has set: save it together with a `NamedOptimizerState` of its
-    optimizer, which does.
+    A scheduler does not store the learning rates that it has set. Save it together with a `NamedOptimizerState` of its
+    optimizer, which stores them.
 
     Raises:
-        UserError: `scheduler` is no scheduler of torch.
+        UserError: `scheduler` is no torch scheduler.
     """
 
     def __init__(self, scheduler: LRScheduler) -> None:
@@ -199,7 +185,7 @@ class SchedulerState:
         self.scheduler = scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state, in values that JSON can hold."""
+        """Return the scheduler's state as JSON values and tensors."""
         state: dict[str, Any] = plain(self.scheduler.state_dict())
         return state
 
@@ -207,20 +193,20 @@ class SchedulerState:
         """Restore the scheduler's state.
 
         Raises:
-            CheckpointError: the state is that of another kind of scheduler.
+            CheckpointError: the state belongs to another kind of scheduler.
         """
-        own, stored = self.scheduler.state_dict(), _unpacked(state)
-        if own.keys() != stored.keys():
-            names = sorted(own.keys() ^ stored.keys())
+        stored = _unpacked(state)
+        names = sorted(self.scheduler.state_dict().keys() ^ stored.keys())
+        if names:
             raise CheckpointError(
-                f"the checkpoint's scheduler is no {type(self.scheduler).__name__} as here: {', '.join(names[:5])} "
-                "differ; build the scheduler that the run was trained with"
+                f"the checkpoint's scheduler is not a {type(self.scheduler).__name__}: {', '.join(names[:5])} differ; "
+                "build the scheduler that the run was trained with"
             )
         self.scheduler.load_state_dict(stored)
 
 
 def plain(value: Any) -> Any:
-    """Return a value as Python's own numbers and dicts with string keys; MultiStepLR keeps a Counter of ints."""
+    """Return a value with Python's numbers and with string keys only. MultiStepLR has a Counter with int keys."""
     if isinstance(value, Counter) or (isinstance(value, dict) and not all(isinstance(key, str) for key in value)):
         return {"pairs": [[plain(key), plain(item)] for key, item in value.items()], "type": type(value).__name__}
     if isinstance(value, dict):
@@ -229,7 +215,7 @@ def plain(value: Any) -> Any:
         return type(value)(plain(item) for item in value)
     if isinstance(value, bool | torch.Tensor):
         return value
-    if isinstance(value, Integral):  # of numpy, too
+    if isinstance(value, Integral):  # also a number of numpy
         return int(value)
     return float(value) if isinstance(value, Real) else value
 

@@ -119,7 +119,7 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
     elif kept.get("kept"):
         notices.append("the checkpoint's weights are in 16 bits and are taken so; its residuals are not taken")
     if source.damage:
-        notices.append(f"passed over a damaged checkpoint: {source.damage}")
+        notices.append(f"skipped a damaged checkpoint: {source.damage}")
     place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which no manifest vouches for"
     return [
         f"weights from {place} (digest {source.digest[:16]}); counters, optimizer, schedule, random streams and best "

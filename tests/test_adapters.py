@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from rawloop.adapters.config import AdapterConfig
-from rawloop.adapters.files import WEIGHTS, ModelFiles, copied
+from rawloop.adapters.files import WEIGHTS, ModelFiles, copy_all
 from rawloop.adapters.fingerprint import BaseFingerprint, checksum
 from rawloop.adapters.lora import add_adapter, count_parameters
 from rawloop.adapters.merge import base_of, merge_adapter
@@ -559,7 +559,7 @@ def test_a_plain_module_is_written_later_as_it_was(kind: type[Tied], tmp_path: P
 def test_trained_weights_outside_of_the_adapter_are_refused(adapted: Callable[..., nn.Module], family: Family) -> None:
     module = Wrapper(adapted(**LORA))
     module.head = nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"^head\.bias is trained and stands outside of the adapter"):
+    with pytest.raises(UserError, match=r"^head\.bias is trained and outside of the adapter"):
         ModelFiles(module, family.load_model)
 
 
@@ -719,10 +719,10 @@ def test_another_config_of_the_same_weights_is_noticed(adapted: Callable[..., nn
 
 def test_copies_are_written_over_earlier_ones_but_not_over_each_other() -> None:
     tied = torch.ones(3)
-    first = copied({"a": tied, "b": tied}, {})
+    first = copy_all({"a": tied, "b": tied}, {})
     assert first["a"] is first["b"]
-    second = copied({"a": torch.full((3,), 2.0), "b": torch.full((3,), 3.0)}, first)
+    second = copy_all({"a": torch.full((3,), 2.0), "b": torch.full((3,), 3.0)}, first)
     assert second["a"] is first["a"]
     assert second["a"].tolist() == [2.0] * 3
     assert second["b"].tolist() == [3.0] * 3
-    assert copied({"a": torch.zeros(2)}, second)["a"].tolist() == [0.0] * 2
+    assert copy_all({"a": torch.zeros(2)}, second)["a"].tolist() == [0.0] * 2

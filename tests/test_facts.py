@@ -197,8 +197,8 @@ def test_other_contents_under_the_same_paths_are_refused(
     shutil.copytree(tmp_path, tmp_path / "before", ignore=shutil.ignore_patterns("run*"))
     digests = r"\(\w{16} then, \w{16} now\)"
     for name, message in (
-        ("tokenizer", rf"the tokenizer of model.path is another than the checkpoint was trained with {digests}"),
-        ("template", rf"the chat template of model.path is another than the checkpoint was trained with {digests}"),
+        ("tokenizer", rf"the tokenizer of model.path is not the one that the checkpoint was trained with {digests}"),
+        ("template", rf"the chat template of model.path is not the one that the checkpoint was trained with {digests}"),
         ("train", r"trained on other samples \(8 samples, digest \w{16} then, 8 samples, digest \w{16} in data.train"),
         ("eval", r"evaluated on other samples \(5 samples, digest \w{16} then, 5 samples, digest \w{16} in data.eval"),
         ("weight", "the frozen weights are not those that the checkpoint was trained on"),

@@ -543,7 +543,7 @@ def test_damage_after_a_fallback_is_passed_over_for_a_checkpoint_before_it(short
     resumed = build_run(replace(config, resume="latest"), World(), lambda line: None)
     try:
         assert (resumed.state.step, resumed.policy.name) == (2, "amp_fp16")
-        told = [event["reason"] for event in read_events(Path(config.output)) if "passed over" in event["reason"]]
+        told = [event["reason"] for event in read_events(Path(config.output)) if "skipped a damaged" in event["reason"]]
         assert len(told) == 2
     finally:
         resumed.close()

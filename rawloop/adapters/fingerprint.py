@@ -1,4 +1,4 @@
-"""Checksums of a model's weights: to recognise the base model of an adapter, and to compare the ranks."""
+"""Checksums of a model's weights: they identify the base model of an adapter, and compare the ranks."""
 
 import hashlib
 import json
@@ -15,29 +15,29 @@ from torch import Tensor, nn
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 
-BASE = "base.json"  # beside an adapter: the fingerprint of its base model, which PEFT has no use for
-BLOCK = 1 << 22  # numbers that are widened at a time
+BASE = "base.json"  # beside an adapter: the fingerprint of its base model; PEFT ignores the file
+BLOCK = 1 << 22  # numbers that are converted at a time
 ADAPTERS = (".lora_", ".modules_to_save.")  # what PEFT adds to a model's own weights
-# PEFT writes these around the names of the base model's weights.
+# parts of names that PEFT adds to the base model's weights
 AROUND = ("base_model.model.", ".base_layer", ".original_module")
 
 
 class BaseFingerprint:
-    """Tells one set of frozen weights from another: an adapter means nothing on a base that it was not trained on.
+    """Identifies a set of frozen weights: an adapter is useless on another base than the one it was trained on.
 
-    Take it before the precision policy casts anything. Where the weights came from and the hash of the model's config
-    are kept beside it, for people: the same weights may lie elsewhere today.
+    Take it before the precision policy casts anything. It also stores the path of the weights and the hash of the
+    model's config, for messages only: the same weights may have another path later.
 
     Args:
-        model: with its adapter, if it has one. Of the base model alone, frozen, `weights` is the same.
-        path: folder or hub id that it was loaded from.
+        model: the model, with its adapter if it has one. `weights` is the same for the frozen base model alone.
+        path: folder or hub id of the model.
         revision: of the hub repository.
-        seed: of the random streams that `load_model` may have drawn from.
-        full: whether to compute `sums`, which reads all numbers: one process of a machine does it for the others.
+        seed: of the random streams, which `load_model` may have used.
+        full: whether to compute `sums`, which reads all numbers. One process of a machine does it for the others.
 
     Attributes:
-        digest: of names, shapes and the first numbers of every frozen weight: all that older checkpoints hold.
-        sums: checksum of every parameter and buffer, by name; see `checksum`. Empty until it is known.
+        digest: of names, shapes and the first numbers of every frozen weight.
+        sums: checksum of every parameter and buffer, by name; see `checksum`. Empty until they are computed or shared.
     """
 
     SAMPLE = 64  # numbers per weight in `digest`
@@ -46,9 +46,9 @@ class BaseFingerprint:
         self, model: nn.Module, path: str = "", revision: str | None = None, seed: int = 0, *, full: bool = True
     ) -> None:
         self.origin = {"path": path, "revision": revision, "config": _config_hash(model), "seed": seed}
-        self.notice = ""  # a difference from the checkpoint's although the weights are the same
+        self.notice = ""  # of another config although the weights are the same
         tensors = _distinct(model)
-        with ThreadPoolExecutor(_usable_cores()) as pool:  # zlib lets go of the GIL
+        with ThreadPoolExecutor(_usable_cores()) as pool:  # zlib releases the GIL
             sums = pool.map(checksum, tensors.values()) if full else ()
             self.sums = dict(zip(tensors, sums, strict=full))
         digest, named = hashlib.sha256(), dict(model.named_parameters())
@@ -57,18 +57,17 @@ class BaseFingerprint:
                 numbers = parameter.detach().flatten()[: self.SAMPLE].float()
                 digest.update(f"{name} {tuple(parameter.shape)} {numbers.tolist()}\n".encode())
         self.digest = digest.hexdigest()
-        own = {name: named.get(name) for name in tensors if not any(mark in name for mark in ADAPTERS)}
-        self._frozen = [name for name, weight in own.items() if weight is not None and not weight.requires_grad]
-        if not any(weight is not None and weight.requires_grad for weight in own.values()):
-            self._frozen = list(
-                own
-            )  # with the buffers: a model whose own weights are trained has its own in a checkpoint
+        of_base = [name for name in tensors if not any(mark in name for mark in ADAPTERS)]
+        trained = {name for name, weight in named.items() if weight.requires_grad}
+        # A checkpoint holds the buffers of a base model that is trained, so they are no part of its fingerprint.
+        with_buffers = trained.isdisjoint(of_base)
+        self._frozen = [name for name in of_base if name not in trained and (with_buffers or name in named)]
 
     @property
     def weights(self) -> str | None:
-        """Digest of the checksums of every frozen weight, under the base model's own names; None without `sums`.
+        """Digest of the checksums of all frozen weights, by their names in the base model; None without `sums`.
 
-        The buffers are in it if none of the base model's own weights is trained.
+        It includes the buffers if no weight of the base model is trained.
         """
         if not self.sums:
             return None
@@ -76,12 +75,12 @@ class BaseFingerprint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def share_sums(self, world: World) -> None:
-        """Take the sums of the process that has computed them on this machine. All ranks call this."""
+        """Take the sums from the process of this machine that has computed them. All ranks call this."""
         shares = world.gather(self.sums)
         self.sums = next((sums for sums in reversed(shares[: world.rank + 1]) if sums), {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the digests, and where the weights came from."""
+        """Return the digests and the origin of the weights."""
         return {"digest": self.digest, "weights": self.weights, **self.origin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -91,7 +90,7 @@ class BaseFingerprint:
         self.check_base(state)
 
     def check_base(self, state: Mapping[str, Any]) -> None:
-        """Compare the base model alone: the adapter on it may be another one, or none."""
+        """Compare the base models only: there may be another adapter on them, or none."""
         if self.sums and state.get("weights", self.weights) != self.weights:
             raise self._other_weights(state)
         if state["config"] != self.origin["config"]:
@@ -106,9 +105,10 @@ class BaseFingerprint:
 
 
 def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:
-    """Read the fingerprint beside an adapter, or in its checkpoint; empty if there is none.
+    """Read the fingerprint beside an adapter, or in its checkpoint.
 
-    The second value says why the base model could not be checked, and is empty if it can be.
+    Returns:
+        the fingerprint, or an empty dict; and why the base model cannot be checked, or "".
     """
     file = next((f for f in (adapter / BASE, adapter.resolve().parent / "state" / BASE) if f.is_file()), None)
     if file is None:
@@ -124,14 +124,14 @@ def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:
 
 
 def _usable_cores() -> int:
-    # torchrun sets OMP_NUM_THREADS to 1, while the other processes of this machine wait
+    # not torch's number of threads: torchrun sets it to 1, and the other processes of this machine wait
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def checksum(tensor: Tensor) -> str:
-    """Return shape and CRC-32 of all numbers of a tensor.
+    """Return the shape and the CRC-32 of all numbers of a tensor.
 
-    Floats of 16 bits are widened to float32 first, so that a base saved in another dtype is the same base.
+    Floats of 16 bits are converted to float32 first, so that a base saved in another dtype is the same base.
     """
     total = 0
     for block in torch.split(tensor.detach().flatten(), BLOCK):
@@ -141,7 +141,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters, and all buffers that a checkpoint would hold, each once."""
+    """Return all parameters and persistent buffers, each once."""
     kept = model.state_dict(keep_vars=True)
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
 
@@ -157,9 +157,9 @@ def _origin(state: Mapping[str, Any]) -> str:
 
 
 def _config_hash(model: nn.Module) -> str | None:
-    """SHA-256 of a transformers model's config, without where it was loaded from and by which version; None for others.
+    """Return the SHA-256 of a transformers model's config, without its path and version; None for other models.
 
-    Taken of what is loaded, not of a file: a hub id has no folder here.
+    It is computed from the loaded config: a hub id has no folder here.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):

@@ -1,6 +1,6 @@
-"""The parts that a checkpoint keeps of any model: adapters in PEFT's format, the whole model, or what is trained.
+"""The parts of a checkpoint for any model: adapters in PEFT's format, the whole model, or the trained weights.
 
-For loops of one's own, whose models have no family: nothing but the modules themselves is needed to restore them.
+They are for your own loop, where a model has no family: only the modules are needed to restore them.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,7 +23,7 @@ What = Literal["auto", "all", "trained"]
 
 
 class Weights:
-    """Some weights and buffers of a model by name, as one state."""
+    """Some weights and buffers of a model, as one state by name."""
 
     def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         self.model, self.names = model, frozenset(names)
@@ -46,14 +46,18 @@ class Weights:
 
 
 class Frozen(BaseFingerprint):
-    """The fingerprint of the weights that are frozen, and so in no checkpoint; they must stay so."""
+    """The fingerprint of the frozen weights, which no checkpoint holds. They must stay frozen."""
 
     def __init__(self, model: nn.Module, kept: Collection[str]) -> None:
         super().__init__(model)
         self.frozen = {name: weight for name, weight in model.named_parameters() if name not in kept}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the fingerprint. A weight that is trained by now would be in no checkpoint, and is refused."""
+        """Return the fingerprint.
+
+        Raises:
+            UserError: a weight has been unfrozen, and would be in no checkpoint.
+        """
         unfrozen = [name for name, weight in self.frozen.items() if weight.requires_grad]
         if unfrozen:
             raise UserError(
@@ -64,16 +68,16 @@ class Frozen(BaseFingerprint):
 
 
 def model_parts(model: nn.Module, name: str = "model", what: What = "auto") -> dict[str, Stateful | FolderState]:
-    """Return the parts that keep a model, by name.
+    """Return the parts that save a model, by name.
 
     Args:
-        model: any module, without DDP around it.
-        name: of the part; the name of its folder follows from it.
-        what: `auto` keeps PEFT adapters and everything else that is trained, or the whole model if it has no adapter;
-            `all` keeps all weights; `trained` keeps those that are trained now. Buffers are kept in any case.
+        model: any module, without DDP.
+        name: of the part and, with `adapter` for `model`, of its folder.
+        what: `auto` saves PEFT adapters and all other trained weights, or the whole model if it has no adapter; `all`
+            saves all weights; `trained` saves the weights that are trained now. Buffers are always saved.
 
     Raises:
-        UserError: nothing is trained, or `what` is something else.
+        UserError: nothing is trained, or `what` has another value.
     """
     trained = {path for path, weight in model.named_parameters() if weight.requires_grad}
     if what not in ("auto", "all", "trained"):
@@ -107,14 +111,14 @@ def _files(model: nn.Module, folder: str, **options: Any) -> ModelFiles:
 
 
 def _reload(model: nn.Module, folder: str) -> nn.Module:
-    """Load a model whose files have other names than its weights; only one with `from_pretrained` has such files."""
+    """Load a model whose stored names differ from its weights' names. Only `save_pretrained` writes such files."""
     kind: Any = type(model)
     loaded: nn.Module = kind.from_pretrained(folder) if hasattr(kind, "from_pretrained") else nn.Module()
     return loaded
 
 
 def _is_of_adapter(path: str, adapters: Mapping[str, Any]) -> bool:
-    """Whether a weight was added by PEFT, which puts the adapter's name into the weight's."""
+    """Whether PEFT has added a weight: then the adapter's name is part of the weight's name."""
     return any(
         path.startswith(_joined(place, "")) and any(f".{name}." in f"{path}." for name in adapter.peft_config)
         for place, adapter in adapters.items()

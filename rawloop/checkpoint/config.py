@@ -10,14 +10,14 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept.
 
     Args:
-        save_every: optimizer steps between two checkpoints; 0 writes none but the one at the end.
-        keep_last: newest checkpoints to keep; 0 keeps all. The best one and those of `keep_every` are never deleted and
-            not counted.
-        keep_every: never delete the checkpoint of a step that is a multiple of this; 0 spares none.
-        save_at_end: write a checkpoint after the last step, whatever `save_every` says.
-        asynchronous: copy the state in host memory and let training go on while it is written. Off: train on when it
-            is on the disk, which saves the memory of the copy.
-        max_failures: end the run when this many saves in a row could not be written. The last one of a run must be.
+        save_every: optimizer steps between two checkpoints; 0 saves at the end only.
+        keep_last: how many of the newest checkpoints to keep; 0 keeps all. The best one and those of `keep_every` are
+            never deleted and not counted.
+        keep_every: never delete a checkpoint whose step is a multiple of this; 0 has no multiples.
+        save_at_end: save after the last step, whatever `save_every` says.
+        asynchronous: copy the state to host memory, and train while it is written. Off: training waits until the
+            checkpoint is on the disk, which needs no memory for a copy.
+        max_failures: end the run when this many saves in a row have failed. The last save of a run must succeed.
     """
 
     save_every: int = 500

@@ -285,7 +285,7 @@ class CheckpointManager:
             CheckpointError: the parts of the slot are not the parts of this run.
         """
         for skipped, why in damaged.items() if self.world.is_main else ():
-            self.records.event("warning", step=step_of(skipped), reason=f"passed over a checkpoint: {why}")
+            self.records.event("warning", step=step_of(skipped), reason=f"skipped a damaged checkpoint: {why}")
         manifest = restore_parts(slot, self.parts, self.world, self.records)
         expected = self._slot(manifest.step)
         self._is_foreign = slot.with_name(slot.name.removeprefix(".old-")).resolve() != expected.resolve()

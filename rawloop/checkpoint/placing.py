@@ -48,11 +48,11 @@ def set_best(run: Path, slot: Path, record: BestRecord) -> list[str]:
     return _point_best(run, slot, record)
 
 
-def mend_best(run: Path) -> list[str]:
+def repair_best(run: Path) -> list[str]:
     """Make best.json and the link agree after a kill. Returns warnings for the user."""
     slot = find_best(run)
     if slot is None:
-        return [f"{run / BEST} points to a checkpoint that is not there"] if points_nowhere(run) else []
+        return [f"{run / BEST} points to a checkpoint that does not exist"] if points_nowhere(run) else []
     record = best_record(run)
     if record is None:
         return [f"{slot}: neither its manifest nor best.json says which evaluation made it the best"]
@@ -209,13 +209,13 @@ def _clean_up(run: Path, path: Path) -> str:
 
 
 def continue_from(run: Path, step: int) -> list[str]:
-    """Move the slots later than `step` aside, and mend `best`. Returns warnings for the user."""
+    """Move the slots later than `step` aside, and repair `best`. Returns warnings for the user."""
     moved = set_aside(run, step)
-    warnings = [f"going on from step {step}: moved a checkpoint of what was given up to {place}" for place in moved]
-    warnings += mend_best(run)
+    warnings = [f"resuming from step {step}: moved a later checkpoint to {place}" for place in moved]
+    warnings += repair_best(run)
     best = best_record(run)
     if best is not None and best.step > step:
-        warnings.append(f"going on from step {step}: the best checkpoint so far is of step {best.step}")
+        warnings.append(f"resuming from step {step}: the best checkpoint so far is that of step {best.step}")
     return warnings
 
 

@@ -163,7 +163,7 @@ def _check(folder: Path, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output is '{folder}', which cannot be made: {error.strerror}") from error
+        raise UserError(f"output is '{folder}', which cannot be created: {error.strerror}") from error
     for place in (folder, folder / CHECKPOINTS):
         _check_writable(folder, place)
 
@@ -181,7 +181,7 @@ def _check_writable(folder: Path, place: Path) -> None:
 
 def _not_writable(folder: Path, place: Path, error: OSError) -> UserError:
     return UserError(
-        f"output is '{folder}', and nothing can be written into {place}: {error.strerror}; mend its permissions, "
+        f"output is '{folder}', and nothing can be written into {place}: {error.strerror}; fix its permissions, "
         "or pass another --output and go on from this run with --resume CHECKPOINT"
     )
 

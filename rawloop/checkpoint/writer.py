@@ -191,7 +191,7 @@ def _still_there(run: Path) -> str:
         whole = [path.name for path in find_slots(run)]
         best = readable_best(run)
     except OSError as error:
-        return f"What was saved before cannot be seen now: {in_words(error)}"
+        return f"Earlier checkpoints cannot be read now: {in_words(error)}"
     if whole:
         return f"Still there: {', '.join(whole)}; go on from it with --resume latest"
     return f"Still there: {best}; go on from it with --resume {best}" if best else "Nothing was saved yet"
@@ -202,7 +202,7 @@ def _remove_unfinished(temporary: Path) -> str:
     try:
         remove_tree(temporary) if temporary.exists() else None
     except OSError as error:
-        return f". What was written of it is still in {temporary}: {in_words(error)}"
+        return f". The unfinished checkpoint is still in {temporary}: {in_words(error)}"
     return ""
 
 

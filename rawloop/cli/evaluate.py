@@ -113,7 +113,7 @@ def slot_of(run_folder: Path, checkpoint: str) -> Path:
             f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"
         )
     if damage:
-        print(f"rawloop evaluate: passed over a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
+        print(f"rawloop evaluate: skipped a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
     if not (slot / MANIFEST).is_file() and not (slot.is_dir() and is_slot_name(slot)):
         raise UserError(
             f"--checkpoint is '{checkpoint}', which is no checkpoint's folder (it has no {MANIFEST}): say best or "

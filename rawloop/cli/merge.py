@@ -112,7 +112,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output is '{output}', which cannot be made: {error.strerror}") from error
+        raise UserError(f"--output is '{output}', which cannot be created: {error.strerror}") from error
     try:
         yield partial
     except (OSError, SafetensorError) as error:

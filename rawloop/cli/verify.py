@@ -30,7 +30,7 @@ def run(argv: list[str]) -> None:
         print(f"{name:<{width}} {line(found, slot == best)}", flush=True)
     wrong = [f"{len(counts[v])} {v.lower()} ({', '.join(counts[v])})" for v in ("DAMAGED", "unreadable") if v in counts]
     if points_nowhere(folder):
-        wrong.append("best points to a checkpoint that is not there")
+        wrong.append("best points to a checkpoint that does not exist")
     whole = len(counts.get("whole", []))
     if wrong:
         raise CheckpointError(f"{', '.join(wrong)}, {whole} whole")

@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_keeps_the_damaged_on
     damage(run / "checkpoints" / "step-00000004" / name)
     assert go(replace(trained, output=str(run), resume="latest")) == 3
     told = [event["reason"] for event in read_events(run) if event["kind"] == "warning"]
-    assert any(text.startswith("passed over a checkpoint: ") and Path(name).name in text for text in told)
+    assert any(text.startswith("skipped a damaged checkpoint: ") and Path(name).name in text for text in told)
     assert (run / "checkpoints" / "discarded" / "step-00000004").is_dir()
     assert verify(run / "checkpoints" / "step-00000004").step == 4  # trained once more
     named = replace(trained, output=str(tmp_path / "other"), resume=str(run / "checkpoints/discarded/step-00000004"))
@@ -139,7 +139,7 @@ def test_a_read_only_folder_is_told_before_a_model_is_loaded_and_can_be_resumed_
     lock(run.parent, locked=True)
     with monkeypatch.context() as patch:
         patch.setattr("rawloop.components.load_family", None)  # not needed
-        with pytest.raises(UserError, match=r"^output is '.*/locked/new', which cannot be made: Permission denied"):
+        with pytest.raises(UserError, match=r"^output is '.*/locked/new', which cannot be created: Permission denied"):
             go(replace(trained, output=str(run.parent / "new")))
         with pytest.raises(UserError, match=r"^output is '.*', and nothing can be written into .*/run: Permission den"):
             go(replace(trained, output=str(run), resume="latest"))
@@ -203,7 +203,7 @@ def test_a_folder_that_becomes_unreadable_is_said_in_words(tmp_path: Path, place
         told = [event["reason"] for event in read_events(tmp_path / "run") if event["kind"] == "warning"]
         assert told[0].startswith("cannot save step-00000002 at step 2 in ")
         assert "there is no permission to write there" in told[0]
-        assert ". What was saved before cannot be seen now: there is no permission" in told[0]
+        assert ". Earlier checkpoints cannot be read now: there is no permission" in told[0]
         manager.save(3)
         manager.close()
     assert verify(tmp_path / "run" / "checkpoints" / "step-00000003").step == 3

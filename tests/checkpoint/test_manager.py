@@ -576,8 +576,8 @@ def test_start_tidies_up_and_mends_best_json(tmp_path: Path) -> None:
     assert (tmp_path / "best.json").exists()
     assert reasons(tmp_path, "warning") == [
         "removed .tmp-step-00000008, left by a run that ended while saving",
-        f"going on from step 5: moved a checkpoint of what was given up to {aside}",
-        "going on from step 5: the best checkpoint so far is of step 7",
+        f"resuming from step 5: moved a later checkpoint to {aside}",
+        "resuming from step 5: the best checkpoint so far is that of step 7",
     ]
     (tmp_path / "best" / "MANIFEST.json").write_text("")
     with opened(tmp_path) as manager:

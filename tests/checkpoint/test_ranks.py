@@ -170,7 +170,8 @@ def test_loading_on_more_ranks_than_saved_where_one_finds_damage(tmp_path: Path,
     assert first["loaded"][2] == drawn
     assert second["loaded"][2] != drawn
     said = {(event["rank"], event["kind"]): event["reason"] for home in homes for event in read_events(home / run)}
-    assert "passed over a checkpoint: rank 1: run/checkpoints/step-00000002: state/counter.json" in said[0, "warning"]
+    skipped = "skipped a damaged checkpoint: rank 1: run/checkpoints/step-00000002: state/counter.json"
+    assert skipped in said[0, "warning"]
     assert said[1, "restore"] == "this rank has no stored state of rng and starts afresh: 1 rank(s) wrote it"
 
 

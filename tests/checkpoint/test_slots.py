@@ -284,7 +284,7 @@ def test_a_best_that_is_set_aside_and_killed_between_is_still_the_best(
         assert best is not None
         assert value_in(best) == 0.5
     placing.clean_up(tmp_path)
-    assert placing.mend_best(tmp_path) == []
+    assert placing.repair_best(tmp_path) == []
     assert pointed(tmp_path) == "checkpoints/discarded/step-00000030"
 
 
@@ -302,19 +302,19 @@ def test_best_json_and_the_link_are_made_to_agree(tmp_path: Path, damaged: str, 
     best = slots.find_best(tmp_path)
     assert best is not None
     assert value_in(best) == 0.25
-    assert placing.mend_best(tmp_path) == []
+    assert placing.repair_best(tmp_path) == []
     assert pointed(tmp_path) == "checkpoints/step-00000005"
     assert (tmp_path / "best.json").read_bytes() == before
 
 
 def test_a_best_that_is_gone_or_damaged_is_said(tmp_path: Path) -> None:
-    assert placing.mend_best(tmp_path) == []
+    assert placing.repair_best(tmp_path) == []
     slot = write_best(tmp_path, 5, 0.25)
     (slot / "MANIFEST.json").write_text("")
-    assert placing.mend_best(tmp_path) == [f"the best checkpoint, {slot}, is damaged: its manifest cannot be read"]
+    assert placing.repair_best(tmp_path) == [f"the best checkpoint, {slot}, is damaged: its manifest cannot be read"]
     assert slots.best_record(tmp_path) == record(5, 0.25)  # best.json says it too
     slot.rename(tmp_path / "elsewhere")
-    assert placing.mend_best(tmp_path) == [f"{tmp_path / 'best'} points to a checkpoint that is not there"]
+    assert placing.repair_best(tmp_path) == [f"{tmp_path / 'best'} points to a checkpoint that does not exist"]
     assert slots.find_best(tmp_path) is None
 
 

@@ -93,7 +93,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         (["--resume", "TMP/none"], r"resume is '.*/none', which is no folder: name a checkpoint's folder, such as"),
         (["--resume", ""], r"resume is empty: say 'latest' or 'auto', or name a checkpoint's folder"),
         (["--output", "TMP/run.yaml"], r"output is '.*/run\.yaml', which is a file: name a folder"),
-        (["--output", "TMP/run.yaml/x"], r"output is '.*', which cannot be made: Not a directory"),
+        (["--output", "TMP/run.yaml/x"], r"output is '.*', which cannot be created: Not a directory"),
         (["--data.train", "TMP/none"], r".*/none does not exist: give a folder with metadata\.json, or a JSON or JS"),
         (["--data.train", "TMP/run"], r".*/run has neither metadata\.json nor a \.jsonl file"),
         (["--data.train", "null"], r"data\.train is not set: give a folder with metadata\.json or a JSONL file$"),

@@ -226,7 +226,7 @@ def test_evaluate_verifies_what_it_loads(door: Door, trained: Path, tmp_path: Pa
     assert "adapter_model.safetensors" in done.err.splitlines()[-1]
     done = door("evaluate", "--config", trained / "run.yaml", "--output", run, "--checkpoint", "latest")
     assert done.code == 0
-    assert "passed over a damaged checkpoint: " in done.err
+    assert "skipped a damaged checkpoint: " in done.err
     assert json.loads(done.out)["eval_loss"] == losses_of(run)[2]
 
 

@@ -98,7 +98,7 @@ def test_damage_is_named(door: Door, run: Path, slot: str, damage: Callable[[Pat
 def test_a_best_that_is_no_checkpoint_any_more_is_damage(door: Door, run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / BEST)
     done = door("verify", run)
-    said = "rawloop verify: best points to a checkpoint that is not there, 3 whole\n"
+    said = "rawloop verify: best points to a checkpoint that does not exist, 3 whole\n"
     assert (done.code, done.err) == (1, said)
 
 
