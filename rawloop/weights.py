@@ -116,14 +116,12 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
         for name in sorted(kept["kept"].keys() & named.keys()):
             named[name].data.copy_(kept["kept"][name])
         notices.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
-    elif kept.get("kept"):
-        notices.append("the checkpoint's weights are in 16 bits and are taken so; its residuals are not taken")
     if source.damage:
         notices.append(f"skipped a damaged checkpoint: {source.damage}")
-    place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which no manifest vouches for"
+    place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which has no manifest"
     return [
         f"weights from {place} (digest {source.digest[:16]}); counters, optimizer, schedule, random streams and best "
-        "value begin anew",
+        "value start anew",
         *notices,
     ]
 
@@ -132,5 +130,5 @@ def _check_base(source: Source, base: BaseFingerprint) -> list[str]:
     stored, unchecked = stored_fingerprint(source.folder)
     if unchecked:
         return [f"the base model could not be compared with that of {source.folder}: {unchecked}"]
-    base.check_base(stored)
+    base.load_state_dict(stored)
     return [base.notice] if base.notice else []

@@ -655,7 +655,7 @@ def test_frozen_weights_have_a_fingerprint(adapted: Callable[..., nn.Module]) ->
         changed.get_parameter("base_model.model.model.norm.weight").add_(1e-3)
     stored = BaseFingerprint(adapted(**LORA), "owner/base", "abc").state_dict()
     origin = {"path": "owner/base", "revision": "abc", "config": stored["config"], "seed": 0}
-    assert stored == {"digest": third.digest, "weights": third.weights, **origin}
+    assert stored == {"weights": third.weights, **origin}
     known = str(stored["config"])[:12]
     said = rf"it was 'owner/base' \(revision abc, config {known}\), this is 'other' \(revision None, config {known}\)"
     with pytest.raises(UserError, match=f"frozen weights are not those that the checkpoint was trained on: {said}"):
@@ -667,12 +667,8 @@ def test_one_number_anywhere_in_the_frozen_weights_is_noticed(adapted: Callable[
     changed = adapted(**LORA)
     with torch.no_grad():
         changed.get_parameter("base_model.model.model.embed_tokens.weight")[-1, -1] += 1e-3
-    other = BaseFingerprint(changed)
-    assert other.digest == stored["digest"]  # which is of the first numbers only
     with pytest.raises(UserError, match="frozen weights are not those that the checkpoint was trained on"):
-        other.load_state_dict(stored)
-    del stored["weights"]  # as a checkpoint that was written before holds it
-    other.load_state_dict(stored)
+        BaseFingerprint(changed).load_state_dict(stored)
 
 
 def test_a_fingerprint_is_of_the_base_with_or_without_adapter_in_any_dtype(family: Family) -> None:

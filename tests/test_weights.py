@@ -97,7 +97,7 @@ def test_the_weights_are_taken_and_nothing_else(first: RunConfig, form: str) -> 
     (line,) = [line for line in said if line.startswith("weights from ")]
     assert re.fullmatch(
         rf"weights from {slot} at step {step} \(digest \w{{16}}\); counters, optimizer, schedule, random streams and "
-        "best value begin anew",
+        "best value start anew",
         line,
     )
     (event,) = [event for event in read_events(folder) if "init_from" in event]
@@ -120,7 +120,7 @@ def test_an_adapter_that_was_copied_is_taken(first: RunConfig, tmp_path: Path) -
     shutil.copytree(Path(first.output) / "best" / "adapter", tmp_path / "copy")
     _, said = finish(second(first, str(tmp_path / "copy")))
     expected, _ = finish(second(first, f"{first.output}/best", output=f"{tmp_path}/other"))
-    assert any(f"weights from {tmp_path}/copy, which no manifest vouches for (digest" in line for line in said)
+    assert any(f"weights from {tmp_path}/copy, which has no manifest (digest" in line for line in said)
     ours, theirs = content(Path(f"{first.output}-second")), content(Path(expected.records.folder))
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] != theirs[name]} == {

@@ -36,11 +36,8 @@ class BaseFingerprint:
         full: whether to compute `sums`, which reads all numbers. One process of a machine does it for the others.
 
     Attributes:
-        digest: of names, shapes and the first numbers of every frozen weight.
         sums: checksum of every parameter and buffer, by name; see `checksum`. Empty until they are computed or shared.
     """
-
-    SAMPLE = 64  # numbers per weight in `digest`
 
     def __init__(
         self, model: nn.Module, path: str = "", revision: str | None = None, seed: int = 0, *, full: bool = True
@@ -51,12 +48,7 @@ class BaseFingerprint:
         with ThreadPoolExecutor(_usable_cores()) as pool:  # zlib releases the GIL
             sums = pool.map(checksum, tensors.values()) if full else ()
             self.sums = dict(zip(tensors, sums, strict=full))
-        digest, named = hashlib.sha256(), dict(model.named_parameters())
-        for name, parameter in named.items():
-            if not parameter.requires_grad:
-                numbers = parameter.detach().flatten()[: self.SAMPLE].float()
-                digest.update(f"{name} {tuple(parameter.shape)} {numbers.tolist()}\n".encode())
-        self.digest = digest.hexdigest()
+        named = dict(model.named_parameters())
         of_base = [name for name in tensors if not any(mark in name for mark in ADAPTERS)]
         trained = {name for name, weight in named.items() if weight.requires_grad}
         # A checkpoint holds the buffers of a base model that is trained, so they are no part of its fingerprint.
@@ -80,28 +72,23 @@ class BaseFingerprint:
         self.sums = next((sums for sums in reversed(shares[: world.rank + 1]) if sums), {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the digests and the origin of the weights."""
-        return {"digest": self.digest, "weights": self.weights, **self.origin}
+        """Return the digest and the origin of the weights."""
+        return {"weights": self.weights, **self.origin}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained on other weights."""
-        if state["digest"] != self.digest:
-            raise self._other_weights(state)
-        self.check_base(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare the frozen weights with those of a checkpoint.
 
-    def check_base(self, state: Mapping[str, Any]) -> None:
-        """Compare the base models only: there may be another adapter on them, or none."""
-        if self.sums and state.get("weights", self.weights) != self.weights:
-            raise self._other_weights(state)
+        Raises:
+            UserError: they differ. A process without `sums` does not compare them.
+        """
+        if self.sums and state["weights"] != self.weights:
+            raise UserError(
+                f"the frozen weights are not those that the checkpoint was trained on: it was {_origin(state)}, this "
+                f"is {_origin(self.origin)}: point model.path (and model.revision) at the same base model, and freeze "
+                "the same weights"
+            )
         if state["config"] != self.origin["config"]:
             self.notice = f"the base model's config has changed, its weights have not: {_origin(state)} then"
-
-    def _other_weights(self, state: Mapping[str, Any]) -> UserError:
-        return UserError(
-            f"the frozen weights are not those that the checkpoint was trained on: it was {_origin(state)}, this "
-            f"is {_origin(self.origin)}: point model.path (and model.revision) at the same base model, and freeze "
-            "the same weights"
-        )
 
 
 def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:

@@ -69,7 +69,7 @@ def load_base(
     if unchecked:
         return base, f"that {path} is the base model of {adapter} could not be checked: {unchecked}"
     own = BaseFingerprint(base.requires_grad_(False), path, revision)
-    own.check_base(stored)
+    own.load_state_dict(stored)
     return base, own.notice
 
 

@@ -94,7 +94,7 @@ class CheckpointManager:
         self._hold_lock()
         (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         sync(self.folder)
-        self._warn(step, *placing.clean_up(self.folder), *placing.adopt_best(self.folder, step))
+        self._warn(step, *placing.clean_up(self.folder), *placing.adopt_best(self.folder))
 
     def _warn(self, step: int, *warnings: str) -> None:
         """Record the warnings that have not been recorded before."""

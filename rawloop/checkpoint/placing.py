@@ -41,7 +41,7 @@ def set_best(run: Path, slot: Path, record: BestRecord) -> list[str]:
     The previous best becomes an ordinary slot. If its value is better, as after a change of the metric, it is moved to
     `discarded/`, where rotation does not delete it.
     """
-    adopt_best(run, record.step)
+    adopt_best(run)
     before, was = find_best(run), best_record(run)
     if before not in (None, slot) and before.parent == run / CHECKPOINTS and not record.reaches(was):
         _move(run, before, _free_place(run, before.name))
@@ -91,11 +91,10 @@ def _link_best(run: Path, slot: Path) -> list[str]:
     return []
 
 
-def adopt_best(run: Path, step: int) -> list[str]:
-    """Replace a folder `best` by a slot that `best` points to; see `best_is_folder`. Returns warnings for the user.
+def adopt_best(run: Path) -> list[str]:
+    """Replace a folder `best` by a link; see `best_is_folder`. Returns warnings for the user.
 
-    A copy of the best slot is deleted. Another folder becomes the slot of its step, or is moved to `discarded/` if that
-    name is taken or the run continues from an earlier step.
+    A copy of the best slot is deleted. Any other folder is moved to `discarded/`, and `best` points to it there.
     """
     if not best_is_folder(run):
         return []
@@ -104,11 +103,8 @@ def adopt_best(run: Path, step: int) -> list[str]:
     if record is not None and manifest == manifest_of(slot) and slot.parent != run and _is_whole(slot):
         remove_tree(run / BEST)
         return [f"removed {run / BEST}, a copy of {slot}", *_link_best(run, slot)]
-    place = run / CHECKPOINTS / slot_name(manifest.step if manifest else 0)
-    if manifest is None or manifest.step > step or place.exists():
-        place = _free_place(run, place.name if manifest else BEST)
-    _move(run, run / BEST, place)
-    return [f"moved {run / BEST}, a folder of an older version of rawloop, to {place}"]
+    place = _move(run, run / BEST, _free_place(run, slot_name(manifest.step) if manifest else BEST))
+    return [f"moved {run / BEST}, a folder where a link must be, to {place}"]
 
 
 def _is_whole(slot: Path) -> bool:

@@ -1,5 +1,6 @@
 """Chooses the checkpoint to restore, the same on all ranks, and restores it."""
 
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from os.path import expanduser
 from pathlib import Path
@@ -147,7 +148,7 @@ def restore_parts(slot: Path, parts: Parts, world: World, records: Records) -> M
     manifest = world.on_all_ranks(check)
     assert manifest is not None
     for turn in range(1 + max(world.gather(world.local_rank))):
-        world.on_all_ranks(lambda turn=turn: _restore(slot, manifest, parts, turn, world, records))  # type: ignore[misc]
+        world.on_all_ranks(partial(_restore, slot, manifest, parts, turn, world, records))
     return manifest
 
 

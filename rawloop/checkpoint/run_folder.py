@@ -165,18 +165,13 @@ def _check(folder: Path, resume: bool) -> None:
     except OSError as error:
         raise UserError(f"output is '{folder}', which cannot be created: {error.strerror}") from error
     for place in (folder, folder / CHECKPOINTS):
-        _check_writable(folder, place)
-
-
-def _check_writable(folder: Path, place: Path) -> None:
-    """Refuse a read-only folder before the model is loaded, which takes minutes. The trial file has no name."""
-    try:
-        with TemporaryFile(dir=place):
-            pass
-    except FileNotFoundError:
-        pass  # there is no folder of checkpoints yet
-    except OSError as error:
-        raise _not_writable(folder, place, error) from error
+        try:
+            with TemporaryFile(dir=place):  # finds a read-only folder before the model is loaded, which takes minutes
+                pass
+        except FileNotFoundError:
+            pass  # there is no folder of checkpoints yet
+        except OSError as error:
+            raise _not_writable(folder, place, error) from error
 
 
 def _not_writable(folder: Path, place: Path, error: OSError) -> UserError:

@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is saved is what was there, failures are told, and nothing is left behind."""
+"""Asynchronous saves: a checkpoint has the state of its step, failures are reported, and nothing is left behind."""
 
 import subprocess
 import sys
@@ -68,10 +68,10 @@ class Saving:
     def names(self) -> list[str]:
         return [slot.name[-1] for slot in find_slots(self.run)]
 
-    def told(self, kind: str) -> list[str]:
+    def reasons(self, kind: str) -> list[str]:
         return [event["reason"] for event in read_events(self.run) if event["kind"] == kind]
 
-    def settle(self) -> None:
+    def wait_and_report(self) -> None:
         """Wait, then report, as the loop's next step does."""
         self.manager.newest()
         self.manager.poll()
@@ -104,11 +104,11 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(saving: Saving, t
     assert saving.names() == []  # not written yet, and training goes on
     saving.weights.tensor += 1
     saving.manager.poll()
-    assert saving.told("save") == []
+    assert saving.reasons("save") == []
     saving.gate.open.set()
-    saving.settle()
+    saving.wait_and_report()
     assert saving.names() == ["1"]
-    assert len(saving.told("save")) == 1
+    assert len(saving.reasons("save")) == 1
     with opened(tmp_path) as again:
         again.manager.load()
         assert torch.equal(again.weights.tensor, torch.ones(1000))
@@ -119,7 +119,7 @@ def test_best_points_to_a_checkpoint_once_that_is_written(saving: Saving) -> Non
     assert saving.gate.copies == 1
     assert find_best(saving.run) is None
     saving.gate.open.set()
-    saving.settle()
+    saving.wait_and_report()
     assert find_best(saving.run) == find_slots(saving.run)[0]
 
 
@@ -160,15 +160,15 @@ def test_a_save_waits_for_the_one_before(saving: Saving) -> None:
     assert waited[1] > 0.2 > waited[0]
 
 
-def test_failures_are_told_and_end_the_run_when_there_are_too_many_in_a_row(saving: Saving) -> None:
+def test_failures_are_reported_and_too_many_in_a_row_end_the_run(saving: Saving) -> None:
     saving.gate.open.set()
     saving.manager.save(1)
-    saving.settle()
+    saving.wait_and_report()
     saving.gate.refuses = True
     for step in (2, 3):
         saving.manager.save(step)
-        saving.settle()
-    warnings = saving.told("warning")
+        saving.wait_and_report()
+    warnings = saving.reasons("warning")
     assert len(warnings) == 2
     assert warnings[1].startswith("cannot save step-00000003 at step 3 in ")
     assert "no space is left on the disk. Still there: step-00000001; go on from it with --resume latest" in warnings[1]
@@ -177,11 +177,11 @@ def test_failures_are_told_and_end_the_run_when_there_are_too_many_in_a_row(savi
     assert verify(find_slots(saving.run)[0]).step == 1
     saving.gate.refuses = False
     saving.manager.save(4)
-    saving.settle()
+    saving.wait_and_report()
     saving.gate.refuses = True
     for step in (5, 6):
         saving.manager.save(step)
-        saving.settle()
+        saving.wait_and_report()
     saving.manager.save(7)
     saving.manager.newest()
     with pytest.raises(CheckpointError, match="cannot save step-00000007"):
@@ -201,11 +201,11 @@ def test_the_last_save_must_succeed(saving: Saving) -> None:
 def test_a_best_model_that_could_not_be_written_is_known(saving: Saving) -> None:
     saving.gate.open.set()
     saving.manager.save(1, best=best(1, 0.5))
-    saving.settle()
+    saving.wait_and_report()
     assert saving.manager.best_record() == best(1, 0.5)
     saving.gate.refuses = True
     saving.manager.save(2, best=best(2, 0.4))
-    saving.settle()
+    saving.wait_and_report()
     assert saving.manager.best_record() == best(1, 0.5)
     slot = find_best(saving.run)
     assert slot is not None
@@ -216,19 +216,19 @@ def test_a_best_model_that_could_not_be_written_is_known(saving: Saving) -> None
         saving.manager.finish()
 
 
-def test_closing_finishes_what_was_begun_and_tells_what_became_of_it(saving: Saving) -> None:
+def test_closing_waits_for_a_running_save_and_reports_it(saving: Saving) -> None:
     saving.manager.save(1)
     timer = threading.Timer(0.2, saving.gate.open.set)
     timer.start()
     saving.manager.close()
     timer.join()
     assert verify(find_slots(saving.run)[0]).step == 1
-    assert len(saving.told("save")) == 1
+    assert len(saving.reasons("save")) == 1
     saving.gate.refuses = True
     for step in (2, 3, 4):
         saving.manager.save(step)
         saving.manager.close()  # the run is ending by an error of its own: this one does not hide it
-    assert len(saving.told("warning")) == 3
+    assert len(saving.reasons("warning")) == 3
 
 
 def test_closing_is_not_silent_where_the_event_cannot_be_written_either(
@@ -263,7 +263,7 @@ def test_the_memory_of_a_copy_is_used_again_once_it_is_written(saving: Saving) -
         assert torch.equal(saving.weights.tensor, torch.full((1000,), float(value)))
 
 
-def test_a_save_that_was_begun_is_finished_however_a_foreign_script_ends(tmp_path: Path) -> None:
+def test_a_running_save_is_finished_however_a_script_ends(tmp_path: Path) -> None:
     script, cases = Path(__file__).parent / "exits.py", ("end", "exit", "exception", "interrupt", "full disk")
     done = subprocess.run(
         [sys.executable, script, tmp_path, *cases], capture_output=True, text=True, check=True, timeout=120

@@ -246,11 +246,12 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
         assert manager.best_record() == best(1, 0.5)
         manager.start(2)
         assert reasons(tmp_path, "warning") == [
-            f"moved {tmp_path / 'best'}, a folder of an older version of rawloop, to {slot}"
+            f"moved {tmp_path / 'best'}, a folder where a link must be, to {slot.parent / 'discarded' / slot.name}"
         ]
         manager.save(3, best=best(3, 0.25))
     assert (tmp_path / "best").resolve().name == "step-00000003"
-    assert names(tmp_path) == ["step-00000003", "step-00000002", "step-00000001"]
+    assert names(tmp_path) == ["step-00000003", "step-00000002"]
+    assert (slot.parent / "discarded" / slot.name).is_dir()
 
 
 def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:

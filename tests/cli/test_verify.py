@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from rawloop.checkpoint import audit, placing, slots
+from rawloop.checkpoint import placing, slots
 from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.slots import verify
 from rawloop.checkpoint.writer import Contents, write_slot
+from rawloop.cli import verify as command
 from rawloop.errors import CheckpointError
 
 Door = Callable[..., Any]
@@ -155,13 +156,14 @@ def test_a_slot_that_is_deleted_or_replaced_meanwhile_is_not_damaged(
         shutil.rmtree(slot)
         raise CheckpointError("state/x.json is missing")
 
-    monkeypatch.setattr(audit, "verify", disturbed)
+    monkeypatch.setattr(command, "verify", disturbed)
     meddle = replace
-    found = audit.examine(run / "checkpoints" / BEST)
-    assert (found.verdict, found.step, len(calls)) == ("whole", 5, 2)
+    found = command.examine(run / "checkpoints" / BEST)
+    assert found.manifest is not None
+    assert (found.verdict, found.manifest.step, len(calls)) == ("whole", 5, 2)
     calls.clear()
     meddle = delete
-    assert audit.examine(run / "checkpoints" / BEST).verdict == "gone"
+    assert command.examine(run / "checkpoints" / BEST).verdict == "gone"
 
 
 def test_a_reader_that_has_ended_is_no_damage(run: Path) -> None:
