@@ -45,12 +45,10 @@ class NamedOptimizerState:
     ) -> None:
         if not isinstance(optimizer, Optimizer) or not callable(named):
             raise UserError(
-                f"NamedOptimizerState takes an optimizer and what can be called for its parameters, such as "
-                f"model.named_parameters without parentheses: it got {type(optimizer).__name__} and "
-                f"{type(named).__name__}"
+                "NamedOptimizerState takes an optimizer and a function that returns its named parameters, such as "
+                f"model.named_parameters without (): it got {type(optimizer).__name__} and {type(named).__name__}"
             )
-        self.optimizer, self.named = optimizer, named
-        self.restore_options = restore_options
+        self.optimizer, self.named, self.restore_options = optimizer, named, restore_options
 
     def _groups(self) -> list[dict[str, nn.Parameter]]:
         """Return the parameters of each group by name.
@@ -82,16 +80,14 @@ class NamedOptimizerState:
         Raises:
             UserError: the optimizer has state, or trains parameters, without a name.
         """
-        groups = self._groups()
-        state = self.optimizer.state
+        groups, state = self._groups(), self.optimizer.state
+        stored = []
+        for named, group in zip(groups, self.optimizer.param_groups, strict=True):
+            options = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+            shapes = {name: list(p.shape) for name, p in named.items()}
+            stored.append({"params": shapes, "options": options if self.restore_options else {}})
         return {
-            "groups": [
-                {
-                    "params": {name: list(p.shape) for name, p in named.items()},
-                    "options": _options(group) if self.restore_options else {},
-                }
-                for named, group in zip(groups, self.optimizer.param_groups, strict=True)
-            ],
+            "groups": stored,
             "state": {name: dict(state[p]) for named in groups for name, p in named.items() if state.get(p)},
         }
 
@@ -116,10 +112,6 @@ class NamedOptimizerState:
         step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         places = {key: step if key == "step" else parameter.device for key in values}
         return {key: _placed(value, places[key]) for key, value in values.items()}
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _set_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:
