@@ -320,7 +320,7 @@ def test_what_cannot_be_saved_is_refused_when_it_is_opened(tmp_path: Path) -> No
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"model": net().requires_grad_(False)}, "the Sequential that is to be saved trains nothing"),
         ({"model": net().state_dict()}, "a model of the checkpoints is a Tensor: pass modules, or state as `extra`"),
-        ({"optimizer": stranger}, "2 of the 2 parameters that the optimizer trains are not among"),
+        ({"optimizer": stranger}, "2 of the 2 parameters that the optimizer trains have no name in"),
         ({"scheduler": MultiStepLR(stranger, [1])}, "scheduler sets the learning rate of an optimizer that is not sav"),
         ({"extra": {"epoch": 1, "net": net()}}, "the part 'epoch' of a checkpoint is a int"),
         ({"extra": {"f": open}}, "state at /f is a builtins.builtin_function_or_method"),

@@ -120,5 +120,5 @@ class BestTracker:
                 f"{self.metric} ({self.mode}): set evaluation.best_metric and best_mode back, or start "
                 "another run from these weights with --init_from CHECKPOINT --output NEW"
             )
-        self.value, self.step, self.considered = state["value"], state["step"], state["considered"]
-        self.worse_in_a_row = state["worse_in_a_row"]
+        self.value, self.step, self.worse_in_a_row = state["value"], state["step"], state["worse_in_a_row"]
+        self.considered = state.get("considered")

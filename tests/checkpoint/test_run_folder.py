@@ -69,7 +69,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(UserError, match="is a file"):
         claim_run_folder(tmp_path / "x", World(), resume=False)
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         claim_run_folder(tmp_path / "x" / "y", World(), resume=True)
 
 
