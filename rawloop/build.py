@@ -1,7 +1,7 @@
-"""Assembly: small functions that turn a `RunConfig` into the finished objects that the loop receives.
+"""Builds the objects that the loop receives from a `RunConfig`.
 
-Order matters twice: the precision policy casts weights before DDP and the optimizer exist, and random streams are
-restored last, because building things draws from them.
+The order matters twice. The precision policy casts the weights before DDP and the optimizer exist. Random streams are
+restored last, because building draws from them.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ from rawloop.losses import LossModule, Meter
 from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision.policy import PrecisionPolicy
-from rawloop.precision.preflight import preflight
+from rawloop.precision.preflight import Trial, preflight
 from rawloop.records import Records, check_packages
 from rawloop.resume import Start, choose_start, goes_back, restore
 from rawloop.seed import RngState
@@ -56,10 +56,12 @@ Say = Callable[[str], None]
 
 
 def build_run(config: RunConfig, world: World, say: Say) -> Run:
-    """Build a run, and restore it from a checkpoint if the config asks for it. `say` prints a line on rank 0.
+    """Build a run, and restore it from a checkpoint if the config says so. `say` prints a line on rank 0.
 
-    What cannot work in config, data or model is a UserError on all ranks, before anything is trained or written over.
-    Other errors are a CheckpointError (damaged, or it does not fit) and Preempted (this launch was told to stop).
+    Raises:
+        UserError: config, data or model are wrong; on all ranks, before anything is trained or overwritten.
+        CheckpointError: the checkpoint is damaged, or does not fit the run.
+        Preempted: torchrun has restarted a run that was stopped on purpose.
     """
     folder = Path(expanduser(config.output))
     check_settings_of_ranks(config, world)
@@ -76,24 +78,12 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
 
 
 def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: Start) -> Run:
-    # Local work first and under one agreement; whatever needs all ranks together comes after it.
     precision = world.from_main(stored_part(start.slot, "precision", tensors=False) if start.slot else None)
-    ready = world.on_all_ranks(partial(_prepare_run, config, world, say, precision, start.source))
-    assert ready is not None
-    ready.contents.check_ranks(ready.base, world)
-    modes = world.gather(ready.policy.name)
-    if len(set(modes)) > 1:
-        raise UserError(
-            f"precision.mode '{config.precision.mode}' became {modes} on ranks of different hardware: name "
-            "one mode for all"
-        )
-    ready.module.train()
-    trial = preflight(ready.policy, ready.first_loss)
-    say(f"precision: {ready.policy.name} ({ready.policy.reason})")
+    ready, trial = _prepare(config, world, say, precision, start.source)
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
-    if not goes_back(folder, config.resume):  # a restart must go back again until later checkpoints are aside
+    if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, ddp, start, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
@@ -113,7 +103,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
 
 @dataclass
 class Ready:
-    """The objects that one rank makes on its own, before the ranks do anything together."""
+    """The objects that a rank builds without the other ranks."""
 
     data: Data
     contents: Contents
@@ -133,7 +123,7 @@ class Ready:
         return self.loaders["data.train"]
 
     def examples(self, start: int, stop: int) -> list[list[Any]]:
-        """Make the examples of this rank's micro-batches from one number up to another, as far as the data goes."""
+        """Return the examples of this rank's micro-batches `start` to `stop`; fewer at the end of the data."""
         groups: list[list[Any]] = []
         for number in range(start, stop):
             window, micro = divmod(number, self.plan.accumulation)
@@ -142,7 +132,7 @@ class Ready:
         return groups
 
     def first_loss(self) -> Tensor:
-        """The sum of the first micro-batch's losses, for the trial of the precision mode. Ids are checked before."""
+        """Check the first micro-batch's ids and return the sum of its losses, for the trial of the precision mode."""
         self.limits.learn(self.data.family, self.model, self.policy.device, self.policy.autocast)
         first = self.train.batches.made(self.plan.micro_batches(0)[0])[1]
         return trial_loss(self.module, first, self.policy.device)
@@ -152,7 +142,26 @@ class Ready:
         return run_checks(config.checks, self.data.family, self.module, self.examples, self.policy.autocast, world)
 
 
-def _prepare_run(
+def _prepare(
+    config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None, source: Source | None
+) -> tuple[Ready, Trial]:
+    """Build what needs no other rank, under one agreement. Then compare it over the ranks, and try one pass."""
+    ready = world.on_all_ranks(partial(_prepare_rank, config, world, say, precision, source))
+    assert ready is not None
+    ready.contents.check_ranks(ready.base, world)
+    modes = world.gather(ready.policy.name)
+    if len(set(modes)) > 1:
+        raise UserError(
+            f"precision.mode '{config.precision.mode}' became {modes} on ranks of different hardware: name "
+            "one mode for all"
+        )
+    ready.module.train()
+    trial = preflight(ready.policy, ready.first_loss)
+    say(f"precision: {ready.policy.name} ({ready.policy.reason})")
+    return ready, trial
+
+
+def _prepare_rank(
     config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None, source: Source | None
 ) -> Ready:
     if config.ddp.static_graph and config.train.accumulation > 1:
@@ -196,7 +205,7 @@ def _prepare_run(
 
 
 def beyond_the_end(config: RunConfig, total: int) -> Iterator[str]:
-    """Yield a line for each setting that a run of so many steps ends before. A short trial of a long run has them."""
+    """Yield a line for each setting that has no effect because the run ends earlier, as in a short trial."""
     optim, evaluation = config.optim, config.evaluation
     if optim.warmup_steps > total:
         yield (
@@ -211,10 +220,9 @@ def beyond_the_end(config: RunConfig, total: int) -> Iterator[str]:
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
-    """Check a new run's labels, first loss and causality, before anything of a run stands in its folder.
+    """Check a new run's labels, first loss and causality. If they stop the run, its folder has only a census.
 
-    So the same command, with a key that lets a finding pass, can be given again. A run that is stopped leaves its
-    census behind.
+    So the command can be given again, with a key that allows the finding.
     """
     if not config.checks.enabled:
         return None
@@ -227,21 +235,17 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
 
 
 def check_run(config: RunConfig, world: World) -> Report:
-    """Run the checks of a new run and nothing else: what they find is returned, whatever it is, and written nowhere."""
+    """Run only the checks of a new run. Return their findings, and write nothing."""
     check_settings_of_ranks(config, world)
     source = find_source(config.init_from, world) if config.init_from else None
-    ready = world.on_all_ranks(partial(_prepare_run, config, world, lambda line: None, None, source))
-    assert ready is not None
-    ready.contents.check_ranks(ready.base, world)
-    ready.module.train()
-    preflight(ready.policy, ready.first_loss)
+    ready, _ = _prepare(config, world, lambda line: None, None, source)
     return ready.check(config, world)
 
 
 def _assemble(
     config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig, start: Start, buffers: MovingBuffers
 ) -> Run:
-    # It may refuse; records make a run of the folder.
+    # Before the records, which make a run of the folder: it may refuse the model.
     model = ModelFiles(ready.model, ready.data.family.load_model, ready.base, buffers.places)
     policy, records = ready.policy, Records(folder, world, config.records)
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None

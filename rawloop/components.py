@@ -1,9 +1,9 @@
-"""The components that a run, an evaluation and an inspection are built from: each function makes one of them."""
+"""The components that a run, an evaluation and an inspection are built from. Each function builds one of them."""
 
 import operator
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from rawloop.data.limits import Limits
 from rawloop.data.samples import shared
 from rawloop.data.splits import load_samples, no_codes, open_codes
 from rawloop.dist import World, unwrap_ddp
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import RawloopError, UserError, first_few
 from rawloop.evaluate import Evaluator
 from rawloop.families import load_family
 from rawloop.families.sample_checks import check_repeatable
@@ -39,7 +39,7 @@ from rawloop.weights import Source, load_weights
 
 
 def build_family(config: RunConfig) -> Family:
-    """Return the family of the configured model, told how to make batches, or refuse what it cannot do."""
+    """Return the family of the configured model. Refuse settings that it does not support."""
     import_torchaudio()
     family = load_family(config.model)
     check_streams(config, family)
@@ -54,19 +54,19 @@ def build_family(config: RunConfig) -> Family:
 
 
 def check_streams(config: RunConfig, family: Family) -> None:
-    """Refuse a family that does not weigh its streams as the config says."""
+    """Refuse a family whose stream weights are not those of the config."""
     for stream, weight in config.model.stream_weights.items():
-        own = family.stream_weights.get(stream, 0.0)
-        if own != weight:
+        used = family.stream_weights.get(stream, 0.0)
+        if used != weight:
             raise UserError(
                 f"model.stream_weights.{stream} is {weight:g}, and the family {type(family).__name__} weighs it "
-                f"{own:g} (it has {dict(family.stream_weights)}): a family takes them from its config"
+                f"{used:g} (it has {dict(family.stream_weights)}): a family takes them from its config"
             )
 
 
 @dataclass
 class Data:
-    """The samples that a command uses, by key (`data.train`, `data.eval`), and whose model they are checked for."""
+    """The samples that a command uses, by key (`data.train`, `data.eval`), and the family that has checked them."""
 
     family: Family
     cache: CodeCache | None
@@ -79,7 +79,7 @@ class Data:
 
 
 def read_data(config: RunConfig, family: Family, *splits: str) -> Data:
-    """Read the samples of some splits, or refuse a split that is not configured, empty or broken."""
+    """Read the samples of some splits. Refuse a split that is not configured, is empty or has a wrong sample."""
     cache = open_codes(config.data, family)
     notices: list[str] = []
     samples = {f"data.{split}": load_samples(config.data, family, cache, split, notices.append) for split in splits}
@@ -99,23 +99,23 @@ def build_model(
     precision: dict[str, Any] | None = None,
     source: Source | None = None,
 ) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
-    """Load the model, add its adapter, cast it and put it on its device. The same seed on all ranks: same weights.
+    """Load the model, add its adapter, cast it and move it to its device. All ranks get the same weights.
 
     Args:
         config: the whole configuration.
         world: the ranks.
         family: loads the model.
-        notices: gets a line for everything that the user should know.
+        notices: lines for the user are appended to it.
         precision: the stored state of the policy, if a checkpoint will be restored.
-        source: whose weights the model starts from.
+        source: the checkpoint that the model takes its weights from.
     """
-    if not world.is_main or not sys.stderr.isatty():  # a bar in a log file is thousands of blanks
+    if not world.is_main or not sys.stderr.isatty():  # in a log file the bar would be thousands of blanks
         transformers.utils.logging.disable_progress_bar()
     policy = PrecisionPolicy(config.precision, world=world, resume=precision)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
-    one_of_machine = world.local_rank == 0
-    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed, full=one_of_machine)
+    first_of_machine = world.local_rank == 0
+    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed, full=first_of_machine)
     if source is not None:
         notices += load_weights(source, model, base, family)
     model = policy.prepare(model)
@@ -130,7 +130,7 @@ def build_evaluator(
     size, count = config.evaluation.batch_size, len(data.samples["data.eval"])
     batches = EvalBatches(loader, count, size, rank=world.rank, world_size=world.size)
     return Evaluator(
-        operator.call,  # a LossModule is model and loss in one
+        operator.call,  # a LossModule computes the losses itself
         batches,
         model=module,
         policy=policy,
@@ -141,7 +141,7 @@ def build_evaluator(
 
 
 def build_loader(config: RunConfig, data: Data, split: str, limits: Limits, world: World) -> Loader:
-    """Build the loader of a split's micro-batches, and refuse a family that does not make them the same each time."""
+    """Build the loader of a split's micro-batches. Refuse a family whose batches differ from one time to the next."""
     samples = data.samples[split]
     example = partial(data.family.example, codes=data.cache or no_codes)
     batches = MicroBatches(samples, example, data.family.collate, limits.fault, config.seed)
@@ -155,18 +155,19 @@ def decide_find_unused(config: DDPConfig, unused: Sequence[Sequence[str]]) -> tu
 
     Args:
         config: true, false or auto.
-        unused: names of the trained parameters that got no gradient, by rank, as all ranks have gathered them.
+        unused: for each rank the names of the trained parameters that got no gradient.
 
     Returns:
-        the config with true or false, and a sentence for the user if there is something to say.
+        the config with true or false, and a notice for the user or None.
 
     Raises:
-        UserError: it is false, and DDP would wait for ever or let the ranks drift apart.
+        UserError: it is false, and DDP would hang or the ranks' weights would diverge.
     """
     everywhere = [name for name in unused[0] if all(name in names for names in unused)]
     partly = sorted({name for names in unused for name in names} - set(everywhere))
     several = len(unused) > 1
-    found = _unused(everywhere, " on any rank" if several else "") + _unused(partly, " on some ranks")
+    groups = ((everywhere, " on any rank" if several else ""), (partly, " on some ranks"))
+    found = [f"{len(names)} trained weights{where} ({first_few(names)})" for names, where in groups if names]
     if not found:
         return replace(config, find_unused_parameters=config.find_unused_parameters is True), None
     what = f"the first batch gives no gradient to {' and to '.join(found)}"
@@ -179,17 +180,12 @@ def decide_find_unused(config: DDPConfig, unused: Sequence[Sequence[str]]) -> tu
     return replace(config, find_unused_parameters=True), f"{what}; {advice}"
 
 
-def _unused(names: list[str], where: str) -> list[str]:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"{len(names)} trained weights{where} ({', '.join(names[:5])}{more})"] if names else []
-
-
 def announce(
     config: RunConfig, family: Family, module: nn.Module, policy: PrecisionPolicy, optimizer: Optimizer
 ) -> str:
-    """Say in a line what is trained in which dtypes, read off the finished module, in DDP or not.
+    """Return a line that says what is trained in which dtypes, read from the finished module.
 
-    Refuse a run that trains other weights than the policy steps and the optimizer holds, or in another dtype.
+    Refuse a module whose trained weights are not those of the policy and the optimizer, or are of another dtype.
     """
     wrapped = unwrap_ddp(module)
     assert isinstance(wrapped, LossModule)
@@ -216,11 +212,11 @@ def announce(
     frozen = [weight for name, weight in named.items() if name not in trained]
     streams = ", ".join(f"{stream} x {weight:g}" for stream, weight in family.stream_weights.items())
     kept = f", beside {_dtypes(frozen)} frozen" if frozen else ""
-    return f"training {_dtypes(list(trained.values()))} weights{kept}; streams: {streams}"
+    return f"training {_dtypes(trained.values())} weights{kept}; streams: {streams}"
 
 
-def _dtypes(weights: list[nn.Parameter]) -> str:
-    """How many numbers of which dtype, such as `1,536 float32`."""
+def _dtypes(weights: Iterable[nn.Parameter]) -> str:
+    """Return the number of weights of each dtype, such as `1,536 float32`."""
     counts: Counter[str] = Counter()
     for weight in weights:
         counts[_short(weight.dtype)] += weight.numel()
