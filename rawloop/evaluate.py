@@ -1,7 +1,7 @@
-"""The evaluator: always a true eval_loss, for any loss function and any batches.
+"""The evaluator: a true eval_loss for any loss function and any batches.
 
-Sums are kept in float64 over every sample exactly once, on any number of ranks, and divided once. A number that cannot
-be measured is an error; a batch whose loss is not finite is named and makes the evaluation invalid, never best.
+Losses are summed in float64, over every sample exactly once on any number of ranks, and divided once. A value that
+cannot be measured is an error. If the loss of a batch is not finite, the evaluation is invalid and never the best.
 """
 
 import math
@@ -23,17 +23,13 @@ from rawloop.losses import as_stream_losses, joined, not_weighable, sums_by_name
 from rawloop.preempt import first_reason
 from rawloop.settings import EvaluationConfig as EvaluationConfig
 
-Pairs = dict[str, tuple[Any, int]]  # sum and count by name
+Pairs = dict[str, tuple[Any, int]]  # name -> sum and count
 LOSS = "eval_loss/"
-AGAIN = "pass a list, a DataLoader, or a function that returns the batches anew"
+AGAIN = "pass a list, a DataLoader, or a function that returns new batches"
 
 
 def check_best_metric(metric: str, streams: Iterable[str]) -> None:
-    """Refuse a metric that no evaluation of these streams measures; their parts have numbers.
-
-    Raises:
-        UserError: it is none, with the nearest that there is.
-    """
+    """Raise a UserError if an evaluation of these streams does not measure a metric; parts of streams have numbers."""
     losses = [f"eval_loss/{stream}" for stream in streams]
     known = ["eval_loss", *losses, *(f"eval_targets/{stream}" for stream in streams), "eval_seconds"]
     whole, _, part = metric.rpartition("/")
@@ -45,7 +41,7 @@ def check_best_metric(metric: str, streams: Iterable[str]) -> None:
 
 
 class Evaluation(NamedTuple):
-    """One evaluation: `metrics` as they go into metrics.jsonl, and whether every batch was finite."""
+    """The result of an evaluation: `metrics` for metrics.jsonl, and whether the loss of every batch was finite."""
 
     metrics: dict[str, float]
     valid: bool
@@ -55,8 +51,8 @@ class Evaluation(NamedTuple):
 class Share(NamedTuple):
     """One rank's part of an evaluation: (sum, count) by name (`eval_loss/audio`, `eval_loss/audio/0`, `accuracy`).
 
-    `values` are gathered for metrics. `bad_ids` are of batches that are not finite. `stopped` is the reason for which
-    the share was cut short, if it was.
+    `values` are gathered for metrics. `bad_ids` are the samples of batches that are not finite. `stopped` is the reason
+    for an early stop, or None.
     """
 
     sums: dict[str, tuple[float, int]]
@@ -67,28 +63,27 @@ class Share(NamedTuple):
 
 
 class Evaluator:
-    """Scores this rank's batches, and reduces over the ranks once, at the end.
+    """Computes the losses of this rank's batches, and reduces them over the ranks once, at the end.
 
-    `loss_fn(model, batch)` returns a loss as `as_stream_losses` takes it: `(sum, count)`, `StreamLoss.of_mean(mean,
-    count)`, or a dict of these by name of a stream. It may return a pair `(losses, more)` instead, with a dict of
-    metrics: `(sum, count)` is averaged over all batches, and tensors or lists are gathered for `metrics`.
+    `loss_fn(model, batch)` returns `(sum, count)`, `StreamLoss.of_mean(mean, count)`, or a dict of these by stream. It
+    may return a pair `(losses, more)`, where `more` is a dict of metrics: `(sum, count)` is averaged over all batches,
+    and tensors or lists are gathered for `metrics`.
 
     Args:
-        loss_fn: scores one batch, on the model's device.
-        batches: of this rank, to be iterated at each evaluation: a list, a DataLoader, or a function that returns an
-            iterable. Any kind of batch: tensors, lists, dicts, objects with attributes.
-        policy: a `PrecisionPolicy`, for the autocast of training; None is float32.
-        world: the ranks; those of torch.distributed by default.
-        weights: weight of each stream's mean in eval_loss, by default 1. 0 reports the mean and leaves it out.
-        model: scored in evaluation mode, without its DDP wrapper: ranks may have different numbers of batches. By
-            default the one that the policy has prepared.
-        metrics: is given the gathered values of all ranks, by name, as lists, and returns further metrics. Called on
-            rank 0.
+        loss_fn: computes the loss of a batch on the model's device.
+        batches: this rank's batches, iterated in each evaluation: a list, a DataLoader, or a function that returns an
+            iterable. A batch can be a tensor, list, dict, or object with attributes.
+        policy: a `PrecisionPolicy`, for the autocast of training; None means float32.
+        world: the ranks; `World.current()` by default.
+        weights: weight of each stream's mean in eval_loss, 1 by default. 0 reports the mean and leaves it out.
+        model: run in evaluation mode, without DDP, so ranks may have different numbers of batches. By default the
+            model that the policy has prepared.
+        metrics: called on rank 0 with the gathered values of all ranks, a list for each name; returns more metrics.
         every: steps between two evaluations, for `due`.
 
     Raises:
-        UserError: there is no model, the batches can be iterated only once, or the weights are not numbers of 0 or
-            more, or all of them are 0.
+        UserError: there is no model, the batches can be iterated only once, a weight is negative or not finite, or all
+            weights are 0.
     """
 
     def __init__(
@@ -107,7 +102,7 @@ class Evaluator:
         self.loss_fn, self.batches, self.policy = loss_fn, batches, policy
         self.world: World = world or getattr(policy, "world", None) or World.current()
         self.weights, self.metrics, self.every = weights, metrics, every
-        self._num_batches = 0  # of this rank's last evaluation
+        self._num_batches = 0  # in this rank's last evaluation
         if not isinstance(model, nn.Module):
             raise UserError(
                 f"the evaluator's model is {model!r}: pass model=..., or a policy after policy.prepare(model)"
@@ -123,26 +118,26 @@ class Evaluator:
         if weights is not None and (wrong or not any(weights.values())):
             raise UserError(
                 f"the evaluation's weights are {dict(weights)}: eval_loss is a sum over streams of weight x mean, so "
-                "every weight must be a number of 0 or more, and one at least above 0"
+                "every weight must be a number of 0 or more, and at least one above 0"
             )
 
     def due(self, step: int, last: bool = False) -> bool:
-        """Whether to evaluate at this step: at the start, every `every` steps, and at the end."""
+        """Return whether to evaluate at this step: at the start, every `every` steps, and at the end."""
         return last or step % self.every == 0
 
     def run(self, wanted: Callable[[], str | None] = lambda: None) -> Evaluation:
-        """Evaluate now, on all ranks together. Modes, buffers, gradients and random streams are left as they were.
+        """Evaluate on all ranks together. Modes, buffers, gradients and random streams do not change.
 
         Args:
-            wanted: called before each batch; a reason to stop, on any rank, ends the evaluation.
+            wanted: called before each batch; if it returns a reason on any rank, the evaluation stops.
 
         Returns:
             metrics: `eval_loss` (the weighted sum of the streams' means), `eval_loss/<stream>`,
-            `eval_loss/<stream>/<part>`, `eval_targets/<stream>`, `eval_seconds`, and those of your own.
+            `eval_loss/<stream>/<part>`, `eval_targets/<stream>`, `eval_seconds`, and your own metrics.
 
         Raises:
-            UserError: there are no batches, a stream has no target in all of them, or no weight.
-            Preempted: it was cut short; raised on every rank, with the reason as its message.
+            UserError: there are no batches, or a stream has no targets or no weight.
+            Preempted: the evaluation was stopped; raised on every rank, with the reason as its message.
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
@@ -157,7 +152,7 @@ class Evaluator:
             raise self.world.raised_on_all(UserError("the evaluation set is empty: no rank has a batch"))
         metrics = self._means(shares) | self._of_gathered(shares)
         bad = sorted(name for share in shares for name in share.bad_ids)
-        metrics["eval_seconds"] = self.world.from_main(time.perf_counter() - start)  # one number on all ranks
+        metrics["eval_seconds"] = self.world.from_main(time.perf_counter() - start)  # equal on all ranks
         return Evaluation(metrics, valid=not bad, bad_ids=bad)
 
     def _own_share(self, wanted: Callable[[], str | None]) -> Share:
@@ -176,16 +171,14 @@ class Evaluator:
                     result = self.loss_fn(self.model, moved(batch, device))
                 measured.append((self._pairs(result, values), ids or [f"batch {number} of rank {self.world.rank}"]))
         if not measured and self._num_batches:
-            raise UserError(
-                f"the evaluation's batches came to an end: {self._num_batches} the last time, none now; {AGAIN}"
-            )
+            raise UserError(f"the evaluation has no batches now, and had {self._num_batches} the last time; {AGAIN}")
         self._num_batches = len(measured)
         return _share(measured, {name: list(chain.from_iterable(map(_items, v))) for name, v in values.items()})
 
     def _pairs(self, result: Any, values: dict[str, list[Any]]) -> Pairs:
-        """Return sums and counts of one batch by name, and add to `values` what is to be gathered.
+        """Return sums and counts of one batch by name, and add values to gather to `values`.
 
-        A few numbers stay on the device; nothing waits for it until the end, and no logits are kept.
+        The sums stay on the device, so nothing waits for it until the end.
         """
         more: Mapping[str, Any] = {}
         if type(result) is tuple and len(result) == 2 and isinstance(result[1], Mapping):
@@ -193,7 +186,7 @@ class Evaluator:
         pairs: Pairs = dict(sums_by_name(as_stream_losses(result), "eval_loss"))
         for name, value in more.items():
             if name.startswith("eval_"):
-                raise UserError(f"a metric is called '{name}': names that begin with eval_ are the evaluator's")
+                raise UserError(f"a metric is called '{name}': names that start with eval_ are reserved")
             if type(value) is tuple and len(value) == 2 and isinstance(value[1], int):
                 pairs[name] = value
             elif self.metrics is not None:
@@ -206,7 +199,7 @@ class Evaluator:
         return pairs
 
     def _of_gathered(self, shares: Sequence[Share]) -> dict[str, float]:
-        """Return the metrics of the gathered values; rank 0's on all ranks."""
+        """Return the metrics of the gathered values, which rank 0 computes for all ranks."""
         if self.metrics is None:
             return {}
         names, function = dict.fromkeys(name for share in shares for name in share.values), self.metrics
@@ -231,7 +224,7 @@ class Evaluator:
 
 
 def _share(measured: list[tuple[Pairs, list[str]]], values: dict[str, list[Any]]) -> Share:
-    """Read all numbers from the device at once, and add them up in float64."""
+    """Copy all sums from the device at once, and add them in float64."""
     totals = [total for pairs, _ in measured for total, _ in pairs.values()]
     rows = [total.detach().float().reshape(()) for total in totals if isinstance(total, Tensor)]
     read = iter(torch.stack(rows).cpu().tolist() if rows else [])
@@ -246,7 +239,7 @@ def _share(measured: list[tuple[Pairs, list[str]]], values: dict[str, list[Any]]
 
 
 def _items(value: Any) -> list[Any]:
-    """Return the items of a gathered value: the rows of a tensor, as Python numbers or lists, or those of a list."""
+    """Return a gathered value as a list: the rows of a tensor as Python numbers or lists, or the items of a list."""
     if isinstance(value, Tensor):
         rows: list[Any] = value.detach().reshape(len(value) if value.ndim else 1, *value.shape[1:]).tolist()
         return rows

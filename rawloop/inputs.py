@@ -1,6 +1,6 @@
-"""Calls a model with a batch: each input goes to the parameter of the model's forward that has its name.
+"""Calls a model with a batch: each input is passed to the parameter of the model's forward with the same name.
 
-Models of transformers 5 swallow a keyword that they do not know: `label_ids` instead of `labels` gives `loss=None`.
+Models of transformers 5 ignore an unknown keyword: `label_ids` instead of `labels` gives `loss=None`.
 """
 
 import dataclasses
@@ -23,26 +23,26 @@ LABELS = {
     "label_ids": "labels",
     "audio_labels": "label_audio_ids",
     "label_audio_ids": "audio_labels",
-}  # two names for the same thing, from either side
+}  # synonyms, in both directions
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def call(model: nn.Module, batch: Any, **options: Any) -> Any:
-    """Call a model with the inputs of a batch, matched to the parameters of its forward by name; return its output.
+    """Call a model with the inputs of a batch, matched by name to the parameters of its forward; return its output.
 
-    Wrappers are looked through: DDP, PEFT, torch.compile, and modules of your own that pass `**kwargs` on. `labels` and
-    `label_ids` stand for each other, and so do `audio_labels` and `label_audio_ids`. Tensors are moved to the model's
-    device. Values of None are left out.
+    This works through DDP, PEFT, torch.compile, and your own modules that pass `**kwargs` on. `labels` and `label_ids`
+    are synonyms, and so are `audio_labels` and `label_audio_ids`. Tensors are moved to the model's device. Values of
+    None are left out.
 
     Args:
         model: any module, wrapped or not.
         batch: a mapping, a dataclass, an object with its inputs as attributes (with or without `keys()`), or a
-            `rawloop.Batch`, of which the `inputs` are used.
-        options: further keywords for the model, such as `use_cache=False`. They are passed on unchecked.
+            `rawloop.Batch`, whose `inputs` are used.
+        options: further keywords for the model, such as `use_cache=False`; they are not checked.
 
     Raises:
-        UserError: the batch is of another kind, the model has no parameter for a key, two keys are for one parameter,
-            or the model was given labels and its output has a loss of None.
+        UserError: the batch has another type, the model has no parameter for a key, two keys are for one parameter,
+            or the model got labels and returned a loss of None.
     """
     arguments = arguments_for(model, batch)
     output = model(**arguments, **options)
@@ -50,13 +50,13 @@ def call(model: nn.Module, batch: Any, **options: Any) -> Any:
     if labels and _loss_of(output) is None:
         raise UserError(
             f"{_owner(model)}.forward was given {' and '.join(labels)} and returned a loss of None: the labels do not "
-            f"reach its loss; call it with the labels that it scores, of {_listed(model)}"
+            f"reach its loss; call it with the labels that it uses, of {_listed(model)}"
         )
     return output
 
 
 def arguments_for(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """Return the keywords that `call` gives to the model. See `call`."""
+    """Return the keywords that `call` passes to the model."""
     levels = list(_levels(model))
     first = next(chain(model.parameters(), model.buffers()), None)
     taken: dict[str, str] = {}
@@ -70,7 +70,7 @@ def arguments_for(model: nn.Module, batch: Any) -> dict[str, Any]:
         if name in taken:
             raise UserError(
                 f"the batch has both '{taken[name]}' and '{key}' for the parameter '{name}' of "
-                f"{_owner(model)}.forward: take one of them out"
+                f"{_owner(model)}.forward: remove one of them"
             )
         taken[name] = key
         arguments[name] = value if first is None else moved(value, first.device)
@@ -78,7 +78,7 @@ def arguments_for(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse names that no parameter of a model's forward has; here `label_ids` does not stand for `labels`."""
+    """Raise a UserError if a name is not a parameter of a model's forward; synonyms do not count."""
     for name in names:
         if name not in _names(model):
             raise _unknown(model, name)
@@ -88,12 +88,12 @@ def _unknown(model: nn.Module, key: Any) -> UserError:
     known = _names(model)
     return UserError(
         f"the batch has '{key}', which {_owner(model)}.forward does not take{nearest(str(key), known)}: its parameters "
-        f"are {', '.join(known)}; rename the key, or take it out of the batch"
+        f"are {', '.join(known)}; rename the key, or remove it from the batch"
     )
 
 
 def _levels(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Yield the names of a model's parameters, and of those that its `**kwargs` reach, each with their module."""
+    """Yield the names of forward's parameters and their module, then those of the module that `**kwargs` reach."""
     while True:
         while (inner := _wrapped(model)) is not None:
             model = inner
@@ -103,8 +103,8 @@ def _levels(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
             yield names, model
         elif inner is None:
             raise UserError(
-                f"{type(model).__name__}.forward names no parameter, and no single module inside says which it takes: "
-                "give its forward the names of its inputs, such as def forward(self, input_ids, labels)"
+                f"{type(model).__name__}.forward names no parameter, and has no single module inside that does: "
+                "write its inputs into its signature, such as def forward(self, input_ids, labels)"
             )
         if inner is None:
             return
@@ -126,28 +126,28 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
         return None
     base: nn.Module = model.get_base_model()  # type: ignore[operator]
     names, passes_on = _signature(base)
-    # A PEFT model with a task type passes these on, as None too; a base without **kwargs fails on each of them.
+    # A PEFT model with a task type passes these on even if they are None, which a base without **kwargs refuses.
     refused = {"inputs_embeds", "labels"} & {*_signature(model)[0]} - {*names}
     if refused and not passes_on:
         raise UserError(
             f"{type(model).__name__} of PEFT passes {', '.join(sorted(refused))} to {type(base).__name__}.forward, "
-            "which does not take it: make the adapter without a task type, LoraConfig(task_type=None, ...)"
+            "which does not take it: create the adapter without a task type, LoraConfig(task_type=None, ...)"
         )
     return base
 
 
 def _only_child(model: nn.Module) -> nn.Module | None:
-    """Return the child module with weights, if there is only one. Losses and metrics beside it have none."""
+    """Return the only child module with weights, or None. Losses and metrics have no weights."""
     children = [child for child in model.children() if next(child.parameters(), None) is not None]
     inside = {id(part) for child in children for part in child.modules() if part is not child}
-    children = [child for child in children if id(child) not in inside]  # Fabric keeps the module twice
+    children = [child for child in children if id(child) not in inside]  # Fabric registers the module twice
     return children[0] if len(children) == 1 else None
 
 
 def _signature(model: nn.Module) -> tuple[tuple[str, ...], bool]:
     """Return the names of forward's parameters, and whether it takes `**kwargs`."""
-    own = vars(model).get("forward")  # accelerate puts one on the instance
-    return _read(own) if own is not None else _read_once(type(model).forward)
+    replaced = vars(model).get("forward")  # accelerate sets one on the instance
+    return _read_once(type(model).forward) if replaced is None else _read(replaced)
 
 
 def _read(forward: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
@@ -192,9 +192,9 @@ def _items(batch: Any) -> Iterator[tuple[str, Any]]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Return a value whose tensors are on `device`: those of lists, tuples, mappings and attributes of objects, too.
+    """Return a value with all its tensors on `device`, including those in lists, tuples, mappings and attributes.
 
-    Only pinned memory can be copied without waiting for it.
+    Only copies of pinned memory are asynchronous.
     """
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=value.is_pinned())
@@ -214,7 +214,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def _loss_of(output: Any) -> Any:
-    """Return the loss of an output; an output of a kind that has none is returned itself."""
+    """Return the loss of an output, or the output itself if it cannot have one."""
     if hasattr(output, "loss"):
         return output.loss
     return output.get("loss", output) if isinstance(output, Mapping) else output

@@ -1,4 +1,4 @@
-"""Model and loss as one module, which DDP wraps; the check of what a loss function returns; the training loss."""
+"""Model and loss as one module, which DDP wraps; checking losses; the training loss, and its means for the log."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from rawloop.contracts import Batch, Losses, StreamLoss
 from rawloop.dist import World
@@ -15,10 +15,10 @@ from rawloop.errors import UserError, nearest
 
 
 class LossModule(nn.Module):
-    """A model together with its loss: calling it with a batch gives every stream's `StreamLoss`.
+    """A model together with its loss: called with a batch, it returns every stream's `StreamLoss`.
 
-    DDP wraps this module. DDP learns from the result of forward which parameters a step uses, so heads that are applied
-    while scoring must be inside.
+    DDP wraps this module. It finds the parameters that a step uses from the result of forward, so heads that are
+    applied in the loss must be inside.
     """
 
     def __init__(self, model: nn.Module, losses: Losses) -> None:
@@ -27,10 +27,10 @@ class LossModule(nn.Module):
         self.losses = losses
 
     def forward(self, batch: Batch) -> dict[str, StreamLoss]:
-        """Score one micro-batch that is on the model's device.
+        """Return the losses of a micro-batch that is on the model's device.
 
         Raises:
-            UserError: a stream that has targets got no loss, or something that is no `StreamLoss`.
+            UserError: a stream with targets has no loss, or one that is not a `StreamLoss`.
         """
         losses = self.losses(self.model, batch)
         for stream, count in batch.targets.items():
@@ -41,28 +41,25 @@ class LossModule(nn.Module):
                 raise UserError(
                     f"there is no loss for the {count} targets of the stream '{stream}': the family's `losses` gave "
                     f"{given if scored is None else f'a total that is a {type(total).__name__}'}; it must return a "
-                    "StreamLoss with a tensor for each stream. A model that swallows labels under a name that it does "
-                    "not know returns a loss of None"
+                    "StreamLoss with a tensor for each stream. A model that ignores labels under an unknown name "
+                    "returns a loss of None"
                 )
         return as_stream_losses(losses)
 
 
 def as_stream_losses(result: Any, name: str = "loss") -> dict[str, StreamLoss]:
-    """Return what a loss function has returned as one `StreamLoss` per stream.
+    """Convert the result of a loss function to one `StreamLoss` per stream.
 
     Args:
         result: a `StreamLoss`, such as `StreamLoss.of_mean(mean, targets)`, or a pair (sum, targets); or a mapping from
-            names of streams to these.
-        name: of the stream, where `result` is no mapping.
+            stream names to these.
+        name: the stream's name if `result` is not a mapping.
 
     Raises:
-        UserError: it is something else; or the sum is not one number, or the counts are not whole numbers.
+        UserError: it is something else, the sum is not one number, or the counts are not whole numbers.
     """
-    return {stream: _stream_loss(stream, loss) for stream, loss in _streams(result, name)}
-
-
-def _streams(result: Any, name: str) -> Iterable[tuple[Any, Any]]:
-    return result.items() if isinstance(result, Mapping) else [(name, result)]
+    items = result.items() if isinstance(result, Mapping) else [(name, result)]
+    return {stream: _stream_loss(stream, loss) for stream, loss in items}
 
 
 def _stream_loss(stream: Any, loss: Any) -> StreamLoss:
@@ -72,16 +69,16 @@ def _stream_loss(stream: Any, loss: Any) -> StreamLoss:
     if wrong:
         raise UserError(f"the loss function gave {wrong} for the stream '{stream}'")
     if not isinstance(stream, str) or "/" in stream:
-        raise UserError(f"a stream is called '{stream}': names with a / are those of parts, such as audio/0")
+        raise UserError(f"a stream is called '{stream}': names with a / are for parts, such as audio/0")
     checked: StreamLoss = loss
     return checked
 
 
 def _fault_of(loss: Any) -> str | None:
-    """Say what is wrong with the loss of a stream, if anything is."""
+    """Return what is wrong with the loss of a stream, or None."""
     if not isinstance(loss, StreamLoss):
         advice = "return (sum, targets), or StreamLoss.of_mean(mean, targets): batches differ in their targets"
-        return f"a {type(loss).__name__}, and no StreamLoss(total, targets), ({advice})"
+        return f"a {type(loss).__name__}, not a StreamLoss(total, targets), ({advice})"
     total: Any = loss.total
     if total is not None and not isinstance(total, Tensor):
         return f"a total that is a {type(total).__name__}, where a tensor is needed,"
@@ -97,7 +94,7 @@ def _fault_of(loss: Any) -> str | None:
 
 
 def sums_by_name(losses: Mapping[str, StreamLoss], prefix: str) -> Iterator[tuple[str, tuple[Tensor, int]]]:
-    """Yield name, sum and number of targets of every stream and part: `loss/audio`, `loss/audio/0`."""
+    """Yield the name, sum and number of targets of every stream and part: `loss/audio`, `loss/audio/0`."""
     for stream, loss in losses.items():
         yield f"{prefix}/{stream}", (loss.total, loss.targets)
         if loss.parts is not None:
@@ -106,7 +103,7 @@ def sums_by_name(losses: Mapping[str, StreamLoss], prefix: str) -> Iterator[tupl
 
 
 def joined(shares: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
-    """Add up sums and counts by name, in float64. Batches and ranks may have different names."""
+    """Add sums and counts by name, in float64. Batches and ranks may have different names."""
     sums: dict[str, tuple[float, int]] = {}
     for share in shares:
         for name, (total, count) in share.items():
@@ -118,17 +115,17 @@ def joined(shares: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, tuple
 def weighted_mean(
     losses: Mapping[str, StreamLoss], weights: Mapping[str, float], targets: Mapping[str, int], ranks: int
 ) -> Tensor:
-    """The training loss of a micro-batch: sum over streams of weight x (sum of nats / targets of the whole window).
+    """Return the training loss of a micro-batch: the sum over streams of weight x (nats / targets of the window).
 
-    `targets` counts over all micro-batches and ranks, so batch size, accumulation and world size do not change the
-    gradient beyond rounding. DDP averages gradients over `ranks`, so their number is multiplied back. A stream without
-    any target in the window adds nothing; it stays in the sum, so that its weights get gradients of zero, as DDP needs.
+    `targets` counts over all micro-batches and ranks, so batch size, accumulation and world size change the gradient
+    only by rounding. DDP averages gradients over `ranks`, so the loss is multiplied by their number. A stream without
+    targets adds zero: its weights then get gradients of zero, which DDP needs.
     """
     without = [stream for stream in losses if stream not in weights]
     if without:
         raise UserError(
             f"the model's losses have the stream '{without[0]}', which has no weight{nearest(without[0], weights)}: "
-            f"stream_weights are for {', '.join(weights)}; give it one, or leave it out of the losses"
+            f"stream_weights are for {', '.join(weights)}; add a weight, or remove the stream from the losses"
         )
     factors = {stream: ranks * weights[stream] / (targets[stream] or 1) for stream in losses}
     terms = [losses[stream].total * factor for stream, factor in factors.items()]
@@ -136,7 +133,7 @@ def weighted_mean(
 
 
 def not_weighable(targets: Mapping[str, int], weights: Mapping[str, float]) -> str | None:
-    """Say why eval_loss does not exist, by the number of targets of each stream, if it does not."""
+    """Return why eval_loss cannot be computed from these numbers of targets by stream, or None."""
     if not targets:
         return "the evaluation's loss function has returned no loss: it must return (sum, count), or a dict of these"
     for stream in (stream for stream, weight in weights.items() if weight):
@@ -147,46 +144,46 @@ def not_weighable(targets: Mapping[str, int], weights: Mapping[str, float]) -> s
             )
         if not targets[stream]:
             return (
-                f"the evaluation set has no target in the stream '{stream}': its loss does not exist; mend "
+                f"the evaluation set has no target in the stream '{stream}': its loss does not exist; correct "
                 "data.eval, or set evaluation.enabled to false"
             )
     unknown = [stream for stream in targets if stream not in weights]
     if unknown:
         return (
             f"the evaluation measures the stream '{unknown[0]}', which has no weight (weights are for "
-            f"{', '.join(weights)}): give it one; 0 reports its mean and leaves it out of eval_loss"
+            f"{', '.join(weights)}): add a weight; 0 reports its mean and leaves it out of eval_loss"
         )
     return None
 
 
 def exact(logits: Tensor) -> Tensor:
-    """Return logits in float32 at least: 16 bits are too few for a log-softmax over a vocabulary. Float64 stays."""
+    """Return logits in at least float32: 16 bits are too few for a log-softmax over a vocabulary."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def without_adapter(model: Any) -> Any:
-    """Return the model inside a PEFT wrapper; adapters stay in its layers."""
+    """Return the model inside a PEFT wrapper; its layers keep their adapters."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if unwrap else model
 
 
 class Meter:
-    """Sums this rank's losses since the last line, and measures the speed.
+    """Sums this rank's losses since the last line of the log, and measures the speed.
 
-    As a part of a checkpoint it lets a run that was stopped between two lines write the second one as if it had not
-    been. `per_rank` tells the checkpoint manager to store one for every rank.
+    The sums stay on the device until a line is written. A checkpoint contains them (`per_rank`: one for each rank), so
+    a resumed run writes the same next line as an uninterrupted one.
     """
 
     per_rank = True
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}  # nats, by stream
-        self.parts: dict[str, Tensor] = {}  # nats of each of its parts, such as codebooks
-        self.targets: dict[str, list[int]] = {}  # of the stream, then of each part
+        self.parts: dict[str, Tensor] = {}  # nats by part, such as codebooks
+        self.targets: dict[str, list[int]] = {}  # those of the stream, then of each part
         self.restart_clock(0)
 
     def restart_clock(self, samples: int) -> None:
-        """Leave out of the speed what has passed since the last line: an evaluation, a save."""
+        """Restart the clock, so the speed does not include an evaluation or a save."""
         self.since, self.samples = time.perf_counter(), samples
 
     def speed(self, samples: int) -> float:
@@ -194,7 +191,7 @@ class Meter:
         return (samples - self.samples) / (time.perf_counter() - self.since)
 
     def add(self, losses: Mapping[str, StreamLoss]) -> None:
-        """Add one micro-batch, whose streams, and the parts of these, need not be those of the others."""
+        """Add one micro-batch. Its streams and parts may differ from those of other micro-batches."""
         for stream, loss in losses.items():
             total, counts = loss.total.detach(), [loss.targets, *loss.part_targets]
             if stream in self.totals:
@@ -202,12 +199,13 @@ class Meter:
             self.totals[stream] = total
             self.targets[stream] = list(map(sum, zip_longest(self.targets.get(stream, []), counts, fillvalue=0)))
             if loss.parts is not None:
-                self.parts[stream] = _added(self.parts.get(stream), loss.parts)
+                rows = [loss.parts, *([self.parts[stream].to(loss.parts.device)] if stream in self.parts else [])]
+                self.parts[stream] = pad_sequence(rows).sum(1)  # the number of parts may differ
 
     def take(self, world: World) -> dict[str, float]:
-        """Return the mean nats per target of every stream and part that had any, over all ranks, and start over.
+        """Return the mean nats per target of every stream and part, over all ranks, and reset the sums.
 
-        Ranks may have met other streams: sums are joined by name, in float64.
+        Ranks may have different streams: sums are joined by name, in float64.
         """
         own: dict[str, tuple[float, int]] = {}
         for stream, total in self.totals.items():
@@ -223,17 +221,9 @@ class Meter:
         return {"totals": dict(self.totals), "parts": dict(self.parts), "targets": dict(self.targets)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on summing from there; the first micro-batch takes the sums to its device."""
+        """Restore the sums. The next micro-batch moves them to its device."""
         self.totals, self.parts, self.targets = dict(state["totals"]), dict(state["parts"]), dict(state["targets"])
 
     def start_afresh(self, step: int = 0) -> None:
-        """Forget the sums."""
+        """Reset the sums."""
         self.totals, self.parts, self.targets = {}, {}, {}
-
-
-def _added(known: Tensor | None, parts: Tensor) -> Tensor:
-    """Sums of parts, by their number; the shorter row has zeros for what it lacks."""
-    if known is None:
-        return parts
-    longer = max(len(known), len(parts))
-    return pad(known.to(parts.device), (0, longer - len(known))) + pad(parts, (0, longer - len(parts)))

@@ -1,4 +1,4 @@
-"""AdamW, and the learning-rate schedule as a pure function of the step."""
+"""AdamW, and the learning rate as a function of the step."""
 
 import math
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConf
     """Return fused AdamW over trainable parameters.
 
     Args:
-        named: what is to be held, by name: `PrecisionPolicy.named_parameters()`, or a model's. Build it last.
-        config: rates and decay.
+        named: `PrecisionPolicy.named_parameters()`, or a model's.
+        config: learning rate, betas and weight decay. Only matrices decay.
     """
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
     groups = [
@@ -27,26 +27,25 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConf
 
 
 def lr_at(step: int, total: int, config: OptimConfig) -> float:
-    """Learning rate of the update that leads from `step` to `step + 1`, of `total` updates.
+    """Return the learning rate of the update from `step` to `step + 1`, of `total` updates.
 
-    Warm-up is linear and reaches `lr` at its last step. The decay runs over the remaining steps and would reach 0 one
-    step after the last.
+    Warm-up is linear, and its last step has the rate `lr`. The decay over the remaining steps would reach 0 one step
+    after the last.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    progress = min(1.0, progress)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
     if config.schedule == "linear":
         return config.lr * (1.0 - progress)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of the parameter group with the largest one; the others keep their ratio to it.
+    """Set the learning rate of the parameter group with the largest rate; other groups keep their ratio to it.
 
-    As torch's schedulers do, it keeps the rates that the groups were made with under `initial_lr`.
+    The first rates of the groups are kept as `initial_lr`, as in torch's schedulers.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

@@ -1,7 +1,7 @@
-"""Every random stream of a process in one place: seeding it, saving it into a checkpoint, putting it back.
+"""Seeding, saving and restoring every random stream of a process.
 
-Three libraries draw random numbers in a training process (torch, python, numpy), torch with one stream per device.
-A run continues bit for bit only if all of them are restored, on every rank.
+A training process draws random numbers with torch (one stream per device), python and numpy. A run continues bit for
+bit only if all streams are restored on every rank.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ Seed = Callable[[int], None]
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a 63-bit seed that depends on every part and on their order, the same on every machine.
+    """Return a 63-bit seed that depends on all parts and their order, and is the same on every machine.
 
-    Neighbouring inputs give unrelated seeds, which `seed + rank` does not: (seed 0, rank 1) would equal (1, 0).
+    Similar parts give unrelated seeds. With `seed + rank`, (seed 0, rank 1) would equal (seed 1, rank 0).
     """
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
 
@@ -44,9 +44,9 @@ def _seed_everything(seed: int) -> None:
 
 
 def _numpy() -> Any:
-    """Return numpy, or None where it is not installed.
+    """Return numpy, or None if it is not installed.
 
-    It is imported even if nobody has done so yet: seeded later, it would start from the operating system's entropy.
+    It is imported if nothing has imported it yet: later, it would be seeded by the operating system.
     """
     try:
         import numpy
@@ -58,8 +58,8 @@ def _numpy() -> Any:
 def capture_rng() -> dict[str, Any]:
     """Return the state of every random stream of this process as nested dicts of tensors and JSON values.
 
-    CUDA is left alone until something has initialised it: asking it for its state would do so, and DataLoader
-    workers could no longer be forked.
+    CUDA's state is read only if CUDA is initialised: reading would initialise it, and DataLoader workers could not be
+    forked any more.
     """
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
@@ -67,23 +67,19 @@ def capture_rng() -> dict[str, Any]:
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state(torch.cuda.current_device())  # other devices are other ranks'
+        state["cuda"] = torch.cuda.get_rng_state(torch.cuda.current_device())  # other ranks use the other devices
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
     numpy = _numpy()
     if numpy is not None:
-        state["numpy"] = _capture_numpy(numpy)
+        name, words, position, has_gauss, gauss = numpy.random.get_state()
+        keys = torch.tensor(words.astype("int64"))
+        state["numpy"] = {"name": name, "words": keys, "position": position, "has_gauss": has_gauss, "gauss": gauss}
     return state
 
 
-def _capture_numpy(numpy: Any) -> dict[str, Any]:
-    name, words, position, has_gauss, gauss = numpy.random.get_state()
-    keys = torch.tensor(words.astype("int64"))
-    return {"name": name, "words": keys, "position": position, "has_gauss": has_gauss, "gauss": gauss}
-
-
 def restore_rng(state: dict[str, Any]) -> None:
-    """Put back what `capture_rng` returned. A stream that exists on one side only is named in a warning.
+    """Restore the result of `capture_rng`. A warning names streams that this machine lacks.
 
     Raises:
         KeyError: the torch or python stream is missing.
@@ -122,10 +118,7 @@ def _restore_devices(state: dict[str, Any]) -> None:
 
 
 class RngState:
-    """All random streams of this process, as a part of a checkpoint.
-
-    `per_rank` tells the checkpoint manager to store one for every rank.
-    """
+    """All random streams of this process as a part of a checkpoint, which has one for each rank (`per_rank`)."""
 
     per_rank = True
 
@@ -134,37 +127,36 @@ class RngState:
         self.rank = rank
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the streams as they stand now."""
+        """Return the states of the streams."""
         return capture_rng()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put the streams back. Call it last: building models and data loaders draws from them."""
+        """Restore the streams. Call it last: building models and data loaders draws from them."""
         restore_rng(state)
 
     def start_afresh(self, step: int) -> None:
-        """Derive the streams from (seed, step, rank), for a rank that the checkpoint has no state of."""
+        """Seed the streams from (seed, step, rank), for a rank that the checkpoint has no state for."""
         _seed_everything(derive_seed("resumed", self.seed, step, self.rank))
 
 
 class SampleStreams:
-    """Lends torch's CPU stream, python's and numpy's global ones to code that makes samples, and puts them back.
+    """Restores the global random streams (torch's CPU stream, python, numpy) after code that makes samples.
 
-    Nothing is seeded until that code draws a number: most families draw none, and seeding costs more than making a
-    small batch does. The first draw is noticed and undone, and the same batch is made again with seeds, as are all
-    later ones. Devices are left alone. Generators that a library seeds from the operating system
-    (`numpy.random.default_rng()` without a seed) are not reached.
+    Nothing is seeded until that code draws a number, because most families draw none, and seeding takes longer than
+    making a small batch. The first draw is detected and undone; that batch and all later ones are then made with seeds.
+    Streams of devices, and generators that the operating system seeds (`numpy.random.default_rng()`), are not included.
     """
 
     def __init__(self) -> None:
-        self.drawn = False  # whether anything has been drawn so far
+        self.drawn = False  # whether a number was drawn
         self._numpy = _numpy()
         self._python_address = _python_address()
-        self._numpy_words: bytes | None = None  # what _mt19937_words gave for the state in _numpy_state
+        self._numpy_words: bytes | None = None  # _mt19937_words of the state in _numpy_state
 
     def lend(self, make: Callable[[Seed | None], Made]) -> Made:
-        """Return `make(seed)`. If `seed` is not None, `make` calls it with a number of up to 64 bits before it draws.
+        """Return `make(seed)`. If `seed` is not None, `make` must call it with a number of 64 bits before it draws.
 
-        Calling `make` twice must give the same, apart from what it draws.
+        Apart from random numbers, two calls of `make` must return the same.
         """
         self._capture()
         if not self.drawn:
@@ -196,7 +188,7 @@ class SampleStreams:
         words = _mt19937_words(self._numpy)
         if words is None or words != self._numpy_words:  # reading the whole state takes 30 us
             self._numpy_state = self._numpy.random.get_state(legacy=False)
-            # randn() keeps its second number for the next call, which then moves no word.
+            # randn() stores a second number for its next call, which then changes no word.
             self._numpy_words = None if self._numpy_state["has_gauss"] else words
 
     def _moved(self) -> bool:
@@ -232,9 +224,9 @@ def _python_generator() -> Any:
 
 
 def _python_address() -> int | None:
-    """Return where CPython keeps the index and the words of its global generator: `random.getstate` takes 10 us.
+    """Return the address of the index and the words of CPython's global generator: `random.getstate` takes 10 us.
 
-    None where memory does not have them, as in another interpreter.
+    Return None if they are not there, as in another interpreter.
     """
     generator = _python_generator()
     address = id(generator) + object.__basicsize__
@@ -245,7 +237,7 @@ def _python_address() -> int | None:
 
 
 def _mt19937_words(numpy: Any) -> bytes | None:
-    """Return the words of numpy's global generator and its place among them, read from memory; None of another kind."""
+    """Return the words and the index of numpy's global generator, read from memory; None if it is not an MT19937."""
     generator = numpy.random.get_bit_generator()
     if not isinstance(generator, numpy.random.MT19937):
         return None
@@ -254,7 +246,7 @@ def _mt19937_words(numpy: Any) -> bytes | None:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leave every random stream as it was found, whatever is drawn inside (evaluation must not move training)."""
+    """Restore every random stream on exit, so that evaluation does not change training."""
     state = capture_rng()
     try:
         yield

@@ -120,7 +120,7 @@ def test_a_target_of_both_mlps_says_so_and_a_narrower_one_does_not(
     assert trained_layers(adapted(target_modules=["up_proj"])) == {"mlp.up_proj", "audio_mlp.up_proj"}
     assert notices[0] == (
         "target 'up_proj' matches 4 layers, which are audio_mlp.up_proj, mlp.up_proj: "
-        "name one of these to have only that kind"
+        "use one of these names for only that kind"
     )
     for target in ("audio_mlp.up_proj", "mlp.up_proj"):
         notices.clear()
@@ -173,7 +173,7 @@ def test_modules_to_save_are_those_named_and_no_others(adapted: Callable[..., nn
         ({"target_modules": []}, "adapter.target_modules is empty"),
         ({"target_modules": ["q_proj", "all-linear"]}, "'all-linear' beside others"),
         ({"target_modules": ["all-linear", "q_proj"]}, "'all-linear' beside others"),
-        ({"target_modules": ["q_proj", "audio_lm_head"], "modules_to_save": HEADS}, "take it out of one of them"),
+        ({"target_modules": ["q_proj", "audio_lm_head"], "modules_to_save": HEADS}, "remove it from one of them"),
         ({"target_modules": ["mlp.up_proj"], "modules_to_save": ["layers.0.mlp"]}, "'mlp.up_proj', which is model.lay"),
         ({"mode": "lroa"}, "adapter.mode is 'lroa'"),
         ({"rank": 0}, "adapter.rank is 0"),

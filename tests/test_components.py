@@ -49,8 +49,8 @@ def adapted(build: Callable[[], Any], **keys: Any) -> tuple[nn.Module, list[str]
 def test_experts_that_peft_takes_as_parameters_are_announced_saved_and_restored(tmp_path: Path) -> None:
     model, (line,) = adapted(mixtral, target_modules=["all-linear"])
     assert line == (
-        f"LoRA on 14 layers: {EXPERTS}, {ATTENTION}; among them {EXPERTS}, which are no plain linear layers and which "
-        "all-linear includes; not on lm_head (1), which all-linear leaves out"
+        f"LoRA on 14 layers: {EXPERTS}, {ATTENTION}; these include {EXPERTS}, which are not plain linear layers, "
+        "because of all-linear; not on lm_head (1), which all-linear excludes"
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -65,7 +65,9 @@ def test_experts_that_peft_takes_as_parameters_are_announced_saved_and_restored(
 
 @pytest.mark.parametrize("target", ["w1", "gate_up_proj"])
 def test_experts_by_name_are_refused_with_what_they_are(target: str) -> None:
-    with pytest.raises(UserError, match=r"matches no layer .* \(experts.down_proj, experts.gate_up_proj are no layers"):
+    with pytest.raises(
+        UserError, match=r"no layer .* \(experts.down_proj, experts.gate_up_proj are parameters, not layers"
+    ):
         adapted(mixtral, target_modules=[target])
 
 
@@ -74,7 +76,7 @@ def test_conv1d_of_gpt2_is_a_linear_layer() -> None:
     model, (line,) = adapted(gpt2, target_modules=["all-linear"])
     assert line == (
         "LoRA on 8 layers: attn.c_attn (2), attn.c_proj (2), mlp.c_fc (2), mlp.c_proj (2); not on lm_head (1), which "
-        "all-linear leaves out"
+        "all-linear excludes"
     )
     assert len(lora_layers(model)) == 8
 
@@ -84,7 +86,7 @@ def test_conv1d_of_gpt2_is_a_linear_layer() -> None:
     [
         (
             {"modules_to_save": ["lm_head"]},
-            "copy of its own is trained for lm_head; model.embed_tokens keeps",
+            "a separate copy is trained for lm_head; model.embed_tokens keeps",
         ),
         (
             {"modules_to_save": ["lm_head", "embed_tokens"]},
@@ -92,7 +94,7 @@ def test_conv1d_of_gpt2_is_a_linear_layer() -> None:
         ),
         (
             {"target_modules": ["lm_head"]},
-            "LoRA changes it in lm_head alone: such an adapter cannot be merged",
+            "LoRA changes it only in lm_head: such an adapter cannot be merged",
         ),
         ({}, None),
     ],
@@ -113,7 +115,7 @@ def test_other_layers_than_those_that_were_named_are_refused() -> None:
     with pytest.raises(UserError, match=r"PEFT has given LoRA to self_attn.q_proj \(1\), .* and none to no layer less"):
         check_lora(model, asked - {"model.layers.1.self_attn.q_proj"}, True, [])
     model.get_parameter("base_model.model.model.norm.weight").requires_grad_(True)
-    with pytest.raises(UserError, match=r"model.norm.weight \(of 1\) would be trained, which no key of"):
+    with pytest.raises(UserError, match=r"model.norm.weight \(of 1\) would be trained, and no key of"):
         check_lora(model, asked, True, [])
     assert kinds([]) == ""
 

@@ -401,7 +401,7 @@ def test_ranks_join_their_streams_by_name(run_ranks: Callable[..., list[Any]]) -
 
 @pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": -1.0}, {"a": 1.0, "b": math.nan}, {"a": math.inf}])
 def test_weights_that_weigh_nothing_are_refused(weights: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"^the evaluation's weights are \{.*one at least above 0$"):
+    with pytest.raises(UserError, match=r"^the evaluation's weights are \{.*at least one above 0$"):
         Measuring({"a": (1.0, 1)}).evaluator(weights)
 
 
@@ -450,7 +450,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (torch.tensor(1.0), r"gave a Tensor, and no StreamLoss\(total, targets\), .*of_mean.* for the stream 'a'"),
+        (torch.tensor(1.0), r"gave a Tensor, not a StreamLoss\(total, targets\), .*of_mean.* for the stream 'a'"),
         (StreamLoss(torch.ones(2), 2), r"gave a total of shape \(2,\), where one number is needed, for"),
         (StreamLoss(torch.tensor(1.0), -2), r"gave the target counts \[-2\], which must be Python ints of 0 or more"),
         (StreamLoss(torch.tensor(1.0), torch.tensor(2)), r"target counts \[tensor\(2\)\], which must be Python ints"),  # type: ignore[arg-type]
@@ -553,12 +553,12 @@ def error_sum(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
 
 def test_batches_that_are_empty_the_second_time_are_refused() -> None:
-    again = "pass a list, a DataLoader, or a function that returns the batches anew"
+    again = "pass a list, a DataLoader, or a function that returns new batches"
     with pytest.raises(UserError, match=f"batches are a generator, which is empty the second time: {again}"):
         Evaluator(error_sum, (numbers(size) for size in (1, 2)), model=linear())
     evaluator = Evaluator(error_sum, Once(), model=linear())
     evaluator.run()
-    with pytest.raises(UserError, match=f"came to an end: 1 the last time, none now; {again}"):
+    with pytest.raises(UserError, match=f"has no batches now, and had 1 the last time; {again}"):
         evaluator.run()
     anew = Evaluator(error_sum, lambda: (numbers(size) for size in (1, 2)), model=linear())
     assert anew.run().metrics["eval_loss"] == anew.run().metrics["eval_loss"] == 2.0

@@ -22,20 +22,23 @@ from rawloop.adapters.fingerprint import ADAPTERS
 from rawloop.errors import UserError
 
 LINEAR = (nn.Linear, Conv1D)
-PREFIX = "base_model.model."  # PEFT puts it before every name; patterns are written against the model's own names
-# Keys of AdapterConfig that change what the same weights compute, and their names in PEFT.
+PREFIX = "base_model.model."  # PEFT's prefix of all names; patterns use the names without it
+# Keys of AdapterConfig that change the output of the same weights, and their names in PEFT.
 SCALE = MappingProxyType({"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"})
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], revision: str | None = None) -> nn.Module:
-    """Make the model trainable as the config asks, and return it (wrapped by PEFT for LoRA).
+    """Add a LoRA adapter or unfreeze weights, as the config says, and return the model (wrapped by PEFT for LoRA).
 
-    Weights that `load_model` has frozen stay frozen, unless `unfreeze` names them. A target, module or pattern that
-    matches nothing is refused with near matches. `notices` gets a line for everything the user should know.
+    Weights that `load_model` has frozen stay frozen, unless `unfreeze` names them. Messages for the user are appended
+    to `notices`.
+
+    Raises:
+        UserError: a target, module or pattern matches nothing; the message has similar names.
     """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if config.mode == "lora" and len(frozen) == len(list(model.parameters())):
-        frozen = set()  # a family that freezes all for LoRA
+        frozen = set()  # the family freezes all weights for LoRA
     result = model
     if config.mode == "lora":
         targets, saved = _check_targets(model, config, notices)
@@ -49,10 +52,10 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], rev
     _set_trained(result, "freeze", config.freeze, False)
     trainable, total = count_parameters(result)
     if not trainable:
-        came = f"; load_model has frozen {len(frozen)}, which adapter.unfreeze can train" if frozen else ""
+        loaded = f"; load_model has frozen {len(frozen)}, which adapter.unfreeze can train" if frozen else ""
         raise UserError(
             f"no weight of the model is trainable: adapter.mode is {config.mode} and adapter.freeze is {config.freeze}"
-            f"{came}: mend one of them"
+            f"{loaded}: change one of them"
         )
     notices.append(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     return result
@@ -73,27 +76,28 @@ def _with_lora(model: nn.Module, config: AdapterConfig, revision: str | None) ->
         with quiet():
             return cast(nn.Module, get_peft_model(model, lora, revision=revision))
     except ValueError as error:
-        raise UserError(f"PEFT refuses what adapter asks for: {str(error).splitlines()[0]}") from error
+        raise UserError(f"PEFT refuses the adapter's settings: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings of PEFT: of a name that transformers gives up, and of what is an error or said here."""
+    """Silence warnings of PEFT that are errors or notices of rawloop, and one about a deprecated name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but", category=UserWarning)
-        for said_here in ("Model has `tie_word_embeddings=True`", "The following (rank|alpha)_pattern keys did not"):
-            warnings.filterwarnings("ignore", message=said_here)
+        for message in ("Model has `tie_word_embeddings=True`", "The following (rank|alpha)_pattern keys did not"):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
 def _paths(model: nn.Module, modules: list[str]) -> list[str]:
-    """Whole paths of the modules to save, where PEFT would take more: to it, `mlp` is an end of `audio_mlp` too."""
+    """Return the modules to save, with full paths if PEFT would match more: for PEFT, `audio_mlp` ends with `mlp`."""
     names = [name for name, _ in model.named_modules()]
     paths: list[str] = []
     for module in modules:
-        matched = _matching(module, names)  # without what lies inside another match, which would be copied twice
+        matched = _matching(module, names)
+        # A module inside another match would be copied twice.
         matched = [path for path in matched if not any(path.startswith(f"{other}.") for other in matched)]
         paths += [module] if len(matched) == sum(name.endswith(module) for name in names) else matched
     return paths
@@ -106,7 +110,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) -> tuple[set[str], list[str]]:
-    """Return the layers that are to get LoRA, and the modules to train in full, by their whole names."""
+    """Return the full names of the layers that get LoRA, and of the modules to train in full."""
     names = [name for name, _ in model.named_modules() if name]
     linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
     saved: list[str] = []
@@ -124,33 +128,26 @@ def _check_targets(model: nn.Module, config: AdapterConfig, notices: list[str]) 
         if both and target != ALL_LINEAR:
             raise UserError(
                 f"adapter.target_modules has '{target}', which is {both[0]}, and adapter.modules_to_save trains that "
-                "in full: take it out of one of them"
+                "in full: remove it from one of them"
             )
         targets |= set(matched) - set(both)
-        _note_kinds(target, [name for name in matched if name not in both], notices)
+        ends = sorted({".".join(name.split(".")[-2:]) for name in matched if name not in both})
+        if target != ALL_LINEAR and "." not in target and len(ends) > 1:  # such as the MLPs of text and audio
+            advice = "use one of these names for only that kind"
+            notices.append(f"target '{target}' matches {len(matched)} layers, which are {', '.join(ends)}: {advice}")
     return targets, saved
 
 
-def _note_kinds(target: str, matched: list[str], notices: list[str]) -> None:
-    """Say so when a named target matches layers of several kinds, such as the text's and the audio's MLPs."""
-    if target == ALL_LINEAR:
-        return
-    kinds = sorted({".".join(name.split(".")[-2:]) for name in matched})
-    if len(kinds) > 1 and "." not in target:
-        advice = "name one of these to have only that kind"
-        notices.append(f"target '{target}' matches {len(matched)} layers, which are {', '.join(kinds)}: {advice}")
-
-
 def _matching(target: str, names: Iterable[str]) -> list[str]:
-    """PEFT's rule for lists: the whole path, or its end after a dot."""
+    """Return the names that match by PEFT's rule for lists: the full path, or its end after a dot."""
     return [name for name in names if name == target or name.endswith("." + target)]
 
 
 def _inside_parameters(model: nn.Module) -> str:
-    """A clause about weights that are no layers: of experts that are kept in one parameter each."""
+    """Return a clause about three-dimensional parameters, such as experts, which are not layers."""
     names = (name.split(".")[-2:] for name, weight in model.named_parameters() if weight.dim() == 3)
     found = sorted({".".join(ends) for ends in names if ends[-1] != "weight"})
-    return f" ({', '.join(found)} are no layers but parameters: all-linear gives them LoRA)" if found else ""
+    return f" ({', '.join(found)} are parameters, not layers: all-linear gives them LoRA)" if found else ""
 
 
 def _no_match(key: str, target: str, names: list[str], more: str = "") -> UserError:
@@ -173,7 +170,7 @@ def _set_trained(model: nn.Module, key: str, patterns: list[str], trained: bool)
 
 
 def _note_frozen(model: nn.Module, frozen: set[str], mode: str, notices: list[str]) -> None:
-    """Say which weights the model comes with frozen, or which of its frozen layers get LoRA all the same."""
+    """Append a notice about weights that stay frozen as loaded, or about frozen layers that the adapter trains."""
     trained = {name.removeprefix(PREFIX): p.requires_grad for name, p in model.named_parameters()}
     if mode == "full":
         kept = sorted(name for name in frozen if not trained[name])
@@ -183,60 +180,61 @@ def _note_frozen(model: nn.Module, frozen: set[str], mode: str, notices: list[st
         layers = {re.split("|".join(map(re.escape, ADAPTERS)), name)[0] for name in trained if trained[name]}
         kept = sorted({layer for name in frozen for layer in [name.rpartition(".")[0]] if layer in layers})
         text = (
-            f"LoRA or modules_to_save train {len(kept)} layers that load_model has frozen ({_in_words(kept)}): if they "
-            "are to stay as they are, use narrower names"
+            f"LoRA or modules_to_save train {len(kept)} layers that load_model has frozen ({_in_words(kept)}): use "
+            "narrower names to keep them frozen"
         )
     if kept:
         notices.append(text)
 
 
 def _in_words(names: list[str]) -> str:
-    """Names of weights, in short: `model.audio_tower.*, lm_head.weight, ...`."""
+    """Return names of weights in short: `model.audio_tower.*, lm_head.weight, ...`."""
     shown = sorted({".".join([*name.split(".")[:2], "*"]) if name.count(".") > 1 else name for name in names})
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
 
 
 def lora_layers(model: nn.Module) -> set[str]:
-    """The layers that have LoRA, by the base model's own names; a parameter that has it by the parameter's name."""
+    """Return the layers and parameters with LoRA, under the base model's names."""
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            parameter = getattr(module, "parameter_name", None)  # of layers whose weights are no layers, as experts
+            parameter = getattr(module, "parameter_name", None)  # set if LoRA is on a parameter, as for experts
             found.add(".".join(filter(None, (_own(name), parameter))))
     return found
 
 
 def check_lora(model: nn.Module, asked: Collection[str], exactly: bool, notices: list[str]) -> None:
-    """Compare the layers to which PEFT gave LoRA with those that were asked for; `notices` gets a line about them.
+    """Compare the layers with LoRA with those that were asked for, and append a notice.
 
-    `exactly`: the layers were named. Otherwise (all-linear) PEFT has chosen, and a difference is only told.
+    With `exactly`, the layers were named, and a difference is an error. Otherwise (all-linear) PEFT has chosen them,
+    and the notice includes a difference.
     """
     made = lora_layers(model)
     more, less = made - set(asked), set(asked) - made
     if exactly and (more or less):
         raise UserError(
-            "adapter.target_modules does not come to what it says: PEFT has given LoRA to "
-            f"{kinds(more) or 'no other layer'}, which are not named, and none to {kinds(less) or 'no layer less'}: "
-            "name the layers by more of their path, or take another version of PEFT"
+            "the layers with LoRA are not those of adapter.target_modules: too many are "
+            f"{kinds(more) or 'none'}, missing are {kinds(less) or 'none'}: "
+            "name the layers by more of their path, or use another version of PEFT"
         )
-    strange = [
+    unexpected = [
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not any(mark in name for mark in ADAPTERS)
     ]
-    if strange:
-        raise UserError(f"{strange[0]} (of {len(strange)}) would be trained, which no key of adapter asks for")
+    if unexpected:
+        raise UserError(f"{unexpected[0]} (of {len(unexpected)}) would be trained, and no key of adapter names it")
     line = f"LoRA on {len(made)} layers: {kinds(made)}"
     if more:
-        line += f"; among them {kinds(more)}, which are no plain linear layers and which all-linear includes"
+        line += f"; these include {kinds(more)}, which are not plain linear layers, because of all-linear"
     if less:
-        line += f"; not on {kinds(less)}, which all-linear leaves out"
+        line += f"; not on {kinds(less)}, which all-linear excludes"
     saved = [_own(name) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     notices.append(f"{line}; in full: {', '.join(saved)}" if saved else line)
 
 
 def tied_layers(model: nn.Module) -> list[list[str]]:
-    """The layers that share a weight, by their names."""
+    """Return the names of layers that share a weight."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -244,24 +242,24 @@ def tied_layers(model: nn.Module) -> list[list[str]]:
 
 
 def note_tied(tied: Iterable[list[str]], targets: Collection[str], saved: Collection[str], notices: list[str]) -> None:
-    """Say what becomes of `tied_layers` of the base model where the adapter takes one of them."""
+    """Append a notice about each pair of `tied_layers` if the adapter changes one of them."""
     for names in tied:
         shared = f"{' and '.join(names)} share a weight"
         copies = [name for name in names if name in saved]
         if copies:
             rest = ", ".join(name for name in names if name not in saved)
-            stays = f"; {rest} keeps that of the base model" if rest else ""
-            notices.append(f"{shared}: a copy of its own is trained for {' and for '.join(copies)}{stays}")
+            stays = f"; {rest} keeps the base model's weight" if rest else ""
+            notices.append(f"{shared}: a separate copy is trained for {' and for '.join(copies)}{stays}")
         changed = [name for name in names if name in targets]
         if changed:
             notices.append(
-                f"{shared}, and LoRA changes it in {', '.join(changed)} alone: such an adapter cannot be merged; name "
+                f"{shared}, and LoRA changes it only in {', '.join(changed)}: such an adapter cannot be merged; name "
                 "the layer in adapter.modules_to_save instead if you want to merge it"
             )
 
 
 def kinds(names: Collection[str]) -> str:
-    """Layers by the last parts of their names, with how many there are: `self_attn.q_proj (28), lm_head (1)`."""
+    """Count layers by the last parts of their names: `self_attn.q_proj (28), lm_head (1)`."""
     counts = Counter(".".join(part for part in name.split(".")[-3:] if not part.isdecimal()) for name in names)
     counts = Counter({re.sub(r"^(layers|h|blocks)\.", "", name): count for name, count in counts.items()})
     return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))

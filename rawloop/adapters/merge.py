@@ -24,16 +24,25 @@ def merge_adapter(
 ) -> tuple[nn.Module, Tensor, float]:
     """Merge an adapter into its base model, which must be in float32: 16 bits would round small updates away.
 
-    `probe` runs a model on fixed inputs and returns its logits. Returns the merged model, the logits of base plus
-    adapter, and the largest difference of the merged model's logits from them, relative to the largest logit.
+    Args:
+        base: the base model.
+        adapter: the adapter's folder.
+        probe: runs a model on fixed inputs and returns its logits.
+
+    Returns:
+        the merged model, the logits of base plus adapter, and the largest difference of the merged model's logits,
+        as a share of the largest logit.
     """
     stored = tensors_of(adapter)
     for name, tensor in stored.items():
-        _check_weight(adapter, name, tensor)
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{adapter}: {name} is stored as {tensor.dtype}: an adapter's weights must be floats")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{adapter}: {name} has NaN or infinity: merge the adapter of an earlier checkpoint")
     try:
         with quiet():
             adapted: Any = PeftModel.from_pretrained(base, adapter)
-    except Exception as error:  # PEFT meets whatever stands in a file that anybody may have written
+    except Exception as error:  # PEFT fails in many ways on a file with unexpected contents
         raise UserError(f"{adapter} does not fit the base model: {_in_a_line(error)}") from error
     compare(stored, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter, rounded=True)
     load_buffers(adapted, adapter)
@@ -49,25 +58,18 @@ def merge_adapter(
     return merged, before, float((after - before).abs().max() / before.abs().max())
 
 
-def _check_weight(adapter: Path, name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(f"{adapter}: {name} is stored as {tensor.dtype}: an adapter's weights are floats")
-    if not bool(tensor.isfinite().all()):
-        raise CheckpointError(f"{adapter}: {name} holds NaN or infinity: merge the adapter of an earlier checkpoint")
-
-
 def load_base(
     adapter: Path, load_model: Callable[[], nn.Module], path: str, revision: str | None
 ) -> tuple[nn.Module, str]:
-    """Load the base model and compare it with the fingerprint beside an adapter. Returns a sentence for the user.
+    """Load the base model and compare it with the adapter's fingerprint. Return the model and a notice, or "".
 
-    What `load_model` draws at random, as for a head that the base model lacks, it draws as at the training.
+    The random seed is that of the training, so weights that the base model lacks (a new head) are the same.
     """
     stored, unchecked = stored_fingerprint(adapter)
     seed_all(stored.get("seed", 0), 0)
     base = load_model()
     if unchecked:
-        return base, f"that {path} is the base model of {adapter} could not be checked: {unchecked}"
+        return base, f"not checked whether {path} is the base model of {adapter}: {unchecked}"
     own = BaseFingerprint(base.requires_grad_(False), path, revision)
     own.load_state_dict(stored)
     return base, own.notice
@@ -78,7 +80,7 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise UserError(
-            f"--adapter is '{adapter}', which has no adapter_config.json: give a checkpoint's adapter folder"
+            f"--adapter is '{adapter}', which has no adapter_config.json: pass a checkpoint's adapter folder"
         )
     try:
         values = json.loads(file.read_bytes())
@@ -89,7 +91,7 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
     if config is None:
         raise UserError(f"{file} has the peft_type {kind!r}: rawloop merges adapters of type 'LORA'")
     if not all(type(value) in (int, float) for value in scale):
-        raise RawloopError(f"{file} does not say the scale: r and lora_alpha are {scale}, and PEFT would guess them")
+        raise RawloopError(f"{file} has no scale: r and lora_alpha are {scale}, and PEFT would guess them")
     base, revision = config.base_model_name_or_path or "", config.revision
     if not isinstance(base, str) or not isinstance(revision, str | None):
         raise RawloopError(f"{file} names no base model: base_model_name_or_path is {base!r}, revision {revision!r}")

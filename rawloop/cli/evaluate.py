@@ -35,15 +35,15 @@ def run(argv: list[str]) -> None:
         check_settings_of_ranks(config, world)
         built = world.on_all_ranks(partial(_build, config, options["checkpoint"], world))
         assert built is not None
-        subject, evaluator, base, contents = built
-        check_same(Path(subject.checkpoint) if subject.checkpoint else None, world)
-        contents.check_ranks(base, world)
-        for line in filter(None, subject.notices):
+        check_same(built.slot, world)
+        built.contents.check_ranks(built.base, world)
+        what = f"{built.slot} (step {built.step})" if built.slot else "the base model: no --checkpoint is given"
+        for line in (*filter(None, built.notices), f"evaluating {what}"):
             _tell(line, world)
-        _tell(f"evaluating {subject.in_words()}", world)
-        evaluation = evaluator.run()
+        evaluation = built.evaluator.run()
         if world.is_main:
-            found = {"checkpoint": subject.checkpoint, "step": subject.step, **json_value(evaluation.metrics)}
+            checkpoint = str(built.slot) if built.slot else None
+            found = {"checkpoint": checkpoint, "step": built.step, **json_value(evaluation.metrics)}
             print(json.dumps(found, indent=1, allow_nan=False), flush=True)
         if not evaluation.valid:
             raise RawloopError(f"the loss is not finite in batches of {', '.join(evaluation.bad_ids)}")
@@ -54,24 +54,15 @@ def _tell(line: str, world: World) -> None:
         print(f"rawloop evaluate: {line}", file=sys.stderr, flush=True)
 
 
-class Subject(NamedTuple):
-    """A checkpoint's folder and its step, or neither, which is the base model.
+class Built(NamedTuple):
+    """What is evaluated: a checkpoint and its step, or the base model if both are None; empty notices are skipped."""
 
-    `notices` are sentences that the user should know, or "".
-    """
-
-    checkpoint: str | None
+    slot: Path | None
     step: int | None
-    notices: tuple[str, ...] = ()
-
-    def in_words(self) -> str:
-        """For a line on the console."""
-        if self.checkpoint is None:
-            return "the base model: no --checkpoint is given"
-        return f"{self.checkpoint} (step {self.step})"
-
-
-Built = tuple[Subject, Evaluator, BaseFingerprint, Contents]
+    evaluator: Evaluator
+    base: BaseFingerprint
+    contents: Contents
+    notices: list[str]
 
 
 def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
@@ -80,11 +71,10 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
         _tell(line, world)
     slot = None if checkpoint is None else slot_of(Path(expanduser(config.output)), checkpoint)
     family, contents = data.family, data.contents()
-    clock = clock_notice(family)
-    subject = Subject(None, None, (clock,))
+    notices, step = [clock_notice(family)], None
     if slot is not None:
-        other = check_reading(stored_settings(slot) or {}, contents.of_run())
-        subject = Subject(str(slot), read_manifest(slot).step, (clock, other))
+        notices.append(check_reading(stored_settings(slot) or {}, contents.of_run()))
+        step = read_manifest(slot).step
     precision = stored_part(slot, "precision", tensors=False) if slot is not None else None
     model, policy, base = build_model(config, world, family, [], precision)
     if slot is not None:
@@ -99,11 +89,11 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     limits.learn(family, model, policy.device, policy.autocast)
     loader = build_loader(config, data, "data.eval", limits, world)
     evaluator = build_evaluator(config, data, loader, LossModule(model, family.losses), policy, world)
-    return subject, evaluator, base, contents
+    return Built(slot, step, evaluator, base, contents, notices)
 
 
 def slot_of(run_folder: Path, checkpoint: str) -> Path:
-    """Return the folder of `best`, `latest` or a named checkpoint, every file of it verified."""
+    """Return the folder of `best`, `latest` or a named checkpoint, and verify all its files."""
     by_role = checkpoint in ("best", "latest")
     slot, damage = resolve(run_folder / checkpoint if by_role else Path(expanduser(checkpoint)))
     if slot is None and damage:
@@ -116,8 +106,8 @@ def slot_of(run_folder: Path, checkpoint: str) -> Path:
         print(f"rawloop evaluate: skipped a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
     if not (slot / MANIFEST).is_file() and not (slot.is_dir() and is_slot_name(slot)):
         raise UserError(
-            f"--checkpoint is '{checkpoint}', which is no checkpoint's folder (it has no {MANIFEST}): say best or "
-            "latest, or name a folder such as runs/x/checkpoints/step-00000500"
+            f"--checkpoint is '{checkpoint}', which is no checkpoint's folder (it has no {MANIFEST}): pass best, "
+            "latest, or a folder such as runs/x/checkpoints/step-00000500"
         )
     verify(slot)
     return slot

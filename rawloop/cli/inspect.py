@@ -1,6 +1,6 @@
-"""`rawloop inspect`: prints a batch as the model gets it: the turns, their codes, and which of them are targets.
+"""`rawloop inspect`: prints a batch as the model gets it, with turns, codes and targets, to find wrong labels.
 
-So wrong labels are seen before they are trained. Targets are in brackets; on a terminal everything else is dimmed.
+Targets are in brackets; on a terminal everything else is dimmed.
 """
 
 import os
@@ -22,7 +22,7 @@ from rawloop.diagnose.shared import table
 from rawloop.errors import UserError, nearest
 
 WIDTH = 100  # characters of text in a line
-HEAD, TAIL = 9, 9  # frames of a clip that are shown: the delay of eight codebooks and one more
+HEAD, TAIL = 9, 9  # first and last frames of a clip that are shown: the delay of eight codebooks and one more
 DIM, OFF = "\x1b[2m", "\x1b[0m"
 
 
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> None:
 
 
 def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | None) -> list[Draw]:
-    """Return the place of the sample with that id, or the places of the first batch of the split."""
+    """Return the draw of the sample with that id, or the draws of the first batch of the split."""
     if name is not None:
         found = [Draw(index, epoch=0) for index, sample in enumerate(samples) if sample.id == name]
         if not found:
@@ -62,7 +62,7 @@ def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | Non
 
 @dataclass
 class View:
-    """A batch with the samples and examples that it was made of."""
+    """A batch with its samples and examples."""
 
     family: Family
     samples: Sequence[Sample]
@@ -90,7 +90,7 @@ class View:
             yield from self._sample(row, example)
 
     def _pieces(self, example: Any) -> Sequence[Piece]:
-        """Return the pieces of an example, or one piece if the family shows none."""
+        """Return the pieces of an example, or a single piece if the family has no `pieces`."""
         if has(self.family, "pieces"):
             return self.family.pieces(example)
         alone = self.family.collate([example])
@@ -125,7 +125,7 @@ class View:
         return f"{DIM}{text}{OFF}" if self.color and not learnt else text
 
     def _clip(self, row: int, piece: Piece, column: int, frame: int) -> Iterator[str]:
-        """Yield the codes of a clip, a line per codebook; `code>label` where the label is not the code itself."""
+        """Yield the codes of a clip, a line per codebook; `code>label` if the label differs from the code."""
         codes = self._codes(piece.stream)
         if codes is None:
             return
@@ -146,13 +146,13 @@ class View:
             yield "    " + " ".join(self._marked(cell, "[" in cell) for cell in padded).rstrip()
 
     def _codes(self, stream: str) -> Tensor | None:
-        """Return the input with a stream's codes, (batch, frames, codebooks), if the model takes codes."""
+        """Return the input with a stream's codes, (batch, frames, codebooks), or None."""
         books = self._codebooks()[stream]
         fitting = (t for t in self.batch.inputs.values() if t.dim() == 3 and t.shape[2] == books)
         return next((tensor for tensor in fitting if not tensor.is_floating_point()), None)
 
     def _labels(self, piece: Piece, row: int, column: int) -> Tensor:
-        """Return the labels of a clip, each at its own frame, one position behind the one that predicts it."""
+        """Return the labels of a clip, each at its own frame: one position after the one that predicts it."""
         width = shape_of(self.batch)[1]
         positions, targets = self.batch.labels[piece.stream]
         frames = positions + 1 - row * width - column
@@ -163,7 +163,7 @@ class View:
 
 
 def shape_of(batch: Batch) -> tuple[int, int]:
-    """Return the shape of the model's ids, whatever their name is: rows and positions."""
+    """Return the rows and positions of the model's ids, whatever their name."""
     named = (batch.inputs.get("input_ids"), *batch.inputs.values())
     rows, width = next(t.shape for t in named if t is not None and t.dim() == 2 and not t.is_floating_point())
     return rows, width

@@ -1,4 +1,4 @@
-"""`rawloop merge`: a LoRA adapter into its base model, in float32, with the logits compared before and after."""
+"""`rawloop merge`: merges a LoRA adapter into its base model in float32, and compares the logits before and after."""
 
 import shutil
 import sys
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def run(argv: list[str]) -> None:
-    """Merge, compare, and write the merged model beside the base model's other files. A failure leaves nothing."""
+    """Merge, compare, and write the merged model with the base model's other files. A failure leaves no files."""
     parser = Parser(prog="rawloop merge", description="Merge a LoRA adapter into its base model.")
     of_the_base = dict.fromkeys(("--base", "--base_model", "--model"), "--model.path")
     parser.meant = {"--checkpoint": "--adapter", "--config": "--adapter", **of_the_base}
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> None:
     @torch.no_grad()
     def logits(model: torch.nn.Module) -> torch.Tensor:
         if batch is None:
-            return torch.ones(1)  # equal to itself: there is nothing to compare
+            return torch.ones(1)  # compares as equal
         return torch.cat([rows.flatten() for rows in family.logits(model.eval(), batch).values()])
 
     base_model, said = load_base(adapter, family.load_model, path, chosen["revision"])
@@ -75,8 +75,8 @@ def run(argv: list[str]) -> None:
         rounding = float((stored - before).abs().max() / before.abs().max())
         if not rounding <= (BOUND if values.dtype == "float32" else 1.0):
             raise RawloopError(
-                f"what was written gives other logits ({rounding:.1e} of the largest, in {values.dtype}): it was "
-                "removed, as it is not to be used"
+                f"the written model has other logits ({rounding:.1e} of the largest, in {values.dtype}): it was "
+                "removed, because it must not be used"
             )
         partial.rename(output)
     said = f"logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})"
@@ -88,7 +88,7 @@ def run(argv: list[str]) -> None:
 
 
 def check_folder(adapter: Path) -> None:
-    """Refuse a folder beside the adapter's that people take for it, naming the right one."""
+    """Raise a UserError that names the right folder if a checkpoint or model was passed instead of an adapter."""
     if (adapter / "adapter_config.json").is_file():
         return
     for inside in ("adapter", "best/adapter"):
@@ -99,14 +99,13 @@ def check_folder(adapter: Path) -> None:
     for inside in (".", "model", "best/model"):
         if (adapter / inside / "config.json").is_file():
             raise UserError(
-                f"--adapter is '{adapter}', and {adapter / inside} is a whole model already: it needs no merging, use "
-                "it as it is"
+                f"--adapter is '{adapter}', and {adapter / inside} is a whole model already: use it without merging"
             )
 
 
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
-    """A folder under a temporary name, so that a half-written one is never found; removed if it stays unfinished."""
+    """Yield a folder with a temporary name, so nobody finds an incomplete one; it is removed if it was not renamed."""
     partial = output.with_name(f".tmp-{output.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,9 +121,9 @@ def _unfinished(output: Path) -> Iterator[Path]:
 
 
 def _write(merged: Any, partial: Path, dtype: torch.dtype, config: ModelConfig) -> None:
-    """Write the model, and beside it the base model's tokenizer, processor and chat template."""
+    """Write the model, and the base model's tokenizer, processor and chat template."""
     write_model(merged.to(dtype), partial)
-    if Path(config.path).is_file():  # weights that a family of the user's own reads
+    if Path(config.path).is_file():  # weights in a single file, for a user's own family
         return
     for file in sorted(local_folder(config.path, config.revision, KEPT).iterdir()):
         kept = any(file.match(pattern) for pattern in KEPT) and not file.name.endswith(".index.json")

@@ -20,7 +20,7 @@ Outcome = Literal["PASS", "LEAK", "BLIND", "UNSEEN"]
 # Tolerance in units of float32's eps per layer, for at least 16 layers. Experts, which process the tokens of all
 # positions together, changed predictions by 3.2 eps in 24 layers; a leak in a single layer by 20,000 eps.
 ROUNDINGS, LAYERS = 4, 16
-NOISY = 0.02  # largest difference between two equal passes, as a share of the largest logit: context gives 0.024
+NOISY = 0.02  # with a larger tolerance nothing is judged: context moves logits by 0.024 of the largest
 
 
 class Movement(NamedTuple):

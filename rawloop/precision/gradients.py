@@ -72,7 +72,8 @@ class Window:
                 "the gradients were not made by policy.backward(loss), so that nobody knows their scale, or whether "
                 "the loss was finite: replace loss.backward() by policy.backward(loss)"
             )
-        if any(not _is_synced(optimizer) for optimizer in optimizers):
+        states = [getattr(optimizer, "gradient_state", None) for optimizer in optimizers]  # of accelerate's wrapper
+        if not all(getattr(state, "sync_gradients", True) for state in states):
             raise UserError(
                 "accelerate would skip this step: under accumulate() its optimizers step after the last "
                 "micro-batch only; call policy.step(optimizer) there only: "
@@ -97,8 +98,8 @@ class Window:
 
     def refuse_foreign_step(self, optimizer: Optimizer) -> None:
         """Raise a UserError if the loop calls `optimizer.step()` itself while gradients wait for `policy.step`."""
-        ours = {id(p) for named in (self.trained.weights, self.trained.masters) for p in named.values()}
-        held = [p for p in held_by([optimizer]) if id(p) in ours]
+        trained = {id(p) for named in (self.trained.weights, self.trained.masters) for p in named.values()}
+        held = [p for p in held_by([optimizer]) if id(p) in trained]
         waiting = not self.closed or any(p.grad is not None for p in held)
         if held and waiting and self.loss is not None:
             raise UserError(
@@ -118,12 +119,6 @@ class Measured(NamedTuple):
     loss: float = 0.0
     buffers: float = 0.0
     refusal: str | None = None
-
-
-def _is_synced(optimizer: Optimizer) -> bool:
-    """Return False if the optimizer is wrapped by accelerate and would skip a step now."""
-    state = getattr(optimizer, "gradient_state", None)
-    return bool(getattr(state, "sync_gradients", True))
 
 
 def watch_steps(policy: Any) -> None:

@@ -276,7 +276,7 @@ def test_an_evaluation_set_without_targets_is_refused(ranks: Ranks, write: Calla
     config = write("EvaluationMasked", None, size, evaluation={"enabled": True})
     first, *others = run(ranks, config, size)
     assert told(first.err) == (
-        "the evaluation set has no target in the stream 'text': its loss does not exist; mend data.eval, or set "
+        "the evaluation set has no target in the stream 'text': its loss does not exist; correct data.eval, or set "
         "evaluation.enabled to false"
     )
     assert [first.code, *(done.code for done in others)] == [2] * size

@@ -288,7 +288,7 @@ def test_merge(refusal: Refusal, tmp_path: Path) -> None:
         assert refusal("merge", f"--{option}", "x").endswith(f"--{option} x (did you mean '--adapter'?)")
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "merged")
     assert said == (
-        f"--adapter is '{tmp_path}/none', which has no adapter_config.json: give a checkpoint's adapter folder"
+        f"--adapter is '{tmp_path}/none', which has no adapter_config.json: pass a checkpoint's adapter folder"
     )
     adapter, model = tmp_path / "v" / "best" / "adapter", tmp_path / "full" / "best" / "model"
     for file in (adapter / "adapter_config.json", model / "config.json"):
@@ -299,7 +299,7 @@ def test_merge(refusal: Refusal, tmp_path: Path) -> None:
         assert said == f"--adapter is '{folder}', which has no adapter_config.json: did you mean {adapter}?"
     for folder in (model, tmp_path / "full" / "best", tmp_path / "full"):
         said = refusal("merge", "--adapter", folder, "--output", tmp_path / "merged")
-        whole = f"{model} is a whole model already: it needs no merging, use it as it is"
+        whole = f"{model} is a whole model already: use it without merging"
         assert said == f"--adapter is '{folder}', and {whole}"
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "run")
     assert said == f"--output is '{tmp_path}/run', which exists: name a folder that does not"

@@ -80,8 +80,8 @@ def test_a_base_that_was_overwritten_is_refused(door: Door, refusal: Refusal, me
     (work / "state" / "base.json").unlink()
     done = door(*merge())
     assert done.code == 0
-    assert f"rawloop merge: that {work / 'base'} is the base model of " in done.err
-    assert "could not be checked: no base.json lies beside it" in done.err
+    assert f"rawloop merge: not checked whether {work / 'base'} is the base model of " in done.err
+    assert "no base.json lies beside it" in done.err
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "\xff"])
@@ -92,7 +92,7 @@ def test_a_damaged_fingerprint_is_named(refusal: Refusal, merge: Merge, work: Pa
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(torch.nan, "holds NaN or infinity"), (torch.inf, "holds NaN or infinity"), (1e38, "not finite|cannot be merged")],
+    [(torch.nan, "has NaN or infinity"), (torch.inf, "has NaN or infinity"), (1e38, "not finite|cannot be merged")],
 )
 def test_numbers_that_are_none_are_refused(refusal: Refusal, merge: Merge, work: Path, value: float, said: str) -> None:
     def spoil(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ def test_numbers_that_are_none_are_refused(refusal: Refusal, merge: Merge, work:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_weights_that_are_no_floats_are_refused(refusal: Refusal, merge: Merge, work: Path, dtype: torch.dtype) -> None:
     change(work / "adapter" / "adapter_model.safetensors", lambda w: {name: t.to(dtype) for name, t in w.items()})
-    assert f"is stored as {dtype}: an adapter's weights are floats" in refusal(*merge(), code=1)
+    assert f"is stored as {dtype}: an adapter's weights must be floats" in refusal(*merge(), code=1)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_weights_that_the_written_dtype_cannot_hold_are_no_model(refusal: Refusa
 
     change(work / "adapter" / "adapter_model.safetensors", large)
     said = refusal(*merge("--dtype", "float16"), code=1)
-    assert "what was written gives other logits (nan of the largest, in float16): it was removed" in said
+    assert "the written model has other logits (nan of the largest, in float16): it was removed" in said
     assert not [path for path in work.iterdir() if "merged" in path.name]
 
 
