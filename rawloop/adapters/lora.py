@@ -213,9 +213,9 @@ def check_lora(model: nn.Module, asked: Collection[str], exactly: bool, notices:
     more, less = made - set(asked), set(asked) - made
     if exactly and (more or less):
         raise UserError(
-            "the layers with LoRA are not those of adapter.target_modules: too many are "
-            f"{kinds(more) or 'none'}, missing are {kinds(less) or 'none'}: "
-            "name the layers by more of their path, or use another version of PEFT"
+            "PEFT has put LoRA on other layers than adapter.target_modules names: additional layers "
+            f"{kinds(more) or 'none'}, missing layers {kinds(less) or 'none'}; use longer names for the layers, or another "
+            "version of PEFT"
         )
     unexpected = [
         name
