@@ -214,7 +214,7 @@ def check_lora(model: nn.Module, asked: Collection[str], exactly: bool, notices:
     if exactly and (more or less):
         raise UserError(
             "PEFT has put LoRA on other layers than adapter.target_modules names: additional layers "
-            f"{kinds(more) or 'none'}, missing layers {kinds(less) or 'none'}; use longer names for the layers, or another "
+            f"{kinds(more) or 'none'}, missing layers {kinds(less) or 'none'}; use longer names of layers, or another "
             "version of PEFT"
         )
     unexpected = [
