@@ -1,12 +1,12 @@
-"""torchrun, except that it ends with the exit code of its workers: 75 must reach the scheduler, torchrun makes it 1.
+"""torchrun with the exit code of its workers: torchrun itself ends with 1, but 75 must reach the scheduler.
 
-The workers' first process on this machine writes its code into a file; torchrun itself keeps only that one has failed.
-A crash leaves no code: then a line says of each process that has failed how it ended, and the exit code is 1. A
-traceback of torchrun's own would hide what the process itself has said.
+The first worker of this machine writes its exit code to a file. A worker that crashes writes none: then one line for
+each failed worker says how it ended, and the exit code is 1. torchrun's own traceback, which would hide the workers'
+messages, is not printed.
 
-SLURM sends SIGUSR1 to every process of a job. torchrun would die of it, and so would a worker that is still importing;
-one that ignored it would not learn of it. So it is blocked here, and workers inherit that: it waits until they take it.
-Sent to torchrun alone, it is passed on: as a file that workers look for, so that those that start later find it too.
+SLURM sends SIGUSR1 to every process of a job. It would kill torchrun, and workers that are still importing; a worker
+that ignored it would miss it. So it is blocked here, and the workers inherit that: it is pending until they unblock it.
+If only torchrun receives it, torchrun makes a file that the workers look for, also those that start later.
 """
 
 import os
@@ -21,10 +21,10 @@ TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def run(arguments: list[str], folder: Path) -> int:
-    """Run torchrun; return the exit code that the workers left in `folder`, if it has failed, or 1."""
+    """Run torchrun. If it fails, return the exit code that a worker has written into `folder`, or 1."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main  # starts threads, which must inherit what is blocked
+    from torch.distributed.run import main  # starts threads, which must inherit the blocked signals
 
     file = folder / "code"
     os.environ["RAWLOOP_EXIT_CODE_FILE"] = str(file)
@@ -45,30 +45,32 @@ def run(arguments: list[str], folder: Path) -> int:
 
 
 def failed(error: Any, file: Path) -> list[str]:
-    """A line per process that has failed by itself, the first one first; torchrun ended the others afterwards."""
+    """Return a line for each process that failed by itself, the first failure first. torchrun ended the others."""
     _, first = error.get_first_failure()
-    told = signal.SIGTERM if first.exitcode != -signal.SIGTERM else 0
-    own = {
+    by_torchrun = signal.SIGTERM if first.exitcode != -signal.SIGTERM else 0
+    alone = {
         rank: failure
         for rank, failure in sorted(error.failures.items())
-        if failure.exitcode != -told and failure.timestamp <= first.timestamp + 1
+        if failure.exitcode != -by_torchrun and failure.timestamp <= first.timestamp + 1
     }
-    rank = int(file.read_text()) if file.exists() else None  # a process that was killed has left none
-    lines = [f"torchrun: rank {r} (process {f.pid}) {ending(f.exitcode)}" for r, f in own.items() if r != rank]
-    if rank in own:
-        lines.insert(0, f"torchrun: rank {rank} (process {own[rank].pid}) failed first: {ending(own[rank].exitcode)}")
+    rank = int(file.read_text()) if file.exists() else None  # a process that was killed has written none
+    lines = [f"torchrun: rank {r} (process {f.pid}) {ending(f.exitcode)}" for r, f in alone.items() if r != rank]
+    if rank in alone:
+        lines.insert(
+            0, f"torchrun: rank {rank} (process {alone[rank].pid}) failed first: {ending(alone[rank].exitcode)}"
+        )
     return lines
 
 
 def stopped(number: int) -> int:
-    """Say that torchrun was told to stop, where no worker has left a code: it had not begun, or was killed."""
+    """Print that a signal stopped torchrun while no worker had written an exit code. Return the exit code."""
     name = signal.Signals(number).name
     print(f"torchrun: stopped by {name} before its processes said anything: start it again", file=sys.stderr)
     return 130 if number == signal.SIGINT else TEMPORARY_FAILURE
 
 
 def ending(exitcode: int) -> str:
-    """How a process ended, from its exit code, which is minus the signal that has killed it."""
+    """Say how a process ended. Its exit code is negative if a signal has killed it."""
     if exitcode >= 0:
         return f"ended with exit code {exitcode}: its own message is above"
     known = {number.value: number.name for number in signal.Signals}
@@ -77,10 +79,10 @@ def ending(exitcode: int) -> str:
 
 
 def pass_sigusr1_on(file: Path) -> None:
-    """Block SIGUSR1 in this process and in those that it starts; make `file`, which workers look for, once it comes."""
+    """Block SIGUSR1 in this process and its workers. When it arrives, make `file`, which the workers look for."""
     os.environ["RAWLOOP_SIGNAL_FILE"] = str(file)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # ignored, as the scripts leave it, it would be lost
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # the scripts ignore it, and an ignored signal is never pending
 
     def wait() -> None:
         signal.sigwait({signal.SIGUSR1})

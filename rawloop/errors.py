@@ -1,8 +1,8 @@
-"""What can go wrong, sorted by who can mend it.
+"""The errors of rawloop, by who can fix them.
 
 A `UserError` is a mistake in a config, a data file or a command line: one message, exit code 2, no traceback.
-Any other `RawloopError` is a failure of the run or of the world (disk full, corrupt file, diverged loss): exit code 1.
-`Preempted` is no failure: somebody wanted the run to stop, and it can go on: exit code 75.
+Any other `RawloopError` is a failure of the run or the machine (disk full, corrupt file, diverged loss): exit code 1.
+`Preempted` is no failure: the run was asked to stop, and can go on: exit code 75.
 Everything else is a bug in rawloop and keeps its traceback.
 """
 
@@ -16,23 +16,23 @@ class RawloopError(Exception):
     """A failure that rawloop can name: disk full, corrupt checkpoint, lost rank, diverged run."""
 
     exit_code = 1
-    is_reporter = True  # false on all ranks but one where all of them raise the same
+    is_reporter = True  # whether this rank prints the error; false on all ranks but one if all of them raise it
 
 
 class UserError(RawloopError, ValueError):
-    """A mistake that the user can mend. The message says the value, its origin, what is allowed and the fix."""
+    """A mistake that the user can fix. The message names the value, its origin, the allowed values and the fix."""
 
     exit_code = 2
 
 
 class BadSample(UserError):
-    """A sample that is too long, has unknown letters, or a clip that is no good: `data.on_bad_sample` may skip it."""
+    """A sample that is too long, has unknown letters or an unusable clip. `data.on_bad_sample: skip` leaves it out."""
 
 
 class LibraryError(UserError):
-    """A user's file over which a library has failed, in one line. `trace` is the library's traceback.
+    """A library has failed on a user's file. `trace` is the library's traceback.
 
-    The command writes it into a file, in `folder` if that is set, and names the file.
+    The command writes it to a file, in `folder` if that is set, and names the file in its message of one line.
     """
 
     trace = ""
@@ -44,15 +44,15 @@ class TrainingError(RawloopError):
 
 
 class InterruptedUpdate(TrainingError):
-    """An optimizer failed in the middle of an update: only a checkpoint can be gone on from."""
+    """An optimizer failed in the middle of an update: training can continue only from a checkpoint."""
 
 
 class LostRank(RawloopError):
-    """Another process of the run has gone, or did not come to an agreement in time."""
+    """Another process of the run has ended, or did not come to a collective in time."""
 
 
 class CheckpointError(RawloopError):
-    """A checkpoint cannot be written, or what is on disk is not what was written."""
+    """A checkpoint cannot be written, or is damaged, or does not fit the run."""
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def happening(where: str, *, name_own: bool = False) -> Iterator[None]:
 
 
 def add_place(error: Exception, where: str, *, name_own: bool = False) -> None:
-    """Add to an error where it happened: as a note under a bug's traceback; to our own message only if asked to."""
+    """Add to an error where it happened: a note to a foreign error, and to the message of ours if `name_own`."""
     if not isinstance(error, RawloopError):
         error.add_note(where)
     elif name_own:
@@ -74,7 +74,7 @@ def add_place(error: Exception, where: str, *, name_own: bool = False) -> None:
 
 
 class Preempted(RawloopError):
-    """Stopped by a signal or a stop file, with everything on disk that is needed to go on. A scheduler may requeue."""
+    """Stopped by a signal or a stop file. A scheduler may requeue the run: all that it needs is on disk."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 

@@ -1,4 +1,4 @@
-"""The settings of the parts that are one file each; those of a package stand in its config.py. None needs torch."""
+"""The config dataclasses of the parts that are one file. Those of a package are in its config.py. None needs torch."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ class DDPConfig:
     """DistributedDataParallel, with every switch explicit.
 
     Args:
-        find_unused_parameters: true: search each step's graph for parameters without a gradient, which is needed when
-            a batch may leave a trained parameter unused on some rank; costs 5 to 10% of a step. false: do not, refuse
-            a run whose first batch leaves one unused, and end it with the names if a later one does. auto: false
-            unless the first batch leaves one unused.
+        find_unused_parameters: true: search each step's graph for parameters without a gradient, which is needed if a
+            batch may leave a trained parameter unused on some rank; costs 5 to 10% of a step. false: do not search;
+            if a batch leaves a parameter unused, the run ends and names it. auto: true if the first batch leaves a
+            parameter unused, else false.
         broadcast_buffers: copy rank 0's buffers to all ranks at every forward pass.
-        gradient_as_bucket_view: let gradients live inside the all-reduce buckets (saves one copy of the gradients).
+        gradient_as_bucket_view: keep gradients inside the all-reduce buckets (saves one copy of the gradients).
         static_graph: promise that the graph never changes. Not together with gradient accumulation.
-        timeout: seconds that ranks wait for one that neither comes nor works, before the run ends and names it.
+        timeout: seconds that ranks wait for a rank that neither comes nor works; then the run ends and names it.
     """
 
     find_unused_parameters: bool | Literal["auto"] = "auto"
@@ -40,8 +40,8 @@ class RecordsConfig:
     Args:
         tensorboard: also write TensorBoard files into the run folder (needs the package tensorboard).
         wandb: also send metrics to Weights & Biases (needs the package wandb).
-        wandb_project: project that the run appears in there.
-        progress: show a progress bar on rank 0; where stderr is no terminal, a line per log step and per evaluation.
+        wandb_project: the project on Weights & Biases.
+        progress: show a progress bar on rank 0; if stderr is no terminal, a line per log step and per evaluation.
     """
 
     tensorboard: bool = False
@@ -52,13 +52,13 @@ class RecordsConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Evaluation during training. Its cadence is independent of saving.
+    """Evaluation during training, independent of saving.
 
     Args:
-        enabled: whether to evaluate at all. Off, there is no best model, and nothing else changes.
+        enabled: whether to evaluate at all. Without evaluation there is no best model; nothing else changes.
         every: evaluate after this many steps, besides at step 0 and at the end.
         batch_size: samples per batch and process. The result does not depend on it beyond rounding.
-        best_metric: the metric whose best value makes the best model, such as eval_loss/audio.
+        best_metric: the metric that decides which model is the best, such as eval_loss/audio.
         best_mode: whether the best value is the smallest (min) or the largest (max).
         patience: stop after this many evaluations in a row that were not the best; 0 never stops early.
     """
@@ -119,14 +119,14 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How long to train and on how much at a time.
+    """Length of the training, batch size and accumulation.
 
     Args:
         batch_size: samples per micro-batch and process.
         accumulation: micro-batches per optimizer step and process.
-        epochs: passes over the training set. Exactly one of epochs and max_steps is used: max_steps if it is not 0.
-        max_steps: number of optimizer steps.
-        log_every: steps between lines in metrics.jsonl; losses are read from the device only for a line.
+        epochs: passes over the training set, if max_steps is 0.
+        max_steps: number of optimizer steps; 0 trains for `epochs`.
+        log_every: steps between lines in metrics.jsonl; only then losses are read from the device.
     """
 
     batch_size: int = 1

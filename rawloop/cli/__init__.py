@@ -1,7 +1,7 @@
-"""`rawloop COMMAND`: one small module per command, imported when it is called; `--help` imports none of them.
+"""`rawloop COMMAND`: one small module per command, imported when the command is called.
 
-A user's mistake ends in one line and exit code 2, any other failure that rawloop can name in one line and exit code 1.
-A command that a signal or a stop file has ended, and that can go on, has exit code 75. Only a bug shows a traceback.
+A user's mistake ends in one line and exit code 2; any other failure that rawloop can name in one line and exit code 1.
+The exit code is 75 if a signal or a stop file has stopped the command and it can go on. Only a bug shows a traceback.
 """
 
 import errno
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "build the demo checkpoint and encode the bundled speech",
     "prepare": "encode the audio of a data set once, into a cache of codes",
-    "inspect": "show a batch as the model reads it: turns, codes, and what of them is learnt",
+    "inspect": "show a batch as the model reads it: turns, codes, and which of them are learnt",
     "train": "fine-tune a model; start it with torchrun for several processes",
     "evaluate": "evaluate a model or a checkpoint of a run",
     "merge": "merge a LoRA adapter into its base model",
@@ -44,9 +44,9 @@ OPTIONS: dict[str, dict[str, str]] = {
         "part": "internal: measure gradients and the evaluation loss into this file, as one of several processes"
     },
 }
-# How to go on with a command that was interrupted; other commands are only run again.
+# How to continue a command that was interrupted. The other commands start from the beginning.
 GO_ON = {"train": ": go on with --resume auto", "prepare": ": run it again to go on"}
-# A file for the exit code, named by launch/torchrun.py: torchrun itself only keeps that a worker has failed.
+# launch/torchrun.py names a file for the exit code here: torchrun itself does not pass it on.
 EXIT_CODE_FILE = "RAWLOOP_EXIT_CODE_FILE"
 
 
@@ -60,7 +60,7 @@ def help_text() -> str:
 
 
 def read_config(command: str, arguments: list[str]) -> "tuple[RunConfig, dict[str, Any]]":
-    """Read a command's config and its further options."""
+    """Read a command's config and its other options."""
     from rawloop.config import parse
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
@@ -83,21 +83,21 @@ def main(argv: list[str] | None = None) -> int:
     own_process = argv is None and command in GO_ON
     if own_process:
         exit_on_signals(command, GO_ON[command], os.environ.get(EXIT_CODE_FILE))
-    left = Path(os.environ[EXIT_CODE_FILE]) if EXIT_CODE_FILE in os.environ else None
+    file = Path(os.environ[EXIT_CODE_FILE]) if EXIT_CODE_FILE in os.environ else None
     try:
-        code = call(command, rest, left)
+        code = call(command, rest, file)
     except BaseException:
-        leave_first_failure(left)
+        write_first_failure(file)
         raise
     if own_process:
         ignore_signals()
-    if left:
-        leave_exit_code(left, code)
+    if file and local_ranks()[1] == 0:
+        file.write_text(str(code))
     return code
 
 
-def traceback_kept(error: BaseException | None) -> str:
-    """Write the traceback of a LibraryError into a file and return a clause that names the file, or an empty string."""
+def keep_traceback(error: BaseException | None) -> str:
+    """Write the traceback of a LibraryError to a file. Return a clause that names the file, or an empty string."""
     while error is not None and not (isinstance(error, LibraryError) and error.trace):
         error = error.__cause__
     if error is None:
@@ -112,7 +112,7 @@ def traceback_kept(error: BaseException | None) -> str:
 
 
 def check_words(words: list[str]) -> None:
-    """Raise UserError if an argument is not UTF-8: no file of a run could hold it."""
+    """Raise UserError if an argument is not UTF-8: it could not be written into the files of a run."""
     for word in words:
         try:
             word.encode()
@@ -120,37 +120,36 @@ def check_words(words: list[str]) -> None:
             raise UserError(f"the argument {os.fsencode(word)!r} is not UTF-8: rename what it names") from error
 
 
-def leave_exit_code(file: Path, code: int) -> None:
-    """Write the exit code into a file for this machine's launcher, from its first process."""
-    from rawloop.launcher import read_ranks
+def local_ranks() -> tuple[int, int]:
+    """Return this process's rank, and its rank on this machine."""
+    from rawloop.launcher import read_ranks  # imports torch
 
-    if read_ranks()[2] == 0:
-        file.write_text(str(code))
+    rank, _, local_rank = read_ranks()
+    return rank, local_rank
 
 
-def leave_first_failure(file: Path | None) -> None:
+def write_first_failure(file: Path | None) -> None:
     """Write this process's rank beside the file of the exit code, unless another process of this machine has."""
     if file is not None:
-        from rawloop.launcher import read_ranks
-
         with suppress(FileExistsError), file.with_name("first").open("x") as first:
-            first.write(str(read_ranks()[0]))
+            first.write(str(local_ranks()[0]))
 
 
 def stdout_is_gone() -> bool:
-    """Whether the reader of standard output has ended, as `head` does."""
+    """Return whether the reader of standard output has ended, as `head` does."""
     try:
-        watched = select.poll()
-        watched.register(sys.stdout.fileno(), 0)
-        return bool(watched.poll(0))
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
     except (OSError, ValueError, AttributeError):  # no file, or a system without poll
         return False
 
 
-def call(command: str, rest: list[str], left: Path | None = None) -> int:
+def call(command: str, rest: list[str], file: Path | None = None) -> int:
     """Run a command and return its exit code. A failure is explained in one line.
 
-    `left` is the launcher's file for the exit code: a rank that fails by itself, and not for a lost one, says so there.
+    `file` is the launcher's file for the exit code. A rank that fails writes its rank beside it, unless the cause is
+    another rank.
     """
     try:
         check_words(rest)
@@ -159,16 +158,16 @@ def call(command: str, rest: list[str], left: Path | None = None) -> int:
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
     except RawloopError as error:
         if not isinstance(error, LostRank):
-            leave_first_failure(left)
+            write_first_failure(file)
         if error.is_reporter:
-            line = " ".join(str(error).splitlines()) + traceback_kept(error)  # what it quotes may have several lines
+            line = " ".join(str(error).splitlines()) + keep_traceback(error)  # it may quote several lines
             saved = f"; what was saved is whole{GO_ON.get(command, '')}" if isinstance(error, LostRank) else ""
             print(f"rawloop {command}: {line}{saved}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         if not stdout_is_gone():
             raise
-        if command in GO_ON:  # of others the output is all there was to do
+        if command in GO_ON:  # the other commands only print
             print(f"rawloop {command}: nobody reads its output any more{GO_ON[command]}", file=sys.stderr, flush=True)
         return 128 + signal.SIGPIPE
     except OSError as error:

@@ -17,16 +17,16 @@ from rawloop.loop import Run, train
 from rawloop.preempt import STOP_FILE, watch_signals
 from rawloop.records import read_metrics
 
-SIGNAL_FILE = "RAWLOOP_SIGNAL_FILE"  # what launch/torchrun.py makes when it is told to stop by SIGUSR1
+SIGNAL_FILE = "RAWLOOP_SIGNAL_FILE"  # launch/torchrun.py names a file here, and makes it when it receives SIGUSR1
 
 
 def run(argv: list[str]) -> None:
-    """Read the config, build the run, train, and say what came of it."""
+    """Read the config, build the run, train, and print a summary."""
     config, _ = read_config("train", argv)
     folder = Path(expanduser(config.output))
-    told = os.environ.get(SIGNAL_FILE)
+    signal_file = os.environ.get(SIGNAL_FILE)
     with (
-        watch_signals(folder / STOP_FILE, Path(told) if told else None) as preemption,
+        watch_signals(folder / STOP_FILE, Path(signal_file) if signal_file else None) as preemption,
         open_world(config.device, config.ddp.timeout) as world,
     ):
         notice = moved_run(argv, config)
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
         except Preempted:
             try:
                 mark_launch(folder, world, stopped=True)
-            except OSError as error:  # of a stop that is done and saved
+            except OSError as error:  # the run has stopped and is saved all the same
                 line = f"the stop could not be marked ({error}): torchrun --max-restarts will start it again"
                 print(f"rawloop train: {line}", file=sys.stderr, flush=True)
             raise
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
 
 
 def summary(run: Run, folder: Path) -> str:
-    """Return where everything lies and how the evaluation loss moved."""
+    """Return how the evaluation loss changed, and the paths of the results."""
     assert run.checkpoints is not None
     lines = [f"trained {run.state.step} steps, {run.state.samples:,} samples, {run.state.skipped} updates skipped"]
     name = run.best.metric if run.best else ""
