@@ -196,7 +196,7 @@ def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> 
             rate = int(file.samplerate)
             cut = CUT.search(file.extra_info)
             if cut and int(cut[2]) + PADDING < int(cut[1]) < STREAMED:
-                raise BadAudio(f"is cut short: its header promises {cut[1]} bytes, it holds {cut[2]}")
+                raise BadAudio(f"is cut short: its header promises {cut[1]} bytes, it has {cut[2]}")
             first, last = _bounds(segment, frames, rate)
             if last == first:
                 raise BadAudio("is empty: it has no samples")

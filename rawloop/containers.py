@@ -45,7 +45,7 @@ def read_at(stream: BinaryIO, place: int, count: int) -> bytes:
 
 def cut_short(promised: float, found: float) -> BadAudio:
     """Return the error for a file without its end; both arguments in seconds."""
-    return BadAudio(f"is cut short: its header promises {promised:.2f} s, it holds {found:.2f} s")
+    return BadAudio(f"is cut short: its header promises {promised:.2f} s, it has {found:.2f} s")
 
 
 def joined(place: int, size: int, what: str) -> BadAudio:

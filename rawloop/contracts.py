@@ -214,7 +214,7 @@ Losses = Callable[[nn.Module, Batch], dict[str, StreamLoss]]
 class Family(Protocol):
     """Everything that rawloop knows of one kind of model. `families/<name>/` implements it.
 
-    The methods from `logits` on are optional; see `has`. What needs a missing one is left out, and a line says so.
+    The methods from `logits` on are optional; see `has`. Checks that need a missing method are left out with a notice.
     """
 
     streams: Sequence[str]

@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import Dataset
 
 from rawloop.contracts import Batch, Sample
-from rawloop.data.limits import no_fault
 from rawloop.data.workers import Workers
 from rawloop.errors import RawloopError, UserError
 from rawloop.seed import SampleStreams, Seed, derive_seed
@@ -108,7 +107,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         samples: Sequence[Sample],
         example: Callable[[Sample], Any],
         collate: Callable[[list[Any]], Batch],
-        fault: Callable[[Batch], str | None] = no_fault,
+        fault: Callable[[Batch], str | None] = lambda batch: None,
         seed: int = 0,
     ) -> None:
         self.samples, self.example, self.collate, self.fault = samples, example, collate, fault
@@ -161,7 +160,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
 class Loader:
     """Makes micro-batches of given samples, in this process or in workers, which live until `close`.
 
-    Give the training stream and the evaluation a loader each: with workers, an iteration ends where the next begins.
+    Give the training stream and the evaluation a loader each: with workers, a new iteration ends the previous one.
     """
 
     def __init__(self, batches: MicroBatches, num_workers: int = 0, pin_memory: bool = False) -> None:

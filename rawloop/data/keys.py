@@ -126,7 +126,7 @@ MESSAGE = Kind(
     | _fix(BY_TEMPLATE, "prefix")
     | _fix("put it into 'content', as a part of type audio", "audio")
     | _fix("put it into 'content', as a part of type audio, or beside 'messages'", "audios")
-    | _fix("the words of a message stand in 'content'", "text value"),
+    | _fix("the words of a message belong in 'content'", "text value"),
 )
 TEXT_PART = Kind("part", _words("type text"), ABOUT | _words("id cache_control annotations"), IMAGES)
 AUDIO_PART = Kind(
@@ -135,7 +135,7 @@ AUDIO_PART = Kind(
     ABOUT | _words("id cache_control row_id format"),
     IMAGES
     | _fix("audio inside the data file is not read: write it to a file and name it by 'path'", "raw_audio array bytes")
-    | _fix("a clip's words stand in a part of type text", "text transcript"),
+    | _fix("a clip's words belong in a part of type text", "text transcript"),
 )
 METADATA_FILE = Kind(
     "file",

@@ -150,8 +150,3 @@ def _outside(values: Tensor, size: int | None) -> tuple[list[int], int] | None:
 
 def _place(place: list[int]) -> str:
     return f" in codebook {place[2]} at frame {place[1]}" if len(place) == 3 else f" at position {place[-1]}"
-
-
-def no_fault(batch: Batch) -> str | None:
-    """Find no fault, if no limits are known."""
-    return None

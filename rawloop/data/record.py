@@ -92,7 +92,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     doubled = next(key for key in keys if keys.count(key) > 1)
     name = next((f" with the id {values[key]!r}" for key in ("id", "audio_id") if values.get(key)), "")
-    raise DoubledKey(f"the key '{doubled}' stands twice in an object{name}: take one of them out")
+    raise DoubledKey(f"the key '{doubled}' occurs twice in an object{name}: take one of them out")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -223,7 +223,7 @@ def local_path(value: str, record: Record) -> str:
     if scheme == "file":
         url = urlsplit(value)
         if url.netloc not in ("", "localhost"):
-            record.fail(f"{quoted(value)} lies on another machine: copy the file and name it by its path")
+            record.fail(f"{quoted(value)} is on another machine: copy the file and name it by its path")
         return unquote(url.path)
     if scheme == "data":
         record.fail("audio inside the data file (data: url) is not read: write it to a file and name it by its path")

@@ -241,7 +241,7 @@ def _text(file: Path) -> str:
 
 def _broken(error: ValueError | RecursionError, file: Path, place: str) -> UserError:
     """Return the error for JSON that cannot be parsed; `place` is the line, or empty for a whole file."""
-    why: object = f"it holds a number or a depth that no data has ({error})"
+    why: object = f"it has a number or a depth that no data has ({error})"
     if isinstance(error, json.JSONDecodeError):
         place, why = place or f" line {error.lineno}", f"not JSON ({error.msg}, column {error.colno})"
     return UserError(f"{file}{place}: {error if isinstance(error, DoubledKey) else why}")
@@ -269,7 +269,7 @@ def _listed(values: Any, file: Path, name: str) -> Iterator[Record]:
 def _samples(value: Any, file: Path) -> Any:
     if isinstance(value, dict) and "samples" in value:
         return value["samples"]
-    keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) and value else f"it holds {show(value)}"
+    keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) and value else f"it has {show(value)}"
     other = _other_record(value) if isinstance(value, dict) else ""
     alone = file.suffix == ".jsonl"
     fix = other or ("this is no sample" if alone else "metadata.json needs a list of samples under that key")

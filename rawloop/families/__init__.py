@@ -122,7 +122,7 @@ def check_path(path: str, key: str) -> None:
         if not (folder / "config.json").is_file():
             fix = "give a folder that save_pretrained wrote"
             if (folder / ADAPTER).is_file():
-                fix = "it holds an adapter: give its base model, or merge them by `rawloop merge`"
+                fix = "it has an adapter: give its base model, or merge them by `rawloop merge`"
             raise UserError(f"{key} is '{path}', a folder without config.json: {fix}")
         if (folder / ADAPTER).exists():
             raise UserError(
@@ -130,7 +130,7 @@ def check_path(path: str, key: str) -> None:
                 "the model; move it elsewhere"
             )
     elif folder.exists():
-        raise UserError(f"{key} is '{path}', a file: give the folder that holds the model")
+        raise UserError(f"{key} is '{path}', a file: give the folder of the model")
     elif not HUB_ID.fullmatch(path):
         raise UserError(f"{key} is '{path}': no such folder, and not a hub id (owner/name) either")
 
@@ -172,7 +172,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): the checkpoint is damaged, fetch it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, not an object: the checkpoint is damaged")
+        raise UserError(f"{file} has a {type(content).__name__} instead of an object: the checkpoint is damaged")
     return content
 
 

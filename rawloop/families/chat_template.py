@@ -96,7 +96,7 @@ class ChatTemplate:
             raise UserError(
                 f"the chat template of {self.path} cannot be split into prompt and answer: asked for an answer it ends "
                 f"with {asked[-40:]!r}, with the answer it goes on {first[-80:]!r}: use a template whose "
-                "{% if add_generation_prompt %} writes all that stands before an answer"
+                "{% if add_generation_prompt %} writes everything before an answer"
             )
         pairs = zip(reversed(self.ids(first)), reversed(self.ids(second)), strict=False)
         ending = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)][::-1]

@@ -53,7 +53,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
             r"^model\.codec is 'owner/none': no such folder, and the hub gave no such model \(.*\): .*`hf download own",
         ),
         (["--model.path", "TMP/run"], r"model\.path is '.*/run', a folder without config\.json: give a folder"),
-        (["--model.path", "TMP/run.yaml"], r"model\.path is '.*', a file: give the folder that holds the model"),
+        (["--model.path", "TMP/run.yaml"], r"model\.path is '.*', a file: give the folder of the model"),
         (["--model.family", "higs_audio_v2"], r"'higs_audio_v2' \(did you mean 'higgs_audio_v2'\?\)"),
         (["--model.attention", "fast"], r"cannot be loaded: Specified `attn_implementation=\"fast\"`"),
         (["--model.attention", "flash_attention_2"], r"cannot be loaded: FlashAttention2 has been toggled on"),

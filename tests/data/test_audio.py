@@ -103,7 +103,7 @@ def test_flac_that_was_cut_short(keep: float, tone: Tone) -> None:
 def test_what_was_cut_short_is_not_taken_for_whole(name: str, tone: Tone) -> None:
     path = tone(name, seconds=2.0)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadAudio, match=r"^is cut short: its header promises 2.0\d s, it holds (1.0\d|0.9\d) s$"):
+    with pytest.raises(BadAudio, match=r"^is cut short: its header promises 2.0\d s, it has (1.0\d|0.9\d) s$"):
         load_audio(path, 24000)
 
 
@@ -112,7 +112,7 @@ def test_other_formats_that_were_cut_short(name: str, tone: Tone) -> None:
     path = tone("a", seconds=2.0, format=name)
     assert len(load_audio(path, 24000)) == 48000
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadAudio, match=r"^is cut short: its header promises 9\d+ bytes, it holds 4\d+$"):
+    with pytest.raises(BadAudio, match=r"^is cut short: its header promises 9\d+ bytes, it has 4\d+$"):
         load_audio(path, 24000)
 
 

@@ -75,7 +75,7 @@ def test_a_record_of_another_layout(record: dict[str, object], message: str, tmp
 )
 def test_a_key_that_stands_twice_is_refused(name: str, text: str, place: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=rf"{place} stands twice in an object.*: take one of them out"):
+    with pytest.raises(UserError, match=rf"{place} occurs twice in an object.*: take one of them out"):
         read_samples(tmp_path / name)
 
 
@@ -83,7 +83,7 @@ def test_arguments_of_a_call_with_a_key_twice(tmp_path: Path) -> None:
     call = {"function": {"name": "lamp", "arguments": '{"on": 1, "on": 0}'}}
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages}))
-    with pytest.raises(UserError, match=r"messages\[1\]: 'arguments' of lamp is .*the key 'on' stands twice"):
+    with pytest.raises(UserError, match=r"messages\[1\]: 'arguments' of lamp is .*the key 'on' occurs twice"):
         read_samples(tmp_path)
 
 

@@ -129,7 +129,7 @@ def told(**part: Any) -> dict[str, Any]:
         (told(type="audio", path=5), "an audio part without a path"),
         (told(type="audio", url="https://x.org/a.wav"), "'https://x.org/a.wav' is a remote file: download it first"),
         (told(type="audio", url="s3://bucket/a.wav"), "is a remote file: download it first"),
-        (told(type="audio", url="file://server/a.wav"), "lies on another machine"),
+        (told(type="audio", url="file://server/a.wav"), "is on another machine"),
         (told(type="audio", url="data:audio/wav;base64,AAAA"), "audio inside the data file"),
         (told(type="audio", url="gone.wav"), r"1 audio file is missing: 'gone.wav' of .*line 1"),
         (told(type="audio", path="/etc/hostname"), "leaves the data folder .*--data.allow_outside true"),

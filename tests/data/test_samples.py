@@ -193,7 +193,7 @@ def test_paths_that_are_no_files(value: str, message: str, metadata: Write, tmp_
     ("content", "message"),
     [
         ('{"data": [], "info": 1}', r"has no 'samples' \(it has the keys data, info\)"),
-        ("{}", r"has no 'samples' \(it holds {} \(dict\)\)"),
+        ("{}", r"has no 'samples' \(it has {} \(dict\)\)"),
         ("5", "has no 'samples'"),
         ('{"samples": []}', "has no samples: a data set needs at least one"),
         ("[]", "has no samples: a data set needs at least one"),
@@ -281,10 +281,10 @@ def test_other_mistakes_are_never_left_out(jsonl: Write) -> None:
 def test_a_depth_or_a_number_that_no_data_has(name: str, value: str, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_text(f'{{"text": "a", "x": {value}}}\n{{"text": "b"}}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it holds a number or a depth that no data has"):
+    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it has a number or a depth that no data has"):
         read_samples(file)
     file.write_text(value if value[0] == "[" else f'{{"samples": {value}}}')
-    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it holds a number or a depth that no data has"):
+    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it has a number or a depth that no data has"):
         read_samples(file)
 
 

@@ -77,7 +77,7 @@ def to_bin(folder: Path, damaged: Callable[[bytes], bytes]) -> None:
         ),
         (lambda f: change(f / "config.json", num_hidden_layers=10**9), "config.json has num_hidden_layers 1,000,000,0"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "which has adapter_config.json beside config.json"),
-        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "it holds an adapter: give its base model"),
+        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "it has an adapter: give its base model"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_file_and_cause(
