@@ -33,7 +33,7 @@ def measure(stream: BinaryIO) -> Extent:
     if head[:4] == b"OggS":
         return ogg(stream, start, size)
     if head[:4] == b"fLaC":
-        return _Flac(stream, start, size).extent()
+        return _flac(stream, start, size)
     if _mp3_frame(head):
         return _mp3(stream, start, size)
     if head[:1] == b"\xff":  # an mp3 of free format or another layer
@@ -124,71 +124,66 @@ def _xing(content: bytes, count: int) -> bytes:
     return body.ljust(frame.length, b"\0")
 
 
-class _Flac:
-    """A flac file. The number of samples in its header must fit its last frame."""
+def _flac(stream: BinaryIO, start: int, size: int) -> Extent:
+    """Compare the number of samples in the header of a flac with its last frame."""
+    info = read_at(stream, start + 8, 34)
+    rate, total = int.from_bytes(info[10:13]) >> 4 or 1, int.from_bytes(info[13:18]) & (2**36 - 1)
+    place, last = start + 4, False
+    while not last and place + 4 <= size:
+        head = read_at(stream, place, 4)
+        last = head[0] > 127
+        place += 4 + int.from_bytes(head[1:])
+    refuse_second(stream, place, size, FLAC_START, "a second flac file")
+    found = _flac_samples(stream, place, size, int.from_bytes(info[2:4]))
+    if found is None:
+        raise BadAudio("is cut short, or has something after its audio: no flac frame ends at the end of the file")
+    if found < total:
+        raise cut_short(total / rate, found / rate)
+    if found > total > 0:
+        raise BadAudio(f"goes on to {found / rate:.2f} s, its header promises {total / rate:.2f} s")
+    if total:
+        return Extent(found)
+    head = read_at(stream, 0, start + 26)
+    count = int.from_bytes(head[-5:]) | found
+    return Extent(found, header=head[:-5] + count.to_bytes(5), replaces=len(head))
 
-    def __init__(self, stream: BinaryIO, start: int, size: int) -> None:
-        self.stream, self.start, self.size = stream, start, size
-        info = read_at(stream, start + 8, 34)
-        self.block = int.from_bytes(info[2:4])
-        self.rate = int.from_bytes(info[10:13]) >> 4 or 1
-        self.total = int.from_bytes(info[13:18]) & (2**36 - 1)
-        place, last = start + 4, False
-        while not last and place + 4 <= size:
-            head = read_at(stream, place, 4)
-            last = head[0] > 127
-            place += 4 + int.from_bytes(head[1:])
-        self.frames = place
 
-    def extent(self) -> Extent:
-        """Return the number of samples."""
-        refuse_second(self.stream, self.frames, self.size, FLAC_START, "a second flac file")
-        found = self._last_frame()
-        if found is None:
-            raise BadAudio("is cut short, or has something after its audio: no flac frame ends at the end of the file")
-        if found < self.total:
-            raise cut_short(self.total / self.rate, found / self.rate)
-        if found > self.total > 0:
-            raise BadAudio(f"goes on to {found / self.rate:.2f} s, its header promises {self.total / self.rate:.2f} s")
-        if self.total:
-            return Extent(found)
-        head = read_at(self.stream, 0, self.start + 26)
-        total = int.from_bytes(head[-5:]) | found
-        return Extent(found, header=head[:-5] + total.to_bytes(5), replaces=len(head))
+def _flac_samples(stream: BinaryIO, frames: int, size: int, block: int) -> int | None:
+    """Return the number of samples up to the end of the last frame, if only tags follow that frame."""
+    place = max(frames, size - 2**22)
+    content = read_at(stream, place, 2**22)
+    begin, tries = len(content), 4  # other bytes may look like a header by chance
+    while tries and (begin := content.rfind(b"\xff", 0, begin)) >= 0:
+        samples = _samples_to_end_of(content[begin : begin + 16], block)
+        if samples is None:
+            continue
+        tries -= 1
+        if any(skip_tags(stream, place + begin + length, size) == size for length in _crc16_ends(content[begin:])):
+            return samples
+    return None
 
-    def _last_frame(self) -> int | None:
-        """Return the number of samples up to the end of the last frame, if only tags follow that frame."""
-        place = max(self.frames, self.size - 2**22)
-        content = read_at(self.stream, place, 2**22)
-        begin, tries = len(content), 4  # other bytes may look like a header by chance
-        while tries and (begin := content.rfind(b"\xff", 0, begin)) >= 0:
-            samples = self._samples_to_end_of(content[begin : begin + 16])
-            if samples is None:
-                continue
-            tries -= 1
-            ends = _crc16_ends(content[begin:])
-            if any(skip_tags(self.stream, place + begin + length, self.size) == self.size for length in ends):
-                return samples
+
+def _samples_to_end_of(head: bytes, block: int) -> int | None:
+    """Return the number of samples up to the end of the frame with the header `head`; None for other bytes.
+
+    `block` is the number of samples in each frame of a file with a fixed block size.
+    """
+    if len(head) < 6 or head[1] & 0xFE != 0xF8 or head[3] & 1:
         return None
-
-    def _samples_to_end_of(self, head: bytes) -> int | None:
-        """Return the number of samples up to the end of the frame with the header `head`; None for other bytes."""
-        if len(head) < 6 or head[1] & 0xFE != 0xF8 or head[3] & 1:
-            return None
-        ones = 8 - (~head[4] & 0xFF).bit_length()  # the frame number is encoded like UTF-8
-        length = max(ones, 1)
-        if ones in (1, 8):
-            return None
-        number = head[4] & (0x7F >> ones)
-        for byte in head[5 : 4 + length]:
-            number = number << 6 | byte & 0x3F
-        code, rate = head[2] >> 4, head[2] & 15
-        sized = {6: 1, 7: 2}.get(code, 0)
-        end = 4 + length + sized + {12: 1, 13: 2, 14: 2}.get(rate, 0)
-        if len(head) <= end or _crc8(head[:end]) != head[end] or code == 0:
-            return None
-        block = FLAC_BLOCKS.get(code) or 1 + int.from_bytes(head[4 + length : 4 + length + sized])
-        return number * (1 if head[1] & 1 else self.block) + block
+    ones = 8 - (~head[4] & 0xFF).bit_length()  # the frame number is encoded like UTF-8
+    length = max(ones, 1)
+    if ones in (1, 8):
+        return None
+    number = head[4] & (0x7F >> ones)
+    for byte in head[5 : 4 + length]:
+        number = number << 6 | byte & 0x3F
+    code, rate = head[2] >> 4, head[2] & 15
+    sized = {6: 1, 7: 2}.get(code, 0)
+    end = 4 + length + sized + {12: 1, 13: 2, 14: 2}.get(rate, 0)
+    if len(head) <= end or _crc8(head[:end]) != head[end] or code == 0:
+        return None
+    samples = FLAC_BLOCKS.get(code) or 1 + int.from_bytes(head[4 + length : 4 + length + sized])
+    return number * (1 if head[1] & 1 else block) + samples
 
 
 def _crc_table(bits: int, polynomial: int) -> list[int]:
