@@ -1,7 +1,7 @@
-"""Data: three file formats read into samples, and audio turned into cached codes once, before training.
+"""Data: reads data sets into samples, caches the codes of their audio, and makes batches.
 
-`samples.read_samples` gives samples, `prepare.prepare` fills the cache, `codes.CodeCache` hands the codes out. Only the
-config is imported here, so that `--help` needs no torch.
+`samples.read_samples` returns samples, `prepare.prepare` fills the cache, `codes.CodeCache` reads it. Only the config
+is imported here, so that `--help` needs no torch.
 """
 
 from rawloop.data.config import DataConfig, codes_folder

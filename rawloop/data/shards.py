@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, get_args, get_type_hints
 
 import torch
 from safetensors.torch import save
@@ -64,12 +64,7 @@ class Row(NamedTuple):
 
 
 # The types of the columns of the index; a bool is no int here.
-COLUMNS: dict[str, set[type]] = {
-    **{name: {str} for name in ("path", "sha256")},
-    **{name: {int} for name in ("size", "mtime_ns", "shard", "frames", "crc")},
-    "bad": {str, type(None)},
-    **{name: {bool} for name in ("skip", "open_end")},
-}
+COLUMNS = {name: set(get_args(kind) or (kind,)) for name, kind in get_type_hints(Row).items()}
 
 
 def codec_folder(cache: Path, codec: CodecInfo) -> Path:
