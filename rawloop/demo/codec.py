@@ -29,7 +29,6 @@ def fit_codec(codec: Any, clips: Sequence[Tensor], seed: int) -> None:
         scale_acoustics(codec, generator)
         standardise(codec, torch.cat([features(codec, clip) for clip in clips]))
         fit_codebooks(codec, torch.cat([codec.fc(features(codec, clip)) for clip in clips]), generator)
-        match_loudness(codec, clips)
 
 
 @contextmanager
@@ -117,13 +116,3 @@ def kmeans(points: Tensor, centres: int, generator: torch.Generator) -> Tensor:
         strays = points[torch.randint(len(points), (centres,), generator=generator)]
         found = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], strays)
     return found
-
-
-def match_loudness(codec: Any, clips: Sequence[Tensor], examples: int = 8) -> None:
-    """Scale the decoder's last layer so that its output is as loud (RMS) as some clips."""
-    wanted, made = torch.cat(list(clips[:examples])), []
-    for clip in clips[:examples]:
-        codes = codec.encode(clip[None, None]).audio_codes
-        made.append(codec.decode(codes).audio_values.flatten())
-    loudness = wanted.square().mean().sqrt() / torch.cat(made).square().mean().sqrt()
-    codec.acoustic_decoder.conv2.weight.mul_(loudness)

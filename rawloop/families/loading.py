@@ -136,7 +136,8 @@ def load_from(
     """Load a model; `key` is the setting that names its folder. Missing weights and wrong shapes are refused."""
     with library_errors(source, "model", key):
         settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        check_sizes(Path(source), settings, lambda: empty(model_class, settings))
+        build = model_class._from_config if issubclass(model_class, PreTrainedModel) else model_class.from_config
+        check_sizes(Path(source), settings, lambda: build(settings))
         model, info = model_class.from_pretrained(
             source,
             revision=revision,
@@ -154,12 +155,6 @@ def load_from(
         hint = (hints or {}).get(missing[0], "fetch it again")
         raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: {hint}")
     return model
-
-
-def empty(model_class: Any, settings: Any) -> Any:
-    """Build a model with random weights from a class or an AutoModel."""
-    build = model_class._from_config if issubclass(model_class, PreTrainedModel) else model_class.from_config
-    return build(settings)
 
 
 def enable_activation_checkpointing(model: Any) -> None:

@@ -72,15 +72,6 @@ def test_codes_are_learnable(codec: HiggsAudioV2TokenizerModel, held_out: list[T
     assert losses.mean() < 0.8 * math.log(1026)
 
 
-@torch.no_grad()
-def test_what_is_decoded_is_about_as_loud_as_the_speech(
-    codec: HiggsAudioV2TokenizerModel, held_out: list[Tensor]
-) -> None:
-    made = torch.cat([codec.decode(codec.encode(clip[None, None]).audio_codes).audio_values[0, 0] for clip in held_out])
-    ratio = made.square().mean().sqrt() / torch.cat(held_out).square().mean().sqrt()
-    assert 0.8 < ratio < 1.25
-
-
 def test_kmeans_finds_separate_clusters_and_fills_every_centre() -> None:
     generator = torch.Generator().manual_seed(0)
     places = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
