@@ -338,7 +338,9 @@ def test_a_bad_clip_that_was_skipped_is_left_out_of_the_training(
     left = len(samples) - len(needing)
     done = door("train", *arguments, "--train.epochs", "1", "--train.max_steps", "0", "--train.batch_size", "1")
     assert done.code == 0, done
-    assert f"data.train: {len(needing)} of {len(samples)} samples left out, since data.on_bad_sample is skip" in done.out
+    assert (
+        f"data.train: {len(needing)} of {len(samples)} samples left out, since data.on_bad_sample is skip" in done.out
+    )
     assert f"trained {left} steps, {left} samples, 0 updates skipped" in done.out
 
 
