@@ -6,9 +6,11 @@ A test file is no package and cannot import this one: take the fixtures by name,
 
 import ctypes
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import shutil
 import socket
 import subprocess
@@ -17,6 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +104,13 @@ def outlives(thread: threading.Thread, before: set[threading.Thread]) -> bool:
 
 
 def child_processes() -> list[psutil.Process]:
-    """All descendants, without the multiprocessing helper that lives as long as this process on purpose."""
+    """All descendants, without the two multiprocessing helpers that live as long as this process on purpose."""
     found = []
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if not any("multiprocessing.resource_tracker" in word for word in process.cmdline()):
+            tracks = any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+            if not tracks and process.pid != server:
                 found.append(process)
     return found
 
@@ -224,10 +230,10 @@ def copy_speech(source: Path, target: Path, number: int) -> None:
 
 @pytest.fixture
 def run_cli() -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Give `run_cli(*arguments, cwd=None, env=None, timeout=110)`, which runs `python -m rawloop` in a process."""
+    """Give `run_cli(*arguments, cwd=None, env=None, timeout=240)`, which runs `python -m rawloop` in a process."""
 
     def run(
-        *arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 110.0
+        *arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 240.0
     ) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "rawloop", *map(str, arguments)]
         environment = {**os.environ, **(env or {})}
@@ -238,14 +244,14 @@ def run_cli() -> Callable[..., "subprocess.CompletedProcess[str]"]:
 
 @pytest.fixture
 def run_ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Callable[..., list[Any]]:
-    """Give `run_ranks(function, *arguments, world_size=2, timeout=120)`: real processes in a gloo group.
+    """Give `run_ranks(function, *arguments, world_size=2, timeout=240)`: real processes in a gloo group.
 
     Each process calls `function(world, *arguments)` with its open `rawloop.dist.World`. The function stands at the top
     level of a test file; arguments and results travel by pickle. Returns the results in order of rank, or raises what
     the first failing rank raised, with that rank's traceback as a note. No process outlives the call.
     """
 
-    def run(function: Callable[..., Any], *arguments: Any, world_size: int = 2, timeout: float = 120.0) -> list[Any]:
+    def run(function: Callable[..., Any], *arguments: Any, world_size: int = 2, timeout: float = 240.0) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
         job = {
             "module": function.__module__,
@@ -258,11 +264,11 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Con
         (folder / "job.pickle").write_bytes(pickle.dumps(job))
         processes = start_ranks(folder, world_size)
         try:
-            wait_for_ranks(folder, processes, timeout)
+            wait_for_ranks(processes, timeout)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
         return collect_ranks(folder, processes)
 
     return run
@@ -277,34 +283,42 @@ def free_port() -> int:
             return port
 
 
-def start_ranks(folder: Path, world_size: int) -> list["subprocess.Popen[bytes]"]:
+@lru_cache(maxsize=1)
+def rank_server() -> Any:
+    """A process that has imported what ranks need, and forks them: importing takes them longer than most tests do."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rawloop.build", "rawloop.checkpoints"])
+    return context
+
+
+def start_ranks(folder: Path, world_size: int) -> list[Any]:
     """Start one process per rank; what rank N prints goes to `rankN.log`."""
     port = free_port()
     processes = []
     for rank in range(world_size):
         values = (rank, world_size, rank, world_size, "127.0.0.1", port)
         environment = {**os.environ, **dict(zip(RANK_NAMES, map(str, values), strict=True))}
-        command = [sys.executable, str(ROOT / "tests" / "rank_main.py"), str(folder), str(rank)]
-        with (folder / f"rank{rank}.log").open("wb") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        script, arguments = str(ROOT / "tests" / "rank_main.py"), {"arguments": (folder, rank, environment)}
+        processes.append(rank_server().Process(target=runpy.run_path, args=(script, arguments, "rank")))
+        processes[-1].start()
     return processes
 
 
-def wait_for_ranks(folder: Path, processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:
+def wait_for_ranks(processes: list[Any], timeout: float) -> None:
     """Wait until all have ended. After a first failure the others, who may wait for it, get a short grace."""
     deadline = time.monotonic() + timeout
     failed = False
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if not failed and any(process.poll() not in (None, 0) for process in processes):
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if not failed and any(process.exitcode not in (None, 0) for process in processes):
             failed = True
             deadline = min(deadline, time.monotonic() + 2 * GRACE)
         time.sleep(0.02)
 
 
-def collect_ranks(folder: Path, processes: list["subprocess.Popen[bytes]"]) -> list[Any]:
+def collect_ranks(folder: Path, processes: list[Any]) -> list[Any]:
     """Return the ranks' results, or raise the earliest failure."""
-    for rank in range(len(processes)):
-        sys.stdout.write((folder / f"rank{rank}.log").read_text(errors="replace"))
+    for log in sorted(folder.glob("rank*.log")):
+        sys.stdout.write(log.read_text(errors="replace"))
     outcomes = {
         int(file.stem.removeprefix("rank")): pickle.loads(file.read_bytes()) for file in folder.glob("rank*.pickle")
     }
@@ -314,9 +328,7 @@ def collect_ranks(folder: Path, processes: list["subprocess.Popen[bytes]"]) -> l
         first["value"].add_note(f"rank {rank}:\n{first['text']}")
         raise first["value"]
     missing = [
-        f"rank {rank} (exit code {process.returncode})"
-        for rank, process in enumerate(processes)
-        if rank not in outcomes
+        f"rank {rank} (exit code {process.exitcode})" for rank, process in enumerate(processes) if rank not in outcomes
     ]
     if missing:
         raise TimeoutError(f"ended without a result, or killed after the time limit: {', '.join(missing)}")

@@ -85,6 +85,7 @@ def test_ranks_are_real_and_in_order(run_ranks: Callable[..., list[Any]]) -> Non
     assert [(rank, total) for rank, total, _ in results] == [(0, 30.0), (1, 30.0)]
     assert [names["RANK"] for *_, names in results] == ["0", "1"]
     assert results[0][2]["OMP_NUM_THREADS"] == "1"
+    assert [child.num_threads() for child in psutil.Process().children() if "forkserver" in str(child.cmdline())] == [1]
 
 
 def one_fails(world: World) -> None:
@@ -109,7 +110,7 @@ def sleeps(world: World) -> None:
 def test_a_rank_that_hangs_is_killed(run_ranks: Callable[..., list[Any]]) -> None:
     with pytest.raises(TimeoutError, match="rank 0"):
         run_ranks(sleeps, timeout=3)
-    assert not [child for child in psutil.Process().children() if "rank_main" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children(recursive=True) if child.ppid() != os.getpid()]
 
 
 def test_cli_runs_in_a_process(run_cli: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:

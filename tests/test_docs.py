@@ -81,6 +81,7 @@ def test_the_readmes_recipe_runs(demo_checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "voice" / "best" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_family_of_the_page_is_trained_by_the_pages_commands(tmp_path: Path) -> None:
     """The page's class, file and commands, letter by letter: the console script and torchrun both find the class."""

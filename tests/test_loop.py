@@ -466,7 +466,7 @@ def test_a_bad_sample_on_one_rank_ends_all_ranks_with_its_name(
     base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     config = replace(base, output=str(tmp_path / "run"), evaluation=EvaluationConfig(enabled=False))
-    first, second = run_ranks(fail_on_rank_1, config, timeout=60)
+    first, second = run_ranks(fail_on_rank_1, config, timeout=240)
     assert first == "1: rank 1: sample 'x' is bad"
     assert second == "1: sample 'x' is bad"
 
@@ -639,7 +639,7 @@ def refuse(step: int, values: Any) -> None:
 def test_what_one_rank_cannot_do_is_raised_on_all(
     base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]], what: str, message: str
 ) -> None:
-    first, second = run_ranks(fail_alone, replace(base, output=str(tmp_path / "run")), what, timeout=60)
+    first, second = run_ranks(fail_alone, replace(base, output=str(tmp_path / "run")), what, timeout=240)
     assert message in first
     assert message.removeprefix("rank 1: ") in second
 

@@ -338,7 +338,7 @@ def test_two_ranks_stop_together_when_one_is_told(
     base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     config = replace(base, output=str(tmp_path / "run"), evaluation=EvaluationConfig(every=2, batch_size=1))
-    first, second = run_ranks(stop_rank_1, config, timeout=60)
+    first, second = run_ranks(stop_rank_1, config, timeout=240)
     lines = [
         f"stopped by SIGTERM on rank 1 at step {step}; checkpoint: {tmp_path}/run/checkpoints/step-{step:08d}; "
         "go on from it with --resume latest"

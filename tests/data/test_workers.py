@@ -59,10 +59,10 @@ def test_a_batch_is_the_same_after_its_way(tensor: torch.Tensor) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_close_ends_the_workers_though_an_iteration_is_kept() -> None:
-    made = loader(2)
+    made, before = loader(2), set(psutil.Process().children())
     kept = made.iterate(iter(draws(64)))
     assert next(kept).ids == ["0"]
-    workers = psutil.Process().children()
+    workers = set(psutil.Process().children()) - before
     assert len(workers) == 2
     made.close()
     assert not [worker for worker in workers if worker.is_running()]

@@ -244,7 +244,7 @@ def test_two_ranks_decide_together(
     config: RunConfig, demo_data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     config = replace(config, train=TrainConfig(1, 2, max_steps=2, log_every=1))
-    both = run_ranks(check_all, config, str(demo_data), timeout=60)
+    both = run_ranks(check_all, config, str(demo_data), timeout=240)
     for spoilt, (kind, message) in WRONG_ON_ONE.items():
         for found in (checked[spoilt] for checked, _ in both):
             assert found[0] == kind, spoilt
