@@ -207,13 +207,13 @@ class Meter:
 
         Ranks may have different streams: sums are joined by name, in float64.
         """
-        own: dict[str, tuple[float, int]] = {}
+        share: dict[str, tuple[float, int]] = {}
         for stream, total in self.totals.items():
             sums = [total.item(), *(self.parts[stream].tolist() if stream in self.parts else [])]
             names = [f"loss/{stream}", *(f"loss/{stream}/{part}" for part in range(len(sums) - 1))]
-            own |= dict(zip(names, zip(sums, self.targets[stream], strict=True), strict=True))
+            share |= dict(zip(names, zip(sums, self.targets[stream], strict=True), strict=True))
         self.start_afresh()
-        means = joined(world.gather(own)).items()
+        means = joined(world.gather(share)).items()
         return {name: total / count for name, (total, count) in means if count}
 
     def state_dict(self) -> dict[str, Any]:

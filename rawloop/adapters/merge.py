@@ -70,9 +70,9 @@ def load_base(
     base = load_model()
     if unchecked:
         return base, f"not checked whether {path} is the base model of {adapter}: {unchecked}"
-    own = BaseFingerprint(base.requires_grad_(False), path, revision)
-    own.load_state_dict(stored)
-    return base, own.notice
+    fingerprint = BaseFingerprint(base.requires_grad_(False), path, revision)
+    fingerprint.load_state_dict(stored)
+    return base, fingerprint.notice
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:

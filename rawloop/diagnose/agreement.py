@@ -33,10 +33,10 @@ def disagreements(
             continue
         sums, counts = _scored(rows, targets)
         names = [stream, *(f"{stream}/{part}" for part in range(len(loss.part_targets)))]
-        given = [loss.total.item(), *(loss.parts.tolist() if loss.parts is not None else [])]
+        measured = [loss.total.item(), *(loss.parts.tolist() if loss.parts is not None else [])]
         numbers = [loss.targets, *loss.part_targets]
         wanted = [(sum(sums), sum(counts)), *zip(sums, counts, strict=True)]
-        for name, nats, count, (true_nats, true_count) in zip(names, given, numbers, wanted, strict=False):
+        for name, nats, count, (true_nats, true_count) in zip(names, measured, numbers, wanted, strict=False):
             if stream not in found and (said := _difference(nats, count, true_nats, true_count, eps)):
                 found[name] = said
     return found
@@ -54,7 +54,7 @@ def _scored(rows: Tensor, targets: Tensor) -> tuple[list[float], list[int]]:
 
 def _difference(nats: float, count: int, true_nats: float, true_count: int, eps: float) -> str:
     if not math.isfinite(nats):
-        return ""  # a finding of its own
+        return ""  # a separate finding
     if count != true_count:
         return f"`losses` counts {count} targets, the labels have {true_count}"
     if abs(nats - true_nats) <= max(SINGLE, SHARE * eps) * max(abs(nats), abs(true_nats)) or not count:

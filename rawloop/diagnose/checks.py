@@ -26,7 +26,7 @@ from rawloop.files import replace_file
 from rawloop.losses import LossModule
 from rawloop.records import Records
 
-# Samples of all ranks whose labels are counted at most, while no sample has shown whether a required token is a target.
+# The labels of at most this many samples are counted, over all ranks, until all required tokens are decided.
 COUNTED = 512
 
 PROBED = ("perturb", "logits")
@@ -196,14 +196,14 @@ def run_checks(
     assert share is not None
     censuses, readings, movements = zip(*world.gather(share), strict=True)
     total = _count_more(reduce(add, censuses), family, examples, config.batches, world)
-    names = dict.fromkeys(name for own in readings for name in own)
+    names = dict.fromkeys(name for one in readings for name in one)
     chance = family.chance() if has(family, "chance") else {}
     verdicts = [
-        judge(name, reduce(add, (own[name] for own in readings if name in own)), chance.get(name.split("/")[0]))
+        judge(name, reduce(add, (one[name] for one in readings if name in one)), chance.get(name.split("/")[0]))
         for name in names
     ]
     probed = family.streams if has(family, *PROBED) else ()
-    moved = {stream: reduce(Movement.join, (own[stream] for own in movements)) for stream in probed}
+    moved = {stream: reduce(Movement.join, (one[stream] for one in movements)) for stream in probed}
     measured = sum(census.samples for census in censuses)
     seconds = round(time.perf_counter() - start, 3)
     lacking = [f"{what} (no `{name}`)" for name, what in NEEDED.items() if not has(family, name)]

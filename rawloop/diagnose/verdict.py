@@ -121,8 +121,8 @@ def read_losses(
     scored: dict[int, dict[str, StreamLoss]] = {}
     with untouched(module, training=False), torch.no_grad():
         for batch in batches:
-            scored[id(batch)], own = _scored(passes, batch, readings)
-            for name, reading in own.items():
+            scored[id(batch)], measured = _scored(passes, batch, readings)
+            for name, reading in measured.items():
                 readings[name] = readings.get(name, Reading()) + reading
         first = {stream: next((b for b in batches if b.targets.get(stream)), None) for stream in family.streams}
         compared = {id(batch): batch for batch in first.values() if batch is not None and has(family, "logits")}
@@ -150,11 +150,11 @@ def _scored(
     """Return a batch's losses and readings. The cause of a loss that is not finite is searched once per stream."""
     with looking_at(batch.ids):
         losses = passes.losses(batch)
-        own = _of_batch(losses, batch)
-        for stream in (s for s in passes.family.streams if s in own and not readings[s].not_finite):
-            if not math.isfinite(own[stream].nats):
-                own[stream].not_finite = passes.why_not_finite(batch, stream)
-    return losses, own
+        measured = _of_batch(losses, batch)
+        for stream in (s for s in passes.family.streams if s in measured and not readings[s].not_finite):
+            if not math.isfinite(measured[stream].nats):
+                measured[stream].not_finite = passes.why_not_finite(batch, stream)
+    return losses, measured
 
 
 @dataclass
@@ -182,14 +182,16 @@ class Passes:
         total = self._total(batch, stream)
         if not total.requires_grad:
             return "its loss is detached: it depends on no trained weight", ""
-        given = [gradient for gradient in self._gradients(total) if gradient is not None]
-        if not given:
+        gradients = [gradient for gradient in self._gradients(total) if gradient is not None]
+        if not gradients:
             return "no trained weight gets a gradient from it: it depends only on frozen weights", ""
-        if not all(bool(gradient.isfinite().all()) for gradient in given) and not self._is_mean_finite(batch, stream):
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients) and not self._is_mean_finite(
+            batch, stream
+        ):
             finite = partial(self._is_mean_finite, stream=stream)
             found = cause(self.module.model, batch, self._alone(batch), finite)
             return "", f"its loss is finite, and its gradient is not: {found}"
-        none = not any(bool(gradient.count_nonzero()) for gradient in given)
+        none = not any(bool(gradient.count_nonzero()) for gradient in gradients)
         return "its gradient is zero in every trained weight" if none else "", ""
 
     def why_not_finite(self, batch: Batch, stream: str) -> str:
@@ -233,14 +235,14 @@ def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Readi
     readings = {}
     for stream, loss in losses.items():
         columns = batch.labels[stream].targets.unsqueeze(-1).flatten(1).unbind(1)
-        spread = [_entropy(column) for column in columns]
-        mean = sum(spread) / len(spread)
+        entropies = [_entropy(column) for column in columns]
+        mean = sum(entropies) / len(entropies)
         readings[stream] = Reading(loss.total.item(), loss.targets, mean * loss.targets)
         if loss.parts is not None:
             counts = loss.part_targets
             for part, (nats, count) in enumerate(zip(loss.parts.tolist(), counts, strict=True)):
-                own = spread[part] if len(spread) == len(counts) else mean
-                readings[f"{stream}/{part}"] = Reading(nats, count, own * count)
+                entropy = entropies[part] if len(entropies) == len(counts) else mean
+                readings[f"{stream}/{part}"] = Reading(nats, count, entropy * count)
     return readings
 
 

@@ -99,18 +99,18 @@ class PrecisionConfig:
         if self.loss_scale != LossScaleConfig() and not scales:
             raise UserError(
                 f"precision.loss_scale is set and precision.mode is '{self.mode}', which scales no loss: "
-                "take it out, or choose amp_fp16 or native_fp16"
+                "remove it, or choose amp_fp16 or native_fp16"
             )
 
     def _check_fallback(self) -> None:
         chain = [self.mode, *(self.fallback or [])]
         wrong = [mode for mode in chain[1:] if mode not in TRAINABLE]
         if wrong:
-            raise UserError(f"precision.fallback has '{wrong[0]}': it must be of {', '.join(TRAINABLE)}")
+            raise UserError(f"precision.fallback has '{wrong[0]}': it must be one of {', '.join(TRAINABLE)}")
         if len(set(chain)) < len(chain):
-            raise UserError(f"precision.fallback comes back to a mode ({' -> '.join(chain)}): nothing is tried twice")
+            raise UserError(f"precision.fallback repeats a mode ({' -> '.join(chain)}): no mode is tried twice")
         if "fp32" in chain[:-1]:
-            raise UserError(f"precision.fallback goes on after fp32 ({' -> '.join(chain)}): it is the last resort")
+            raise UserError(f"precision.fallback continues after fp32 ({' -> '.join(chain)}): fp32 must be last")
 
     def _check_trainables(self) -> None:
         wanted = self.trainable_dtype
@@ -135,5 +135,5 @@ class PrecisionConfig:
         if self.masters == "none" and "native_fp16" in (self.fallback or []):
             raise UserError(
                 "precision.masters is 'none' and precision.fallback has native_fp16, whose FP16 weights lose most "
-                "of their updates without masters: take one of them out"
+                "of their updates without masters: remove one of them"
             )

@@ -69,8 +69,8 @@ class Window:
         """Raise a UserError if gradients do not come from `policy.backward`, or must not be applied."""
         if self.loss is None:
             raise UserError(
-                "the gradients were not made by policy.backward(loss), so that nobody knows their scale, or whether "
-                "the loss was finite: replace loss.backward() by policy.backward(loss)"
+                "the gradients do not come from policy.backward(loss), so their scale is unknown, and whether the loss "
+                "was finite: replace loss.backward() by policy.backward(loss)"
             )
         states = [getattr(optimizer, "gradient_state", None) for optimizer in optimizers]  # of accelerate's wrapper
         if not all(getattr(state, "sync_gradients", True) for state in states):
@@ -83,7 +83,7 @@ class Window:
         if self._local.intersection(map(id, weights)):
             raise UserError(
                 "the gradients were not averaged over the ranks: the last policy.backward ran under DDP's no_sync, as "
-                "in accelerate's accumulate(), and each rank would apply its own; call policy.step(optimizer) after "
+                "in accelerate's accumulate(), and the ranks would differ; call policy.step(optimizer) after "
                 "the last micro-batch only: `if accelerator.sync_gradients: policy.step(optimizer)`"
             )
         grads = [(weight, weight.grad) for weight in weights if weight.grad is not None]
@@ -91,7 +91,7 @@ class Window:
         if written and self.scale != 1.0 and not self.unscaled:
             raise UserError(
                 f"the gradients were changed between policy.backward and policy.step, while they are multiplied by "
-                f"the loss scale {self.scale:g}: delete clip_grad_norm_ or clip_grad_value_ there and use "
+                f"the loss scale {self.scale:g}: remove clip_grad_norm_ or clip_grad_value_ there and use "
                 "policy.step(optimizer, max_norm=...), or call policy.unscale(optimizer) before it; a second "
                 "loss.backward() must be policy.backward(loss)"
             )
@@ -103,8 +103,8 @@ class Window:
         waiting = not self.closed or any(p.grad is not None for p in held)
         if held and waiting and self.loss is not None:
             raise UserError(
-                "optimizer.step() was called after policy.backward(loss), which leaves unscaling, clipping and the "
-                "test for finite numbers to policy.step(optimizer, max_norm): delete the line optimizer.step()"
+                "optimizer.step() was called after policy.backward(loss); only policy.step(optimizer, max_norm) "
+                "unscales, clips and checks the gradients: remove the line optimizer.step()"
             )
 
 
@@ -202,7 +202,7 @@ def missing_gradients(held: Iterable[nn.Parameter], trained: TrainedWeights) -> 
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
         f"{len(names)} trained weights got no gradient in this step ({', '.join(names[:5])}{more}), and "
-        "ddp.find_unused_parameters is off, so that the ranks would drift apart or wait for each other for ever: "
+        "ddp.find_unused_parameters is off, so the ranks would drift apart or wait for each other forever: "
         "nothing was applied. Set ddp.find_unused_parameters to true, or freeze these weights"
     )
 

@@ -107,8 +107,8 @@ def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace)
             for name, why in refused.items()
             if name in moving or written[name][0].key not in written[name][0].module._non_persistent_buffers_set
         }
-    held = [name for name, (_, why, _) in written.items() if why is None]
-    return Moves(held, refused, [name for name in written if name not in held], attributes)
+    kept = [name for name, (_, why, _) in written.items() if why is None]
+    return Moves(kept, refused, [name for name in written if name not in kept], attributes)
 
 
 def _unconnected(loss: Tensor) -> str:

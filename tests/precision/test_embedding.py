@@ -183,7 +183,7 @@ def test_gradients_of_a_backward_pass_that_nobody_scaled_are_refused(mode: Any) 
     with policy.autocast():
         loss = loss_of(model)
     torch.autograd.backward(loss)
-    with pytest.raises(UserError, match=r"not made by policy\.backward\(loss\), so that nobody knows their scale"):
+    with pytest.raises(UserError, match=r"do not come from policy\.backward\(loss\), so their scale is unknown"):
         policy.step(AdamW(model.parameters()))
 
 
@@ -389,5 +389,5 @@ def test_a_window_that_was_given_up_scales_nothing_afterwards(mode: Any) -> None
     with policy.autocast():
         loss = loss_of(model)
     torch.autograd.backward(loss)
-    with pytest.raises(UserError, match=r"not made by policy\.backward"):
+    with pytest.raises(UserError, match=r"do not come from policy\.backward"):
         policy.step(optimizer)

@@ -289,7 +289,7 @@ def test_a_line_left_over_that_changes_scaled_gradients_is_noticed(mode: Any, li
     else:
         with gan.policy.autocast():
             backward(gan.pair.loss_d(1))
-    with pytest.raises(UserError, match=r"delete clip_grad_norm_ .* policy\.step\(optimizer, max_norm=\.\.\.\)"):
+    with pytest.raises(UserError, match=r"remove clip_grad_norm_ .* policy\.step\(optimizer, max_norm=\.\.\.\)"):
         gan.policy.step(gan.d)
     assert all(torch.equal(value, before[name]) for name, value in gan.values().items())
     gan.backward("d", 0)
@@ -313,7 +313,7 @@ def test_an_optimizer_step_left_over_is_noticed(mode: Any, known: bool) -> None:
         gan.policy.step(gan.d)
     before = gan.values()
     gan.backward("d", 1)
-    with pytest.raises(UserError, match=r"^optimizer\.step\(\) was called after policy\.backward.*: delete the line"):
+    with pytest.raises(UserError, match=r"^optimizer\.step\(\) was called after policy\.backward.*: remove the line"):
         gan.d.step()
     assert all(torch.equal(value, before[name]) for name, value in gan.values().items())
     assert gan.policy.step(gan.d).applied
@@ -322,7 +322,7 @@ def test_an_optimizer_step_left_over_is_noticed(mode: Any, known: bool) -> None:
     assert gan.policy.step(gan.g).applied
     if gan.policy.trained.masters:
         return  # the masters of the discriminator have no gradient
-    with pytest.raises(UserError, match="delete the line"):
+    with pytest.raises(UserError, match="remove the line"):
         gan.d.step()  # on what the generator's loss has left there
 
 

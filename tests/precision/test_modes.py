@@ -127,14 +127,14 @@ def test_this_device_is_described_and_models_are_examined() -> None:
     ("settings", "message"),
     [
         ({"mode": "fp8"}, r"precision\.mode is 'fp8': it must be auto, fp32, bf16, amp_fp16, native_fp16"),
-        ({"mode": "amp_fp16", "fallback": ["fp16"]}, r"fallback has 'fp16': it must be of fp32"),
+        ({"mode": "amp_fp16", "fallback": ["fp16"]}, r"fallback has 'fp16': it must be one of fp32"),
         (
             {"mode": "amp_fp16", "fallback": ["bf16", "amp_fp16"]},
-            r"amp_fp16 -> bf16 -> amp_fp16\): nothing is tried twice",
+            r"amp_fp16 -> bf16 -> amp_fp16\): no mode is tried twice",
         ),
         (
             {"mode": "fp32", "fallback": ["bf16"]},
-            r"fallback goes on after fp32 \(fp32 -> bf16\): it is the last resort",
+            r"continues after fp32 \(fp32 -> bf16\): fp32 must be last",
         ),
         (
             {"mode": "amp_fp16", "trainable_dtype": "fp16"},
