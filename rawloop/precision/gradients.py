@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rawloop.errors import TrainingError, UserError
 from rawloop.precision.masters import TrainedWeights, held_by
-from rawloop.precision.scaler import GuardedGradScaler, LossScaler
+from rawloop.precision.scaler import LossScaler
 
 SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
 
@@ -111,13 +111,14 @@ class Window:
 class Measured(NamedTuple):
     """The unscaled L2 norm of the gradients (-1 if there are none), and the other values that must be finite.
 
-    `loss` is the sum over micro-batches. `buffers` is 0.0, or NaN if one of them is not finite. `refusal` is the error
-    of torch's scaler.
+    `loss` is the sum over micro-batches. `buffers` is 0.0, or NaN if one of them is not finite. The gradients are still
+    multiplied by `scale`. `refusal` is the error of torch's scaler.
     """
 
     norm: float
     loss: float = 0.0
     buffers: float = 0.0
+    scale: float = 1.0
     refusal: str | None = None
 
 
@@ -172,14 +173,10 @@ def measure(
     window.check(optimizers, held)
     assert window.loss is not None
     unscaled = any(id(optimizer) in window.unscaled for optimizer in optimizers)
-    scale = 1.0 if unscaled else window.scale
-    if isinstance(scaler, GuardedGradScaler) and not unscaled:
-        scale = 1.0
-        try:
-            for optimizer in optimizers:
-                scaler.unscale(optimizer, window.scale)
-        except SCALER_ERRORS as error:
-            return Measured(math.nan, refusal=f"{type(error).__name__}: {error}")
+    try:
+        scale = scaler.unscale(optimizers, window.scale) if scaler and not unscaled else 1.0
+    except SCALER_ERRORS as error:
+        return Measured(math.nan, refusal=f"{type(error).__name__}: {error}")
     norm = global_norm(gradients)
     for optimizer in optimizers:
         if id(optimizer) in window.unscaled:  # clipping by value since then may have hidden inf
@@ -188,8 +185,8 @@ def measure(
     numbers = [norm, window.loss.to(norm.device)]
     if buffers:
         numbers.append(torch.cat([b.flatten().to(norm.device, torch.float32) for b in buffers]).mul(0).sum())
-    measured, *others = torch.stack(numbers).tolist()
-    return Measured(measured / scale, *others)
+    scaled_norm, loss, *moved = torch.stack(numbers).tolist()
+    return Measured(scaled_norm / scale, loss, sum(moved), scale)
 
 
 def missing_gradients(held: Iterable[nn.Parameter], trained: TrainedWeights) -> str:

@@ -21,7 +21,6 @@ from rawloop.precision.gradients import Measured, StepResult, Window, connected,
 from rawloop.precision.masters import held_by
 from rawloop.precision.modes import MODES, Mode
 from rawloop.precision.prepared import UNPREPARED, PreparedModel
-from rawloop.precision.scaler import GuardedGradScaler
 
 NOT_FINITE = {"loss": "losses", "norm": "gradients", "buffers": "moving buffers"}
 
@@ -137,9 +136,8 @@ class PrecisionPolicy(PreparedModel):
             return
         self.window.check([optimizer], held)
         self.window.unscaled[id(optimizer)] = global_norm(gradients)
-        if isinstance(self.scaler, GuardedGradScaler):
-            self.scaler.unscale(optimizer, self.window.scale)
-        self.trained.show_gradients(held, 1.0 if isinstance(self.scaler, GuardedGradScaler) else 1 / self.window.scale)
+        scale = self.scaler.unscale([optimizer], self.window.scale) if self.scaler else 1.0
+        self.trained.show_gradients(held, 1 / scale)
 
     def _held(self, optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
         """Return the trained parameters that optimizers hold, after the masters have replaced their weights."""
@@ -209,17 +207,16 @@ class PrecisionPolicy(PreparedModel):
         for what, bad in (("loss", bad_loss), ("norm", nonfinite), ("buffers", bad_buffers)):
             if bad:
                 return self._skip(optimizers, found, what, buffers, nonfinite)
-        self._apply(optimizers, held, norm, max_norm)
+        self._apply(optimizers, held, found, max_norm)
         self.skips_in_a_row = self.bad_losses_in_a_row = 0
         return StepResult(True, norm)
 
     def _apply(
-        self, optimizers: list[Optimizer], held: list[nn.Parameter], norm: float, max_norm: float | None
+        self, optimizers: list[Optimizer], held: list[nn.Parameter], found: Measured, max_norm: float | None
     ) -> None:
         # Clipping and unscaling are one factor, multiplied in float32: FP16 would flush gradients to zero.
-        factor = max_norm / norm if max_norm and norm > max_norm else 1.0
-        if not isinstance(self.scaler, GuardedGradScaler) and not self.window.unscaled:
-            factor /= self.window.scale
+        factor = max_norm / found.norm if max_norm and found.norm > max_norm else 1.0
+        factor /= found.scale
 
         def step() -> None:
             for optimizer in optimizers:

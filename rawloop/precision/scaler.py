@@ -5,6 +5,7 @@ divided by it in float32. Both scalers have a floor. torch's own has none: after
 that dividing by it overflows, and the next good step corrupts the weights.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class LossScaler:
         """Return the loss times the scale, in float32."""
         self._open_window(loss)
         return loss.float() * self.scale
+
+    def unscale(self, optimizers: Sequence[Optimizer], scale: float) -> float:
+        """Unscale the gradients of a window, and return the factor that is left: here all of it, for the update."""
+        return scale
 
     def _open_window(self, loss: Tensor) -> None:
         if loss.dtype == torch.float16:  # its gradient is the scale in FP16, where 2^16 is infinite
@@ -116,16 +121,18 @@ class GuardedGradScaler(LossScaler):
         scaled: Tensor = self.torch_scaler.scale(loss.float())
         return scaled
 
-    def unscale(self, optimizer: Optimizer, scale: float) -> None:
-        """Divide the gradients of an optimizer by the scale of their window, in place.
+    def unscale(self, optimizers: Sequence[Optimizer], scale: float) -> float:
+        """Divide the gradients of optimizers by the scale of their window, in place; no factor is left.
 
         Raises:
             ValueError, RuntimeError, AssertionError: torch's scaler refuses, for example FP16 gradients.
         """
-        self.torch_scaler.unscale_(optimizer)
-        if scale != self.scale:  # the step of another optimizer has changed it since
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, self.scale / scale)
+        for optimizer in optimizers:
+            self.torch_scaler.unscale_(optimizer)
+            if scale != self.scale:  # the step of another optimizer has changed it since
+                gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+                torch._foreach_mul_(gradients, self.scale / scale)
+        return 1.0
 
     def _set(self, scale: float) -> None:
         self.scale = scale

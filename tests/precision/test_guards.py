@@ -182,6 +182,18 @@ def test_the_second_step_of_a_window_unscales_by_the_scale_of_the_window(mode: A
 
 
 @EVERY
+def test_only_one_of_two_optimizers_is_unscaled_by_hand(mode: Any) -> None:
+    one, other = Gan(mode, make=SGD), Gan(mode, make=SGD)
+    for gan in (one, other):
+        gan.backward("g", 0)
+    one.policy.unscale(one.d)
+    for gan in (one, other):
+        assert gan.policy.step(gan.d).applied
+        assert gan.policy.step(gan.g).applied
+    assert all(torch.equal(value, other.values()[name]) for name, value in one.values().items())
+
+
+@EVERY
 def test_a_skipped_half_leaves_the_other_one_alone(mode: Any) -> None:
     gan = Gan(mode)
     gan.backward("d", 0, factor=1e38)
