@@ -90,7 +90,7 @@ class CodeCache:
     """
 
     def __init__(self, folder: Path | str, codec: str | None = None, config: DataConfig | None = None) -> None:
-        self.config = config
+        self.config = config or DataConfig(max_seconds=1e9)
         self.folder, self.codec = _choose(Path(expanduser(folder)), codec)
         self._rows = read_rows(self.folder)
         self._current: set[str] = set()  # paths with an unchanged audio file
@@ -160,18 +160,14 @@ class CodeCache:
         )
 
     def _refuse_left_out(self, sample: Sample) -> None:
+        skip = self.config.on_bad_sample == "skip"
         for path in sample.audio_paths():
             row = self._known(str(path))
-            if row is None or not (row.skip or (self.config is not None and self.config.on_bad_sample == "skip")):
-                continue
-            fault = self._fault(row)
-            if fault and _unchanged(row):
+            if row and (row.skip or skip) and (fault := self._fault(row)) and _unchanged(row):
                 raise BadSample(f"{path}: {fault}")
 
     def _fault(self, row: Row) -> str | None:
-        if row.bad or self.config is None:
-            return row.bad
-        return self.config.fault_of_length(row.frames, self.codec.frame_rate)
+        return row.bad or self.config.fault_of_length(row.frames, self.codec.frame_rate)
 
     def _known(self, path: str) -> Row | None:
         return self._rows.get(path) or self._rows.get(os.path.realpath(path))
