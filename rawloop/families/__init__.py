@@ -14,7 +14,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rawloop.errors import LibraryError, RawloopError, UserError, nearest
+from rawloop.errors import RawloopError, UserError, nearest
 from rawloop.families.config import ModelConfig as ModelConfig
 from rawloop.files import sha256_files
 
@@ -44,8 +44,9 @@ def load_family(config: ModelConfig) -> "Family":
         return _own_family(name, config)  # model.path is the family's to interpret
     check_path(config.path, "model.path")
     if name == "auto":
-        name, architectures = _architecture(config)
-        if name not in FAMILIES and _is_causal_lm(name, architectures):
+        settings = read_json(local_folder(config.path, config.revision, ["config.json"]) / "config.json")
+        name = str(settings.get("model_type", "unknown"))
+        if name not in FAMILIES and _is_causal_lm(name, settings.get("architectures") or []):
             name = "causal_lm"
     if name == "higgs_audio_v2_tokenizer":
         raise UserError(f"model.path is '{config.path}', the folder of an audio codec: it belongs in model.codec")
@@ -133,28 +134,6 @@ def check_path(path: str, key: str) -> None:
         raise UserError(f"{key} is '{path}', a file: give the folder of the model")
     elif not HUB_ID.fullmatch(path):
         raise UserError(f"{key} is '{path}': no such folder, and not a hub id (owner/name) either")
-
-
-def _architecture(config: ModelConfig) -> tuple[str, list[str]]:
-    """Return the model's type and the classes that saved its weights."""
-    from transformers import AutoConfig
-
-    from rawloop.families.loading import library_errors
-
-    folder = Path(config.path)
-    if folder.is_dir():
-        content = read_json(folder / "config.json")
-        return str(content.get("model_type", "unknown")), content.get("architectures") or []
-    try:
-        with library_errors(config.path, "config.json"):
-            loaded = AutoConfig.from_pretrained(
-                config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-    except LibraryError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise _not_given("model.path", config.path, error.__cause__) from error
-    return str(loaded.model_type), loaded.architectures or []
 
 
 def _is_causal_lm(model_type: str, architectures: list[str]) -> bool:

@@ -23,8 +23,8 @@ class ModelConfig:
             weight of 0 leaves the stream out, head included.
         attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        trust_remote_code: run the checkpoint's own Python code while its type is read, and in your own families that
-            ask for it; rawloop's families never run any. Only for checkpoints that you trust.
+        trust_remote_code: for your own families: whether they may run the checkpoint's Python code. rawloop's families
+            never run any. Only for checkpoints that you trust.
         template_date: date, or date and time, such as 2024-07-26, that chat templates get as the current time.
     """
 
