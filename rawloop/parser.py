@@ -175,7 +175,11 @@ class Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the values of a file by dotted keys, such as `optim.lr`. An empty dict is a value."""
     try:
-        loader = Loader(_read(path))
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise UserError(f"{path} is larger than {LARGEST:,} bytes: it is no file of settings")
+        loader = Loader(raw.decode())
         node = loader.get_single_node()
         check_node(node, str(path))
         content = None if node is None else loader.construct_document(node)
@@ -184,6 +188,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{place} is not valid YAML: {error.problem}") from error
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
@@ -197,20 +205,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: '{key}' stands there twice, nested and dotted: keep one")
         values[key] = value
     return values
-
-
-def _read(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST + 1)
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"--config is '{path}', which cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from error
-    if len(raw) > LARGEST:
-        raise UserError(f"{path} is larger than {LARGEST:,} bytes: it is no file of settings")
-    return text
 
 
 def check_node(node: yaml.Node | None, source: str, counter: Iterator[int] | None = None) -> None:

@@ -74,7 +74,6 @@ class Waiting:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.patience = min(PATIENCE, timeout / 4)
         self.agreement = 0  # number of this rank's last collective
-        self.signs = 0  # how often this rank has written that it is working
 
     def finish(self, work: Any) -> None:
         """Wait for a collective that has started. A rank that works for long is waited for without limit.
@@ -113,10 +112,9 @@ class Waiting:
 
     def _give_signs(self, done: Event) -> None:
         while not done.wait(self.patience):
-            self.signs += 1
             with suppress(RuntimeError, OSError):  # the store has ended: the others will say which rank is missing
                 self._check_host()
-                self.store.set(f"working-{self.rank}", json.dumps(self.signs))
+                self.store.set(f"working-{self.rank}", json.dumps(time.time()))
 
     def explain(self, error: Exception) -> LostRank:
         """Return an error that says why a collective failed, as far as this rank knows."""

@@ -111,15 +111,6 @@ def keep_traceback(error: BaseException | None) -> str:
     return f" (its traceback: {name})"
 
 
-def check_words(words: list[str]) -> None:
-    """Raise UserError if an argument is not UTF-8: it could not be written into the files of a run."""
-    for word in words:
-        try:
-            word.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the argument {os.fsencode(word)!r} is not UTF-8: rename what it names") from error
-
-
 def local_ranks() -> tuple[int, int]:
     """Return this process's rank, and its rank on this machine."""
     from rawloop.launcher import read_ranks  # imports torch
@@ -152,7 +143,9 @@ def call(command: str, rest: list[str], file: Path | None = None) -> int:
     another rank.
     """
     try:
-        check_words(rest)
+        broken = next((word for word in rest if word.encode(errors="ignore").decode() != word), None)
+        if broken is not None:  # it could not be written into the files of a run
+            raise UserError(f"the argument {os.fsencode(broken)!r} is not UTF-8: rename what it names")
         if command in OPTIONS and not {"-h", "--help"}.isdisjoint(rest):
             read_config(command, rest)  # prints the help, and ends
         importlib.import_module(f"rawloop.cli.{command}").run(rest)
