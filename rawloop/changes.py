@@ -184,7 +184,7 @@ def _check_origin(stored: Mapping[str, Any] | None, given: str | None) -> None:
     """Refuse to resume a run with an `init_from` that names other weights than the run was started from."""
     if given is None:
         return
-    origin = "not started from a checkpoint's weights: leave init_from out to go on with it"
+    origin = "not started from a checkpoint's weights: leave init_from out to resume it"
     if stored is not None:
         if given == stored["given"] or str(Path(expanduser(given)).resolve()) == stored["checkpoint"]:
             return

@@ -204,7 +204,7 @@ def update(run: Run, window: list[Batch]) -> StepResult:
             result = run.policy.step(run.optimizer, run.max_norm, run.buffers.floats() if run.buffers else ())
     except InterruptedUpdate as error:
         slot = run.checkpoints.newest() if run.checkpoints else None
-        advice = f"go on from it with --resume {slot}" if slot else "nothing was saved yet: start anew"
+        advice = f"continue from it with --resume {slot}" if slot else "nothing was saved yet: start anew"
         if isinstance(error.__cause__, torch.OutOfMemoryError):
             advice += f"; {memory_advice(window)}"
         raise InterruptedUpdate(f"{error}; {advice}") from error

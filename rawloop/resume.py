@@ -86,7 +86,7 @@ def check_resume(folder: Path, resume: str) -> None:
     if there and not is_inside(folder, resume) and find_slots(folder):
         raise UserError(
             f"resume is '{resume}', a checkpoint of another run than the one in output '{folder}', whose best and "
-            "later checkpoints it would replace: pass another --output, or go on with that run by --resume latest"
+            "later checkpoints it would replace: pass another --output, or resume that run with --resume latest"
         )
 
 
@@ -116,7 +116,7 @@ def restore(run: Run, config: RunConfig, start: Start, say: Say) -> None:
         if run.best is not None:
             run.best.agree_with(run.checkpoints.best_record())
         if config.init_from:
-            say(f"init_from {config.init_from} is done: the run goes on from its own checkpoint")
+            say(f"init_from {config.init_from} is done: the run resumes from its own checkpoint")
         step = restored.step
     run.checkpoints.start(run.state.step)
     if step is not None:  # after later checkpoints are moved aside, so that a resume after a kill here rewinds again

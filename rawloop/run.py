@@ -117,7 +117,7 @@ class Run:
         self.raise_deferred()
         slot = self.checkpoints.ensure_saved(step) if self.checkpoints else None
         self.raise_deferred()
-        kept = f"checkpoint: {slot}; go on from it with --resume latest" if slot else "nothing is saved"
+        kept = f"checkpoint: {slot}; continue from it with --resume latest" if slot else "nothing is saved"
         try:
             if self.world.is_main:
                 self.records.event("stop", step=step, reason=f"stopped by {reason}")

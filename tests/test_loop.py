@@ -331,7 +331,7 @@ def test_a_failure_inside_an_update_names_the_checkpoint_to_go_on_from(base: Run
         run.optimizer.step = third  # type: ignore[method-assign, assignment]
 
     config = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
-    with pytest.raises(InterruptedUpdate, match=r"must not be used; go on from it with --resume .*2; its inputs"):
+    with pytest.raises(InterruptedUpdate, match=r"must not be used; continue from it with --resume .*2; its inputs"):
         go(config, change=fail)
     config = replace(config, output=str(tmp_path / "new"), checkpoint=CheckpointConfig(0))
     with pytest.raises(InterruptedUpdate, match="must not be used; nothing was saved yet: start anew"):

@@ -158,7 +158,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     base: RunConfig, whole: Path, tmp_path: Path, change: Change, step: int, saved: list[int]
 ) -> None:
     config = replace(base, output=str(tmp_path))
-    with pytest.raises(Preempted, match=rf"^stopped by SIG\w+ at step {step}; checkpoint: .*/step-{step:08d}; go on"):
+    with pytest.raises(
+        Preempted, match=rf"^stopped by SIG\w+ at step {step}; checkpoint: .*/step-{step:08d}; continue from it with"
+    ):
         go(config, change=change)
     assert slots(tmp_path) == saved
     assert len([event for event in read_events(tmp_path) if event["kind"] == "save"]) == len(saved)
@@ -341,7 +343,7 @@ def test_two_ranks_stop_together_when_one_is_told(
     first, second = run_ranks(stop_rank_1, config, timeout=240)
     lines = [
         f"stopped by SIGTERM on rank 1 at step {step}; checkpoint: {tmp_path}/run/checkpoints/step-{step:08d}; "
-        "go on from it with --resume latest"
+        "continue from it with --resume latest"
         for step in (1, 2)
     ]
     assert first == [(line, True) for line in lines]

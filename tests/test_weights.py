@@ -149,7 +149,7 @@ def test_the_same_command_goes_on_from_its_own_checkpoint(first: RunConfig, tmp_
     shutil.rmtree(first.output)  # as when rotation has deleted it
     run, said = finish(config)
     assert run.state.step == 4
-    assert f"init_from {config.init_from} is done: the run goes on from its own checkpoint" in said
+    assert f"init_from {config.init_from} is done: the run resumes from its own checkpoint" in said
     assert content(Path(config.output)) == content(tmp_path / "straight")
     # without the key it goes on too, and remembers
     run, _ = finish(replace(config, init_from=None, resume="latest", train=TrainConfig(1, 1, max_steps=5, log_every=1)))

@@ -257,7 +257,7 @@ class CheckpointManager:
         """Record a failure, and raise it if it is the last one allowed."""
         self._failures.append(error)
         count, most = len(self._failures), self.config.max_failures
-        more = "" if count >= most else f"; training goes on, and ends after {most} failed saves in a row"
+        more = "" if count >= most else f"; training continues, and ends after {most} failed saves in a row"
         try:
             self.records.event("warning", step=save.step, reason=f"{error}{more}")
         except RawloopError as second:  # a disk that refuses the checkpoint may refuse the event too

@@ -144,7 +144,7 @@ def check_no_run(folder: Path) -> None:
     if any((folder / name).exists() for name in MARKS):
         raise UserError(
             f"output is '{folder}', in which another process has started a run just now: pass another --output, or "
-            "go on with that run by --resume latest"
+            "resume that run with --resume latest"
         )
 
 
@@ -153,7 +153,7 @@ def _check(folder: Path, resume: bool) -> None:
         raise UserError(f"output is '{folder}', which is a file: name a folder")
     found = [name for name in MARKS if (folder / name).exists()]
     if found and not resume:
-        advice = "pass --resume latest to go on with it, or another --output"
+        advice = "pass --resume latest to continue it, or another --output"
         if not find_slots(folder):
             advice = "it has no checkpoint to resume from: pass another --output, or delete the folder"
             best = readable_best(folder)
@@ -177,7 +177,7 @@ def _check(folder: Path, resume: bool) -> None:
 def _not_writable(folder: Path, place: Path, error: OSError) -> UserError:
     return UserError(
         f"output is '{folder}', and nothing can be written into {place}: {error.strerror}; fix its permissions, "
-        "or pass another --output and go on from this run with --resume CHECKPOINT"
+        "or pass another --output and continue this run with --resume CHECKPOINT"
     )
 
 
@@ -216,7 +216,7 @@ def choose_resume(folder: Path, resume: str | None, world: World) -> tuple[str |
     def choose() -> tuple[str | None, bool]:
         mark = _mark(folder, world)
         if mark == STOPPED:
-            raise Preempted("was told to stop before torchrun started it again; go on with --resume latest")
+            raise Preempted("was told to stop before torchrun started it again; continue with --resume latest")
         is_ours = mark is not None or resume is not None
         if find_slots(folder) and (mark is not None or resume == "auto"):
             return "latest", is_ours

@@ -193,8 +193,8 @@ def _still_there(run: Path) -> str:
     except OSError as error:
         return f"Earlier checkpoints cannot be read now: {in_words(error)}"
     if whole:
-        return f"Still there: {', '.join(whole)}; go on from it with --resume latest"
-    return f"Still there: {best}; go on from it with --resume {best}" if best else "Nothing was saved yet"
+        return f"Still there: {', '.join(whole)}; continue from it with --resume latest"
+    return f"Still there: {best}; continue from it with --resume {best}" if best else "Nothing was saved yet"
 
 
 def _remove_unfinished(temporary: Path) -> str:

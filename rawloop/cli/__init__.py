@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
 }
 # How to continue a command that was interrupted. The other commands start from the beginning.
-GO_ON = {"train": ": go on with --resume auto", "prepare": ": run it again to go on"}
+GO_ON = {"train": ": continue with --resume auto", "prepare": ": run it again to continue"}
 # launch/torchrun.py names a file for the exit code here: torchrun itself does not pass it on.
 EXIT_CODE_FILE = "RAWLOOP_EXIT_CODE_FILE"
 

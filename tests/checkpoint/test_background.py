@@ -171,8 +171,10 @@ def test_failures_are_reported_and_too_many_in_a_row_end_the_run(saving: Saving)
     warnings = saving.reasons("warning")
     assert len(warnings) == 2
     assert warnings[1].startswith("cannot save step-00000003 at step 3 in ")
-    assert "no space is left on the disk. Still there: step-00000001; go on from it with --resume latest" in warnings[1]
-    assert warnings[1].endswith("; training goes on, and ends after 3 failed saves in a row")
+    assert (
+        "no space is left on the disk. Still there: step-00000001; continue from it with --resume latest" in warnings[1]
+    )
+    assert warnings[1].endswith("; training continues, and ends after 3 failed saves in a row")
     assert saving.names() == ["1"]
     assert verify(find_slots(saving.run)[0]).step == 1
     saving.gate.refuses = False

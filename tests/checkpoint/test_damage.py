@@ -176,7 +176,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_after_some_saves_and_loses
     with pytest.raises(CheckpointError, match=r"no permission to write there .*Still there: step-00000004, "):
         go(longer, before=lambda: (run / "checkpoints").chmod(0o555))
     told = [event["reason"] for event in read_events(run) if event["kind"] == "warning" and "cannot" in event["reason"]]
-    assert "; training goes on, and ends after 3 failed saves in a row" in told[0]
+    assert "; training continues, and ends after 3 failed saves in a row" in told[0]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == slots
     (run / "checkpoints").chmod(0o755)
     assert go(longer) == 4

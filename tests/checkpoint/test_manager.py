@@ -519,7 +519,7 @@ def test_a_disk_that_runs_full_loses_nothing_that_was_saved(tmp_path: Path, limi
             with largest_file(limit), pytest.raises(CheckpointError) as caught:
                 manager.save(2, best=record)
             assert "larger than this process may write" in str(caught.value)
-            assert "Still there: step-00000001; go on from it with --resume latest" in str(caught.value)
+            assert "Still there: step-00000001; continue from it with --resume latest" in str(caught.value)
             event_refused = "The event could not be written either" in str(caught.value)
             assert event_refused or reasons(tmp_path, "warning")[-1] == str(caught.value)
         assert manager.load().step == 1

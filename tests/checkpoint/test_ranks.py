@@ -121,7 +121,7 @@ def test_saving_on_two_ranks(tmp_path: Path, run_ranks: RunRanks) -> None:
         assert zero == "the counter has no state"
         assert one.removeprefix("rank 1: ") == "the counter has no state"
         assert "larger than this process may write" in full
-        assert "Still there: step-00000002, step-00000001; go on from it" in full
+        assert "Still there: step-00000002, step-00000001; continue from it" in full
         assert "already holds a run" in claimed
         assert outcome["seconds"] < 20  # no rank waited for a collective to time out
     assert [slot.name for slot in find_slots(run)] == ["step-00000002", "step-00000001"]

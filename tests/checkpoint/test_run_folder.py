@@ -48,7 +48,7 @@ def test_a_folder_of_another_run_is_refused_unless_resuming(tmp_path: Path, mark
 
 def test_the_advice_is_to_resume_where_that_is_possible(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
-    with pytest.raises(UserError, match="pass --resume latest to go on with it, or another --output"):
+    with pytest.raises(UserError, match="pass --resume latest to continue it, or another --output"):
         claim_run_folder(tmp_path, World(), resume=False)
 
 

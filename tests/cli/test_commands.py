@@ -408,7 +408,9 @@ def test_a_train_that_is_told_to_stop_ends_with_75_and_a_line(
     (done,) = ranks("train", "--config", config, size=1, then=then)
     assert done.code == 75, done
     line = done.err.splitlines()[-1]
-    found = re.fullmatch(r"rawloop train: stopped by SIGUSR1 at step (\d+); checkpoint: (.*); go on from it .*", line)
+    found = re.fullmatch(
+        r"rawloop train: stopped by SIGUSR1 at step (\d+); checkpoint: (.*); continue from it .*", line
+    )
     assert found, line
     assert find_slots(tmp_path / "run")[0] == Path(found[2])
     assert int(found[1]) == int(found[2][-8:])
@@ -433,12 +435,12 @@ def test_a_stop_that_cannot_be_noted_ends_with_75_and_says_so(
     assert done.code == 75
     *_, noted, last = done.err.splitlines()
     assert "the stop could not be marked ([Errno 28] No space left on device)" in noted
-    assert "go on from it with --resume latest" in last
+    assert "continue from it with --resume latest" in last
 
 
 @pytest.mark.parametrize(
     ("command", "how"),
-    [("train", ": go on with --resume auto"), ("prepare", ": run it again to go on"), ("evaluate", "")],
+    [("train", ": continue with --resume auto"), ("prepare", ": run it again to continue"), ("evaluate", "")],
 )
 def test_an_interrupted_command_says_how_to_go_on(
     door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, how: str
