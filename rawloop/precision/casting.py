@@ -10,7 +10,7 @@ from rawloop.dist import World, find_ddp, unwrap_ddp
 from rawloop.errors import UserError
 from rawloop.launcher import num_processes
 from rawloop.precision.config import PrecisionConfig
-from rawloop.precision.masters import HALF, TrainedWeights
+from rawloop.precision.masters import HALF
 from rawloop.precision.modes import DTYPES, MODES, examine, stream_weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,31 +55,17 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def cast(
-    model: nn.Module, name: str, config: PrecisionConfig, device: torch.device, is_last: bool = False
-) -> TrainedWeights:
-    """Cast a model's weights, in place, for the mode `name`.
+def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig, is_last: bool = False) -> torch.dtype:
+    """Cast the frozen weights for the mode `name`, in place, and return the dtype for the trained ones.
 
     Args:
         model: any model with trainable weights.
         name: the mode.
-        config: the dtype and the masters of trained weights.
-        device: where the model will be.
+        config: the dtype of trained weights.
         is_last: no fallback is left.
 
     Raises:
-        UserError: the mode cannot train these weights, or FP16 cannot hold one of them.
-    """
-    dtype = cast_frozen(model, name, config, is_last)
-    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return TrainedWeights(named, dtype, device, masters=config.masters == "fp32")
-
-
-def cast_frozen(model: nn.Module, name: str, config: PrecisionConfig, is_last: bool = False) -> torch.dtype:
-    """Cast the frozen weights for the mode `name`, and return the dtype for the trained ones.
-
-    Raises:
-        UserError: see `cast`; no weight was changed.
+        UserError: the mode cannot train these weights, or FP16 cannot represent one of them. No weight was changed.
     """
     dtype = trainable_dtype(model, name, config)
     _check_range(model, name, dtype)

@@ -52,17 +52,8 @@ def describe(device: torch.device) -> Hardware:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware("cuda", torch.cuda.get_device_name(device), bf16)
     if device.type == "mps":
-        return Hardware("mps", "this Apple GPU", _multiplies_bf16(device))
+        return Hardware("mps", "this Apple GPU", torch.backends.mps.is_macos_or_newer(14, 0))
     return Hardware(device.type, f"the {device.type}", True)
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    """Apple GPUs support bfloat16 since macOS 14; before that torch raises a TypeError."""
-    try:
-        ones = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
-        return bool((ones @ ones == 2).all())
-    except (TypeError, RuntimeError):
-        return False
 
 
 class Weights(NamedTuple):

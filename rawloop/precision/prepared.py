@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.precision.advice import lost_updates
-from rawloop.precision.casting import cast, cast_frozen, check_model, check_world
+from rawloop.precision.casting import cast_frozen, check_model, check_world
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import Window, drop_scaler_marks, watch_steps
 from rawloop.precision.masters import HALF, TrainedWeights, adopt, exchange, held_by
@@ -83,11 +83,13 @@ class PreparedModel:
         assert self.model is not None
         while True:
             try:
-                self.trained = cast(self.model, self.chain.name, self.config, self.device, not self.chain.remaining)
+                dtype = cast_frozen(self.model, self.chain.name, self.config, is_last=not self.chain.remaining)
                 break
             except UserError as error:  # raised before any weight is changed
                 if not self.chain.advance(str(error)):
                     raise
+        named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        self.trained = TrainedWeights(named, dtype, self.device, masters=self.config.masters == "fp32")
         kind = MODES[self.chain.name].scaler
         if kind == "torch":
             self.scaler = GuardedGradScaler(self.config.loss_scale, self.device, self._grad_scaler)
