@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks rawloop on the GPU of this machine, in under 8 minutes after the installation: the tests that need a GPU, then
 # benchmarks (the loop against its peers, saves, memory by precision mode, tokens per second and MFU of large models).
-# Writes gpu_check.json and gpu_check.md. Other programs on the GPU falsify the figures.
+# Writes gpu_check.json and gpu_check.md. Other programs on the GPU make the figures wrong.
 #
 #   bash launch/gpu_check.sh [--cpu] [OUTPUT]      OUTPUT: a folder (default: runs/gpu_check-DATE)
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on several machines. Start the same command on each of them, in any order; nodes find each other at
-# RDZV_ENDPOINT, and torchrun hands out the ranks. The run folder is on a file system that all share; repository, data
-# and model are shared too, or lie at the same paths everywhere.
+# Trains on several machines. Start the same command on each of them, in any order. The machines find each other at
+# RDZV_ENDPOINT, and torchrun assigns the ranks. All machines share the file system of the run folder. Repository, data
+# and model are shared too, or have the same paths on every machine.
 #
 #   NNODES=2 RDZV_ENDPOINT=node0:29500 RDZV_ID=run7 bash launch/multi_node.sh CONFIG [OVERRIDES...]
 #
@@ -40,7 +40,7 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
-# A scheduler sends SIGUSR1 to every process of a job. It would end python, until torchrun.py lets it wait.
+# A scheduler sends SIGUSR1 to every process of a job. It would kill python before torchrun.py blocks it.
 trap '' USR1
 exec "$python" "$root/launch/torchrun.py" \
     --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \

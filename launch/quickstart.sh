@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a fine-tuned model: installs, builds the demo checkpoint, encodes the bundled speech, and fine-tunes
-# on it with LoRA, on all GPUs or in 2 processes on the CPU. Run again, it reuses .venv and .demo and trains once more,
-# in a run folder of its own.
+# From nothing to a fine-tuned model: installs rawloop, builds the demo checkpoint, encodes the bundled speech, and
+# fine-tunes on it with LoRA, on all GPUs or in 2 processes on the CPU. A second call reuses .venv and .demo, and trains
+# in a new run folder.
 #
 #   bash launch/quickstart.sh [OVERRIDES...]     for example --optim.lr 1e-3
 set -euo pipefail
@@ -11,9 +11,9 @@ bash launch/setup.sh tensorboard
 .venv/bin/python -m rawloop demo --folder .demo
 
 gpus=0
-if nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; then # else spare the import of torch
+if nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; then # else skip the slow import of torch
     gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
 fi
-[ "$gpus" -gt 0 ] || export NPROC=2 # two processes on the CPU show that the work is shared out
+[ "$gpus" -gt 0 ] || export NPROC=2 # to show that processes share the work
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 bash launch/single_node.sh configs/demo.yaml --output "$run" "$@"

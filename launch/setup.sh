@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs rawloop into it, editable. quickstart.sh and test.sh call it first. Call it again at any
-# time, also after an installation that was cut short; when all is in place it does nothing, in well under a second.
+# Makes .venv and installs rawloop into it, editable. quickstart.sh and test.sh call it first. It may be called again at
+# any time, also after an interrupted installation. If everything is installed it ends in well under a second.
 #
 #   bash launch/setup.sh [EXTRAS]    EXTRAS of setup.cfg, such as dev or dev,bench
 #
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=${1:-}
 python=.venv/bin/python
-unfinished=.venv/unfinished # exists while pip works, so that a killed installation is told from a whole one
+unfinished=.venv/unfinished # exists while pip works, to detect an installation that was killed
 stamp=.venv/installed-${extras:-base}
 
 fail() {
@@ -46,13 +46,13 @@ make_venv() {
             fail ".venv has Python $(version $python), PYTHON names $(version "$base"): delete .venv first"
         return 0
     fi
-    # Missing or cut short. pip believes a half-copied package whole, so begin afresh; pip's cache keeps the downloads.
+    # .venv is missing or incomplete. pip takes a half-copied package for complete: start again, with pip's cache.
     base=$(find_python)
     echo "setup: making .venv with $base ($(version "$base"))"
     "$base" -m venv --clear .venv || fail "'$base -m venv' failed (Debian and Ubuntu: apt install python3-venv)"
 }
 
-fingerprint() { # of what was asked for and of what lies in .venv: a package changed by hand is noticed
+fingerprint() { # of the settings and of the packages in .venv, to notice a package that was changed by hand
     {
         echo "$PWD ${RAWLOOP_TORCH_INDEX:-} $(version $python) $(has_gpu && echo gpu)"
         cat setup.cfg pyproject.toml launch/setup.sh launch/constraints-cpu.txt
@@ -71,9 +71,9 @@ install() {
 }
 
 mend_torchaudio() {
-    # PyPI's torchaudio holds libraries for one version of CUDA. Beside a torch without CUDA, or with another version,
-    # its import fails, and with it every model of transformers. Without the libraries torchaudio works: it reports
-    # "no extension", and all that rawloop uses of it is plain PyTorch.
+    # PyPI's torchaudio has libraries for one version of CUDA. With a torch of another version, or without CUDA, its
+    # import fails, and so does every model of transformers. rawloop needs only the part that is plain PyTorch, which
+    # works without the libraries.
     "$python" -c 'import torchaudio' 2>/dev/null || rm -f .venv/lib/python3*/site-packages/torchaudio/lib/*.so
     "$python" -c 'import torchaudio' 2>/dev/null ||
         fail "'import torchaudio' fails in .venv: $("$python" -c 'import torchaudio' 2>&1 | tail -n 1)"
@@ -85,12 +85,12 @@ if command -v flock >/dev/null; then # two scripts started at once take turns
 fi
 make_venv
 [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || exit 0
-trap 'exit 130' INT TERM # after Ctrl-C pip ends in its own way: stop here, and leave the mark
+trap 'exit 130' INT TERM # Ctrl-C reaches pip too: exit, and leave the file `unfinished`
 touch "$unfinished"
 echo "setup: installing rawloop${extras:+ with $extras} into .venv; the first time takes minutes"
 status=0
 install || status=$?
-rm "$unfinished" # whole, or rolled back by pip itself
+rm "$unfinished" # complete, or rolled back by pip
 [ $status -eq 0 ] || fail "pip could not install rawloop (its message stands above)"
 mend_torchaudio
 fingerprint >"$stamp"

@@ -5,9 +5,9 @@
 #
 #   NPROC=2                number of processes (default: the number of GPUs that CUDA_VISIBLE_DEVICES leaves)
 #   PYTHON=python3         the interpreter that has rawloop (default: .venv/bin/python, which setup.sh makes)
-#   OMP_NUM_THREADS=8      CPU threads per process (default: the cores, shared out evenly)
-#   MAX_RESTARTS=3         start all processes again so many times when one has died; they go on from the newest
-#                          checkpoint by themselves (default: 0)
+#   OMP_NUM_THREADS=8      CPU threads per process (default: the number of cores divided by NPROC)
+#   MAX_RESTARTS=3         how often to restart all processes when one has died; they resume from the newest
+#                          checkpoint (default: 0)
 #   SHUTDOWN_TIMEOUT=300   seconds from SIGTERM to SIGKILL for the processes (torchrun's default: 30)
 #
 # The exit code is rawloop's: 75 after SIGTERM, SIGUSR1 or a file named STOP in the run folder (docs/checkpoints.md).
@@ -24,13 +24,13 @@ if ! command -v "$python" >/dev/null; then
 fi
 
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-# Without a number torchrun gives each process one thread, and torch alone takes all cores for each.
+# Without OMP_NUM_THREADS torchrun gives each process one thread; torch alone gives each process all cores.
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
-# A scheduler sends SIGUSR1 to every process of a job. It would end python, until torchrun.py lets it wait.
+# A scheduler sends SIGUSR1 to every process of a job. It would kill python before torchrun.py blocks it.
 trap '' USR1
-# --standalone: a rendezvous of its own on a free port, so that several runs fit on one machine.
+# --standalone uses a free port, so several runs can share a machine.
 exec "$python" "$root/launch/torchrun.py" \
     --standalone --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
     ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop train --config "$@"

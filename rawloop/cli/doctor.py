@@ -275,7 +275,7 @@ def run_python(arguments: list[str]) -> None:
     except subprocess.TimeoutExpired as error:
         raise RawloopError(f"`{' '.join(arguments)}` has not ended after {PATIENCE:.0f} seconds") from error
     if done.returncode:
-        raise RawloopError(f"a process of its own ends with an error: {last_words(done.stderr)}")
+        raise RawloopError(f"a process that the doctor started has failed: {last_words(done.stderr)}")
 
 
 def kill_after_first_checkpoint(config: Path, run_folder: Path) -> None:
