@@ -142,7 +142,7 @@ class Evaluator:
         """
         start = time.perf_counter()
         with untouched(self.model, training=False), torch.no_grad():
-            share = self.world.on_all_ranks(lambda: self._own_share(wanted))
+            share = self.world.on_all_ranks(lambda: self._evaluate_batches(wanted))
         assert share is not None
         shares = self.world.gather(share)
         stopped = first_reason([share.stopped for share in shares])
@@ -150,12 +150,12 @@ class Evaluator:
             raise Preempted(stopped)
         if not any(share.num_batches for share in shares):
             raise self.world.raised_on_all(UserError("the evaluation set is empty: no rank has a batch"))
-        metrics = self._means(shares) | self._of_gathered(shares)
+        metrics = self._means(shares) | self._gathered_metrics(shares)
         bad = sorted(name for share in shares for name in share.bad_ids)
         metrics["eval_seconds"] = self.world.from_main(time.perf_counter() - start)  # equal on all ranks
         return Evaluation(metrics, valid=not bad, bad_ids=bad)
 
-    def _own_share(self, wanted: Callable[[], str | None]) -> Share:
+    def _evaluate_batches(self, wanted: Callable[[], str | None]) -> Share:
         device = next((weight.device for weight in self.model.parameters()), self.world.device)
         autocast = self.policy.autocast if self.policy is not None else nullcontext
         measured: list[tuple[Pairs, list[str]]] = []
@@ -198,7 +198,7 @@ class Evaluator:
                 )
         return pairs
 
-    def _of_gathered(self, shares: Sequence[Share]) -> dict[str, float]:
+    def _gathered_metrics(self, shares: Sequence[Share]) -> dict[str, float]:
         """Return the metrics of the gathered values, which rank 0 computes for all ranks."""
         if self.metrics is None:
             return {}

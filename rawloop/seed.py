@@ -168,12 +168,12 @@ class SampleStreams:
             else:
                 if not self._moved():
                     return made
-            self._put_back()
+            self._restore()
             self.drawn = True
         try:
             return make(self._seed)
         finally:
-            self._put_back()
+            self._restore()
 
     def _seed(self, number: int) -> None:
         torch.default_generator.manual_seed(number)
@@ -211,7 +211,7 @@ class SampleStreams:
         memory = _memory(self._python_address, 4 * 625)
         return int.from_bytes(memory[:4], sys.byteorder), memory[4:], _python_generator().gauss_next
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         torch.default_generator.set_state(self._torch_state)
         index, words, gauss = self._python_state
         random.setstate((3, (*struct.unpack("=624I", words), index), gauss))

@@ -44,11 +44,11 @@ def add_adapter(model: nn.Module, config: AdapterConfig, notices: list[str], rev
         targets, saved = _check_targets(model, config, notices)
         tied = tied_layers(model)
         result = _with_lora(model, config, revision)
-        note_tied(tied, lora_layers(result), saved, notices)
+        _report_tied(tied, lora_layers(result), saved, notices)
         check_lora(result, targets, config.target_modules != [ALL_LINEAR], notices)
     else:
         _set_trained(model, "unfreeze", config.unfreeze, True)
-    _note_frozen(result, frozen, config.mode, notices)
+    _report_frozen(result, frozen, config.mode, notices)
     _set_trained(result, "freeze", config.freeze, False)
     trainable, total = count_parameters(result)
     if not trainable:
@@ -68,7 +68,7 @@ def _with_lora(model: nn.Module, config: AdapterConfig, revision: str | None) ->
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-        modules_to_save=_paths(model, config.modules_to_save) or None,
+        modules_to_save=_full_paths(model, config.modules_to_save) or None,
         use_dora=config.dora,
         use_rslora=config.rslora,
     )
@@ -91,7 +91,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _paths(model: nn.Module, modules: list[str]) -> list[str]:
+def _full_paths(model: nn.Module, modules: list[str]) -> list[str]:
     """Return the modules to save, with full paths if PEFT would match more: for PEFT, `audio_mlp` ends with `mlp`."""
     names = [name for name, _ in model.named_modules()]
     paths: list[str] = []
@@ -169,25 +169,25 @@ def _set_trained(model: nn.Module, key: str, patterns: list[str], trained: bool)
             names[name].requires_grad_(trained)
 
 
-def _note_frozen(model: nn.Module, frozen: set[str], mode: str, notices: list[str]) -> None:
+def _report_frozen(model: nn.Module, frozen: set[str], mode: str, notices: list[str]) -> None:
     """Append a notice about weights that stay frozen as loaded, or about frozen layers that the adapter trains."""
     trained = {name.removeprefix(PREFIX): p.requires_grad for name, p in model.named_parameters()}
     if mode == "full":
         kept = sorted(name for name in frozen if not trained[name])
         count = sum(model.get_parameter(name).numel() for name in kept)
-        text = f"frozen by load_model: {count:,} parameters ({_in_words(kept)}); adapter.unfreeze would train them"
+        text = f"frozen by load_model: {count:,} parameters ({_shortened(kept)}); adapter.unfreeze would train them"
     else:
         layers = {re.split("|".join(map(re.escape, ADAPTERS)), name)[0] for name in trained if trained[name]}
         kept = sorted({layer for name in frozen for layer in [name.rpartition(".")[0]] if layer in layers})
         text = (
-            f"LoRA or modules_to_save train {len(kept)} layers that load_model has frozen ({_in_words(kept)}): use "
+            f"LoRA or modules_to_save train {len(kept)} layers that load_model has frozen ({_shortened(kept)}): use "
             "narrower names to keep them frozen"
         )
     if kept:
         notices.append(text)
 
 
-def _in_words(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     """Return names of weights in short: `model.audio_tower.*, lm_head.weight, ...`."""
     shown = sorted({".".join([*name.split(".")[:2], "*"]) if name.count(".") > 1 else name for name in names})
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
@@ -199,7 +199,7 @@ def lora_layers(model: nn.Module) -> set[str]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             parameter = getattr(module, "parameter_name", None)  # set if LoRA is on a parameter, as for experts
-            found.add(".".join(filter(None, (_own(name), parameter))))
+            found.add(".".join(filter(None, (_base_name(name), parameter))))
     return found
 
 
@@ -229,7 +229,7 @@ def check_lora(model: nn.Module, asked: Collection[str], exactly: bool, notices:
         line += f"; these include {kinds(more)}, which are not plain linear layers, because of all-linear"
     if less:
         line += f"; not on {kinds(less)}, which all-linear excludes"
-    saved = [_own(name) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    saved = [_base_name(name) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     notices.append(f"{line}; in full: {', '.join(saved)}" if saved else line)
 
 
@@ -241,7 +241,9 @@ def tied_layers(model: nn.Module) -> list[list[str]]:
     return [names for names in places.values() if len(names) > 1]
 
 
-def note_tied(tied: Iterable[list[str]], targets: Collection[str], saved: Collection[str], notices: list[str]) -> None:
+def _report_tied(
+    tied: Iterable[list[str]], targets: Collection[str], saved: Collection[str], notices: list[str]
+) -> None:
     """Append a notice about each pair of `tied_layers` if the adapter changes one of them."""
     for names in tied:
         shared = f"{' and '.join(names)} share a weight"
@@ -265,5 +267,5 @@ def kinds(names: Collection[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
 
 
-def _own(name: str) -> str:
+def _base_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer", "")

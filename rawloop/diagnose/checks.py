@@ -192,7 +192,7 @@ def run_checks(
         world: the ranks.
     """
     start = time.perf_counter()
-    share = world.on_all_ranks(partial(_own_share, family, module, examples, config.batches, autocast))
+    share = world.on_all_ranks(partial(_check_batches, family, module, examples, config.batches, autocast))
     assert share is not None
     censuses, readings, movements = zip(*world.gather(share), strict=True)
     total = _count_more(reduce(add, censuses), family, examples, config.batches, world)
@@ -213,7 +213,7 @@ def run_checks(
 def _count_more(total: Census, family: Family, examples: Examples, start: int, world: World) -> Census:
     """Count the labels of more micro-batches, twice as many each time, until all required tokens are decided."""
     while total.undecided() and total.samples < COUNTED:
-        share = world.on_all_ranks(partial(_own_census, family, examples, start, 2 * start))
+        share = world.on_all_ranks(partial(_census_of, family, examples, start, 2 * start))
         assert share is not None
         more = reduce(add, world.gather(share))
         if not more.samples:
@@ -222,12 +222,12 @@ def _count_more(total: Census, family: Family, examples: Examples, start: int, w
     return total
 
 
-def _own_census(family: Family, examples: Examples, start: int, stop: int) -> Census:
+def _census_of(family: Family, examples: Examples, start: int, stop: int) -> Census:
     groups = examples(start, stop)
     return take_census(family, chain.from_iterable(groups), [family.collate(list(group)) for group in groups])
 
 
-def _own_share(
+def _check_batches(
     family: Family, module: LossModule, examples: Examples, number: int, autocast: Autocast
 ) -> tuple[Census, dict[str, Reading], dict[str, Movement]]:
     groups = examples(0, number)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rawloop.buffers import untouched
 from rawloop.contracts import IGNORE, Batch, Family, StreamLoss, has
-from rawloop.diagnose.agreement import disagreements
+from rawloop.diagnose.mismatch import find_mismatches
 from rawloop.diagnose.notfinite import cause
 from rawloop.diagnose.shared import coarsest_eps, looking_at, table
 from rawloop.losses import LossModule
@@ -133,7 +133,7 @@ def read_losses(
             for stream, rows in logits.items():
                 _check_variety(readings, stream, rows)
             eps = coarsest_eps(module.model, autocast)
-            for name, said in disagreements(scored[id(batch)], logits, batch, eps).items():
+            for name, said in find_mismatches(scored[id(batch)], logits, batch, eps).items():
                 readings[name].mismatch = said
     with untouched(module, training=True):
         for stream, seen in [(s, b) for s, b in first.items() if b is not None and not readings[s].not_finite]:

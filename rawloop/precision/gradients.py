@@ -57,9 +57,9 @@ class Window:
         # `no_sync` and accelerate clear the first flag; the forward pass copies it into the second.
         unsynced = [d for d in wrappers if not (d.require_backward_grad_sync or d.require_forward_param_sync)]
         self._local = {id(weight) for ddp in unsynced for weight in ddp.parameters()}
-        self.note_versions()
+        self.record_versions()
 
-    def note_versions(self) -> None:
+    def record_versions(self) -> None:
         """Record how often each scaled gradient was written, so `check` sees writes by others."""
         if self.scale != 1.0:
             given = ((id(weight), weight.grad) for weight in self.trained.weights.values())

@@ -118,7 +118,7 @@ class TrainedWeights:
             step()
             return
         for master in held:
-            master.grad = None  # `show_gradients` may have set it
+            master.grad = None  # `unscale_gradients` may have set it
         for masters in self._buckets(held):
             weights = [self.weight_of(master) for master in masters]
             for master, gradient in zip(masters, self._take_gradients(weights, factor), strict=True):
@@ -141,7 +141,7 @@ class TrainedWeights:
         if bucket:
             yield bucket
 
-    def show_gradients(self, held: Iterable[nn.Parameter], factor: float) -> None:
+    def unscale_gradients(self, held: Iterable[nn.Parameter], factor: float) -> None:
         """Multiply the gradients by `factor`, and set them on weights and masters alike; with masters in float32."""
         shown = [p for p in held if self.weight_of(p).grad is not None]
         weights = [self.weight_of(p) for p in shown]
@@ -232,10 +232,10 @@ def adopt(optimizer: Optimizer, trained: TrainedWeights, frozen: Iterable[nn.Par
             f"among the {len(held)} that the prepared model trains: build it after policy.prepare, over "
             "policy.named_parameters()"
         )
-    exchange(optimizer, stand_ins, loaded=True)
+    replace_parameters(optimizer, stand_ins, loaded=True)
 
 
-def exchange(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loaded: bool = False) -> None:
+def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loaded: bool = False) -> None:
     """Replace the parameters that an optimizer holds, by id, and move their state along.
 
     Groups, learning rates, hooks and schedulers stay, so references to the optimizer remain valid.

@@ -130,16 +130,16 @@ class PrecisionPolicy(PreparedModel):
         Raises:
             UserError: see `step`.
         """
-        held = self._held([optimizer])
+        held = self._params_of([optimizer])
         gradients = [gradient for p in held if (gradient := self.trained.weight_of(p).grad) is not None]
         if not gradients or id(optimizer) in self.window.unscaled:
             return
         self.window.check([optimizer], held)
         self.window.unscaled[id(optimizer)] = global_norm(gradients)
         scale = self.scaler.unscale([optimizer], self.window.scale) if self.scaler else 1.0
-        self.trained.show_gradients(held, 1 / scale)
+        self.trained.unscale_gradients(held, 1 / scale)
 
-    def _held(self, optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
+    def _params_of(self, optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
         """Return the trained parameters that optimizers hold, after the masters have replaced their weights."""
         for optimizer in optimizers:
             if self._adopted.get(optimizer) != len(held_by([optimizer])):
@@ -179,7 +179,7 @@ class PrecisionPolicy(PreparedModel):
         held: list[nn.Parameter] = []
         found, misuse = Measured(0.0), None
         try:
-            held = self._held(optimizers)
+            held = self._params_of(optimizers)
             if any(id(one) in self.window.unscaled for one in optimizers):
                 for one in optimizers:
                     self.unscale(one)
@@ -203,7 +203,7 @@ class PrecisionPolicy(PreparedModel):
                 "on another model, or on a new tensor with requires_grad=True"
             )
         if refused:
-            return self._give_up(f"unscaling failed: {refusal or 'on another rank'}", norm)
+            return self._fall_back(f"unscaling failed: {refusal or 'on another rank'}", norm)
         for what, bad in (("loss", bad_loss), ("norm", nonfinite), ("buffers", bad_buffers)):
             if bad:
                 return self._skip(optimizers, found, what, buffers, nonfinite)
@@ -249,7 +249,7 @@ class PrecisionPolicy(PreparedModel):
         self.window.closed = True
         if len(held) >= len(self.trained.weights):
             self.window = Window(self.trained)
-        self.window.note_versions()
+        self.window.record_versions()
 
     def _skip(
         self, optimizers: list[Optimizer], found: Measured, what: str, buffers: Sequence[Tensor], nonfinite: bool
@@ -268,12 +268,12 @@ class PrecisionPolicy(PreparedModel):
 
         if self.chain.remaining and self.bad_losses_in_a_row >= self.config.max_nonfinite_losses:
             reason = f"{self.bad_losses_in_a_row} losses in a row were not finite"
-            return self._give_up(reason, found.norm, advice)
+            return self._fall_back(reason, found.norm, advice)
         if self.skips_in_a_row >= self.config.max_skips:
-            return self._give_up(f"{self.skips_in_a_row} steps in a row had {reason}", found.norm, advice)
+            return self._fall_back(f"{self.skips_in_a_row} steps in a row had {reason}", found.norm, advice)
         return StepResult(False, found.norm, reason)
 
-    def _give_up(
+    def _fall_back(
         self,
         reason: str,
         norm: float,

@@ -15,7 +15,7 @@ from rawloop.precision.advice import lost_updates
 from rawloop.precision.casting import cast_frozen, check_model, check_world
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import Window, drop_scaler_marks, watch_steps
-from rawloop.precision.masters import HALF, TrainedWeights, adopt, exchange, held_by
+from rawloop.precision.masters import HALF, TrainedWeights, adopt, held_by, replace_parameters
 from rawloop.precision.modes import MODES, ModeChain, describe, examine, other_mode
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
@@ -135,7 +135,7 @@ class PreparedModel:
         self._enter()
         after = dict(self.named_parameters())
         for optimizer in self._adopted:
-            exchange(optimizer, {id(held): after[name] for name, held in before.items()})
+            replace_parameters(optimizer, {id(held): after[name] for name, held in before.items()})
             drop_scaler_marks([optimizer])
         return True
 

@@ -35,8 +35,8 @@ from rawloop.audio import Segment, load_audio
 from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
 from rawloop.demo import SPEECH
-from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.causality import probe
+from rawloop.diagnose.mismatch import find_mismatches
 from rawloop.dist import World
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
@@ -265,7 +265,7 @@ def test_losses_equal_the_models_own(family: AudioChat, examples: list[Example])
 def test_losses_are_the_cross_entropy_of_the_logits(family: AudioChat, examples: list[Example]) -> None:
     model, batch = family.load_model(), family.collate(examples)
     with torch.no_grad():
-        assert disagreements(family.losses(model, batch), family.logits(model, batch), batch, 0.0) == {}
+        assert find_mismatches(family.losses(model, batch), family.logits(model, batch), batch, 0.0) == {}
 
 
 def test_logits_of_a_model_in_16_bits_are_float32(family: AudioChat, examples: list[Example]) -> None:

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.lora import add_adapter
 from rawloop.contracts import IGNORE, Batch, Labels, Sample, Special, Text, Turn
-from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.causality import probe
+from rawloop.diagnose.mismatch import find_mismatches
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.causal_lm import CausalLM, Example
@@ -113,7 +113,7 @@ def test_losses_are_the_cross_entropy_of_the_logits(family: CausalLM, packed: Ca
     for one in (family, packed):
         batch = one.collate([one.example(sample) for sample in SAMPLES])
         with torch.no_grad():
-            assert disagreements(one.losses(model, batch), one.logits(model, batch), batch, 0.0) == {}
+            assert find_mismatches(one.losses(model, batch), one.logits(model, batch), batch, 0.0) == {}
 
 
 def test_the_tokens_that_end_texts_and_turns_must_be_learnt_where_there_are_any(text_checkpoint: Path) -> None:

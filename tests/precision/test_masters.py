@@ -78,7 +78,7 @@ def test_shown_gradients_are_float32_on_weights_and_masters() -> None:
     held = [p for _, p in kept.named_parameters()]
     for weight in list(kept.weights.values())[:2]:
         weight.grad = torch.full_like(weight, 2.0**-10)
-    kept.show_gradients(held, 2.0**-15)
+    kept.unscale_gradients(held, 2.0**-15)
     shown = [weight.grad for weight in kept.weights.values()]
     assert [p.grad for p in held] == shown  # the same tensors: clipped once for both
     assert shown[0] is not None

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rawloop.contracts import IGNORE, Batch, StreamLoss
-from rawloop.diagnose.agreement import disagreements
 from rawloop.diagnose.census import Census
 from rawloop.diagnose.checks import Report
 from rawloop.diagnose.config import ChecksConfig
+from rawloop.diagnose.mismatch import find_mismatches
 from rawloop.diagnose.verdict import judge, lines, read_losses
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.losses import LossModule
@@ -50,7 +50,7 @@ def test_losses_are_the_cross_entropy_of_the_logits_to_the_bit(
 ) -> None:
     with torch.no_grad(), AUTOCAST[mode]():
         losses, logits = family.losses(module.model, batch), family.logits(module.model, batch)
-    assert disagreements(losses, logits, batch, 0.0) == {}
+    assert find_mismatches(losses, logits, batch, 0.0) == {}
     targets = batch.labels["text"].targets
     assert float(F.cross_entropy(logits["text"], targets, reduction="sum")) == float(losses["text"].total)
 
@@ -122,7 +122,7 @@ def test_what_differs_is_named(
 def test_logits_of_another_shape(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:
     losses, logits = family.losses(module.model, batch), family.logits(module.model, batch)
     short = {**logits, "text": logits["text"][1:]}
-    assert disagreements(losses, short, batch, 0.0) == {"text": "`logits` gives (5, 782) for labels of (6,)"}
+    assert find_mismatches(losses, short, batch, 0.0) == {"text": "`logits` gives (5, 782) for labels of (6,)"}
 
 
 def test_targets_that_some_codebooks_lack(family: HiggsAudioV2, module: LossModule, batch: Batch) -> None:

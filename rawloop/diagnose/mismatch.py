@@ -18,7 +18,7 @@ ROWS = 256  # targets per call: a log-softmax of the whole batch would double th
 SINGLE, SHARE = 1e-5, 1 / 32
 
 
-def disagreements(
+def find_mismatches(
     losses: Mapping[str, StreamLoss], logits: Mapping[str, Tensor], batch: Batch, eps: float
 ) -> dict[str, str]:
     """Return how a batch's losses differ from its logits, by stream (`audio`), or part (`audio/3`) if the sum agrees.
