@@ -77,7 +77,7 @@ NO_COUNTERPART = MappingProxyType(
         "load_best_model_at_end": "there is none; the best model is always kept, in best/ of the run's folder",
         "logging_dir": "there is none; TensorBoard's files lie in tensorboard/ of the run's folder, 'output'",
         "logging_strategy": "'train.log_every' is a number of steps",
-        "overwrite_output_dir": "there is none; go on in the folder of a run with --resume auto, or delete it",
+        "overwrite_output_dir": "there is none; continue the run in a folder with --resume auto, or delete the folder",
         "report_to": "'records.tensorboard' and 'records.wandb' are true or false",
         "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
         "save_strategy": "'checkpoint.save_every' is a number of steps",

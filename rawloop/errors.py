@@ -2,7 +2,7 @@
 
 A `UserError` is a mistake in a config, a data file or a command line: one message, exit code 2, no traceback.
 Any other `RawloopError` is a failure of the run or the machine (disk full, corrupt file, diverged loss): exit code 1.
-`Preempted` is no failure: the run was asked to stop, and can go on: exit code 75.
+`Preempted` is no failure: the run was asked to stop, and can continue: exit code 75.
 Everything else is a bug in rawloop and keeps its traceback.
 """
 
@@ -40,7 +40,7 @@ class LibraryError(UserError):
 
 
 class TrainingError(RawloopError):
-    """Training cannot go on correctly, for example after too many non-finite steps in a row."""
+    """Training cannot continue correctly, for example after too many non-finite steps in a row."""
 
 
 class InterruptedUpdate(TrainingError):

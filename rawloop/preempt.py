@@ -43,7 +43,7 @@ class Preemption:
         return self.received
 
 
-def exit_on_signals(command: str, go_on: str, exit_code_file: str | None) -> None:
+def exit_on_signals(command: str, advice: str, exit_code_file: str | None) -> None:
     """On SIGTERM and SIGUSR1 exit at once with code 75, until `watch_signals` sets its handlers.
 
     For the first seconds of rawloop's own process, in which torch is imported and there is nothing to save. Afterwards
@@ -51,7 +51,7 @@ def exit_on_signals(command: str, go_on: str, exit_code_file: str | None) -> Non
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        line = f"rawloop {command}: stopped by {signal.Signals(number).name} before it began{go_on}\n"
+        line = f"rawloop {command}: stopped by {signal.Signals(number).name} before it began{advice}\n"
         os.write(2, line.encode())
         if exit_code_file:
             Path(exit_code_file).write_text(str(Preempted.exit_code))

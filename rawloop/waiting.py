@@ -1,7 +1,7 @@
 """Lost ranks: how long a rank waits for the others, which rank did not come, and which errors mean a lost rank.
 
 A rank that has waited for a while writes `waiting-RANK` into the store of the process group. A rank that works for long
-writes `working-RANK` again and again, and the others go on waiting. The first rank whose time is over writes `verdict`:
+writes `working-RANK` again and again, and the others keep waiting. The first rank whose time is over writes `verdict`:
 the ranks that did not come. The others read it, so all of them name the same rank. The hot path uses no store.
 """
 

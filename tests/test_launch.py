@@ -407,7 +407,7 @@ def test_torchrun_stopped_killed_and_restarted(config: Path, tmp_path: Path) -> 
     assert launcher.wait(timeout=25) == 75, stopped.with_suffix(".log").read_text()  # before torchrun kills
     said = stopped.with_suffix(".log").read_text()
     (found,) = re.findall(
-        r"^rawloop train: stopped by SIGTERM at step (\d+); checkpoint: (.*); go on", said, re.MULTILINE
+        r"^rawloop train: stopped by SIGTERM at step (\d+); checkpoint: (.*); continue", said, re.MULTILINE
     )
     assert 6 <= int(found[0]) < 12
     assert (Path(found[1]) / "MANIFEST.json").is_file()

@@ -1,7 +1,7 @@
 """`rawloop COMMAND`: one small module per command, imported when the command is called.
 
 A user's mistake ends in one line and exit code 2; any other failure that rawloop can name in one line and exit code 1.
-The exit code is 75 if a signal or a stop file has stopped the command and it can go on. Only a bug shows a traceback.
+The exit code is 75 if a signal or a stop file stopped the command and it can continue. Only a bug shows a traceback.
 """
 
 import errno
@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
 }
 # How to continue a command that was interrupted. The other commands start from the beginning.
-GO_ON = {"train": ": continue with --resume auto", "prepare": ": run it again to continue"}
+CONTINUE = {"train": ": continue with --resume auto", "prepare": ": run it again to continue"}
 # launch/torchrun.py names a file for the exit code here: torchrun itself does not pass it on.
 EXIT_CODE_FILE = "RAWLOOP_EXIT_CODE_FILE"
 
@@ -80,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    own_process = argv is None and command in GO_ON
+    own_process = argv is None and command in CONTINUE
     if own_process:
-        exit_on_signals(command, GO_ON[command], os.environ.get(EXIT_CODE_FILE))
+        exit_on_signals(command, CONTINUE[command], os.environ.get(EXIT_CODE_FILE))
     file = Path(os.environ[EXIT_CODE_FILE]) if EXIT_CODE_FILE in os.environ else None
     try:
         code = call(command, rest, file)
@@ -154,14 +154,16 @@ def call(command: str, rest: list[str], file: Path | None = None) -> int:
             write_first_failure(file)
         if error.is_reporter:
             line = " ".join(str(error).splitlines()) + keep_traceback(error)  # it may quote several lines
-            saved = f"; what was saved is whole{GO_ON.get(command, '')}" if isinstance(error, LostRank) else ""
+            saved = f"; what was saved is whole{CONTINUE.get(command, '')}" if isinstance(error, LostRank) else ""
             print(f"rawloop {command}: {line}{saved}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         if not stdout_is_gone():
             raise
-        if command in GO_ON:  # the other commands only print
-            print(f"rawloop {command}: nobody reads its output any more{GO_ON[command]}", file=sys.stderr, flush=True)
+        if command in CONTINUE:  # the other commands only print
+            print(
+                f"rawloop {command}: nobody reads its output any more{CONTINUE[command]}", file=sys.stderr, flush=True
+            )
         return 128 + signal.SIGPIPE
     except OSError as error:
         from rawloop.files import WORDS, in_words
@@ -171,7 +173,7 @@ def call(command: str, rest: list[str], file: Path | None = None) -> int:
         print(f"rawloop {command}: {in_words(error)}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        saved = f"what was saved is whole{GO_ON.get(command, '')}"
+        saved = f"what was saved is whole{CONTINUE.get(command, '')}"
         print(f"rawloop {command}: interrupted; {saved}", file=sys.stderr, flush=True)
         return 130
     return 0
