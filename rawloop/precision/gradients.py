@@ -65,7 +65,7 @@ class Window:
             given = ((id(weight), weight.grad) for weight in self.trained.weights.values())
             self._versions = {key: (id(grad), grad._version) for key, grad in given if grad is not None}
 
-    def check(self, optimizers: Iterable[Optimizer], held: Iterable[nn.Parameter]) -> None:
+    def check(self, optimizers: Sequence[Optimizer], held: Iterable[nn.Parameter]) -> None:
         """Raise a UserError if gradients do not come from `policy.backward`, or must not be applied."""
         if self.loss is None:
             raise UserError(
@@ -86,9 +86,10 @@ class Window:
                 "in accelerate's accumulate(), and the ranks would differ; call policy.step(optimizer) after "
                 "the last micro-batch only: `if accelerator.sync_gradients: policy.step(optimizer)`"
             )
+        if self.scale == 1.0 or any(id(optimizer) in self.unscaled for optimizer in optimizers):
+            return
         grads = [(weight, weight.grad) for weight in weights if weight.grad is not None]
-        written = any(self._versions.get(id(w)) != (id(grad), grad._version) for w, grad in grads)
-        if written and self.scale != 1.0 and not self.unscaled:
+        if any(self._versions.get(id(w)) != (id(grad), grad._version) for w, grad in grads):
             raise UserError(
                 f"the gradients were changed between policy.backward and policy.step, while they are multiplied by "
                 f"the loss scale {self.scale:g}: remove clip_grad_norm_ or clip_grad_value_ there and use "

@@ -249,7 +249,6 @@ class PrecisionPolicy(PreparedModel):
         self.window.closed = True
         if len(held) >= len(self.trained.weights):
             self.window = Window(self.trained)
-        self.window.record_versions()
 
     def _skip(
         self, optimizers: list[Optimizer], found: Measured, what: str, buffers: Sequence[Tensor], nonfinite: bool

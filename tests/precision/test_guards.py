@@ -193,6 +193,21 @@ def test_only_one_of_two_optimizers_is_unscaled_by_hand(mode: Any) -> None:
     assert all(torch.equal(value, other.values()[name]) for name, value in one.values().items())
 
 
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("mode", SCALED)
+def test_gradients_of_the_other_optimizer_must_not_be_clipped_while_they_are_scaled(mode: Any, early: bool) -> None:
+    gan = Gan(mode)
+    gan.backward("g", 0)
+    gan.policy.unscale(gan.d)
+    if early:
+        clip_grad_norm_(gan.pair.g.parameters(), 1e-3)
+    assert gan.policy.step(gan.d).applied
+    if not early:
+        clip_grad_norm_(gan.pair.g.parameters(), 1e-3)
+    with pytest.raises(UserError, match="the gradients were changed between"):
+        gan.policy.step(gan.g)
+
+
 @EVERY
 def test_a_skipped_half_leaves_the_other_one_alone(mode: Any) -> None:
     gan = Gan(mode)
