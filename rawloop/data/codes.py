@@ -123,7 +123,7 @@ class CodeCache:
         return all(row is not None and not (row.bad or "").startswith(LASTS) and _unchanged(row) for row in rows)
 
     def usable(self, samples: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
-        """Return the samples to train on, and the reason for each other one, by sample id.
+        """Return the samples to train on, and the reason for each sample to leave out, by its id.
 
         A sample is left out if it needs a bad clip and `rawloop prepare` or the config says skip.
         """

@@ -132,7 +132,7 @@ def _identity(record: Record, seen: dict[str, str], repeated: Counter[str]) -> s
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector, which would traverse all samples again and again for half of the time."""
+    """Pause the garbage collector, which would traverse all samples again and again and take half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -155,7 +155,7 @@ def shared(train: Sequence[Sample], other: Sequence[Sample]) -> int:
 def usable(
     samples: Sequence[Sample], check: Callable[[Sample], None], skip: bool
 ) -> tuple[list[Sample], dict[str, str]]:
-    """Return the samples that `check` accepts, and the reason for each other one, by sample id.
+    """Return the samples that `check` accepts, and the reason for each rejected sample, by its id.
 
     `check` raises BadSample for a sample that may be left out. Without `skip`, this raises one UserError about all.
     """

@@ -163,7 +163,7 @@ class AudioChat(TextFamily):
         text_settings: Any = self.settings.get_text_config()
         self.vocabulary = text_settings.vocab_size
         self.encoder = ChatEncoder(self.processor, self._audio_token(), text_settings.max_position_embeddings)
-        self.sample_rate = self.encoder.sample_rate
+        self.clip_token, self.sample_rate = self.encoder.audio_token, self.encoder.sample_rate
 
     def _audio_token(self) -> int:
         token: int | None = getattr(self.settings, "audio_token_id", None)
@@ -227,11 +227,11 @@ class AudioChat(TextFamily):
 
         Another batch changes the sound of the clips, loud into quiet: predictions after a clip must notice.
         """
-        changed = self.perturb_tokens(batch, fixed=self.encoder.audio_token)
+        changed = super().perturb(batch)
         quiet = {n: 1 - x for n, x in batch.inputs.items() if x.is_floating_point() and "mask" not in n}
         if not quiet:
             return changed
-        clips = batch.inputs["input_ids"] == self.encoder.audio_token
+        clips = batch.inputs["input_ids"] == self.clip_token
         after_clip = {"text": clips.cumsum(1).flatten()[batch.labels["text"].positions] > 0}
         only_clips = Context(replace(batch, inputs=batch.inputs | quiet), after_clip)
         return changed._replace(contexts={**changed.contexts, "clips": only_clips})

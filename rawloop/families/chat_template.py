@@ -154,7 +154,7 @@ class ChatTemplate:
         )
 
     def check_words(self, text: str, messages: Messages, trained: Sequence[int] = ()) -> None:
-        """Refuse a text without some words of its messages. Only answers in the context may lose old reasoning."""
+        """Refuse a text that lacks words of its messages. Context answers may: some templates drop old reasoning."""
         written = "".join(text.split())
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index not in trained:

@@ -70,6 +70,7 @@ class TextFamily(BaseFamily):
     """
 
     vocabulary: int
+    clip_token = -1  # `perturb` neither changes nor writes it
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, ("text",))
@@ -93,16 +94,12 @@ class TextFamily(BaseFamily):
 
     def perturb(self, batch: Batch) -> Perturbed:
         """Change every token from the middle target of each document on, or before it; see `perturbed`."""
-        return self.perturb_tokens(batch)
-
-    def perturb_tokens(self, batch: Batch, fixed: int = -1) -> Perturbed:
-        """Do as `perturb`, but leave the token `fixed` unchanged and write it nowhere else."""
         ids = batch.inputs["input_ids"]
         other = (ids + 1) % self.vocabulary
-        other = torch.where(other == fixed, (ids + 2) % self.vocabulary, other)
+        other = torch.where(other == self.clip_token, (ids + 2) % self.vocabulary, other)
 
         def change(where: Tensor) -> dict[str, Tensor]:
-            return {"input_ids": torch.where(where.view_as(ids) & (ids != fixed), other, ids)}
+            return {"input_ids": torch.where(where.view_as(ids) & (ids != self.clip_token), other, ids)}
 
         return perturbed(batch, {"text": ids.flatten()}, documents(batch), "tokens", change)
 
