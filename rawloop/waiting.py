@@ -152,9 +152,7 @@ class Waiting:
             return LostRank(f"rank {self.rank} came too late: {whom}")
         here = [rank for rank in range(self.size) if rank not in missing]
         self._write(f"told-{self.rank}", True)
-        # This rank may host the store: it does not end before the others have read the verdict.
-        told = [f"told-{rank}" for rank in here]
-        self._try(lambda: self.store.wait(told, timedelta(seconds=0.8 * ANSWER)))
+        self._try(lambda: self._wait_for_readers(here))
         if missing:
             names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
             what = f"{names} did not come in time: the others {waited} (ddp.timeout)"
@@ -165,6 +163,13 @@ class Waiting:
         error = LostRank(f"{what}: {advice}")
         error.is_reporter = self.rank == min(here)
         return error
+
+    def _wait_for_readers(self, ranks: list[int]) -> None:
+        """Wait, for less than `ANSWER`, until these ranks have read the verdict: this process may host the store."""
+        deadline = time.monotonic() + 0.8 * ANSWER
+        while time.monotonic() < deadline and not self.store.check([f"told-{rank}" for rank in ranks]):
+            time.sleep(0.1)
+            self._check_host()
 
     def _keys(self, name: str) -> list[str]:
         return [f"{name}-{rank}" for rank in range(self.size)]
