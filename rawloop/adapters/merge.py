@@ -75,13 +75,24 @@ def load_base(
     return base, fingerprint.notice
 
 
+def _check_folder(adapter: Path) -> None:
+    """Raise a UserError that names the right folder if this is not an adapter's."""
+    if (adapter / "adapter_config.json").is_file():
+        return
+    advice = "pass a checkpoint's adapter folder"
+    for inside in (".", "model", "best/model"):
+        if (adapter / inside / "config.json").is_file():
+            advice = f"{adapter / inside} is a whole model already: use it without merging"
+    for inside in ("adapter", "best/adapter"):
+        if (adapter / inside / "adapter_config.json").is_file():
+            advice = f"did you mean {adapter / inside}?"
+    raise UserError(f"--adapter is '{adapter}', which has no adapter_config.json: {advice}")
+
+
 def base_of(adapter: Path) -> tuple[str, str | None]:
     """Return the folder or hub id of the model that an adapter was trained on, empty if unknown, and its revision."""
+    _check_folder(adapter)
     file = adapter / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(
-            f"--adapter is '{adapter}', which has no adapter_config.json: pass a checkpoint's adapter folder"
-        )
     try:
         values = json.loads(file.read_bytes())
         kind, scale = values.get("peft_type"), [values.get(key) for key in ("r", "lora_alpha")]

@@ -39,7 +39,6 @@ def run(argv: list[str]) -> None:
     adapter, output = Path(expanduser(values.adapter)), Path(expanduser(values.output))
     if output.exists():
         raise UserError(f"--output is '{output}', which exists: name a folder that does not")
-    check_folder(adapter)
     slot = adapter.resolve().parent
     if (slot / MANIFEST).exists():
         verify(slot)
@@ -85,22 +84,6 @@ def run(argv: list[str]) -> None:
         said = back = f"its logits were not compared, as {type(family).__name__} has no `probe` or no `logits`"
     print(f"merged {adapter} into {config.path}: {said}")
     print(f"model: {output} ({values.dtype}; {back})")
-
-
-def check_folder(adapter: Path) -> None:
-    """Raise a UserError that names the right folder if a checkpoint or model was passed instead of an adapter."""
-    if (adapter / "adapter_config.json").is_file():
-        return
-    for inside in ("adapter", "best/adapter"):
-        if (adapter / inside / "adapter_config.json").is_file():
-            raise UserError(
-                f"--adapter is '{adapter}', which has no adapter_config.json: did you mean {adapter / inside}?"
-            )
-    for inside in (".", "model", "best/model"):
-        if (adapter / inside / "config.json").is_file():
-            raise UserError(
-                f"--adapter is '{adapter}', and {adapter / inside} is a whole model already: use it without merging"
-            )
 
 
 @contextmanager

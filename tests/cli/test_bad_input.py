@@ -300,7 +300,7 @@ def test_merge(refusal: Refusal, tmp_path: Path) -> None:
     for folder in (model, tmp_path / "full" / "best", tmp_path / "full"):
         said = refusal("merge", "--adapter", folder, "--output", tmp_path / "merged")
         whole = f"{model} is a whole model already: use it without merging"
-        assert said == f"--adapter is '{folder}', and {whole}"
+        assert said == f"--adapter is '{folder}', which has no adapter_config.json: {whole}"
     said = refusal("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "run")
     assert said == f"--output is '{tmp_path}/run', which exists: name a folder that does not"
 
