@@ -1,8 +1,8 @@
 """The training loop. It receives finished objects and constructs nothing.
 
-One step: agree with the other ranks on the window's target counts, forward and backward, fetch the next window while
-the device works, clip and update, advance, log; then evaluate, save, stop. The loop visits step N once more after the
-last update, so evaluating and saving have one call site each.
+One step: sum the target counts of the window over all ranks, forward and backward, fetch the next window while the
+device works, clip and update, log; then evaluate, save, stop. The loop visits the last step once more after its update,
+so evaluation and saving have one call site each.
 """
 
 import gc
@@ -30,26 +30,26 @@ from rawloop.settings import TrainConfig as TrainConfig
 
 
 class Fetched(NamedTuple):
-    """A window that the data gave, or the error that came in its place; neither, where the data has ended."""
+    """The next window, or the error of the data; neither at the end of the data."""
 
     window: list[Batch] | None
     error: Exception | None = None
 
 
 def train(run: Run) -> TrainState:
-    """Train until `total_steps` updates are applied; resume from wherever `run.state` stands.
+    """Train from `run.state` on, until `total_steps` updates are applied.
 
     Raises:
         UserError: the model is in evaluation mode.
         TrainingError: training cannot go on correctly.
-        Preempted: `run.preemption` wants a stop on any rank; the state of the run is on the disk.
-        Exception: any rank's error, on all ranks.
+        Preempted: `run.preemption` asked a rank to stop; the run is saved.
+        Exception: the error of any rank, on all ranks.
     """
     state = run.state
     check_training_mode(run)
     windows, fetched = start_windows(run), None
     run.meter.restart_clock(state.samples)
-    stopped = stop_early(run)  # it may have been before this resume
+    stopped = stop_early(run)  # the patience may have been used up before this resume
     with run.records.progress(run.total_steps, state.step) as progress:
         while True:
             last = state.step >= run.total_steps or stopped
@@ -89,13 +89,13 @@ def check_training_mode(run: Run) -> None:
 
 
 def start_windows(run: Run) -> Iterator[list[Batch]]:
-    """Yield the windows from the next one on. Data workers are forked here, when no thread may hold a lock."""
+    """Yield the windows from the next one on. It forks data workers, so no thread may hold a lock: wait for saves."""
     run.wait_until_written()
     yield from run.windows(run.state.window)
 
 
 def fetch(windows: Iterator[list[Batch]]) -> Fetched:
-    """Take the next window; an error waits for the ranks' agreement."""
+    """Return the next window, or the error of the data, which `agree_on_window` raises on all ranks."""
     try:
         return Fetched(next(windows, None))
     except Exception as error:
@@ -103,26 +103,26 @@ def fetch(windows: Iterator[list[Batch]]) -> Fetched:
 
 
 def agree_on_window(run: Run, fetched: Fetched) -> tuple[list[Batch], dict[str, int]]:
-    """Agree, in one reduction, on the window's target counts over all ranks, and on going on at all.
+    """Sum the target counts of the window over all ranks; in the same reduction, learn whether a rank must stop.
 
     Returns:
         the window, and the counts by stream.
 
     Raises:
-        Preempted: some rank is to stop; raised on every rank, before the window is used.
-        Exception: some rank has no window, or could not write its records; raised on every rank.
-        UserError: no rank has any target.
+        Preempted: a rank was asked to stop; raised on every rank, before the window is used.
+        Exception: a rank has no window, or could not write its records; raised on every rank.
+        UserError: no rank has a target.
     """
     stop = run.preemption.wanted() if run.preemption else None
     if stop is not None:
-        fetched = Fetched([])  # its error, if it has one, comes again after the resume
+        fetched = Fetched([])  # an error will be raised again after the resume
     window = fetched.window or []
     error = run.deferred_error or fetched.error
     if fetched.window is None and error is None:
-        ended = f"the training data came to an end before window {run.state.window}, {run.total_steps} steps are asked"
-        error = UserError(f"{ended} for: windows must come without end, on every rank (begin anew at theirs)")
-    own = [float(sum(batch.targets.get(stream, 0) for batch in window)) for stream in run.weights]
-    failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *own])
+        ended = f"the training data ended before window {run.state.window}, and the run has {run.total_steps} steps"
+        error = UserError(f"{ended}: `windows` must never end, on any rank; start over at the end of the data")
+    here = [float(sum(batch.targets.get(stream, 0) for batch in window)) for stream in run.weights]
+    failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *here])
     if failed:
         run.world.on_all_ranks(lambda: raise_if(error))
     if stopping:
@@ -146,7 +146,7 @@ def samples_of_all_ranks(run: Run, window: list[Batch]) -> list[str]:
 
 
 def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> None:
-    """Add the gradients of all micro-batches; the last one always synchronises the ranks."""
+    """Run forward and backward on all micro-batches. DDP averages the gradients with the last one."""
     if run.buffers:
         run.buffers.start_window()
     for micro_step, batch in enumerate(window, start=1):
@@ -156,7 +156,7 @@ def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> Non
 
 
 def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict[str, StreamLoss]:
-    """Score one micro-batch and add its gradients; `targets` are those of the whole window, over all ranks."""
+    """Run forward and backward on one micro-batch. `targets` counts the whole window, over all ranks."""
     with run.policy.autocast():
         losses: dict[str, StreamLoss] = run.module(batch.to(run.world.device))
     # Activation checkpointing runs the forward pass again: buffers must not move twice.
@@ -169,7 +169,7 @@ def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict
 
 @contextmanager
 def naming_samples(run: Run, group: str, batches: list[Batch], name_own: bool = False) -> Iterator[None]:
-    """Let an error say in which samples it happened, and what to do if the memory is full."""
+    """Add to an error the samples in which it happened, and to an out-of-memory error how to use less."""
     try:
         yield
     except Exception as error:
@@ -182,7 +182,7 @@ def naming_samples(run: Run, group: str, batches: list[Batch], name_own: bool = 
 
 
 def memory_advice(batches: list[Batch]) -> str:
-    """Say what fills the memory, and how to need less."""
+    """Return the shapes that fill the memory, and the settings that use less."""
     largest = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.inputs.values()))
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in largest.inputs.items())
     return (
@@ -194,10 +194,10 @@ def memory_advice(batches: list[Batch]) -> str:
 def update(run: Run, window: list[Batch]) -> StepResult:
     """Apply the window's gradients on all ranks, or skip them on all.
 
-    An error of a CUDA kernel comes out here, where the host waits for the device.
+    The host waits for the device here, so errors of CUDA kernels are raised here.
 
     Raises:
-        InterruptedUpdate: the optimizer failed half-way; says which checkpoint to go on from.
+        InterruptedUpdate: the optimizer failed in the middle; the message names the checkpoint to resume from.
     """
     try:
         with naming_samples(run, "window", window):
@@ -221,7 +221,7 @@ def sync_buffers(run: Run, buffers: MovingBuffers, result: StepResult) -> None:
 
 
 def advance(run: Run, result: StepResult, window: list[Batch], progress: Any) -> None:
-    """Count an applied update, and write a line about the steps since the last one if it is due."""
+    """Count an applied update, and log if it is due."""
     state = run.state
     state.step += 1
     state.samples += sum(len(batch.ids) for batch in window) * run.world.size
@@ -231,7 +231,7 @@ def advance(run: Run, result: StepResult, window: list[Batch], progress: Any) ->
 
 
 def log(run: Run, result: StepResult, progress: Any) -> None:
-    """Write a line with the mean losses since the last one, over all ranks."""
+    """Write the mean losses since the last line, over all ranks."""
     state = run.state
     means = run.meter.take(run.world)
     loss = sum(run.weights[s] * means[f"loss/{s}"] for s in run.weights if f"loss/{s}" in means)
@@ -252,7 +252,7 @@ def log(run: Run, result: StepResult, progress: Any) -> None:
 
 
 def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
-    """Record a window whose update was not applied. Nothing advances but the data."""
+    """Record a window whose update was not applied. The step stays, the data advances."""
     run.state.skipped += 1
     ids, reason = samples_of_all_ranks(run, window), result.skipped_because or ""
     if run.world.is_main:
@@ -262,14 +262,14 @@ def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
 
 
 def trial_loss(module: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Return the sum of a micro-batch's losses, for the trial of a precision mode; an error names the samples."""
+    """Return the sum of a micro-batch's losses, for the trial of a precision mode. An error names the samples."""
     with happening(f"in the trial of one pass, on the samples {', '.join(batch.ids)}", name_own=True):
         losses = module(batch.to(device))
     return torch.stack([loss.total for loss in losses.values()]).sum()
 
 
 def find_buffers(run: Run, batch: Batch) -> MovingBuffers:
-    """Find the buffers that training moves, by one pass over a batch that changes nothing. All ranks call this.
+    """Find the buffers that training moves, by a trial pass whose changes are undone. All ranks call this.
 
     Raises:
         UserError: no checkpoint could hold one of them.
@@ -283,10 +283,10 @@ def find_buffers(run: Run, batch: Batch) -> MovingBuffers:
 
 
 def rebuild_ddp(run: Run, change: str, batch: Batch) -> None:
-    """Go on in the mode that all ranks have fallen back to: weights may be of another dtype, so DDP is built anew.
+    """Rebuild DDP after all ranks fell back to another precision mode, which may have changed the weights' dtype.
 
-    The old DDP's hooks on the weights go with it, before the next one sets its own. In between the mode is tried on a
-    batch, as every mode is before training: where the device cannot run the model in it, the next one is taken.
+    The old DDP is deleted first, because its hooks stay on the weights. The mode is tried on a batch, as before
+    training: if the device cannot run the model in it, the next mode is taken.
     """
     step, policy = run.state.step, run.policy
     assert run.wrap is not None or run.world.size == 1, "a run of several ranks must say how its module is wrapped"

@@ -1,4 +1,4 @@
-"""A run: the objects that the loop works with, where it stands, and how it is evaluated, saved and stopped."""
+"""A run: the objects that the loop uses, its counters, and how it is evaluated, saved and stopped."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,10 +23,10 @@ from rawloop.records import Records
 
 @dataclass
 class TrainState:
-    """Where the run stands. `step` counts applied updates, `window` the windows of data taken, `skipped` the rest.
+    """The counters of a run: applied updates (`step`), windows of data taken, skipped updates, and samples.
 
-    `visited` is the last step whose evaluation is done, if one was due. It is behind `step` in the checkpoint of a run
-    that was stopped while it evaluated: then the resumed run begins with that evaluation.
+    `visited` is the last step at which the run has evaluated, if that was due. In the checkpoint of a run that was
+    stopped during an evaluation it is smaller than `step`, so the resumed run starts with that evaluation.
     """
 
     step: int = 0
@@ -48,23 +48,23 @@ class TrainState:
 
 @dataclass
 class Run:
-    """Everything that a run is made of, finished and ready. What is None by default may be absent.
+    """All objects of a run, ready for the loop. Those with the default None are optional.
 
     Args:
-        module: the module that is called, a `LossModule`, in DDP or not. Its submodules stay in their modes.
-        windows: called with a number, returns this rank's windows from that one on, without end. A window is a list of
-            micro-batches on the CPU. It is asked for the next window while the device works, so it must not draw from
-            the global random streams.
+        module: the `LossModule` that is called, in DDP or not. Its submodules keep their training or evaluation mode.
+        windows: called with a number, returns this rank's windows from that number on, without end. A window is a list
+            of micro-batches on the CPU. The loop takes the next window while the device works, so `windows` must not
+            draw from the global random streams.
         policy: has prepared the model.
-        optimizer: the parameter group with the largest rate gets `lr(step)`, the others keep their ratio to it.
-        lr: the learning rate of the update that leads from `step` to `step + 1`.
+        optimizer: the parameter group with the largest learning rate gets `lr(step)`, the others keep their ratio.
+        lr: returns the learning rate of the update from `step` to `step + 1`.
         total_steps: number of updates.
         weights: each stream's weight in the loss.
         num_samples: samples per epoch; 0 leaves the epoch out of the log.
         buffers: the buffers that training moves; found with the first batch if None.
-        wrap: makes `module` anew, in DDP or not, when the precision policy has fallen back.
-        deferred_error: an error of this rank's records, until all ranks agree to end.
-        loaders: their workers end in `close`.
+        wrap: builds `module` again, in DDP or not, after the precision policy has fallen back.
+        deferred_error: an error in writing records on this rank, until it is raised on all ranks.
+        loaders: `close` ends their workers.
     """
 
     module: nn.Module
@@ -91,27 +91,27 @@ class Run:
     loaders: Sequence[Loader] = ()
 
     def record_or_defer(self, write: Callable[[], None]) -> None:
-        """Write a record; an error on one rank is raised on all of them at the next step's agreement."""
+        """Write a record. An error on one rank is raised on all ranks in the next step."""
         try:
             write()
         except Exception as error:
             self.deferred_error = self.deferred_error or error
 
     def raise_deferred(self) -> None:
-        """Raise one rank's deferred error on all ranks: no checkpoint may count lines that were not written."""
+        """Raise the deferred error of any rank on all ranks: a checkpoint needs the lines that it counts."""
         self.world.on_all_ranks(lambda: raise_if(self.deferred_error))
 
     def wait_until_written(self) -> None:
-        """Wait for a save in the background; the other ranks wait as long as it takes."""
+        """Wait for a running save. The other ranks wait as long as it takes."""
         if self.checkpoints:
             with self.world.working():
                 self.record_or_defer(self.checkpoints.wait_until_written)
 
     def save_and_stop(self, reason: str) -> NoReturn:
-        """Write the state of the run to the disk, and end it on all ranks.
+        """Save the run, and end it on all ranks.
 
         Raises:
-            Preempted: always, unless something else is wrong.
+            Preempted: always, unless it cannot be saved.
         """
         step = self.state.step
         self.raise_deferred()
@@ -126,13 +126,13 @@ class Run:
         raise Preempted(f"stopped by {reason} at step {step}; {kept}", is_reporter=self.world.is_main)
 
     def finish(self) -> None:
-        """Raise on all ranks what one could not write, and wait until the last checkpoint is on the disk."""
+        """Raise deferred errors, and wait until the last checkpoint is on the disk."""
         self.raise_deferred()
         if self.checkpoints:
             self.checkpoints.finish()
 
     def close(self) -> None:
-        """End data workers, wait for a save that is under way, let others train into the folder, close the records."""
+        """End the data workers, wait for a running save, unlock the folder and close the records."""
         for loader in self.loaders:
             loader.close()
         if self.checkpoints:
@@ -141,10 +141,10 @@ class Run:
 
 
 def evaluate_and_save(run: Run, last: bool) -> bool:
-    """Evaluate if due; save if due, or if the evaluation is the best so far. The two cadences never meet.
+    """Evaluate if due; save if due, or if the evaluation is the best so far. The two cadences are independent.
 
     Returns:
-        whether the run ends here: it is the last step, or the evaluation has not improved for long enough.
+        whether the run ends here: it is the last step, or `evaluation.patience` is used up.
     """
     state, best = run.state, None
     evaluation = evaluate(run, last)
@@ -166,7 +166,7 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
 
 
 def evaluate(run: Run, last: bool) -> Evaluation | None:
-    """Evaluate if due. A run that is stopped meanwhile is left as before, so that it is done after the resume."""
+    """Evaluate if due. After a stop during the evaluation, the resumed run evaluates again."""
     if run.evaluator is None or not run.evaluator.due(run.state.step, last):
         return None
     run.wait_until_written()  # data workers are forked, and would inherit the locks of a thread that is writing
@@ -177,7 +177,7 @@ def evaluate(run: Run, last: bool) -> Evaluation | None:
 
 
 def best_so_far(run: Run, evaluation: Evaluation) -> BestRecord | None:
-    """Return a record of the evaluation if it beats all before it whose models were written."""
+    """Return a record of the evaluation if it is better than all earlier ones whose checkpoints were written."""
     assert run.best is not None
     if run.best.metric not in evaluation.metrics:
         raise UserError(

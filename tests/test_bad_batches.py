@@ -165,7 +165,7 @@ def test_two_ranks_equal_one_whatever_their_windows_lack(
         for name, weight in whole[case].items():
             assert torch.equal(first[case][name], second[case][name]), (case, name)
             assert (first[case][name] - weight).abs().max() < 1e-4, (case, name)
-    said = "the training data came to an end before window 2, 3 steps are asked for: windows must come without end"
+    said = "the training data ended before window 2, and the run has 3 steps: `windows` must never end"
     assert whole["ending"][0] is first["ending"][0] is second["ending"][0] is UserError
     assert whole["ending"][1].startswith(said)
     assert first["ending"][1].startswith(f"rank 1: {said}")
