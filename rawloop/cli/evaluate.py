@@ -55,7 +55,7 @@ def _tell(line: str, world: World) -> None:
 
 
 class Built(NamedTuple):
-    """What is evaluated: a checkpoint and its step, or the base model if both are None; empty notices are skipped."""
+    """The evaluator of a checkpoint and its step, or of the base model if both are None; empty notices are skipped."""
 
     slot: Path | None
     step: int | None

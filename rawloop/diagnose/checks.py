@@ -59,7 +59,7 @@ class Report:
     verdicts: list[Verdict]
     movements: dict[str, Movement]
     seconds: float
-    samples: int  # whose loss was measured; labels may have been counted in more
+    samples: int  # samples with a measured loss; labels may have been counted in more samples
     not_checked: list[str] = field(default_factory=list)  # the family lacks a method for these
 
     def labels(self) -> Check:

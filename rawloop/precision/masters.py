@@ -107,7 +107,7 @@ class TrainedWeights:
     def update(self, held: Sequence[nn.Parameter], factor: float, step: Callable[[], None]) -> None:
         """Multiply every gradient by `factor` in float32, step the optimizers, and round the masters into the weights.
 
-        In 16 bits, unscaling would flush to zero what loss scaling has saved. With masters, `step` is called once per
+        In 16 bits, unscaling would flush small gradients to zero again. With masters, `step` is called once per
         `BUCKET` numbers while all other gradients are hidden, so few gradients are in float32 at a time. Optimizers
         that combine parameters beyond their group's settings do not work this way.
         """

@@ -164,9 +164,6 @@ class PrecisionPolicy(PreparedModel):
             max_norm: clip the global L2 norm of the gradients to this; None or 0 turns clipping off.
             buffers: float buffers that the window's forward passes have changed; they must be finite too.
 
-        Returns:
-            whether the update was applied, and the norm.
-
         Raises:
             UserError: see `adopt` and `Window.check`; raised on all ranks if on one.
             TrainingError: on some rank no weight has a gradient, a weight has none under DDP without

@@ -35,7 +35,7 @@ class LossScaler:
         return loss.float() * self.scale
 
     def unscale(self, optimizers: Sequence[Optimizer], scale: float) -> float:
-        """Unscale the gradients of a window, and return the factor that is left: here all of it, for the update."""
+        """Return the factor that stays on the gradients until the update, which multiplies in float32: all of it."""
         return scale
 
     def _open_window(self, loss: Tensor) -> None:
