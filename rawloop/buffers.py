@@ -33,13 +33,8 @@ class Place(NamedTuple):
 
 def places(model: nn.Module) -> dict[str, Place]:
     """Return the place of each buffer of a model by name; a shared buffer is listed once, at its first place."""
-    found, seen = {}, set()
-    for prefix, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in seen:
-                seen.add(id(buffer))
-                found[f"{prefix}.{key}".lstrip(".")] = Place(module, key)
-    return found
+    split = {name: name.rpartition(".") for name, _ in model.named_buffers()}
+    return {name: Place(model.get_submodule(prefix), key) for name, (prefix, _, key) in split.items()}
 
 
 class Moves(NamedTuple):
