@@ -248,10 +248,8 @@ def _of_batch(losses: Mapping[str, StreamLoss], batch: Batch) -> dict[str, Readi
 
 def _entropy(targets: Tensor) -> float:
     """Return the entropy of the targets' frequencies in nats: the loss of a model that knows only these."""
-    counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].tolist()  # Apple GPUs have no float64
-    total = sum(counts)
-    shares: list[float] = [count / total for count in counts]
-    return -sum(share * math.log(share) for share in shares)
+    counts = torch.unique(targets[targets != IGNORE], return_counts=True)[1].cpu().float()
+    return float(torch.special.entr(counts / counts.sum()).sum())
 
 
 def _check_variety(readings: dict[str, Reading], stream: str, logits: Tensor) -> None:
