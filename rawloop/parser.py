@@ -62,13 +62,16 @@ class Parser(ArgumentParser):
         return self._checked(parse)
 
     def _checked(self, parse: Callable[[], Any]) -> Any:
-        """Parse, and refuse values that jsonargparse accepts: nulls, too large numbers, characters that are no text."""
+        """Parse settings, and check their values."""
         try:
-            values = parse()
+            return self._check(parse())
         except RecursionError as error:
             raise UserError(f"a value in {self.origin} is nested too deep: they are one or two levels deep") from error
         except OverflowError as error:
             raise UserError(f"a number in {self.origin} is too large: {error}") from error
+
+    def _check(self, values: Any) -> Any:
+        """Refuse values that jsonargparse accepts: nulls, too large numbers, characters that are no text."""
         for key, hint in self.hints.items():
             value = values[key]
             if value is None and type(None) not in get_args(hint):

@@ -316,9 +316,7 @@ def test_what_no_key_takes_is_refused_in_a_line(write: Callable[..., Path], key:
     bomb = (
         "[&a [x,x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b], [*c,*c,*c,*c,*c,*c]]"
     )
-    values = ["9" * 5000, "[" * 1500 + "]" * 1500, "&a [*a]", bomb, "x" * 100_000, "2020-99-99", "nan"]
-    if key != "seed":
-        values += ["1" + "0" * 400]
+    values = ["9" * 5000, "[" * 1500 + "]" * 1500, "&a [*a]", bomb, "x" * 100_000, "2020-99-99", "nan", "1" + "0" * 400]
     for value in values:
         *groups, name = key.split(".")
         said = refusal(
