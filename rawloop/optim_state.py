@@ -98,6 +98,8 @@ class NamedOptimizerState:
             CheckpointError: the groups, names or shapes differ from the optimizer's.
         """
         groups = self._groups()
+        if not isinstance(state.get("groups"), list):
+            state = _with_groups(state, groups)
         _check_groups([group["params"] for group in state["groups"]], groups)
         for named, group, stored in zip(groups, self.optimizer.param_groups, state["groups"], strict=True):
             if self.restore_options:
@@ -112,6 +114,17 @@ class NamedOptimizerState:
         step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         places = {key: step if key == "step" else parameter.device for key in values}
         return {key: _placed(value, places[key]) for key, value in values.items()}
+
+
+def _with_groups(state: Mapping[str, Any], groups: list[dict[str, nn.Parameter]]) -> dict[str, Any]:
+    """Add the groups to an optimizer state of rawloop 0.1, which has only an entry for each trained weight."""
+    stored: list[dict[str, Any]] = [{"params": {}, "options": {}} for _ in groups]
+    for name, values in state.items():
+        index = next((index for index, named in enumerate(groups) if name in named), 0)
+        shapes = [list(value.shape) for value in values.values() if isinstance(value, torch.Tensor) and value.ndim]
+        known = [list(groups[index][name].shape)] if name in groups[index] else [[]]
+        stored[index]["params"][name] = [*shapes, *known][0]
+    return {"groups": stored, "state": {name: values for name, values in state.items() if values}}
 
 
 def _set_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:

@@ -305,6 +305,19 @@ def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     assert rate == 0.5
 
 
+def test_the_layout_without_groups_is_still_read() -> None:
+    """As checkpoints of rawloop 0.1 have it: an entry for each trained weight, empty before its first update."""
+    _, _, part = trained(lambda net: build_optimizer(net.named_parameters(), OptimConfig()))
+    state = copy.deepcopy(part.state_dict()["state"])
+    other = model()
+    resumed = build_optimizer(other.named_parameters(), OptimConfig(weight_decay=0.3))
+    found = NamedOptimizerState(resumed, other.named_parameters)
+    found.load_state_dict({**state, "0.bias": {}})
+    assert resumed.param_groups[0]["weight_decay"] == 0.3
+    assert found.state_dict()["state"].keys() == state.keys() - {"0.bias"}
+    assert torch.equal(found.state_dict()["state"]["2.weight"]["exp_avg"], state["2.weight"]["exp_avg"])
+
+
 def test_the_state_of_a_weight_that_is_frozen_for_a_while_is_kept() -> None:
     """As those of a GAN's discriminator are during the generator's step."""
     net, optimizer, part = trained(OPTIMIZERS["AdamW"])
