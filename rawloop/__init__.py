@@ -26,7 +26,8 @@ _HOME = {
         "errors": "BadSample CheckpointError InterruptedUpdate LostRank Preempted RawloopError TrainingError UserError",
         "evaluate": "Evaluation Evaluator",
         "inputs": "call",
-        "loop": "Run TrainState train",
+        "loop": "train",
+        "run": "Run TrainState",
         "losses": "LossModule as_stream_losses",
         "optim": "build_optimizer lr_at",
         "optim_state": "NamedOptimizerState SchedulerState",
@@ -72,8 +73,6 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from rawloop.evaluate import Evaluation as Evaluation
     from rawloop.evaluate import Evaluator as Evaluator
     from rawloop.inputs import call as call
-    from rawloop.loop import Run as Run
-    from rawloop.loop import TrainState as TrainState
     from rawloop.loop import train as train
     from rawloop.losses import LossModule as LossModule
     from rawloop.losses import as_stream_losses as as_stream_losses
@@ -89,6 +88,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from rawloop.records import Records as Records
     from rawloop.records import read_events as read_events
     from rawloop.records import read_metrics as read_metrics
+    from rawloop.run import Run as Run
+    from rawloop.run import TrainState as TrainState
     from rawloop.seed import RngState as RngState
     from rawloop.seed import seed_all as seed_all
     from rawloop.settings import DDPConfig as DDPConfig

@@ -40,7 +40,7 @@ from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.families.chat_template import clock_notice
-from rawloop.loop import Run, TrainState, trial_loss
+from rawloop.loop import Run, trial_loss
 from rawloop.losses import LossModule, Meter
 from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
@@ -48,6 +48,7 @@ from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import Trial, preflight
 from rawloop.records import Records, check_packages
 from rawloop.resume import Start, choose_start, goes_back, restore
+from rawloop.run import TrainState
 from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
 from rawloop.weights import Source, find_source

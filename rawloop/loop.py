@@ -24,8 +24,7 @@ from rawloop.precision.gradients import StepResult
 from rawloop.precision.preflight import preflight
 from rawloop.preempt import first_reason
 from rawloop.run import Run as Run
-from rawloop.run import TrainState as TrainState
-from rawloop.run import evaluate_and_save, raise_if, stop_early
+from rawloop.run import TrainState, evaluate_and_save, raise_if, stop_early
 from rawloop.settings import TrainConfig as TrainConfig
 
 
@@ -150,8 +149,7 @@ def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> Non
     if run.buffers:
         run.buffers.start_window()
     for micro_step, batch in enumerate(window, start=1):
-        named = naming_samples(run, "micro-batch", [batch], name_own=True)
-        with named, no_sync(run.module, micro_step < len(window)):
+        with naming_samples(run, "micro-batch", [batch], name_own=True), no_sync(run.module, micro_step < len(window)):
             run.meter.add(forward_backward(run, batch, targets))
 
 

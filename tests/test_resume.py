@@ -44,7 +44,7 @@ from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import CheckpointError, Preempted, RawloopError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
-from rawloop.loop import Run, TrainConfig, TrainState, train
+from rawloop.loop import Run, TrainConfig, train
 from rawloop.losses import LossModule, Meter
 from rawloop.optim import OptimConfig
 from rawloop.optim_state import NamedOptimizerState
@@ -53,6 +53,7 @@ from rawloop.precision.masters import TrainedWeights
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption
 from rawloop.records import read_events, read_metrics
+from rawloop.run import TrainState
 from rawloop.seed import RngState
 
 STEPS = 40

@@ -38,12 +38,12 @@ from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.dist import World
-from rawloop.loop import TrainState
 from rawloop.optim import OptimConfig, build_optimizer
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
+from rawloop.run import TrainState
 from rawloop.seed import RngState
 
 CPU = torch.device("cpu")

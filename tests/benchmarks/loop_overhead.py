@@ -52,7 +52,7 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.dist import World
 from rawloop.evaluate import Evaluator
-from rawloop.loop import Run, TrainState, train
+from rawloop.loop import Run, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig, build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
@@ -60,6 +60,7 @@ from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.modes import MODES
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
+from rawloop.run import TrainState
 from rawloop.seed import RngState
 
 HIDDEN = 192
