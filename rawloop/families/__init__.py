@@ -162,13 +162,23 @@ def local_folder(path: str, revision: str | None, patterns: list[str], key: str 
         return folder
     from huggingface_hub import snapshot_download
 
+    from rawloop.families.loading import PASSED
+
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except OSError as error:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except PASSED:
+        raise
+    except Exception as error:  # the hub's library raises ValueError for an invalid id, and errors of its HTTP client
         raise _not_given(key, path, error) from error
+    if "config.json" in patterns and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{key} is '{path}', which has no config.json on the hub: give a model that save_pretrained wrote; for an "
+            "adapter, give its base model"
+        )
+    return folder
 
 
-def _not_given(key: str, path: str, error: OSError) -> UserError:
+def _not_given(key: str, path: str, error: Exception) -> UserError:
     """Return the error for a model that the hub did not give, with the first line of its library's message."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(

@@ -122,6 +122,24 @@ def test_a_template_that_fails_is_one_line_with_the_sample(folder: Path, templat
         family.check(CHAT)
 
 
+@pytest.mark.parametrize("name", ["owner/a--b", "owner/a..b", f"owner/{'x' * 100}"])
+@pytest.mark.parametrize("key", ["path", "codec"])
+def test_a_hub_id_that_the_hub_refuses(key: str, name: str, demo_checkpoint: Path) -> None:
+    asked = {"path": str(demo_checkpoint / "model"), key: name}
+    line = rf"model\.{key} is '{name}': no such folder, and the hub gave no such model \(.*'{name}'.*\): mend the name"
+    with pytest.raises(UserError, match=line):
+        family: Any = load_family(ModelConfig(**asked))
+        family.codec_hash()
+
+
+def test_a_hub_model_without_config_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *names, **options: str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"^model\.path is 'owner/adapter', which has no config\.json on the hub: .*base"
+    ):
+        load_family(ModelConfig(path="owner/adapter"))
+
+
 def test_what_is_no_damage_passes(folder: Path) -> None:
     for kind in (KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError):
         with pytest.raises(kind), library_errors(str(folder), "config.json"):
