@@ -91,6 +91,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def first_few(names: Iterable[object], separator: str = ", ", most: int = 5) -> str:
     """Return the first names in a line, and the number of the others: `a, b, c, d, e and 7 more`."""
-    listed = [str(name) for name in names]
+    listed = list(names)
     more = f"{separator.replace(',', '')}and {len(listed) - most} more" if len(listed) > most else ""
-    return separator.join(listed[:most]) + more
+    return separator.join(map(str, listed[:most])) + more

@@ -14,6 +14,7 @@ from rawloop.audio import MARK
 from rawloop.errors import UserError, first_few
 
 T = TypeVar("T")
+SHOWN = 5  # missing files in a message
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,9 @@ class Files:
         """Raise a UserError that names missing files, if there are any."""
         if not self.missing:
             return
-        missing = (
-            f"{quoted(value)} of {record}{self._hint(value) if number < 5 else ''}"
-            for number, (value, record) in enumerate(self.missing)
-        )
+        shown = [f"{quoted(value)} of {record}{self._hint(value)}" for value, record in self.missing[:SHOWN]]
         noun = "file is" if len(self.missing) == 1 else "files are"
-        named = first_few(missing, "; ")
+        named = first_few([*shown, *self.missing[SHOWN:]], "; ", SHOWN)
         raise UserError(f"{len(self.missing)} audio {noun} missing: {named}. Restore them or remove these samples")
 
     def _hint(self, value: str) -> str:

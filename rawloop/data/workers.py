@@ -123,10 +123,10 @@ class Workers:
         before = signal.getsignal(signal.SIGCHLD)
         try:
             return iter(self.loader)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and self.loader._iterator is not None:
+                raise self._death(self.loader._iterator, error) from error
             raise RawloopError(f"data.num_workers is {self.number}, which cannot be started: {error}") from error
-        except RuntimeError as error:
-            raise self._death(self.loader._iterator, error) from error
         finally:
             # torch's handler raises a worker's death anywhere in the main thread, for example in a step with other
             # samples. Without it, the loader raises at the next batch.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rawloop.data.record import Record
 from rawloop.data.samples import read_samples, shared
 from rawloop.errors import UserError
 
@@ -121,3 +122,18 @@ def test_samples_of_both_sets_are_counted(tone: Callable[..., Path], metadata: C
     samples = read_samples(metadata(*({**CLIP, "audio_file": name, "id": name} for name in ("a.wav", "b.wav"))))
     others = read_samples(metadata({**CLIP, "id": "x"}, {**CLIP, "transcript": "Ho.", "id": "y"}))
     assert (shared(samples, samples), shared(samples, others), shared([], others)) == (2, 1, 0)
+
+
+def test_only_the_files_that_a_message_names_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+
+    def name(record: Record) -> str:
+        named.append(record.place)
+        return record.place
+
+    monkeypatch.setattr(Record, "__str__", name)
+    samples = [{"audio_file": f"gone{i}.wav", "transcript": "Hi."} for i in range(20)]
+    (tmp_path / "metadata.json").write_text(json.dumps({"samples": samples}))
+    with pytest.raises(UserError, match=r"^20 audio files are missing: .*samples\[4\]; and 15 more\. Restore them"):
+        read_samples(tmp_path)
+    assert named == [f"samples[{i}]" for i in range(5)]

@@ -73,6 +73,15 @@ def test_close_ends_the_workers_though_an_iteration_is_kept() -> None:
     made.close()
 
 
+def test_workers_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*given: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", no_thread)
+    with pytest.raises(RawloopError, match="^data.num_workers is 2, which cannot be started: can't start new thread$"):
+        next(loader(2).iterate(draws(3)))
+
+
 def in_a_process(run: Callable[[], None]) -> None:
     """Run in a process of its own, since limits that were lowered stay so."""
     process = multiprocessing.get_context("fork").Process(target=run)

@@ -125,7 +125,7 @@ def test_a_template_that_fails_is_one_line_with_the_sample(folder: Path, templat
 @pytest.mark.parametrize("name", ["owner/a--b", "owner/a..b", f"owner/{'x' * 100}"])
 @pytest.mark.parametrize("key", ["path", "codec"])
 def test_a_hub_id_that_the_hub_refuses(key: str, name: str, demo_checkpoint: Path) -> None:
-    asked = {"path": str(demo_checkpoint / "model"), key: name}
+    asked: dict[str, Any] = {"path": str(demo_checkpoint / "model"), key: name}
     line = rf"model\.{key} is '{name}': no such folder, and the hub gave no such model \(.*'{name}'.*\): mend the name"
     with pytest.raises(UserError, match=line):
         family: Any = load_family(ModelConfig(**asked))
