@@ -112,8 +112,8 @@ def load_audio(
         frame_rate: of the codec, in frames per second; a clip shorter than one frame is bad.
         on_open_end: is called if the file does not say where it ends, so that it may be cut short.
 
-    Returns the waveform, (samples,) float32. Raises BadAudio if the clip cannot be decoded whole, or is silent, too
-    loud or not finite; the message is the reason.
+    Returns the waveform, (samples,) float32. Raises BadAudio if the clip cannot be decoded to its end, or is silent,
+    too loud or not finite; the message is the reason.
     """
     waveform, rate = _decode(path, max_seconds, on_open_end)
     shortest = max(min_seconds, 1 / frame_rate if frame_rate else 0.0)

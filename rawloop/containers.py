@@ -1,8 +1,8 @@
-"""Where the audio of a file ends, by its container, since a header can be an estimate, or wrong.
+"""Finds where the audio of a file ends by reading its container, since the length in a header can be wrong.
 
 libsndfile stops at the number of samples in the header and ignores the rest: a second file joined to the first, or
-most of an mp3 without a Xing header, whose length it guesses from the first frame. It also reads a wav, an ogg or an
-mp3 that was cut short without an error. Nothing is decoded here. `frames.py` does the same for mp3 and flac.
+most of an mp3 without a Xing header, whose length it guesses from the first frame. It reports no error for a wav, an
+ogg or an mp3 that was cut short. Nothing is decoded here. `frames.py` does the same for mp3 and flac.
 
 Sources: RFC 3533 (Ogg), id3.org, the RIFF specification.
 """
@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 from rawloop.errors import RawloopError
 
 CHUNK = 2**20  # bytes read at a time when a file is searched
-STREAMED = 2**30  # bytes: a longer length in a wav comes from a writer to a pipe
+STREAMED = 2**30  # bytes: programs that write a wav to a pipe do not know its length, and put a huge one into it
 WAV_START = re.compile(rb"RIFF.{4}WAVEfmt ", re.DOTALL)
 
 

@@ -185,9 +185,9 @@ class Piece(NamedTuple):
 
 
 class Context(NamedTuple):
-    """A batch with changes before some predictions: `later` marks them, a bool (targets,) per stream.
+    """A batch in which the inputs before some predictions are changed, but not those at their own positions.
 
-    The inputs at their own positions are unchanged.
+    `later` marks these predictions: a bool (targets,) per stream.
     """
 
     batch: Batch
@@ -197,10 +197,10 @@ class Context(NamedTuple):
 class Perturbed(NamedTuple):
     """A batch with changed inputs, for the causality probe.
 
-    `batch` is changed from some position of each row on. `earlier` marks the predictions that must not notice: a bool
-    (targets,) per stream, true if the target's token is not behind the first changed position. Locate that token by its
-    value: by `Labels.positions`, unshifted labels go unnoticed. `contexts` are batches with changes that later
-    predictions must notice. Their names say what is changed, such as tokens or clips.
+    `batch` is changed from some position of each row on. `earlier` marks the predictions that must stay the same: a
+    bool (targets,) per stream, true if the target's token is at the first changed position or before it. Locate that
+    token by its value: by `Labels.positions`, unshifted labels go unnoticed. `contexts` are batches with changes that
+    must change later predictions. Their names say what is changed, such as tokens or clips.
     """
 
     batch: Batch

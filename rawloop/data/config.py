@@ -27,15 +27,15 @@ class DataConfig:
             keys imply. With single_speaker_smart_voice or multi_speaker_smart_voice, recognition samples in chat
             messages (a clip, then its words) are reversed: the clip speaks the words.
         refs_in_scene: put reference clips into the scene, where they need no words, instead of into separate turns.
-            Includes clips of chat messages in the user turn before a spoken answer.
+            Clips of chat messages in the user turn before a spoken answer are reference clips, too.
         default_scene: scene of the samples of a metadata.json without a scene; null for no scene.
         strict: refuse a record with an unknown key. Default: count such keys and print the counts.
         allow_outside: allow audio files outside the folder of the data.
         on_bad_sample: what to do about clips that cannot be used, and samples that are too long for the model or have
             letters that its tokenizer does not know: stop (`rawloop prepare` encodes all other clips and ends with
             exit code 1; training does not start) or skip (exactly these samples are left out).
-        max_seconds: longer clips are bad, also if they are encoded.
-        min_seconds: shorter clips are bad, also if they are encoded.
+        max_seconds: longer clips are bad, even if they are already encoded.
+        min_seconds: shorter clips are bad, even if they are already encoded.
         num_workers: worker processes of each training process that make batches, and as many for the evaluation; 0
             makes batches in the training process.
         packing: concatenate the samples of a micro-batch into one row, without attention between them, instead of

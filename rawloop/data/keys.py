@@ -15,7 +15,7 @@ from typing import Any
 from rawloop.audio import ROUNDED, Segment
 from rawloop.data.record import Record, show
 
-TYPO = 0.88  # similarity to a known key from which a key is misspelt: 'start_indx' has 0.95
+TYPO = 0.88  # an unknown key at least this similar to a known one is a misspelling: 'start_indx' has 0.95
 EMPTY: tuple[object, ...] = (None, "", [], {})
 SWITCHES = ("prefix", "continue_final_message")  # clients write them into every message; false is harmless
 NO_IMAGES = "no family of rawloop sees images or videos: leave these samples out"

@@ -208,7 +208,7 @@ def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
         mark = trained_mark(record, message, f"messages[{index}]: ")
         if mark and index not in assistants:
             record.fail(
-                f"messages[{index}] is marked as trained and has role {message['role']}: only assistant turns can be"
+                f"messages[{index}] has role {message['role']} and is marked as trained: only assistant turns can be"
             )
         if mark is not None:
             (trained.add if mark else trained.discard)(index)
@@ -221,10 +221,11 @@ def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
 
 
 def words_before_clip(turns: Turns, recognition: bool = False) -> Turns:
-    """Give the words of an only clip to the user, and the clip to the assistant.
+    """Put the words of a conversation's only clip into the user turn, and the clip into the assistant turn.
 
-    Changes an only answer of a clip and its words (`<audio>words` of ms-swift). With `recognition` it also changes a
-    clip in the user turn and its words in the answer; the instruction is left out, since it asks a model to listen.
+    Without a user turn, the answer must be the clip and its words (`<audio>words` of ms-swift). With `recognition`, the
+    clip may also be in the user turn and its words in the answer. The user's instruction is left out then, since it
+    asks a model to listen. Other conversations are returned unchanged.
     """
     before = tuple(turn for turn in turns if turn.role in ("system", "scene"))
     said = [turn for turn in turns if turn not in before]

@@ -1,8 +1,8 @@
 """Encodes every clip of a data set once, so that training never runs the codec.
 
-A clip in the cache is not encoded again, also under another path or in another data set. Clips are encoded one at a
-time, since padding a batch of them would change their codes; threads decode the next clips meanwhile. After a stop at
-any moment, the next run continues.
+A clip in the cache is not encoded again, even under another path or in another data set. Clips are encoded one at a
+time, since padding a batch of them would change their codes; threads decode the next clips meanwhile. A run may be
+stopped at any moment; the next run continues.
 """
 
 import json

@@ -83,7 +83,7 @@ class Record:
 
 
 class DoubledKey(ValueError):
-    """A JSON object with a key twice: either value may be meant."""
+    """A JSON object with the same key twice, so that its value is ambiguous."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

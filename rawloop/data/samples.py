@@ -241,7 +241,7 @@ def _text(file: Path) -> str:
 
 def _broken(error: ValueError | RecursionError, file: Path, place: str) -> UserError:
     """Return the error for JSON that cannot be parsed; `place` is the line, or empty for a whole file."""
-    why: object = f"it has a number or a depth that no data has ({error})"
+    why: object = f"a number in it is too long, or its nesting too deep ({error})"
     if isinstance(error, json.JSONDecodeError):
         place, why = place or f" line {error.lineno}", f"not JSON ({error.msg}, column {error.colno})"
     return UserError(f"{file}{place}: {error if isinstance(error, DoubledKey) else why}")

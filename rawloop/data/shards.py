@@ -42,9 +42,9 @@ NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 class Row(NamedTuple):
     """An audio file in the index, with its size and time when it was encoded.
 
-    `sha256` names its codes in `shard`; they have `frames` frames and the CRC-32 `crc`. A clip without codes is `bad`
-    for this reason; with `skip`, samples that need it are left out. A file with an `open_end` does not say where it
-    ends.
+    `sha256` names its codes in `shard`; they have `frames` frames and the CRC-32 `crc`. `bad` is the reason why the
+    clip cannot be used, or None; with `skip`, samples that need the clip are left out. A file with an `open_end` does
+    not say where it ends.
     """
 
     path: str

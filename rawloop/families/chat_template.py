@@ -1,7 +1,7 @@
 """A checkpoint's chat template: renders a conversation, and finds where an answer starts and ends in its tokens.
 
-No names of tokens are assumed. An answer starts after the prompt of generation, and ends with the first control token
-that the template writes after it. Other templates are refused.
+No names of tokens are assumed. An answer starts where the prompt of generation ends, and ends with the first control
+token that the template writes after it. Templates for which this does not hold are refused.
 """
 
 import json
@@ -170,7 +170,7 @@ class ChatTemplate:
                     )
 
     def check_tools(self, text: str, messages: Messages, tools: Tools) -> None:
-        """Refuse a text without some part of its tools and tool calls: it does not change when that part changes."""
+        """Refuse a text that lacks a part of its tools or tool calls: changing the part does not change the text."""
         lost = "'tools'" if tools and self.render(messages) == text else None
         for index, message in enumerate(messages):
             for what, changed in _changed(message):

@@ -134,7 +134,7 @@ class Letters:
         return [letter for letter, form in forms.items() if decoded.count(form) < normal.count(form)]
 
     def _is_suspect(self, letter: str) -> bool:
-        """Whether a letter alone loses any part of itself."""
+        """Whether the tokenizer loses a letter, or a part of it, when it is alone."""
         if self._unknown(letter):
             return True
         wanted = "".join(self._normal(letter).split())

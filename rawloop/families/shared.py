@@ -198,7 +198,10 @@ def perturbed(
     what: str,
     change: Callable[[Tensor], dict[str, Tensor]],
 ) -> Perturbed:
-    """Change a batch from the middle of each document's targets on, or before it. Streams take turns at the middle.
+    """Change a batch from the middle of each document's targets on, or before it.
+
+    The streams take turns: in the first document it is the middle of the first stream's targets, in the second document
+    that of the second stream's.
 
     The targets' tokens are located by their values: by position, unshifted labels would go unnoticed.
 

@@ -281,10 +281,10 @@ def test_other_mistakes_are_never_left_out(jsonl: Write) -> None:
 def test_a_depth_or_a_number_that_no_data_has(name: str, value: str, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_text(f'{{"text": "a", "x": {value}}}\n{{"text": "b"}}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it has a number or a depth that no data has"):
+    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: a number in it is too long, or its nesting too deep"):
         read_samples(file)
     file.write_text(value if value[0] == "[" else f'{{"samples": {value}}}')
-    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: it has a number or a depth that no data has"):
+    with pytest.raises(UserError, match=r"a\.jsonl?( line 1)?: a number in it is too long, or its nesting too deep"):
         read_samples(file)
 
 

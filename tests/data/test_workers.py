@@ -78,7 +78,9 @@ def test_workers_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", no_thread)
-    with pytest.raises(RawloopError, match="^data.num_workers is 2, which cannot be started: can't start new thread$"):
+    with pytest.raises(
+        RawloopError, match=r"^data\.num_workers is 2, which cannot be started: can't start new thread$"
+    ):
         next(loader(2).iterate(draws(3)))
 
 

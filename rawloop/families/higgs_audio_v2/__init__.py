@@ -86,7 +86,7 @@ class HiggsAudioV2(BaseFamily):
         return hash_folder(self._codec_folder())
 
     def load_codec(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
-        """Load the codec in float32. It does the same steps as in the processor.
+        """Load the codec in float32. Its encoder runs the same steps as the processor.
 
         Returns:
             its description, and its encoder: (samples,) float32 at `sample_rate` -> (frames, codebooks) int64 on the
@@ -120,7 +120,7 @@ class HiggsAudioV2(BaseFamily):
         return info, encode
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Make a micro-batch, padded on the right without an attention mask, which a causal mask makes unnecessary."""
+        """Make a micro-batch, padded on the right. Under a causal mask this needs no attention mask."""
         padded = self.encoder.pad(examples)
         labels = {"audio": self._audio_labels(padded), "text": Labels.shifted(padded["labels"])}
         labels = {stream: labels[stream] for stream in self.streams}
