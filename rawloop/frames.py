@@ -88,7 +88,7 @@ def _mp3(stream: BinaryIO, start: int, size: int) -> Extent:
     if promised is not None and not promised <= count <= promised + 2:  # some writers count the header as a frame
         seconds = first.samples / first.rate
         if count < promised:
-            raise cut_short(promised * seconds, (count - 1) * seconds)
+            raise cut_short(promised * seconds, max(count - 1, 0) * seconds)
         raise BadAudio(
             f"goes on for {(count - 1 - promised) * seconds:.2f} s after the end in its header: if files "
             "were joined, split them or encode them anew as one"
@@ -108,6 +108,8 @@ def _promised_frames(content: bytes) -> int | None:
     if not found:
         return None
     place = 4 + found.start()
+    if len(content) < place + 18:  # the file is cut short here
+        return None
     if found[0] == b"VBRI":
         return int.from_bytes(content[place + 14 : place + 18])
     # Encoders that cannot go back to the header leave a 0.

@@ -107,6 +107,17 @@ def test_what_was_cut_short_is_not_taken_for_whole(name: str, tone: Tone) -> Non
         load_audio(path, 24000)
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
+def test_files_that_were_cut_in_their_header(name: str, tone: Tone) -> None:
+    path = tone(name, seconds=2.0)
+    content = path.read_bytes()
+    for length in range(1, 200):
+        path.write_bytes(content[:length])
+        with pytest.raises(BadAudio) as caught:
+            load_audio(path, 24000)
+        assert " -" not in str(caught.value), length
+
+
 @pytest.mark.parametrize("name", ["AIFF", "AU", "W64"])
 def test_other_formats_that_were_cut_short(name: str, tone: Tone) -> None:
     path = tone("a", seconds=2.0, format=name)
