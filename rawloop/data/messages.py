@@ -248,7 +248,7 @@ def scene_from_system(turns: Turns) -> Turns:
     clips = iter(turns[0].clips)
     text = "".join(part.text if isinstance(part, Text) else CLIP for part in turns[0].parts)
     found = SCENE.fullmatch(text)
-    if found is None or CLIP in found[1]:
+    if found is None or CLIP in found[1] or CLIP in turns[0].words:
         return turns
     parts: list[Text | Audio] = []
     for line in filter(None, (line.strip() for line in found[2].splitlines())):

@@ -128,6 +128,15 @@ def test_a_reference_clip_in_a_written_scene(jsonl: Write, clip: Path, voice: Pa
     assert one(path).turns == (Turn("system", (Text(SYSTEM),)), scene, *spoken(clip))
 
 
+def test_a_written_scene_with_the_character_zero_stays_as_it_is(jsonl: Write, clip: Path, voice: Path) -> None:
+    begin, end = WRITTEN.split("\n<|scene_desc_end|>")
+    parts = [f"{begin}\0", {"type": "audio", "audio_url": "voice.wav"}, f"{end}\n<|scene_desc_end|>"]
+    path = jsonl(
+        {"messages": [{"role": "system", "content": parts}, {"role": "user", "content": "Hello."}, told(clip)]}
+    )
+    assert one(path).turns[0].clips == [Audio(voice)]
+
+
 def test_a_recognition_sample_is_turned_round_when_asked_to(jsonl: Write, clip: Path) -> None:
     ask, answer = {"role": "user", "content": "<audio> /translate"}, {"role": "assistant", "content": "Hello."}
     path = jsonl({"messages": [ask, answer], "audios": ["a.wav"]})
