@@ -59,11 +59,17 @@ class Window:
         self._local = {id(weight) for ddp in unsynced for weight in ddp.parameters()}
         self.record_versions()
 
-    def record_versions(self) -> None:
-        """Record how often each scaled gradient was written, so `check` sees writes by others."""
+    def record_versions(self, only_views: bool = False) -> None:
+        """Record how often each scaled gradient was written, so `check` sees writes by others.
+
+        Views, as in a bucket of DDP, share one count. Call this with `only_views` after a write of the policy to one
+        optimizer's gradients, which has increased the count of the others.
+        """
         if self.scale != 1.0:
-            given = ((id(weight), weight.grad) for weight in self.trained.weights.values())
-            self._versions = {key: (id(grad), grad._version) for key, grad in given if grad is not None}
+            given = [(id(weight), weight.grad) for weight in self.trained.weights.values() if weight.grad is not None]
+            kept = self._versions if only_views else {}
+            found = {key: (id(grad), grad._version) for key, grad in given if grad._is_view() or not only_views}
+            self._versions = kept | found
 
     def check(self, optimizers: Sequence[Optimizer], held: Iterable[nn.Parameter]) -> None:
         """Raise a UserError if gradients do not come from `policy.backward`, or must not be applied."""
@@ -89,6 +95,8 @@ class Window:
         if self.scale == 1.0 or any(id(optimizer) in self.unscaled for optimizer in optimizers):
             return
         grads = [(weight, weight.grad) for weight in weights if weight.grad is not None]
+        if self.unscaled:  # the user may have written these, and with them the count of all views in their bucket
+            grads = [(weight, grad) for weight, grad in grads if not grad._is_view()]
         if any(self._versions.get(id(w)) != (id(grad), grad._version) for w, grad in grads):
             raise UserError(
                 f"the gradients were changed between policy.backward and policy.step, while they are multiplied by "

@@ -246,6 +246,7 @@ class PrecisionPolicy(PreparedModel):
         self.window.closed = True
         if len(held) >= len(self.trained.weights):
             self.window = Window(self.trained)
+        self.window.record_versions(only_views=True)
 
     def _skip(
         self, optimizers: list[Optimizer], found: Measured, what: str, buffers: Sequence[Tensor], nonfinite: bool

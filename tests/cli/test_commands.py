@@ -182,6 +182,17 @@ def test_evaluate_gives_the_losses_that_the_run_recorded(door: Door, trained: Pa
     assert sorted(path for path in (trained / "run").rglob("*")) == before
 
 
+def test_evaluate_in_another_mode_says_how_to_evaluate(door: Door, trained: Path) -> None:
+    again = ("evaluate", "--config", trained / "run.yaml", "--checkpoint", "best")
+    done = door(*again, "--precision.mode", "bf16")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1] == (
+        "rawloop evaluate: the checkpoint was trained with precision.mode 'fp32', this evaluation has 'bf16': pass "
+        "--precision.mode fp32"
+    )
+    assert door(*again, "--precision.mode", "fp32").code == 0
+
+
 def test_evaluate_on_two_ranks_gives_the_same(ranks: Ranks, trained: Path) -> None:
     first, second = ranks("evaluate", "--config", trained / "run.yaml", "--checkpoint", "best")
     assert (first.code, second.code, second.out) == (0, 0, ""), (first, second)

@@ -208,6 +208,22 @@ def test_gradients_of_the_other_optimizer_must_not_be_clipped_while_they_are_sca
         gan.policy.step(gan.g)
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("mode", SCALED)
+def test_gradients_in_one_bucket_are_no_reason_to_refuse_the_other_optimizer(mode: Any, by_hand: bool) -> None:
+    gan = Gan(mode)
+    weights = list(gan.pair.parameters())
+    bucket = torch.zeros(sum(p.numel() for p in weights), dtype=gan.pair.dtype)  # as DDP's gradient_as_bucket_view
+    for weight, part in zip(weights, torch.split(bucket, [p.numel() for p in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+    gan.backward("g", 0)
+    if by_hand:
+        gan.policy.unscale(gan.d)
+        clip_grad_norm_(gan.pair.d.parameters(), 1e-3)
+    assert gan.policy.step(gan.d, max_norm=None if by_hand else 1e-3).applied
+    assert gan.policy.step(gan.g).applied
+
+
 @EVERY
 def test_a_skipped_half_leaves_the_other_one_alone(mode: Any) -> None:
     gan = Gan(mode)
