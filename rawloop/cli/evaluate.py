@@ -21,6 +21,7 @@ from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families.chat_template import clock_notice
 from rawloop.losses import LossModule
+from rawloop.precision.modes import OtherMode
 from rawloop.records import json_value
 from rawloop.weights import resolve
 
@@ -76,7 +77,15 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
         notices.append(check_reading(stored_settings(slot) or {}, contents.of_run()))
         step = read_manifest(slot).step
     precision = stored_part(slot, "precision", tensors=False) if slot is not None else None
-    model, policy, base = build_model(config, world, family, [], precision)
+    try:
+        model, policy, base = build_model(config, world, family, [], precision)
+    except OtherMode as error:  # its advice is for training
+        assert precision is not None
+        mode = precision["mode"]
+        raise UserError(
+            f"the checkpoint was trained with precision.mode '{mode}', this evaluation has '{config.precision.mode}': "
+            f"pass --precision.mode {mode}"
+        ) from error
     if slot is not None:
         files = ModelFiles(model, family.load_model)
         if not (slot / files.folder).is_dir():

@@ -105,9 +105,13 @@ def choose_auto(hardware: Hardware, weights: Weights) -> tuple[Name, str]:
     return "amp_fp16", f"{without}; the frozen weights are stored in {stored}, whose range FP16 may not hold"
 
 
-def other_mode(then: str, now: str) -> UserError:
+class OtherMode(UserError):
+    """A checkpoint was trained in another mode than that of the run."""
+
+
+def other_mode(then: str, now: str) -> OtherMode:
     """Return the error for a checkpoint of the mode `then` in a run of the mode `now`."""
-    return UserError(
+    return OtherMode(
         f"the checkpoint was trained with precision.mode '{then}', this run has '{now}': resume with --precision.mode "
         f"{then}, or start another run from these weights with --init_from CHECKPOINT --output NEW"
     )
@@ -122,7 +126,8 @@ class ModeChain:
         resume: the policy's state in the checkpoint to resume from; the run continues in the mode of that state.
 
     Raises:
-        UserError: the hardware computes neither the mode nor a fallback natively, or `resume` is in none of them.
+        UserError: the hardware computes neither the mode nor a fallback natively.
+        OtherMode: `resume` was trained in neither the mode nor a fallback.
     """
 
     def __init__(self, config: PrecisionConfig, hardware: Hardware, resume: Mapping[str, Any] | None = None) -> None:
