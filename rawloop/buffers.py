@@ -38,7 +38,7 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 
 class Moves(NamedTuple):
-    """Names of the buffers that a training pass moves; `refused` ones cannot be saved, for the reason given.
+    """Names of the buffers that a training pass moves; `refused` has those that cannot be saved, each with the reason.
 
     `caches` are written in each pass and depend only on its batch. `attributes` are numbers and tensors of modules that
     move but are not buffers. `twice` means that backward, which recomputes activations, moves buffers again.

@@ -93,7 +93,7 @@ def _unknown(model: nn.Module, key: Any) -> UserError:
 
 
 def _levels(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Yield the names of forward's parameters and their module, then those of the module that `**kwargs` reach."""
+    """Yield the parameter names of a model's forward and the model, then those of the module behind its `**kwargs`."""
     while True:
         while (inner := _wrapped(model)) is not None:
             model = inner

@@ -88,7 +88,7 @@ def check_training_mode(run: Run) -> None:
 
 
 def start_windows(run: Run) -> Iterator[list[Batch]]:
-    """Yield the windows from the next one on. It forks data workers, so no thread may hold a lock: wait for saves."""
+    """Yield the windows from the next one on. Data workers are forked here, when no thread that saves holds a lock."""
     run.wait_until_written()
     yield from run.windows(run.state.window)
 

@@ -46,7 +46,7 @@ def _seed_everything(seed: int) -> None:
 def _numpy() -> Any:
     """Return numpy, or None if it is not installed.
 
-    It is imported if nothing has imported it yet: later, it would be seeded by the operating system.
+    This imports it: a later import would take its seed from the operating system.
     """
     try:
         import numpy

@@ -56,7 +56,7 @@ def _tell(line: str, world: World) -> None:
 
 
 class Built(NamedTuple):
-    """The evaluator of a checkpoint and its step, or of the base model if both are None; empty notices are skipped."""
+    """An evaluator, and the checkpoint that it evaluates: None is the base model. Empty notices are not printed."""
 
     slot: Path | None
     step: int | None

@@ -1,6 +1,6 @@
 """Compares a family's `losses`, which training uses, with the cross-entropy of its `logits`, which the checks use.
 
-The other checks miss an unshifted loss if the logits are right: to an untrained model it looks like chance.
+If the logits are right, the other checks miss an unshifted loss: with an untrained model it looks like chance.
 """
 
 import math

@@ -55,7 +55,7 @@ class Reading:
     mismatch: str = ""
 
     def __add__(self, other: "Reading") -> "Reading":
-        """Join two readings. Dead gradients and logits must be so in both; a reading without targets is ignored."""
+        """Join two readings; one without targets is ignored. `gradient` and `logits` are problems only if in both."""
         if not self.targets or not other.targets:
             return self if self.targets else other
         return Reading(

@@ -33,7 +33,9 @@ def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16
     if what == "loss":
         return f"The model's weights are finite, its losses are not: {causes}"
     if what == "norm":
-        causes = f"its backward pass makes them (the root of zero): {samples} under torch.autograd.detect_anomaly()"
+        causes = (
+            f"its backward pass produces them, as sqrt does at zero: {samples} under torch.autograd.detect_anomaly()"
+        )
         causes = f"lower the learning rate, or take {wider}" if fp16 else causes
         return f"The model's weights and losses are finite, the gradients are not: {causes}"
     names = [name for name, b in buffers.items() if id(b) in changed and not bool(b.isfinite().all())]

@@ -33,7 +33,7 @@ def check_world(world: World | None) -> World:
 def check_model(model: nn.Module) -> None:
     """Raise a UserError if no mode can train the model.
 
-    That is a model that is wrapped, has no trainable weight, or has a trainable weight of a dtype that no mode trains.
+    Such a model is wrapped, has no trainable weight, or has a trainable weight of a dtype that no mode trains.
     """
     wrapped = next((m for m in model.modules() if isinstance(m, nn.DataParallel) or unwrap_ddp(m) is not m), None)
     if wrapped is None and num_processes() > 1 and find_ddp(model.parameters()):
@@ -107,7 +107,7 @@ def _round(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
 
 
 def _cast_for_autocast(model: nn.Module, dtype: torch.dtype | None, is_last: bool) -> None:
-    """Cast frozen weights of linear layers once, instead of in every pass by autocast, which keeps them until backward.
+    """Cast frozen weights of linear layers once. Autocast would cast them in every pass, and keep them until backward.
 
     The results are bitwise equal. These weights are not cast: float32 weights, if a fallback could use their digits;
     weights out of FP16's range; and any weight if most weights are trained, because then checkpoints contain all.

@@ -1,4 +1,4 @@
-"""The trained weights, the float32 masters that an optimizer updates in their place, and putting them into it.
+"""The trained weights, and the float32 masters that take their place in an optimizer.
 
 An update smaller than half a unit in the last place of a weight rounds to nothing: at a learning rate of 1e-5, 16-bit
 weights lose more than half of all updates in FP16 and nearly all in bfloat16. Masters keep these updates, at 16 bytes
@@ -187,10 +187,12 @@ class TrainedWeights:
         different = sorted(set(stored) ^ set(self.masters))
         if different or (stored and state["kind"] != "Masters"):
             names = f" ({len(different)} differ, first {different[0]})" if different else ""
+            kind = state["kind"].lower()
+            again = "set precision.masters and precision.trainable_dtype to what it was trained with, or "
+            again = "" if kind == "residuals" else again  # no setting gives these any more
             raise CheckpointError(
-                f"the checkpoint has {len(stored)} {state['kind'].lower()}, and this model {len(self.masters)} masters"
-                f"{names}: set precision.masters and precision.trainable_dtype to what it was trained with, or start "
-                "another run from its weights with --init_from CHECKPOINT --output NEW"
+                f"the checkpoint has {len(stored)} {kind}, and this model {len(self.masters)} masters{names}: {again}"
+                "start another run from its weights with --init_from CHECKPOINT --output NEW"
             )
         for name, master in self.masters.items():
             master.detach().copy_(stored[name])

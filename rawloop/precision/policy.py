@@ -75,8 +75,8 @@ class PrecisionPolicy(PreparedModel):
     def backward(self, loss: Tensor, *, inputs: Iterable[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Run the backward pass on the scaled loss. Gradients accumulate until `step`.
 
-        The first pass after a step drops gradients that no step has applied, such as those of a GAN's discriminator
-        from the generator's loss.
+        The first pass after a step drops gradients that no step has applied, such as those that the loss of a GAN's
+        generator leaves on the discriminator.
 
         Args:
             loss: a tensor with one number.

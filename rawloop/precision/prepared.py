@@ -23,9 +23,9 @@ UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) 
 
 
 class PreparedModel:
-    """A model, its trained weights and its optimizers in one mode: the base of `PrecisionPolicy`, which no step calls.
+    """A model, its trained weights and its optimizers in one mode.
 
-    See `PrecisionPolicy` for the arguments.
+    `PrecisionPolicy` adds the methods that each step calls; see it for the arguments.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class LossScaler:
         return loss.float() * self.scale
 
     def unscale(self, optimizers: Sequence[Optimizer], scale: float) -> float:
-        """Return the factor that stays on the gradients until the update, which multiplies in float32: all of it."""
+        """Return the scale that is left on the gradients: all of it. The update divides by it in float32."""
         return scale
 
     def _open_window(self, loss: Tensor) -> None:
@@ -122,7 +122,7 @@ class GuardedGradScaler(LossScaler):
         return scaled
 
     def unscale(self, optimizers: Sequence[Optimizer], scale: float) -> float:
-        """Divide the gradients of optimizers by the scale of their window, in place; no factor is left.
+        """Divide the gradients of optimizers by the scale of their window, in place, and return 1: no scale is left.
 
         Raises:
             ValueError, RuntimeError, AssertionError: torch's scaler refuses, for example FP16 gradients.

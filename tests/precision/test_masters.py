@@ -111,7 +111,7 @@ def test_float32_weights_have_no_masters() -> None:
 def test_residuals_of_an_old_checkpoint_are_refused_where_there_is_something_to_lose() -> None:
     kept = TrainedWeights(named(values()), torch.float16, CPU)
     old = {"kind": "Residuals", "kept": {name: weight.detach() for name, weight in kept.weights.items()}}
-    with pytest.raises(CheckpointError, match=r"has 6 residuals, and this model 6 masters: set .* --init_from CHECKPO"):
+    with pytest.raises(CheckpointError, match=r"has 6 residuals, and this model 6 masters: start .* --init_from CHECK"):
         kept.load_state_dict(old)
     TrainedWeights(named(values()), torch.float32, CPU).load_state_dict({"kind": "Residuals", "kept": {}})
 
