@@ -116,6 +116,8 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
         for name in sorted(kept["kept"].keys() & named.keys()):
             named[name].data.copy_(kept["kept"][name])
         notices.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
+    elif kept.get("kept"):  # residuals, which older versions of rawloop had
+        notices.append("the weights are taken in 16 bits, without the checkpoint's residuals")
     if source.damage:
         notices.append(f"skipped a damaged checkpoint: {source.damage}")
     place = f"{source.slot} at step {source.step}" if source.slot else f"{source.folder}, which has no manifest"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
-from rawloop.checkpoint.slots import find_slots, read_manifest
+from rawloop.checkpoint.slots import find_slots, read_manifest, write_manifest
 from rawloop.config import RunConfig
 from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig
@@ -23,6 +23,7 @@ from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
+from rawloop.files import FileRecord, sha256_file
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.optim import OptimConfig
 from rawloop.precision.config import LossScaleConfig, PrecisionConfig
@@ -202,6 +203,19 @@ def test_the_masters_of_16_bit_weights_are_taken(first: RunConfig, now: str) -> 
     for name, master in masters.items():
         assert torch.equal(run.policy.trained.value(name), master), name
         assert torch.equal(run.policy.trained.weights[name].detach().float(), master.half().float()) or now == "fp32"
+
+
+def test_a_notice_says_that_the_residuals_of_an_older_version_are_not_taken(first: RunConfig) -> None:
+    finish(replace(first, adapter=FULL, precision=FP16))
+    (slot, *_) = find_slots(Path(first.output))
+    file, manifest = slot / "state" / "precision.json", read_manifest(slot)
+    file.write_text(file.read_text().replace('"Masters"', '"Residuals"'))
+    record = FileRecord(file.stat().st_size, sha256_file(file))
+    (slot / "MANIFEST.json").unlink()
+    write_manifest(slot, replace(manifest, files={**manifest.files, "state/precision.json": record}))
+    said: list[str] = []
+    build_run(second(first, f"{first.output}/latest", adapter=FULL), World(), said.append).close()
+    assert any("the weights are taken in 16 bits, without the checkpoint's residuals" in line for line in said)
 
 
 def test_weights_over_a_base_that_is_stored_in_16_bits_are_not_rounded(first: RunConfig) -> None:
