@@ -79,8 +79,9 @@ def _wrong_part(part: Any) -> str | None:
         return f"{what}, whose folder {wrong}" if wrong else None
     if getattr(part, "per_rank", False) and not hasattr(part, "start_afresh"):
         return f"{what} with per_rank, and without start_afresh(step), for a rank that the checkpoint has no state of"
+    state = part.state_dict()
     try:
-        pack(part.state_dict(), dry=True)
+        pack(state, dry=True)
     except TypeError as error:
         return f"{what}, whose {error}"
     return None

@@ -160,11 +160,11 @@ def _restore(slot: Path, manifest: Manifest, parts: Parts, turn: int, world: Wor
         folder_part.load(slot / manifest.folders[name])
     for name, part in parts.states.items():
         if name not in parts.per_rank:
-            part.load_state_dict(stored_part(slot, name))
+            part.load_state_dict(read_state(slot / STATE, name))
     is_stored = world.rank < manifest.world_size
     for name, rank_part in parts.per_rank.items():
         if is_stored:
-            rank_part.load_state_dict(stored_part(slot, rank_file(name, world.rank)))
+            rank_part.load_state_dict(read_state(slot / STATE, rank_file(name, world.rank)))
         else:
             rank_part.start_afresh(manifest.step)
     if not is_stored and parts.per_rank:

@@ -27,7 +27,7 @@ from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.slots import find_slots
 from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
-from rawloop.errors import CheckpointError, UserError
+from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.records import Records, RecordsConfig, read_events
 from rawloop.seed import RngState, seed_all
 
@@ -404,6 +404,16 @@ def test_missing_and_extra_parts_are_listed_and_nothing_is_restored(tmp_path: Pa
     assert counter.state == {"x": 2}
 
 
+def test_a_state_that_disappears_after_the_check_is_not_restored_as_none(tmp_path: Path) -> None:
+    counter = Holder(x=1)
+    with opened(tmp_path, {"counter": counter}) as manager:
+        slot = manager.save(1)
+        (slot / "state" / "counter.json").unlink()
+        with pytest.raises(RawloopError, match=r"FileNotFoundError: .*state/counter\.json"):
+            manager.restore(slot)
+    assert counter.state == {"x": 1}
+
+
 def test_a_changed_version_is_said(tmp_path: Path) -> None:
     with opened(tmp_path) as manager:
         manager.versions["peft"] = "0.0.1"
@@ -456,6 +466,17 @@ SCHEDULER = torch.optim.lr_scheduler.ExponentialLR(OPTIMIZER, 0.9)
 )
 def test_a_wrong_part_is_refused_when_the_manager_is_made(tmp_path: Path, part: Any, said: str) -> None:
     with pytest.raises(UserError, match=f"^the part 'it' of a checkpoint {said}"), opened(tmp_path, {"it": part}):
+        pass
+
+
+class Faulty(Holder):
+    def state_dict(self) -> dict[str, Any]:
+        raise TypeError("a mistake in state_dict")
+
+
+def test_an_error_inside_a_part_is_raised_as_it_is(tmp_path: Path) -> None:
+    """It is no state that cannot be stored: its traceback shows the line."""
+    with pytest.raises(TypeError, match=r"^a mistake in state_dict"), opened(tmp_path, {"it": Faulty()}):
         pass
 
 
