@@ -39,8 +39,8 @@ def _keys(*groups: str) -> frozenset[str]:
 
 
 FIXED = "fixed"
-# The keys that a resume does not simply accept: FIXED ones are refused if they change, as they would change the model,
-# the samples or the numbers; the others are accepted if the named check passes.
+# Keys with limits on a resume. A change of a FIXED key would change the model, the samples or the numbers, and is
+# refused. A change of another key is accepted if the named check passes.
 NOT_FREE: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(

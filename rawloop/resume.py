@@ -85,8 +85,8 @@ def check_resume(folder: Path, resume: str) -> None:
     there = resume != "latest" and Path(resume).expanduser().is_dir()  # `choose` refuses what is no folder
     if there and not is_inside(folder, resume) and find_slots(folder):
         raise UserError(
-            f"resume is '{resume}', a checkpoint of another run than the one in output '{folder}', whose best and "
-            "later checkpoints it would replace: pass another --output, or resume that run with --resume latest"
+            f"resume is '{resume}', a checkpoint of another run, and output '{folder}' already has checkpoints, which "
+            "would be replaced: pass another --output, or continue the run in there with --resume latest"
         )
 
 

@@ -270,7 +270,7 @@ def test_another_set_of_parts_is_refused_by_name_and_nothing_is_moved(tmp_path: 
     """A forgotten part would train steps again over old weights, and move good checkpoints aside."""
     Loop(tmp_path, extra={"state": Holder(step=1)}).run(4)
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot be restored: it holds state, which this run has no use for"):
+    with pytest.raises(CheckpointError, match="cannot be restored: it holds state, which this run does not have"):
         Loop(tmp_path).run(8)
     with pytest.raises(CheckpointError, match="it lacks ema"):
         Loop(tmp_path, extra={"state": Holder(step=1), "ema": net()}).run(8)

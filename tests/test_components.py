@@ -49,8 +49,8 @@ def adapted(build: Callable[[], Any], **keys: Any) -> tuple[nn.Module, list[str]
 def test_experts_that_peft_takes_as_parameters_are_announced_saved_and_restored(tmp_path: Path) -> None:
     model, (line,) = adapted(mixtral, target_modules=["all-linear"])
     assert line == (
-        f"LoRA on 14 layers: {EXPERTS}, {ATTENTION}; these include {EXPERTS}, which are not plain linear layers, "
-        "because of all-linear; not on lm_head (1), which all-linear excludes"
+        f"LoRA on 14 layers: {EXPERTS}, {ATTENTION}; all-linear includes {EXPERTS}, which are not plain linear "
+        "layers; not on lm_head (1), which all-linear excludes"
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -668,7 +668,7 @@ def test_a_checkpoint_of_another_run_does_not_replace_this_ones_best(base: RunCo
     for name in ("a", "b"):
         go(replace(short, output=str(tmp_path / name)))
     other = str(tmp_path / "b" / "checkpoints" / "step-00000002")
-    with pytest.raises(UserError, match="a checkpoint of another run than the one in output"):
+    with pytest.raises(UserError, match="a checkpoint of another run, and output"):
         go(replace(base, output=str(tmp_path / "a"), resume=other))
     with pytest.raises(UserError, match="resume is 'best', which is no folder: name a checkpoint's folder, such as"):
         go(replace(base, output=str(tmp_path / "a"), resume="best"))

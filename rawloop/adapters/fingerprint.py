@@ -23,7 +23,7 @@ AROUND = ("base_model.model.", ".base_layer", ".original_module")
 
 
 class BaseFingerprint:
-    """Identifies a set of frozen weights: an adapter is useless on another base than the one it was trained on.
+    """Identifies a set of frozen weights: an adapter works only on the base model that it was trained on.
 
     Take it before the precision policy casts anything. It also stores the path of the weights and the hash of the
     model's config, for messages only: the same weights may have another path later.
@@ -43,7 +43,7 @@ class BaseFingerprint:
         self, model: nn.Module, path: str = "", revision: str | None = None, seed: int = 0, *, full: bool = True
     ) -> None:
         self.origin = {"path": path, "revision": revision, "config": _config_hash(model), "seed": seed}
-        self.notice = ""  # of another config although the weights are the same
+        self.notice = ""  # says so if the config differs from the checkpoint's, but the weights do not
         tensors = _distinct(model)
         with ThreadPoolExecutor(_usable_cores()) as pool:  # zlib releases the GIL
             sums = pool.map(checksum, tensors.values()) if full else ()

@@ -226,7 +226,7 @@ def check_lora(model: nn.Module, asked: Collection[str], exactly: bool, notices:
         raise UserError(f"{unexpected[0]} (of {len(unexpected)}) would be trained, and no key of adapter names it")
     line = f"LoRA on {len(made)} layers: {kinds(made)}"
     if more:
-        line += f"; these include {kinds(more)}, which are not plain linear layers, because of all-linear"
+        line += f"; all-linear includes {kinds(more)}, which are not plain linear layers"
     if less:
         line += f"; not on {kinds(less)}, which all-linear excludes"
     saved = [_base_name(name) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]

@@ -1,7 +1,7 @@
 """Saves and restores a run. The manager knows neither models nor optimizers, only a dict of named parts with state.
 
-A save goes into a temporary folder, is forced to the disk, gets a manifest with digests, and is renamed. Whenever it is
-interrupted, the earlier checkpoints stay, and a half-written one is never taken for a checkpoint.
+A save is written into a temporary folder with a manifest of digests, forced to the disk, and renamed. An interrupted
+save leaves the earlier checkpoints unchanged, and its temporary folder is never taken for a checkpoint.
 """
 
 import math
@@ -37,7 +37,7 @@ class CheckpointManager:
     ranks of a part with `per_rank`. A `FolderState` writes its files on rank 0. An asynchronous `save` returns when the
     state is copied, and `poll` reports its result. A save waits for the previous one.
 
-    Rank 0 holds the lock of the folder until `close`; `lock` is given if rank 0 holds it already.
+    Rank 0 holds the lock of the folder until `close`. Pass `lock` if rank 0 holds it already.
 
     Every rank must call the constructor, `start`, `save`, `ensure_saved`, `best_record`, `finish` and `load`.
 

@@ -62,23 +62,23 @@ def _wrong_part(part: Any) -> str | None:
     if isinstance(part, Optimizer):
         return (
             f"{what}, whose state goes by position, not by name: hand in rawloop.NamedOptimizerState(optimizer, "
-            "named), where named() gives (name, parameter) of what it holds, such as model.named_parameters"
+            "named), where named() gives the (name, parameter) pairs of its parameters, such as model.named_parameters"
         )
     if isinstance(part, LRScheduler):
         return (
-            f"{what}, whose state does not have the learning rate that it has set: hand in "
-            "rawloop.SchedulerState(scheduler), and rawloop.NamedOptimizerState of its optimizer, which has it"
+            f"{what}, whose state lacks the learning rate that it has set: hand in rawloop.SchedulerState(scheduler), "
+            "and rawloop.NamedOptimizerState of its optimizer, which stores the learning rate"
         )
     if stateful == folder:
         return (
             f"{what}: hand in an object with state_dict() and load_state_dict(state), or with folder, snapshot(copy) "
-            "and load(folder), and not with both; of a number, an object that holds it"
+            "and load(folder), but not with both; wrap a number in such an object"
         )
     if folder:
         wrong = _wrong_name(part.folder, True)
         return f"{what}, whose folder {wrong}" if wrong else None
     if getattr(part, "per_rank", False) and not hasattr(part, "start_afresh"):
-        return f"{what} with per_rank, and without start_afresh(step), for a rank that the checkpoint has no state of"
+        return f"{what} with per_rank, but without start_afresh(step), which is called on a rank without a stored state"
     state = part.state_dict()
     try:
         pack(state, dry=True)

@@ -55,7 +55,7 @@ def choose(run: Path, which: str | Path, world: World) -> tuple[Path, dict[Path,
     seen = world.on_all_ranks(lambda: (find_slots(run), readable_best(run)), only_main=True)
     candidates, best = world.from_main(seen or ([], None))
     if not candidates:
-        advice = f"the best one is at hand, try --resume {best}" if best else "start without --resume, or say 'auto'"
+        advice = f"pass --resume {best} for the best one" if best else "start without --resume, or say 'auto'"
         raise world.raised_on_all(UserError(f"resume is 'latest', but '{run}' has no checkpoint: {advice}"))
     damaged: dict[Path, str] = {}
     for slot in candidates:
@@ -64,7 +64,7 @@ def choose(run: Path, which: str | Path, world: World) -> tuple[Path, dict[Path,
             check_same(slot, world)
             return slot, damaged
         damaged[slot] = reason
-    advice = f"; the best one is not among these, try --resume {best}" if best and best not in candidates else ""
+    advice = f"; the best one was not tried: pass --resume {best}" if best and best not in candidates else ""
     reasons = "; ".join(damaged.values())
     raise world.raised_on_all(CheckpointError(f"no checkpoint of '{run}' is whole{advice}: {reasons}"))
 
@@ -140,7 +140,7 @@ def restore_parts(slot: Path, parts: Parts, world: World, records: Records) -> M
         expected = {*parts.states, *parts.folders}
         wrong = [f"it lacks {', '.join(sorted(expected - stored))}"] if expected - stored else []
         if stored - expected:
-            wrong.append(f"it holds {', '.join(sorted(stored - expected))}, which this run has no use for")
+            wrong.append(f"it holds {', '.join(sorted(stored - expected))}, which this run does not have")
         if wrong:
             raise CheckpointError(f"{slot} cannot be restored: {'; '.join(wrong)}")
         return manifest

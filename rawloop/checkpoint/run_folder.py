@@ -19,7 +19,7 @@ from rawloop.files import replace_file
 from rawloop.launcher import read_ranks
 from rawloop.preempt import STOP_FILE
 
-LAUNCH = ".launch"  # the launch's name; the next line says if its processes were told to stop
+LAUNCH = ".launch"  # first line: name of the launch; second line: STOPPED if its processes were told to stop
 STOPPED = "stopped"
 LOCK = ".lock"
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "best.json", CHECKPOINTS, BEST)
@@ -82,7 +82,7 @@ class RunLock:
             ) from None
 
     def _no_file(self) -> UserError:
-        return UserError(f"{self._path} is no plain file, and the lock of a run's folder must be one: remove it")
+        return UserError(f"{self._path} is the lock of a run's folder, and must be a regular file: remove it")
 
     def _is_in_place(self) -> bool:
         try:
@@ -140,7 +140,7 @@ def claim_run_folder(folder: Path, world: World, *, resume: bool, lock: RunLock 
 
 
 def check_no_run(folder: Path) -> None:
-    """Refuse a folder that did not exist when the start was chosen, and that holds a run now."""
+    """Refuse a folder in which another process has started a run since `choose_resume` found no folder."""
     if any((folder / name).exists() for name in MARKS):
         raise UserError(
             f"output is '{folder}', in which another process has started a run just now: pass another --output, or "

@@ -84,7 +84,7 @@ def read_manifest(slot: Path) -> Manifest:
             raise CheckpointError(f"{slot}: no such folder here; ranks on several machines need it on a shared disk")
         found = path.lstat()
         if not S_ISREG(found.st_mode) or found.st_size > LARGEST:
-            raise CheckpointError(f"{path}: it is {_kind(found)}, and no manifest")
+            raise CheckpointError(f"{path}: it is {_kind(found)}, not a manifest")
         raw = path.read_bytes()
         body = json.loads(raw)
     except FileNotFoundError:
@@ -110,14 +110,14 @@ def read_manifest(slot: Path) -> Manifest:
 
 
 def _fault(manifest: Manifest) -> str | None:
-    """Describe content that rawloop never writes, in a manifest with a right digest."""
+    """Describe content that rawloop never writes, although the digest of the manifest matches."""
     if type(manifest.step) is not int or type(manifest.world_size) is not int:
         return f"its step is {manifest.step!r}, its world_size {manifest.world_size!r}"
     texts = [*manifest.states, *manifest.per_rank, *manifest.folders.values()]
     if not all(type(text) is str and text not in ("", "..") and "/" not in text for text in texts):
         return f"its parts are {texts}"
     if type(manifest.meta) is not dict or type(manifest.versions) is not dict:
-        return "its meta or its versions are not an object"
+        return "its meta or its versions are not a JSON object"
     for name, record in manifest.files.items():
         inside = PurePosixPath(name)
         if inside.is_absolute() or ".." in inside.parts or str(inside) != name or name == MANIFEST:
@@ -180,7 +180,7 @@ def _entries(slot: Path, prefix: str = "") -> Iterator[tuple[str, os.stat_result
 def _kind(stat: os.stat_result) -> str:
     if S_ISREG(stat.st_mode):
         return f"a file of {stat.st_size:,} bytes"
-    return "a link" if S_ISLNK(stat.st_mode) else "no plain file"
+    return "a link" if S_ISLNK(stat.st_mode) else "a special file"
 
 
 class Latest(NamedTuple):

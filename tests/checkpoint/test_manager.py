@@ -398,7 +398,7 @@ def test_missing_and_extra_parts_are_listed_and_nothing_is_restored(tmp_path: Pa
     counter = Holder(x=2)
     with (
         opened(tmp_path, {"counter": counter, "rng": RngState(0, 0)}) as manager,
-        pytest.raises(CheckpointError, match="it lacks rng; it holds old, older, which this run has no use for"),
+        pytest.raises(CheckpointError, match="it lacks rng; it holds old, older, which this run does not have"),
     ):
         manager.load()
     assert counter.state == {"x": 2}
@@ -454,14 +454,14 @@ SCHEDULER = torch.optim.lr_scheduler.ExponentialLR(OPTIMIZER, 0.9)
         (SCHEDULER, r"is a ExponentialLR, whose state .*: hand in rawloop.SchedulerState\(scheduler\), and"),
         (None, "is None: leave it out"),
         (np.float64(0.1), r"is a float64: hand in an object with state_dict\(\) and load_state_dict\(state\)"),
-        (0.1, "is a float: .* of a number, an object that holds it"),
+        (0.1, "is a float: .* wrap a number in such an object"),
         (torch.zeros(2), "is a Tensor: hand in an object with"),
         (Half(), "is a Half: hand in an object with"),
         (Holder, "is <class .*>, a class: hand in the object"),
         (Holder(loss=np.float64(0.1)), "is a Holder, whose state at /loss is a numpy.float64: only tensors and JSON"),
         (Holder(a={1: 2}), "is a Holder, whose state at /a has the key 1, a builtins.int: keys must be strings"),
         (Holder(a=torch.zeros(2).to_sparse()), "is a Holder, whose state at /a is a .*only dense tensors"),
-        (PerRankOnly(), r"is a PerRankOnly with per_rank, and without start_afresh\(step\)"),
+        (PerRankOnly(), r"is a PerRankOnly with per_rank, but without start_afresh\(step\)"),
     ],
 )
 def test_a_wrong_part_is_refused_when_the_manager_is_made(tmp_path: Path, part: Any, said: str) -> None:

@@ -61,7 +61,7 @@ def test_the_advice_is_to_resume_from_the_best_where_that_is_all(tmp_path: Path,
         set_best(tmp_path, best, record)
     with pytest.raises(UserError, match=f"its only checkpoint is the best one: pass --resume {best}, or another"):
         claim_run_folder(tmp_path, World(), resume=False)
-    with pytest.raises(UserError, match=f"has no checkpoint: the best one is at hand, try --resume {best}"):
+    with pytest.raises(UserError, match=f"has no checkpoint: pass --resume {best}"):
         choose(tmp_path, "latest", World())
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_file_in_the_place_of_the_lock_is_refused(tmp_path: Path, kin
         lock.mkdir()
     else:
         os.mkfifo(lock)
-    with pytest.raises(UserError, match=f"{lock} is no plain file, and the lock of a run's folder must be one"):
+    with pytest.raises(UserError, match=f"{lock} is the lock of a run's folder, and must be a regular file"):
         claim_run_folder(tmp_path / "run", World(), resume=False)
     assert other.exists() == (kind == "file")
     assert kind != "file" or other.read_text() == "mine"
