@@ -1,6 +1,7 @@
 """A run: the objects that the loop uses, its counters, and how it is evaluated, saved and stopped."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -133,11 +134,12 @@ class Run:
 
     def close(self) -> None:
         """End the data workers, wait for a running save, unlock the folder and close the records."""
-        for loader in self.loaders:
-            loader.close()
-        if self.checkpoints:
-            self.checkpoints.close()
-        self.records.close()
+        with ExitStack() as stack:  # each is closed, in reversed order, whatever another raises
+            stack.callback(self.records.close)
+            if self.checkpoints:
+                stack.callback(self.checkpoints.close)
+            for loader in self.loaders:
+                stack.callback(loader.close)
 
 
 def evaluate_and_save(run: Run, last: bool) -> bool:
