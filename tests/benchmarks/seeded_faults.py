@@ -182,8 +182,8 @@ FAULTS = (
     Fault(
         "targets counted on one rank only",
         LOOP,
-        "failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *own])",
-        "failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None)]) + own",
+        "failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *here])",
+        "failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None)]) + here",
         ("test_loop.py::test_two_processes_equal_one",),
     ),
     Fault(
