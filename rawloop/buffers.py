@@ -177,6 +177,10 @@ class MovingBuffers:
         self._stamps: list[tuple[int, int]] = []
         self._before: list[Tensor] = []
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.places or self._watched)
+
     def start_window(self) -> None:
         """Copy the buffers before a window."""
         self._before = self.values()

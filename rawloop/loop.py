@@ -60,7 +60,7 @@ def train(run: Run) -> TrainState:
                 return state
 
             window, targets = agree_on_window(run, fetched or fetch(windows))
-            run.buffers = run.buffers or find_buffers(run, window[0])
+            run.buffers = find_buffers(run, window[0]) if run.buffers is None else run.buffers
             set_lr(run.optimizer, run.lr(state.step))
             accumulate(run, window, targets)
             # The device is busy until `update` waits for it. The last window has no successor.
