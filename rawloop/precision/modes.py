@@ -1,6 +1,7 @@
 """The precision modes as rows of one table, the choice of a mode, and its fallbacks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,27 @@ AUTO_FALLBACK: dict[str, list[Name]] = {
     "bf16": ["fp32"],
     "fp32": [],
 }
+
+
+class Autocast(AbstractContextManager[None]):
+    """Autocast to the dtype of the mode that is in use when it is entered.
+
+    A loop may keep it in a variable and enter it for every pass; torch's own would stay in the old mode after a
+    fallback, without a word.
+    """
+
+    def __init__(self, mode: Callable[[], Mode], device_type: str) -> None:
+        self.mode, self.device_type = mode, device_type
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        dtype = self.mode().autocast
+        context = nullcontext() if dtype is None else torch.autocast(self.device_type, dtype=dtype)
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 class Hardware(NamedTuple):

@@ -6,7 +6,7 @@ work, all ranks switch to the next one of `precision.fallback` at the same step 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import ref
 
@@ -19,7 +19,7 @@ from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.advice import explain_nonfinite
 from rawloop.precision.gradients import Measured, StepResult, Window, connected, drop_scaler_marks, global_norm, measure
 from rawloop.precision.masters import held_by
-from rawloop.precision.modes import MODES, Mode
+from rawloop.precision.modes import MODES, Autocast, Mode
 from rawloop.precision.prepared import UNPREPARED, PreparedModel
 
 NOT_FINITE = {"loss": "losses", "norm": "gradients", "buffers": "moving buffers"}
@@ -64,13 +64,13 @@ class PrecisionPolicy(PreparedModel):
         return MODES[self.name]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context for every forward pass: training, evaluation and generation.
+        """Return the context for every forward pass: training, evaluation and generation. It may be kept and reused.
 
         Raises:
             UserError: the mode is `auto`, and no model is prepared.
         """
-        dtype = self.mode.autocast
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        assert self.mode
+        return Autocast(lambda: self.mode, self.device.type)
 
     def backward(self, loss: Tensor, *, inputs: Iterable[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Run the backward pass on the scaled loss. Gradients accumulate until `step`.

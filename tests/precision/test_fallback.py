@@ -55,6 +55,19 @@ def test_the_skip_limit_leaves_the_mode_and_loses_nothing(
     assert run.schedule.get_last_lr() < rate
 
 
+def test_a_context_that_a_loop_keeps_follows_the_fallback(training: Any) -> None:
+    run = training("amp_fp16", ["bf16", "fp32"], max_skips=1)
+    kept = run.policy.autocast()
+    found = []
+    for _ in range(3):
+        with kept, kept:
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert not torch.is_autocast_enabled("cpu")
+        found.append(product.dtype)
+        run.step(INF) if len(found) < 3 else None
+    assert found == [torch.float16, torch.bfloat16, torch.float32]
+
+
 def test_what_comes_after_a_fallback_is_what_the_next_mode_would_have_done(training: Any) -> None:
     run = training("native_fp16", ["fp32"], max_skips=1)
     for _ in range(3):
