@@ -1,7 +1,7 @@
 """The precision modes as rows of one table, the choice of a mode, and its fallbacks."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -48,16 +48,19 @@ class Autocast(AbstractContextManager[None]):
 
     def __init__(self, mode: Callable[[], Mode], device_type: str) -> None:
         self.mode, self.device_type = mode, device_type
-        self._entered: list[AbstractContextManager[Any]] = []
+        self._entered: list[torch.autocast | None] = []
 
     def __enter__(self) -> None:
         dtype = self.mode().autocast
-        context = nullcontext() if dtype is None else torch.autocast(self.device_type, dtype=dtype)
-        context.__enter__()
+        context = None if dtype is None else torch.autocast(self.device_type, dtype=dtype)
+        if context is not None:
+            context.__enter__()  # type: ignore[no-untyped-call]
         self._entered.append(context)
 
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._entered.pop().__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        context = self._entered.pop()
+        if context is not None:
+            context.__exit__(*error)
 
 
 class Hardware(NamedTuple):
