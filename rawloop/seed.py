@@ -9,7 +9,6 @@ import json
 import pickle
 import random
 import struct
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,6 +149,7 @@ class SampleStreams:
     def __init__(self) -> None:
         self.drawn = False  # whether a number was drawn
         self._numpy = _numpy()
+        self._python_generator = _python_generator()
         self._python_address = _python_address()
         self._numpy_words: bytes | None = None  # _mt19937_words of the state in _numpy_state
 
@@ -203,18 +203,19 @@ class SampleStreams:
             return _mt19937_words(self._numpy) != self._numpy_words
         return pickle.dumps(self._numpy.random.get_state(legacy=False)) != pickle.dumps(self._numpy_state)
 
-    def _python(self) -> tuple[int, bytes, float | None]:
-        """Return the index, the words and the second gaussian number of python's global generator."""
-        if self._python_address is None:
-            _, (*words, index), gauss = random.getstate()
-            return index, struct.pack("=624I", *words), gauss
-        memory = _memory(self._python_address, 4 * 625)
-        return int.from_bytes(memory[:4], sys.byteorder), memory[4:], _python_generator().gauss_next
+    def _python(self) -> tuple[bytes, float | None]:
+        """Return the index and the words of python's global generator, as CPython stores them, and its second gauss."""
+        gauss = self._python_generator.gauss_next
+        if self._python_address is not None:
+            return _memory(self._python_address, 4 * 625), gauss
+        *words, index = random.getstate()[1]
+        return struct.pack("=625I", index, *words), gauss
 
     def _restore(self) -> None:
         torch.default_generator.set_state(self._torch_state)
-        index, words, gauss = self._python_state
-        random.setstate((3, (*struct.unpack("=624I", words), index), gauss))
+        memory, gauss = self._python_state
+        index, *words = struct.unpack("=625I", memory)
+        random.setstate((3, (*words, index), gauss))
         if self._numpy is not None:
             self._numpy.random.set_state(self._numpy_state)
 

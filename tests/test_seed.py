@@ -4,12 +4,13 @@ import hashlib
 import random
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from rawloop.seed import RngState, capture_rng, derive_seed, preserved_rng, restore_rng, seed_all
+from rawloop.seed import RngState, SampleStreams, capture_rng, derive_seed, preserved_rng, restore_rng, seed_all
 
 
 def draw() -> tuple[list[float], float, float, float]:
@@ -146,3 +147,23 @@ def test_the_gpu_stream_is_restored() -> None:
     seed_all(1, 0)
     restore_rng(state)
     assert torch.rand(3, device="cuda").tolist() == expected
+
+
+def test_pythons_stream_is_the_same_read_from_memory_and_without() -> None:
+    def make(seed: Any) -> tuple[float, float]:
+        if seed is not None:
+            seed(5)
+        return random.random(), random.gauss(0, 1)
+
+    made, states = [], []
+    for address in (SampleStreams()._python_address, None):
+        random.seed(1)
+        random.gauss(0, 1)  # stores a second number
+        before, streams = random.getstate(), SampleStreams()
+        streams._python_address = address
+        made.append([streams.lend(make), streams.lend(make)])
+        states.append(streams._python())
+        assert random.getstate() == before
+        assert streams.drawn
+    assert made[0] == made[1] == [made[0][0]] * 2
+    assert states[0] == states[1]
