@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rawloop.dist import World
-from rawloop.errors import UserError
+from rawloop.errors import UserError, first_few
 from rawloop.seed import preserved_rng
 
 
@@ -244,7 +244,7 @@ def find_moving_buffers(model: nn.Module, moves: Moves, world: World, watch: boo
     refused = {name: why for share in shares for name, why in share.refused.items()}
     if refused:
         name, why = next(iter(refused.items()))
-        more = f" ({len(refused)} such buffers: {', '.join(list(refused)[:5])})" if len(refused) > 1 else ""
+        more = f" ({len(refused)} such buffers: {first_few(refused)})" if len(refused) > 1 else ""
         raise world.raised_on_all(
             UserError(
                 f"training moves the buffer {name}, which {why}{more}: no checkpoint could contain it, and eval_loss "
@@ -272,9 +272,8 @@ def buffer_notices(buffers: MovingBuffers, moves: Moves, beside: Mapping[str, st
     """Return messages for the user; `beside` maps buffers that are not in PEFT's file to their modules."""
     lines = []
     if names := list(buffers.places):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(
-            f"training moves {len(names)} buffers ({', '.join(names[:3])}{more}): they are made equal over ranks after "
+            f"training moves {len(names)} buffers ({first_few(names, most=3)}): they are made equal over ranks after "
             "each update, restored after a skipped one, and saved in checkpoints"
         )
         if any(isinstance(place.module, _NormBase) for place in buffers.places.values()):
@@ -289,7 +288,7 @@ def buffer_notices(buffers: MovingBuffers, moves: Moves, beside: Mapping[str, st
         )
     if moves.attributes:
         lines.append(
-            f"training moves {', '.join(moves.attributes[:5])}, which are not buffers: no checkpoint contains them; "
+            f"training moves {first_few(moves.attributes)}, which are not buffers: no checkpoint contains them; "
             "if the loss depends on them, register them as buffers"
         )
     return lines

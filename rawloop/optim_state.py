@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rawloop.errors import CheckpointError, UserError
+from rawloop.errors import CheckpointError, UserError, first_few
 
 # options for how this machine computes an update; loading does not change them
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -204,7 +204,7 @@ class SchedulerState:
         names = sorted(self.scheduler.state_dict().keys() ^ stored.keys())
         if names:
             raise CheckpointError(
-                f"the checkpoint's scheduler is not a {type(self.scheduler).__name__}: {', '.join(names[:5])} differ; "
+                f"the checkpoint's scheduler is not a {type(self.scheduler).__name__}: {first_few(names)} differ; "
                 "build the scheduler that the run was trained with"
             )
         self.scheduler.load_state_dict(stored)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from rawloop.errors import TrainingError, UserError
+from rawloop.errors import TrainingError, UserError, first_few
 from rawloop.precision.masters import TrainedWeights, held_by
 from rawloop.precision.scaler import LossScaler
 
@@ -205,9 +205,8 @@ def missing_gradients(held: Iterable[nn.Parameter], trained: TrainedWeights) -> 
     """
     missing = {id(p) for p in held if trained.weight_of(p).grad is None}
     names = [name for name, parameter in trained.named_parameters() if id(parameter) in missing]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
-        f"{len(names)} trained weights got no gradient in this step ({', '.join(names[:5])}{more}), and "
+        f"{len(names)} trained weights got no gradient in this step ({first_few(names)}), and "
         "ddp.find_unused_parameters is off, so the ranks would drift apart or wait for each other forever: "
         "nothing was applied. Set ddp.find_unused_parameters to true, or freeze these weights"
     )
