@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rawloop.checkpoint.pack import pack
 from rawloop.host_memory import copy_to_host, host_model, wait_for_copies
+from rawloop.pack import pack
 
 
 @pytest.mark.parametrize("cuda", [True, False])

@@ -7,10 +7,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.slots import MANIFEST, STATE
 from rawloop.contracts import FolderState, Stateful
 from rawloop.errors import UserError
+from rawloop.pack import pack
 
 
 class Parts:

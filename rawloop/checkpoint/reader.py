@@ -6,7 +6,6 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rawloop.checkpoint.pack import read_state
 from rawloop.checkpoint.parts import Parts
 from rawloop.checkpoint.slots import (
     CHECKPOINTS,
@@ -24,6 +23,7 @@ from rawloop.checkpoint.slots import (
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.files import sha256_file
+from rawloop.pack import read_state
 from rawloop.records import Records
 
 

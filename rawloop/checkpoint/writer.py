@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from rawloop.checkpoint import placing
 from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.config import CheckpointConfig
-from rawloop.checkpoint.pack import Packed, pack, write_packed
 from rawloop.checkpoint.parts import Parts
 from rawloop.checkpoint.slots import (
     CHECKPOINTS,
@@ -37,6 +36,7 @@ from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError
 from rawloop.files import FileRecord, in_words, readable, remove_tree, sha256_file, sync_tree
 from rawloop.host_memory import wait_for_copies
+from rawloop.pack import Packed, pack, write_packed
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rawloop.checkpoint.best import BestRecord
-from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.slots import read_manifest, verify
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.errors import CheckpointError
+from rawloop.pack import pack
 
 VERSIONS: dict[str, str | None] = {"torch": "2", "rawloop": None}
 

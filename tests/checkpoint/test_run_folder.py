@@ -14,7 +14,6 @@ import pytest
 from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
-from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.placing import set_best
 from rawloop.checkpoint.reader import choose
 from rawloop.checkpoint.run_folder import (
@@ -28,6 +27,7 @@ from rawloop.checkpoint.run_folder import (
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.dist import World
 from rawloop.errors import UserError
+from rawloop.pack import pack
 from rawloop.records import Records, RecordsConfig
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from rawloop.checkpoint import placing, slots
 from rawloop.checkpoint.best import BestRecord
-from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.slots import step_of
 from rawloop.checkpoint.writer import Contents, write_slot
+from rawloop.pack import pack
 
 
 def write(slot: Path, step: int, value: float = 0.0, best: BestRecord | None = None) -> Path:

@@ -12,11 +12,11 @@ import pytest
 
 from rawloop.checkpoint import placing, slots
 from rawloop.checkpoint.best import BestRecord
-from rawloop.checkpoint.pack import pack
 from rawloop.checkpoint.slots import verify
 from rawloop.checkpoint.writer import Contents, write_slot
 from rawloop.cli import verify as command
 from rawloop.errors import CheckpointError
+from rawloop.pack import pack
 
 Door = Callable[..., Any]
 BEST = "step-00000005"

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rawloop.checkpoint.pack import DTYPES, pack, read_state, safetensors_header, write_packed
+from rawloop.pack import DTYPES, pack, read_state, safetensors_header, write_packed
 
 KEYS = [
     "",

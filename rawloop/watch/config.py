@@ -1,0 +1,30 @@
+"""The settings of a watch."""
+
+from dataclasses import dataclass
+
+from rawloop.errors import UserError
+
+
+@dataclass
+class WatchConfig:
+    """Watching a run for numbers that go wrong, and keeping what is needed to replay a bad step.
+
+    Args:
+        enabled: watch the run. The numbers that are read at every step have been measured anyway.
+        every: steps between the costly looks: gradients by module, and digests of the weights.
+        steps: the number of last steps that the flight recorder keeps.
+        capsules: write at most this many capsules.
+        capsule_mb: write no capsule that is larger, in megabytes (10^6 bytes); optimizer state is left out first.
+    """
+
+    enabled: bool = True
+    every: int = 100
+    steps: int = 8
+    capsules: int = 4
+    capsule_mb: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in ("every", "steps", "capsules", "capsule_mb"):
+            value = getattr(self, name)
+            if value < (0 if name == "capsules" else 1):
+                raise UserError(f"watch.{name} is {value}: it must be 1 or more; watch.enabled false turns it off")

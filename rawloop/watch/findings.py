@@ -1,0 +1,181 @@
+"""Findings: what a watch has seen, as objects and as paragraphs."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from textwrap import fill
+from typing import Literal
+
+Whose = Literal["data", "model", "loss", "precision", "optimizer", "distributed", "hardware", "not known"]
+MOST_CAUSES = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is wrong. What is not known, or has no meaning, is empty or None.
+
+    `expression` is a line of the user's code: `train.py:41: loss = torch.log(p).mean()`. `phase` is forward, backward,
+    update or data. `row` and `position` index the batch's tensor.
+    """
+
+    phase: str = ""
+    module: str = ""
+    parameter: str = ""
+    expression: str = ""
+    optimizer: str = ""
+    tensor: str = ""
+    sample: str = ""
+    row: int | None = None
+    position: int | None = None
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            f"in {self.phase}" if self.phase in ("forward", "backward") else "",
+            f"module '{self.module}'" if self.module else "",
+            f"parameter '{self.parameter}'" if self.parameter else "",
+            self.expression,
+            f"optimizer {self.optimizer}" if self.optimizer else "",
+            f"tensor '{self.tensor}'" if self.tensor else "",
+            f"sample {self.sample}" if self.sample else "",
+            f"row {self.row}" if self.row is not None else "",
+            f"position {self.position}" if self.position is not None else "",
+            f"rank {self.rank}" if self.rank is not None else "",
+        ]
+        return ", ".join(filter(None, parts)) or "place not known"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A cause of a finding: whose fault it is, one sentence, the place, the numbers behind it, and what to do."""
+
+    whose: Whose
+    what: str
+    place: Place = Place()
+    evidence: Mapping[str, float | int | str] = field(default_factory=dict)
+    advice: str = ""
+
+    def text(self) -> str:
+        """Return the cause as a paragraph."""
+        numbers = ", ".join(f"{name} {_number(value)}" for name, value in self.evidence.items())
+        return " ".join(
+            filter(
+                None,
+                [
+                    f"[{self.whose}] {self.what} ({self.place}).",
+                    f"Evidence: {numbers}." if numbers else "",
+                    f"{self.advice}." if self.advice else "",
+                ],
+            )
+        )
+
+
+@dataclass
+class Finding:
+    """Something that a watch has seen.
+
+    Args:
+        kind: a stable name for scripts and tests, such as `weights_not_finite`.
+        what: the symptom in one sentence.
+        causes: the likeliest first, at most three.
+        step: the step at which it was seen first.
+        rank: the rank that has seen it.
+        ordinary: it belongs to healthy training, such as the first skips of a loss scaler.
+        since: the step since which it is so, if that is known to be an earlier one.
+        last: the step at which it was seen last.
+        times: how often it was seen.
+    """
+
+    kind: str
+    what: str
+    causes: tuple[Cause, ...]
+    step: int
+    rank: int = 0
+    ordinary: bool = False
+    since: int | None = None
+    last: int = -1
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        assert 1 <= len(self.causes) <= MOST_CAUSES, "a finding has one to three causes, or one that is 'not known'"
+        self.last = max(self.last, self.step)
+
+    @property
+    def cause(self) -> Cause:
+        """The likeliest cause."""
+        return self.causes[0]
+
+    def key(self) -> tuple[object, ...]:
+        """What makes two findings the same: it is then told once, and counted."""
+        place = self.cause.place
+        return (
+            self.kind,
+            self.ordinary,
+            place.module,
+            place.parameter,
+            place.expression,
+            place.optimizer,
+            place.tensor,
+        )
+
+    def text(self) -> str:
+        """Return the finding as a paragraph."""
+        since = f", since step {self.since}" if self.since is not None and self.since != self.step else ""
+        times = f", {self.times} times until step {self.last}" if self.times > 1 else ""
+        mark = "ordinary: " if self.ordinary else ""
+        head = f"step {self.step}, rank {self.rank}{since}{times}: {mark}{self.what}."
+        if len(self.causes) == 1:
+            return f"{head} {self.cause.text()}"
+        return " ".join([head, *(f"({n}) {cause.text()}" for n, cause in enumerate(self.causes, start=1))])
+
+    def as_json(self) -> dict[str, object]:
+        """Return the finding as JSON values."""
+        causes = [
+            {
+                "whose": cause.whose,
+                "what": cause.what,
+                "place": {name: value for name, value in vars(cause.place).items() if value not in ("", None)},
+                "evidence": dict(cause.evidence),
+                "advice": cause.advice,
+            }
+            for cause in self.causes
+        ]
+        return {**vars(self), "causes": causes}
+
+
+class Findings:
+    """The findings of a watch, in the order in which they were seen; equal ones are counted, not repeated."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[tuple[object, ...], Finding] = {}
+
+    def add(self, finding: Finding) -> bool:
+        """Add a finding. Return False if it was known, and is only counted."""
+        known = self._by_key.setdefault(finding.key(), finding)
+        if known is finding:
+            return True
+        known.times += 1
+        known.last = max(known.last, finding.step)
+        return False
+
+    def extend(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Add findings, and return those that were not known."""
+        return [finding for finding in findings if self.add(finding)]
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self._by_key.values())
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    @property
+    def alarms(self) -> list[Finding]:
+        """The findings that are not ordinary."""
+        return [finding for finding in self if not finding.ordinary]
+
+    def __str__(self) -> str:
+        shown = sorted(self, key=lambda finding: finding.ordinary)
+        return "\n\n".join(fill(finding.text(), 120) for finding in shown) or "nothing found"
+
+
+def _number(value: float | int | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,114 @@
+"""What a watch looks at: the objects of a loop, one step of it, and its passes, which can be run again."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rawloop.dist import World
+from rawloop.watch.config import WatchConfig
+from rawloop.watch.findings import Finding
+
+
+@dataclass
+class Subject:
+    """The objects under watch.
+
+    Args:
+        model: the bare model, outside DDP and torch.compile.
+        optimizers: may be empty.
+        scaler: torch's GradScaler or anything with `get_scale()`; None without one.
+        named: returns the parameters that the optimizers hold, by name. With float32 masters these are not the model's.
+        world: the ranks.
+        config: the settings.
+    """
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    scaler: Any
+    named: Callable[[], Iterable[tuple[str, nn.Parameter]]]
+    world: World = field(default_factory=World.current)
+    config: WatchConfig = field(default_factory=WatchConfig)
+
+
+class Pass(NamedTuple):
+    """One forward and backward pass, which can be run again.
+
+    Args:
+        inputs: a nest of tensors (dicts, lists, tuples, dataclasses): the batch, and other tensors that do not come
+            from the model. `rawloop.watch.nest` maps over it.
+        forward: called with `inputs`, or with a nest of the same structure and shapes, returns the tensor from which
+            backward starts, multiplied by the loss scale, as it was in training (autocast and all). It draws from the
+            global random streams and changes nothing but `.grad` (through backward) and moving buffers.
+        rng: `seed.capture_rng()` before the pass; empty if unknown.
+        ids: the names of the samples, one for each row; empty if unknown.
+        scale: the loss scale.
+    """
+
+    inputs: Any
+    forward: Callable[[Any], Tensor]
+    rng: dict[str, Any]
+    ids: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass
+class StepRecord:
+    """One step, as far as it has come. A number that is not measured is None.
+
+    Args:
+        step: counted from 0: the update that this step makes. A skipped step keeps its number.
+        batch: what the user named as the batch; a nest of tensors.
+        ids: the names of its samples, one for each row; empty if unknown.
+        passes: the forward and backward passes so far, since the last update.
+        loss: the sum of the losses of its backward passes, unscaled.
+        grad_norm: the L2 norm of all gradients, unscaled.
+        scale: the loss scale of its gradients.
+        applied: whether the optimizer has applied an update; None before it is known.
+        seconds: the duration of the step.
+        data_seconds: the wait for data before it.
+        probing: whether this step takes the costly looks (each `WatchConfig.every` steps, and after a skip).
+    """
+
+    step: int
+    batch: Any = None
+    ids: tuple[str, ...] = ()
+    passes: list[Pass] = field(default_factory=list)
+    loss: float | None = None
+    grad_norm: float | None = None
+    scale: float = 1.0
+    applied: bool | None = None
+    seconds: float | None = None
+    data_seconds: float | None = None
+    probing: bool = False
+
+
+class Detector:
+    """Looks at a subject and yields findings. A method that a detector does not define yields none.
+
+    Every method may read from the device only if `record.probing`, or from numbers that the record has.
+    """
+
+    def start(self, subject: Subject) -> Iterable[Finding]:
+        """Look before the first step."""
+        return ()
+
+    def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Look at a batch, before its forward pass."""
+        return ()
+
+    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Look at the gradients of the window, before its update. They are multiplied by `record.scale`, or by 1 if
+        `unscale_` was called (`record.scale` is then 1).
+        """
+        return ()
+
+    def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Look after the update, or after a step without one."""
+        return ()
+
+    def finish(self, subject: Subject) -> Iterable[Finding]:
+        """Look at the end of the watch."""
+        return ()
