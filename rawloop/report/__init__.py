@@ -1,0 +1,1 @@
+"""Pages: what a run has recorded, as one HTML file that opens without a network."""
