@@ -1,0 +1,129 @@
+"""Follows the gradients that are not finite through a backward pass: each autograd node."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rawloop.origin.forward import NOWHERE, Recorder, Spot
+from rawloop.origin.tensors import floats_in, largest, trouble
+
+SUM = "the sum of gradients"
+
+
+@dataclass(eq=False)
+class GradientSource:
+    """The node that makes gradients that are not finite from finite ones.
+
+    Args:
+        number: counts the nodes in the order in which they run.
+        operation: the name of the node without `Backward0`, or `SUM` if gradients are finite one by one only.
+        spot: the place in the forward pass that created the node.
+        largest: the largest finite magnitude of the gradient that the node received.
+        dtype: of the gradient that is not finite.
+        kind: `nan` or `inf`.
+    """
+
+    number: int
+    operation: str
+    spot: Spot | None
+    largest: float
+    dtype: torch.dtype
+    kind: str
+
+
+def recomputes(node: Any) -> bool:
+    """Whether a node runs a backward pass of its own, as reentrant checkpoints do."""
+    return bool(node.name() == "CheckpointFunctionBackward")
+
+
+def nodes_below(starts: Iterable[Any], seen: set[Any]) -> Iterator[Any]:
+    """Yield the autograd nodes from which the starts are computed, and add them to `seen`; those seen are left out."""
+    ahead = [node for node in starts if node is not None]
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            ahead += [following for following, _ in node.next_functions if following is not None]
+
+
+class Nodes:
+    """Hooks on every autograd node below a root."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.leaves: list[Tensor] = []
+        self.seen: set[Any] = set()
+        self._accumulators: dict[int, Any] = {}  # id of a leaf -> its node
+        self._sources: dict[Any, GradientSource] = {}  # by the node that receives the gradient
+        self._spots: dict[Any, Spot] = {}
+        self._hooks = ExitStack()
+        self._ran = 0
+
+    @contextmanager
+    def watching(self, root: Tensor) -> Iterator["Nodes"]:
+        """Watch the nodes below the root, and those that checkpointed modules create in backward."""
+        with self._hooks:
+            self._watch([root.grad_fn], None)
+            self.recorder.on_exit = lambda made, spot: self._watch([t.grad_fn for t in floats_in(made)], spot)
+            try:
+                yield self
+            finally:
+                self.recorder.on_exit = None
+
+    def source(self, gradients: Sequence[Tensor | None]) -> tuple[GradientSource, Tensor] | None:
+        """Return the first source of the leaves' gradients that are not finite, and the leaf."""
+        found = []
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            if gradient is not None and (kind := trouble(gradient)):
+                alone = GradientSource(self._ran + 1, SUM, None, largest([gradient]), gradient.dtype, kind)
+                found.append((self._sources.get(self._accumulators[id(leaf)], alone), leaf))
+        return min(found, key=lambda pair: pair[0].number, default=None)
+
+    def _watch(self, starts: Iterable[Any], spot: Spot | None) -> None:
+        for node in nodes_below(starts, self.seen):
+            if not hasattr(node, "variable"):
+                self._spots[node] = spot or self.recorder.spot_of(node._sequence_nr()) or NOWHERE
+                self._hooks.callback(node.register_hook(self._hook(node)).remove)
+            elif id(node.variable) not in self._accumulators:
+                self._accumulators[id(node.variable)] = node
+                self.leaves.append(node.variable)
+
+    def _hook(self, node: Any) -> Any:
+        def look(made: tuple[Tensor | None, ...], received: tuple[Tensor | None, ...]) -> None:
+            with torch._C.DisableTorchFunction():
+                self._look(node, made, received)
+
+        return look
+
+    def _look(self, node: Any, made: Sequence[Tensor | None], received: Sequence[Tensor | None]) -> None:
+        self._ran += 1
+        source = self._sources.get(node)
+        wrong = [gradient for gradient in floats_in(received) if trouble(gradient)]
+        if wrong and source is None:
+            source = self._source(node, SUM, received, wrong[0])
+        for (following, _), gradient in zip(node.next_functions, made, strict=False):
+            if following is None or gradient is None or not any(trouble(one) for one in floats_in(gradient)):
+                continue
+            if source is None and recomputes(node):  # its own backward pass has run already
+                source = min(self._sources.values(), key=lambda one: one.number, default=None)
+            source = source or self._source(node, operation_of(node.name()), received, gradient)
+            known = self._sources.get(following)
+            if known is None or source.number < known.number:
+                self._sources[following] = source
+
+    def _source(self, node: Any, operation: str, received: Any, wrong: Tensor) -> GradientSource:
+        size = largest(floats_in(received))
+        return GradientSource(self._ran, operation, self._spots[node], size, wrong.dtype, trouble(wrong))
+
+
+def operation_of(name: str) -> str:
+    """`SqrtBackward0` -> `sqrt`, `LinalgVectorNormBackward0` -> `linalg_vector_norm`; other names stay."""
+    base, found, tail = name.partition("Backward")
+    if not found or not tail.isdigit():
+        return name
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in base).lstrip("_")

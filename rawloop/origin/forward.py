@@ -1,0 +1,260 @@
+"""Follows the numbers that are not finite through a forward pass: each operation and each module."""
+
+import linecache
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from rawloop.origin.tensors import floats_in, limit, map_args, trouble
+
+# The line of the user's code whose operation runs, for code that runs operations which it has recorded, so that the
+# line is not on the stack: set it around each of them, as `train.py:41: loss = torch.log(p).mean()`. It is used for
+# operations outside the model's modules.
+current_line: ContextVar[str] = ContextVar("current_line", default="")
+
+OUR_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("origin", "watch", "diagnose"))
+NOT_THE_USERS = (str(Path(torch.__file__).parent), "<")  # torch, and generated code such as <frozen contextlib>
+
+
+class Spot(NamedTuple):
+    """A place in the forward pass.
+
+    Args:
+        number: counts the operations of the pass; -1 for a module whose own kernels are not operations of torch.
+        operation: such as `torch.log`, or the class of the module.
+        module: the path of the innermost module; empty for the model itself.
+        inside: whether a module of the model was running.
+        line: the line of code outside torch; empty if unknown.
+    """
+
+    number: int
+    operation: str
+    module: str
+    inside: bool
+    line: str
+
+
+NOWHERE = Spot(-1, "", "", False, "")
+
+
+@dataclass(eq=False)
+class Source:
+    """What made numbers that are not finite: an operation, or a tensor that was given (`given` is its name).
+
+    Args:
+        spot: the operation.
+        mask: it blocks positions with infinities, which is right unless something makes NaN from it.
+        blocked_by: the mask from which the operation makes NaN.
+        kind: `nan` or `inf`.
+        dtype: of the tensor that is not finite.
+        given: the name of a weight, buffer or input that contained them from the start.
+    """
+
+    spot: Spot
+    kind: str
+    dtype: torch.dtype
+    mask: bool = False
+    blocked_by: "Source | None" = None
+    given: str = ""
+
+
+@dataclass
+class Call:
+    """One operation with copies of its arguments, to run it again; `gradients` are those of its outputs."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    outputs: list[Tensor]
+    gradients: dict[int, Tensor]
+
+
+class Recorder(TorchFunctionMode):
+    """Sees the operations of a forward pass and the model's modules, and remembers the source of what is not finite.
+
+    It keeps numbers and names, no tensors, except those of the operation `wanted`.
+
+    Args:
+        model: the bare model.
+        given: tensors that exist before the pass, by name: weights, buffers, inputs.
+        wanted: the number of the operation to capture.
+    """
+
+    def __init__(self, model: nn.Module, given: Mapping[str, Tensor], wanted: int | None = None) -> None:
+        super().__init__()
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.sources: dict[int, Source] = {}
+        self.spans: list[tuple[int, Spot]] = []  # the sequence number of autograd nodes after each place
+        self.call: Call | None = None
+        self.count, self.wanted = 0, wanted
+        self.names = {module: name for name, module in model.named_modules()}
+        self.on_exit: Any = None
+        for name, tensor in given.items():
+            for one in floats_in(tensor):
+                if kind := trouble(one):
+                    self.sources[_key(one)] = Source(NOWHERE, kind, one.dtype, mask=kind == "inf", given=name)
+
+    @contextmanager
+    def watching(self) -> Iterator["Recorder"]:
+        """Watch the operations and modules inside."""
+        with ExitStack() as hooks:
+            for module in self.names:
+                hooks.callback(module.register_forward_pre_hook(self._enter).remove)
+                hooks.callback(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True).remove)
+            with self:
+                yield self
+
+    def source_of(self, tensor: Tensor) -> Source | None:
+        """Return the source of a tensor that is not finite."""
+        return self.sources.get(_key(tensor))
+
+    def spot_of(self, sequence_number: int) -> Spot | None:
+        """Return the place that created an autograd node."""
+        low, high = 0, len(self.spans)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.spans[middle][0] > sequence_number else (middle + 1, high)
+        return self.spans[low][1] if low < len(self.spans) else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return func(*args, **kwargs)
+        number, self.count = self.count, self.count + 1
+        given = list(floats_in((args, kwargs)))
+        in_place = _in_place(name) or "out" in kwargs
+        before = [self._seen(tensor) for tensor in given] if in_place else []
+        if number == self.wanted:
+            self._capture(func, args, kwargs)
+        self._note(Spot(-1, "", self._module(), bool(self.stack), ""))  # nodes of kernels that torch does not show
+        result = func(*args, **kwargs)
+        made = list(floats_in(result)) or (given[:1] if in_place else [])
+        spot = Spot(number, resolve_name(func) or name, self._module(), bool(self.stack), self._line())
+        self._note(spot)
+        for out in made:
+            self._settle(out, spot, given, before if in_place else None, (args, kwargs))
+        if number == self.wanted and self.call is not None:
+            self._keep(self.call, made)
+        return result
+
+    def _settle(self, out: Tensor, spot: Spot, given: list[Tensor], before: Any, arguments: Any) -> None:
+        """Remember the source of an output that is not finite."""
+        kind = trouble(out)
+        if not kind:
+            if all(_key(out) != _key(tensor) for tensor in given):
+                self.sources.pop(_key(out), None)  # the memory of another tensor, used again
+            return
+        sources = [s for s in (before if before is not None else map(self._seen, given)) if s is not None]
+        real = [source for source in sources if not source.mask]
+        if real:
+            made = min(real, key=lambda source: source.spot.number)
+        elif sources and kind == "inf":
+            made = sources[0]
+        elif sources:
+            made = Source(spot, kind, out.dtype, blocked_by=sources[0])
+        else:
+            made = Source(spot, kind, out.dtype, mask=kind == "inf" and _has_infinity(arguments, out.dtype))
+        self.sources[_key(out)] = made
+
+    def _seen(self, tensor: Tensor) -> Source | None:
+        """Return the source of an input; one that nobody has made comes from outside the pass."""
+        kind = trouble(tensor)
+        if not kind:
+            return None
+        shape = f"a tensor {tuple(tensor.shape)} from outside the pass"
+        spot = Spot(-1, "", self._module(), bool(self.stack), self._line())
+        return self.sources.get(_key(tensor)) or Source(spot, kind, tensor.dtype, mask=kind == "inf", given=shape)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._note(Spot(-1, "", self._module(), bool(self.stack), ""))
+        self.stack.append((self.names[module], module))
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, made: Any) -> None:
+        spot = Spot(-1, type(module).__name__, self.names[module], True, "")
+        self._note(spot)
+        with torch._C.DisableTorchFunction():
+            given = [*floats_in((args, kwargs))]
+            for out in floats_in(made):
+                if _key(out) not in self.sources and all(_key(out) != _key(one) for one in given):
+                    self._settle(out, spot, given, None, ())
+            if self.on_exit is not None:
+                self.on_exit(made, spot)
+        while self.stack and self.stack.pop()[1] is not module:
+            pass
+
+    def _module(self) -> str:
+        return self.stack[-1][0] if self.stack else ""
+
+    def _note(self, spot: Spot) -> None:
+        now = torch._C._autograd._get_sequence_nr()
+        if not self.spans or self.spans[-1][0] < now:
+            self.spans.append((now, spot))
+
+    def _line(self) -> str:
+        if not self.stack and current_line.get():
+            return current_line.get()
+        if self.stack and type(self.stack[-1][1]).__module__.startswith("torch."):
+            return ""
+        return _line_of(sys._getframe(1))
+
+    def _capture(self, func: Any, args: Any, kwargs: Any) -> None:
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_floating_point())
+
+        self.call = Call(func, map_args(copied, args), map_args(copied, kwargs), [], {})
+
+    def _keep(self, call: Call, made: list[Tensor]) -> None:
+        call.outputs = [out.detach().clone() for out in made]
+        for index, out in enumerate(made):
+            if out.requires_grad:
+                out.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient, index=index: call.gradients.__setitem__(index, gradient.detach().clone())
+                )
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _in_place(name: str) -> bool:
+    """Whether an operation of this name writes into its first argument: `add_`, `__iadd__`, `__setitem__`."""
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__int__", "__index__"))
+    return name.endswith("_")
+
+
+def _has_infinity(arguments: Any, dtype: torch.dtype) -> bool:
+    """Whether a plain number among the arguments is infinite in this dtype, as in a fill or a mask."""
+    if isinstance(arguments, float | int) and not isinstance(arguments, bool):
+        return not math.isnan(arguments) and abs(arguments) > limit(dtype)
+    if isinstance(arguments, dict):
+        return any(_has_infinity(item, dtype) for item in arguments.values())
+    return isinstance(arguments, list | tuple) and any(_has_infinity(item, dtype) for item in arguments)
+
+
+def _line_of(frame: FrameType | None) -> str:
+    """Return the innermost line outside torch and this package, up to the call that started the pass."""
+    left = False
+    while frame is not None:
+        file = frame.f_code.co_filename
+        ours = file.startswith(OUR_OWN[0])
+        if ours and left:
+            return ""
+        left = left or not ours
+        if not file.startswith((*OUR_OWN, *NOT_THE_USERS)) and "contextlib" not in file:
+            text = linecache.getline(file, frame.f_lineno).strip()
+            return f"{Path(file).name}:{frame.f_lineno}: {text}".rstrip(": ")
+        frame = frame.f_back
+    return ""

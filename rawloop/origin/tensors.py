@@ -1,0 +1,76 @@
+"""Tensors in the arguments and results of operations, and the numbers in them that are not finite."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def floats_in(value: Any) -> Iterator[Tensor]:
+    """Yield the strided floating-point tensors with numbers in lists, tuples, mappings, dataclasses, and nests."""
+    if isinstance(value, Tensor):
+        if _readable(value):
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from floats_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from floats_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from floats_in(getattr(value, field.name))
+
+
+def _readable(tensor: Tensor) -> bool:
+    return (
+        tensor.is_floating_point()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and tensor.numel() > 0
+    )
+
+
+def trouble(tensor: Tensor) -> str:
+    """Return `nan`, `inf` (infinities, and no NaN), or an empty string. This waits for the device."""
+    tensor = tensor.detach()
+    if bool(tensor.isfinite().all()):
+        return ""
+    return "nan" if bool(tensor.isnan().any()) else "inf"
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    """Return the largest finite magnitude; NaN without a finite number."""
+    found = [t.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax().double().item() for t in tensors]
+    return max(found, default=math.nan)
+
+
+def first_wrong(tensor: Tensor) -> tuple[int, ...]:
+    """Return the index of the first number that is not finite."""
+    flat = int((~tensor.detach().isfinite()).flatten().int().argmax())
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), tensor.shape))
+
+
+def map_args(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """Return arguments of an operation with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: map_args(change, item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_args(change, item) for item in value)
+    return value
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def limit(dtype: torch.dtype) -> float:
+    """Return the largest finite number of a dtype."""
+    return torch.finfo(dtype).max
