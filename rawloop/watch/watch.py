@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 
 from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import UserError
+from rawloop.watch.changed import ChangedWeights
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding, Findings
 from rawloop.watch.subject import Detector, StepRecord, Subject
+from rawloop.watch.weights import UnsoundWeights
 
 
 class Watch:
@@ -139,4 +141,4 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def all_detectors() -> list[Detector]:
     """Return a new detector of every kind."""
-    return []
+    return [UnsoundWeights(), ChangedWeights()]
