@@ -186,6 +186,10 @@ class MovingBuffers:
         self._before = self.values()
         self._stamps = self._now()
 
+    def before(self) -> list[Tensor]:
+        """Return their values before the window."""
+        return self._before
+
     def values(self) -> list[Tensor]:
         """Return copies of the buffers."""
         return [place.buffer.clone() for place in self.places.values()]

@@ -40,17 +40,20 @@ from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.families.chat_template import clock_notice
-from rawloop.loop import Run, trial_loss
+from rawloop.loop import Run
 from rawloop.losses import LossModule, Meter
 from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import Trial, preflight
-from rawloop.records import Records, check_packages
+from rawloop.rebuild import trial_loss
+from rawloop.records import Records
 from rawloop.resume import Start, choose_start, goes_back, restore
 from rawloop.run import TrainState
 from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
+from rawloop.sinks import check_packages
+from rawloop.watched import build_watch
 from rawloop.weights import Source, find_source
 
 Say = Callable[[str], None]
@@ -96,6 +99,8 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
         restore(run, config, start, say)
         if report is not None:
             world.on_all_ranks(partial(report.record, run.records), only_main=True)
+        if config.watch.enabled:
+            run.watch = build_watch(config, folder, run)
     except BaseException:
         run.close()
         raise

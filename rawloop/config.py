@@ -24,6 +24,7 @@ from rawloop.families.config import ModelConfig
 from rawloop.parser import Parser, add_options, flattened, read_yaml
 from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
+from rawloop.watch.config import WatchConfig
 
 RUN_MARKS = ("metrics.jsonl", "checkpoints")  # a run folder has one of them beside its config
 ALIASES = {"--disable_eval": "--evaluation.enabled=false", "--disable_evaluation": "--evaluation.enabled=false"}
@@ -109,6 +110,7 @@ class RunConfig:
         evaluation: evaluation during training.
         checkpoint: saving.
         records: where metrics go.
+        watch: looking for numbers that go wrong.
     """
 
     output: str = "runs/run"
@@ -127,6 +129,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     records: RecordsConfig = field(default_factory=RecordsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         if self.init_from == "":

@@ -5,6 +5,7 @@ Files are hashed in blocks, so a file of many gigabytes costs no memory.
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rawloop.errors import UserError
 
@@ -98,6 +99,12 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
             digest.update(chunk)
             size += len(chunk)
     return FileRecord(size, digest.hexdigest())
+
+
+def signed_json(body: dict[str, Any]) -> bytes:
+    """Return JSON that ends with its own SHA-256. A reader renders what it has read, and compares the bytes."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**body, "sha256": digest}, indent=1) + "\n").encode()
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -5,24 +5,21 @@ device works, clip and update, log; then evaluate, save, stop. The loop visits t
 so evaluation and saving have one call site each.
 """
 
-import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from rawloop.buffers import MovingBuffers, find_moving_buffers
+from rawloop.buffers import MovingBuffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import no_sync, unwrap_ddp
-from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place, happening
+from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place
 from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr
 from rawloop.precision.gradients import StepResult
-from rawloop.precision.preflight import preflight
 from rawloop.preempt import first_reason
+from rawloop.rebuild import find_buffers, rebuild_ddp
 from rawloop.run import Run as Run
 from rawloop.run import TrainState, evaluate_and_save, raise_if, stop_early
 from rawloop.settings import TrainConfig as TrainConfig
@@ -62,10 +59,11 @@ def train(run: Run) -> TrainState:
             window, targets = agree_on_window(run, fetched or fetch(windows))
             run.buffers = find_buffers(run, window[0]) if run.buffers is None else run.buffers
             set_lr(run.optimizer, run.lr(state.step))
-            accumulate(run, window, targets)
-            # The device is busy until `update` waits for it. The last window has no successor.
-            fetched = fetch(windows) if state.step + 1 < run.total_steps else None
-            result = update(run, window)
+            with run.watch.step(run, window, targets) if run.watch else nullcontext():
+                accumulate(run, window, targets)
+                # The device is busy until `update` waits for it. The last window has no successor.
+                fetched = fetch(windows) if state.step + 1 < run.total_steps else None
+                result = update(run, window)
 
             if run.checkpoints:
                 run.record_or_defer(run.checkpoints.poll)
@@ -155,11 +153,16 @@ def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> Non
 
 def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict[str, StreamLoss]:
     """Run forward and backward on one micro-batch. `targets` counts the whole window, over all ranks."""
+    if run.watch:
+        run.watch.before_pass()
     with run.policy.autocast():
         losses: dict[str, StreamLoss] = run.module(batch.to(run.world.device))
     # Activation checkpointing runs the forward pass again: buffers must not move twice.
     moved = run.buffers.values() if run.buffers and run.buffers.twice else None
-    run.policy.backward(weighted_mean(losses, run.weights, targets, run.world.size))
+    loss = weighted_mean(losses, run.weights, targets, run.world.size)
+    run.policy.backward(loss)
+    if run.watch:
+        run.watch.after_pass(run, batch, loss)
     if run.buffers and moved is not None:
         run.buffers.write(moved)
     return losses
@@ -254,47 +257,10 @@ def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
     run.state.skipped += 1
     ids, reason = samples_of_all_ranks(run, window), result.skipped_because or ""
     if run.world.is_main:
-        run.record_or_defer(lambda: run.records.event("skip", step=run.state.step, reason=reason, samples=ids))
+        fields: dict[str, Any] = {"samples": ids, "scale": result.scale}
+        if run.policy.scaler:
+            fields |= {"next_scale": run.policy.scaler.scale, "scale_floor": run.policy.scaler.config.floor}
+        fields |= run.watch.fields() if run.watch else {}
+        run.record_or_defer(lambda: run.records.event("skip", step=run.state.step, reason=reason, **fields))
     if result.fell_back:
         rebuild_ddp(run, result.fell_back, window[0])
-
-
-def trial_loss(module: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Return the sum of a micro-batch's losses, for the trial of a precision mode. An error names the samples."""
-    with happening(f"in the trial of one pass, on the samples {', '.join(batch.ids)}", name_own=True):
-        losses = module(batch.to(device))
-    return torch.stack([loss.total for loss in losses.values()]).sum()
-
-
-def find_buffers(run: Run, batch: Batch) -> MovingBuffers:
-    """Find the buffers that training moves, by a trial pass whose changes are undone. All ranks call this.
-
-    Raises:
-        UserError: no checkpoint could hold one of them.
-    """
-    model = run.policy.model
-    assert model is not None, "run.policy has prepared the model"
-    if next(model.buffers(), None) is None:
-        return MovingBuffers(model)
-    trial = preflight(run.policy, partial(trial_loss, unwrap_ddp(run.module), batch, run.world.device))
-    return find_moving_buffers(model, trial.moves, run.world, watch=not getattr(run.module, "broadcast_buffers", False))
-
-
-def rebuild_ddp(run: Run, change: str, batch: Batch) -> None:
-    """Rebuild DDP after all ranks fell back to another precision mode, which may have changed the weights' dtype.
-
-    The old DDP is deleted first, because its hooks stay on the weights. The mode is tried on a batch, as before
-    training: if the device cannot run the model in it, the next mode is taken.
-    """
-    step, policy = run.state.step, run.policy
-    assert run.wrap is not None or run.world.size == 1, "a run of several ranks must say how its module is wrapped"
-    bare, run.module = unwrap_ddp(run.module), nn.Identity()
-    gc.collect()
-    entered = policy.name
-    preflight(policy, partial(trial_loss, bare, batch, run.world.device))
-    if policy.name != entered:
-        change = f"{change} -> {policy.chain.trail().partition(f'{entered} -> ')[2]}"
-    run.module = run.wrap() if run.wrap is not None else bare
-    if run.world.is_main:
-        run.record_or_defer(lambda: run.records.event("fallback", step=step, reason=policy.reason, change=change))
-    run.record_or_defer(lambda: run.records.metrics(step, {"precision": policy.name, "fallback": change}))

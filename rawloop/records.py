@@ -7,12 +7,9 @@ operating system before the call returns. A resumed run cuts off, and reports, a
 import json
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -20,14 +17,26 @@ from typing import Any, Literal, Self, get_args
 from tqdm import tqdm
 
 from rawloop.dist import World
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import RawloopError
 from rawloop.files import replace_file
 from rawloop.settings import RecordsConfig as RecordsConfig
+from rawloop.sinks import Sinks, Value, check_packages
 
 EventKind = Literal[
-    "start", "stop", "precision", "check", "skip", "fallback", "save", "restore", "best", "bad_sample", "warning"
+    "start",
+    "stop",
+    "precision",
+    "check",
+    "skip",
+    "fallback",
+    "save",
+    "restore",
+    "best",
+    "bad_sample",
+    "warning",
+    "finding",
+    "capsule",
 ]
-Value = float | int | str | None
 Log = Callable[[str], object] | None
 METRICS, EVENTS, DISCARDED = "metrics.jsonl", "events.jsonl", "metrics.discarded.jsonl"
 MEND = "rawloop writes no such line: mend it, or move the file aside"
@@ -40,16 +49,6 @@ SHOWN = {
     "lr": "lr {:.3g}",
     "samples_per_second": "{:.1f} samples/s",
 }
-
-
-def check_packages(config: RecordsConfig) -> None:
-    """Raise UserError if the config asks for a package that is not installed."""
-    for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb)):
-        if wanted and find_spec(package) is None:
-            raise UserError(
-                f"records.{package} is true, but the package {package} is not installed: "
-                f"run `pip install {package}`, or set records.{package} to false"
-            )
 
 
 def json_value(value: Any) -> Any:
@@ -109,40 +108,6 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 def to_stderr(line: str) -> None:
     """Print a line above the progress bar, if there is one."""
     tqdm.write(line, file=sys.stderr)
-
-
-class Sinks:
-    """Copies metrics to TensorBoard and Weights & Biases, as the config says."""
-
-    def __init__(self, folder: Path, config: RecordsConfig, purge_step: int | None) -> None:
-        self._tensorboard = self._wandb = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        if config.wandb:
-            identity = folder / "wandb-id"  # so that a resumed run continues the same run on W&B
-            if not identity.exists():
-                identity.write_text(secrets.token_hex(8))
-            options = {"name": folder.name, "id": identity.read_text().strip(), "dir": str(folder), "resume": "allow"}
-            self._wandb = import_module("wandb").init(project=config.wandb_project, **options)
-            # W&B drops values for a step before its own counter, as after a resume: log the step as a metric instead.
-            self._wandb.define_metric("*", step_metric="step")
-
-    def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Write the metrics of one step; only numbers go to TensorBoard."""
-        if self._tensorboard:
-            for name in (name for name, value in values.items() if isinstance(value, float | int)):
-                self._tensorboard.add_scalar(name, values[name], step)
-        if self._wandb:
-            self._wandb.log({"step": step, **values})
-
-    def close(self) -> None:
-        """Flush both, and end their threads."""
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
 
 
 class Records:
@@ -224,8 +189,8 @@ class Records:
         self._sinks = self._sinks or Sinks(self.folder, self.config, self._purge_step)
         self._sinks.write(step, values)
 
-    def event(self, kind: EventKind, *, step: int, reason: str, **fields: Any) -> None:
-        """Record a decision or an incident, on any rank; rank 0 logs it too.
+    def event(self, kind: EventKind, *, step: int, reason: str, show: bool = True, **fields: Any) -> None:
+        """Record a decision or an incident, on any rank; rank 0 logs it too, if it is to `show`.
 
         `step` is -1 for an event outside the steps. `fields` are further JSON values.
         """
@@ -236,7 +201,7 @@ class Records:
         self._open(name)  # before the time is read: opening may write an event
         line = {"time": time.time(), "kind": kind, "step": step, "rank": rank, "reason": reason}
         self._append(name, {**line, **json_value(fields)})
-        if self._log:
+        if self._log and show:
             self._log(f"[{kind}] step {step}: {reason}" if step >= 0 else f"[{kind}] {reason}")
 
     def rewind(self, step: int, evaluated: bool = True, entered: Sequence[str] = ()) -> None:

@@ -1,11 +1,11 @@
 """A run: the objects that the loop uses, its counters, and how it is evaluated, saved and stopped."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.buffers import MovingBuffers
@@ -47,6 +47,25 @@ class TrainState:
         self.visited = state["visited"]
 
 
+class Watcher(Protocol):
+    """Sees the steps of a run, and changes none of their numbers."""
+
+    def step(self, run: "Run", window: list[Batch], targets: Mapping[str, int]) -> AbstractContextManager[None]:
+        """Watch one step, from its first forward pass to its update. It adds what it knows to an error."""
+
+    def before_pass(self) -> None:
+        """See that a pass begins."""
+
+    def after_pass(self, run: "Run", batch: Batch, loss: Tensor) -> None:
+        """See a pass that is done; `loss` is unscaled."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return JSON values for the event of a skip."""
+
+    def finish(self) -> None:
+        """See the end of the run."""
+
+
 @dataclass
 class Run:
     """All objects of a run, ready for the loop. Those with the default None are optional.
@@ -66,6 +85,7 @@ class Run:
         wrap: builds `module` again, in DDP or not, after the precision policy has fallen back.
         deferred_error: an error in writing records on this rank, until it is raised on all ranks.
         loaders: `close` ends their workers.
+        watch: sees every step.
     """
 
     module: nn.Module
@@ -90,6 +110,7 @@ class Run:
     wrap: Callable[[], nn.Module] | None = None
     deferred_error: Exception | None = None
     loaders: Sequence[Loader] = ()
+    watch: Watcher | None = None
 
     def record_or_defer(self, write: Callable[[], None]) -> None:
         """Write a record. An error on one rank is raised on all ranks in the next step."""
@@ -140,6 +161,8 @@ class Run:
                 stack.callback(self.checkpoints.close)
             for loader in self.loaders:
                 stack.callback(loader.close)
+            if self.watch:
+                stack.callback(self.watch.finish)
 
 
 def evaluate_and_save(run: Run, last: bool) -> bool:

@@ -31,6 +31,7 @@ FLOORS = (
             "dist",
             "preempt",
             "records",
+            "sinks",
             "seed",
             "buffers",
             "losses",
@@ -58,7 +59,7 @@ FLOORS = (
             "demo",
         ),
     ),
-    ("frame", ("run", "loop")),
+    ("frame", ("run", "loop", "rebuild")),
     (
         "assembly",
         (
@@ -69,6 +70,9 @@ FLOORS = (
             "components",
             "checkpoints",
             "resume",
+            "kept",
+            "watched",
+            "replay",
             "build",
         ),
     ),

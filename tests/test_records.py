@@ -19,7 +19,8 @@ import torch
 
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
-from rawloop.records import EventKind, Records, RecordsConfig, Value, read_events, read_metrics
+from rawloop.records import EventKind, Records, RecordsConfig, read_events, read_metrics
+from rawloop.sinks import Value
 
 
 def make(folder: Path, rank: int = 0, **config: Any) -> Records:

@@ -11,7 +11,6 @@ torch reads notices a flipped bit; the digests do, in the manifest too.
 they differ, best.json is right, unless its slot is missing (a kill while a slot was moved).
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 
 from rawloop.checkpoint.best import BestRecord
 from rawloop.errors import CheckpointError
-from rawloop.files import FileRecord, sha256_file, write_file
+from rawloop.files import FileRecord, sha256_file, signed_json, write_file
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -61,15 +60,10 @@ class Manifest:
         return sum(record.size for record in self.files.values())
 
 
-def _render(body: dict[str, Any]) -> bytes:
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**body, "sha256": digest}, indent=1) + "\n").encode()
-
-
 def write_manifest(slot: Path, manifest: Manifest) -> None:
     """Write the manifest into a slot whose other files are complete."""
     files = {name: record._asdict() for name, record in manifest.files.items()}
-    write_file(slot / MANIFEST, [_render({**asdict(manifest), "files": files})])
+    write_file(slot / MANIFEST, [signed_json({**asdict(manifest), "files": files})])
 
 
 def read_manifest(slot: Path) -> Manifest:
@@ -96,7 +90,7 @@ def read_manifest(slot: Path) -> Manifest:
         raise CheckpointError(f"{path}: its format is {found_format!r}, this version of rawloop reads {FORMAT}")
     body.pop("sha256", None)
     # comparing the bytes with a second rendering notices every change, even one that does not change the JSON
-    if _render(body) != raw:
+    if signed_json(body) != raw:
         raise CheckpointError(f"{path}: its own digest does not match: the file has changed since it was written")
     try:
         files = {name: FileRecord(**record) for name, record in body.pop("files").items()}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
@@ -22,13 +22,28 @@ class StepResult(NamedTuple):
     """The outcome of one optimizer step. `grad_norm` is the global L2 norm before clipping.
 
     `fell_back` is set, for example to `amp_fp16 -> bf16`, if the policy has switched the mode. Then wrap the model in
-    DDP again: weights may have another dtype.
+    DDP again: weights may have another dtype. `loss` is the sum of this rank's losses, `scale` the loss scale.
     """
 
     applied: bool
     grad_norm: float
     skipped_because: str | None = None
     fell_back: str | None = None
+    loss: float = math.nan
+    scale: float = 1.0
+
+
+class Observer(Protocol):
+    """Sees the gradients of a window after they are measured, before they are applied or dropped."""
+
+    def judge(self, found: "Measured") -> str | None:
+        """Return why a finite update is not to be applied, or None. If one rank has a reason, no rank applies it."""
+
+    def look(self, found: "Measured", result: StepResult, *, last: bool) -> None:
+        """Look at the gradients, which are still multiplied by `found.scale`. The ranks have agreed on the result.
+
+        `last`: the policy is about to leave this mode. It calls no collective.
+        """
 
 
 class Window:
@@ -129,6 +144,11 @@ class Measured(NamedTuple):
     buffers: float = 0.0
     scale: float = 1.0
     refusal: str | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether there are gradients, and all numbers are finite."""
+        return self.norm >= 0 and math.isfinite(self.norm + self.loss + self.buffers)
 
 
 def watch_steps(policy: Any) -> None:

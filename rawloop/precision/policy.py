@@ -6,7 +6,6 @@ work, all ranks switch to the next one of `precision.fallback` at the same step 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 from weakref import ref
 
@@ -19,8 +18,7 @@ from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.advice import explain_nonfinite
 from rawloop.precision.gradients import Measured, StepResult, Window, connected, drop_scaler_marks, global_norm, measure
 from rawloop.precision.masters import held_by
-from rawloop.precision.modes import MODES, Autocast, Mode
-from rawloop.precision.prepared import UNPREPARED, PreparedModel
+from rawloop.precision.prepared import PreparedModel
 
 NOT_FINITE = {"loss": "losses", "norm": "gradients", "buffers": "moving buffers"}
 
@@ -41,36 +39,6 @@ class PrecisionPolicy(PreparedModel):
         UserError: the device does not support the mode, the settings contradict each other, or `world` has fewer ranks
             than there are processes.
     """
-
-    @property
-    def name(self) -> str:
-        """The name of the mode; `auto` until the model is prepared."""
-        return self.chain.name
-
-    @property
-    def reason(self) -> str:
-        """The reason for this mode."""
-        return self.chain.reason
-
-    @property
-    def mode(self) -> Mode:
-        """The mode's row of the table.
-
-        Raises:
-            UserError: the mode is `auto`, and no model is prepared.
-        """
-        if self.name not in MODES:
-            raise UserError(UNPREPARED)
-        return MODES[self.name]
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context for every forward pass: training, evaluation and generation. It may be kept and reused.
-
-        Raises:
-            UserError: the mode is `auto`, and no model is prepared.
-        """
-        assert self.mode
-        return Autocast(lambda: self.mode, self.device.type)
 
     def backward(self, loss: Tensor, *, inputs: Iterable[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Run the backward pass on the scaled loss. Gradients accumulate until `step`.
@@ -186,9 +154,10 @@ class PrecisionPolicy(PreparedModel):
             misuse = error
         norm, refusal = found.norm, found.refusal
         flags = [not math.isfinite(value) for value in (norm, found.loss, found.buffers)]
+        objection = self.observer.judge(found) if self.observer and found.finite else None
         # The only agreement of a step: all ranks take the same decision.
-        nonfinite, bad_loss, bad_buffers, refused, unconnected, misused = self.world.any(
-            [*flags, refusal is not None, norm < 0, misuse is not None]
+        nonfinite, bad_loss, bad_buffers, refused, unconnected, misused, objected = self.world.any(
+            [*flags, refusal is not None, norm < 0, misuse is not None, objection is not None]
         )
         if refused or unconnected or misused:
             self.zero_grad(*optimizers)
@@ -200,13 +169,23 @@ class PrecisionPolicy(PreparedModel):
                 "on another model, or on a new tensor with requires_grad=True"
             )
         if refused:
-            return self._fall_back(f"unscaling failed: {refusal or 'on another rank'}", norm)
+            return self._fall_back(f"unscaling failed: {refusal or 'on another rank'}", StepResult(False, norm))
         for what, bad in (("loss", bad_loss), ("norm", nonfinite), ("buffers", bad_buffers)):
             if bad:
                 return self._skip(optimizers, found, what, buffers, nonfinite)
+        because = (objection or "another rank objected") if objected else None
+        result = self._seen(StepResult(not objected, norm, because, None, found.loss, self.window.scale), found)
+        if objected:
+            self._close(optimizers, finite=None)
+            return result
         self._apply(optimizers, held, found, max_norm)
         self.skips_in_a_row = self.bad_losses_in_a_row = 0
-        return StepResult(True, norm)
+        return result
+
+    def _seen(self, result: StepResult, found: Measured, *, last: bool = False) -> StepResult:
+        if self.observer:
+            self.observer.look(found, result, last=last)
+        return result
 
     def _apply(
         self, optimizers: list[Optimizer], held: list[nn.Parameter], found: Measured, max_norm: float | None
@@ -252,28 +231,32 @@ class PrecisionPolicy(PreparedModel):
         self, optimizers: list[Optimizer], found: Measured, what: str, buffers: Sequence[Tensor], nonfinite: bool
     ) -> StepResult:
         """Drop the gradients of optimizers, because `what` is not finite on some rank."""
-        self._close(optimizers, finite=False if nonfinite else None)
         self.skips_in_a_row += 1
         self.bad_losses_in_a_row = self.bad_losses_in_a_row + 1 if what == "loss" else 0
         value = getattr(found, what)
         place = "on another rank" if math.isfinite(value) else f"{what} {value}"
         reason = f"{NOT_FINITE[what]} that are not finite ({place})"
+        losses_end = bool(self.chain.remaining) and self.bad_losses_in_a_row >= self.config.max_nonfinite_losses
+        skips_end = self.skips_in_a_row >= self.config.max_skips
+        result = StepResult(False, found.norm, reason, None, found.loss, self.window.scale)
+        self._seen(result, found, last=losses_end or skips_end)
+        self._close(optimizers, finite=False if nonfinite else None)
 
         def advice() -> str:
             assert self.model is not None
             return explain_nonfinite(self.model, what, buffers, fp16=self.mode.scaler is not None)
 
-        if self.chain.remaining and self.bad_losses_in_a_row >= self.config.max_nonfinite_losses:
+        if losses_end:
             reason = f"{self.bad_losses_in_a_row} losses in a row were not finite"
-            return self._fall_back(reason, found.norm, advice)
-        if self.skips_in_a_row >= self.config.max_skips:
-            return self._fall_back(f"{self.skips_in_a_row} steps in a row had {reason}", found.norm, advice)
-        return StepResult(False, found.norm, reason)
+            return self._fall_back(reason, result, advice)
+        if skips_end:
+            return self._fall_back(f"{self.skips_in_a_row} steps in a row had {reason}", result, advice)
+        return result
 
     def _fall_back(
         self,
         reason: str,
-        norm: float,
+        result: StepResult,
         advice: Callable[[], str] = lambda: "Set another precision.mode, or more modes in precision.fallback",
     ) -> StepResult:
         """Switch to the next mode, at this step boundary.
@@ -288,4 +271,4 @@ class PrecisionPolicy(PreparedModel):
                 f"{advice()}"
             )
         self.window.dropped = f"the window was dropped: {self.reason}"
-        return StepResult(False, norm, reason, fell_back=f"{name} -> {self.name}")
+        return result._replace(skipped_because=reason, fell_back=f"{name} -> {self.name}")

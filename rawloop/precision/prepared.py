@@ -1,6 +1,7 @@
 """A model in one precision mode: cast, with masters and a loss scaler, and switching to the next mode."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 from warnings import warn
 from weakref import WeakKeyDictionary, ref
@@ -14,9 +15,9 @@ from rawloop.errors import UserError
 from rawloop.precision.advice import lost_updates
 from rawloop.precision.casting import cast_frozen, check_model, check_world
 from rawloop.precision.config import PrecisionConfig
-from rawloop.precision.gradients import Window, drop_scaler_marks, watch_steps
+from rawloop.precision.gradients import Observer, Window, drop_scaler_marks, watch_steps
 from rawloop.precision.masters import HALF, TrainedWeights, adopt, held_by, replace_parameters
-from rawloop.precision.modes import MODES, ModeChain, describe, examine, other_mode
+from rawloop.precision.modes import MODES, Autocast, Mode, ModeChain, describe, examine, other_mode
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
@@ -48,6 +49,7 @@ class PreparedModel:
         self.window = Window(self.trained)
         self.scaler: LossScaler | None = None
         self.skips_in_a_row = self.bad_losses_in_a_row = 0
+        self.observer: Observer | None = None
         self.stepping = False  # while `step` calls the optimizers
         self._grad_scaler = grad_scaler
         self._adopted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -55,6 +57,36 @@ class PreparedModel:
         name = self.chain.name
         if grad_scaler is not None and "amp_fp16" not in (name, *self.chain.remaining):
             raise UserError(f"a GradScaler was passed and precision.mode is '{name}': it goes with amp_fp16")
+
+    @property
+    def name(self) -> str:
+        """The name of the mode; `auto` until the model is prepared."""
+        return self.chain.name
+
+    @property
+    def reason(self) -> str:
+        """The reason for this mode."""
+        return self.chain.reason
+
+    @property
+    def mode(self) -> Mode:
+        """The mode's row of the table.
+
+        Raises:
+            UserError: the mode is `auto`, and no model is prepared.
+        """
+        if self.name not in MODES:
+            raise UserError(UNPREPARED)
+        return MODES[self.name]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context for every forward pass: training, evaluation and generation. It may be kept and reused.
+
+        Raises:
+            UserError: the mode is `auto`, and no model is prepared.
+        """
+        assert self.mode
+        return Autocast(lambda: self.mode, self.device.type)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Cast the model's weights for the mode, in place. Call it before DDP and the optimizer exist.

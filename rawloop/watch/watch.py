@@ -41,13 +41,20 @@ class Watch:
         out: str | Path | None = None,
         config: WatchConfig | None = None,
         detectors: Sequence[Detector] | None = None,
+        world: World | None = None,
+        named: Callable[[], Iterable[tuple[str, nn.Parameter]]] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"rawloop.Watch takes a model (nn.Module) first: it got a {type(model).__name__}")
         bare = bare_model(model)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.subject = Subject(
-            bare, optimizers, scaler, lambda: list(bare.named_parameters()), World.current(), config or WatchConfig()
+            bare,
+            optimizers,
+            scaler,
+            named or (lambda: list(bare.named_parameters())),
+            world or World.current(),
+            config or WatchConfig(),
         )
         self.out = Path(out) if out else None
         self.findings = Findings()
@@ -69,6 +76,39 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
         self._look(lambda detector: detector.finish(self.subject))
+
+    @property
+    def record(self) -> StepRecord:
+        """The step that is under way."""
+        return self._record
+
+    def start(self) -> None:
+        """Look at a loop that calls `begin`, `measured`, `before_update` and `end` itself."""
+        self._look(lambda detector: detector.start(self.subject))
+
+    def finish(self) -> None:
+        """Look at the end of such a loop."""
+        self._look(lambda detector: detector.finish(self.subject))
+
+    def begin(self, batch: Any, ids: Sequence[str] = (), *, step: int) -> None:
+        """Begin a step."""
+        self._record = StepRecord(step, batch, tuple(ids), probing=step % self.subject.config.every == 0)
+        self._left = time.perf_counter()
+        self._look(lambda detector: detector.batch(self.subject, self._record))
+
+    def measured(self, loss: float, grad_norm: float, scale: float, applied: bool) -> None:
+        """Take the numbers of the step."""
+        self._record.loss, self._record.grad_norm = loss, grad_norm
+        self._record.scale, self._record.applied = scale, applied
+
+    def before_update(self) -> None:
+        """Look at the gradients."""
+        self._look(lambda detector: detector.gradients(self.subject, self._record))
+
+    def end(self) -> None:
+        """End the step."""
+        self._record.seconds = time.perf_counter() - self._left
+        self._look(lambda detector: detector.end(self.subject, self._record))
 
     @contextmanager
     def step(self, batch: Any = None, ids: Sequence[str] = ()) -> Iterator[None]:

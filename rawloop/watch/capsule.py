@@ -1,0 +1,163 @@
+"""Capsules: folders with what is needed to run one bad step again. Safetensors, JSON and YAML; no pickle.
+
+A capsule is written under a temporary name and renamed, so one with its name is whole. Its manifest has the size and
+the digest of every file, and its own digest.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rawloop.errors import RawloopError, UserError
+from rawloop.files import FileRecord, readable, remove_tree, sha256_file, signed_json, sync_tree, write_file
+from rawloop.pack import Packed, pack, read_state, write_packed
+from rawloop.records import json_value
+from rawloop.watch.config import WatchConfig
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+FOLDER = "capsules"
+LEFT_OUT_FIRST = ("optimizer", "earlier", "weights", "passes")  # if a capsule would be too large
+
+
+@dataclass
+class Capsule:
+    """The contents of a capsule.
+
+    Args:
+        facts: JSON values: step, rank, why it was written, numbers, findings, digests of gradients, versions.
+        states: nested states of tensors and JSON values, by the name of their files.
+        texts: text files by name.
+    """
+
+    facts: dict[str, Any]
+    states: dict[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+class Capsules:
+    """The capsules of one rank of a run, limited in number and in size.
+
+    Args:
+        folder: of the run.
+        config: the limits.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, config: WatchConfig, rank: int) -> None:
+        self.folder, self.config, self.rank = folder / FOLDER, config, rank
+
+    def has_room(self) -> bool:
+        """Whether another capsule may be written: those of earlier starts of the run count."""
+        return len(list(self.folder.glob(f"step-*-rank{self.rank}*"))) < self.config.capsules
+
+    def write(self, step: int, capsule: Capsule) -> Path:
+        """Write a capsule, and return its folder.
+
+        Raises:
+            OSError: the disk is full or refuses; nothing is left of the capsule.
+        """
+        name = f"step-{step:08d}-rank{self.rank}"
+        taken = len(list(self.folder.glob(f"{name}*")))
+        path = self.folder / (f"{name}-{taken + 1}" if taken else name)
+        return write_capsule(path, capsule, self.config.capsule_mb * 10**6)
+
+
+def write_capsule(path: Path, capsule: Capsule, most: int) -> Path:
+    """Write a capsule of at most `most` bytes. What does not fit is left out, and the manifest says so.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    states, left_out = _fitting(capsule.states, most)
+    temporary = path.with_name(f".tmp-{path.name}")
+    if temporary.exists():
+        remove_tree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        files: dict[str, FileRecord] = {}
+        for name, state in states.items():
+            files |= write_packed(pack(state), temporary, name)
+        for name, text in capsule.texts.items():
+            files[name] = write_file(temporary / name, [text.encode()])
+        facts = {**capsule.facts, "left_out": {**capsule.facts.get("left_out", {}), **left_out}}
+        body = {"format": FORMAT, "files": {name: record._asdict() for name, record in files.items()}, **facts}
+        write_file(temporary / MANIFEST, [signed_json(json_value(body))])
+        sync_tree(temporary)
+        temporary.rename(path)
+    except BaseException:
+        remove_tree(temporary)
+        raise
+    return path
+
+
+def _fitting(states: Mapping[str, Any], most: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the states that fit, and the sizes of the others."""
+    kept, left_out = dict(states), {}
+    sizes = {name: _size(pack(state, dry=True)) for name, state in states.items()}
+    for name in LEFT_OUT_FIRST:
+        if sum(sizes[kept_name] for kept_name in kept) <= most:
+            break
+        if name in kept:
+            del kept[name]
+            left_out[name] = f"it has {readable(sizes[name])}, and watch.capsule_mb is {most // 10**6}"
+    return kept, left_out
+
+
+def _size(packed: Packed) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors.values())
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read a capsule's manifest, without looking at the other files.
+
+    Raises:
+        UserError: there is no capsule, or one of another format.
+        RawloopError: the manifest has changed since it was written.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        inside = sorted(found.parent.name for found in path.glob(f"*/{MANIFEST}")) if path.is_dir() else []
+        advice = f"; it has {', '.join(inside)}: name one of them" if inside else ""
+        raise UserError(
+            f"there is no capsule at '{path}' (no {MANIFEST}): name a folder such as "
+            f"RUN/capsules/step-00000041-rank0{advice}"
+        )
+    raw = file.read_bytes()
+    try:
+        body = json.loads(raw)
+    except ValueError as error:
+        raise RawloopError(f"{file} cannot be read: {error}; the capsule is damaged") from error
+    found = body.get("format") if isinstance(body, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"the capsule {path} has format {found!r}, and this version of rawloop reads {FORMAT}: replay it with the "
+            f"version that wrote it ({_writer(body)})"
+        )
+    body.pop("sha256", None)
+    if signed_json(body) != raw:
+        raise RawloopError(f"{file}: its own digest does not match: the file has changed since it was written")
+    return {name: value for name, value in body.items() if name != "format"}
+
+
+def _writer(body: Any) -> str:
+    versions = body.get("versions") if isinstance(body, dict) else None
+    known = versions.get("rawloop") if isinstance(versions, dict) else None
+    return f"rawloop {known}" if known else "not known"
+
+
+def read_states(path: Path, facts: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Compare all files of a capsule with its manifest. Return a function from a state's name to the state, or None.
+
+    Raises:
+        RawloopError: a file is missing or has changed.
+    """
+    for name, record in facts["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise RawloopError(f"the capsule {path} is damaged: {name} is missing")
+        if file.stat().st_size != record["size"] or sha256_file(file) != record["sha256"]:
+            raise RawloopError(f"the capsule {path} is damaged: {name} has changed since it was written")
+    return lambda name: read_state(path, name) if f"{name}.json" in facts["files"] else None

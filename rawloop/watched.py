@@ -1,0 +1,271 @@
+"""The watch inside a run: what it is shown in each step, where its findings go, and when a capsule is written.
+
+Nothing here changes a number of the training, and nothing is read from the device beyond what the policy has measured,
+except for a finding. Capsules and traces are local to a rank: no collective is called.
+"""
+
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rawloop.checkpoint.reader import installed_versions
+from rawloop.config import RunConfig, to_yaml
+from rawloop.contracts import Batch
+from rawloop.dist import unwrap_ddp
+from rawloop.errors import InterruptedUpdate, LostRank, UserError, add_place
+from rawloop.files import in_words
+from rawloop.kept import batch_state, scaled_loss, trained_state
+from rawloop.precision.gradients import Measured, StepResult
+from rawloop.precision.policy import PrecisionPolicy
+from rawloop.records import json_value, to_stderr
+from rawloop.run import Run
+from rawloop.seed import RngCapture
+from rawloop.waiting import is_lost_rank
+from rawloop.watch.capsule import Capsule, Capsules
+from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.flight import FlightRecorder
+from rawloop.watch.rerun import digests, run_again
+from rawloop.watch.subject import Pass
+from rawloop.watch.watch import Watch
+
+
+class RunWatch:
+    """Shows a run's steps to a watch, and writes findings as events and bad steps as capsules.
+
+    Args:
+        watch: collects the findings.
+        recorder: keeps the last steps.
+        capsules: writes capsules.
+        about: JSON values that every capsule has, such as versions and the device.
+        config: the run's config as YAML; empty without one.
+    """
+
+    def __init__(
+        self, watch: Watch, recorder: FlightRecorder, capsules: Capsules, about: Mapping[str, Any], config: str = ""
+    ) -> None:
+        self.watch, self.recorder, self.capsules = watch, recorder, capsules
+        self.about, self.config = about, config
+        self._rng = RngCapture()
+        self._run: Run | None = None
+        self._window: list[Batch] = []
+        self._targets: dict[str, int] = {}
+        self._streams: list[dict[str, Any]] = []  # the random streams before each pass
+        self._roots: list[Tensor] = []  # where each backward pass started
+        self._why = ""  # why the next step is to be kept
+        self._told = 0
+        self._written: Path | None = None
+
+    def start(self, run: Run) -> None:
+        """Look at the run before its first step."""
+        self._run = run
+        run.policy.observer = self
+        self.watch.findings.extend(mended(run.policy, run.optimizer, run.state.step))
+        self.watch.start()
+        self._tell(run)
+
+    def finish(self) -> None:
+        """Look at the end."""
+        if self._run is not None:
+            self.watch.finish()
+            self._tell(self._run)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the loss scales of the last steps, for the event of a skip."""
+        return {"last_scales": self.recorder.scales()}
+
+    @contextmanager
+    def step(self, run: Run, window: list[Batch], targets: Mapping[str, int]) -> Iterator[None]:
+        """Watch one step. Of an error that leaves it, a capsule is written, and the error names it."""
+        self._window, self._targets, self._streams, self._roots = window, dict(targets), [], []
+        self._written = None
+        ids = tuple(name for batch in window for name in batch.ids)
+        self.watch.begin(window, ids, step=run.state.step)
+        self._tell(run)
+        try:
+            yield
+        except Exception as error:
+            self._failed(run, error)
+            raise
+        record = self.watch.record
+        self.watch.end()
+        lr = max(float(group["lr"]) for group in run.optimizer.param_groups)
+        self.recorder.keep(record, self._streams[0] if self._streams else {}, lr)
+        self._tell(run)
+
+    def before_pass(self) -> None:
+        """Keep the random streams that the next pass starts with."""
+        self._streams.append(self._rng.take())
+
+    def after_pass(self, run: Run, batch: Batch, loss: Tensor) -> None:
+        """Keep a pass, so that it can be run again."""
+        scale = run.policy.window.scale
+        self._roots.append(loss.detach())
+        module, ranks = unwrap_ddp(run.module), run.world.size
+        forward = partial(scaled_loss, module, run.policy, run.weights, self._targets, ranks, scale)
+        one = Pass(batch, forward, self._streams[-1], tuple(batch.ids), scale)
+        self.watch.record.passes.append(one)
+
+    def judge(self, found: Measured) -> str | None:
+        """Return why a finite update is not to be applied, or None."""
+        return None
+
+    def look(self, found: Measured, result: StepResult, *, last: bool) -> None:
+        """Show the measured gradients to the watch, and write a capsule if there is a reason."""
+        run = self._run
+        assert run is not None
+        with run.world.working():  # a trace may take long: the others wait
+            self.watch.measured(found.loss, found.norm, found.scale, result.applied)
+            self.watch.before_update()
+            self._tell(run)
+            why = "the policy leaves this mode: too many skips in a row" if last else self._why
+            if why:
+                self._write(run, why, found, result)
+
+    def _tell(self, run: Run) -> None:
+        """Write findings that were not told before as events. An alarm is also a line, and a reason for a capsule."""
+        findings = list(self.watch.findings)[self._told :]
+        self._told += len(findings)
+        for finding in findings:
+            text, fields = finding.text(), json_value(finding.as_json())
+            write = partial(run.records.event, "finding", step=finding.step, reason=text, show=not finding.ordinary)
+            run.record_or_defer(partial(write, finding=fields))
+            if not finding.ordinary:
+                self._why = f"finding {finding.kind}: {finding.what}"
+                if not run.world.is_main:
+                    to_stderr(f"[finding] {text}")
+
+    def _failed(self, run: Run, error: Exception) -> None:
+        """Write a capsule of a step that has failed, and add to the error what is known."""
+        if isinstance(error, UserError):
+            return
+        lost = isinstance(error, LostRank) or is_lost_rank(error)
+        if self._written is None:
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self._write(run, why, None, None, host_only=lost or isinstance(error, InterruptedUpdate))
+        alarms = [finding.text() for finding in self.watch.findings.alarms if finding.last == run.state.step]
+        if alarms:
+            add_place(error, " ".join(alarms), name_own=True)
+        if self._written is not None:
+            add_place(error, f"the step is kept: rawloop replay {self._written}", name_own=True)
+
+    def _write(
+        self, run: Run, why: str, found: Measured | None, result: StepResult | None, host_only: bool = False
+    ) -> None:
+        """Write a capsule. A failure is an event: it must not hide what is wrong with the step."""
+        self._why = ""
+        if not self.capsules.has_room():
+            return
+        try:
+            capsule = self._contents(run, why, found, result, host_only)
+            self._written = self.capsules.write(run.state.step, capsule)
+            reason = f"kept the step in {self._written}: {why}"
+        except OSError as error:
+            reason = f"a capsule could not be written: {in_words(error)}"
+        except (RuntimeError, TypeError) as error:  # the device has failed, or a family's batch has other values
+            reason = f"a capsule could not be made: {type(error).__name__}: {error}"
+        run.record_or_defer(partial(run.records.event, "capsule", step=run.state.step, reason=reason))
+
+    def _contents(
+        self, run: Run, why: str, found: Measured | None, result: StepResult | None, host_only: bool
+    ) -> Capsule:
+        record, state = self.watch.record, run.state
+        slot = run.checkpoints.newest() if run.checkpoints else None
+        facts: dict[str, Any] = {
+            **self.about,
+            "kind": "run",
+            "why": why,
+            "step": state.step,
+            "window": state.window,
+            "precision": run.policy.name,
+            "targets": self._targets,
+            "scale": run.policy.window.scale,
+            "lr": max(float(group["lr"]) for group in run.optimizer.param_groups),
+            "follows": slot and str(slot),
+            "findings": [finding.as_json() for finding in self.watch.findings.alarms],
+            "history": [kept.numbers() for kept in self.recorder.steps],
+        }
+        states: dict[str, Any] = {"passes": self._passes(host_only), "earlier": self._earlier()}
+        if host_only:
+            facts["left_out"] = {"weights": "the step had changed them in part, or the device could not be read"}
+            return Capsule(facts, states, {"config.yaml": self.config})
+        if result is not None and found is not None:
+            facts |= {"loss": found.loss, "grad_norm": found.norm, "because": result.skipped_because}
+            trained = run.policy.trained.weights
+            facts["gradients"] = digests({name: w.grad for name, w in trained.items() if w.grad is not None})
+            facts["left_on_gradients"] = found.scale  # torch's scaler has divided them in place
+            if run.world.size > 1:
+                before = run.buffers.before() if run.buffers else []
+                again = run_again(
+                    self.watch.subject.model, trained.items(), record.passes, buffers=run.buffers, before=before
+                )
+                facts["own_gradients"] = digests(again.gradients)
+        states |= trained_state(run)
+        return Capsule(facts, states, {"config.yaml": self.config})
+
+    def _passes(self, host_only: bool) -> dict[str, Any]:
+        """Return the window: batches, random streams, and the losses as far as they are known."""
+        roots = [] if host_only else self._roots
+        passes = []
+        for number, batch in enumerate(self._window):
+            rng = self._streams[number] if number < len(self._streams) else {}
+            loss = roots[number] if number < len(roots) else None
+            passes.append({"batch": batch_state(batch), "rng": rng, "loss": loss})
+        return {"passes": passes}
+
+    def _earlier(self) -> dict[str, Any]:
+        """Return the batches and random streams of the steps before."""
+        steps = [
+            {"step": kept.step, "rng": kept.rng, "batches": [batch_state(batch) for batch in kept.batch]}
+            for kept in self.recorder.steps
+        ]
+        return {"steps": steps}
+
+
+def mended(policy: PrecisionPolicy, optimizer: Optimizer, step: int) -> Iterator[Finding]:
+    """Yield, as an ordinary finding, what the policy does so that training works in its mode."""
+    done = []
+    evidence: dict[str, float | int | str] = {"mode": policy.name}
+    if policy.trained.masters:
+        name = next(iter(policy.trained.masters))
+        ulp = torch.finfo(policy.trained.dtype).eps
+        done.append(
+            f"{len(policy.trained.masters)} weights in {policy.trained.dtype} have float32 masters in the optimizer, "
+            f"where eps and small updates act"
+        )
+        evidence |= {"first": name, "smallest relative change of a weight": ulp}
+    if policy.scaler:
+        done.append("the loss is multiplied by a scale that has a floor, because small FP16 gradients would be zero")
+        evidence |= {"scale": policy.scaler.scale, "floor": policy.scaler.config.floor}
+    if done:
+        groups = optimizer.param_groups
+        evidence |= {"eps": float(groups[0]["eps"])} if "eps" in groups[0] else {}
+        place = Place(optimizer=type(optimizer).__name__)
+        cause = Cause("precision", f"the policy does this by itself in {policy.name}", place, evidence)
+        yield Finding("policy_mends", "; ".join(done), (cause,), step, policy.world.rank, ordinary=True)
+
+
+def build_watch(config: RunConfig, folder: Path, run: Run) -> RunWatch:
+    """Build the watch of a run that is ready to start, and let it look at the run."""
+    policy, world, optimizer = run.policy, run.world, run.optimizer
+    assert policy.model is not None
+    named = policy.named_parameters
+    watch = Watch(policy.model, optimizer, policy.scaler, config=config.watch, world=world, named=named)
+    device = world.device
+    about = {
+        "rank": world.rank,
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {**installed_versions(), "python": platform.python_version(), "platform": sys.platform},
+    }
+    recorder, capsules = FlightRecorder(config.watch.steps), Capsules(folder, config.watch, world.rank)
+    built = RunWatch(watch, recorder, capsules, about, to_yaml(config))
+    built.start(run)
+    return built

@@ -1,0 +1,211 @@
+"""The watch inside a run: it changes no bit of the training, tells findings as events, and keeps bad steps."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rawloop.adapters.config import AdapterConfig
+from rawloop.build import build_run
+from rawloop.checkpoint.config import CheckpointConfig
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch, StreamLoss
+from rawloop.data import DataConfig
+from rawloop.diagnose.config import ChecksConfig
+from rawloop.dist import World
+from rawloop.errors import TrainingError
+from rawloop.families import ModelConfig
+from rawloop.loop import Run, TrainConfig, train
+from rawloop.optim import OptimConfig
+from rawloop.precision.config import PrecisionConfig
+from rawloop.records import read_events, read_metrics
+from rawloop.settings import EvaluationConfig
+from rawloop.watch.capsule import Capsule, read_facts, read_states, write_capsule
+from rawloop.watch.config import WatchConfig
+from rawloop.watch.findings import Cause, Finding
+from rawloop.watch.subject import Detector, StepRecord, Subject
+from rawloop.watched import RunWatch
+
+
+@pytest.fixture(scope="module")
+def base(text_checkpoint: Path, text_data: Path) -> RunConfig:
+    """A run of 4 steps on a tiny Llama, with LoRA, dropout and accumulation."""
+    return RunConfig(
+        device="cpu",
+        model=ModelConfig(family="causal_lm", path=str(text_checkpoint)),
+        adapter=AdapterConfig(rank=4, dropout=0.2),
+        data=DataConfig(train=str(text_data / "train.jsonl"), eval=str(text_data / "eval.jsonl")),
+        train=TrainConfig(batch_size=2, accumulation=2, max_steps=4, log_every=1),
+        optim=OptimConfig(lr=1e-3, warmup_steps=0),
+        precision=PrecisionConfig(mode="fp32"),
+        checks=ChecksConfig(enabled=False),
+        evaluation=EvaluationConfig(enabled=False),
+        checkpoint=CheckpointConfig(save_every=1000),
+    )
+
+
+def go(config: RunConfig, world: World | None = None, change: Callable[[Run], None] = lambda run: None) -> Run:
+    run = build_run(config, world or World(), lambda line: None)
+    try:
+        change(run)
+        train(run)
+    finally:
+        run.close()
+    return run
+
+
+def trained(run: Run) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
+
+
+def trained_by(world: World, config: RunConfig) -> dict[str, Tensor]:
+    return trained(go(config, world))
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+def test_a_watched_run_trains_the_same_bits(base: RunConfig, tmp_path: Path, mode: Any) -> None:
+    config = replace(base, precision=PrecisionConfig(mode=mode), train=replace(base.train, max_steps=3))
+    off = go(replace(config, output=str(tmp_path / "off"), watch=WatchConfig(enabled=False)))
+    on = go(replace(config, output=str(tmp_path / "on"), watch=WatchConfig(every=1)))
+    assert on.watch is not None
+    assert off.watch is None
+    for (name, weight), other in zip(trained(off).items(), trained(on).values(), strict=True):
+        assert torch.equal(weight, other), name
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in read_metrics(tmp_path / "on")] == [
+            line[key] for line in read_metrics(tmp_path / "off")
+        ]
+    assert not [event for event in read_events(tmp_path / "on") if event["kind"] in ("warning", "capsule")]
+
+
+def test_two_watched_ranks_train_the_same_bits(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    config = replace(base, train=replace(base.train, batch_size=1, max_steps=2))
+    on, other = run_ranks(trained_by, replace(config, output=str(tmp_path / "on"), watch=WatchConfig(every=1)))
+    off, _ = run_ranks(trained_by, replace(config, output=str(tmp_path / "off"), watch=WatchConfig(enabled=False)))
+    assert all(torch.equal(on[name], off[name]) and torch.equal(on[name], other[name]) for name in on)
+
+
+class Poisoned:
+    """The family's losses, NaN in the passes of these numbers."""
+
+    def __init__(self, losses: Any, passes: Iterable[int]) -> None:
+        self.losses, self.passes, self.number = losses, set(passes), -1
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, StreamLoss]:
+        self.number += 1
+        found: dict[str, StreamLoss] = self.losses(model, batch)
+        if self.number in self.passes:
+            return {name: loss._replace(total=loss.total * math.nan) for name, loss in found.items()}
+        return found
+
+
+def poison(passes: Iterable[int]) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        module: Any = run.module
+        module.losses = Poisoned(module.losses, passes)
+
+    return change
+
+
+class Alarmist(Detector):
+    """Finds something in the gradients of one step."""
+
+    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        if record.step == 1:
+            yield Finding("test", "something is wrong", (Cause("model", "the test says so"),), record.step)
+
+
+def alarm(run: Run) -> None:
+    assert isinstance(run.watch, RunWatch)
+    run.watch.watch.detectors.append(Alarmist())
+
+
+def test_an_alarm_is_an_event_and_a_capsule(base: RunConfig, tmp_path: Path, capsys: Any) -> None:
+    go(replace(base, output=str(tmp_path)), change=alarm)
+    (event,) = [e for e in read_events(tmp_path) if e["kind"] == "finding" and not e["finding"]["ordinary"]]
+    assert (event["step"], event["finding"]["kind"]) == (1, "test")
+    assert "something is wrong" in event["reason"]
+    assert capsys.readouterr().err.count("something is wrong") >= 1
+    (path,) = (tmp_path / "capsules").iterdir()
+    assert path.name == "step-00000001-rank0"
+    facts = read_facts(path)
+    assert facts["why"].startswith("finding test")
+    assert facts["findings"][0]["causes"][0]["what"] == "the test says so"
+    assert (facts["step"], facts["world_size"], facts["precision"]) == (1, 1, "fp32")
+    state = read_states(path, facts)
+    assert [len(one["batch"]["ids"]) for one in state("passes")["passes"]] == [2, 2]
+    assert set(state("weights")["trained"]) == set(facts["gradients"])
+    assert len(state("optimizer")["state"]) == len(facts["gradients"])
+    assert [kept["step"] for kept in facts["history"]] == [0]
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors", ".yaml"}
+
+
+def test_a_skip_tells_its_scale_floor_and_history(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(base, output=str(tmp_path), precision=PrecisionConfig(mode="native_fp16"))
+    go(config, change=poison([2]))
+    (event,) = [event for event in read_events(tmp_path) if event["kind"] == "skip"]
+    assert (event["scale"], event["next_scale"], event["scale_floor"]) == (2.0**15, 2.0**14, 1.0)
+    assert event["last_scales"] == [2.0**15, 2.0**15]
+
+
+def test_the_skip_limit_leaves_a_capsule_and_the_error_names_it(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(base, output=str(tmp_path), precision=PrecisionConfig(mode="fp32", max_skips=2))
+    with pytest.raises(TrainingError, match=r"rawloop replay .*step-00000000-rank0"):
+        go(config, change=poison(range(100)))
+    (path,) = (tmp_path / "capsules").iterdir()
+    facts = read_facts(path)
+    assert "skips in a row" in facts["why"]
+    assert facts["loss"] == "nan"
+    assert [kept["applied"] for kept in facts["history"]] == [False]
+
+
+def test_a_crash_leaves_a_capsule(base: RunConfig, tmp_path: Path) -> None:
+    def broken(model: Any, batch: Batch) -> Any:
+        raise RuntimeError("a kernel failed")
+
+    def change(run: Run) -> None:
+        module: Any = run.module
+        module.losses = broken
+
+    with pytest.raises(RuntimeError, match="a kernel failed") as caught:
+        go(replace(base, output=str(tmp_path)), change=change)
+    assert any("rawloop replay" in note for note in caught.value.__notes__)
+    (path,) = (tmp_path / "capsules").iterdir()
+    passes = read_states(path, read_facts(path))("passes")["passes"]
+    assert [bool(one["rng"]) for one in passes] == [True, False]
+
+
+def test_capsules_are_limited_in_number_and_size(base: RunConfig, tmp_path: Path) -> None:
+    small = replace(base, output=str(tmp_path / "one"), watch=WatchConfig(capsules=1))
+    go(small, change=alarm)
+    go(replace(small, output=str(tmp_path / "none"), watch=WatchConfig(capsules=0)), change=alarm)
+    assert not (tmp_path / "none" / "capsules").exists()
+    path = tmp_path / "one" / "capsules" / "step-00000001-rank0"
+    facts = read_facts(path)
+    assert facts["left_out"] == {}
+    state = read_states(path, facts)
+    names = ("passes", "earlier", "weights", "optimizer")
+    again = Capsule({}, {name: state(name) for name in names})
+    most = sum(facts["files"][f"{name}.safetensors"]["size"] for name in ("passes", "earlier", "weights"))
+    less = write_capsule(tmp_path / "less", again, most)
+    assert "watch.capsule_mb is 0" in read_facts(less)["left_out"]["optimizer"]
+    assert read_states(less, read_facts(less))("optimizer") is None
+    assert read_states(less, read_facts(less))("weights") is not None
+    assert set(read_facts(write_capsule(tmp_path / "least", again, 0))["left_out"]) == set(names)
+
+
+def test_masters_are_said_once_as_ordinary(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(base, output=str(tmp_path), adapter=AdapterConfig(mode="full"))
+    config = replace(config, precision=PrecisionConfig(mode="native_fp16"), train=replace(base.train, max_steps=1))
+    go(config)
+    (event,) = [event for event in read_events(tmp_path) if event["kind"] == "finding"]
+    assert event["finding"]["ordinary"]
+    assert "float32 masters" in event["reason"]
+    assert "a scale that has a floor" in event["reason"]
