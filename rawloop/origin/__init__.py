@@ -5,7 +5,7 @@
 in `current_line`.
 """
 
-from rawloop.origin.find import Damage, Origin, damaged, find_origin, is_finite
+from rawloop.origin.find import Damage, Origin, damaged, find_origin, gradients_of, is_finite, is_finite_in
 from rawloop.origin.forward import current_line
 from rawloop.origin.rows import Rows, batch_size, guilty_rows
 from rawloop.origin.words import Reason, reason
@@ -19,7 +19,9 @@ __all__ = [
     "current_line",
     "damaged",
     "find_origin",
+    "gradients_of",
     "guilty_rows",
     "is_finite",
+    "is_finite_in",
     "reason",
 ]

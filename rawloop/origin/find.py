@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -43,9 +43,10 @@ class Origin:
         kind: `nan` or `inf`.
         dtype: of the tensor that is not finite.
         given: the name of the input that is not finite, if that is the origin.
-        blocked: the operation makes NaN from a mask that blocks all of its numbers.
+        blocked: the operation makes it from the infinities of a mask.
         gradient: the largest finite magnitude of the gradient that the operation received; NaN in forward.
         parameter: the parameter whose gradient it is, if gradients are finite one by one and their sum is not.
+        narrow: a 16-bit dtype that an operation of the pass has made; None if there was none.
         call: the operation with its arguments, to run it again; None if it cannot be captured.
     """
 
@@ -58,6 +59,7 @@ class Origin:
     blocked: bool = False
     gradient: float = math.nan
     parameter: str = ""
+    narrow: torch.dtype | None = None
     call: Call | None = None
 
 
@@ -94,22 +96,36 @@ def find_origin(run: Run, model: nn.Module, given: Mapping[str, Tensor] | None =
     return replace(found, call=recorder.call) if same else found
 
 
-def is_finite(run: Run, model: nn.Module, scale: float = 1.0, wide: torch.dtype | None = None) -> bool:
-    """Return whether a pass is finite: its loss, and its gradients if the loss is.
+def is_finite(run: Run, model: nn.Module, backward: bool = True, scale: float = 1.0) -> bool:
+    """Return whether a pass is finite: its loss and, with `backward`, its gradients.
 
     Args:
         run: the forward pass.
         model: the bare model.
+        backward: run the backward pass too.
         scale: multiplies the root of backward.
-        wide: run the forward pass in this wider dtype, and no backward pass.
     """
-    with untouched(model), _eager(), torch.enable_grad() if wide is None else torch.no_grad():
-        if wide is not None:
-            with Wide(wide):
-                root = run()
-            return not trouble(root)
+    if not backward:
+        with _undone(model), torch.no_grad():
+            return not trouble(run())
+    with _undone(model):
         root = run()
-        return not trouble(root) and not any(trouble(g) for _, g in gradients_of(root * scale, model) if g is not None)
+        if trouble(root):
+            return False
+        return not any(trouble(gradient) for _, gradient in gradients_of(root * scale, model) if gradient is not None)
+
+
+def is_finite_in(run: Run, model: nn.Module, dtype: torch.dtype) -> bool | None:
+    """Return whether the loss of a pass is finite if every operation runs in a wider dtype, without autocast.
+
+    It is None if the pass does not run so, as a kernel may not know the dtype.
+    """
+    try:
+        with _undone(model), torch.no_grad(), Wide(dtype):
+            root = run()
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return not trouble(root)
 
 
 def gradients_of(root: Tensor, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
@@ -123,11 +139,11 @@ def gradients_of(root: Tensor, model: nn.Module) -> list[tuple[Tensor, Tensor | 
 
 
 def _pass(run: Run, recorder: Recorder, model: nn.Module) -> Origin | None:
-    with untouched(model), _eager(), torch.enable_grad(), recorder.watching():
+    with _undone(model), recorder.watching():
         root = run()
         with torch._C.DisableTorchFunction():
             if kind := trouble(root):
-                return _forward(recorder.source_of(root) or Source(NOWHERE, kind, root.dtype))
+                return _forward(recorder.source_of(root) or Source(NOWHERE, kind, root.dtype), recorder)
             if root.grad_fn is None:
                 return None
             nodes = Nodes(recorder)
@@ -145,13 +161,20 @@ def _pass(run: Run, recorder: Recorder, model: nn.Module) -> Origin | None:
         source.dtype,
         gradient=source.largest,
         parameter=names.get(id(leaf), "a tensor outside the model") if source.spot is None else "",
+        narrow=recorder.narrow,
     )
 
 
-def _forward(source: Source) -> Origin:
-    blocked = source.blocked_by is not None
+def _forward(source: Source, recorder: Recorder) -> Origin:
     return Origin(
-        "forward", source.spot.operation, source.spot, source.kind, source.dtype, source.given, blocked=blocked
+        "forward",
+        source.spot.operation,
+        source.spot,
+        source.kind,
+        source.dtype,
+        source.given,
+        source.mask or source.blocked_by is not None,
+        narrow=recorder.narrow,
     )
 
 
@@ -174,10 +197,15 @@ def _gradients(root: Tensor, leaves: Sequence[Tensor], recomputes: bool) -> Sequ
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
-    """Run compiled parts without their graphs, which hooks do not see."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Undo what passes inside do to the model, the random streams and autocast's cache. Compiled parts run eagerly.
+
+    Hooks do not see into the graphs of compiled parts.
+    """
+    with ExitStack() as contexts:
+        contexts.callback(torch.clear_autocast_cache)
+        contexts.enter_context(untouched(model))
+        if "torch._dynamo" in sys.modules:
+            contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        contexts.enter_context(torch.enable_grad())
         yield

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -24,6 +24,10 @@ current_line: ContextVar[str] = ContextVar("current_line", default="")
 
 OUR_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("origin", "watch", "diagnose"))
 NOT_THE_USERS = (str(Path(torch.__file__).parent), "<")  # torch, and generated code such as <frozen contextlib>
+# Operations whose result should not be infinite where a mask blocks some of their inputs.
+REDUCTIONS = ("sum", "mean", "logsumexp", "cross_entropy", "nll_loss", "kl_div", "gather", "take_along_dim")
+# Operations that take masks with minus infinity.
+MASKED = ("softmax", "log_softmax", "scaled_dot_product_attention", "logsumexp", "_safe_softmax")
 
 
 class Spot(NamedTuple):
@@ -70,13 +74,18 @@ class Source:
 
 @dataclass
 class Call:
-    """One operation with copies of its arguments, to run it again; `gradients` are those of its outputs."""
+    """One operation with copies of its arguments, to run it again.
+
+    `gradients` are those of its outputs; `weights` names the arguments that are weights of the model, by their position
+    in `floats_in((args, kwargs))`.
+    """
 
     func: Any
     args: Any
     kwargs: Any
-    outputs: list[Tensor]
-    gradients: dict[int, Tensor]
+    weights: dict[int, str]
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Recorder(TorchFunctionMode):
@@ -97,12 +106,14 @@ class Recorder(TorchFunctionMode):
         self.spans: list[tuple[int, Spot]] = []  # the sequence number of autograd nodes after each place
         self.call: Call | None = None
         self.count, self.wanted = 0, wanted
+        self.narrow: torch.dtype | None = None  # a 16-bit dtype that an operation has made
+        self.weights = {id(weight): name for name, weight in model.named_parameters()}
         self.names = {module: name for name, module in model.named_modules()}
         self.on_exit: Any = None
         for name, tensor in given.items():
             for one in floats_in(tensor):
                 if kind := trouble(one):
-                    self.sources[_key(one)] = Source(NOWHERE, kind, one.dtype, mask=kind == "inf", given=name)
+                    self.sources[_key(one)] = Source(NOWHERE, kind, one.dtype, mask=not _not_a_mask(one), given=name)
 
     @contextmanager
     def watching(self) -> Iterator["Recorder"]:
@@ -144,6 +155,7 @@ class Recorder(TorchFunctionMode):
         spot = Spot(number, resolve_name(func) or name, self._module(), bool(self.stack), self._line())
         self._note(spot)
         for out in made:
+            self.narrow = out.dtype if out.dtype.itemsize < 4 else self.narrow
             self._settle(out, spot, given, before if in_place else None, (args, kwargs))
         if number == self.wanted and self.call is not None:
             self._keep(self.call, made)
@@ -160,8 +172,10 @@ class Recorder(TorchFunctionMode):
         real = [source for source in sources if not source.mask]
         if real:
             made = min(real, key=lambda source: source.spot.number)
-        elif sources and kind == "inf":
+        elif sources and kind == "inf" and spot.operation.rpartition(".")[2] not in REDUCTIONS:
             made = sources[0]
+        elif sources and sources[0].given and spot.operation.rpartition(".")[2] not in MASKED:
+            made = replace(sources[0], mask=False)  # numbers that are no mask, such as the logarithm of silence
         elif sources:
             made = Source(spot, kind, out.dtype, blocked_by=sources[0])
         else:
@@ -175,7 +189,8 @@ class Recorder(TorchFunctionMode):
             return None
         shape = f"a tensor {tuple(tensor.shape)} from outside the pass"
         spot = Spot(-1, "", self._module(), bool(self.stack), self._line())
-        return self.sources.get(_key(tensor)) or Source(spot, kind, tensor.dtype, mask=kind == "inf", given=shape)
+        known = self.sources.get(_key(tensor))
+        return known or Source(spot, kind, tensor.dtype, mask=not _not_a_mask(tensor), given=shape)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._note(Spot(-1, "", self._module(), bool(self.stack), ""))
@@ -213,7 +228,9 @@ class Recorder(TorchFunctionMode):
         def copied(tensor: Tensor) -> Tensor:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_floating_point())
 
-        self.call = Call(func, map_args(copied, args), map_args(copied, kwargs), [], {})
+        given = enumerate(floats_in((args, kwargs)))
+        weights = {n: self.weights[id(tensor)] for n, tensor in given if id(tensor) in self.weights}
+        self.call = Call(func, map_args(copied, args), map_args(copied, kwargs), weights)
 
     def _keep(self, call: Call, made: list[Tensor]) -> None:
         call.outputs = [out.detach().clone() for out in made]
@@ -226,6 +243,11 @@ class Recorder(TorchFunctionMode):
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _not_a_mask(tensor: Tensor) -> bool:
+    """Whether a tensor contains NaN or +inf: masks have -inf only."""
+    return bool((tensor.detach().isnan() | (tensor.detach() == math.inf)).any())
 
 
 def _in_place(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 MOST_RUNS = 64
+MOST_GUILTY = 8  # without a row that is finite: all of them are guilty, or nearly
 
 
 @dataclass
@@ -43,7 +44,7 @@ def guilty_rows(size: int, finite: Callable[[Sequence[int]], bool], most: int = 
     found = Rows(size)
     ahead = [list(range(size))] if size > 1 else []
     known_bad = True  # the whole batch
-    while ahead and found.runs < most:
+    while ahead and found.runs < most and (len(found.guilty) < MOST_GUILTY or found.tried > len(found.guilty)):
         part = ahead.pop()
         if not known_bad:
             found.runs += 1

@@ -1,7 +1,7 @@
 """Runs an operation or a pass again in a wider dtype: what is finite there is not finite for want of range."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,21 +61,23 @@ def run_again(call: Call, dtype: torch.dtype | None = None) -> tuple[list[Tensor
     Raises:
         RuntimeError: the operation does not run in that dtype, or not again.
     """
-    wide = Wide(dtype).widened if dtype is not None else lambda value: value
+    wide = Wide(dtype) if dtype is not None else None
 
     def leaf(tensor: Tensor) -> Any:
-        made = wide(tensor.detach().clone())
-        return made.requires_grad_(tensor.requires_grad)
+        made = tensor.detach().clone()
+        return (wide.widened(made) if wide is not None else made).requires_grad_(tensor.requires_grad)
 
     args, kwargs = map_args(leaf, call.args), map_args(leaf, call.kwargs)
     leaves = list(floats_in((args, kwargs)))
     learning = bool(call.gradients)
-    with torch.set_grad_enabled(learning), _no_autocast() if dtype is not None else ExitStack():
+    with torch.set_grad_enabled(learning):
         # In-place operations do not take leaves.
         used = (
             map_args(lambda t: t.view_as(t) if t.requires_grad else t, (args, kwargs)) if learning else (args, kwargs)
         )
-        made = list(floats_in(call.func(*wide(used[0]), **wide(used[1])))) or list(floats_in(used))[:1]
+        with wide or nullcontext():
+            result = call.func(*used[0], **used[1])
+    made = list(floats_in(result)) or list(floats_in(used))[:1]
     if not learning:
         return made, [None] * len(leaves)
     wanted = [one for one in leaves if one.requires_grad]

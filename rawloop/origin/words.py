@@ -7,13 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rawloop.origin.backward import SUM
 from rawloop.origin.find import Origin
 from rawloop.origin.forward import Call
 from rawloop.origin.tensors import dtype_name, first_wrong, floats_in, largest, limit, trouble
 from rawloop.origin.twin import run_again, wider
 
 Blamed = Literal["data", "code", "precision"]
-RANGE = "take bf16, or scale the input of this operation down"
+KEEP = "Keep its inputs in the range where its result is finite"
+ABSURD = 1e3  # weights of trained models are smaller
+RANGE = "Take bf16, or scale the input of this operation down"
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Reason:
         evidence: numbers.
         index: of the first number in the operation's output that is not finite; empty if unknown.
         shape: of that output.
+        parameter: the name of a weight whose magnitude is absurd.
     """
 
     blamed: Blamed
@@ -35,12 +39,14 @@ class Reason:
     evidence: dict[str, float | int | str] = field(default_factory=dict)
     index: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
+    parameter: str = ""
 
 
 def reason(origin: Origin) -> Reason:
     """Return why an origin is one, from its captured operation if there is one."""
     if origin.given:
-        return Reason("data", f"{origin.given} contains {_kind(origin.kind)}", "Drop or repair this sample")
+        evidence: dict[str, float | int | str] = {"dtype": dtype_name(origin.dtype)}
+        return Reason("data", f"{origin.given} contains {_kind(origin.kind)}", "Drop or repair this sample", evidence)
     call = origin.call
     if call is None:
         return _unseen(origin)
@@ -48,47 +54,74 @@ def reason(origin: Origin) -> Reason:
 
 
 def _unseen(origin: Origin) -> Reason:
+    """Return the reason of an origin whose operation is not captured."""
+    kind, size = _kind(origin.kind), origin.gradient
     if origin.parameter:
-        return Reason(
-            "precision" if origin.dtype.itemsize < 4 else "code",
-            f"gradients of '{origin.parameter}' are finite one by one, and their sum is not",
-            "Lower the loss scale, or keep this weight in float32",
-            _magnitude(origin.gradient, origin.dtype),
-        )
-    name = origin.operation or "an operation"
+        what = f"the parts of the gradient of '{origin.parameter}' are finite, and their sum is not"
+        advice = "Lower the loss scale, or keep this weight in float32"
+        return Reason(_by_range(origin.dtype), what, advice, _magnitude(size, origin.dtype))
+    name = origin.operation or "an operation that torch does not show"
+    if origin.operation == SUM:
+        what = "gradients of a tensor that is used more than once are finite one by one, and their sum is not"
+        return Reason(_by_range(origin.dtype), what, "Lower the loss scale", _magnitude(size, origin.dtype))
     if origin.phase == "backward":
-        what = f"the backward pass of {name} makes {_kind(origin.kind)} from finite gradients"
-        return Reason("code", what, "", _magnitude(origin.gradient, origin.dtype))
-    return Reason(
-        "code", f"{name} makes {_kind(origin.kind)} from finite inputs", "", {"dtype": dtype_name(origin.dtype)}
-    )
+        what = f"the backward pass of {name} makes {kind} from finite gradients"
+        advice = f"Look at the divisions and roots in the backward method of {name}"
+        return Reason("code", what, advice, _magnitude(size, origin.dtype))
+    evidence: dict[str, float | int | str] = {"dtype": dtype_name(origin.dtype)}
+    return Reason("code", f"{name} makes {kind} from finite inputs", f"Look at the kernel of {name}", evidence)
+
+
+def _by_range(dtype: torch.dtype) -> Blamed:
+    return "precision" if dtype.itemsize < 4 else "code"
 
 
 def _forward(origin: Origin, call: Call) -> Reason:
-    inputs = list(floats_in((call.args, call.kwargs)))
+    evidence = _magnitude(largest(floats_in((call.args, call.kwargs))), origin.dtype)
+    found = Reason("code", f"{origin.operation} makes {_kind(origin.kind)} from finite inputs", KEEP, evidence)
     wrong = next((out for out in call.outputs if trouble(out)), None)
-    evidence = _magnitude(largest(inputs), origin.dtype)
-    index, shape = ((), ()) if wrong is None else (first_wrong(wrong), tuple(wrong.shape))
     if wrong is not None:
+        found.index, found.shape = first_wrong(wrong), tuple(wrong.shape)
         evidence["not finite"] = f"{int((~wrong.isfinite()).sum()):,} of {wrong.numel():,}"
+    base = _base(origin.operation)
     if origin.blocked:
-        what = f"a mask blocks every position of a row, and {origin.operation} makes {_kind(origin.kind)} from it"
-        advice = "Give every row at least one position that is not masked, or drop the sample"
-        return Reason("data", what, advice, evidence, index, shape)
-    if origin.dtype.itemsize < 4 and (size := _twin(call, wider(origin.dtype))) is not None:
-        evidence["in float32"] = size
-        end = f"{dtype_name(origin.dtype)} ends at {limit(origin.dtype):.4g}"
-        what = f"{origin.operation} gives {size:.4g} in float32, and {end}"
-        return Reason("precision", what, RANGE, evidence, index, shape)
-    blamed, what, advice = _explained(_base(origin.operation), call, index, wrong)
-    return Reason(
-        blamed,
-        what or f"{origin.operation} makes {_kind(origin.kind)} from finite inputs",
-        advice,
-        evidence,
-        index,
-        shape,
-    )
+        found.blamed, found.what, found.advice = _of_mask(origin, base)
+        return found
+    twin = _twin(call, wider(origin.dtype))
+    if twin is not None:
+        evidence[f"in {dtype_name(wider(origin.dtype))}"] = twin
+    if twin is not None and origin.dtype.itemsize < 4:
+        end = f"{dtype_name(origin.dtype)} ends at {limit(origin.dtype):.6g}"
+        found.blamed, found.advice = "precision", RANGE
+        found.what = f"{origin.operation} gives {twin:.4g} in float32, and {end}"
+        _add_weights(found, call)
+        return found
+    blamed, what, advice = _explained(base, call, found.index, wrong)
+    found.blamed, found.what, found.advice = blamed, what or found.what, advice or found.advice
+    if not what:
+        _add_weights(found, call)
+    return found
+
+
+def _of_mask(origin: Origin, base: str) -> tuple[Blamed, str, str]:
+    if base in ("cross_entropy", "nll_loss", "gather", "take_along_dim", "kl_div", "getitem"):
+        what = f"{origin.operation} scores a target whose class a mask blocks"
+        return "data", what, "Do not mask classes that are targets, or ignore these targets"
+    if origin.kind == "inf":
+        return "code", f"infinities of a mask reach the loss through {origin.operation}", "Mask the result as well"
+    what = f"a mask blocks every position of a row, and {origin.operation} makes NaN from it"
+    return "data", what, "Give every row at least one position that is not masked, or drop the sample"
+
+
+def _add_weights(found: Reason, call: Call) -> None:
+    """Name a weight among the arguments whose magnitude is absurd."""
+    tensors = list(floats_in((call.args, call.kwargs)))
+    sizes = {name: largest([tensors[n]]) for n, name in call.weights.items()}
+    heavy = max(sizes, key=lambda name: sizes[name], default="")
+    if heavy and sizes[heavy] >= ABSURD:
+        found.parameter = heavy
+        found.what += f"; the weight '{heavy}' has values up to {sizes[heavy]:.4g}"
+        found.advice = "Such weights come from a learning rate that is too high, or from a damaged file"
 
 
 def _twin(call: Call, dtype: torch.dtype) -> float | None:
@@ -178,24 +211,39 @@ def _all_ignored(call: Call) -> bool:
 
 
 def _backward(origin: Origin, call: Call) -> Reason:
-    base, evidence = _base(origin.operation), _magnitude(origin.gradient, origin.dtype)
-    _, gradients = run_again(call) if call.gradients else ([], [])
-    inputs = list(floats_in((call.args, call.kwargs)))
-    at = next((n for n, g in enumerate(gradients) if g is not None and trouble(g)), None)
-    index: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
-    name = f"the backward pass of {origin.operation}"
-    if at is None:
-        return Reason("code", f"{name} makes {_kind(origin.kind)} from finite gradients", "", evidence)
+    name, kind = f"the backward pass of {origin.operation}", _kind(origin.kind)
+    found = _unseen(origin)
+    gradients = _gradients(call)
+    at = next((n for n, gradient in enumerate(gradients) if gradient is not None and trouble(gradient)), None)
+    if at is None or origin.operation == SUM:
+        return found
     gradient = gradients[at]
     assert gradient is not None
-    index, shape = first_wrong(gradient), tuple(gradient.shape)
-    value = float(inputs[at].detach()[index])
-    evidence["input"] = value
-    evidence["not finite"] = f"{int((~gradient.isfinite()).sum()):,} of {gradient.numel():,}"
-    advice = ROOTS.get(base, "")
-    what = f"{name} at {value:.4g} makes {_kind(origin.kind)} from finite gradients"
-    return Reason("code", what, advice, evidence, index, shape)
+    found.index, found.shape = first_wrong(gradient), tuple(gradient.shape)
+    value = float(list(floats_in((call.args, call.kwargs)))[at].detach()[found.index])
+    found.evidence["input"] = value
+    found.evidence["not finite"] = f"{int((~gradient.isfinite()).sum()):,} of {gradient.numel():,}"
+    wide = [one for one in _gradients(call, wider(origin.dtype)) if one is not None]
+    if wide and not any(map(trouble, wide)) and origin.dtype.itemsize < 4:
+        size = largest(wide)
+        found.evidence["in float32"] = size
+        end = f"{dtype_name(origin.dtype)} ends at {limit(origin.dtype):.6g}"
+        found.blamed, found.advice = "precision", "Lower the loss scale, or take bf16"
+        found.what = f"{name} gives {size:.4g} in float32, and {end}"
+        return found
+    found.what = f"{name} at {value:.4g} makes {kind} from finite gradients"
+    found.advice = ROOTS.get(_base(origin.operation), "Keep its argument away from this value")
+    return found
+
+
+def _gradients(call: Call, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """Return the gradients of a captured operation's inputs; none if it does not run again."""
+    if not call.gradients:
+        return []
+    try:
+        return run_again(call, dtype)[1]
+    except (RuntimeError, TypeError):
+        return []
 
 
 EPS = "Add a small number before it, as sqrt(x + 1e-8)"
