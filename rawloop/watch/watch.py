@@ -13,9 +13,13 @@ from torch.optim import Optimizer
 
 from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import UserError
+from rawloop.watch.batches import Batches
+from rawloop.watch.calls import Calls
 from rawloop.watch.changed import ChangedWeights
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding, Findings
+from rawloop.watch.jumps import Jumps
+from rawloop.watch.leaks import Leaks
 from rawloop.watch.subject import Detector, StepRecord, Subject
 from rawloop.watch.weights import UnsoundWeights
 
@@ -181,4 +185,4 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def all_detectors() -> list[Detector]:
     """Return a new detector of every kind."""
-    return [UnsoundWeights(), ChangedWeights()]
+    return [UnsoundWeights(), ChangedWeights(), Batches(), Calls(), Leaks(), Jumps()]

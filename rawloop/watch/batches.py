@@ -1,0 +1,90 @@
+"""The detector of bad data: it looks at batches as they come, in any loop, and needs no family."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rawloop.errors import first_few
+from rawloop.watch.entries import Look, Names
+from rawloop.watch.features import Features
+from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.ids import Ids
+from rawloop.watch.masked import find_masked
+from rawloop.watch.repeats import Repeats
+from rawloop.watch.stops import Stops
+from rawloop.watch.subject import Detector, StepRecord, Subject
+
+FIRST = 3  # steps that are looked at in full
+
+
+class Batches(Detector):
+    """Looks at every batch: at small tensors on the host in each step, at all tensors on the first and probing steps.
+
+    A step whose loss or gradient norm is not finite has its batch looked at in full.
+    """
+
+    def __init__(self) -> None:
+        self._names = Names()
+        self._features, self._ids, self._repeats, self._stops = Features(), Ids(), Repeats(), Stops()
+        self._look: Look | None = None
+        self._seen = 0
+
+    def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Look at a batch, before its forward pass."""
+        self._look = None
+        if record.batch is None:
+            return
+        look = Look(subject, record, self._names.entries(record.batch), record.probing or self._seen < FIRST)
+        self._look = look
+        self._seen += 1
+        if not look.entries:
+            yield _no_tensors(look)
+        yield from find_masked(look)
+        yield from self._features.find(look)
+        yield from self._ids.find(look)
+        yield from self._repeats.find(look)
+        yield from self._stops.find(look)
+
+    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Yield what the hooks of the forward pass have found."""
+        return self._ids.found()
+
+    def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Look again at the batch of a step that has gone wrong."""
+        yield from self._ids.found()
+        self._ids.ended()
+        self._ids.close()
+        numbers = [number for number in (record.loss, record.grad_norm) if number is not None]
+        if self._look is not None and not all(map(math.isfinite, numbers)):
+            yield from self._again(self._look)
+        self._look = None
+
+    def finish(self, subject: Subject) -> Iterable[Finding]:
+        """Yield what a step has found that did not come to its end, and judge what is counted."""
+        yield from self._ids.failed()
+        self._ids.close()
+        yield from self._stops.judge(max(self._seen - 1, 0), subject.world.rank)
+
+    def _again(self, look: Look) -> Iterator[Finding]:
+        look = look._replace(full=True)
+        yield from find_masked(look)
+        yield from self._features.find(look, ill=True)
+
+
+def _no_tensors(look: Look) -> Finding:
+    batch = look.record.batch
+    got = _described(batch)
+    what = f"the batch has no tensors: it is {got}"
+    advice = "pass the tensors to watch.step, in dicts, lists or dataclasses, for looks at the data"
+    cause = Cause("data", f"the loader gives {got}", Place("data"), {"type": type(batch).__name__}, advice)
+    return look.finding("no_tensors", what, cause, ordinary=True)
+
+
+def _described(batch: Any) -> str:
+    kind = type(batch).__name__
+    if hasattr(batch, "keys"):
+        return f"a {kind} with the keys {first_few(batch.keys())}" if batch else f"an empty {kind}"
+    if isinstance(batch, list | tuple):
+        kinds = dict.fromkeys(type(item).__name__ for item in batch)
+        return f"a {kind} of {len(batch)} values of type {first_few(kinds)}" if batch else f"an empty {kind}"
+    return f"a {kind}"

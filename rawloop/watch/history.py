@@ -1,0 +1,87 @@
+"""A number's own history: what is usual for it, and whether a value stands out."""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+
+SIGMA = 1.4826  # a normal distribution's standard deviation, in units of its median absolute deviation
+LEAST = 20  # values, before anything can stand out
+
+
+class History:
+    """The last finite values of a number, with robust statistics.
+
+    Args:
+        window: the number of values that are kept.
+        least: the number of values from which on `is_known` is true.
+    """
+
+    def __init__(self, window: int = 100, least: int = LEAST) -> None:
+        self.values: deque[float] = deque(maxlen=window)
+        self.least = least
+        self._sorted: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Add a value. One that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        if len(self.values) == self.values.maxlen:
+            del self._sorted[bisect_left(self._sorted, self.values[0])]
+        self.values.append(value)
+        insort(self._sorted, value)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are enough values to judge another one."""
+        return len(self.values) >= self.least
+
+    @property
+    def median(self) -> float:
+        """The median; NaN without values."""
+        return _middle(self._sorted)
+
+    @property
+    def mad(self) -> float:
+        """The median absolute deviation from the median; NaN without values."""
+        median = self.median
+        return _middle(sorted(abs(value - median) for value in self._sorted))
+
+    @property
+    def largest(self) -> float:
+        """The largest value; minus infinity without values."""
+        return self._sorted[-1] if self._sorted else -math.inf
+
+    @property
+    def smallest(self) -> float:
+        """The smallest value; infinity without values."""
+        return self._sorted[0] if self._sorted else math.inf
+
+    def zscore(self, value: float) -> float:
+        """Return how many robust standard deviations a value is above the median.
+
+        The deviation is at least 0.1% of the median, so that a constant history makes no noise into an outlier.
+        """
+        median = self.median
+        return (value - median) / max(SIGMA * self.mad, 1e-3 * abs(median), 1e-12)
+
+    def stands_out(self, value: float, factor: float = 1.0, z: float = 6.0) -> bool:
+        """Whether a value is far above all of the history.
+
+        It must exceed the largest value by `factor` times the spread of the inner 90%, and the median by `z` robust
+        deviations. A value that is not finite does not stand out; without enough history, nothing does.
+        """
+        if not self.is_known or not self.largest < value < math.inf:
+            return False
+        inner = self._sorted[len(self) // 20 : len(self) - len(self) // 20]
+        margin = max(factor * (inner[-1] - inner[0]), 0.05 * abs(self.median))
+        return value > self.largest + margin and self.zscore(value) > z
+
+
+def _middle(ordered: list[float]) -> float:
+    half = len(ordered) // 2
+    if not ordered:
+        return math.nan
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

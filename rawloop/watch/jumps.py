@@ -1,0 +1,194 @@
+"""The detector of jumps: loss, gradient norm, learning rate, loss scale and durations against their own history.
+
+A jump of the loss is told when it has not recovered after some steps. The earliest number of a cascade that has jumped
+is its likeliest cause. A spike that recovers is ordinary.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rawloop.watch.drifts import Drifts
+from rawloop.watch.findings import MOST_CAUSES, Cause, Finding, Place
+from rawloop.watch.history import History
+from rawloop.watch.subject import Detector, StepRecord, Subject
+
+RECENT = 40  # steps of history: longer ago, losses were higher
+PATIENCE = 10  # applied steps in which a spike may recover
+CASCADE = 20  # steps before a jump of the loss in which its causes lie
+SLOW, WAITS = 3.0, 0.5  # times the usual duration; share of the step's time
+ORDER = ("lr", "scale", "grad_norm")  # of what has jumped at the same step, the first is the likelier cause
+
+Judge = Callable[[History, float], bool]
+
+
+class Event(NamedTuple):
+    """A number that has left its history: at which step, from which median, to which value."""
+
+    name: str
+    step: int
+    before: float
+    after: float
+    ids: tuple[str, ...] = ()
+
+
+class Jumps(Detector):
+    """Compares each step's numbers with their history, and says what jumped first."""
+
+    def __init__(self) -> None:
+        self._histories = {name: History(RECENT) for name in ("loss", "grad_norm", "lr", "scale")}
+        self._times, self._waits = History(), History(least=50)
+        self._events: deque[Event] = deque(maxlen=32)
+        self._spike: Event | None = None
+        self._after: list[float] = []
+        self._ceiling = math.inf
+        self._slow = 0
+        self._lr: float | None = None
+        self._drifts = Drifts()
+
+    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Read the learning rate of this update, before the schedule changes it."""
+        self._lr = _largest_lr(subject)
+        return ()
+
+    def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Look at the numbers of a step."""
+        lr, self._lr = self._lr, None
+        self._follow("lr", lr, record, jumped=lambda history, value: value > 2 * history.largest)
+        self._follow("scale", record.scale, record, jumped=lambda history, value: value < history.smallest / 2)
+        self._follow("grad_norm", record.grad_norm, record, jumped=lambda history, value: _leaps(history, value))
+        if record.loss is not None and record.applied is not False:
+            yield from self._follow_loss(record.loss, record, subject)
+            if math.isfinite(record.loss):
+                yield from self._drifts.find(subject, record, lr, self._near)
+        yield from self._follow_times(record, subject)
+
+    def _follow(
+        self, name: str, value: float | None, record: StepRecord, jumped: Callable[[History, float], bool]
+    ) -> None:
+        if value is None:
+            return
+        history = self._histories[name]
+        if history.is_known and jumped(history, value):
+            self._events.append(Event(name, record.step, history.median, value, record.ids))
+        history.add(value)
+
+    def _follow_loss(self, loss: float, record: StepRecord, subject: Subject) -> Iterator[Finding]:
+        history = self._histories["loss"]
+        if not math.isfinite(loss):
+            if history.is_known and any(record.step - event.step <= CASCADE for event in self._events):
+                event = Event("loss", record.step, history.median, loss, record.ids)
+                yield self._jump(event, subject, record, f"the loss became {loss} after a jump")
+            return
+        if self._spike is None:
+            if history.stands_out(loss):
+                self._spike, self._ceiling = (
+                    Event("loss", record.step, history.median, loss, record.ids),
+                    history.largest,
+                )
+            else:
+                history.add(loss)
+            return
+        self._after.append(loss)
+        yield from self._judge_spike(self._spike, subject, record)
+
+    def _judge_spike(self, spike: Event, subject: Subject, record: StepRecord) -> Iterator[Finding]:
+        """Tell a spike when two losses in a row are as before, or a jump when that has not come in time."""
+        ended = len(self._after) >= 2 and max(self._after[-2:]) <= self._ceiling
+        if not ended and len(self._after) < PATIENCE:
+            return
+        after = sorted(self._after)[len(self._after) // 2]
+        if ended or after <= self._ceiling:
+            what = f"the loss rose from {spike.before:.4g} to {spike.after:.4g} and recovered"
+            yield self._jump(spike, subject, record, what, ordinary=True)
+        else:
+            what = f"the loss jumped from {spike.before:.4g} to {spike.after:.4g} and has not recovered"
+            what += f" after {PATIENCE} steps (median {after:.4g})"
+            yield self._jump(spike, subject, record, what)
+            self._histories["loss"] = History(RECENT)
+        for value in self._after:
+            self._histories["loss"].add(value)
+        self._spike, self._after = None, []
+
+    def _jump(self, event: Event, subject: Subject, record: StepRecord, what: str, ordinary: bool = False) -> Finding:
+        kind = "loss_spiked" if ordinary else "loss_jumped"
+        causes = self._causes(event)
+        since = min([event.step, *(cause_step for cause_step, _ in causes[:1])])
+        return Finding(
+            kind, what, tuple(cause for _, cause in causes), record.step, subject.world.rank, ordinary, since
+        )
+
+    def _causes(self, event: Event) -> list[tuple[int, Cause]]:
+        """Return the step and the cause of what jumped before an event, or with it, the earliest first."""
+        near = [e for e in self._events if event.step - CASCADE <= e.step <= event.step]
+        near = [e for e in near if e.name != "lr" or e.step < event.step]  # an update acts on the next step's loss
+        firsts = {e.name: e for e in reversed(near)}
+        found = sorted(firsts.values(), key=lambda e: (e.step, ORDER.index(e.name)))
+        causes = [(e.step, _cause_of(e)) for e in found]
+        if not any(e.step < event.step for e in found):
+            causes.insert(0, (event.step, _batch_of(event)))
+        return causes[:MOST_CAUSES]
+
+    def _near(self, step: int) -> list[Cause]:
+        """Return the causes of what jumped around a step."""
+        near = sorted((e for e in self._events if abs(e.step - step) <= 2 * CASCADE), key=lambda e: e.step)
+        firsts = {e.name: e for e in reversed(near)}
+        return [_cause_of(e) for e in sorted(firsts.values(), key=lambda e: e.step)][:MOST_CAUSES]
+
+    def _follow_times(self, record: StepRecord, subject: Subject) -> Iterator[Finding]:
+        if record.seconds is None:
+            return
+        self._slow = self._slow + 1 if self._times.is_known and record.seconds > SLOW * self._times.median else 0
+        rank = subject.world.rank
+        if self._slow == self._times.least:
+            what = f"a step takes {record.seconds:.3g} s, and took {self._times.median:.3g} s"
+            evidence = {"seconds": record.seconds, "usual": self._times.median}
+            cause = Cause(
+                "not known", "steps have become slower", Place(), evidence, "look at clocks and other processes"
+            )
+            since = record.step - self._slow + 1
+            yield Finding("steps_slower", what, (cause,), record.step, rank, ordinary=True, since=since)
+        if not self._slow:
+            self._times.add(record.seconds)
+        if record.data_seconds is not None:
+            self._waits.add(record.data_seconds / max(record.data_seconds + record.seconds, 1e-9))
+            if self._waits.is_known and self._waits.median > WAITS:
+                what = f"{self._waits.median:.0%} of the time is a wait for data"
+                evidence = {"share of the time": self._waits.median, "seconds": record.data_seconds}
+                cause = Cause(
+                    "data", "the loader is slower than the model", Place("data"), evidence, "use more workers"
+                )
+                yield Finding("data_slow", what, (cause,), record.step, rank, ordinary=True)
+
+
+def _leaps(history: History, value: float) -> bool:
+    return not math.isfinite(value) or (value > 2 * history.largest and history.zscore(value) > 8)
+
+
+def _cause_of(event: Event) -> Cause:
+    evidence = {"before": event.before, "after": event.after, "at step": event.step}
+    numbers = f"from {event.before:.4g} to {event.after:.4g} at step {event.step}"
+    if event.name == "lr":
+        advice = "correct the schedule, or warm up to this rate"
+        return Cause("optimizer", f"the learning rate rose {numbers}", Place("update"), evidence, advice)
+    if event.name == "scale":
+        return Cause("precision", f"the loss scale fell {numbers}", Place("backward"), evidence, "look at its skips")
+    place = Place("backward", sample=", ".join(event.ids[:4]))
+    advice = "look at the samples of this step, and clip the norm"
+    return Cause("data", f"the gradient norm rose {numbers}", place, evidence, advice)
+
+
+def _batch_of(event: Event) -> Cause:
+    evidence = {"usual loss": event.before, "loss": event.after, "at step": event.step}
+    what = f"the batch of step {event.step} has an outlying loss"
+    place = Place("data", sample=", ".join(event.ids[:8]))
+    return Cause("data", what, place, evidence, "look at its samples, text and labels")
+
+
+def _largest_lr(subject: Subject) -> float | None:
+    rates = [group["lr"] for optimizer in subject.optimizers for group in optimizer.param_groups]
+    rates = [rate for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
+    return max(map(float, rates), default=None)

@@ -1,0 +1,206 @@
+"""The detector of targets that their own prediction can see, and of models that do not see what comes before.
+
+It runs the first pass again with other ids in the input embedding, and compares the predictions that the user's own
+cross-entropy scores. The ids that the loss sees as labels stay the same.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rawloop.buffers import untouched
+from rawloop.contracts import Batch
+from rawloop.seed import preserved_rng
+from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.nest import tensors_in
+from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
+
+ALIGNED = 0.9  # of the targets must be the ids at one distance
+SHORTEST = 6  # positions
+LOOKS_BACK = ("attention", "attn", "lstm", "gru", "rnn", "mamba", "conv")
+
+
+class Scored(NamedTuple):
+    """The predictions that a loss scores: logits (rows, positions, classes), float32, and targets (rows, positions)."""
+
+    logits: Tensor
+    targets: Tensor
+
+
+class Leaks(Detector):
+    """Probes the first pass that can be run again: four forward passes, once."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Probe the first pass."""
+        if self._done or not record.passes:
+            return
+        self._done = True
+        batch = record.batch
+        ours = isinstance(batch, Batch) or (isinstance(batch, list) and any(isinstance(b, Batch) for b in batch))
+        if not ours and "MaskedLM" not in type(subject.model).__name__:  # rawloop's own runs are probed before step 0
+            yield from probe(subject, record, record.passes[0])
+
+
+def probe(subject: Subject, record: StepRecord, one: Pass) -> Iterator[Finding]:
+    """Look whether predictions move with their own, later and earlier tokens. The model does not change."""
+    with untouched(subject.model, training=False), torch.no_grad():
+        spy = Spy(subject.model, one)
+        before = spy.run()
+        ids = spy.ids
+        if before is None or ids is None or (shift := _shift(before.targets, ids)) is None:
+            return
+        middle = ids.shape[1] // 2
+        again, after, other = spy.run(), spy.run(slice(middle, None)), spy.run(slice(0, middle))
+    if again is None or after is None or other is None or not spy.changed:
+        return
+    size = float(before.logits.abs().amax())
+    noise = float((again.logits - before.logits).abs().amax()) / max(size, 1e-30)
+    tolerance = max(2 * noise, spy.rounding)
+    tokens = torch.arange(before.targets.shape[1], device=ids.device) + shift  # the position of each target's token
+    moved = _moved(before, after, size) > tolerance
+    earlier = moved & (tokens < middle)
+    if shift == 0 and bool(earlier.any()) and not _claims_causal(subject.model):
+        return  # an autoencoder or a tagger, which sees the whole row by design
+    leaks = moved & (tokens <= middle)
+    if bool(leaks.any()):
+        yield _leak(subject, record, one, leaks, bool(earlier.any()), shift, tolerance)
+    elif not bool((_moved(before, other, size) > tolerance)[:, tokens > middle + 1].any()) and size > 0:
+        yield from _blind(subject, record, tokens, middle)
+
+
+class Spy(TorchFunctionMode):
+    """Runs a pass, with changed ids in the model's first embedding, and keeps what cross-entropy scores."""
+
+    def __init__(self, model: nn.Module, one: Pass) -> None:
+        super().__init__()
+        self.model, self.one = model, one
+        self.ids: Tensor | None = None
+        self.rounding = 0.0
+        self.changed = 0
+        self._given = [t for _, t in tensors_in(one.inputs) if not t.is_floating_point() and t.dim() == 2]
+        self._kept: list[Scored] = []
+        self._change: slice | None = None
+        self._first: nn.Module | None = None
+
+    def run(self, change: slice | None = None) -> Scored | None:
+        """Run the pass with other ids at these positions; return what its largest cross-entropy scores."""
+        self._kept, self._change = [], change
+        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        hooks = [table.register_forward_pre_hook(self._embed) for table in tables]
+        try:
+            with preserved_rng(), self:
+                self.one.forward(self.one.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        best = max(self._kept, key=lambda scored: scored.targets.numel(), default=None)
+        return best if best is not None and bool(best.logits.isfinite().all()) else None
+
+    def _embed(self, table: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        ids = given[0] if given else None
+        if torch.compiler.is_compiling() or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < SHORTEST:
+            return None
+        if self._first is None and any(_starts_with(whole, ids) for whole in self._given):
+            self._first, self.ids = table, ids.clone()
+        if table is not self._first or self._change is None or self.ids is None or ids.shape != self.ids.shape:
+            return None
+        changed = ids.clone()
+        changed[:, self._change] = _others(ids)[:, self._change]
+        self.changed += int((changed != ids).any())
+        return (changed, *given[1:])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep the arguments of a cross-entropy over ids."""
+        if func in (F.cross_entropy, F.nll_loss) and self.ids is not None and len(args) > 1:
+            self._keep(args[0], args[1], len(self.ids))
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, logits: Tensor, targets: Tensor, rows: int) -> None:
+        if targets.is_floating_point() or logits.dim() != targets.dim() + 1 or targets.numel() % rows:
+            return
+        logits = logits.movedim(1, -1).reshape(rows, -1, logits.shape[1])
+        self.rounding = max(self.rounding, 2e-3 if self._is_coarse(logits) else 1e-5)
+        self._kept.append(Scored(logits.float(), targets.reshape(rows, -1)))
+
+    def _is_coarse(self, logits: Tensor) -> bool:
+        dtypes = {weight.dtype for weight in self.model.parameters()} | {logits.dtype}
+        return any(dtype.itemsize < 4 for dtype in dtypes) or torch.is_autocast_enabled(logits.device.type)
+
+
+def _starts_with(whole: Tensor, ids: Tensor) -> bool:
+    part = whole[:, : ids.shape[1]]
+    return part.shape == ids.shape and torch.equal(part.to(ids), ids) and bool((ids != ids[0, 0]).any())
+
+
+def _others(ids: Tensor) -> Tensor:
+    """Return other ids of the same batch: each is replaced by the next larger one that occurs."""
+    values, places = torch.unique(ids, return_inverse=True)
+    others: Tensor = values.roll(-1)[places]
+    return others
+
+
+def _shift(targets: Tensor, ids: Tensor) -> int | None:
+    """Return how far the token of a target is behind the target's own position; None if that is not clear."""
+    shares = []
+    for shift in range(3):
+        length = min(targets.shape[1], ids.shape[1] - shift)
+        there, here = ids[:, shift : shift + length], targets[:, :length]
+        scored = here >= 0
+        shares.append(float(((here == there) & scored).sum() / scored.sum().clamp(min=1)))
+    best = max(range(3), key=shares.__getitem__)
+    clear = all(share < ALIGNED for shift, share in enumerate(shares) if shift != best)
+    return best if clear and shares[best] >= ALIGNED else None
+
+
+def _moved(before: Scored, after: Scored, size: float) -> Tensor:
+    """Return how far each scored prediction moved, as a share of the largest logit: (rows, positions)."""
+    moved = (after.logits - before.logits).abs().amax(-1) / max(size, 1e-30)
+    return moved.where(before.targets >= 0, 0)
+
+
+def _claims_causal(model: nn.Module) -> bool:
+    return "CausalLM" in type(model).__name__
+
+
+def _leak(
+    subject: Subject, record: StepRecord, one: Pass, leaks: Tensor, earlier: bool, shift: int, tolerance: float
+) -> Finding:
+    row, position = (int(index) for index in leaks.nonzero()[0])
+    ids = one.ids or record.ids
+    place = Place("forward", sample=ids[row] if len(ids) == len(leaks) else "", row=row, position=position)
+    evidence: dict[str, float | int | str] = {"predictions that moved": int(leaks.sum()), "tolerance": tolerance}
+    unshifted = Cause(
+        "loss",
+        "the labels are not shifted: each prediction is scored against the token at its own position"
+        if shift == 0
+        else "logits and labels are shifted against each other by one too little",
+        place,
+        evidence,
+        "compare logits[:, :-1] with labels[:, 1:]",
+    )
+    mask = Cause(
+        "model", "attention is not causal: predictions see later tokens", place, evidence, "give it a causal mask"
+    )
+    what = "a prediction moves when only its own target or later tokens change"
+    causes = (mask, unshifted) if earlier and shift == 0 else (mask,) if earlier else (unshifted,)
+    return Finding("target_visible", what, causes, record.step, subject.world.rank, since=0)
+
+
+def _blind(subject: Subject, record: StepRecord, tokens: Tensor, middle: int) -> Iterator[Finding]:
+    if not bool((tokens > middle + 1).any()):
+        return
+    kinds = [type(module).__name__.lower() for module in subject.model.modules()]
+    able = any(word in kind for kind in kinds for word in LOOKS_BACK)
+    what = f"no prediction after position {middle} moves when all tokens before it change"
+    advice = "look at the attention mask and at what the layers are given"
+    cause = Cause(
+        "model", "earlier tokens do not reach the predictions", Place("forward"), {"position": middle}, advice
+    )
+    yield Finding("context_ignored", what, (cause,), record.step, subject.world.rank, ordinary=not able, since=0)
