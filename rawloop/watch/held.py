@@ -1,7 +1,7 @@
 """What optimizers hold, by name, and reading many numbers from the device at once."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,15 +50,20 @@ def held_by_optimizers(subject: Subject) -> list[Held]:
     names = {id(parameter): name for name, parameter in subject.named()}
     weights = dict(subject.model.named_parameters())
     found = []
-    for place, optimizer in enumerate(subject.optimizers):
-        kind = type(optimizer).__name__ + (f"[{place}]" if len(subject.optimizers) > 1 else "")
+    for optimizer in subject.optimizers:
         for index, group in enumerate(optimizer.param_groups):
-            label = f"{kind} group {index}"
+            label = label_of(subject, optimizer, index)
             for position, parameter in enumerate(group["params"]):
                 name = names.get(id(parameter), f"{label}, parameter {position}")
                 if measurable(parameter):
                     found.append(Held(name, parameter, weights.get(name, parameter), optimizer, group, label))
     return found
+
+
+def label_of(subject: Subject, optimizer: Optimizer, group: int) -> str:
+    """Return a name for a group: `AdamW group 0`, or `AdamW[1] group 0` for the second of several optimizers."""
+    place = next(place for place, one in enumerate(subject.optimizers) if one is optimizer)
+    return f"{type(optimizer).__name__}{f'[{place}]' if len(subject.optimizers) > 1 else ''} group {group}"
 
 
 def by_label(held: Iterable[Held]) -> dict[str, list[Held]]:
@@ -110,8 +115,3 @@ def rms_of(tensors: Sequence[Tensor]) -> list[float]:
 def module_of(name: str) -> str:
     """Return the module of a parameter's name."""
     return name.rpartition(".")[0]
-
-
-def first(items: Iterable[Any], wanted: Callable[[Any], bool]) -> Any:
-    """Return the first wanted item, or None."""
-    return next((item for item in items if wanted(item)), None)

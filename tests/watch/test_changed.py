@@ -15,7 +15,7 @@ from rawloop.watch.findings import Finding, Findings
 from rawloop.watch.watch import Watch
 
 
-def small(norm: bool = False) -> nn.Sequential:
+def small(norm: bool = False) -> Any:
     layers = [nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 2)]
     return nn.Sequential(*layers)
 
@@ -98,7 +98,7 @@ def test_a_frozen_weight_that_changes_after_the_last_probe_is_seen_at_the_end() 
 
 
 def test_a_moving_average_of_the_trained_weights_is_ordinary() -> None:
-    model = nn.ModuleDict({"student": small(), "teacher": small().requires_grad_(False)})
+    model: Any = nn.ModuleDict({"student": small(), "teacher": small().requires_grad_(False)})
 
     def follow() -> None:
         with torch.no_grad():

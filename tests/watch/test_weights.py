@@ -16,6 +16,10 @@ from rawloop.watch.weights import UnsoundWeights
 class Block(nn.Module):
     """A layer of a small transformer: a norm, an attention and a feed-forward part."""
 
+    up: Any
+    down: Any
+    attention: Any
+
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -25,10 +29,15 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.down(torch.relu(self.up(self.norm(x))))
+        added: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return x + added
 
 
 class Model(nn.Module):
+    layers: Any
+    embed: Any
+    mask: torch.Tensor
+
     def __init__(self, layers: int = 4) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, 32, padding_idx=0)
@@ -38,10 +47,11 @@ class Model(nn.Module):
         self.register_buffer("mask", torch.full((10, 10), float("-inf")).triu(1))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids) + self.position
+        x: torch.Tensor = self.embed(ids) + self.position
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
 
 
 def at_start(model: nn.Module) -> list[Finding]:
