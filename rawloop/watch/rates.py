@@ -18,8 +18,8 @@ FEW = 3  # updates; the same at the end of a watch that has seen no other learni
 
 
 @dataclass
-class History:
-    """The learning rates of a group's updates so far."""
+class Rate:
+    """What is known of the learning rates of a group's updates so far."""
 
     step: int = -1
     last: float = 0.0
@@ -36,7 +36,7 @@ class LearningRates(Detector):
     """
 
     def __init__(self) -> None:
-        self._histories: dict[str, History] = {}
+        self._histories: dict[str, Rate] = {}
 
     def start(self, subject: Subject) -> Iterator[Finding]:
         """Look at the learning rates before the first update."""
@@ -47,7 +47,7 @@ class LearningRates(Detector):
         """Look at the learning rates of an update."""
         values = rates(subject, record.probing)
         for label, value in values.items():
-            history = self._histories.setdefault(label, History())
+            history = self._histories.setdefault(label, Rate())
             if record.step == history.step:  # several optimizers step in one step
                 continue
             if not 0 <= value < math.inf:
@@ -91,7 +91,7 @@ def impossible(subject: Subject, label: str, value: float, step: int) -> Iterato
     yield Finding(kind, f"the learning rate of {label} is {value:g}", (cause,), step, subject.world.rank)
 
 
-def jump(subject: Subject, label: str, value: float, step: int, history: History) -> Iterator[Finding]:
+def jump(subject: Subject, label: str, value: float, step: int, history: Rate) -> Iterator[Finding]:
     """Yield a finding for a learning rate far above all that came before."""
     if (
         history.updates >= SHORT
@@ -110,7 +110,7 @@ def jump(subject: Subject, label: str, value: float, step: int, history: History
         yield Finding("lr_jump", f"the learning rate of {label} jumps", (cause,), step, subject.world.rank)
 
 
-def stuck(subject: Subject, label: str, history: History, values: dict[str, float]) -> Finding:
+def stuck(subject: Subject, label: str, history: Rate, values: dict[str, float]) -> Finding:
     """Return the finding for a group whose learning rate stays at zero."""
     evidence: Evidence = {"updates at zero": history.zeros, "largest lr before": history.largest}
     others = {other: value for other, value in values.items() if other != label and value > 0}

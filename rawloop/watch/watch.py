@@ -20,7 +20,10 @@ from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding, Findings
 from rawloop.watch.jumps import Jumps
 from rawloop.watch.leaks import Leaks
+from rawloop.watch.optimizer import OptimizerSettings, OptimizerState
+from rawloop.watch.rates import LearningRates
 from rawloop.watch.subject import Detector, StepRecord, Subject
+from rawloop.watch.updates import Updates
 from rawloop.watch.weights import UnsoundWeights
 
 
@@ -185,4 +188,5 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def all_detectors() -> list[Detector]:
     """Return a new detector of every kind."""
-    return [UnsoundWeights(), ChangedWeights(), Batches(), Calls(), Leaks(), Jumps()]
+    optimizers = [LearningRates(), Updates(), OptimizerSettings(), OptimizerState()]
+    return [UnsoundWeights(), ChangedWeights(), *optimizers, Batches(), Calls(), Leaks(), Jumps()]
