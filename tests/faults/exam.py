@@ -29,9 +29,8 @@ from rawloop.watch.findings import Finding
 from tests.faults import controls, first, first_data, others, runs
 from tests.faults.form import Answer, Control, Fault, best_of_ranks, examine
 
-IN_RUNS = runs.watches_runs()
-FAULTS: tuple[Fault, ...] = (*first.FAULTS, *first_data.FAULTS, *(runs.FAULTS if IN_RUNS else ()))
-CONTROLS: tuple[Control, ...] = (*controls.CONTROLS, *(runs.CONTROLS if IN_RUNS else ()))
+FAULTS: tuple[Fault, ...] = (*first.FAULTS, *first_data.FAULTS, *runs.FAULTS)
+CONTROLS: tuple[Control, ...] = (*controls.CONTROLS, *runs.CONTROLS)
 ALL: tuple[Fault | Control, ...] = (*FAULTS, *CONTROLS)
 CASES = {case.name: case for case in ALL}
 Ranks = Callable[..., list[list[Finding]]]

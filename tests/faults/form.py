@@ -86,9 +86,9 @@ def within(finding: Finding, first: int, last: int) -> bool:
 
 
 def words_of(finding: Finding) -> str:
-    """All words of a finding and its likeliest cause, with the names of the evidence, without the place."""
+    """What a finding says of itself and its likeliest cause, without the place; advice names more than it knows."""
     cause = finding.cause
-    return " ".join([finding.kind.replace("_", " "), finding.what, cause.what, *map(str, cause.evidence), cause.advice])
+    return " ".join([finding.kind.replace("_", " "), finding.what, cause.what, *map(str, cause.evidence)])
 
 
 def _worth(fault: Fault, finding: Finding) -> int:
