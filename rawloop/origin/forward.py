@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
         elif sources:
             made = Source(spot, kind, out.dtype, blocked_by=sources[0])
         else:
-            made = Source(spot, kind, out.dtype, mask=kind == "inf" and _has_infinity(arguments, out.dtype))
+            made = Source(spot, kind, out.dtype, mask=_has_infinity(arguments, out.dtype) and not _not_a_mask(out))
         self.sources[_key(out)] = made
 
     def _seen(self, tensor: Tensor) -> Source | None:

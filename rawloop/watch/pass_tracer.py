@@ -67,8 +67,10 @@ class PassTracer:
             position=first[1] if batched and tensor.dim() > 1 else None,
             rank=self.rank,
         )
-        rows = wrong.flatten(1).any(1).sum().item() if batched and tensor.dim() > 1 else int(wrong.sum())
-        evidence = {"not finite": f"{int(wrong.sum()):,} of {tensor.numel():,}", "rows": int(rows), **self.passes()}
+        evidence: dict[str, float | int | str] = {"not finite": f"{int(wrong.sum()):,} of {tensor.numel():,}"}
+        if batched:
+            evidence["samples"] = len(set(wrong.nonzero()[:, 0].tolist()))
+        evidence |= self.passes()
         what = f"the input '{path}' contains {'NaN' if bool(tensor.isnan().any()) else 'infinity'}"
         return Cause("data", what, place, evidence, "Drop or repair this sample")
 
@@ -78,11 +80,10 @@ class PassTracer:
         if origin.phase == "backward":
             best = self.largest_scale()
         else:  # the scaled loss itself
-            size = why.evidence.get("in float32", math.inf) if origin.operation.endswith("mul") else math.inf
-            best = (
-                2.0 ** math.floor(math.log2(scale * torch.finfo(origin.dtype).max / size)) if size < math.inf else 0.0
-            )
-        if not best or (origin.phase == "forward" and origin.spot.inside):
+            scales = origin.operation.endswith("mul") and not origin.spot.inside and why.blamed == "precision"
+            size = float(why.evidence["in float32"]) if scales else 0.0
+            best = 2.0 ** math.floor(math.log2(scale * torch.finfo(origin.dtype).max / size)) if size else 0.0
+        if not best:
             return None
         scaler = self.subject.scaler
         self.ordinary = scaler is not None and best >= 1 and getattr(scaler, "get_backoff_factor", lambda: 0.5)() < 1
