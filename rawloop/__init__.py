@@ -38,6 +38,9 @@ _HOME = {
         "records": "Records read_events read_metrics",
         "seed": "RngState seed_all",
         "settings": "DDPConfig EvaluationConfig OptimConfig RecordsConfig TrainConfig",
+        "watch.config": "WatchConfig",
+        "watch.findings": "Finding",
+        "watch.watch": "Watch",
     }.items()
     for name in names.split()
 }
@@ -97,6 +100,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from rawloop.settings import OptimConfig as OptimConfig
     from rawloop.settings import RecordsConfig as RecordsConfig
     from rawloop.settings import TrainConfig as TrainConfig
+    from rawloop.watch.config import WatchConfig as WatchConfig
+    from rawloop.watch.findings import Finding as Finding
+    from rawloop.watch.watch import Watch as Watch
 else:
 
     def __getattr__(name: str) -> Any:

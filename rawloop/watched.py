@@ -257,7 +257,15 @@ def build_watch(config: RunConfig, folder: Path, run: Run) -> RunWatch:
     policy, world, optimizer = run.policy, run.world, run.optimizer
     assert policy.model is not None
     named = policy.named_parameters
-    watch = Watch(policy.model, optimizer, policy.scaler, config=config.watch, world=world, named=named)
+    watch = Watch(
+        policy.model,
+        optimizer,
+        policy.scaler,
+        config=config.watch,
+        world=world,
+        named=named,
+        say=lambda text: None,  # findings are events
+    )
     device = world.device
     about = {
         "rank": world.rank,

@@ -88,7 +88,7 @@ ONLY_IN = {
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),
     "torch.cpu.amp": ("precision",),
-    "torch.autocast": ("precision", "origin"),
+    "torch.autocast": ("precision", "origin", "watch/tape.py"),
     "peft": ("adapters",),
     "transformers.HiggsAudio*": ("families", "demo/checkpoint.py"),
     "transformers.models": ("families", "demo/checkpoint.py"),

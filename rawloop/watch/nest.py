@@ -16,19 +16,19 @@ def tensors_in(nest: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from tensors_in(value, f"{path}/{name}" if path else str(name))
 
 
-def map_tensors(change: Callable[[Tensor], Any], nest: Any) -> Any:
-    """Return a nest of the same structure with each tensor changed. Values without tensors stay."""
-    if isinstance(nest, Tensor):
+def map_tensors(change: Callable[[Any], Any], nest: Any, kind: type = Tensor) -> Any:
+    """Return a nest of the same structure with each tensor, or each value of `kind`, changed. Other values stay."""
+    if isinstance(nest, kind):
         return change(nest)
     if isinstance(nest, Mapping):
-        made = {name: map_tensors(change, value) for name, value in nest.items()}
+        made = {name: map_tensors(change, value, kind) for name, value in nest.items()}
         return made if type(nest) is dict else _rebuilt(nest, made)
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*(map_tensors(change, value) for value in nest))
+        return type(nest)(*(map_tensors(change, value, kind) for value in nest))
     if isinstance(nest, list | tuple):
-        return type(nest)(map_tensors(change, value) for value in nest)
+        return type(nest)(map_tensors(change, value, kind) for value in nest)
     if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
-        fields = {f.name: map_tensors(change, getattr(nest, f.name)) for f in dataclasses.fields(nest) if f.init}
+        fields = {f.name: map_tensors(change, getattr(nest, f.name), kind) for f in dataclasses.fields(nest) if f.init}
         return dataclasses.replace(nest, **fields)
     return nest
 

@@ -55,6 +55,43 @@ class Pass(NamedTuple):
 
 
 @dataclass
+class Facts:
+    """What the hooks in a foreign loop have seen since the last update. Lines are those of the user's code.
+
+    Args:
+        calls: calls of the model with gradients.
+        evaluating: calls of them that found the model in evaluation mode.
+        backwards: backward passes.
+        scaled: backward passes whose loss the scaler had multiplied.
+        optimizer: the optimizer whose update this is, as `AdamW` or `AdamW (2)`.
+        step_line: the line that asked for the update.
+        through_scaler: it is made by `scaler.step`.
+        unscaled: `scaler.unscale_` was called for its gradients.
+        written: what wrote to gradients while they were scaled: a line, or "code that is not seen".
+        left_over: the gradients of the update before were still there at the first backward pass.
+        zeroed: the line of a `zero_grad` after the last backward pass.
+        scale_moved: the line of a `scaler.update` after a backward pass and before an attempt to step.
+        idle: the optimizer was stepped without a backward pass since its last step.
+        lr_moved: the learning rate has changed since an update that the scaler skipped.
+    """
+
+    calls: int = 0
+    evaluating: int = 0
+    backwards: int = 0
+    scaled: int = 0
+    optimizer: str = ""
+    step_line: str = ""
+    through_scaler: bool = False
+    unscaled: bool = False
+    written: str = ""
+    left_over: bool = False
+    zeroed: str = ""
+    scale_moved: str = ""
+    idle: bool = False
+    lr_moved: bool = False
+
+
+@dataclass
 class StepRecord:
     """One step, as far as it has come. A number that is not measured is None.
 
@@ -69,6 +106,8 @@ class StepRecord:
         applied: whether the optimizer has applied an update; None before it is known.
         seconds: the duration of the step.
         data_seconds: the wait for data before it.
+        why_no_passes: why some of its backward passes cannot be run again; empty if all can.
+        facts: what the hooks have seen; empty inside rawloop's own run.
         probing: whether this step takes the costly looks (each `WatchConfig.every` steps, and after a skip).
     """
 
@@ -82,6 +121,8 @@ class StepRecord:
     applied: bool | None = None
     seconds: float | None = None
     data_seconds: float | None = None
+    why_no_passes: str = ""
+    facts: Facts = field(default_factory=Facts)
     probing: bool = False
 
 

@@ -1,34 +1,45 @@
 """A watch over somebody's own training loop, whose scaler, dtypes, optimizer and loss stay as they are."""
 
+import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
+from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm import tqdm
 
-from rawloop.dist import World, unwrap_ddp
+from rawloop.dist import World
 from rawloop.errors import UserError
-from rawloop.watch.batches import Batches
-from rawloop.watch.calls import Calls
-from rawloop.watch.changed import ChangedWeights
+from rawloop.records import json_value
 from rawloop.watch.config import WatchConfig
+from rawloop.watch.detectors import all_detectors
 from rawloop.watch.findings import Finding, Findings
-from rawloop.watch.jumps import Jumps
-from rawloop.watch.leaks import Leaks
-from rawloop.watch.optimizer import OptimizerSettings, OptimizerState
-from rawloop.watch.rates import LearningRates
-from rawloop.watch.subject import Detector, StepRecord, Subject
-from rawloop.watch.updates import Updates
-from rawloop.watch.weights import UnsoundWeights
+from rawloop.watch.hooks import Hooks
+from rawloop.watch.misuse import left_by, without_backward
+from rawloop.watch.recorder import Recorder
+from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
+from rawloop.watch.tape import Replay
+from rawloop.watch.tracer import trace
+from rawloop.watch.wrappers import bare_model, outsides
+
+MOST_PASSES = 64  # of one update, that are kept to be run again
+FINDINGS = "findings.jsonl"
 
 
 class Watch:
     """Watches a loop and collects findings; it changes nothing that the loop computes.
+
+    A step whose loss or gradients are not finite is run again, from a tape of its operations, to find the place. With
+    torch.compile it is run again without compiling, and operations inside a compiled loss function are not recorded.
 
     Args:
         model: the model that the loop calls: bare, in DDP, or compiled.
@@ -37,6 +48,9 @@ class Watch:
         out: a folder for findings and capsules; nothing is written without it.
         config: the settings.
         detectors: what to look for; everything by default.
+        world: the ranks; those of the current process group by default.
+        named: returns the parameters that the optimizers hold, by name; by default those of the model.
+        say: called with each new alarm as text; by default it is printed to stderr.
     """
 
     def __init__(
@@ -50,143 +64,207 @@ class Watch:
         detectors: Sequence[Detector] | None = None,
         world: World | None = None,
         named: Callable[[], Iterable[tuple[str, nn.Parameter]]] | None = None,
+        say: Callable[[str], object] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"rawloop.Watch takes a model (nn.Module) first: it got a {type(model).__name__}")
         bare = bare_model(model)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self.subject = Subject(
-            bare,
-            optimizers,
-            scaler,
-            named or (lambda: list(bare.named_parameters())),
-            world or World.current(),
-            config or WatchConfig(),
-        )
+        for one in optimizers:
+            if not isinstance(one, Optimizer):
+                raise UserError(f"rawloop.Watch takes torch optimizers after the model: it got a {type(one).__name__}")
+        named = named or (lambda: list(bare.named_parameters()))
+        self.subject = Subject(bare, optimizers, scaler, named, world or World.current(), config or WatchConfig())
         self.out = Path(out) if out else None
         self.findings = Findings()
         self.detectors = list(all_detectors() if detectors is None else detectors)
-        self._hooks = ExitStack()
-        self._losses: list[Tensor] = []
-        self._record = StepRecord(0)
-        self._left = time.perf_counter()
-        self._step = 0
+        self.say = say or (lambda text: tqdm.write(text, file=sys.stderr))
+        self.record = StepRecord(0)
+        self._recorder = Recorder(bare, outsides(model, bare), self._called, self._backward)
+        self._hooks = Hooks(self.subject, self._recorder, lambda: self.record.facts, self._before, self._after)
+        self._replays: deque[tuple[Replay, tuple[str, ...], bool]] = deque(maxlen=MOST_PASSES)
+        self._contexts = ExitStack()
+        self._left = self._began = time.perf_counter()
+        self._step = self._streak = self._traces = self._measured = 0
 
     def __enter__(self) -> Self:
-        for optimizer in self.subject.optimizers:
-            self._hooks.callback(optimizer.register_step_pre_hook(self._before_update).remove)
-            self._hooks.callback(optimizer.register_step_post_hook(self._after_update).remove)
-        self._look(lambda detector: detector.start(self.subject))
-        self._left = time.perf_counter()
+        self._contexts.enter_context(self._hooks.installed())
+        self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hooks.close()
-        self._look(lambda detector: detector.finish(self.subject))
-
-    @property
-    def record(self) -> StepRecord:
-        """The step that is under way."""
-        return self._record
+        self._contexts.close()
+        if self.record.applied is not None:
+            self.end()
+        self.finish()
 
     def start(self) -> None:
-        """Look at a loop that calls `begin`, `measured`, `before_update` and `end` itself."""
+        """Look before the first step. A loop without `with` calls this, `begin`, `measured`, ... and `finish`."""
         self._look(lambda detector: detector.start(self.subject))
+        self._left = time.perf_counter()
 
     def finish(self) -> None:
-        """Look at the end of such a loop."""
+        """Look at the end."""
         self._look(lambda detector: detector.finish(self.subject))
 
-    def begin(self, batch: Any, ids: Sequence[str] = (), *, step: int) -> None:
-        """Begin a step."""
-        self._record = StepRecord(step, batch, tuple(ids), probing=step % self.subject.config.every == 0)
-        self._left = time.perf_counter()
-        self._look(lambda detector: detector.batch(self.subject, self._record))
-
-    def measured(self, loss: float, grad_norm: float, scale: float, applied: bool) -> None:
-        """Take the numbers of the step."""
-        self._record.loss, self._record.grad_norm = loss, grad_norm
-        self._record.scale, self._record.applied = scale, applied
-
-    def before_update(self) -> None:
-        """Look at the gradients."""
-        self._look(lambda detector: detector.gradients(self.subject, self._record))
-
-    def end(self) -> None:
-        """End the step."""
-        self._record.seconds = time.perf_counter() - self._left
-        self._look(lambda detector: detector.end(self.subject, self._record))
-
-    @contextmanager
-    def step(self, batch: Any = None, ids: Sequence[str] = ()) -> Iterator[None]:
-        """Watch one step of the loop: its forward and backward passes, and its update if it makes one.
+    def step(self, batch: Any = None, ids: Sequence[str] = ()) -> "Block":
+        """Watch one step of the loop, in a `with` block: forward and backward passes, and the update if it makes one.
 
         Args:
             batch: a nest of tensors.
             ids: the names of the samples, one for each row.
         """
-        entered = time.perf_counter()
-        record = self._record
+        return Block(self, batch, tuple(ids))
+
+    def begin(self, batch: Any = None, ids: Sequence[str] = (), *, step: int | None = None) -> None:
+        """Begin a step. Without `step`, continue one that has not made its update yet, with another micro-batch.
+
+        Args:
+            batch: a nest of tensors.
+            ids: the names of the samples, one for each row.
+            step: the number of applied updates before it. A loop that counts them itself adds its passes to the record.
+        """
+        if step is not None:
+            self._step, self.record = step, StepRecord(step)
+        elif self.record.applied is not None:
+            self.end()
+        record = self.record
         record.step, record.batch, record.ids = self._step, batch, tuple(ids)
-        record.data_seconds = entered - self._left
-        record.probing = self._step % self.subject.config.every == 0
+        self._began = time.perf_counter()
+        record.data_seconds = (record.data_seconds or 0.0) + self._began - self._left
+        record.probing = record.probing or self._streak > 0 or self._step % self.subject.config.every == 0
         self._look(lambda detector: detector.batch(self.subject, record))
-        with self._seeing_backward():
-            yield
-        record.seconds = time.perf_counter() - entered
-        if record.applied is None and self.subject.scaler is not None and self._losses:
-            self._measure(record)
-            record.applied = False
+
+    def measured(
+        self, loss: float | None, grad_norm: float | None, scale: float = 1.0, applied: bool | None = None
+    ) -> None:
+        """Take the numbers of a step from a loop that has measured them; they are unscaled.
+
+        Args:
+            loss: the sum of the losses of its backward passes.
+            grad_norm: the L2 norm of all gradients.
+            scale: by which the gradients are still multiplied.
+            applied: whether the update was applied; None before it is known.
+        """
+        record = self.record
+        record.loss, record.grad_norm, record.scale, record.applied = loss, grad_norm, scale, applied
+
+    def before_update(self) -> None:
+        """Look at the gradients, after `measured` and before the update."""
+        record = self.record
+        self._look(lambda detector: detector.gradients(self.subject, record))
+        numbers = (record.loss, record.grad_norm)
+        if all(number is None or math.isfinite(number) for number in numbers):
+            self._streak = 0
+        else:
+            self._streak += 1
+            self._trace()
+
+    def end(self) -> None:
+        """Look at a step after its update, or after the decision to skip it, and count it."""
+        record = self.record
+        record.seconds = record.seconds or time.perf_counter() - self._began
         self._look(lambda detector: detector.end(self.subject, record))
-        self._step += bool(record.applied)
-        self._losses.clear()
-        self._record = StepRecord(self._step)
         self._left = time.perf_counter()
+        self._step += record.applied is not False
+        self._replays.clear()
+        self._hooks.clear()
+        self.record = StepRecord(self._step)
 
-    @contextmanager
-    def _seeing_backward(self) -> Iterator[None]:
-        original = torch.autograd.backward
+    def _trace(self) -> None:
+        if self._streak <= 2 and self._traces < 4 + self._step // 500:
+            self._traces += 1
+            with self._recorder.silent():
+                self._add(trace(self.subject, self.record))
 
-        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-            original(tensors, *args, **kwargs)
-            for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
-                self._losses.append(tensor.detach())
+    def _called(self, training: bool) -> None:
+        self.record.facts.calls += 1
+        self.record.facts.evaluating += not training
 
-        torch.autograd.backward = backward
-        try:
-            yield
-        finally:
-            torch.autograd.backward = original
+    def _backward(self, roots: list[Tensor], replay: Replay) -> Callable[[bool], None]:
+        facts, ids = self.record.facts, self.record.ids
+        after, scaled = self._hooks.before_backward(roots), facts.scaled
 
-    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._measure(self._record)
-        self._look(lambda detector: detector.gradients(self.subject, self._record))
+        def done(succeeded: bool) -> None:
+            after(succeeded)
+            self._replays.append((replay, ids, facts.scaled > scaled))
 
-    def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._record.applied = True
+        return done
 
-    def _measure(self, record: StepRecord) -> None:
-        scale = float(self.subject.scaler.get_scale()) if self.subject.scaler is not None else 1.0
-        grads = [p.grad for _, p in self.subject.named() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)) if grads else torch.zeros(1)
-        losses = torch.stack([loss.float().sum().to(norms.device) for loss in self._losses] or [torch.tensor(math.nan)])
-        record.grad_norm, record.loss = torch.stack([torch.linalg.vector_norm(norms), losses.sum() / scale]).tolist()
+    def _before(self) -> None:
+        """Measure and look, once for each window."""
+        record = self.record
+        if self._measured == record.facts.backwards and record.loss is not None:
+            return
+        self._measured = record.facts.backwards
+        loss, norm, scale = self._hooks.measure()
+        has_scale = record.facts.scaled > 0 and not record.facts.unscaled
+        self.measured(loss if record.facts.backwards else None, norm, scale if has_scale else 1.0, record.applied)
+        record.passes = []
+        for replay, ids, scaled in self._replays:
+            if reason := replay.why_not():
+                record.why_no_passes = reason
+            else:
+                record.passes.append(Pass(replay.inputs, replay, replay.rng, ids, scale if scaled else 1.0))
+        self.before_update()
+
+    def _after(self, applied: bool) -> None:
+        self.record.applied = applied or bool(self.record.applied)
+        if applied:
+            self._recorder.after_update()
 
     def _look(self, method: Callable[[Detector], Iterable[Finding]]) -> None:
         for detector in self.detectors:
-            self.findings.extend(method(detector))
+            self._add(method(detector))
+
+    def _add(self, findings: Iterable[Finding]) -> None:
+        for finding in self.findings.extend(findings):
+            if self.out is not None:
+                self.out.mkdir(parents=True, exist_ok=True)
+                with (self.out / FINDINGS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(json_value(finding.as_json()), allow_nan=False) + "\n")
+            if not finding.ordinary:
+                self.say(fill(finding.text(), 120))
 
 
-def bare_model(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and DDP."""
-    while True:
-        inner = unwrap_ddp(getattr(model, "_orig_mod", model))
-        if inner is model:
-            return model
-        model = inner
+@dataclass
+class Block:
+    """The `with` block of one step."""
 
+    watch: Watch
+    batch: Any
+    ids: tuple[str, ...]
 
-def all_detectors() -> list[Detector]:
-    """Return a new detector of every kind."""
-    optimizers = [LearningRates(), Updates(), OptimizerSettings(), OptimizerState()]
-    return [UnsoundWeights(), ChangedWeights(), *optimizers, Batches(), Calls(), Leaks(), Jumps()]
+    def __enter__(self) -> None:
+        watch = self.watch
+        watch.begin(self.batch, self.ids)
+        self._before = watch.record.facts.backwards
+        self._contexts = ExitStack()
+        self._contexts.enter_context(watch._recorder.block(self.batch))
+        self._contexts.enter_context(watch._hooks.clipping())
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
+        watch, record, recorder = self.watch, self.watch.record, self.watch._recorder
+        recorder.pause()
+        with self._contexts:
+            if isinstance(error, Exception):
+                watch._add([left_by(watch.subject, record, error, str(recorder.line_of(traceback)))])
+            elif recorder.calls and record.facts.backwards == self._before and record.applied is None:
+                self._without_backward()
+        record.seconds = (record.seconds or 0.0) + time.perf_counter() - watch._began
+        if record.applied is not None or (record.facts.backwards and not watch.subject.optimizers):
+            watch.end()
+        watch._left = time.perf_counter()
+
+    def _without_backward(self) -> None:
+        """Report a block that left before its backward pass, as a loop does that has its own test of the loss."""
+        watch, record = self.watch, self.watch.record
+        scalar, line, replay = watch._recorder.last_scalar()
+        value = None if scalar is None else float(scalar.detach())
+        watch._add([without_backward(watch.subject, record, value, str(line))])
+        if value is not None and not math.isfinite(value) and replay is not None and not replay.why_not():
+            before = record.loss, record.passes
+            record.loss, record.passes = value, [Pass(replay.inputs, replay, replay.rng, record.ids)]
+            watch._streak += 1
+            watch._trace()
+            record.loss, record.passes = before

@@ -1,0 +1,376 @@
+"""The tape of a step: the calls of the model and the torch operations around it, so that a pass can run again.
+
+A `with` block cannot run twice. The tape holds what its passes were made of: functions, numbers and references. Of the
+tensors it holds only the leaves: those that come neither from the model nor from an operation on the tape.
+"""
+
+import linecache
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rawloop.errors import RawloopError
+from rawloop.origin import current_line
+from rawloop.seed import restore_rng
+from rawloop.watch.nest import map_tensors, tensors_in
+
+MOST_ENTRIES = 20_000
+PLAIN = frozenset((int, float, complex, bool, str, type(None), slice, type(...), torch.Size)) | {
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+}
+Call = Callable[..., Any]
+Autocast = tuple[tuple[str, torch.dtype], ...]  # the devices with autocast on, and their dtypes
+
+
+class NotReplayable(RawloopError):
+    """A pass cannot run again; the message says why."""
+
+
+class Ref(NamedTuple):
+    """A tensor on the tape: a leaf by name, a weight by name, or the output number `item` of an entry."""
+
+    kind: str
+    name: str = ""
+    entry: int = -1
+    item: int = 0
+
+
+class Line(NamedTuple):
+    """A line of the user's code."""
+
+    file: str = ""
+    number: int = 0
+
+    def __str__(self) -> str:
+        if not self.file:
+            return ""
+        text = linecache.getline(self.file, self.number).strip()
+        return f"{self.file.rpartition('/')[2]}:{self.number}" + (f": {text}" if text else "")
+
+
+class Ambience(NamedTuple):
+    """The settings of torch under which an entry ran. `span` counts the outermost autocast contexts left so far."""
+
+    span: int = 0
+    autocast: Autocast = ()
+    cache: bool = True
+    grad: bool = True
+
+
+@dataclass(slots=True)
+class Entry:
+    """One call. `function` is None for a call of the model, whose mode was `training`."""
+
+    function: Call | None
+    args: Any
+    kwargs: Any
+    line: Line
+    ambience: Ambience
+    training: bool = True
+
+
+@dataclass(slots=True)
+class Leaf:
+    """A tensor from outside, its version, and whether an entry writes to it: `tensor` is then a copy."""
+
+    tensor: Tensor
+    version: int
+    written: bool = False
+
+
+class _Known(NamedTuple):
+    alive: "weakref.ref[Tensor]"
+    ref: Ref
+    requires_grad: bool
+
+
+@dataclass
+class Tape:
+    """The entries of one block, its leaves, and the random state at the start of each recorded stretch.
+
+    Args:
+        names: returns the name of a weight or buffer of the model, or "".
+        model: what calls of the model run on.
+    """
+
+    model: nn.Module
+    names: Callable[[Tensor], str] = lambda tensor: ""
+    entries: list[Entry] = field(default_factory=list)
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    stretches: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    broken: str = ""  # why nothing that is recorded from now on can run again
+    spoiled: str = ""  # why nothing can run again
+    tainted: bool = False  # a tensor that `refs` has met is a gradient
+    foreign: bool = False  # an object that `refs` has met is neither a tensor nor a plain value
+    _known: dict[int, _Known] = field(default_factory=dict)
+
+    def begin_stretch(self, rng: dict[str, Any]) -> None:
+        """Note the random state from which the next entries start."""
+        self.stretches.append((len(self.entries), rng))
+
+    def name_batch(self, batch: Any) -> None:
+        """Give the tensors of a batch their paths as names of leaves."""
+        for path, tensor in tensors_in(batch):
+            self._know(tensor, Ref("batch", path))
+
+    def add(self, function: Call | None, args: Any, kwargs: Any, line: Line, ambience: Ambience) -> Entry:
+        """Append a call; its arguments hold references in place of tensors."""
+        if len(self.entries) >= MOST_ENTRIES:
+            self.broken = self.broken or f"the step has more than {MOST_ENTRIES} operations outside the model"
+        entry = Entry(function, args, kwargs, line, ambience)
+        self.entries.append(entry)
+        return entry
+
+    def outputs(self, result: Any) -> None:
+        """Note the tensors that the last entry returned."""
+        index = len(self.entries) - 1
+        for item, (_, tensor) in enumerate(tensors_in(result)):
+            self._know(tensor, Ref("entry", entry=index, item=item))
+
+    def mark(self, tensor: Tensor, kind: str) -> None:
+        """Note that a tensor is of another kind, such as `gradient`: operations on it are not recorded."""
+        self._know(tensor, Ref(kind))
+
+    def known(self, tensor: Tensor) -> Ref | None:
+        """Return the reference to a tensor; None if the tape has not met it."""
+        found = self._known.get(id(tensor))
+        return found.ref if found is not None and found.alive() is tensor else None
+
+    def refs(self, nest: Any, hint: str = "input") -> Any:
+        """Return a nest with references in place of its tensors."""
+        kind = type(nest)
+        if kind in PLAIN:
+            return nest
+        if isinstance(nest, Tensor):
+            return self.ref(nest, hint)
+        if kind is tuple or kind is list:
+            return kind([self.refs(item, f"{hint}/{n}") for n, item in enumerate(nest)])
+        if kind is dict:
+            return {name: self.refs(item, str(name)) for name, item in nest.items()}
+        self.foreign = True
+        return map_tensors(lambda tensor: self.ref(tensor, hint), nest)
+
+    def ref(self, tensor: Tensor, hint: str) -> Ref:
+        """Return the reference to a tensor, which becomes a leaf if it comes from outside."""
+        found = self._known.get(id(tensor))
+        if found is not None and found.alive() is tensor:
+            if found.ref.kind == "batch":
+                return self._leaf(tensor, found.ref.name)
+            if found.requires_grad != tensor.requires_grad and found.ref.kind == "entry":
+                self.broken = self.broken or (
+                    f"the result of {self.entries[found.ref.entry].line} has got another gradient from "
+                    "code that is not seen, such as a torch.autograd.Function"
+                )
+            self.tainted |= found.ref.kind == "gradient"
+            return found.ref
+        if name := self.names(tensor):
+            ref = Ref("weight", name)
+            self._know(tensor, ref)
+            return ref
+        if tensor.grad_fn is not None:
+            self.broken = self.broken or (
+                f"a tensor of shape {tuple(tensor.shape)} ({type(tensor.grad_fn).__name__}) comes from code that is "
+                "not seen: an earlier block, a compiled function, or a torch.autograd.Function"
+            )
+        return self._leaf(tensor, hint)
+
+    def written(self, target: Tensor) -> None:
+        """Copy the leaves that share a tensor's memory, before an entry writes to it."""
+        base = _base(target)
+        for leaf in self.leaves.values():
+            if not leaf.written and _base(leaf.tensor) is base and not leaf.tensor.requires_grad:
+                leaf.tensor, leaf.written = leaf.tensor.clone(), True
+
+    def refresh(self, target: Tensor) -> None:
+        """Note what an entry that writes to a tensor has made of its gradient."""
+        if (ref := self.known(target)) is not None:
+            self._know(target, ref)
+
+    def _leaf(self, tensor: Tensor, name: str) -> Ref:
+        unique, number = name, 1
+        while unique in self.leaves:
+            number += 1
+            unique = f"{name}#{number}"
+        ref = Ref("leaf", unique)
+        self._know(tensor, ref)
+        # a single number is likely to change in place, as a loss scale does
+        kept = tensor.detach().clone() if tensor.dim() == 0 and not tensor.requires_grad else tensor
+        self.leaves[unique] = Leaf(kept, _version(kept))
+        return ref
+
+    def _know(self, tensor: Tensor, ref: Ref) -> None:
+        self._known[id(tensor)] = _Known(weakref.ref(tensor), ref, tensor.requires_grad)
+
+    def replay(self, roots: Sequence[tuple[Ref, Ref | None]]) -> "Replay":
+        """Return the forward pass from its start to these roots of a backward pass, with the gradients given to it."""
+        gradient = "it starts from a gradient" if any(ref.kind == "gradient" for ref, _ in roots) else ""
+        return Replay(self, list(roots), self._start(roots), len(self.entries), self.broken or gradient)
+
+    def _start(self, roots: Sequence[tuple[Ref, Ref | None]]) -> int:
+        """Return the stretch from which everything before the roots can be computed."""
+        if not self.stretches:
+            return 0
+        number, first = len(self.stretches) - 1, min((ref.entry for ref, _ in roots if ref.kind == "entry"), default=0)
+        while True:
+            start = self.stretches[number][0]
+            used = [r.entry for e in self.entries[start:] for r in refs_in((e.args, e.kwargs)) if r.kind == "entry"]
+            first = min([first, *used])
+            if first >= start:
+                return number
+            number = max(n for n, (begin, _) in enumerate(self.stretches) if begin <= first)
+
+
+@dataclass
+class Replay:
+    """The forward pass before one backward pass. Call it with the leaves, by name."""
+
+    tape: Tape
+    roots: list[tuple[Ref, Ref | None]]
+    stretch: int
+    stop: int
+    broken: str = ""
+
+    def why_not(self) -> str:
+        """Return why it cannot run again; empty if it can."""
+        if reason := self.tape.spoiled or self.broken:
+            return reason
+        for name, leaf in self.tape.leaves.items():
+            if not leaf.written and _version(leaf.tensor) != leaf.version:
+                return f"the tensor '{name}' was changed in place after it was used"
+        return ""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The leaves by name."""
+        return {name: leaf.tensor for name, leaf in self.tape.leaves.items()}
+
+    @property
+    def rng(self) -> dict[str, Any]:
+        """The random state from which it starts."""
+        return self.tape.stretches[self.stretch][1] if self.tape.stretches else {}
+
+    @property
+    def line(self) -> Line:
+        """The line of the user's code that computed the root."""
+        ref = self.roots[0][0]
+        return self.tape.entries[ref.entry].line if ref.kind == "entry" else Line()
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the tensor from which backward started.
+
+        Raises:
+            NotReplayable: see `why_not`.
+        """
+        if reason := self.why_not():
+            raise NotReplayable(f"this pass cannot run again: {reason}")
+        made: dict[int, list[Tensor]] = {}
+        leaves = {name: t.clone() if self.tape.leaves[name].written else t for name, t in inputs.items()}
+        model = self.tape.model
+        weights = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
+
+        def tensor(ref: Ref) -> Tensor:
+            if ref.kind == "entry":
+                return made[ref.entry][ref.item]
+            return leaves[ref.name] if ref.kind == "leaf" else weights[ref.name]
+
+        start = self.tape.stretches[self.stretch][0] if self.tape.stretches else 0
+        later = {begin: rng for begin, rng in self.tape.stretches[self.stretch + 1 :] if begin < self.stop}
+        with _Spans() as spans:
+            for index in range(start, self.stop):
+                if index in later:
+                    restore_rng(later[index])
+                entry = self.tape.entries[index]
+                args, kwargs = map_tensors(tensor, (entry.args, entry.kwargs), Ref)
+                with spans.like(entry.ambience), _running(entry.line):
+                    result = self._run(entry, args, kwargs)
+                made[index] = [found for _, found in tensors_in(result)]
+        return _joined([(tensor(root), tensor(grad) if grad else None) for root, grad in self.roots])
+
+    def _run(self, entry: Entry, args: Any, kwargs: Any) -> Any:
+        if entry.function is not None:
+            return entry.function(*args, **kwargs)
+        model = self.tape.model
+        if model.training == entry.training:
+            return model(*args, **kwargs)
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            return model.train(entry.training)(*args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+class _Spans(ExitStack):
+    """Repeats autocast contexts: the casts of weights are cached until the outermost one is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer: Ambience | None = None
+
+    @contextmanager
+    def like(self, ambience: Ambience) -> Iterator[None]:
+        """Set autocast and gradient mode as they were."""
+        if self.outer is not None and self.outer.span != ambience.span:
+            self.close()
+            self.outer = None
+        if self.outer is None and ambience.autocast:
+            self.outer = ambience
+            for context in _autocast(ambience):
+                self.enter_context(context)
+        with ExitStack() as inner:
+            inner.enter_context(torch.set_grad_enabled(ambience.grad))
+            if self.outer is not None and self.outer.autocast != ambience.autocast:
+                on = dict(ambience.autocast)
+                for device, dtype in self.outer.autocast:
+                    if device not in on:
+                        inner.enter_context(torch.autocast(device, dtype, enabled=False))
+                for context in _autocast(ambience):
+                    inner.enter_context(context)
+            yield
+
+
+@contextmanager
+def _running(line: Line) -> Iterator[None]:
+    """Name the user's line to whoever looks at the operations inside."""
+    token = current_line.set(str(line))
+    try:
+        yield
+    finally:
+        current_line.reset(token)
+
+
+def _autocast(ambience: Ambience) -> list[torch.autocast]:
+    return [torch.autocast(device, dtype, cache_enabled=ambience.cache) for device, dtype in ambience.autocast]
+
+
+def refs_in(nest: Any) -> Iterator[Ref]:
+    """Yield the references of a nest."""
+    found: list[Ref] = []
+    map_tensors(lambda ref: found.append(ref), nest, Ref)
+    yield from found
+
+
+def _joined(roots: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Return one tensor whose backward pass starts at all roots, with the gradients given to them."""
+    if len(roots) == 1 and roots[0][1] is None:
+        return roots[0][0]
+    parts = [root if grad is None else (root * grad).sum() for root, grad in roots]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def _base(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,42 @@
+"""The modules around a model: DDP, torch.compile, and those of other libraries."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from rawloop.dist import find_ddp
+from rawloop.inputs import unwrap
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP, torch.compile, and wrappers whose only child is `module`, such as Fabric's."""
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def outsides(model: nn.Module, bare: nn.Module) -> list[nn.Module]:
+    """Return the modules whose calls are calls of the model: it, what is around it, and DDP modules made elsewhere.
+
+    What is inside a compiled module is left out: hooks there would be compiled.
+    """
+    found = [*_chain(model)]
+    ddp = [module for module in find_ddp(bare.parameters()) if bare_model(module) is bare]
+    return list({id(module): module for module in [*ddp, *found]}.values())
+
+
+def _chain(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+    inner = _inside(model)
+    if inner is not None and "_orig_mod" not in model._modules:
+        yield from _chain(inner)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """Return the module that a wrapper is around, or None."""
+    inner = unwrap(model)
+    if inner is not model:
+        return model._modules.get("_orig_mod") or inner
+    child = getattr(model, "module", None)
+    children = {id(child) for child in model.children()}
+    return child if isinstance(child, nn.Module) and children == {id(child)} and not model._parameters else None
