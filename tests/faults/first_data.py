@@ -1,5 +1,7 @@
 """The first half of the faults, continued: data and jumps."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,8 @@ class OtherLabels(CharGpt):
 def at_id_outside(finding: Finding) -> bool:
     place = finding.cause.place
     sample = place.sample == "utt-26" or place.row == 2
-    codebook = "embeddings.5" in place.module + place.parameter or "codebook 5" in finding.text()
+    named = re.search(r"codebook 5|embeddings\.5", finding.text()) is not None
+    codebook = named and place.module in ("", "embeddings.5")
     return sample and codebook and finding.step == 6
 
 

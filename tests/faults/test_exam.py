@@ -16,24 +16,11 @@ from tests.faults.form import Control, Fault, best_of_ranks, score
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 NOT_FOUND = frozenset(
     {
-        "log of a silent clip in the loss",
-        "float16 overflow in one layer",
-        "backward of sqrt at zero, one clip masked",
-        "NaN in the features of one clip",
-        "AdamW's eps in float16",
         "float16 without a loss scale",
         "the scale collapses",
-        "clipped before unscale_",
         "a head on detached logits",
-        "all labels of one document masked",
         "an id outside of one codebook",
-        "label_ids swallowed by **kwargs",
-        "EOS never a target",
-        "labels not shifted",
-        "the learning rate jumps",
         "the targets change their vocabulary",
-        "run: the learning rate jumps",
-        "run: NaN in the rows of one sample",
     }
 )
 SLOW: frozenset[str] = frozenset()  # torture for the daily tests
