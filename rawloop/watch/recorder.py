@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import rawloop
 from rawloop.seed import RngCapture
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.tape import Ambience, Line, Replay, Tape
@@ -363,7 +362,7 @@ class _Lines:
     """Finds the line of the user's code among the frames that run: the innermost one outside libraries."""
 
     def __init__(self) -> None:
-        self.own = (str(Path(torch.__file__).parent), str(Path(rawloop.__file__).parent))
+        self.own = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
         self.libraries = (str(Path(torch.__file__).parent.parent), sysconfig.get_path("stdlib"), "<frozen")
         self.ranks: dict[str, int] = {}
 

@@ -272,6 +272,7 @@ class Replay:
         if reason := self.why_not():
             raise NotReplayable(f"this pass cannot run again: {reason}")
         made: dict[int, list[Tensor]] = {}
+        grad = torch.is_grad_enabled()
         leaves = {name: t.clone() if self.tape.leaves[name].written else t for name, t in inputs.items()}
         model = self.tape.model
         weights = dict(model.named_parameters(remove_duplicate=False)) | dict(
@@ -291,7 +292,7 @@ class Replay:
                     restore_rng(later[index])
                 entry = self.tape.entries[index]
                 args, kwargs = map_tensors(tensor, (entry.args, entry.kwargs), Ref)
-                with spans.like(entry.ambience), _running(entry.line):
+                with spans.like(entry.ambience._replace(grad=entry.ambience.grad and grad)), _running(entry.line):
                     result = self._run(entry, args, kwargs)
                 made[index] = [found for _, found in tensors_in(result)]
         return _joined([(tensor(root), tensor(grad) if grad else None) for root, grad in self.roots])

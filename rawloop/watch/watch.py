@@ -13,6 +13,7 @@ from textwrap import fill
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -152,13 +153,13 @@ class Watch:
     def before_update(self) -> None:
         """Look at the gradients, after `measured` and before the update."""
         record = self.record
-        self._look(lambda detector: detector.gradients(self.subject, record))
-        numbers = (record.loss, record.grad_norm)
-        if all(number is None or math.isfinite(number) for number in numbers):
-            self._streak = 0
-        else:
-            self._streak += 1
-            self._trace()
+        with self._recorder.silent(), torch.enable_grad():
+            self._look(lambda detector: detector.gradients(self.subject, record))
+            numbers = (record.loss, record.grad_norm)
+            if all(number is None or math.isfinite(number) for number in numbers):
+                self._streak = 0
+            else:
+                self._trace()
 
     def end(self) -> None:
         """Look at a step after its update, or after the decision to skip it, and count it."""
@@ -172,10 +173,11 @@ class Watch:
         self.record = StepRecord(self._step)
 
     def _trace(self) -> None:
+        """Run the step again to find the place: the first two of a row of bad steps, and not too often."""
+        self._streak += 1
         if self._streak <= 2 and self._traces < 4 + self._step // 500:
             self._traces += 1
-            with self._recorder.silent():
-                self._add(trace(self.subject, self.record))
+            self._add(trace(self.subject, self.record))
 
     def _called(self, training: bool) -> None:
         self.record.facts.calls += 1
@@ -265,6 +267,6 @@ class Block:
         if value is not None and not math.isfinite(value) and replay is not None and not replay.why_not():
             before = record.loss, record.passes
             record.loss, record.passes = value, [Pass(replay.inputs, replay, replay.rng, record.ids)]
-            watch._streak += 1
-            watch._trace()
+            with watch._recorder.silent(), torch.enable_grad():
+                watch._trace()
             record.loss, record.passes = before

@@ -14,7 +14,6 @@ from rawloop.watch.batches import Batches
 from rawloop.watch.calls import Calls
 from rawloop.watch.jumps import Jumps
 from rawloop.watch.leaks import Leaks
-from rawloop.watch.subject import Pass
 from rawloop.watch.watch import Watch
 
 
@@ -75,8 +74,6 @@ def test_language_model_with_padding_warm_up_and_cosine() -> None:
         for step in range(80):
             batch = next(batches)
             with watch.step(batch, ids=[f"s{4 * step + row}" for row in range(4)]):
-                if step == 0:
-                    watch._record.passes.append(Pass(batch, lambda inputs: model(**inputs).loss, {}))
                 update(model(**batch).loss, optimizer)
                 schedule.step()
     quiet(watch)
@@ -181,8 +178,6 @@ def test_masked_language_model_and_pictures() -> None:
                     logits = model(inputs["input_ids"], inputs["pixel_values"])
                     return F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
 
-                if step == 0:
-                    watch._record.passes.append(Pass(batch, run, {}))
                 loss = run(batch)
                 update(loss, optimizer)
     quiet(watch)
