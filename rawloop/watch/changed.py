@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import first_few
-from rawloop.watch.differing import Ranks
+from rawloop.watch.differing import MASTER, Ranks
 from rawloop.watch.digests import Digest, Digests
 from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.held import HALF, Evidence, Held, held_by_optimizers, measurable, module_of, norms, number, read
@@ -205,7 +205,8 @@ def changed_outside(subject: Subject, look: Look, last: Look, trained: Iterable[
     changed = look.changed_since(last, trained)
     if changed:
         evidence = {"changed": len(changed), "trained": len([*trained])}
-        place = Place(phase="update", module=module_of(changed[0]), parameter=changed[0])
+        name = changed[0].removeprefix(MASTER)
+        place = Place(phase="update", module=module_of(name), parameter=name)
         what = "something other than the optimizer has changed trained weights"
         advice = "Look for load_state_dict, averaged weights that were not restored, clipping, or writes through .data"
         cause = Cause("not known", what, place, evidence, advice)
@@ -215,7 +216,8 @@ def changed_outside(subject: Subject, look: Look, last: Look, trained: Iterable[
 
 def written_outside(subject: Subject, step: int, written: list[str]) -> Finding:
     """Return the finding for trained weights that torch has written between two steps, perhaps to the same values."""
-    place = Place(phase="update", module=module_of(written[0]), parameter=written[0])
+    name = written[0].removeprefix(MASTER)
+    place = Place(phase="update", module=module_of(name), parameter=name)
     what = "they may hold the same values as before, as after an evaluation of averaged weights"
     advice = "Nothing to do if it is meant so; else probe every step to see whether values change"
     cause = Cause("not known", what, place, {"written": len(written)}, advice)
@@ -255,4 +257,4 @@ def trained_weights(subject: Subject) -> dict[str, nn.Parameter]:
 
 def key_of(held: Held) -> str:
     """Return a name that a master does not share with its weight."""
-    return held.name if held.weight is held.parameter else f"master of {held.name}"
+    return held.name if held.weight is held.parameter else f"{MASTER}{held.name}"

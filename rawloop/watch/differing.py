@@ -9,6 +9,8 @@ from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.held import Evidence, measurable, module_of
 from rawloop.watch.subject import Subject
 
+MASTER = "master of "  # before a weight's name: the optimizer's float32 parameter in its place
+
 
 class Ranks:
     """Compares the digests of weights and buffers over the ranks. A single process compares nothing."""
@@ -39,7 +41,7 @@ class Ranks:
     def _weights(
         self, subject: Subject, differing: list[str], ranks: list[int], total: int, step: int, moment: str
     ) -> Finding:
-        name = differing[0].removeprefix("master of ")
+        name = differing[0].removeprefix(MASTER)
         place = Place(phase="update", module=module_of(name), parameter=name, rank=ranks[0])
         evidence: Evidence = {"differing": len(differing), "of": total}
         evidence |= {"ranks that differ from the others": first_few(ranks), "ranks": subject.world.size}

@@ -152,10 +152,10 @@ class OptimizerState(Detector):
         """Look once whether parameters whose loaded moments are zero have gradients."""
         if self._asked or not self._empty:
             return
-        self._asked = True
         held = [one for one in held_by_optimizers(subject) if one.gradient is not None and moments(one)]
         sizes = read(norms([one.gradient for one in held if one.gradient is not None], math.inf))
         live = [one for one, size in zip(held, sizes, strict=True) if size > 0]
+        self._asked = bool(live)
         empty = [one for one in live if one.name in self._empty]
         if len(empty) > EMPTY * len(live):
             evidence: Evidence = {"parameters": len(empty), "with gradient": len(live)}
