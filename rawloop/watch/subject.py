@@ -23,6 +23,7 @@ class Subject:
         named: returns the parameters that the optimizers hold, by name. With float32 masters these are not the model's.
         world: the ranks.
         config: the settings.
+        compiled: torch.compile has compiled the model or a part of it. Hooks on its modules would compile it again.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class Subject:
     named: Callable[[], Iterable[tuple[str, nn.Parameter]]]
     world: World = field(default_factory=World.current)
     config: WatchConfig = field(default_factory=WatchConfig)
+    compiled: bool = False
 
 
 class Pass(NamedTuple):

@@ -1,0 +1,218 @@
+"""The costly look at a step: hooks on the modules, and the gradients of the parameters. Detectors share it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
+
+from rawloop.watch.measure import SMALLEST_NORMAL, Amounts, GradientAmounts, Readings
+from rawloop.watch.subject import StepRecord, Subject
+
+MOST_CALLS = 8  # of one module that are measured in a look
+
+
+@dataclass
+class Calls:
+    """How a module was called in a look.
+
+    Args:
+        order: its place among the modules of the forward pass.
+        with_grad: whether autograd recorded a call.
+        dtype: of its output.
+        fed_without_graph: whether it was called with gradients, on floats that have no graph.
+        cut_by: the module that got its output without the graph; empty if none did.
+    """
+
+    order: int
+    with_grad: bool = False
+    dtype: torch.dtype = torch.float32
+    fed_without_graph: bool = False
+    cut_by: str = ""
+
+
+@dataclass
+class ModuleHooks:
+    """Hooks on the modules without children. They measure outputs and the outputs' gradients until `remove`.
+
+    torch.compile passes them by.
+    """
+
+    model: nn.Module
+    readings: Readings
+    calls: dict[str, Calls] = field(default_factory=dict)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _made: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    _counts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def install(self) -> "ModuleHooks":
+        """Put the hooks on."""
+        for name, module in leaves(self.model):
+            self._handles.append(module.register_forward_hook(partial(self._look, name)))
+        return self
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._made = [], {}
+
+    def _look(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        tensors = list(floats_in(output))
+        if not tensors:
+            return
+        call = self.calls.setdefault(name, Calls(len(self.calls)))
+        call.dtype = tensors[0].dtype
+        if torch.is_grad_enabled():
+            self._find_cuts(name, call, inputs)
+        for tensor in tensors:
+            self._measure("forward", name, tensor)
+            if tensor.requires_grad:
+                call.with_grad = True
+                storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                self._made[storage.cdata] = storage, name
+                hook: Any = partial(self._measure, "backward", name)
+                self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _find_cuts(self, name: str, call: Calls, inputs: object) -> None:
+        given = list(floats_in(inputs))
+        call.fed_without_graph = bool(given) and not any(tensor.requires_grad for tensor in given)
+        for tensor in given:
+            storage, maker = self._made.get(tensor.untyped_storage()._cdata, (None, ""))
+            if storage is not None and not tensor.requires_grad and not storage.expired() and maker != name:
+                self.calls[maker].cut_by = name
+
+    def _measure(self, kind: str, name: str, tensor: Tensor) -> None:
+        count = self._counts[kind, name] = self._counts.get((kind, name), 0) + 1
+        if count <= MOST_CALLS:
+            self.readings.add(kind, name, tensor)
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules without children, and those that have weights of their own."""
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()) or module._parameters:
+            yield name, module
+
+
+def floats_in(value: object) -> Iterator[Tensor]:
+    """Yield the float tensors among a module's inputs or outputs, one nest deep in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        if value.dtype in SMALLEST_NORMAL and value.numel() and value.layout is torch.strided:
+            yield value
+        return
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from floats_in(item)
+
+
+@dataclass
+class Seen:
+    """What a look has seen.
+
+    Args:
+        step: the step.
+        calls: the modules that were called, by name.
+        amounts: of the modules' outputs and their gradients, by (`forward` or `backward`, module).
+        gradients: of the trainable parameters, by name; None for one without a gradient.
+        complete: whether the gradients were measured: they are not in a skipped step.
+        loss_scale: the scale of the loss.
+        left: the scale that is left on the parameters' gradients; 1 after `unscale_`.
+        zero_weights: the trainable parameters that are zero in every value, as LoRA's B is at the start.
+    """
+
+    step: int
+    calls: dict[str, Calls] = field(default_factory=dict)
+    amounts: dict[tuple[str, str], Amounts] = field(default_factory=dict)
+    gradients: dict[str, GradientAmounts | None] = field(default_factory=dict)
+    complete: bool = False
+    loss_scale: float = 1.0
+    left: float = 1.0
+    zero_weights: tuple[str, ...] = ()
+
+    @property
+    def fp16(self) -> bool:
+        """Whether the model computes in FP16 somewhere on the way to the loss."""
+        return any(call.dtype is torch.float16 and call.with_grad for call in self.calls.values())
+
+    @property
+    def bits(self) -> int:
+        """The bits by which the loss scale shifts the gradients as they are now."""
+        return round(math.log2(self.loss_scale / self.left)) if 0 < self.loss_scale < math.inf else 0
+
+    def in_fp16(self, parameter: str) -> bool:
+        """Whether the gradient of a parameter was computed in FP16."""
+        call, grad = self.calls.get(parameter.rpartition(".")[0]), self.gradients[parameter]
+        return (call is not None and call.dtype is torch.float16) or (grad is not None and grad.dtype is torch.float16)
+
+
+class Look:
+    """Takes a look at each probing step. Detectors that share it call the same methods; the first call acts."""
+
+    def __init__(self) -> None:
+        self.again = False  # take a look at the next step too
+        self.rows: dict[str, Tensor] = {}  # whether each row of a parameter has had a gradient in any look
+        self._record: StepRecord | None = None
+        self._hooks: ModuleHooks | None = None
+        self._seen: Seen | None = None
+
+    def begin(self, subject: Subject, record: StepRecord) -> None:
+        """Put hooks on before the forward pass of a probing step."""
+        if self._record is record:
+            return
+        self.stop()
+        record.probing = record.probing or self.again
+        if record.probing:
+            self.again = False
+            self._record, self._seen = record, None
+            self._hooks = ModuleHooks(subject.model, Readings())
+            if not subject.compiled:
+                self._hooks.install()
+
+    def gradients(self, subject: Subject, record: StepRecord) -> None:
+        """Measure the gradients before the update. With several optimizers the last call counts."""
+        if self._record is not record or self._hooks is None:
+            return
+        named = [(name, p) for name, p in subject.model.named_parameters() if p.requires_grad]
+        if all(p.grad is None for _, p in named):
+            named = [(name, p) for name, p in subject.named() if p.requires_grad]
+        readings = Readings()
+        for name, p in named:
+            if p.grad is not None and p.numel():
+                grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                rows = readings.add_gradient(name, grad)
+                self.rows[name] = self.rows[name] | rows if name in self.rows else rows
+                readings.add("weight", name, p)
+        read = readings.read()
+        grads = {name: read.get(("gradient", name)) for name, _ in named}
+        self._seen = Seen(
+            record.step,
+            gradients={name: grad if isinstance(grad, GradientAmounts) else None for name, grad in grads.items()},
+            complete=True,
+            loss_scale=float(subject.scaler.get_scale()) if subject.scaler is not None else record.scale,
+            left=record.scale,
+            zero_weights=tuple(n for (kind, n), a in read.items() if kind == "weight" and a.lowest == a.highest == 0),
+        )
+
+    def seen(self, record: StepRecord) -> Seen | None:
+        """Return what was seen of a step, after its update; None if no look was taken."""
+        if self._record is not record:
+            return None
+        seen = self._seen = self._seen or Seen(record.step)
+        if self._hooks is not None:
+            seen.calls, seen.amounts = self._hooks.calls, self._hooks.readings.read()
+            self.stop()
+        return seen
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None

@@ -1,0 +1,102 @@
+"""Magnitudes of a loop: head room, flushed gradients, gradients over depth, accumulation in 16 bits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rawloop.watch.findings import Finding
+from rawloop.watch.gradients import MANY_MICRO_STEPS, Gradients
+from rawloop.watch.subject import Pass, StepRecord, Subject
+from rawloop.watch.watch import is_compiled
+from tests.watch.loops import Model, mean_loss, watched
+
+
+def kinds(findings: list[Finding]) -> list[str]:
+    return [finding.kind for finding in findings]
+
+
+def test_outputs_near_the_limit_of_fp16_are_named_with_their_bits() -> None:
+    model = Model()
+    with torch.no_grad():
+        model.layers[1].up.bias[3] = 20_000
+    (found, *_) = watched(model, [Gradients()], dtype=torch.float16, scaler=torch.amp.GradScaler("cpu"), steps=1)
+    assert found.kind == "headroom"
+    assert (found.cause.whose, found.cause.place.module) == ("precision", "layers.1.up")
+    assert found.cause.evidence["head room in bits"] == pytest.approx(1.7, abs=0.1)
+    assert watched(model, [Gradients()], dtype=torch.bfloat16, steps=1) == []
+
+
+def test_flushed_gradients_name_a_parameter_and_the_scale_that_saves_them() -> None:
+    def small(model: Any, ids: Tensor, step: int) -> Tensor:
+        return mean_loss(model, ids, step) / 2**14
+
+    (found,) = watched(Model(), [Gradients()], dtype=torch.float16, loss=small, steps=2)
+    assert (found.kind, found.cause.whose) == ("gradients_flushed", "precision")
+    assert float(found.cause.evidence["lost"]) > 0.05
+    saving = float(found.cause.advice.partition("scale at ")[2].partition(",")[0])
+    assert saving >= 2**16
+    scaler = torch.amp.GradScaler("cpu", init_scale=saving)
+    assert watched(Model(), [Gradients()], dtype=torch.float16, loss=small, steps=2, scaler=scaler) == []
+
+
+class Stack(nn.Module):
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(29, 16), nn.Linear(16, 29)
+        self.layers: Any = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight *= size
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.sin(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(0.3, "gradients_vanish"), (12.0, "gradients_explode"), (1.7, None)])
+def test_gradients_that_change_over_depth_name_stack_and_layer(size: float, kind: str | None) -> None:
+    found = watched(Stack(size), [Gradients()], steps=1)
+    assert kinds(found) == ([kind] if kind else [])
+    for finding in found:
+        assert "layers" in finding.what
+        assert finding.cause.place.module.startswith("layers.")
+
+
+def test_accumulation_in_16_bit_is_told_with_the_bits_that_are_left() -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    model.weight.grad = torch.ones_like(model.weight)
+    subject = Subject(model, [], None, model.named_parameters)
+    passes = [Pass(None, lambda inputs: torch.zeros(()), {})] * MANY_MICRO_STEPS
+    detector = Gradients()
+    (found,) = detector.gradients(subject, StepRecord(0, passes=passes))
+    assert found.kind == "accumulation_in_16_bit"
+    assert (found.cause.place.parameter, found.cause.evidence["bits left"]) == ("weight", 3.0)
+    assert list(detector.gradients(subject, StepRecord(1, passes=passes))) == []  # once
+    assert list(Gradients().gradients(subject, StepRecord(0, passes=passes[:4]))) == []
+    model.float().weight.grad = torch.ones(2, 2)
+    assert list(Gradients().gradients(subject, StepRecord(0, passes=passes))) == []
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_healthy_loop_is_quiet_and_keeps_no_hooks(dtype: torch.dtype | None) -> None:
+    model = Model()
+    assert watched(model, [Gradients()], dtype=dtype, every=1) == []
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_compiled_model_gets_no_hooks_and_that_is_told() -> None:
+    model = Model()
+    subject = Subject(model, [], None, model.named_parameters, compiled=True)
+    record, detector = StepRecord(0, probing=True), Gradients()
+    assert list(detector.batch(subject, record)) == []
+    assert not any(module._forward_hooks for module in model.modules())
+    (found,) = detector.end(subject, record)
+    assert (found.kind, found.ordinary) == ("modules_not_seen", True)
+    assert not is_compiled(model)
+    model.layers[0]._compiled_call_impl = print  # as Module.compile does
+    assert is_compiled(model)

@@ -1,0 +1,108 @@
+"""The loss scale: ordinary skips, a scale that collapses, none at all, and one that is too low."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rawloop.watch.findings import Finding, Findings
+from rawloop.watch.scale import LossScale
+from rawloop.watch.subject import StepRecord, Subject
+from tests.watch.loops import Model, mean_loss, watched
+
+FP16 = torch.float16
+
+
+class Scaler:
+    """A scaler as far as a watch reads it."""
+
+    def __init__(self, scale: float = 2.0**16) -> None:
+        self.scale = scale
+
+    def get_scale(self) -> float:
+        return self.scale
+
+
+def history(applied: str, scaler: Scaler, loss: float = 1.0, backoff: float = 0.5) -> list[Finding]:
+    """Tell a detector of steps that were applied (`+`) or skipped (`-`)."""
+    detector, findings = LossScale(), Findings()
+    subject = Subject(torch.nn.Linear(1, 1), [], scaler, lambda: [])
+    detector.start(subject)
+    for step, mark in enumerate(applied):
+        scaler.scale *= 1 if mark == "+" else backoff
+        findings.extend(detector.end(subject, StepRecord(step, loss=loss, applied=mark == "+")))
+    return list(findings)
+
+
+def test_the_first_skips_of_a_real_scaler_are_ordinary_and_counted() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    (found,) = watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, steps=12)
+    assert (found.kind, found.ordinary) == ("scale_search", True)
+    assert found.times == found.cause.evidence["skips"]
+    assert found.cause.evidence["first scale"] == 2.0**24
+
+
+def test_every_skip_adds_to_the_history() -> None:
+    (found,) = history("---+", Scaler())
+    assert found.cause.evidence["last scales"] == "32768 16384 8192"
+    assert found.cause.evidence["scale"] == 8192
+
+
+@pytest.mark.parametrize(
+    ("applied", "scale", "backoff", "kind"),
+    [
+        ("-" * 17, 2.0**16, 0.5, "scale_collapses"),
+        ("+" + "-" * 31, 2.0**60, 0.5, "scale_collapses"),
+        ("+" + "-" * 10, 2.0**16, 0.5, "skips_in_a_row"),
+        ("-" * 10, 2.0**16, 1.0, "skips_in_a_row"),
+        ("-" * 142, 2.0**16, 0.5, "scale_denormal"),
+        ("+--" * 10, 2.0**24, 1.0, "skips_often"),
+        ("+" * 100 + "+++++++-" * 13, 2.0**16, 1.0, "skips_often"),
+    ],
+)
+def test_skips_that_are_not_ordinary(applied: str, scale: float, backoff: float, kind: str) -> None:
+    found = history(applied, Scaler(scale), backoff=backoff)
+    assert kind in [finding.kind for finding in found if not finding.ordinary]
+
+
+@pytest.mark.parametrize("applied", ["-" * 12 + "+" * 50, "--+-+++", ("+" * 60 + "-") * 4])
+def test_usual_skips_are_ordinary(applied: str) -> None:
+    assert all(finding.ordinary for finding in history(applied, Scaler(2.0**24)))
+
+
+def test_a_loss_that_is_not_a_number_is_not_the_scalers_fault() -> None:
+    (found,) = history("-", Scaler(), loss=math.nan)
+    assert (found.kind, found.cause.whose, found.ordinary) == ("skip_of_bad_loss", "not known", False)
+
+
+def tiny(model: Any, ids: Tensor, step: int) -> Tensor:
+    return mean_loss(model, ids, step) / 2**12
+
+
+@pytest.mark.parametrize(
+    ("scaler", "kind"),
+    [
+        (None, "no_loss_scaling"),
+        (torch.amp.GradScaler("cpu", enabled=False), "scaler_disabled"),
+        (torch.amp.GradScaler("cpu", init_scale=1.0), "scale_too_low"),
+    ],
+)
+def test_a_scale_that_lets_fp16_flush_gradients(scaler: Any, kind: str) -> None:
+    (found,) = watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, loss=tiny, steps=2)
+    assert (found.kind, found.cause.whose, found.ordinary) == (kind, "precision", False)
+    assert float(found.cause.evidence["lost"]) + float(found.cause.evidence["subnormal"]) > 0.5
+    better = float(found.cause.advice.rpartition(" ")[2])
+    scaler = torch.amp.GradScaler("cpu", init_scale=better)
+    assert watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, loss=tiny, steps=2) == []
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_without_fp16_no_scale_is_needed(dtype: torch.dtype | None) -> None:
+    assert watched(Model(), [LossScale()], dtype=dtype, loss=tiny) == []
+
+
+def test_an_ordinary_scaler_is_quiet() -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    assert watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, every=1) == []
