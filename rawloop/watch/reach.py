@@ -1,21 +1,20 @@
 """What the loss reaches: parameters without a gradient, gradients that are exactly zero, a loss that stands still."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os.path import basename, sep
 from traceback import extract_tb
 
 import torch
 from torch import nn
 
-from rawloop.errors import first_few
-from rawloop.watch.findings import Cause, Finding, Place, Whose
+from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.look import Look, Seen
 from rawloop.watch.subject import Detector, StepRecord, Subject
+from rawloop.watch.unreached import module_of, not_called, unreached
 
 LOOKS = 3  # in which a parameter has no gradient before that counts
 MOST_LOOKS = 6  # in a row
 STILL, STILL_IN_BF16 = 5, 50  # updates over which a loss stands still to the bit
-SMALL = 0.01  # share of the trained values below which an unused part is only noted
 
 
 class Reach(Detector):
@@ -26,6 +25,7 @@ class Reach(Detector):
         self._last: Seen | None = None
         self._missing: set[str] = set()  # parameters that had no gradient, or one of zeros, in every look
         self._looks = self._all_looks = 0  # those that count, and all
+        self._first = 0  # the step of the first look
         self._nothing = 0  # steps in a row with a gradient of exactly zero
         self._losses: list[float] = []
         self._told: set[str] = set()
@@ -74,6 +74,7 @@ class Reach(Detector):
     def _gather(self, subject: Subject, seen: Seen) -> None:
         """Keep the parameters that had no gradient in any look, and look again while there are some."""
         missing = {name for name, grad in seen.gradients.items() if grad is None or not grad.rows}
+        self._first = seen.step if self._last is None else self._first
         self._missing = missing if self._last is None else self._missing & missing
         self._last = seen
         self._all_looks += 1
@@ -87,18 +88,18 @@ class Reach(Detector):
         zero = [name for name in seen.gradients if name in self._missing and seen.gradients[name] is not None]
         zero = [name for name in zero if not _is_bias_of(name, seen)]
         for names, kind in ((absent, "no_gradient"), (zero, "gradient_zero")):
-            called = [name for name in names if not seen.calls or _module(name) in seen.calls]
+            called = [name for name in names if not seen.calls or module_of(name) in seen.calls]
             idle = [name for name in names if name not in called]
             if idle:
-                yield from self._once(_idle(subject, seen, idle))
+                yield from self._once(not_called(subject, seen, idle))
             if called:
-                yield from self._once(_unreached(subject, seen, called, kind))
+                yield from self._once(unreached(subject, seen, called, kind, self._first, self._looks))
         for name in seen.gradients:
             yield from self._dead_rows(subject, seen, name)
 
     def _dead_rows(self, subject: Subject, seen: Seen, name: str) -> Iterator[Finding]:
-        module = subject.model.get_submodule(_module(name))
-        parent = _module(_module(name))  # heads are dead in the queries, keys and values at once
+        module = subject.model.get_submodule(module_of(name))
+        parent = module_of(module_of(name))  # heads are dead in the queries, keys and values at once
         if not isinstance(module, nn.Linear) or not _some_rows(self.look, name, seen) or parent in self._told:
             return
         alive: list[bool] = self.look.rows[name].tolist()
@@ -161,101 +162,15 @@ def dead_block(alive: Sequence[bool], padded: bool = False) -> int:
     return 0
 
 
-def _module(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
 def _is_bias_of(name: str, seen: Seen) -> bool:
     """Whether it is a bias beside weights that have gradients, as softmax cancels the bias of the keys."""
-    beside = [grad for other, grad in seen.gradients.items() if _module(other) == _module(name) and other != name]
+    beside = [grad for other, grad in seen.gradients.items() if module_of(other) == module_of(name) and other != name]
     return "bias" in name.rpartition(".")[2] and any(grad is not None and grad.rows for grad in beside)
 
 
 def _some_rows(look: Look, name: str, seen: Seen) -> bool:
     grad = seen.gradients[name]
     return grad is not None and 0 < grad.rows < len(look.rows[name])
-
-
-def _idle(subject: Subject, seen: Seen, names: Sequence[str]) -> Finding:
-    cause = Cause(
-        "model",
-        f"the modules of {first_few(names)} were not called",
-        Place("backward", module=_module(names[0])),
-        {"parameters": len(names)},
-        "This is usual for experts without tokens and for heads that this task does not use; else freeze them",
-    )
-    return Finding(
-        "parts_not_called", "trained parts were not called", (cause,), seen.step, subject.world.rank, ordinary=True
-    )
-
-
-def _unreached(subject: Subject, seen: Seen, names: Sequence[str], kind: str) -> Finding:
-    """Return the finding of modules that were called, and whose parameters get no gradient, or one of zeros."""
-    order = {_module(name): seen.calls[_module(name)].order for name in names if _module(name) in seen.calls}
-    last = max(order, key=lambda name: order[name], default=_module(names[-1]))
-    sizes = {name: p.numel() for name, p in subject.model.named_parameters() if name in seen.gradients}
-    share = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
-    alarm = kind == "gradient_zero" or _is_start(seen, order) or (share >= SMALL and len(order) > 1)
-    place, (whose, what, advice) = last, _why_zero(seen, names[0], last)
-    if kind == "no_gradient":
-        sure, place, what, advice = _why_absent(seen, order, last)
-        whose, alarm = "model", alarm or sure
-    cause = Cause(
-        whose,
-        what,
-        Place("backward", module=place, optimizer=whole_group(subject, names)),
-        {"parameters": len(names), "share of the trained values": share, "looks": LOOKS},
-        advice,
-    )
-    such = "no gradient" if kind == "no_gradient" else "a gradient of exactly zero"
-    symptom = f"{len(names)} trained parameters have {such}: {first_few(names, most=3)}"
-    return Finding(kind, symptom, (cause,), seen.step, subject.world.rank, ordinary=not alarm)
-
-
-def _why_absent(seen: Seen, order: Mapping[str, int], last: str) -> tuple[bool, str, str, str]:
-    """Return whether a graph is surely cut, the module where, what has happened, and what to do."""
-    calls = {name: seen.calls[name] for name in order}
-    if calls and not any(call.with_grad for call in calls.values()):
-        first = min(order, key=lambda name: order[name])
-        advice = "Call it with gradients, or set requires_grad of its parameters to False"
-        return True, first, f"'{first}' was called under no_grad or inference_mode", advice
-    cut = max((name for name in order if calls[name].cut_by), key=lambda name: order[name], default="")
-    reader = calls[cut].cut_by if cut else ""
-    if not cut and order:  # computed from the output, and detached then
-        later = [(call.order, name) for name, call in seen.calls.items() if call.order > order[last]]
-        after = next((name for _, name in sorted(later) if seen.calls[name].fed_without_graph), "")
-        cut, reader = (last, after) if _is_start(seen, order) else ("", "")
-    if reader:
-        what = f"the graph is cut between '{cut}' and '{reader}', as by .detach(), .data or no_grad"
-        return True, cut, what, "Pass the tensor on as it is, or freeze what comes before"
-    what = f"the output of '{last}' is detached, or nothing on the way to the loss uses it"
-    return False, last, what, f"Look at what becomes of the output of '{last}', or freeze these parts"
-
-
-def _is_start(seen: Seen, order: Mapping[str, int]) -> bool:
-    """Whether the first module of the forward pass that has trained parameters is among them."""
-    trained = [seen.calls[_module(name)].order for name in seen.gradients if _module(name) in seen.calls]
-    return bool(trained) and min(trained) in order.values()
-
-
-def _why_zero(seen: Seen, first: str, last: str) -> tuple[Whose, str, str]:
-    if seen.in_fp16(first) and seen.loss_scale < 2**8:
-        what = f"FP16 rounds gradients below 2^-25 to zero, and the loss scale is {seen.loss_scale:g}"
-        return "precision", what, "Raise the loss scale, or use bfloat16"
-    what = f"'{last}' is connected to the loss, and what comes after it multiplies its output by zero"
-    advice = "Look for a gate, mask or weight of zeros, a saturated activation or a dead ReLU behind it"
-    return "model", what, advice
-
-
-def whole_group(subject: Subject, names: Sequence[str]) -> str:
-    """Return the name of the optimizer's parameter group that has no other parameter; empty if there is none."""
-    ids = {id(p) for name, p in subject.named() if name in set(names)}
-    for optimizer in subject.optimizers:
-        for place, group in enumerate(optimizer.param_groups):
-            trained = [p for p in group["params"] if p.requires_grad]
-            if trained and all(id(p) in ids for p in trained):
-                return f"{type(optimizer).__name__}, parameter group {place}"
-    return ""
 
 
 def _nothing(subject: Subject, record: StepRecord) -> Finding:
@@ -301,7 +216,7 @@ def _dead(subject: Subject, seen: Seen, name: str, alive: Sequence[bool], size: 
     cause = Cause(
         "model",
         f"rows {first} to {first + size - 1} of '{name}' are connected to the loss, and their gradient is exactly zero",
-        Place("backward", module=_module(name), parameter=name, row=first),
+        Place("backward", module=module_of(name), parameter=name, row=first),
         {"rows without a gradient": dead, "rows": len(alive), "rows in a block": size},
         "Look for a mask or gate of zeros on these heads or channels, and for attention that is saturated",
     )

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from rawloop.watch.findings import Cause, Finding, Place, Whose
 from rawloop.watch.look import Look, Seen
@@ -19,6 +18,8 @@ MOST_LOST = 0.05  # share of gradients that a good loss scale may flush to zero,
 MOST_SUBNORMAL = 0.5
 LEAST_LOST, LEAST_SUBNORMAL = 0.01, 0.05  # without a loss scale, smaller shares are harmless
 ORDINARY = ("scale_search", "scale_backs_off")
+TOO_LARGE = ("scale_collapses", "skips_in_a_row")
+LARGE_LOSS = 1e3
 
 
 class LossScale(Detector):
@@ -28,14 +29,14 @@ class LossScale(Detector):
         self.look = look or Look()
         self._recent: list[bool] = []  # whether each of the last steps was skipped, from the first update on
         self._steps = self._skips = self._in_a_row = 0
+        self._since = 0  # the first of the skips in a row
         self._first = 1.0  # scale
         self._history: list[float] = []  # scales after the last skips
         self._found: dict[str, Finding] = {}
 
     def start(self, subject: Subject) -> Iterable[Finding]:
         """Read the first scale."""
-        if is_enabled(subject.scaler):
-            self._first = float(subject.scaler.get_scale())
+        self._first = subject.loss_scale()
         return ()
 
     def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
@@ -68,8 +69,10 @@ class LossScale(Detector):
         self._skips += skipped
         if self._recent or not skipped:
             self._recent = [*self._recent[1 - RECENT :], skipped]
-        if skipped and is_enabled(subject.scaler):  # a skip has waited for the device already
-            yield self._skip(subject, record, float(subject.scaler.get_scale()))
+        if skipped and self._in_a_row == 1:
+            self._since = record.step
+        if skipped and subject.is_scaled:  # a skip has waited for the device already
+            yield self._skip(subject, record, subject.loss_scale())
 
     def _skip(self, subject: Subject, record: StepRecord, scale: float) -> Finding:
         """Return the finding of a skip: the scale, its start and its history."""
@@ -84,9 +87,19 @@ class LossScale(Detector):
         }
         halvings = math.log2(self._first / scale) if scale > 0 else math.inf
         kind, whose, what, advice = self._judge(scale, halvings, record.loss)
-        cause = Cause(whose, what, Place("backward"), evidence, advice)
-        symptom = "updates were skipped, for their gradients are not finite"
-        made = Finding(kind, symptom, (cause,), record.step, subject.world.rank, ordinary=kind in ORDINARY)
+        causes = [Cause(whose, what, Place("backward"), evidence, advice)]
+        if kind in TOO_LARGE and record.loss is not None and abs(record.loss) > LARGE_LOSS:
+            what, advice = f"the loss is {record.loss:.4g}", "Take the mean over targets in place of the sum"
+            causes.append(Cause("loss", what, Place("backward"), {"loss": record.loss}, advice))
+        made = Finding(
+            kind,
+            "updates were skipped, for their gradients are not finite",
+            tuple(causes),
+            record.step,
+            subject.world.rank,
+            ordinary=kind in ORDINARY,
+            since=self._since,
+        )
         self._found.setdefault(kind, made).causes = made.causes  # told once, with the history of the last skip
         return made
 
@@ -110,7 +123,7 @@ class LossScale(Detector):
                 "Look for the origin in the data and the model, not in the scaler",
             )
         if scale < 1 or halvings >= MANY_HALVINGS:
-            what = f"the scale was halved {halvings:.0f} times: the gradients are not finite at any scale"
+            what = f"the scale was halved {halvings:.0f} times: FP16 holds the gradients at no scale"
             return (
                 "scale_collapses",
                 "not known",
@@ -140,7 +153,7 @@ class LossScale(Detector):
             return
         lost = sum(grad.lost * grad.exponents.nonzero for grad in grads) / true.nonzero
         small = true.subnormal(seen.loss_scale)
-        if subject.scaler is not None and not is_enabled(subject.scaler):
+        if subject.scaler is not None and not subject.is_scaled:
             kind = "scaler_disabled"
         elif subject.scaler is None and seen.loss_scale == 1:
             kind = "no_loss_scaling"
@@ -187,8 +200,3 @@ def _outside(subject: Subject, seen: Seen, kind: str, true: Exponents, lost: flo
     harmless = kind == "no_loss_scaling" and lost < LEAST_LOST and small < LEAST_SUBNORMAL
     harmless = harmless or (kind == "scale_too_low" and room < 1)
     return Finding(kind, symptom, (cause,), seen.step, subject.world.rank, ordinary=harmless)
-
-
-def is_enabled(scaler: Any) -> bool:
-    """Return whether there is a scaler that scales."""
-    return scaler is not None and bool(getattr(scaler, "is_enabled", lambda: True)())

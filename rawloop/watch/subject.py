@@ -19,7 +19,7 @@ class Subject:
     Args:
         model: the bare model, outside DDP and torch.compile.
         optimizers: may be empty.
-        scaler: torch's GradScaler or anything with `get_scale()`; None without one.
+        scaler: torch's GradScaler, rawloop's, or anything with `get_scale()`; None without one.
         named: returns the parameters that the optimizers hold, by name. With float32 masters these are not the model's.
         world: the ranks.
         config: the settings.
@@ -33,6 +33,17 @@ class Subject:
     world: World = field(default_factory=World.current)
     config: WatchConfig = field(default_factory=WatchConfig)
     compiled: bool = False
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether there is a scaler, and it is enabled."""
+        return self.scaler is not None and bool(getattr(self.scaler, "is_enabled", lambda: True)())
+
+    def loss_scale(self) -> float:
+        """Return the scaler's scale, 1.0 without one. With torch's GradScaler this waits for the device."""
+        if self.scaler is None:
+            return 1.0
+        return float(self.scaler.get_scale() if hasattr(self.scaler, "get_scale") else self.scaler.scale)
 
 
 class Pass(NamedTuple):

@@ -46,10 +46,11 @@ class Stack(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.head = nn.Embedding(29, 16), nn.Linear(16, 29)
-        self.layers: Any = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+        layers: list[Any] = [nn.Linear(16, 16) for _ in range(8)]
         with torch.no_grad():
-            for layer in self.layers:
+            for layer in layers:
                 layer.weight *= size
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, ids: Tensor) -> Any:
         x = self.embed(ids)

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rawloop.watch.findings import Finding
-from rawloop.watch.reach import Reach, dead_block, explain_backward_error, whole_group
+from rawloop.watch.reach import Reach, dead_block, explain_backward_error
 from rawloop.watch.subject import StepRecord, Subject
+from rawloop.watch.unreached import whole_group
 from tests.watch.loops import WORDS, Model, mean_loss, watched
 
 

@@ -1,0 +1,113 @@
+"""Words for trained parts that the loss does not reach: why, and where their graph ends."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from rawloop.errors import first_few
+from rawloop.watch.findings import Cause, Finding, Place, Whose
+from rawloop.watch.look import Seen
+from rawloop.watch.subject import Subject
+
+SMALL = 0.01  # share of the trained values below which an unused part is only noted
+
+
+def module_of(parameter: str) -> str:
+    """Return the name of the module that holds a parameter."""
+    return parameter.rpartition(".")[0]
+
+
+def not_called(subject: Subject, seen: Seen, names: Sequence[str]) -> Finding:
+    """Return the note on trained parts whose modules were not called."""
+    cause = Cause(
+        "model",
+        f"the modules of {first_few(names)} were not called",
+        Place("backward", module=module_of(names[0])),
+        {"parameters": len(names)},
+        "This is usual for experts without tokens and for heads that this task does not use; else freeze them",
+    )
+    return Finding(
+        "parts_not_called", "trained parts were not called", (cause,), seen.step, subject.world.rank, ordinary=True
+    )
+
+
+def unreached(subject: Subject, seen: Seen, names: Sequence[str], kind: str, since: int, looks: int) -> Finding:
+    """Return the finding of modules that were called, and whose parameters get no gradient, or one of zeros."""
+    order = {module_of(name): seen.calls[module_of(name)].order for name in names if module_of(name) in seen.calls}
+    last = max(order, key=lambda name: order[name], default=module_of(names[-1]))
+    sizes = {name: p.numel() for name, p in subject.model.named_parameters() if name in seen.gradients}
+    share = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
+    alarm = kind == "gradient_zero" or _is_start(seen, order) or (share >= SMALL and len(order) > 1)
+    alarm = alarm or _has_equals(subject, seen, names)
+    place, (whose, what, advice) = last, _why_zero(seen, names[0], last)
+    if kind == "no_gradient":
+        sure, place, what, advice = _why_absent(seen, order, last)
+        whose, alarm = "model", alarm or sure
+    cause = Cause(
+        whose,
+        what,
+        Place("backward", module=place, optimizer=whole_group(subject, names)),
+        {"parameters": len(names), "share of the trained values": share, "looks": looks},
+        advice,
+    )
+    such = "no gradient" if kind == "no_gradient" else "a gradient of exactly zero"
+    symptom = f"{len(names)} trained parameters have {such}: {first_few(names, most=3)}"
+    return Finding(kind, symptom, (cause,), seen.step, subject.world.rank, ordinary=not alarm, since=since)
+
+
+def _has_equals(subject: Subject, seen: Seen, names: Sequence[str]) -> bool:
+    """Whether other modules of the same list or dict, such as the heads of other codebooks, have gradients."""
+    for name in names:
+        parent, _, own = module_of(name).rpartition(".")
+        holder = subject.model.get_submodule(parent)
+        if isinstance(holder, nn.ModuleList | nn.ModuleDict):
+            others = [f"{parent}.{key}." for key in dict(holder.named_children()) if key != own]
+            if any(grad is not None and n.startswith(tuple(others)) for n, grad in seen.gradients.items()):
+                return True
+    return False
+
+
+def _why_absent(seen: Seen, order: Mapping[str, int], last: str) -> tuple[bool, str, str, str]:
+    """Return whether a graph is surely cut, the module where, what has happened, and what to do."""
+    calls = {name: seen.calls[name] for name in order}
+    if calls and not any(call.with_grad for call in calls.values()):
+        first = min(order, key=lambda name: order[name])
+        advice = "Call it with gradients, or set requires_grad of its parameters to False"
+        return True, first, f"'{first}' was called under no_grad or inference_mode", advice
+    cut = max((name for name in order if calls[name].cut_by), key=lambda name: order[name], default="")
+    reader = calls[cut].cut_by if cut else ""
+    if not cut and order:  # computed from the output, and detached then
+        later = [(call.order, name) for name, call in seen.calls.items() if call.order > order[last]]
+        after = next((name for _, name in sorted(later) if seen.calls[name].fed_without_graph), "")
+        cut, reader = (last, after) if _is_start(seen, order) else ("", "")
+    if reader:
+        what = f"the graph is cut between '{cut}' and '{reader}', as by .detach(), .data or no_grad"
+        return True, cut, what, "Pass the tensor on as it is, or freeze what comes before"
+    what = f"the output of '{last}' is detached, or nothing on the way to the loss uses it"
+    return False, last, what, f"Look at what becomes of the output of '{last}', or freeze these parts"
+
+
+def _is_start(seen: Seen, order: Mapping[str, int]) -> bool:
+    """Whether the first module of the forward pass that has trained parameters is among them."""
+    trained = [seen.calls[module_of(name)].order for name in seen.gradients if module_of(name) in seen.calls]
+    return bool(trained) and min(trained) in order.values()
+
+
+def _why_zero(seen: Seen, first: str, last: str) -> tuple[Whose, str, str]:
+    if seen.in_fp16(first) and seen.loss_scale < 2**8:
+        what = f"FP16 rounds gradients below 2^-25 to zero, and the loss scale is {seen.loss_scale:g}"
+        return "precision", what, "Raise the loss scale, or use bfloat16"
+    what = f"'{last}' is connected to the loss, and what comes after it multiplies its output by zero"
+    advice = "Look for a gate, mask or weight of zeros, a saturated activation or a dead ReLU behind it"
+    return "model", what, advice
+
+
+def whole_group(subject: Subject, names: Sequence[str]) -> str:
+    """Return the name of the optimizer's parameter group that has no other parameter; empty if there is none."""
+    ids = {id(p) for name, p in subject.named() if name in set(names)}
+    for optimizer in subject.optimizers:
+        for place, group in enumerate(optimizer.param_groups):
+            trained = [p for p in group["params"] if p.requires_grad]
+            if trained and all(id(p) in ids for p in trained):
+                return f"{type(optimizer).__name__}, parameter group {place}"
+    return ""
