@@ -30,7 +30,7 @@ from rawloop.watch.recorder import Recorder
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 from rawloop.watch.tape import Replay
 from rawloop.watch.tracer import trace
-from rawloop.watch.wrappers import bare_model, outsides
+from rawloop.watch.wrappers import bare_model, is_compiled, outsides
 
 MOST_PASSES = 64  # of one update, that are kept to be run again
 FINDINGS = "findings.jsonl"
@@ -75,7 +75,8 @@ class Watch:
             if not isinstance(one, Optimizer):
                 raise UserError(f"rawloop.Watch takes torch optimizers after the model: it got a {type(one).__name__}")
         named = named or (lambda: list(bare.named_parameters()))
-        self.subject = Subject(bare, optimizers, scaler, named, world or World.current(), config or WatchConfig())
+        world, config = world or World.current(), config or WatchConfig()
+        self.subject = Subject(bare, optimizers, scaler, named, world, config, is_compiled(model))
         self.out = Path(out) if out else None
         self.findings = Findings()
         self.detectors = list(all_detectors() if detectors is None else detectors)

@@ -15,6 +15,11 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile was called on the model, on a part of it, or on what wraps it."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
 def outsides(model: nn.Module, bare: nn.Module) -> list[nn.Module]:
     """Return the modules whose calls are calls of the model: it, what is around it, and DDP modules made elsewhere.
 

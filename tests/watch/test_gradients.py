@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rawloop.watch.findings import Finding
 from rawloop.watch.gradients import MANY_MICRO_STEPS, Gradients
 from rawloop.watch.subject import Pass, StepRecord, Subject
-from rawloop.watch.watch import is_compiled
+from rawloop.watch.wrappers import is_compiled
 from tests.watch.loops import Model, mean_loss, watched
 
 
@@ -21,8 +21,8 @@ def test_outputs_near_the_limit_of_fp16_are_named_with_their_bits() -> None:
     model = Model()
     with torch.no_grad():
         model.layers[1].up.bias[3] = 20_000
-    (found, *_) = watched(model, [Gradients()], dtype=torch.float16, scaler=torch.amp.GradScaler("cpu"), steps=1)
-    assert found.kind == "headroom"
+    findings = watched(model, [Gradients()], dtype=torch.float16, scaler=torch.amp.GradScaler("cpu"), steps=1)
+    (found,) = [finding for finding in findings if finding.kind == "headroom"]
     assert (found.cause.whose, found.cause.place.module) == ("precision", "layers.1.up")
     assert found.cause.evidence["head room in bits"] == pytest.approx(1.7, abs=0.1)
     assert watched(model, [Gradients()], dtype=torch.bfloat16, steps=1) == []
