@@ -3,8 +3,10 @@
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from itertools import pairwise
 
 SIGMA = 1.4826  # a normal distribution's standard deviation, in units of its median absolute deviation
+RECENT = 10  # values
 LEAST = 20  # values, before anything can stand out
 
 
@@ -67,17 +69,25 @@ class History:
         median = self.median
         return (value - median) / max(SIGMA * self.mad, 1e-3 * abs(median), 1e-12)
 
-    def stands_out(self, value: float, factor: float = 1.0, z: float = 6.0) -> bool:
-        """Whether a value is far above all of the history.
+    @property
+    def recent_largest(self) -> float:
+        """The largest of the last values."""
+        return max(list(self.values)[-RECENT:], default=-math.inf)
 
-        It must exceed the largest value by `factor` times the spread of the inner 90%, and the median by `z` robust
-        deviations. A value that is not finite does not stand out; without enough history, nothing does.
+    @property
+    def roughness(self) -> float:
+        """The robust standard deviation of a value around its neighbours: a trend does not count."""
+        values = list(self.values)
+        return SIGMA * _middle(sorted(abs(two - one) for one, two in pairwise(values))) / math.sqrt(2)
+
+    def stands_out(self, value: float, z: float = 6.0) -> bool:
+        """Whether a value is far above the recent ones: above their largest by `z` times the roughness and by 5%.
+
+        A value that is not finite does not stand out; without enough history, nothing does.
         """
-        if not self.is_known or not self.largest < value < math.inf:
+        if not self.is_known or not self.recent_largest < value < math.inf:
             return False
-        inner = self._sorted[len(self) // 20 : len(self) - len(self) // 20]
-        margin = max(factor * (inner[-1] - inner[0]), 0.05 * abs(self.median))
-        return value > self.largest + margin and self.zscore(value) > z
+        return value > self.recent_largest + max(z * self.roughness, 0.05 * abs(self.median))
 
 
 def _middle(ordered: list[float]) -> float:

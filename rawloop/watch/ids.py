@@ -22,10 +22,10 @@ TOKENIZER = "use the tokenizer or codec that belongs to the model, or resize the
 
 
 class Table(NamedTuple):
-    """Where the ids of a tensor go: the module, and its number of rows, or one number for each index of `dim`."""
+    """Where the ids of a tensor go: module and number of rows; one of each for each index of `dim` (codebook)."""
 
-    module: str
-    sizes: tuple[int, ...]
+    modules: tuple[str, ...]
+    sizes: tuple[int, ...]  # 0 where it is not known yet
     dim: int | None = None
 
 
@@ -35,6 +35,7 @@ class Ids:
     def __init__(self) -> None:
         self._tables: dict[str, Table] = {}
         self._heads: dict[str, int] = {}
+        self._known_heads: dict[str, int | None] = {}
         self._hooks = ExitStack()
         self._look: Look | None = None
         self._seen: list[Finding] = []
@@ -45,7 +46,7 @@ class Ids:
         for entry in look.readable("ids", "positions", "labels", "other"):
             if not entry.tensor.is_floating_point():
                 yield from self._compare(look, entry)
-        yield from _find_long(look, self._tables)
+        yield from _find_long(look)
         self.close()
         if look.full:
             self._look = look
@@ -119,8 +120,9 @@ class Ids:
         if table is not None and entry.kind != "labels":
             yield from _outside(look, entry, table)
         elif entry.kind in ("labels", "ids"):
-            size = _head_of(look.subject.model, entry)
-            if size:
+            if entry.path not in self._known_heads:
+                self._known_heads[entry.path] = _head_of(look.subject.model, entry)
+            if size := self._known_heads[entry.path]:
                 yield from _outside_head(look, entry, size, strict=True)
             else:
                 self._doubtful += self._doubt(look, entry)
@@ -146,7 +148,7 @@ def _match(
         there = entry.tensor.cpu()
         same = there.shape[:-1] == here.shape[:-1] and here.shape[-1:] <= there.shape[-1:] and here.dim() > 0
         if same and torch.equal(there[..., : here.shape[-1]].to(here.dtype), here):
-            return entry, _smallest(Table(module, (size,)), known.get(entry.path))
+            return entry, _smallest(Table((module,), (size,)), known.get(entry.path))
         dims = [dim for dim in range(1, there.dim()) if 1 < there.shape[dim] <= MOST_CODEBOOKS]
         for dim in reversed(dims):
             table = _codebook(there, here, dim, size, module, known.get(entry.path))
@@ -174,13 +176,15 @@ def _codebook(there: Tensor, here: Tensor, dim: int, size: int, module: str, kno
         step = int(offsets[0, 1] - offsets[0, 0])
         joint = step > 1 and count * step <= size <= (count + 1) * step
         regular = joint and bool((offsets == torch.arange(count) * step).all())
-        return Table(module, (step,) * count, dim) if regular else None
-    sizes = list(known.sizes) if known is not None and known.dim == dim else [0] * count
-    for index in sorted(range(count), key=lambda index: sizes[index] > 0):
+        return Table((module,) * count, (step,) * count, dim) if regular else None
+    if known is None or known.dim != dim or len(known.sizes) != count:
+        known = Table(("",) * count, (0,) * count, dim)
+    modules, sizes = list(known.modules), list(known.sizes)
+    for index in sorted(range(count), key=lambda index: modules[index] not in ("", module)):
         one = there.select(dim, index)
         if one.shape == here.shape and torch.equal(one.to(here.dtype), here):
-            sizes[index] = size
-            return Table(module, tuple(sizes), dim)
+            modules[index], sizes[index] = module, size
+            return Table(tuple(modules), tuple(sizes), dim)
     return None
 
 
@@ -196,16 +200,17 @@ def _outside(look: Look, entry: Entry, table: Table) -> Iterator[Finding]:
     if not len(bad):
         return
     first = bad[0].tolist()
-    value, size = int(tensor[tuple(first)]), table.sizes[0 if table.dim is None else first[table.dim]]
-    codebook = f" of codebook {first[table.dim]}" if table.dim is not None else ""
+    index = 0 if table.dim is None else first[table.dim]
+    value, size, module = int(tensor[tuple(first)]), table.sizes[index], table.modules[index]
+    codebook = f" of codebook {index}" if table.dim is not None else ""
     position = next((first[dim] for dim in reversed(range(1, len(first))) if dim != table.dim), None)
     what = f"'{entry.path}' has the id {value}{codebook} at row {first[0]}"
     what += f", position {position}" if position is not None else ""
-    what += f", and the embedding '{table.module}' has {size} rows for it"
+    what += f", and the embedding '{module}' has {size} rows for it"
     evidence: dict[str, float | int | str] = {"id": value, "valid ids": size, "wrong ids": len(bad)}
     if table.dim is not None:
-        evidence["codebook"] = first[table.dim]
-    place = look.place(entry, first[0], position, table.module)
+        evidence["codebook"] = index
+    place = look.place(entry, first[0], position, module)
     yield look.finding(
         "id_outside_embedding", what, Cause("data", "an id is outside the embedding", place, evidence, TOKENIZER)
     )
@@ -231,7 +236,7 @@ def _outside_head(look: Look, entry: Entry, size: int, strict: bool) -> Iterator
     yield look.finding("label_outside_head", what, cause)
 
 
-def _find_long(look: Look, tables: dict[str, Table]) -> Iterator[Finding]:
+def _find_long(look: Look) -> Iterator[Finding]:
     if any(entry.name == "position_ids" for entry in look.entries):
         return
     most = _most_positions(look.subject.model)

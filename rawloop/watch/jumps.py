@@ -17,7 +17,7 @@ from rawloop.watch.history import History
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 RECENT = 40  # steps of history: longer ago, losses were higher
-PATIENCE = 10  # applied steps in which a spike may recover
+PATIENCE, LEAST_AFTER = 10, 4  # applied steps in which a spike may recover; before the end of the watch
 CASCADE = 20  # steps before a jump of the loss in which its causes lie
 SLOW, WAITS = 3.0, 0.5  # times the usual duration; share of the step's time
 ORDER = ("lr", "scale", "grad_norm")  # of what has jumped at the same step, the first is the likelier cause
@@ -66,6 +66,11 @@ class Jumps(Detector):
                 yield from self._drifts.find(subject, record, lr, self._near)
         yield from self._follow_times(record, subject)
 
+    def finish(self, subject: Subject) -> Iterable[Finding]:
+        """Tell a jump that had not recovered when the watch ended."""
+        if self._spike is not None and len(self._after) >= LEAST_AFTER:
+            yield from self._judge_spike(self._spike, subject, self._spike.step + len(self._after), ended=True)
+
     def _follow(
         self, name: str, value: float | None, record: StepRecord, jumped: Callable[[History, float], bool]
     ) -> None:
@@ -81,45 +86,41 @@ class Jumps(Detector):
         if not math.isfinite(loss):
             if history.is_known and any(record.step - event.step <= CASCADE for event in self._events):
                 event = Event("loss", record.step, history.median, loss, record.ids)
-                yield self._jump(event, subject, record, f"the loss became {loss} after a jump")
+                yield self._jump(event, subject, record.step, f"the loss became {loss} after a jump")
             return
         if self._spike is None:
             if history.stands_out(loss):
-                self._spike, self._ceiling = (
-                    Event("loss", record.step, history.median, loss, record.ids),
-                    history.largest,
-                )
+                self._spike = Event("loss", record.step, history.median, loss, record.ids)
+                self._ceiling = history.recent_largest
             else:
                 history.add(loss)
             return
         self._after.append(loss)
-        yield from self._judge_spike(self._spike, subject, record)
+        yield from self._judge_spike(self._spike, subject, record.step)
 
-    def _judge_spike(self, spike: Event, subject: Subject, record: StepRecord) -> Iterator[Finding]:
+    def _judge_spike(self, spike: Event, subject: Subject, step: int, ended: bool = False) -> Iterator[Finding]:
         """Tell a spike when two losses in a row are as before, or a jump when that has not come in time."""
-        ended = len(self._after) >= 2 and max(self._after[-2:]) <= self._ceiling
-        if not ended and len(self._after) < PATIENCE:
+        recovered = len(self._after) >= 2 and max(self._after[-2:]) <= self._ceiling
+        if not (recovered or ended or len(self._after) >= PATIENCE):
             return
         after = sorted(self._after)[len(self._after) // 2]
-        if ended or after <= self._ceiling:
+        if recovered or after <= self._ceiling:
             what = f"the loss rose from {spike.before:.4g} to {spike.after:.4g} and recovered"
-            yield self._jump(spike, subject, record, what, ordinary=True)
+            yield self._jump(spike, subject, step, what, ordinary=True)
         else:
             what = f"the loss jumped from {spike.before:.4g} to {spike.after:.4g} and has not recovered"
-            what += f" after {PATIENCE} steps (median {after:.4g})"
-            yield self._jump(spike, subject, record, what)
+            what += f" after {len(self._after)} steps (median {after:.4g})"
+            yield self._jump(spike, subject, step, what)
             self._histories["loss"] = History(RECENT)
         for value in self._after:
             self._histories["loss"].add(value)
         self._spike, self._after = None, []
 
-    def _jump(self, event: Event, subject: Subject, record: StepRecord, what: str, ordinary: bool = False) -> Finding:
+    def _jump(self, event: Event, subject: Subject, step: int, what: str, ordinary: bool = False) -> Finding:
         kind = "loss_spiked" if ordinary else "loss_jumped"
         causes = self._causes(event)
         since = min([event.step, *(cause_step for cause_step, _ in causes[:1])])
-        return Finding(
-            kind, what, tuple(cause for _, cause in causes), record.step, subject.world.rank, ordinary, since
-        )
+        return Finding(kind, what, tuple(cause for _, cause in causes), step, subject.world.rank, ordinary, since)
 
     def _causes(self, event: Event) -> list[tuple[int, Cause]]:
         """Return the step and the cause of what jumped before an event, or with it, the earliest first."""

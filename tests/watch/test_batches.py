@@ -167,6 +167,7 @@ def test_a_code_outside_its_codebook(joint: bool) -> None:
     (found,) = watch.findings
     place = found.cause.place
     assert (found.kind, place.sample, place.row, place.position) == ("id_outside_embedding", "d", 3, 1)
+    assert place.module == ("joint" if joint else "tables.2")
     assert (found.cause.evidence["codebook"], found.cause.evidence["valid ids"]) == (2, 8)
 
 

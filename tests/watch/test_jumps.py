@@ -41,6 +41,7 @@ def follow(
             setattr(record, name, numbers[name](step))
         findings.extend(jumps.gradients(subject, record))
         findings.extend(jumps.end(subject, record))
+    findings.extend(jumps.finish(subject))
     return findings
 
 
@@ -85,6 +86,12 @@ def test_a_bad_batch_that_the_loss_never_recovers_from() -> None:
     (found,) = findings
     assert (found.kind, found.since, found.step) == ("loss_jumped", 60, 70)
     assert "batch of step 60" in found.cause.what
+
+
+def test_a_jump_shortly_before_the_end() -> None:
+    losses: Numbers = lambda step: falling(step) + 3 * (step >= 60)  # noqa: E731
+    assert kinds(follow(66, losses)) == [("loss_jumped", False)]
+    assert kinds(follow(63, losses)) == []
 
 
 def test_a_fallen_scale_before_a_jump() -> None:
@@ -164,4 +171,7 @@ HEALTHY: dict[str, dict[str, Numbers]] = {
 @pytest.mark.parametrize("seeds", range(5))
 def test_healthy_numbers_raise_no_alarm(name: str, seeds: int) -> None:
     random.seed(seeds)
-    assert [finding for finding in follow(300, **HEALTHY[name]) if not finding.ordinary] == []
+    numbers = HEALTHY[name]
+    loss, more = numbers["loss"], {key: number for key, number in numbers.items() if key != "loss"}
+    findings = follow(300, loss, **more)  # type: ignore[arg-type]
+    assert findings.alarms == []
