@@ -161,5 +161,11 @@ def _open_records(run: Run, config: RunConfig, folder: Path, origin: Source | No
     device = run.world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {package: version(package) for package in ("torch", "transformers", "peft")}
-    facts: dict[str, Any] = {"restarts": run.world.restarts, "world_size": run.world.size, "device": name, **versions}
+    facts: dict[str, Any] = {
+        "total_steps": run.total_steps,
+        "restarts": run.world.restarts,
+        "world_size": run.world.size,
+        "device": name,
+        **versions,
+    }
     run.records.event("start", step=step, reason=reason, **facts)

@@ -7,6 +7,8 @@ marks the folder that it trains into: its restarts continue from the newest chec
 import fcntl
 import os
 import socket
+import struct
+import sys
 from os.path import expanduser
 from pathlib import Path
 from stat import S_ISREG
@@ -22,6 +24,7 @@ from rawloop.preempt import STOP_FILE
 LAUNCH = ".launch"  # first line: name of the launch; second line: STOPPED if its processes were told to stop
 STOPPED = "stopped"
 LOCK = ".lock"
+FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "best.json", CHECKPOINTS, BEST)
 
 
@@ -101,6 +104,24 @@ class RunLock:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = -1
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return whether another process trains into a folder now; None if this system or file system does not tell.
+
+    It only asks, because a lock taken for a moment could keep a run from starting. The process that trains must not
+    call it: it would lose its lock.
+    """
+    if sys.platform != "linux":  # elsewhere the fields have another order
+        return None
+    try:
+        with open(folder / LOCK, "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 def hold_lock(lock: RunLock | None, folder: Path, world: World) -> RunLock:

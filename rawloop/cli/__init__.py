@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "fine-tune a model; start it with torchrun for several processes",
     "evaluate": "evaluate a model or a checkpoint of a run",
     "merge": "merge a LoRA adapter into its base model",
+    "report": "show what a run has recorded, or several runs, as one HTML page",
     "verify": "check every file of a run's checkpoints against its digest",
     "doctor": "check on your own model and data that training does what it says",
 }

@@ -4,9 +4,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rawloop.report.page import Figure
-from rawloop.report.plots import ALARM, COLORS, HUGE, PIXELS, Span, as_svg, drawing_of, envelope
+from rawloop.report.plots import (
+    ALARM,
+    BOTTOM,
+    COLORS,
+    HUGE,
+    PIXELS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Span,
+    as_svg,
+    drawing_of,
+    envelope,
+)
 
-ROW = 0.3  # inches
+ROW, MAP_LEFT, MAP_BOTTOM, NAMES_LEFT = 0.3, 1.0, 0.9, 1.6  # inches
+BRIGHTEST = 80  # percent of the values: the first ones are so high that they would take all colors
 NAN_COLOR = "#c7424f"
 
 
@@ -28,8 +42,10 @@ def draw_map(title: str, rows: Mapping[str, tuple[Any, Any]], span: Span) -> Fig
         drawn[name] = envelope(steps, shown, span)[::2] if len(steps) > 2 * PIXELS else (steps, shown)
     every = np.concatenate([values for _, values in drawn.values()])
     there = every[np.isfinite(every)]
-    scale = Normalize(*((there.min(), there.max()) if len(there) else (0.0, 1.0)))
-    with drawing_of(span, ROW * len(rows) + 0.9) as (drawing, axes):
+    low, high = np.percentile(there, (0, BRIGHTEST)) if len(there) else (0.0, 1.0)
+    scale = Normalize(low, high)
+    height = ROW * len(rows) + MAP_BOTTOM + TOP
+    with drawing_of(span, height, MAP_LEFT, MAP_BOTTOM) as (drawing, axes):
         colors = colormaps["viridis"].with_extremes(bad=NAN_COLOR)
         for row, (steps, values) in enumerate(drawn.values()):
             edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
@@ -40,7 +56,8 @@ def draw_map(title: str, rows: Mapping[str, tuple[Any, Any]], span: Span) -> Fig
         axes.grid(visible=False)
         axes.invert_yaxis()
         axes.set_yticks(range(len(rows)), [f"{name}  {values[-1]:.3f}" for name, (_, values) in rows.items()])
-        drawing.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
+        place = MAP_LEFT / WIDTH, 0.3 / height, 1 - (MAP_LEFT + RIGHT) / WIDTH, 0.12 / height
+        drawing.colorbar(image, cax=drawing.add_axes(place), orientation="horizontal", extend="max")
         svg = as_svg(drawing)
     bad = "" if len(there) == len(every) else " Red is a value that is not finite."
     return Figure(title, svg, caption=f"Nats per target; a row is a codebook, with its last value.{bad}")
@@ -50,7 +67,7 @@ def draw_time_line(title: str, rows: Mapping[str, Sequence[int]], span: Span, al
     """Draw a row of marks per kind of event, at the steps of its events; the kinds `alarms` in the alarm's color."""
     import numpy as np
 
-    with drawing_of(span, ROW * len(rows) + 0.5) as (drawing, axes):
+    with drawing_of(span, ROW * len(rows) + BOTTOM + TOP, NAMES_LEFT) as (drawing, axes):
         for row, (name, steps) in enumerate(rows.items()):
             at = np.unique(np.asarray(steps, float)) if len(steps) < PIXELS else _thinned(steps, span)
             color = ALARM if name in alarms else COLORS[row % len(COLORS)]

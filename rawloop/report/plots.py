@@ -16,11 +16,14 @@ from rawloop.report.page import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
+    from numpy.typing import ArrayLike
 
 COLORS = ("#3b7dd8", "#d9622b", "#2e9e6b", "#b8479e", "#a08000", "#7068d8", "#c7424f", "#3f8f9f")
 INK, LINE, ALARM = "#010203", "#040506", "#070809"  # stand for colors of the page, which a dark page changes
 OF_THE_PAGE = {INK: "currentColor", LINE: "var(--line)", ALARM: "var(--alarm)"}
-WIDTH, HEIGHT, DOTS = 5.0, 2.5, 72  # inches, inches, units per inch: 1:1 on a phone
+DOTS = 72  # units of the drawing per inch
+WIDTH, HEIGHT = 5.0, 2.5  # inches: on a phone, a unit is a pixel
+LEFT, RIGHT, TOP, BOTTOM = 0.8, 0.14, 0.1, 0.36  # inches around the axes: a layout by measure takes as long as the rest
 PIXELS = 400  # a line has at most twice as many points
 HUGE = 1e150  # beyond it, the scale of an axis overflows
 
@@ -30,8 +33,8 @@ class Line:
     """Values over steps, (points,) each; `color` is an index into COLORS. `dots` marks every point."""
 
     name: str
-    steps: Sequence[float]
-    values: Sequence[float]
+    steps: "ArrayLike"
+    values: "ArrayLike"
     color: int = 0
     dots: bool = False
 
@@ -86,7 +89,7 @@ def _make_log(axes: "Axes", values: Any) -> bool:
         return False
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     return True
 
@@ -102,9 +105,10 @@ def _draw_line(axes: "Axes", line: Line, steps: Any, values: Any, span: Span, lo
     yield from _draw_hidden(axes, line.name, steps[~shown], values[~shown], span)
     values = np.where(shown, values, np.nan)
     if len(steps) > 2 * PIXELS:
+        number = len(steps)
         steps, low, values, high = envelope(steps, values, span)
         axes.fill_between(steps, low, high, color=color, alpha=0.3, linewidth=0)
-        yield f"{len(line.steps):,} points are drawn as {len(steps)}: a band from least to greatest, the mean inside."
+        yield f"{number:,} points are drawn as {len(steps)}: a band from least to greatest, the mean inside."
     padded = np.isfinite(np.concatenate(([np.nan], values, [np.nan])))
     alone = padded[1:-1] & ~padded[:-2] & ~padded[2:]
     axes.plot(steps, values, color=color, marker="." if line.dots else None)
@@ -157,8 +161,10 @@ def envelope(steps: Any, values: Any, span: Span) -> tuple[Any, Any, Any, Any]:
 
 
 @contextmanager
-def drawing_of(span: Span, height: float = HEIGHT) -> "Iterator[tuple[Drawing, Axes]]":
-    """Give a figure with one pair of axes over steps, in the style of the page; `height` in inches."""
+def drawing_of(
+    span: Span, height: float = HEIGHT, left: float = LEFT, bottom: float = BOTTOM
+) -> "Iterator[tuple[Drawing, Axes]]":
+    """Give a figure with one pair of axes over steps, in the style of the page; sizes in inches."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Drawing
     from matplotlib.ticker import MaxNLocator
@@ -172,16 +178,17 @@ def drawing_of(span: Span, height: float = HEIGHT) -> "Iterator[tuple[Drawing, A
         "lines.linewidth": 1.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.formatter.useoffset": False,
         **dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), INK),
     }
     with rc_context(style):
-        drawing = Drawing(figsize=(WIDTH, height), dpi=DOTS, layout="constrained")
+        drawing = Drawing(figsize=(WIDTH, height), dpi=DOTS)
         axes = drawing.subplots()
+        drawing.subplots_adjust(left / WIDTH, bottom / height, 1 - RIGHT / WIDTH, 1 - TOP / height)
         axes.grid(color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.set_xlim(*span)
         yield drawing, axes
 

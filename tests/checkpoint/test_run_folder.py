@@ -21,6 +21,7 @@ from rawloop.checkpoint.run_folder import (
     choose_resume,
     claim_run_folder,
     is_inside,
+    is_locked,
     mark_launch,
     remove_stop_file,
 )
@@ -112,6 +113,16 @@ def locked_out(run: Path) -> str:
     code = f"from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; RunLock(Path({str(run)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     return done.stderr
+
+
+def test_another_process_asks_whether_a_folder_is_locked_and_takes_no_lock(tmp_path: Path) -> None:
+    assert is_locked(tmp_path) is False
+    lock = RunLock(tmp_path)
+    code = "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import is_locked; "
+    command = [sys.executable, "-c", f"{code}print(is_locked(Path(sys.argv[1])))", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout == "True\n"
+    lock.release()
+    assert is_locked(tmp_path) is False
 
 
 def test_a_manager_holds_the_lock_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

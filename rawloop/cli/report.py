@@ -1,0 +1,47 @@
+"""`rawloop report RUN`: one HTML page of a run, or of several with `--compare`.
+
+It only reads, so it may run while the run is training.
+"""
+
+from os.path import expanduser
+from pathlib import Path
+
+from rawloop.checkpoint.run_folder import is_locked
+from rawloop.errors import UserError
+from rawloop.files import readable
+from rawloop.parser import Parser
+from rawloop.report.page import check_output, check_packages, write_page
+
+REPORT, COMPARISON = "report.html", "compare.html"
+
+
+def run(argv: list[str]) -> None:
+    """Write the page, and print its path."""
+    parser = Parser(prog="rawloop report", description="Show what a run has recorded as one HTML page.")
+    parser.add_argument("run", type=str, nargs="?", help="a run's folder")
+    parser.add_argument("--compare", type=str, nargs="+", help="the folders of several runs, whose curves are overlaid")
+    parser.add_argument("--output", type=str, help=f"the page (default: RUN/{REPORT}, or {COMPARISON} here)")
+    values = parser.read_options(argv)
+    if bool(values.run) == bool(values.compare):
+        raise UserError("name a run's folder, or several after --compare; `rawloop report --help` shows how")
+    check_packages()
+    folders = [Path(expanduser(name)) for name in values.compare or [values.run]]
+    default = Path(COMPARISON) if values.compare else folders[0] / REPORT
+    output = Path(expanduser(values.output)) if values.output else default
+    if values.output:
+        check_output(output)
+    running = [is_locked(folder) for folder in folders]
+    page = make(folders, running, is_comparison=bool(values.compare))
+    write_page(output, page)
+    print(f"wrote {output} ({readable(output.stat().st_size)})", flush=True)
+
+
+def make(folders: list[Path], running: list[bool | None], *, is_comparison: bool) -> str:
+    """Return the page."""
+    if is_comparison:
+        from rawloop.report.compare import compare
+
+        return compare(folders, running)
+    from rawloop.report.one import report
+
+    return report(folders[0], running[0])

@@ -1,0 +1,150 @@
+"""The page of several runs: which settings differ, where the losses part, and all curves over each other."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rawloop.errors import UserError
+from rawloop.report.outcome import ended
+from rawloop.report.page import Figure, Note, Section, Table, render
+from rawloop.report.panels import (
+    MOST_OTHERS,
+    Panel,
+    codebook_maps,
+    draw_overlay,
+    loss_panels,
+    other_panels,
+    time_line,
+    training_panels,
+)
+from rawloop.report.plots import COLORS
+from rawloop.report.runs import CONFIG, RunData, read_run
+
+Runs = Mapping[str, RunData]
+OF_THE_FOLDER = ("output", "resume")  # settings that differ between any two runs
+OF_THE_START = ("world_size", "device", "torch", "transformers", "peft")
+
+
+def compare(folders: Sequence[Path], running: Sequence[bool | None]) -> str:
+    """Return the page of several runs. The first is the one that the others are compared with.
+
+    Args:
+        folders: the run folders, two to eight.
+        running: for each, whether a process trains it now; None if that is not known.
+
+    Raises:
+        UserError: too few or too many folders, one twice, or one that is no run.
+    """
+    if not 2 <= len(folders) <= len(COLORS):
+        raise UserError(f"--compare has {len(folders)} run(s): name 2 to {len(COLORS)} run folders")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"--compare names a run twice: {', '.join(map(str, folders))}")
+    read = [read_run(folder) for folder in folders]
+    names = [run.name for run in read]
+    runs = {run.name if names.count(run.name) == 1 else str(run.folder): run for run in read}
+    lead = [Note(f"{note.head} {note.text}", note.tone, f"{name}:") for name, note in _ends(runs, running)]
+    lead += [Note(text, "warning", "Not read:") for run in read for text in run.unreadable]
+    sections = [Section("Where the losses part", list(partings(runs))), Section("Values", tables=[values(runs)])]
+    sections += [settings(runs), *figures(runs)]
+    return render(f"{len(runs)} runs: {', '.join(runs)}", sections, lead)
+
+
+def _ends(runs: Runs, running: Sequence[bool | None]) -> Iterator[tuple[str, Note]]:
+    for (name, run), is_running in zip(runs.items(), running, strict=True):
+        yield name, ended(run, is_running)
+
+
+def partings(runs: Runs) -> Iterator[Note]:
+    """Yield, for every run but the first, the first step at which a loss is not bitwise that of the first run."""
+    (first, reference), *others = runs.items()
+    expected = _losses(reference)
+    for name, run in others:
+        found = _losses(run)
+        common = [place for place in expected if place in found]
+        apart = [place for place in common if not _equal(expected[place], found[place])]
+        if not common:
+            yield Note(f"no step has a loss in both this run and {first}.", "warning", f"{name}:")
+        elif not apart:
+            last = max(step for step, _ in common)
+            yield Note(f"bit for bit the losses of {first}, up to step {last:,}.", "good", f"{name}:")
+        else:
+            step, loss = min(apart)
+            numbers = f"{found[step, loss]!r}, not {expected[step, loss]!r}"
+            more = f"; {len(apart):,} of {len(common):,} losses in common differ"
+            yield Note(f"first apart from {first} at step {step:,}: {loss} is {numbers}{more}.", head=f"{name}:")
+
+
+def _losses(run: RunData) -> dict[tuple[int, str], float]:
+    """Return the losses of a run by step and name; of a step that was logged twice, the later ones."""
+    return {
+        (line["step"], name): value
+        for line in run.metrics
+        for name, value in line.items()
+        if name.removeprefix("eval_").split("/")[0] == "loss" and isinstance(value, float | int)
+    }
+
+
+def _equal(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def values(runs: Runs) -> Table:
+    """Return the final and best values of all runs, a column for each."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run.series))
+    shown = [name for panel in loss_panels(names) for name in panel.metrics]
+    shown += [name for panel in training_panels(names) for name in panel.metrics]
+    shown += [panel.title for panel in other_panels(names)[:MOST_OTHERS] if panel.title != "eval_seconds"]
+    rows: list[list[object]] = [["steps", *(run.last_step for run in runs.values())]]
+    rows.append(["updates skipped", *(len(run.of_kind("skip")) for run in runs.values())])
+    rows.append(["fallbacks", *(len(run.of_kind("fallback")) for run in runs.values())])
+    rows.append(["best evaluation", *(_best(run) for run in runs.values())])
+    rows += [[f"last {name}", *(_last(run, name) for run in runs.values())] for name in shown]
+    return Table(["", *runs], rows)
+
+
+def _best(run: RunData) -> str:
+    value = run.best.get("value")
+    return f"{value:.6g} at step {run.best.get('step')}" if isinstance(value, float | int) else "-"
+
+
+def _last(run: RunData, name: str) -> object:
+    return float(run.series[name].values[-1]) if name in run.series else "-"
+
+
+def settings(runs: Runs) -> Section:
+    """Return the settings that differ, and the machines and versions that do."""
+    title = "Settings that differ"
+    without = [name for name, run in runs.items() if not run.config]
+    notes = [Note(f"{', '.join(without)}: no {CONFIG}, so no settings.", "warning")] if without else []
+    of = [_machine(run) | run.settings() for run in runs.values()]
+    keys = [key for key in dict.fromkeys(key for one in of for key in one) if key not in OF_THE_FOLDER]
+    rows = [[key, *(str(one.get(key, "-")) for one in of)] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    if not rows and not without:
+        return Section(title, [Note("none.")])
+    return Section(title, notes, tables=[Table(["", *runs], rows)] if rows else [])
+
+
+def _machine(run: RunData) -> dict[str, object]:
+    starts = run.of_kind("start")
+    return {name: starts[-1][name] for name in OF_THE_START if name in starts[-1]} if starts else {}
+
+
+def figures(runs: Runs) -> list[Section]:
+    """Return the sections with figures: every metric with a line for each run."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run.series))
+    spans = [run.span for run in runs.values()]
+    span = min(first for first, _ in spans), max(last for _, last in spans)
+
+    def drawn(panels: Sequence[Panel]) -> list[Figure]:
+        return [draw_overlay(name, runs, span) for panel in panels for name in panel.metrics]
+
+    maps = [figure for name, run in runs.items() for figure in codebook_maps(run, f", {name}")]
+    lines = [figure for name, run in runs.items() for figure in time_line(run, f"Events of {name}")]
+    others = other_panels(names)
+    more = [Note(f"{len(others) - MOST_OTHERS:,} more metrics are not drawn.")] if len(others) > MOST_OTHERS else []
+    return [
+        Section("Losses", figures=[*drawn(loss_panels(names)), *maps]),
+        Section("Training", figures=[*drawn(training_panels(names)), *lines]),
+        Section("Other metrics", more, drawn(others[:MOST_OTHERS])),
+    ]
