@@ -1,67 +1,45 @@
 """Finds the cause of a loss or gradient that is not finite by running its batch again."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rawloop.contracts import Batch
+from rawloop.origin import Origin, damaged, find_origin, is_finite, is_finite_in, reason
 
 NAMED = 5  # samples in a message
 BLOCKED = -1e4  # an additive mask blocks positions with this value or less
 
 
 def cause(
-    model: nn.Module,
-    batch: Batch,
-    alone: Sequence[Batch],
-    finite: Callable[[Batch], bool],
-    plain: Callable[[Batch], bool] | None = None,
+    model: nn.Module, batch: Batch, alone: Sequence[Batch], run: Callable[[Batch], Tensor], backward: bool = False
 ) -> str:
-    """Return why a pass is not finite: damaged weights, or else the samples, inputs and module that cause it.
+    """Return why a pass is not finite: damaged weights, or else the samples, inputs and operation that cause it.
 
     Args:
         model: the raw model.
         batch: the batch, on the model's device.
         alone: a batch for each of its samples; empty if unknown.
-        finite: runs the pass on a batch, and returns whether the result is finite.
-        plain: the same without autocast, if the model can run without it.
+        run: the forward pass on a batch; it returns the loss.
+        backward: the loss is finite, and its gradients are not.
     """
-    damaged = _damaged(model)
-    if damaged is not None:
-        return damaged
+    damage = damaged(model)
+    if damage is not None:
+        return str(damage)
     try:
-        guilty = [one for one in alone if not finite(one)]
+        guilty = [one for one in alone if not is_finite(partial(run, one), model, backward)]
     except ValueError:  # BatchNorm refuses a single value per channel in training
         alone, guilty = (), []
     suspect = guilty[0] if guilty else batch
     found = [_samples(batch, alone, guilty), *_inputs(suspect)]
-    with _first_place(model) as place:
-        finite(suspect)
-    found += place()
-    if plain is not None and plain(suspect):
-        found.append("without autocast it is finite")
+    again = partial(run, suspect)
+    origin = find_origin(again, model, {f"the input '{name}'": one for name, one in suspect.inputs.items()})
+    found += [] if origin is None else [_place(origin)]
+    if origin is not None and origin.narrow is not None and is_finite_in(again, model, torch.float32):
+        found.append("without autocast, in float32, it is finite")
     return "; ".join(found)
-
-
-def _damaged(model: nn.Module) -> str | None:
-    """Return a message about the first weight or buffer that is not finite. Buffers may contain -inf, as masks do."""
-    for kind, named in (("weight", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, tensor in named:
-            if "original_module." in name:  # PEFT keeps the originals of modules_to_save without using them
-                continue
-            wrong = ~tensor.isfinite() if kind == "weight" else _not_a_mask(tensor)
-            if bool(wrong.any()):
-                return f"the {kind} '{name}' is not finite ({int(wrong.sum()):,} of {tensor.numel():,} numbers)"
-    return None
-
-
-def _not_a_mask(tensor: Tensor) -> Tensor:
-    """Return where a tensor is NaN or +inf."""
-    return tensor.isnan() | (tensor == math.inf)
 
 
 def _samples(batch: Batch, alone: Sequence[Batch], guilty: Sequence[Batch]) -> str:
@@ -81,7 +59,7 @@ def _inputs(batch: Batch) -> list[str]:
     for name, values in batch.inputs.items():
         if "mask" in name and (count := _blind(values)):
             found.append(f"{count} row(s) of its '{name}' mask every position")
-        elif _any(_not_a_mask, values):
+        elif "mask" not in name and not bool(values.isfinite().all()):
             found.append(f"its input '{name}' is not finite")
     return found or ["all weights and inputs are finite"]
 
@@ -92,52 +70,17 @@ def _blind(mask: Tensor) -> int:
     return int(blocked.all(-1).sum())
 
 
-@contextmanager
-def _first_place(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """Watch the passes inside for the first module with finite inputs and an output or gradient that is not finite."""
-    first: dict[str, str] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def inspect(module: nn.Module, given: Any, named: Any, made: Any) -> None:
-            inputs = [*_tensors((given, named))]
-            for tensor in _tensors(made):
-                if _any(_not_a_mask, tensor) and not any(_any(_not_a_mask, one) for one in inputs):
-                    said = f"the first that is not finite is the output of {name} ({_dtype(tensor)})"
-                    first.setdefault("forward", said)
-                no_log = "forward" in first or any(_any(torch.isneginf, one) for one in inputs)
-                if not no_log and _any(torch.isneginf, tensor):
-                    first.setdefault("log", f"the output of {name} has minus infinity")
-                if tensor.requires_grad:
-                    tensor.register_hook(inspect_gradient)  # type: ignore[no-untyped-call]
-
-        def inspect_gradient(gradient: Tensor) -> None:
-            if not bool(gradient.isfinite().all()):
-                where = f"the output of {name} ({_dtype(gradient)})"
-                first.setdefault("backward", f"in backward, the first gradient that is not finite is that of {where}")
-
-        return inspect
-
-    with ExitStack() as hooks:
-        for name, part in model.named_modules():
-            where = f"'{name}'" if name else "the model outside its modules"
-            hooks.callback(part.register_forward_hook(watch(where), with_kwargs=True).remove)
-        otherwise = ["the model's output is finite, and the loss computed from it is not"]
-        yield lambda: [first[key] for key in ("log", "forward", "backward") if key in first] or otherwise
-
-
-def _any(wrong: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
-    return bool(wrong(tensor).any())
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in a module's inputs or outputs."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+def _place(origin: Origin) -> str:
+    """Return where the first number that is not finite comes from, and why."""
+    spot, why = origin.spot, reason(origin).what
+    dtype = str(origin.dtype).removeprefix("torch.")
+    line = f" ({spot.line})" if spot.line else ""
+    if origin.phase == "backward":
+        where = f"'{spot.module}'" if spot.module else "the model outside its modules" if spot.inside else "the loss"
+        return f"in backward, the first gradient that is not finite ({dtype}) is made in {where}: {why}{line}"
+    if origin.given:
+        return why
+    if not spot.inside:
+        return f"the model's output is finite, and the loss computed from it is not: {why}{line}"
+    where = f"the output of '{spot.module}'" if spot.module else "made by the model outside its modules"
+    return f"the first that is not finite is {where} ({dtype}): {why}{line}"

@@ -188,8 +188,8 @@ class Passes:
         if not all(bool(gradient.isfinite().all()) for gradient in gradients) and not self._is_mean_finite(
             batch, stream
         ):
-            finite = partial(self._is_mean_finite, stream=stream)
-            found = cause(self.module.model, batch, self._alone(batch), finite)
+            run = partial(self._mean, stream=stream)
+            found = cause(self.module.model, batch, self._alone(batch), run, backward=True)
             return "", f"its loss is finite, and its gradient is not: {found}"
         none = not any(bool(gradient.count_nonzero()) for gradient in gradients)
         return "its gradient is zero in every trained weight" if none else "", ""
@@ -197,16 +197,10 @@ class Passes:
     def why_not_finite(self, batch: Batch, stream: str) -> str:
         """Return the cause of a loss that is not finite; see `rawloop.diagnose.notfinite`."""
 
-        def finite(one: Batch) -> bool:
-            return bool(self.losses(one)[stream].total.isfinite())
+        def run(one: Batch) -> Tensor:
+            return self.losses(one)[stream].total
 
-        def plain(one: Batch) -> bool:
-            return bool(self.module(one)[stream].total.isfinite())
-
-        model = self.module.model
-        single = all(weight.dtype == torch.float32 for weight in model.parameters())
-        said = cause(model, batch, self._alone(batch), finite, plain if single else None)
-        return f"its loss is not finite: {said}"
+        return f"its loss is not finite: {cause(self.module.model, batch, self._alone(batch), run)}"
 
     def _alone(self, batch: Batch) -> list[Batch]:
         device = next(self.module.parameters()).device
@@ -216,13 +210,16 @@ class Passes:
         with torch.enable_grad():
             return self.losses(batch)[stream].total.float()
 
+    def _mean(self, batch: Batch, stream: str) -> Tensor:
+        return self._total(batch, stream) / max(1, batch.targets[stream])
+
     def _gradients(self, total: Tensor) -> Sequence[Tensor | None]:
         weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         return torch.autograd.grad(total, weights, allow_unused=True)
 
     def _is_mean_finite(self, batch: Batch, stream: str) -> bool:
         """Return whether the mean loss, which training uses, has finite gradients: a sum may overflow in FP16."""
-        gradients = self._gradients(self._total(batch, stream) / max(1, batch.targets[stream]))
+        gradients = self._gradients(self._mean(batch, stream))
         return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
 

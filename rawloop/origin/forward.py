@@ -276,7 +276,7 @@ def _line_of(frame: FrameType | None) -> str:
             return ""
         left = left or not ours
         if not file.startswith((*OUR_OWN, *NOT_THE_USERS)) and "contextlib" not in file:
-            text = linecache.getline(file, frame.f_lineno).strip()
+            text = linecache.getline(file, frame.f_lineno).partition("  #")[0].strip()
             return f"{Path(file).name}:{frame.f_lineno}: {text}".rstrip(": ")
         frame = frame.f_back
     return ""

@@ -34,7 +34,8 @@ def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16
         return f"The model's weights are finite, its losses are not: {causes}"
     if what == "norm":
         causes = (
-            f"its backward pass produces them, as sqrt does at zero: {samples} under torch.autograd.detect_anomaly()"
+            f"its backward pass produces them, as sqrt does at zero: {samples}, and at the finding `not_finite` of the "
+            "watch, which names the operation and its module"
         )
         causes = f"lower the learning rate, or take {wider}" if fp16 else causes
         return f"The model's weights and losses are finite, the gradients are not: {causes}"

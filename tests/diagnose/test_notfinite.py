@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -87,6 +88,13 @@ def said(family: Scored, tail: nn.Module | None = None, autocast: Any = nullcont
     return read_losses(cast(Family, family), module, batches, autocast, groups)["s"].not_finite
 
 
+def line(text: str) -> str:
+    """The one line of this file that starts with a text, as a message shows it."""
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    ((number, found),) = [(n, one) for n, one in enumerate(lines, 1) if one.strip().startswith(text)]
+    return f"({Path(__file__).name}:{number}: {found.partition('  #')[0].strip()})"
+
+
 def test_nothing_is_said_and_no_sample_is_run_alone_while_all_is_well(family: Scored) -> None:
     made: list[int] = []
 
@@ -135,6 +143,8 @@ def test_a_row_that_is_masked_whole(family: Scored) -> None:
     assert said(family) == (
         "its loss is not finite: the sample bad alone causes it; 1 row(s) of "
         "its 'attention_mask' mask every position; the first that is not finite is the output of 'attention' (float32)"
+        ": a mask blocks every position of a row, and torch.Tensor.softmax makes NaN from it "
+        + line("return scores.softmax(-1)")
     )
 
 
@@ -142,8 +152,8 @@ def test_the_logarithm_of_zero_in_the_model(family: Scored) -> None:
     family.spoil = change("features", -9.0)
     found = said(family, Log())
     assert (
-        "bad alone causes it; all weights and inputs are finite; the output of 'tail' has minus infinity; the first"
-        in found
+        "bad alone causes it; all weights and inputs are finite; the first that is not finite is the output of 'tail' "
+        "(float32): log of 0 " + line("return hidden.relu().log()") in found
     )
 
 
@@ -151,14 +161,20 @@ def test_the_logarithm_of_zero_in_the_loss(family: Scored) -> None:
     family.loss = lambda logits, targets: -(1e4 * logits).softmax(-1).gather(1, targets[:, None]).log().sum()
     assert said(family) == (
         "its loss is not finite: each of the samples a, b causes it alone; all weights and inputs are finite; the "
-        "model's output is finite, and the loss computed from it is not"
+        "model's output is finite, and the loss computed from it is not: log of 0 "
+        + line("family.loss = lambda logits, targets: -(1e4")
     )
 
 
 def test_a_dtype_with_too_little_range(family: Scored) -> None:
     found = said(family, nn.Linear(8, 8), partial(torch.autocast, "cpu", dtype=torch.float16), tail_weight=1e5)
+    assert (
+        "are finite; the first that is not finite is the output of 'tail' (float16): torch.nn.functional.linear"
+        in found
+    )
     assert found.endswith(
-        "are finite; the first that is not finite is the output of 'tail' (float16); without autocast it is finite"
+        " in float32, and float16 ends at 65504; the weight 'tail.weight' has values up to 1e+05; without autocast, in "
+        "float32, it is finite"
     )
 
 
@@ -178,7 +194,8 @@ def test_a_gradient_that_is_not_finite_under_a_loss_that_is(family: Scored) -> N
         "its loss is finite, and its gradient is not: each of the samples a, b causes it alone; all "
     )
     assert found.endswith(
-        "in backward, the first gradient that is not finite is that of the output of 'attention' (float32)"
+        "in backward, the first gradient that is not finite (float32) is made in 'tail': the backward pass of sqrt at "
+        "0 makes infinity from finite gradients " + line("return hidden + (hidden * 0)")
     )
 
 
