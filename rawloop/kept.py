@@ -1,8 +1,10 @@
 """What a capsule holds of a run's step: its batches and the state that it started from; and the forward pass again."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Labels
@@ -11,16 +13,9 @@ from rawloop.precision.policy import PrecisionPolicy
 from rawloop.run import Run
 
 
-def scaled_loss(
-    module: nn.Module,
-    policy: PrecisionPolicy,
-    weights: Mapping[str, float],
-    targets: Mapping[str, int],
-    ranks: int,
-    scale: float,
-    batch: Batch,
-) -> Tensor:
-    """Run a forward pass as training does, outside DDP, and return the tensor from which its backward pass starts.
+@dataclass(frozen=True)
+class Again:
+    """The forward pass of one micro-batch, as training runs it, outside DDP.
 
     Args:
         module: the bare `LossModule`.
@@ -29,11 +24,43 @@ def scaled_loss(
         targets: of the window, over all ranks.
         ranks: their number.
         scale: the loss scale.
-        batch: one micro-batch, on any device.
+        batch: the micro-batch, on any device.
     """
-    with policy.autocast():
-        losses = module(batch.to(policy.device))
-    return weighted_mean(losses, weights, targets, ranks).float() * scale
+
+    module: nn.Module
+    policy: PrecisionPolicy
+    weights: Mapping[str, float]
+    targets: Mapping[str, int]
+    ranks: int
+    scale: float
+    batch: Batch
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs of the model, and the numbers of the rows that they are."""
+        size = next(iter(self.batch.inputs.values())).shape[0]
+        return {"rows": torch.arange(size), **self.batch.inputs}
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the tensor from which the backward pass starts. If `rows` are other ones, the labels follow them."""
+        rows = inputs["rows"].tolist()
+        given = {name: tensor for name, tensor in inputs.items() if name != "rows"}
+        batch = replace(self.batch, inputs=given)
+        if rows != list(range(len(rows))) and "input_ids" in given:
+            length = given["input_ids"].shape[1]
+            batch.labels = {stream: _of_rows(labels, rows, length) for stream, labels in self.batch.labels.items()}
+        with self.policy.autocast():
+            losses = self.module(batch.to(self.policy.device))
+        return weighted_mean(losses, self.weights, self.targets, self.ranks).float() * self.scale
+
+
+def _of_rows(labels: Labels, rows: list[int], length: int) -> Labels:
+    """Return the labels of a batch whose row number n is `rows[n]`; a row has `length` positions."""
+    row_of = torch.div(labels.positions, length, rounding_mode="floor")
+    chosen = [(row_of == row).nonzero().squeeze(1) for row in rows]
+    shifts = [torch.full_like(found, (n - rows[n]) * length) for n, found in enumerate(chosen)]
+    found = torch.cat(chosen)
+    return Labels(labels.positions[found] + torch.cat(shifts), labels.targets[found])
 
 
 def trained_state(run: Run) -> dict[str, Any]:

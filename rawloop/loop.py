@@ -5,7 +5,7 @@ device works, clip and update, log; then evaluate, save, stop. The loop visits t
 so evaluation and saving have one call site each.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from rawloop.dist import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place
 from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr
-from rawloop.precision.gradients import StepResult
+from rawloop.precision.gradients import ELSEWHERE, StepResult
 from rawloop.preempt import first_reason
 from rawloop.rebuild import find_buffers, rebuild_ddp
+from rawloop.rollback import roll_back
 from rawloop.run import Run as Run
 from rawloop.run import TrainState, evaluate_and_save, raise_if, stop_early
 from rawloop.settings import TrainConfig as TrainConfig
@@ -56,7 +57,11 @@ def train(run: Run) -> TrainState:
                 run.finish()
                 return state
 
-            window, targets = agree_on_window(run, fetched or fetch(windows))
+            fetched = fetched or fetch(windows)
+            if state.window in state.left_out:
+                state.window, fetched = state.window + 1, None
+                continue
+            window, targets = agree_on_window(run, fetched)
             run.buffers = find_buffers(run, window[0]) if run.buffers is None else run.buffers
             set_lr(run.optimizer, run.lr(state.step))
             with run.watch.step(run, window, targets) if run.watch else nullcontext():
@@ -72,6 +77,10 @@ def train(run: Run) -> TrainState:
                 advance(run, result, window, progress)
             else:
                 skip(run, result, window)
+            if result.objected and run.watch and run.watch.rolls_back and roll_back(run):
+                windows.close()
+                windows, fetched = start_windows(run), None
+                progress.n = state.step
 
 
 def check_training_mode(run: Run) -> None:
@@ -85,7 +94,7 @@ def check_training_mode(run: Run) -> None:
         )
 
 
-def start_windows(run: Run) -> Iterator[list[Batch]]:
+def start_windows(run: Run) -> Generator[list[Batch]]:
     """Yield the windows from the next one on. Data workers are forked here, when no thread that saves holds a lock."""
     run.wait_until_written()
     yield from run.windows(run.state.window)
@@ -256,11 +265,16 @@ def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
     """Record a window whose update was not applied. The step stays, the data advances."""
     run.state.skipped += 1
     ids, reason = samples_of_all_ranks(run, window), result.skipped_because or ""
+    if result.objected:
+        reasons = [why if why != ELSEWHERE else None for why in run.world.gather(result.skipped_because)]
+        reason = first_reason(reasons) or reason
     if run.world.is_main:
         fields: dict[str, Any] = {"samples": ids, "scale": result.scale}
         if run.policy.scaler:
             fields |= {"next_scale": run.policy.scaler.scale, "scale_floor": run.policy.scaler.config.floor}
         fields |= run.watch.fields() if run.watch else {}
         run.record_or_defer(lambda: run.records.event("skip", step=run.state.step, reason=reason, **fields))
+    if run.watch:
+        run.watch.check(run)
     if result.fell_back:
         rebuild_ddp(run, result.fell_back, window[0])

@@ -27,7 +27,8 @@ class TrainState:
     """The counters of a run: applied updates (`step`), windows of data taken, skipped updates, and samples.
 
     `visited` is the last step at which the run has evaluated, if that was due. In the checkpoint of a run that was
-    stopped during an evaluation it is smaller than `step`, so the resumed run starts with that evaluation.
+    stopped during an evaluation it is smaller than `step`, so the resumed run starts with that evaluation. `left_out`
+    has the windows of spikes, which are not used any more.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class TrainState:
     skipped: int = 0
     samples: int = 0
     visited: int = -1
+    left_out: list[int] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters."""
@@ -45,6 +47,7 @@ class TrainState:
         self.step, self.window = state["step"], state["window"]
         self.skipped, self.samples = state["skipped"], state["samples"]
         self.visited = state["visited"]
+        self.left_out = list(state.get("left_out", []))
 
 
 class Watcher(Protocol):
@@ -61,6 +64,16 @@ class Watcher(Protocol):
 
     def fields(self) -> dict[str, Any]:
         """Return JSON values for the event of a skip."""
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a skipped spike is to be followed by going back to the last checkpoint."""
+
+    def check(self, run: "Run") -> None:
+        """Raise TrainingError, on all ranks, if spikes are no exceptions any more."""
+
+    def restart(self) -> None:
+        """See that the run has gone back to a checkpoint."""
 
     def finish(self) -> None:
         """See the end of the run."""

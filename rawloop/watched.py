@@ -14,25 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from rawloop.checkpoint.reader import installed_versions
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch
 from rawloop.dist import unwrap_ddp
-from rawloop.errors import InterruptedUpdate, LostRank, UserError, add_place
+from rawloop.errors import InterruptedUpdate, LostRank, TrainingError, UserError, add_place
 from rawloop.files import in_words
-from rawloop.kept import batch_state, scaled_loss, trained_state
+from rawloop.kept import Again, batch_state, trained_state
 from rawloop.precision.gradients import Measured, StepResult
-from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import json_value, to_stderr
 from rawloop.run import Run
 from rawloop.seed import RngCapture
+from rawloop.told import mended, spiked
 from rawloop.waiting import is_lost_rank
 from rawloop.watch.capsule import Capsule, Capsules
-from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.detectors import all_detectors
 from rawloop.watch.flight import FlightRecorder
 from rawloop.watch.rerun import digests, run_again
+from rawloop.watch.spikes import SpikeGuard
 from rawloop.watch.subject import Pass
 from rawloop.watch.watch import Watch
 
@@ -59,6 +59,9 @@ class RunWatch:
         self._targets: dict[str, int] = {}
         self._streams: list[dict[str, Any]] = []  # the random streams before each pass
         self._roots: list[Tensor] = []  # where each backward pass started
+        self._guard = SpikeGuard()
+        self._spike: str | None = None
+        self._spikes = 0  # skipped ones
         self._why = ""  # why the next step is to be kept
         self._told = 0
         self._written: Path | None = None
@@ -85,7 +88,7 @@ class RunWatch:
     def step(self, run: Run, window: list[Batch], targets: Mapping[str, int]) -> Iterator[None]:
         """Watch one step. Of an error that leaves it, a capsule is written, and the error names it."""
         self._window, self._targets, self._streams, self._roots = window, dict(targets), [], []
-        self._written = None
+        self._written = self._spike = None
         ids = tuple(name for batch in window for name in batch.ids)
         self.watch.begin(window, ids, step=run.state.step)
         self._tell(run)
@@ -108,14 +111,15 @@ class RunWatch:
         """Keep a pass, so that it can be run again."""
         scale = run.policy.window.scale
         self._roots.append(loss.detach())
-        module, ranks = unwrap_ddp(run.module), run.world.size
-        forward = partial(scaled_loss, module, run.policy, run.weights, self._targets, ranks, scale)
-        one = Pass(batch, forward, self._streams[-1], tuple(batch.ids), scale)
+        again = Again(unwrap_ddp(run.module), run.policy, run.weights, self._targets, run.world.size, scale, batch)
+        one = Pass(again.inputs, again, self._streams[-1], tuple(batch.ids), scale)
         self.watch.record.passes.append(one)
 
     def judge(self, found: Measured) -> str | None:
         """Return why a finite update is not to be applied, or None."""
-        return None
+        spikes = self.watch.subject.config.spikes
+        self._spike = self._guard.objection(found.loss, found.norm) if spikes != "off" else None
+        return self._spike if spikes in ("skip", "rollback") else None
 
     def look(self, found: Measured, result: StepResult, *, last: bool) -> None:
         """Show the measured gradients to the watch, and write a capsule if there is a reason."""
@@ -124,10 +128,38 @@ class RunWatch:
         with run.world.working():  # a trace may take long: the others wait
             self.watch.measured(found.loss, found.norm, found.scale, result.applied)
             self.watch.before_update()
+            if self._spike is not None:
+                self.watch.findings.add(spiked(self._spike, self.watch.record, run.world.rank))
+            elif result.applied:
+                self._guard.keep(found.loss, found.norm)
             self._tell(run)
-            why = "the policy leaves this mode: too many skips in a row" if last else self._why
+            why = "the policy leaves this mode: too many skips in a row" if last else self._spike or self._why
             if why:
                 self._write(run, why, found, result)
+        self._spikes += result.objected
+
+    def check(self, run: Run) -> None:
+        """Raise TrainingError, on all ranks, if spikes are no exceptions any more."""
+        most = self.watch.subject.config.max_spikes
+        if self._spikes > most:
+            where = f"the last at step {run.state.step} ({self._spike or 'on another rank'})"
+            raise run.world.raised_on_all(
+                TrainingError(
+                    f"{self._spikes} steps were skipped as spikes, more than watch.max_spikes ({most}), {where}: look "
+                    "at their samples in the events, lower optim.lr, or raise watch.max_spikes"
+                )
+            )
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a skipped spike is to be followed by going back to the last checkpoint."""
+        return self.watch.subject.config.spikes == "rollback"
+
+    def restart(self) -> None:
+        """Forget what the detectors know of the weights: the run has gone back to a checkpoint."""
+        self.watch.finish()
+        self.watch.detectors = all_detectors()
+        self.watch.start()
 
     def _tell(self, run: Run) -> None:
         """Write findings that were not told before as events. An alarm is also a line, and a reason for a capsule."""
@@ -187,6 +219,8 @@ class RunWatch:
             "precision": run.policy.name,
             "targets": self._targets,
             "scale": run.policy.window.scale,
+            "threads": torch.get_num_threads(),
+            "moves_twice": bool(run.buffers and run.buffers.twice),
             "lr": max(float(group["lr"]) for group in run.optimizer.param_groups),
             "follows": slot and str(slot),
             "findings": [finding.as_json() for finding in self.watch.findings.alarms],
@@ -229,27 +263,8 @@ class RunWatch:
         return {"steps": steps}
 
 
-def mended(policy: PrecisionPolicy, optimizer: Optimizer, step: int) -> Iterator[Finding]:
-    """Yield, as an ordinary finding, what the policy does so that training works in its mode."""
-    done = []
-    evidence: dict[str, float | int | str] = {"mode": policy.name}
-    if policy.trained.masters:
-        name = next(iter(policy.trained.masters))
-        ulp = torch.finfo(policy.trained.dtype).eps
-        done.append(
-            f"{len(policy.trained.masters)} weights in {policy.trained.dtype} have float32 masters in the optimizer, "
-            f"where eps and small updates act"
-        )
-        evidence |= {"first": name, "smallest relative change of a weight": ulp}
-    if policy.scaler:
-        done.append("the loss is multiplied by a scale that has a floor, because small FP16 gradients would be zero")
-        evidence |= {"scale": policy.scaler.scale, "floor": policy.scaler.config.floor}
-    if done:
-        groups = optimizer.param_groups
-        evidence |= {"eps": float(groups[0]["eps"])} if "eps" in groups[0] else {}
-        place = Place(optimizer=type(optimizer).__name__)
-        cause = Cause("precision", f"the policy does this by itself in {policy.name}", place, evidence)
-        yield Finding("policy_mends", "; ".join(done), (cause,), step, policy.world.rank, ordinary=True)
+def _quiet(text: str) -> None:
+    """Findings are told as events."""
 
 
 def build_watch(config: RunConfig, folder: Path, run: Run) -> RunWatch:

@@ -59,7 +59,7 @@ FLOORS = (
             "demo",
         ),
     ),
-    ("frame", ("run", "loop", "rebuild")),
+    ("frame", ("run", "loop", "rebuild", "rollback")),
     (
         "assembly",
         (
@@ -71,8 +71,10 @@ FLOORS = (
             "checkpoints",
             "resume",
             "kept",
+            "told",
             "watched",
             "replay",
+            "replayed",
             "build",
         ),
     ),

@@ -17,7 +17,7 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig
-from rawloop.dist import World
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import TrainingError
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
@@ -80,7 +80,11 @@ def test_a_watched_run_trains_the_same_bits(base: RunConfig, tmp_path: Path, mod
         assert [line[key] for line in read_metrics(tmp_path / "on")] == [
             line[key] for line in read_metrics(tmp_path / "off")
         ]
-    assert not [event for event in read_events(tmp_path / "on") if event["kind"] in ("warning", "capsule")]
+    events = read_events(tmp_path / "on")
+    assert not [event for event in events if event["kind"] in ("warning", "capsule")]
+    assert [
+        event["reason"] for event in events if event["kind"] == "finding" and not event["finding"]["ordinary"]
+    ] == []
 
 
 def test_two_watched_ranks_train_the_same_bits(
@@ -210,3 +214,87 @@ def test_masters_are_said_once_as_ordinary(base: RunConfig, tmp_path: Path) -> N
     assert event["finding"]["ordinary"]
     assert "float32 masters" in event["reason"]
     assert "a scale that has a floor" in event["reason"]
+
+
+class Spiky:
+    """The family's losses, much larger in the windows of these numbers, counted as they are trained."""
+
+    def __init__(self, losses: Any, windows: Iterable[int]) -> None:
+        self.losses, self.windows, self.number = losses, set(windows), -1
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, StreamLoss]:
+        self.number += 1
+        found: dict[str, StreamLoss] = self.losses(model, batch)
+        if self.number in self.windows:
+            return {name: loss._replace(total=loss.total * 50) for name, loss in found.items()}
+        return found
+
+
+def spiky(windows: Iterable[int]) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        module: Any = unwrap_ddp(run.module)
+        module.losses = Spiky(module.losses, windows)
+
+    return change
+
+
+def findings(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of findings of this kind."""
+    return [e for e in read_events(folder) if e["kind"] == "finding" and e["finding"]["kind"] == kind]
+
+
+def guarded(base: RunConfig, folder: Path, spikes: Any, **more: Any) -> RunConfig:
+    """A run of 30 steps with the guard."""
+    train = replace(base.train, accumulation=1, max_steps=30)
+    return replace(base, output=str(folder), train=train, watch=WatchConfig(spikes=spikes, capsules=1, **more))
+
+
+def test_a_spike_is_warned_of_or_skipped(base: RunConfig, tmp_path: Path) -> None:
+    warned = go(guarded(base, tmp_path / "warn", "warn"), change=spiky([25]))
+    skipped = go(guarded(base, tmp_path / "skip", "skip"), change=spiky([25]))
+    off = go(guarded(base, tmp_path / "off", "off"), change=spiky([25]))
+    for name, run, count in (("warn", warned, 0), ("skip", skipped, 1)):
+        (finding,) = [
+            e for e in read_events(tmp_path / name) if e["kind"] == "finding" and e["finding"]["kind"] == "spike"
+        ]
+        assert finding["step"] == 25
+        assert "is a spike: the last 25 were" in finding["reason"]
+        assert "train.jsonl line" in finding["finding"]["causes"][0]["place"]["sample"]
+        assert run.state.skipped == count
+        assert (tmp_path / name / "capsules" / "step-00000025-rank0").is_dir()
+    (skip,) = [e for e in read_events(tmp_path / "skip") if e["kind"] == "skip"]
+    assert "is a spike" in skip["reason"]
+    assert all(torch.equal(a, b) for a, b in zip(trained(warned).values(), trained(off).values(), strict=True))
+    assert (skipped.state.step, skipped.state.window) == (30, 31)
+
+
+def test_too_many_spikes_end_the_run(base: RunConfig, tmp_path: Path) -> None:
+    config = guarded(base, tmp_path, "skip", max_spikes=2)
+    with pytest.raises(TrainingError, match=r"3 steps were skipped as spikes, more than watch.max_spikes \(2\)"):
+        go(config, change=spiky(range(25, 100)))
+
+
+def test_a_run_goes_back_after_a_spike_and_leaves_its_samples_out(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(guarded(base, tmp_path, "rollback"), checkpoint=CheckpointConfig(save_every=20))
+    run = go(config, change=spiky([25]))
+    assert (run.state.step, run.state.window, run.state.left_out) == (30, 31, [25])
+    restored = [e["reason"] for e in read_events(tmp_path) if e["kind"] == "restore"]
+    assert "went back from step 25 to step-00000020 after a spike; window 25 is left out" in restored
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 31))
+    assert not [e for e in read_events(tmp_path) if e["kind"] == "finding" and "outside" in e["finding"]["kind"]]
+
+
+def spiky_on_rank_1(world: World, config: RunConfig) -> tuple[dict[str, Tensor], list[int]]:
+    run = go(config, world, change=spiky([25] if world.rank else []))
+    return trained(run), run.state.left_out
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_on_a_spike(base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    config = guarded(base, tmp_path, "rollback")
+    config = replace(config, train=replace(config.train, batch_size=1), checkpoint=CheckpointConfig(save_every=20))
+    (first, left_out), (second, _) = run_ranks(spiky_on_rank_1, config)
+    assert left_out == [25]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (skip,) = [e for e in read_events(tmp_path) if e["kind"] == "skip"]
+    assert "is a spike" in skip["reason"]

@@ -30,6 +30,7 @@ COMMANDS = {
     "merge": "merge a LoRA adapter into its base model",
     "report": "show what a run has recorded, or several runs, as one HTML page",
     "verify": "check every file of a run's checkpoints against its digest",
+    "replay": "run a kept step again, and find what is wrong with it",
     "doctor": "check on your own model and data that training does what it says",
 }
 # The commands that read a run's config, and their options besides its keys.

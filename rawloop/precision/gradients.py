@@ -15,6 +15,7 @@ from rawloop.errors import TrainingError, UserError, first_few
 from rawloop.precision.masters import TrainedWeights, held_by
 from rawloop.precision.scaler import LossScaler
 
+ELSEWHERE = "another rank objected to the update"
 SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
 
 
@@ -23,6 +24,7 @@ class StepResult(NamedTuple):
 
     `fell_back` is set, for example to `amp_fp16 -> bf16`, if the policy has switched the mode. Then wrap the model in
     DDP again: weights may have another dtype. `loss` is the sum of this rank's losses, `scale` the loss scale.
+    `objected`: the numbers were finite, and the observer of a rank has objected to the update.
     """
 
     applied: bool
@@ -31,6 +33,7 @@ class StepResult(NamedTuple):
     fell_back: str | None = None
     loss: float = math.nan
     scale: float = 1.0
+    objected: bool = False
 
 
 class Observer(Protocol):

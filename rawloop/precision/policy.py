@@ -16,7 +16,16 @@ from torch.optim import Optimizer
 from rawloop.dist import find_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError
 from rawloop.precision.advice import explain_nonfinite
-from rawloop.precision.gradients import Measured, StepResult, Window, connected, drop_scaler_marks, global_norm, measure
+from rawloop.precision.gradients import (
+    ELSEWHERE,
+    Measured,
+    StepResult,
+    Window,
+    connected,
+    drop_scaler_marks,
+    global_norm,
+    measure,
+)
 from rawloop.precision.masters import held_by
 from rawloop.precision.prepared import PreparedModel
 
@@ -156,8 +165,8 @@ class PrecisionPolicy(PreparedModel):
         flags = [not math.isfinite(value) for value in (norm, found.loss, found.buffers)]
         objection = self.observer.judge(found) if self.observer and found.finite else None
         # The only agreement of a step: all ranks take the same decision.
-        nonfinite, bad_loss, bad_buffers, refused, unconnected, misused, objected = self.world.any(
-            [*flags, refusal is not None, norm < 0, misuse is not None, objection is not None]
+        nonfinite, bad_loss, bad_buffers, objected, refused, unconnected, misused = self.world.any(
+            [*flags, objection is not None, refusal is not None, norm < 0, misuse is not None]
         )
         if refused or unconnected or misused:
             self.zero_grad(*optimizers)
@@ -173,8 +182,9 @@ class PrecisionPolicy(PreparedModel):
         for what, bad in (("loss", bad_loss), ("norm", nonfinite), ("buffers", bad_buffers)):
             if bad:
                 return self._skip(optimizers, found, what, buffers, nonfinite)
-        because = (objection or "another rank objected") if objected else None
-        result = self._seen(StepResult(not objected, norm, because, None, found.loss, self.window.scale), found)
+        because = (objection or ELSEWHERE) if objected else None
+        scale = self.window.scale
+        result = self._seen(StepResult(not objected, norm, because, None, found.loss, scale, bool(objected)), found)
         if objected:
             self._close(optimizers, finite=None)
             return result

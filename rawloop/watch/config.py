@@ -1,6 +1,7 @@
 """The settings of a watch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rawloop.errors import UserError
 
@@ -15,6 +16,10 @@ class WatchConfig:
         steps: the number of last steps that the flight recorder keeps.
         capsules: write at most this many capsules.
         capsule_mb: write no capsule that is larger, in megabytes (10^6 bytes); optimizer state is left out first.
+        spikes: what to do if the loss or the gradient norm of a step stands far out of those of the last 100 updates.
+            off: nothing. warn: say so, and write a capsule. skip: also drop its update. rollback: also go back to the
+            newest checkpoint, and leave out the samples of the step.
+        max_spikes: end the run after so many skipped spikes: they are then no exceptions.
     """
 
     enabled: bool = True
@@ -22,9 +27,11 @@ class WatchConfig:
     steps: int = 8
     capsules: int = 4
     capsule_mb: int = 2000
+    spikes: Literal["off", "warn", "skip", "rollback"] = "off"
+    max_spikes: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("every", "steps", "capsules", "capsule_mb"):
+        for name in ("every", "steps", "capsules", "capsule_mb", "max_spikes"):
             value = getattr(self, name)
             if value < (0 if name == "capsules" else 1):
                 raise UserError(f"watch.{name} is {value}: it must be 1 or more; watch.enabled false turns it off")

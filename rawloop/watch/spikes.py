@@ -1,0 +1,35 @@
+"""The spike guard: whether a step's loss or gradient norm stands out of its own recent history, before its update."""
+
+from rawloop.watch.history import History
+
+NORM_FACTOR, NORM_Z = 2.0, 8.0  # of the largest norm; robust standard deviations above the median
+
+
+class SpikeGuard:
+    """Compares a step's numbers with those of the last applied steps. Steps that stand out do not join the history.
+
+    Args:
+        window: the number of steps in the history. Before there are 20, nothing stands out.
+    """
+
+    def __init__(self, window: int = 100) -> None:
+        self.loss, self.norm = History(window), History(window)
+
+    def objection(self, loss: float, grad_norm: float) -> str | None:
+        """Return why a step with these finite numbers stands out, or None."""
+        if self.loss.stands_out(loss):
+            return f"the loss {loss:.4g} is a spike: {_usual(self.loss, loss)}"
+        out = self.norm.is_known and grad_norm > NORM_FACTOR * self.norm.largest
+        if out and self.norm.zscore(grad_norm) > NORM_Z:
+            return f"the gradient norm {grad_norm:.4g} is a spike: {_usual(self.norm, grad_norm)}"
+        return None
+
+    def keep(self, loss: float, grad_norm: float) -> None:
+        """Add the numbers of a step that was applied."""
+        self.loss.add(loss)
+        self.norm.add(grad_norm)
+
+
+def _usual(history: History, value: float) -> str:
+    usual = f"the last {len(history)} were {history.smallest:.4g} to {history.largest:.4g}, median {history.median:.4g}"
+    return f"{usual}, and it is {history.zscore(value):.3g} robust deviations above"
