@@ -5,7 +5,8 @@
     python tests/faults/exam.py --also-others          # beside DebugUnderflowOverflow and anomaly mode
 
 A fault is found if one of the first three alarms gives the right answer to whose fault it is, names the mistake, and
-names the place and the step. The answers stand beside the faults. A control fails with any alarm.
+names the place and the step. The answers stand beside the faults. A control fails with any alarm. More faults are a
+file with a tuple FAULTS, like `first.py`, which FAULTS names here.
 """
 
 import argparse
