@@ -87,6 +87,6 @@ def test_rawloop_says_which_sample_which_input_and_which_module() -> None:
     assert verdict.why == (
         "its loss is not finite: the sample padded alone causes it; 1 row(s) of its "
         "'attention_mask' mask every position; the first that is not finite is the output of 'attention' (float32): a "
-        "mask blocks every position of a row, and torch.Tensor.softmax makes NaN from it (test_nan_without_a_name.py:30: "
-        "return (hidden @ hidden.transpose(1, 2) + hidden_from).softmax(-1) @ hidden)"
+        "mask blocks every position of a row, and torch.Tensor.softmax makes NaN from it "
+        "(test_nan_without_a_name.py:30: return (hidden @ hidden.transpose(1, 2) + hidden_from).softmax(-1) @ hidden)"
     )
