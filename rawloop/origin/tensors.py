@@ -45,7 +45,7 @@ def trouble(tensor: Tensor) -> str:
 
 def largest(tensors: Iterable[Tensor]) -> float:
     """Return the largest finite magnitude; NaN without a finite number."""
-    found = [t.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax().double().item() for t in tensors]
+    found = [t.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax().item() for t in tensors]
     return max(found, default=math.nan)
 
 
