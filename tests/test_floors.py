@@ -90,7 +90,7 @@ ONLY_IN = {
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),
     "torch.cpu.amp": ("precision",),
-    "torch.autocast": ("precision", "origin", "watch/tape.py"),
+    "torch.autocast": ("precision", "origin", "watch/spans.py"),
     "peft": ("adapters",),
     "transformers.HiggsAudio*": ("families", "demo/checkpoint.py"),
     "transformers.models": ("families", "demo/checkpoint.py"),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rawloop.seed import RngCapture
+from rawloop.watch.marks import Ambience, Line, Ref
 from rawloop.watch.nest import tensors_in
-from rawloop.watch.tape import Ambience, Line, Replay, Tape
+from rawloop.watch.tape import Replay, Tape
 
 WRITES = {
     f"__i{name}__"
@@ -48,7 +49,7 @@ class Recorder(TorchFunctionMode):
         self.tape: Tape | None = None
         self.calls = 0  # of the model in this block, with gradients
         self._batch: Any = None
-        self._scalar: weakref.ref[Tensor] | None = None  # the last number that could be a loss
+        self._scalar: tuple[Tensor, Ref] | None = None  # the last number that could be a loss
         self._names = _Names(model)
         self._lines = _Lines()
         self._rng = RngCapture()
@@ -117,10 +118,9 @@ class Recorder(TorchFunctionMode):
 
     def last_scalar(self) -> tuple[Tensor | None, Line, Replay | None]:
         """Return the last number with a gradient that the block computed, its line, and how to compute it again."""
-        tensor = None if self._scalar is None else self._scalar()
-        ref = self.tape.known(tensor) if tensor is not None and self.tape is not None else None
-        if self.tape is None or ref is None:
-            return tensor, Line(), None
+        if self.tape is None or self._scalar is None:
+            return None, Line(), None
+        tensor, ref = self._scalar
         replay = self.tape.replay([(ref, None)])
         return tensor, replay.line, replay
 
@@ -217,8 +217,8 @@ class Recorder(TorchFunctionMode):
     def _note_outputs(self, tape: Tape, result: Any) -> None:
         tape.outputs(result)
         for _, tensor in tensors_in(result):
-            if tensor.dim() == 0 and tensor.requires_grad:
-                self._scalar = weakref.ref(tensor)
+            if tensor.dim() == 0 and tensor.requires_grad and (ref := tape.known(tensor)) is not None:
+                self._scalar = tensor.detach(), ref
 
     def _ambience(self) -> Ambience:
         grad = torch.is_grad_enabled()
@@ -279,7 +279,9 @@ class Recorder(TorchFunctionMode):
         refs = [
             (self.tape.ref(root, "root"), g if g is None else self.tape.ref(g, "grad")) for root, g in zip(roots, given)
         ]
-        done = self.seen(roots, self.tape.replay(refs))
+        replay = self.tape.replay(refs)
+        self.tape.replays.append(replay)
+        done = self.seen(roots, replay)
         self._in_backward = True
 
         def after(succeeded: bool, result: Any) -> None:

@@ -4,20 +4,19 @@ A `with` block cannot run twice. The tape holds what its passes were made of: fu
 tensors it holds only the leaves: those that come neither from the model nor from an operation on the tape.
 """
 
-import linecache
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rawloop.errors import RawloopError
-from rawloop.origin import current_line
 from rawloop.seed import restore_rng
+from rawloop.watch.marks import Ambience, Call, Entry, Leaf, Line, NotReplayable, Ref, base_of, refs_in, version_of
 from rawloop.watch.nest import map_tensors, tensors_in
+from rawloop.watch.spans import Spans, running
 
 MOST_ENTRIES = 20_000
 PLAIN = frozenset((int, float, complex, bool, str, type(None), slice, type(...), torch.Size)) | {
@@ -26,64 +25,6 @@ PLAIN = frozenset((int, float, complex, bool, str, type(None), slice, type(...),
     torch.layout,
     torch.memory_format,
 }
-Call = Callable[..., Any]
-Autocast = tuple[tuple[str, torch.dtype], ...]  # the devices with autocast on, and their dtypes
-
-
-class NotReplayable(RawloopError):
-    """A pass cannot run again; the message says why."""
-
-
-class Ref(NamedTuple):
-    """A tensor on the tape: a leaf by name, a weight by name, or the output number `item` of an entry."""
-
-    kind: str
-    name: str = ""
-    entry: int = -1
-    item: int = 0
-
-
-class Line(NamedTuple):
-    """A line of the user's code."""
-
-    file: str = ""
-    number: int = 0
-
-    def __str__(self) -> str:
-        if not self.file:
-            return ""
-        text = linecache.getline(self.file, self.number).strip()
-        return f"{self.file.rpartition('/')[2]}:{self.number}" + (f": {text}" if text else "")
-
-
-class Ambience(NamedTuple):
-    """The settings of torch under which an entry ran. `span` counts the outermost autocast contexts left so far."""
-
-    span: int = 0
-    autocast: Autocast = ()
-    cache: bool = True
-    grad: bool = True
-
-
-@dataclass(slots=True)
-class Entry:
-    """One call. `function` is None for a call of the model, whose mode was `training`."""
-
-    function: Call | None
-    args: Any
-    kwargs: Any
-    line: Line
-    ambience: Ambience
-    training: bool = True
-
-
-@dataclass(slots=True)
-class Leaf:
-    """A tensor from outside, its version, and whether an entry writes to it: `tensor` is then a copy."""
-
-    tensor: Tensor
-    version: int
-    written: bool = False
 
 
 class _Known(NamedTuple):
@@ -106,6 +47,7 @@ class Tape:
     entries: list[Entry] = field(default_factory=list)
     leaves: dict[str, Leaf] = field(default_factory=dict)
     stretches: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    replays: list["Replay"] = field(default_factory=list)  # of its backward passes
     broken: str = ""  # why nothing that is recorded from now on can run again
     spoiled: str = ""  # why nothing can run again
     tainted: bool = False  # a tensor that `refs` has met is a gradient
@@ -184,9 +126,9 @@ class Tape:
 
     def written(self, target: Tensor) -> None:
         """Copy the leaves that share a tensor's memory, before an entry writes to it."""
-        base = _base(target)
+        base = base_of(target)
         for leaf in self.leaves.values():
-            if not leaf.written and _base(leaf.tensor) is base and not leaf.tensor.requires_grad:
+            if not leaf.written and base_of(leaf.tensor) is base and not leaf.tensor.requires_grad:
                 leaf.tensor, leaf.written = leaf.tensor.clone(), True
 
     def refresh(self, target: Tensor) -> None:
@@ -203,7 +145,7 @@ class Tape:
         self._know(tensor, ref)
         # a single number is likely to change in place, as a loss scale does
         kept = tensor.detach().clone() if tensor.dim() == 0 and not tensor.requires_grad else tensor
-        self.leaves[unique] = Leaf(kept, _version(kept))
+        self.leaves[unique] = Leaf(kept, version_of(kept))
         return ref
 
     def _know(self, tensor: Tensor, ref: Ref) -> None:
@@ -212,7 +154,9 @@ class Tape:
     def replay(self, roots: Sequence[tuple[Ref, Ref | None]]) -> "Replay":
         """Return the forward pass from its start to these roots of a backward pass, with the gradients given to it."""
         gradient = "it starts from a gradient" if any(ref.kind == "gradient" for ref, _ in roots) else ""
-        return Replay(self, list(roots), self._start(roots), len(self.entries), self.broken or gradient)
+        return Replay(
+            self, list(roots), self._start(roots), len(self.entries), len(self.leaves), self.broken or gradient
+        )
 
     def _start(self, roots: Sequence[tuple[Ref, Ref | None]]) -> int:
         """Return the stretch from which everything before the roots can be computed."""
@@ -236,21 +180,22 @@ class Replay:
     roots: list[tuple[Ref, Ref | None]]
     stretch: int
     stop: int
+    num_leaves: int
     broken: str = ""
 
     def why_not(self) -> str:
         """Return why it cannot run again; empty if it can."""
         if reason := self.tape.spoiled or self.broken:
             return reason
-        for name, leaf in self.tape.leaves.items():
-            if not leaf.written and _version(leaf.tensor) != leaf.version:
+        for name, leaf in islice(self.tape.leaves.items(), self.num_leaves):
+            if not leaf.written and version_of(leaf.tensor) != leaf.version:
                 return f"the tensor '{name}' was changed in place after it was used"
         return ""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The leaves by name."""
-        return {name: leaf.tensor for name, leaf in self.tape.leaves.items()}
+        return {name: leaf.tensor for name, leaf in islice(self.tape.leaves.items(), self.num_leaves)}
 
     @property
     def rng(self) -> dict[str, Any]:
@@ -286,13 +231,13 @@ class Replay:
 
         start = self.tape.stretches[self.stretch][0] if self.tape.stretches else 0
         later = {begin: rng for begin, rng in self.tape.stretches[self.stretch + 1 :] if begin < self.stop}
-        with _Spans() as spans:
+        with Spans() as spans:
             for index in range(start, self.stop):
                 if index in later:
                     restore_rng(later[index])
                 entry = self.tape.entries[index]
                 args, kwargs = map_tensors(tensor, (entry.args, entry.kwargs), Ref)
-                with spans.like(entry.ambience._replace(grad=entry.ambience.grad and grad)), _running(entry.line):
+                with spans.like(entry.ambience._replace(grad=entry.ambience.grad and grad)), running(entry.line):
                     result = self._run(entry, args, kwargs)
                 made[index] = [found for _, found in tensors_in(result)]
         return _joined([(tensor(root), tensor(grad) if grad else None) for root, grad in self.roots])
@@ -311,67 +256,9 @@ class Replay:
                 module.training = mode
 
 
-class _Spans(ExitStack):
-    """Repeats autocast contexts: the casts of weights are cached until the outermost one is left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outer: Ambience | None = None
-
-    @contextmanager
-    def like(self, ambience: Ambience) -> Iterator[None]:
-        """Set autocast and gradient mode as they were."""
-        if self.outer is not None and self.outer.span != ambience.span:
-            self.close()
-            self.outer = None
-        if self.outer is None and ambience.autocast:
-            self.outer = ambience
-            for context in _autocast(ambience):
-                self.enter_context(context)
-        with ExitStack() as inner:
-            inner.enter_context(torch.set_grad_enabled(ambience.grad))
-            if self.outer is not None and self.outer.autocast != ambience.autocast:
-                on = dict(ambience.autocast)
-                for device, dtype in self.outer.autocast:
-                    if device not in on:
-                        inner.enter_context(torch.autocast(device, dtype, enabled=False))
-                for context in _autocast(ambience):
-                    inner.enter_context(context)
-            yield
-
-
-@contextmanager
-def _running(line: Line) -> Iterator[None]:
-    """Name the user's line to whoever looks at the operations inside."""
-    token = current_line.set(str(line))
-    try:
-        yield
-    finally:
-        current_line.reset(token)
-
-
-def _autocast(ambience: Ambience) -> list[torch.autocast]:
-    return [torch.autocast(device, dtype, cache_enabled=ambience.cache) for device, dtype in ambience.autocast]
-
-
-def refs_in(nest: Any) -> Iterator[Ref]:
-    """Yield the references of a nest."""
-    found: list[Ref] = []
-    map_tensors(lambda ref: found.append(ref), nest, Ref)
-    yield from found
-
-
 def _joined(roots: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """Return one tensor whose backward pass starts at all roots, with the gradients given to them."""
     if len(roots) == 1 and roots[0][1] is None:
         return roots[0][0]
     parts = [root if grad is None else (root * grad).sum() for root, grad in roots]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-
-def _base(tensor: Tensor) -> Tensor:
-    return tensor if tensor._base is None else tensor._base
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -1,16 +1,23 @@
 """A pass of somebody's loop runs again from its tape, bit for bit."""
 
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.buffers import untouched
+from rawloop.errors import RawloopError
+from rawloop.pack import pack, read_state, write_packed
 from rawloop.seed import restore_rng
+from rawloop.watch.tape_state import tape_from_state, tape_state
 from rawloop.watch.watch import Watch
 
 F: Any = torch.nn.functional
@@ -173,3 +180,108 @@ def test_passes_run_again_bit_for_bit(loop: Any) -> None:
     grads, again, record = run(Tiny(), loop, batch())
     assert len(record.passes) == (2 if loop in (accumulation, retained) else 1)
     assert equal(grads, again)
+
+
+@pytest.mark.parametrize("loop", [*LOOPS[:-1]], ids=lambda loop: loop.__name__)
+def test_a_stored_tape_gives_the_same_gradients(loop: Any, tmp_path: Path) -> None:
+    model = Tiny()
+    grads, _, record = run(model, loop, batch())
+    tape = record.passes[0].forward.tape
+    write_packed(pack(tape_state(tape)), tmp_path, "tape")
+    again = tape_from_state(read_state(tmp_path, "tape"), model)
+    with untouched(model):
+        for replay in again.replays:
+            restore_rng(replay.rng)
+            torch.autograd.backward(replay(replay.inputs))
+        found = [w.grad for w in model.parameters() if w.grad is not None]
+    assert equal(grads, found)
+    assert str(again.replays[0].line) == str(tape.replays[0].line)
+
+
+def test_what_cannot_be_stored_is_refused_with_its_line() -> None:
+    _, _, record = run(Tiny(), hooked, batch())
+    with pytest.raises(
+        RawloopError, match=r"register_hook\(lambda grad: grad \* 0.5\) has an argument of type function"
+    ):
+        tape_state(record.passes[0].forward.tape)
+
+
+def test_no_other_function_is_looked_up() -> None:
+    _, _, record = run(Tiny(), two_calls, batch())
+    state = tape_state(record.passes[0].forward.tape)
+    state["entries"][-1]["function"] = "os.system"
+    with pytest.raises(RawloopError, match=r"calls 'os.system', which this torch"):
+        tape_from_state(state, Tiny())
+
+
+def language_model(lora: bool) -> Any:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attention_dropout=0.1,
+    )
+    model = LlamaForCausalLM(config).train()
+    return get_peft_model(model, LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj"])) if lora else model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT, with transformers 5
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_transformers_model_with_its_own_loss_runs_again(lora: bool, scaled: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7) if scaled else None
+
+    def loop(watch: Any, model: Any, b: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=scaled):
+            loss = model(input_ids=b["ids"], labels=b["labels"]).loss
+        (scaler.scale(loss) if scaler else loss).backward()
+
+    grads, again, record = run(language_model(lora), loop, batch(), scaler)
+    assert equal(grads, again)
+    assert "model(input_ids=" in str(record.passes[0].forward.line) or scaled
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return grad[0] * 2
+
+
+def own_function(watch: Any, model: Any, b: Any) -> None:
+    Twice.apply(model(b["ids"])).mean().backward()  # type: ignore[no-untyped-call]
+
+
+def changed_input(watch: Any, model: Any, b: Any) -> None:
+    model(b["ids"]).mean().backward()
+    b["ids"] += 1
+
+
+def changed_weight(watch: Any, model: Any, b: Any) -> None:
+    loss = model(b["ids"]).mean()
+    with torch.no_grad():
+        model.head.bias += 1
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("loop", "reason"),
+    [
+        (own_function, "comes from code that is not seen|has got another gradient"),
+        (changed_input, "the tensor 'ids' was changed in place after it was used"),
+        (changed_weight, r"model.head.bias \+= 1 writes to the weight head.bias"),
+    ],
+)
+def test_a_pass_that_cannot_run_again_says_why(loop: Any, reason: str) -> None:
+    model, b = Tiny(), batch()
+    with Watch(model, torch.optim.SGD(model.parameters(), 0.1), detectors=[]) as watch, watch.step(b):
+        loop(watch, model, b)
+        watch._before()
+        assert watch.record.passes == []
+        assert re.search(reason, watch.record.why_no_passes)

@@ -1,0 +1,33 @@
+"""The benchmark itself: both loops do the same work, and each mode has its rows."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rawloop import WatchConfig
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("watch_overhead", Path(__file__).with_name("watch_overhead.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["watch_overhead"] = module  # dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_the_watched_loop_does_the_work_of_the_bare_one(benchmark: Any, mode: str) -> None:
+    work = benchmark.Work(rows=2, length=8, hidden=64, layers=1, vocab=32, mode=mode)
+    times = benchmark.compare(work, steps=4, warm=1, config=WatchConfig(every=3))
+    assert len(times.losses) == 5
+    assert all(bare == watched for bare, watched in times.losses)
+    assert times.probing == [False, False, True, False]
+    rows = [benchmark.line(mode, times, probing) for probing in (False, True)]
+    assert [row.split(" | ")[1:3] for row in rows] == [["always on", "3"], ["costly looks", "1"]]
+    assert len({row.count("|") for row in [*benchmark.HEAD, *rows]}) == 1

@@ -1,0 +1,200 @@
+"""Each mistake in the calls of a loop is named, with the line; a loop without mistakes gives none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rawloop import Finding, Watch
+from rawloop.watch.misuse import Misuse
+
+F: Any = torch.nn.functional
+
+
+class Bench:
+    """A model, its optimizer and scaler, and three steps under watch."""
+
+    def __init__(self, *, scaled: bool = False, scale: float = 2.0**8) -> None:
+        self.model: Any = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 2))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale) if scaled else None
+
+    def loss(self) -> Any:
+        return F.cross_entropy(self.model(torch.randn(3, 4)), torch.tensor([0, 1, 0]))
+
+    def watched(self, body: Callable[["Bench"], None], steps: int = 3) -> list[Finding]:
+        self.said: list[str] = []
+        with Watch(self.model, self.optimizer, self.scaler, detectors=[Misuse()], say=self.said.append) as watch:
+            for _ in range(steps):
+                with watch.step(torch.zeros(3)):
+                    body(self)
+        return list(watch.findings)
+
+
+def sound(bench: Bench) -> None:
+    bench.loss().backward()
+    bench.optimizer.step()
+    bench.optimizer.zero_grad(set_to_none=False)
+
+
+def sound_scaled(bench: Bench) -> None:
+    bench.optimizer.zero_grad()
+    bench.scaler.scale(bench.loss()).backward()
+    bench.scaler.unscale_(bench.optimizer)
+    nn.utils.clip_grad_norm_(bench.model.parameters(), 1.0)
+    bench.scaler.step(bench.optimizer)
+    bench.scaler.update()
+
+
+def sound_accumulation(bench: Bench) -> None:
+    for _ in range(3):
+        (bench.loss() / 3).backward()
+    bench.optimizer.step()
+    bench.model.zero_grad()
+
+
+@pytest.mark.parametrize("body", [sound, sound_scaled, sound_accumulation], ids=lambda body: body.__name__)
+def test_a_loop_without_mistakes_gives_no_finding(body: Any) -> None:
+    assert Bench(scaled=body is sound_scaled).watched(body) == []
+
+
+def scaled_update(bench: Bench) -> None:
+    bench.scaler.scale(bench.loss()).backward()
+    bench.optimizer.step()
+    bench.optimizer.zero_grad()
+
+
+def clipped_while_scaled(bench: Bench) -> None:
+    bench.scaler.scale(bench.loss()).backward()
+    nn.utils.clip_grad_norm_(bench.model.parameters(), 1.0)
+    bench.scaler.step(bench.optimizer)
+    bench.scaler.update()
+    bench.optimizer.zero_grad()
+
+
+def gradients_not_zeroed(bench: Bench) -> None:
+    bench.loss().backward()
+    bench.optimizer.step()
+
+
+def zeroed_before_update(bench: Bench) -> None:
+    bench.loss().backward()
+    bench.optimizer.zero_grad()
+    bench.optimizer.step()
+
+
+def update_without_backward(bench: Bench) -> None:
+    bench.loss()
+    bench.optimizer.step()
+
+
+def trained_in_eval_mode(bench: Bench) -> None:
+    bench.model.eval()
+    sound(bench)
+
+
+def optimizer_holds_stale_weights(bench: Bench) -> None:
+    bench.model[2].weight = nn.Parameter(bench.model[2].weight.detach().clone())
+    bench.loss().backward()
+    bench.optimizer.step()
+    bench.model.zero_grad()
+
+
+def scale_moved_in_window(bench: Bench) -> None:
+    for _ in range(2):
+        bench.scaler.scale(bench.loss()).backward()
+        bench.scaler.update(2.0**6)
+    bench.scaler.step(bench.optimizer)
+    bench.scaler.update()
+    bench.optimizer.zero_grad()
+
+
+MISTAKES = {
+    scaled_update: "bench.optimizer.step()",
+    clipped_while_scaled: "nn.utils.clip_grad_norm_",
+    gradients_not_zeroed: "bench.optimizer.step()",
+    zeroed_before_update: "bench.optimizer.zero_grad()",
+    update_without_backward: "bench.optimizer.step()",
+    trained_in_eval_mode: "",
+    optimizer_holds_stale_weights: "",
+    scale_moved_in_window: "bench.scaler.update(2.0**6)",
+}
+
+
+@pytest.mark.parametrize("body", MISTAKES, ids=lambda body: body.__name__)
+def test_a_mistake_is_named_with_its_line(body: Any) -> None:
+    scaled = body in (scaled_update, clipped_while_scaled, scale_moved_in_window)
+    found = [finding for finding in Bench(scaled=scaled).watched(body) if not finding.ordinary]
+    assert [finding.kind for finding in found] == [body.__name__]
+    assert MISTAKES[body] in found[0].cause.place.expression
+    assert found[0].cause.advice
+
+
+def test_weights_that_no_optimizer_holds_are_named() -> None:
+    bench = Bench()
+    bench.optimizer = torch.optim.SGD(bench.model[0].parameters(), 0.1)
+
+    def body(bench: Bench) -> None:
+        bench.loss().backward()
+        bench.optimizer.step()
+        bench.model.zero_grad()
+
+    (finding,) = bench.watched(body)
+    assert finding.kind == "weights_without_optimizer"
+    assert finding.cause.place.parameter == "2.weight"
+
+
+def test_an_exception_is_a_finding_and_passes_on() -> None:
+    bench = Bench()
+    error = KeyError("missing")
+
+    def body(bench: Bench) -> None:
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        bench.watched(body)
+    assert caught.value is error
+    assert "KeyError" in bench.said[0]
+    assert "raise error" in bench.said[0]
+
+
+def test_a_block_that_leaves_before_backward_is_traced() -> None:
+    bench = Bench()
+
+    def body(bench: Bench) -> None:
+        loss = bench.loss() + torch.log(torch.zeros(()))
+        if torch.isfinite(loss):
+            loss.backward()
+
+    found = {finding.kind: finding for finding in bench.watched(body, steps=1)}
+    assert set(found) == {"no_backward", "not_finite"}
+    assert not found["no_backward"].ordinary
+    assert "torch.log" in found["not_finite"].cause.place.expression
+
+
+def test_a_schedule_that_counts_skipped_updates_is_ordinary() -> None:
+    bench = Bench(scaled=True, scale=2.0**8)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(bench.optimizer, 0.9)
+
+    def body(bench: Bench) -> None:
+        loss = bench.scaler.scale(bench.loss())
+        (loss * float("inf") if schedule.last_epoch == 1 else loss).backward()
+        bench.scaler.step(bench.optimizer)
+        bench.scaler.update()
+        schedule.step()
+        bench.optimizer.zero_grad()
+
+    found = {finding.kind: finding for finding in bench.watched(body)}
+    assert found["schedule_without_update"].ordinary
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    bench = Bench(scaled=True)
+    bench.watched(sound_scaled)
+    assert not {"zero_grad", "step"} & set(vars(bench.optimizer))
+    assert not {"scale", "unscale_", "step", "update"} & set(vars(bench.scaler))
+    assert not bench.optimizer._optimizer_step_pre_hooks
+    assert not bench.model._forward_hooks
+    assert not hasattr(torch.Tensor.backward, "listeners")
