@@ -11,6 +11,8 @@ from rawloop.watch.calls import Calls
 from rawloop.watch.findings import Finding
 from rawloop.watch.watch import Watch
 
+KINDS = {"input_swallowed", "labels_unused"}  # a watch itself tells of failures, and of steps without an update
+
 
 def llama() -> LlamaForCausalLM:
     config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -21,7 +23,7 @@ def called(model: nn.Module, **inputs: Any) -> dict[str, Finding]:
     """The findings about one call of a model."""
     with Watch(model, detectors=[Calls()]) as watch, watch.step(inputs):
         model(**inputs)
-    return {finding.kind: finding for finding in watch.findings}
+    return {finding.kind: finding for finding in watch.findings if finding.kind in KINDS}
 
 
 def test_labels_that_kwargs_swallow() -> None:
@@ -75,4 +77,4 @@ def test_what_was_seen_before_the_loop_failed_is_told() -> None:
     with pytest.raises(AttributeError), Watch(model, detectors=[Calls()]) as watch:  # noqa: SIM117
         with watch.step():
             torch.autograd.backward(model(input_ids=ids, label_ids=ids).loss.sum())
-    assert [finding.kind for finding in watch.findings] == ["input_swallowed", "labels_unused"]
+    assert {finding.kind for finding in watch.findings} & KINDS == KINDS
