@@ -1,7 +1,7 @@
 """What a capsule holds of a run's step: its batches and the state that it started from; and the forward pass again."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from rawloop.contracts import Batch, Labels
 from rawloop.losses import weighted_mean
+from rawloop.precision.gradients import Measured
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.run import Run
+from rawloop.watch.capsule import Capsule
+from rawloop.watch.flight import FlightRecorder
+from rawloop.watch.rerun import digests, run_again
+from rawloop.watch.subject import Pass
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,88 @@ def batch_from(state: Mapping[str, Any]) -> Batch:
     """Return the batch of a `batch_state`."""
     labels = {stream: Labels(one["positions"], one["targets"]) for stream, one in state["labels"].items()}
     return Batch(state["inputs"], labels, state["targets"], state["ids"])
+
+
+@dataclass
+class Window:
+    """The window of a step as far as it has come: the random streams before each pass, and each pass's loss, unscaled.
+
+    `targets` counts over all ranks.
+    """
+
+    batches: list[Batch]
+    targets: dict[str, int]
+    rng: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    def state(self, *, with_losses: bool = True) -> dict[str, Any]:
+        """Return the window as nested values. Losses are on the device."""
+        count, losses = len(self.batches), self.losses if with_losses else []
+        rng = [*self.rng, *({} for _ in range(count - len(self.rng)))]
+        known = [*losses, *(None for _ in range(count - len(losses)))]
+        rows = zip(self.batches, rng, known, strict=True)
+        return {"passes": [{"batch": batch_state(batch), "rng": one, "loss": loss} for batch, one, loss in rows]}
+
+
+def contents(
+    run: Run,
+    facts: Mapping[str, Any],
+    window: Window,
+    recorder: FlightRecorder,
+    passes: Sequence[Pass],
+    found: Measured | None,
+    *,
+    host_only: bool,
+) -> Capsule:
+    """Return the contents of a capsule of a run's step, before its update.
+
+    Args:
+        run: the run.
+        facts: further facts.
+        window: of the step.
+        recorder: the steps before.
+        passes: those that have ended.
+        found: the measured gradients; None if the step has failed before.
+        host_only: read nothing from the device, and take no weights.
+    """
+    slot = run.checkpoints.newest() if run.checkpoints else None
+    all_facts: dict[str, Any] = {
+        **facts,
+        "kind": "run",
+        "step": run.state.step,
+        "window": run.state.window,
+        "precision": run.policy.name,
+        "targets": window.targets,
+        "scale": run.policy.window.scale,
+        "threads": torch.get_num_threads(),
+        "moves_twice": bool(run.buffers and run.buffers.twice),
+        "lr": max(float(group["lr"]) for group in run.optimizer.param_groups),
+        "follows": slot and str(slot),
+        "history": [kept.numbers() for kept in recorder.steps],
+    }
+    steps = [
+        {"step": kept.step, "rng": kept.rng, "batches": [batch_state(batch) for batch in kept.batch]}
+        for kept in recorder.steps
+    ]
+    states: dict[str, Any] = {"passes": window.state(with_losses=not host_only), "earlier": {"steps": steps}}
+    if host_only:
+        all_facts["left_out"] = {"weights": "the step had changed them in part, or the device could not be read"}
+        return Capsule(all_facts, states)
+    if found is not None:
+        all_facts |= {"loss": found.loss, "grad_norm": found.norm, **gradients_of(run, passes, found)}
+    return Capsule(all_facts, states | trained_state(run))
+
+
+def gradients_of(run: Run, passes: Sequence[Pass], found: Measured) -> dict[str, Any]:
+    """Return the digests of the gradients; with several ranks also of this rank's, before they were averaged."""
+    trained = run.policy.trained.weights
+    facts: dict[str, Any] = {
+        "gradients": digests({name: w.grad for name, w in trained.items() if w.grad is not None}),
+        "left_on_gradients": found.scale,  # torch's scaler has divided them in place
+    }
+    if run.world.size > 1:
+        assert run.policy.model is not None
+        before = run.buffers.before() if run.buffers else []
+        again = run_again(run.policy.model, trained.items(), passes, buffers=run.buffers, before=before)
+        facts["own_gradients"] = digests(again.gradients)
+    return facts

@@ -47,7 +47,8 @@ def train(run: Run) -> TrainState:
     windows, fetched = start_windows(run), None
     run.meter.restart_clock(state.samples)
     stopped = stop_early(run)  # the patience may have been used up before this resume
-    with run.records.progress(run.total_steps, state.step) as progress:
+    watched = run.watch.running(run) if run.watch else nullcontext()
+    with watched, run.records.progress(run.total_steps, state.step) as progress:
         while True:
             last = state.step >= run.total_steps or stopped
             if state.step != state.visited:

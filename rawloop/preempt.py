@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM or SIGUSR1 from a scheduler, or a file named STOP.
+"""Requests to stop: SIGTERM or SIGUSR1 from a scheduler, or a file named STOP. SIGUSR2 asks for a capsule.
 
 A signal only sets a flag, because it may arrive during an update or a save. Between steps the loop calls `wanted()`,
 agrees with the other ranks, and raises `Preempted`.
@@ -16,6 +16,7 @@ from types import FrameType
 from rawloop.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+KEEP = signal.SIGUSR2  # asks for a capsule of the step that is under way
 STOP_FILE = "STOP"
 
 
@@ -29,10 +30,15 @@ class Preemption:
     def __init__(self, stop_file: Path | None = None, signal_file: Path | None = None) -> None:
         self.stop_file, self.signal_file = stop_file, signal_file
         self.received: str | None = None  # name of the first signal; later signals change nothing
+        self.keep = False  # a capsule was asked for
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Remember a signal. This is the signal handler."""
         self.received = self.received or signal.Signals(number).name
+
+    def receive_keep(self, number: int, frame: FrameType | None = None) -> None:
+        """Remember that a capsule was asked for. This is a signal handler."""
+        self.keep = True
 
     def wanted(self) -> str | None:
         """Return what asks the run to stop, or None."""
@@ -69,7 +75,7 @@ def ignore_signals() -> None:
 
 @contextmanager
 def watch_signals(stop_file: Path | None = None, signal_file: Path | None = None) -> Iterator[Preemption]:
-    """Remember SIGTERM and SIGUSR1 inside the block; at its end restore the handlers that were set before.
+    """Remember SIGTERM, SIGUSR1 and SIGUSR2 inside the block; at its end restore the handlers that were set before.
 
     Blocked signals are unblocked inside (launch/torchrun.py blocks SIGUSR1). Python sets signal handlers only in
     the main thread: in any other thread only the two files count.
@@ -79,6 +85,7 @@ def watch_signals(stop_file: Path | None = None, signal_file: Path | None = None
         yield preemption
         return
     before = {number: signal.signal(number, preemption.receive) for number in SIGNALS}
+    before[KEEP] = signal.signal(KEEP, preemption.receive_keep)
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield preemption

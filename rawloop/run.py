@@ -53,6 +53,9 @@ class TrainState:
 class Watcher(Protocol):
     """Sees the steps of a run, and changes none of their numbers."""
 
+    def running(self, run: "Run") -> AbstractContextManager[None]:
+        """Watch the whole run."""
+
     def step(self, run: "Run", window: list[Batch], targets: Mapping[str, int]) -> AbstractContextManager[None]:
         """Watch one step, from its first forward pass to its update. It adds what it knows to an error."""
 

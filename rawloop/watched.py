@@ -21,17 +21,16 @@ from rawloop.contracts import Batch
 from rawloop.dist import unwrap_ddp
 from rawloop.errors import InterruptedUpdate, LostRank, TrainingError, UserError, add_place
 from rawloop.files import in_words
-from rawloop.kept import Again, batch_state, trained_state
+from rawloop.kept import Again, Window, contents
 from rawloop.precision.gradients import Measured, StepResult
 from rawloop.records import json_value, to_stderr
 from rawloop.run import Run
 from rawloop.seed import RngCapture
 from rawloop.told import mended, spiked
 from rawloop.waiting import is_lost_rank
-from rawloop.watch.capsule import Capsule, Capsules
+from rawloop.watch.capsule import Capsules
 from rawloop.watch.detectors import all_detectors
 from rawloop.watch.flight import FlightRecorder
-from rawloop.watch.rerun import digests, run_again
 from rawloop.watch.spikes import SpikeGuard
 from rawloop.watch.subject import Pass
 from rawloop.watch.watch import Watch
@@ -55,16 +54,14 @@ class RunWatch:
         self.about, self.config = about, config
         self._rng = RngCapture()
         self._run: Run | None = None
-        self._window: list[Batch] = []
-        self._targets: dict[str, int] = {}
-        self._streams: list[dict[str, Any]] = []  # the random streams before each pass
-        self._roots: list[Tensor] = []  # where each backward pass started
+        self._window = Window([], {})
         self._guard = SpikeGuard()
         self._spike: str | None = None
         self._spikes = 0  # skipped ones
         self._why = ""  # why the next step is to be kept
         self._told = 0
         self._written: Path | None = None
+        self._error: Exception | None = None  # for which a capsule was written, if it was possible
 
     def start(self, run: Run) -> None:
         """Look at the run before its first step."""
@@ -85,9 +82,19 @@ class RunWatch:
         return {"last_scales": self.recorder.scales()}
 
     @contextmanager
+    def running(self, run: Run) -> Iterator[None]:
+        """Write a capsule of the last step if another rank is lost, which is noticed between steps too."""
+        try:
+            yield
+        except Exception as error:
+            if self._error is not error and is_lost(error):
+                self._failed(run, error)
+            raise
+
+    @contextmanager
     def step(self, run: Run, window: list[Batch], targets: Mapping[str, int]) -> Iterator[None]:
         """Watch one step. Of an error that leaves it, a capsule is written, and the error names it."""
-        self._window, self._targets, self._streams, self._roots = window, dict(targets), [], []
+        self._window = Window(window, dict(targets))
         self._written = self._spike = None
         ids = tuple(name for batch in window for name in batch.ids)
         self.watch.begin(window, ids, step=run.state.step)
@@ -100,20 +107,19 @@ class RunWatch:
         record = self.watch.record
         self.watch.end()
         lr = max(float(group["lr"]) for group in run.optimizer.param_groups)
-        self.recorder.keep(record, self._streams[0] if self._streams else {}, lr)
+        self.recorder.keep(record, self._window.rng[0], lr)
         self._tell(run)
 
     def before_pass(self) -> None:
         """Keep the random streams that the next pass starts with."""
-        self._streams.append(self._rng.take())
+        self._window.rng.append(self._rng.take())
 
     def after_pass(self, run: Run, batch: Batch, loss: Tensor) -> None:
         """Keep a pass, so that it can be run again."""
-        scale = run.policy.window.scale
-        self._roots.append(loss.detach())
-        again = Again(unwrap_ddp(run.module), run.policy, run.weights, self._targets, run.world.size, scale, batch)
-        one = Pass(again.inputs, again, self._streams[-1], tuple(batch.ids), scale)
-        self.watch.record.passes.append(one)
+        window, scale = self._window, run.policy.window.scale
+        window.losses.append(loss.detach())
+        again = Again(unwrap_ddp(run.module), run.policy, run.weights, window.targets, run.world.size, scale, batch)
+        self.watch.record.passes.append(Pass(again.inputs, again, window.rng[-1], tuple(batch.ids), scale))
 
     def judge(self, found: Measured) -> str | None:
         """Return why a finite update is not to be applied, or None."""
@@ -134,6 +140,8 @@ class RunWatch:
                 self._guard.keep(found.loss, found.norm)
             self._tell(run)
             why = "the policy leaves this mode: too many skips in a row" if last else self._spike or self._why
+            if run.preemption and run.preemption.keep:
+                run.preemption.keep, why = False, why or "asked for by SIGUSR2"
             if why:
                 self._write(run, why, found, result)
         self._spikes += result.objected
@@ -176,9 +184,10 @@ class RunWatch:
 
     def _failed(self, run: Run, error: Exception) -> None:
         """Write a capsule of a step that has failed, and add to the error what is known."""
+        self._error = error
         if isinstance(error, UserError):
             return
-        lost = isinstance(error, LostRank) or is_lost_rank(error)
+        lost = is_lost(error)
         if self._written is None:
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             self._write(run, why, None, None, host_only=lost or isinstance(error, InterruptedUpdate))
@@ -196,7 +205,11 @@ class RunWatch:
         if not self.capsules.has_room():
             return
         try:
-            capsule = self._contents(run, why, found, result, host_only)
+            facts = {**self.about, "why": why, "findings": [one.as_json() for one in self.watch.findings.alarms]}
+            passes = self.watch.record.passes
+            capsule = contents(run, facts, self._window, self.recorder, passes, found, host_only=host_only)
+            capsule.facts["because"] = result and result.skipped_because
+            capsule.texts = {"config.yaml": self.config}
             self._written = self.capsules.write(run.state.step, capsule)
             reason = f"kept the step in {self._written}: {why}"
         except OSError as error:
@@ -205,62 +218,10 @@ class RunWatch:
             reason = f"a capsule could not be made: {type(error).__name__}: {error}"
         run.record_or_defer(partial(run.records.event, "capsule", step=run.state.step, reason=reason))
 
-    def _contents(
-        self, run: Run, why: str, found: Measured | None, result: StepResult | None, host_only: bool
-    ) -> Capsule:
-        record, state = self.watch.record, run.state
-        slot = run.checkpoints.newest() if run.checkpoints else None
-        facts: dict[str, Any] = {
-            **self.about,
-            "kind": "run",
-            "why": why,
-            "step": state.step,
-            "window": state.window,
-            "precision": run.policy.name,
-            "targets": self._targets,
-            "scale": run.policy.window.scale,
-            "threads": torch.get_num_threads(),
-            "moves_twice": bool(run.buffers and run.buffers.twice),
-            "lr": max(float(group["lr"]) for group in run.optimizer.param_groups),
-            "follows": slot and str(slot),
-            "findings": [finding.as_json() for finding in self.watch.findings.alarms],
-            "history": [kept.numbers() for kept in self.recorder.steps],
-        }
-        states: dict[str, Any] = {"passes": self._passes(host_only), "earlier": self._earlier()}
-        if host_only:
-            facts["left_out"] = {"weights": "the step had changed them in part, or the device could not be read"}
-            return Capsule(facts, states, {"config.yaml": self.config})
-        if result is not None and found is not None:
-            facts |= {"loss": found.loss, "grad_norm": found.norm, "because": result.skipped_because}
-            trained = run.policy.trained.weights
-            facts["gradients"] = digests({name: w.grad for name, w in trained.items() if w.grad is not None})
-            facts["left_on_gradients"] = found.scale  # torch's scaler has divided them in place
-            if run.world.size > 1:
-                before = run.buffers.before() if run.buffers else []
-                again = run_again(
-                    self.watch.subject.model, trained.items(), record.passes, buffers=run.buffers, before=before
-                )
-                facts["own_gradients"] = digests(again.gradients)
-        states |= trained_state(run)
-        return Capsule(facts, states, {"config.yaml": self.config})
 
-    def _passes(self, host_only: bool) -> dict[str, Any]:
-        """Return the window: batches, random streams, and the losses as far as they are known."""
-        roots = [] if host_only else self._roots
-        passes = []
-        for number, batch in enumerate(self._window):
-            rng = self._streams[number] if number < len(self._streams) else {}
-            loss = roots[number] if number < len(roots) else None
-            passes.append({"batch": batch_state(batch), "rng": rng, "loss": loss})
-        return {"passes": passes}
-
-    def _earlier(self) -> dict[str, Any]:
-        """Return the batches and random streams of the steps before."""
-        steps = [
-            {"step": kept.step, "rng": kept.rng, "batches": [batch_state(batch) for batch in kept.batch]}
-            for kept in self.recorder.steps
-        ]
-        return {"steps": steps}
+def is_lost(error: Exception) -> bool:
+    """Return whether an error means that another rank is lost. The device may then wait for it without end."""
+    return isinstance(error, LostRank) or is_lost_rank(error)
 
 
 def _quiet(text: str) -> None:

@@ -1,6 +1,8 @@
 """The watch inside a run: it changes no bit of the training, tells findings as events, and keeps bad steps."""
 
 import math
+import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +20,12 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World, unwrap_ddp
-from rawloop.errors import TrainingError
+from rawloop.errors import LostRank, TrainingError
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.optim import OptimConfig
 from rawloop.precision.config import PrecisionConfig
+from rawloop.preempt import watch_signals
 from rawloop.records import read_events, read_metrics
 from rawloop.settings import EvaluationConfig
 from rawloop.watch.capsule import Capsule, read_facts, read_states, write_capsule
@@ -185,6 +188,34 @@ def test_a_crash_leaves_a_capsule(base: RunConfig, tmp_path: Path) -> None:
     (path,) = (tmp_path / "capsules").iterdir()
     passes = read_states(path, read_facts(path))("passes")["passes"]
     assert [bool(one["rng"]) for one in passes] == [True, False]
+
+
+def test_a_capsule_is_written_on_request(base: RunConfig, tmp_path: Path) -> None:
+    def ask(run: Run) -> None:
+        run.preemption = preemption
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    with watch_signals() as preemption:
+        go(replace(base, output=str(tmp_path)), change=ask)
+    (path,) = (tmp_path / "capsules").iterdir()
+    assert (path.name, read_facts(path)["why"]) == ("step-00000000-rank0", "asked for by SIGUSR2")
+
+
+def test_a_lost_rank_leaves_a_capsule_without_the_device(base: RunConfig, tmp_path: Path) -> None:
+    class Lost(World):
+        def sum(self, values: list[float]) -> list[float]:
+            if run_of[0].state.step == 2:
+                raise LostRank("rank 1 did not come in time")
+            return values
+
+    run_of: list[Run] = []
+    with pytest.raises(LostRank, match="rawloop replay"):
+        go(replace(base, output=str(tmp_path)), Lost(), run_of.append)
+    (path,) = (tmp_path / "capsules").iterdir()
+    facts = read_facts(path)
+    assert facts["why"] == "LostRank: rank 1 did not come in time"
+    assert "could not be read" in facts["left_out"]["weights"]
+    assert [kept["step"] for kept in facts["history"]] == [0, 1]
 
 
 def test_capsules_are_limited_in_number_and_size(base: RunConfig, tmp_path: Path) -> None:
