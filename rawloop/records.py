@@ -94,7 +94,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_metrics(folder: Path) -> list[dict[str, Value]]:
     """Return the lines of a run's `metrics.jsonl`, in order; "nan", "inf" and "-inf" become floats."""
     return [
-        {name: float(value) if value in NOT_FINITE else value for name, value in line.items()}
+        {name: float(value) if type(value) is str and value in NOT_FINITE else value for name, value in line.items()}
         for line in _read_lines(folder / METRICS)
     ]
 

@@ -60,7 +60,8 @@ def draw_map(title: str, rows: Mapping[str, tuple[Any, Any]], span: Span) -> Fig
         drawing.colorbar(image, cax=drawing.add_axes(place), orientation="horizontal", extend="max")
         svg = as_svg(drawing)
     bad = "" if len(there) == len(every) else " Red is a value that is not finite."
-    return Figure(title, svg, caption=f"Nats per target; a row is a codebook, with its last value.{bad}")
+    bright = f"The brightest color is {high:.4g} and above."
+    return Figure(title, svg, caption=f"Nats per target; a row is a codebook, with its last value. {bright}{bad}")
 
 
 def draw_time_line(title: str, rows: Mapping[str, Sequence[int]], span: Span, alarms: Sequence[str] = ()) -> Figure:

@@ -71,10 +71,10 @@ def draw_lines(
             said += _draw_line(axes, line, steps, values, span, log)
         if best is not None and abs(best[1]) < HUGE:
             axes.axvline(best[0], color=LINE, linestyle="--")
-            axes.plot(*best, "*", color=COLORS[2], markersize=12)
+            axes.plot(*best, "*", color=COLORS[2], markersize=12, clip_on=False)
         svg = as_svg(drawing)
     legend = [(COLORS[line.color % len(COLORS)], line.name) for line in lines] if len(lines) > 1 or best else []
-    legend += [(COLORS[2], f"best {best[1]:.6g} at step {best[0]:,.0f}")] if best else []
+    legend += [(COLORS[2], f"best {best[1]:.4g} at step {best[0]:,.0f}")] if best else []
     return Figure(title, svg, legend, " ".join(dict.fromkeys(said)))
 
 
@@ -89,7 +89,7 @@ def _make_log(axes: "Axes", values: Any) -> bool:
         return False
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     return True
 
@@ -188,7 +188,7 @@ def drawing_of(
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         axes.set_xlim(*span)
         yield drawing, axes
 

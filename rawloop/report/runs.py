@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,14 +62,14 @@ class RunData:
         """Every metric that is a number, by name, in the order of first appearance."""
         import numpy as np
 
-        steps: dict[str, list[float]] = {}
-        values: dict[str, list[float]] = {}
+        steps: dict[str, list[float]] = defaultdict(list)
+        values: dict[str, list[float]] = defaultdict(list)
         for line in self.metrics:
             step = as_float(line["step"])
             for name, value in line.items():
-                if type(value) in (float, int) and name != "step":
-                    steps.setdefault(name, []).append(step)
-                    values.setdefault(name, []).append(as_float(value))
+                if (type(value) is float or type(value) is int) and name != "step":
+                    steps[name].append(step)
+                    values[name].append(value if type(value) is float else as_float(value))
         return {name: Series(np.asarray(steps[name]), np.asarray(values[name])) for name in steps}
 
     @cached_property
