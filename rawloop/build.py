@@ -242,10 +242,14 @@ def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say
 
 def check_run(config: RunConfig, world: World) -> Report:
     """Run only the checks of a new run. Return their findings, and write nothing."""
+    return prepare(config, world).check(config, world)
+
+
+def prepare(config: RunConfig, world: World) -> Ready:
+    """Build what a new run starts with, and write nothing."""
     check_settings_of_ranks(config, world)
     source = find_source(config.init_from, world) if config.init_from else None
-    ready, _ = _prepare(config, world, lambda line: None, None, source)
-    return ready.check(config, world)
+    return _prepare(config, world, lambda line: None, None, source)[0]
 
 
 def _assemble(

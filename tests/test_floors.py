@@ -76,6 +76,8 @@ FLOORS = (
             "replay",
             "replayed",
             "build",
+            "precision_probe",
+            "precision_compare",
         ),
     ),
     ("door", ("cli", "__main__", "__init__")),

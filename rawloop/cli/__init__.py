@@ -31,6 +31,7 @@ COMMANDS = {
     "report": "show what a run has recorded, or several runs, as one HTML page",
     "verify": "check every file of a run's checkpoints against its digest",
     "replay": "run a kept step again, and find what is wrong with it",
+    "precision": "probe the range of numbers in one batch, or compare the precision modes",
     "doctor": "check on your own model and data that training does what it says",
 }
 # The commands that read a run's config, and their options besides its keys.
@@ -42,6 +43,13 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "train": {},
     "evaluate": {"checkpoint": "best, latest, or a checkpoint's folder of this config's run (default: the base model)"},
+    "precision probe": {"json": "also write the measurements into this file"},
+    "precision compare": {
+        "reference": "fp32 or fp64: what losses and gradients are compared with (default: fp32)",
+        "steps": "steps of the race (default: 20); 0: no race",
+        "json": "also write the measurements into this file",
+        "html": "also write a page into this file; needs `rawloop[report]`",
+    },
     "doctor": {
         "part": "internal: measure gradients and the evaluation loss into this file, as one of several processes"
     },
@@ -66,7 +74,7 @@ def read_config(command: str, arguments: list[str]) -> "tuple[RunConfig, dict[st
     from rawloop.config import parse
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
-    return parse(arguments, f"rawloop {command}", OPTIONS[command], COMMANDS[command])
+    return parse(arguments, f"rawloop {command}", OPTIONS[command], COMMANDS[command.split()[0]])
 
 
 def main(argv: list[str] | None = None) -> int:

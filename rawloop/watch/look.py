@@ -96,8 +96,10 @@ class ModuleHooks:
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules without children, and those that have weights of their own."""
+    """Yield the modules without children, and those that have weights of their own; not those that pass values on."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.Identity | nn.Dropout):
+            continue
         if not any(True for _ in module.children()) or module._parameters:
             yield name, module
 

@@ -89,8 +89,9 @@ class LossScale(Detector):
         kind, whose, what, advice = self._judge(scale, halvings, record.loss)
         causes = [Cause(whose, what, Place("backward"), evidence, advice)]
         if kind in TOO_LARGE and record.loss is not None and abs(record.loss) > LARGE_LOSS:
-            what, advice = f"the loss is {record.loss:.4g}", "Take the mean over targets in place of the sum"
-            causes.append(Cause("loss", what, Place("backward"), {"loss": record.loss}, advice))
+            what = f"the loss is {record.loss:.4g}, too large to be multiplied by any scale"
+            advice = "Take the mean over targets in place of the sum"
+            causes.insert(0, Cause("loss", what, Place("backward"), {"loss": record.loss, **evidence}, advice))
         made = Finding(
             kind,
             "updates were skipped, for their gradients are not finite",
@@ -108,36 +109,20 @@ class LossScale(Detector):
         begun, often = bool(self._recent), sum(self._recent) / max(len(self._recent), 1)
         if scale <= DENORMAL:
             what = f"1 / {scale:.3g} overflows float32, so the first good step divides by zero and poisons the weights"
-            return (
-                "scale_denormal",
-                "precision",
-                what,
-                "Stop, and give the scaler a floor of 1; restart from a checkpoint",
-            )
+            advice = "Stop, and give the scaler a floor of 1; restart from a checkpoint"
+            return "scale_denormal", "precision", what, advice
         if loss is not None and (math.isnan(loss) or (math.isinf(loss) and begun)):
             what = f"the loss itself is {loss}, which no loss scale can mend"
-            return (
-                "skip_of_bad_loss",
-                "not known",
-                what,
-                "Look for the origin in the data and the model, not in the scaler",
-            )
+            advice = "Look for the origin in the data and the model, not in the scaler"
+            return "skip_of_bad_loss", "not known", what, advice
         if scale < 1 or halvings >= MANY_HALVINGS:
             what = f"the scale was halved {halvings:.0f} times: FP16 holds the gradients at no scale"
-            return (
-                "scale_collapses",
-                "not known",
-                what,
-                "Look for the module that overflows; a smaller scale only flushes",
-            )
+            advice = "Look for the module that overflows; a smaller scale only flushes"
+            return "scale_collapses", "precision", what, advice
         if self._in_a_row >= MANY_IN_A_ROW and (begun or halvings < self._in_a_row / 2):
             what = f"{self._in_a_row} steps in a row were skipped, and the scale does not help"
-            return (
-                "skips_in_a_row",
-                "not known",
-                what,
-                "Look for the module that overflows, and lower the learning rate",
-            )
+            advice = "Look for the module that overflows, and lower the learning rate"
+            return "skips_in_a_row", "precision", what, advice
         if often > MOST_SKIPPED and len(self._recent) >= (RECENT if often < MANY_SKIPPED else RECENT // 5):
             what = f"{often:.0%} of the last {len(self._recent)} steps were skipped: the scale grows too soon"
             return "skips_often", "precision", what, "Raise the scaler's growth_interval (2000 is usual)"

@@ -1,0 +1,325 @@
+"""Every precision mode that a device can run, on the same batches: errors against a reference, then a short race."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rawloop.build import Ready
+from rawloop.build import prepare as build_ready
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch
+from rawloop.dist import World
+from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.optim import build_optimizer, lr_at, set_lr
+from rawloop.precision.advice import share_of_lost_updates
+from rawloop.precision.config import SCALED, LossScaleConfig
+from rawloop.precision.modes import MODES
+from rawloop.precision.preflight import is_lacking
+from rawloop.precision_probe import backward, first_batch, gradients_of, pass_of, quiet
+from rawloop.seed import seed_all
+
+BATCHES = 2  # micro-batches whose gradients are compared
+SMALL = 1e-4  # modules with a smaller share of the gradient's norm are no worst module
+NEAR = 0.1  # modes whose steps differ by less are as fast as each other
+MOST_SLOWER = 0.01  # of the reference's loss: how much higher a mode may end in the race
+LEAST_COSINE = 0.99
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The gradients of a mode against those of the reference.
+
+    Args:
+        relative: the L2 norm of the difference over that of the reference.
+        cosine: between both.
+        zeros: the share of values that are zero, and not in the reference.
+        flips: the share of values with another sign.
+    """
+
+    relative: float
+    cosine: float
+    zeros: float
+    flips: float
+
+
+@dataclass
+class Race:
+    """The losses of some updates, from the weights that the config starts from.
+
+    Args:
+        losses: of each step.
+        skipped: updates that were not applied.
+        seconds: the median time of a step.
+        ended: why it ended early; empty if it did not.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    seconds: float = math.nan
+    ended: str = ""
+
+    @property
+    def final(self) -> float:
+        """The mean loss of the last quarter; nan without one."""
+        last = self.losses[-max(len(self.losses) // 4, 1) :]
+        return statistics.fmean(last) if last and not self.ended else math.nan
+
+
+@dataclass
+class ModeResult:
+    """What one mode has shown. If it cannot run, `why_not` says why, and nothing else is set."""
+
+    mode: str
+    why_not: str = ""
+    loss: float = math.nan
+    loss_error: float = math.nan
+    errors: Errors | None = None
+    modules: dict[str, Errors] = field(default_factory=dict)
+    worst: str = ""
+    scale: float = 1.0
+    overflows: int = 0
+    lost_updates: float = 0.0
+    seconds: float = math.nan
+    memory: int = 0
+    race: Race | None = None
+
+
+@dataclass
+class Comparison:
+    """All modes against a reference. `recommended` is empty if no mode can be recommended; `reasons` says why."""
+
+    reference: str
+    steps: int
+    ids: tuple[str, ...]
+    lr: float
+    results: list[ModeResult]
+    recommended: str = ""
+    reasons: list[str] = field(default_factory=list)
+
+
+def compare(config: RunConfig, world: World, reference: str = "fp32", steps: int = 20) -> Comparison:
+    """Run a few micro-batches, and a race of some steps, in each precision mode.
+
+    Raises:
+        UserError: the device or the model cannot run the reference.
+    """
+    config = quiet(config)
+    config.adapter = replace(config.adapter, dropout=0.0)
+    truth, loss, ids = _reference(in_mode(config, "fp32"), world, reference)
+    results = [_result(config, mode, world, truth, loss, steps) for mode in MODES]
+    made = Comparison(reference, steps, ids, config.optim.lr, results)
+    made.recommended, made.reasons = recommend(results)
+    return made
+
+
+def in_mode(config: RunConfig, mode: str) -> RunConfig:
+    """Return a config with another precision mode and no fallback. The mode of the config keeps its own settings."""
+    own = config.precision
+    if own.mode == mode:
+        return replace(config, precision=replace(own, fallback=[]))
+    scale = own.loss_scale if mode in SCALED else LossScaleConfig()
+    other = replace(own, mode=mode, fallback=[], trainable_dtype="auto", masters="fp32", loss_scale=scale)  # type: ignore[arg-type]
+    return replace(config, precision=other)
+
+
+def _reference(config: RunConfig, world: World, name: str) -> tuple[dict[str, Tensor], float, tuple[str, ...]]:
+    """Return the gradients and the loss that all modes are compared with, and the samples."""
+    if name == "fp64" and world.device.type == "mps":
+        raise UserError("--reference is fp64, which this Apple GPU does not compute: use --reference fp32 --device cpu")
+    ready = build_ready(config, world)
+    ready.module.eval()
+    batches = _batches(ready)
+    if name == "fp64":
+        ready.module.double()
+        batches = [_in_double(batch) for batch in batches]
+    try:
+        losses = [float(backward(ready, batch, 1.0)) for batch in batches]
+    except (RuntimeError, TypeError) as error:
+        if name == "fp64" and is_lacking(error):
+            raise UserError(f"the model does not compute in float64 ({error}): use --reference fp32") from error
+        raise
+    found = {key: value.detach().cpu() for key, value in gradients_of(ready).items()}
+    if not found or not all(bool(value.isfinite().all()) for value in found.values()):
+        raise TrainingError(f"the gradients are not finite in {name}: `rawloop doctor` searches for the cause")
+    return found, statistics.fmean(losses), tuple(key for batch in batches for key in batch.ids)
+
+
+def _batches(ready: Ready) -> list[Batch]:
+    windows = max(1, min(BATCHES, ready.plan.windows(1)))
+    return [first_batch(ready, window) for window in range(windows)]
+
+
+def _in_double(batch: Batch) -> Batch:
+    given = {name: t.double() if t.is_floating_point() else t for name, t in batch.inputs.items()}
+    return replace(batch, inputs=given)
+
+
+def _result(
+    config: RunConfig, mode: str, world: World, truth: Mapping[str, Tensor], loss: float, steps: int
+) -> ModeResult:
+    result = ModeResult(mode)
+    try:
+        ready = build_ready(in_mode(config, mode), world)
+        _compare_gradients(result, ready, truth, loss)
+        result.lost_updates = share_of_lost_updates(
+            (w.detach() for _, w in ready.policy.named_parameters()), config.optim.lr
+        )
+        if steps:
+            result.race = race(ready, config, steps)
+        if world.device.type == "cuda":
+            result.memory = torch.cuda.max_memory_allocated(world.device)
+    except RawloopError as error:
+        result.why_not = str(error)
+    except torch.OutOfMemoryError as error:
+        result.why_not = f"it does not fit into memory: {str(error).splitlines()[0]}"
+    ready = None  # type: ignore[assignment]
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
+    return result
+
+
+def _compare_gradients(result: ModeResult, ready: Ready, truth: Mapping[str, Tensor], loss: float) -> None:
+    """Run the batches, at a loss scale that is halved until the gradients are finite."""
+    ready.module.eval()
+    batches, scaler = _batches(ready), ready.policy.scaler
+    result.scale = scaler.scale if scaler else 1.0
+    while True:
+        start = time.perf_counter()
+        losses = [float(backward(ready, batch, result.scale)) for batch in batches]
+        result.seconds = (time.perf_counter() - start) / len(batches)
+        found = gradients_of(ready)
+        finite = all(bool(value.isfinite().all()) for value in found.values())
+        if finite or scaler is None or result.scale <= scaler.config.floor:
+            break
+        result.overflows += 1
+        result.scale /= 2
+        ready.policy.zero_grad()
+    result.loss = statistics.fmean(losses)
+    result.loss_error = abs(result.loss - loss) / max(abs(loss), 1e-12)
+    if finite:
+        _judge(result, {name: value.cpu().to(truth[name].dtype) / result.scale for name, value in found.items()}, truth)
+    else:
+        result.worst = next(name for name, value in found.items() if not bool(value.isfinite().all()))
+    ready.policy.zero_grad()
+
+
+def _judge(result: ModeResult, found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+    sums = {name: _sums(found[name], truth[name]) for name in truth if name in found}
+    result.errors = _errors(sums.values())
+    modules: dict[str, list[list[float]]] = {}
+    for name, each in sums.items():
+        modules.setdefault(name.rpartition(".")[0], []).append(each)
+    result.modules = {name: _errors(each) for name, each in modules.items()}
+    total = sum(each[1] for each in sums.values())
+    sizes = {name: sum(each[1] for each in parts) for name, parts in modules.items()}
+    large = [name for name in modules if sizes[name] > SMALL**2 * total]
+    result.worst = max(large, key=lambda name: result.modules[name].relative, default="")
+    if not result.errors.relative:  # the reference itself
+        result.worst = ""
+
+
+def _sums(one: Tensor, other: Tensor) -> list[float]:
+    """Return sums of squares (difference, reference, mode), the product, and counts of zeros, flips and values."""
+    a, b = one.double(), other.double()
+    there = b != 0
+    zeros, flips = ((a == 0) & there).sum(), (a * b < 0).sum()
+    sums = [(a - b).square().sum(), b.square().sum(), a.square().sum(), (a * b).sum(), zeros, flips, there.sum()]
+    values: list[float] = torch.stack([each.double() for each in sums]).tolist()
+    return values
+
+
+def _errors(parts: Iterable[Sequence[float]]) -> Errors:
+    difference, truth, own, product, zeros, flips, count = (sum(column) for column in zip(*parts, strict=True))
+    size = math.sqrt(truth * own)
+    return Errors(
+        math.sqrt(difference / truth) if truth else (math.inf if difference else 0.0),
+        product / size if size else 0.0,
+        zeros / max(count, 1),
+        flips / max(count, 1),
+    )
+
+
+def race(ready: Ready, config: RunConfig, steps: int) -> Race:
+    """Train some steps of one micro-batch each, from the weights as they are."""
+    policy, made = ready.policy, Race()
+    optimizer = build_optimizer(policy.named_parameters(), config.optim)
+    policy.adopt(optimizer)
+    ready.module.train()
+    seed_all(config.seed, 0)
+    plan = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 4))
+    seconds = []
+    for step in range(steps):
+        batch = first_batch(ready, step)
+        start = time.perf_counter()
+        set_lr(optimizer, lr_at(step, steps, plan))
+        again = pass_of(ready, batch, 1.0)
+        loss = again(again.inputs)
+        policy.backward(loss)
+        try:
+            made.skipped += not policy.step(optimizer, max_norm=config.optim.max_norm).applied
+        except TrainingError as error:
+            made.ended = f"step {step}: {error}"
+            break
+        made.losses.append(float(loss.detach()))
+        seconds.append(time.perf_counter() - start)
+    made.seconds = statistics.median(seconds[1:] or seconds or [math.nan])
+    return made
+
+
+def recommend(results: Sequence[ModeResult]) -> tuple[str, list[str]]:
+    """Return the recommended mode, and what speaks for or against each; the mode is empty if none is good.
+
+    Of the modes whose gradients and race are good, it is the fastest. Among equally fast ones it is the one of the
+    larger range: fp32, bf16, amp_fp16, native_fp16.
+    """
+    ran = [result for result in results if not result.why_not]
+    truth = next((result for result in ran if result.mode == "fp32"), None)
+    reasons, good = [], []
+    for result in ran:
+        wrong = objection(result, truth)
+        reasons.append(f"{result.mode}: {wrong or numbers(result, truth)}")
+        good += [] if wrong else [result]
+    if not good:
+        return "", reasons
+    fastest = min(pace(result) for result in good)
+    return next(result.mode for result in good if pace(result) <= fastest * (1 + NEAR)), reasons
+
+
+def pace(result: ModeResult) -> float:
+    """Return the seconds of a step, or of a pass without a race."""
+    return result.race.seconds if result.race else result.seconds
+
+
+def objection(result: ModeResult, truth: ModeResult | None) -> str:
+    """Return why a mode that runs cannot be recommended; empty if it can."""
+    own, race, true = result.errors, result.race, truth.race if truth else None
+    if own is None:
+        return f"its gradients are not finite at a loss scale of {result.scale:g}, first in {result.worst}"
+    if own.cosine < LEAST_COSINE:
+        return f"its gradient points elsewhere (cosine {own.cosine:.4f}, worst module {result.worst})"
+    if race and race.ended:
+        return f"its race ended: {race.ended}"
+    if race and race.skipped > len(race.losses) / 4:
+        return f"{race.skipped} of {len(race.losses)} updates of its race were skipped"
+    if race and true and not race.final <= true.final + MOST_SLOWER * abs(true.final):  # so that nan fails too
+        return f"its race ends at a loss of {race.final:.4g}, that of {truth.mode if truth else ''} at {true.final:.4g}"
+    return ""
+
+
+def numbers(result: ModeResult, truth: ModeResult | None) -> str:
+    """Return the numbers that speak for a mode."""
+    assert result.errors is not None
+    words = [f"gradient error {result.errors.relative:.1e}{f', worst {result.worst}' if result.worst else ''}"]
+    if truth and truth is not result:
+        words.append(f"{pace(truth) / pace(result):.2f} times as fast as {truth.mode}")
+    if result.race:
+        words.append(f"race ends at a loss of {result.race.final:.4g}")
+    return ", ".join(words)
