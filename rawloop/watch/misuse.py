@@ -9,6 +9,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from rawloop.errors import first_few
 from rawloop.watch.findings import Cause, Finding, Place, Whose
+from rawloop.watch.reach import without_graph
 from rawloop.watch.subject import Detector, Facts, StepRecord, Subject
 
 
@@ -60,6 +61,8 @@ class Misuse(Detector):
 
 def left_by(subject: Subject, record: StepRecord, error: Exception, line: str) -> Finding:
     """Return the finding for an exception that leaves the block of a step."""
+    if (known := without_graph(error, subject, record, line)) is not None:
+        return known
     text = str(error).partition("\n")[0][:200]
     return _finding(
         subject,

@@ -1,8 +1,6 @@
 """What the loss reaches: parameters without a gradient, gradients that are exactly zero, a loss that stands still."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from os.path import basename, sep
-from traceback import extract_tb
 
 import torch
 from torch import nn
@@ -128,13 +126,13 @@ class Reach(Detector):
             yield finding
 
 
-def explain_backward_error(error: BaseException, subject: Subject, record: StepRecord) -> Finding | None:
-    """Return the finding for the error that `backward` raises on a loss without a graph, or None for another error."""
+def without_graph(error: BaseException, subject: Subject, record: StepRecord, line: str) -> Finding | None:
+    """Return the finding for the error that `backward` raises on a loss without a graph, or None for another error.
+
+    `line` is the line of the user's code that called `backward`.
+    """
     if "does not require grad and does not have a grad_fn" not in str(error):
         return None
-    frames = [frame for frame in extract_tb(error.__traceback__) if f"{sep}torch{sep}" not in frame.filename]
-    user = next((frame for frame in reversed(frames) if f"{sep}rawloop{sep}" not in frame.filename), None)
-    line = f"{basename(user.filename)}:{user.lineno}: {user.line}" if user else ""
     what = "the loss hangs on no trainable parameter: it was detached, made from numbers, or computed under no_grad"
     if not any(p.requires_grad for p in subject.model.parameters()):
         what = "no parameter of the model requires a gradient, so the loss hangs on nothing"

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rawloop.watch.findings import Finding
-from rawloop.watch.reach import Reach, dead_block, explain_backward_error
+from rawloop.watch.reach import Reach, dead_block, without_graph
 from rawloop.watch.subject import StepRecord, Subject
 from rawloop.watch.unreached import whole_group
+from rawloop.watch.watch import Watch
 from tests.watch.loops import WORDS, Model, mean_loss, watched
 
 
@@ -115,15 +116,14 @@ def test_a_gradient_of_exactly_zero_is_told_at_the_second_step(loss: Any, whose:
 
 def test_a_loss_without_a_graph_names_the_line_of_backward() -> None:
     model = Model()
-    with pytest.raises(RuntimeError) as raised:
+    watch = Watch(model, detectors=[], say=lambda text: None)
+    with pytest.raises(RuntimeError), watch, watch.step():
         mean_loss(model, torch.ones(1, 3, dtype=torch.long), 0).detach().backward()  # type: ignore[no-untyped-call]
-    subject = Subject(model, [], None, model.named_parameters)
-    found = explain_backward_error(raised.value, subject, StepRecord(3))
-    assert found is not None
-    assert (found.kind, found.step) == ("loss_without_graph", 3)
+    (found,) = watch.findings
+    assert (found.kind, found.cause.whose) == ("loss_without_graph", "loss")
     assert "test_reach.py" in found.cause.place.expression
     assert ".detach().backward()" in found.cause.place.expression
-    assert explain_backward_error(RuntimeError("out of memory"), subject, StepRecord(3)) is None
+    assert without_graph(RuntimeError("out of memory"), watch.subject, StepRecord(3), "") is None
 
 
 def test_a_model_that_trains_nothing_is_told_before_the_first_step() -> None:
