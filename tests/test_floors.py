@@ -77,7 +77,7 @@ FLOORS = (
             "replayed",
             "build",
             "precision_probe",
-            "precision_compare",
+            "precision_race",
         ),
     ),
     ("door", ("cli", "__main__", "__init__")),

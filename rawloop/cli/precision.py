@@ -13,8 +13,8 @@ from rawloop.diagnose.shared import table
 from rawloop.dist import open_world
 from rawloop.errors import UserError, nearest
 from rawloop.files import in_words, replace_file
-from rawloop.precision_compare import Comparison, ModeResult, compare, pace
 from rawloop.precision_probe import Probe, Range, probe
+from rawloop.precision_race import Comparison, ModeResult, compare, pace
 from rawloop.records import json_value
 from rawloop.watch.measure import FLUSHED, LOWEST, SUBNORMAL, Exponents
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from rawloop.cli.precision import compare_lines, histogram, write_html
-from rawloop.precision_compare import Comparison, Errors, ModeResult, Race, recommend
+from rawloop.precision_race import Comparison, Errors, ModeResult, Race, recommend
 from rawloop.watch.measure import Readings
 
 Door = Callable[..., Any]
@@ -63,7 +63,7 @@ def test_a_probe_in_fp16_says_what_it_cannot_see(door: Door, config: Path) -> No
 def test_the_modes_are_compared_and_one_is_recommended(
     door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rawloop.precision_compare.MODES", ("fp32", "bf16"))  # each loads the model again
+    monkeypatch.setattr("rawloop.precision_race.MODES", ("fp32", "bf16"))  # each loads the model again
     file = tmp_path / "compare.json"
     options = ("--reference", "fp64", "--steps", "1", "--train.batch_size", "1", "--json", file)
     done = door("precision", "compare", "--config", config, *options)
