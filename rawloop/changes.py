@@ -19,7 +19,7 @@ from typing import Any
 
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.audio import segment_of
-from rawloop.checkpoint.reader import installed_versions, stored_part
+from rawloop.checkpoint.reader import stored_part
 from rawloop.config import RunConfig
 from rawloop.contracts import Family, Sample
 from rawloop.data.codes import CodeCache
@@ -27,6 +27,7 @@ from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families import reading_of, source_of
 from rawloop.files import sha256_files, sketch_file
+from rawloop.versions import installed_versions
 
 WORLD_SIZE = "world_size"  # not a key of the config, but compared like one
 PART = "config"  # the part of a checkpoint

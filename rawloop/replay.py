@@ -36,7 +36,7 @@ class Replay:
         facts: the capsule's manifest.
         subject: the model and what belongs to it.
         passes: of the window.
-        losses: the recorded loss of each pass before scaling; None if it did not come to it.
+        roots: where each backward pass started, as it was recorded, multiplied by the loss scale; None if it was not.
         buffers: the moving buffers.
         before: their values before the window.
         exact: whether the weights are those that the step started from.
@@ -45,7 +45,7 @@ class Replay:
     facts: dict[str, Any]
     subject: Subject
     passes: list[Pass]
-    losses: list[Tensor | None]
+    roots: list[Tensor | None]
     buffers: MovingBuffers | None = None
     before: Sequence[Tensor] = ()
     exact: bool = True
@@ -93,7 +93,7 @@ def load_run(path: Path, facts: dict[str, Any], mode: str | None, world: World, 
     torch.set_num_threads(facts["threads"])  # sums on the CPU depend on it
     kept, stored = state("weights"), state("passes")
     if stored is None:
-        raise UserError(f"the capsule {path} has no batches to replay: {_left_out(facts)}")
+        raise UserError(f"the capsule {path} has no batches to replay: {left_out(facts)}")
     family = build_family(config)
     slot = Path(facts["follows"]) if kept is None and facts["follows"] else None
     policy_state = _policy_state(kept, slot)
@@ -105,7 +105,7 @@ def load_run(path: Path, facts: dict[str, Any], mode: str | None, world: World, 
     exact = _load_weights(kept, slot, policy_state, model, policy, family, facts, say)
     module = LossModule(model, family.losses).train()
     buffers, before = _buffers(model, kept, facts)
-    passes, losses = [], []
+    passes, roots = [], []
     for one in stored["passes"]:
         batch = batch_from(one["batch"])
         scale = facts["scale"] if same_mode else 1.0
@@ -113,12 +113,13 @@ def load_run(path: Path, facts: dict[str, Any], mode: str | None, world: World, 
             module, policy, family.stream_weights, facts["targets"], facts["world_size"], scale, batch.to(policy.device)
         )
         passes.append(Pass(again.inputs, again, one["rng"], tuple(batch.ids), scale))
-        losses.append(one["loss"])
+        roots.append(None if one["loss"] is None else one["loss"].float() * scale)
     subject = Subject(model, [], policy.scaler, policy.named_parameters, world, config.watch)
-    return Replay(facts, subject, passes, losses, buffers, before, exact)
+    return Replay(facts, subject, passes, roots, buffers, before, exact)
 
 
-def _left_out(facts: Mapping[str, Any]) -> str:
+def left_out(facts: Mapping[str, Any]) -> str:
+    """Return what a capsule does not have, and why."""
     return "; ".join(f"{name} left out: {why}" for name, why in facts["left_out"].items()) or "nothing was left out"
 
 
@@ -145,7 +146,7 @@ def _load_weights(
         return True
     if slot is None or not slot.is_dir():
         at = f"it follows {slot}, which is not there" if slot else "no checkpoint was written before it"
-        say(f"the capsule has no trained weights ({_left_out(facts)}; {at}): the base model's are taken")
+        say(f"the capsule has no trained weights ({left_out(facts)}; {at}): the base model's are taken")
         return False
     files = ModelFiles(model, family.load_model)
     files.load(slot / files.folder)
@@ -179,18 +180,3 @@ def _buffers(model: nn.Module, kept: Any, facts: Mapping[str, Any]) -> tuple[Mov
     if not found:
         return None, []
     return MovingBuffers(model, list(found), twice=facts["moves_twice"]), list(found.values())
-
-
-def load(path: Path, facts: dict[str, Any], mode: str | None, model: str | None, world: World, say: Say) -> Replay:
-    """Load a capsule of a run or of a foreign loop; see `load_run`.
-
-    Raises:
-        UserError: `model` is missing, or does not fit the kind of capsule.
-    """
-    if facts["kind"] == "run":
-        if model is not None:
-            raise UserError(
-                "--model is for capsules of foreign loops: this one is of a run, whose config names the model"
-            )
-        return load_run(path, facts, mode, world, say)
-    raise UserError(f"{path} is a capsule of kind '{facts['kind']}', which this version of rawloop cannot replay")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rawloop.checkpoint.reader import changed_versions, installed_versions
 from rawloop.errors import first_few
 from rawloop.replay import Replay
+from rawloop.versions import changed_versions, installed_versions
 from rawloop.watch.nest import map_tensors
 from rawloop.watch.rerun import Rerun, digest, digests
 from rawloop.watch.tracer import trace
@@ -19,18 +19,19 @@ from rawloop.watch.tracer import trace
 def compared(replay: Replay, again: Rerun) -> list[str]:
     """Return lines that say whether losses and gradients are those that were recorded, bit for bit, or how far off."""
     lines, equal = [], True
-    for number, (one, loss, root) in enumerate(zip(replay.passes, replay.losses, again.roots, strict=True), start=1):
+    for number, (one, then, root) in enumerate(zip(replay.passes, replay.roots, again.roots, strict=True), start=1):
         name = f"pass {number} of {len(replay.passes)} ({', '.join(one.ids)})"
-        now = root.float() / one.scale
-        if loss is None:
-            lines.append(f"{name}: loss {now.item():.9g}; it was not recorded")
+        now = root.item() / one.scale
+        if then is None:
+            lines.append(f"{name}: loss {now:.9g}; it was not recorded")
             continue
-        then = loss.to(now.device).float()
-        same = digest(then * one.scale) == digest(root)
+        same, before = digest(then) == digest(root), then.item() / one.scale
         equal = equal and same
-        off = "equal bit for bit" if same else f"off by {_off(now.item(), then.item())}"
-        lines.append(f"{name}: loss {then.item():.9g} then, {now.item():.9g} now: {off}")
+        off = "equal bit for bit" if same else f"off by {_off(now, before)}"
+        lines.append(f"{name}: loss {before:.9g} then, {now:.9g} now: {off}")
     gradients = recorded_gradients(replay.facts)
+    if not replay.passes:
+        return [f"nothing can run again: {replay.facts.get('why_no_passes') or 'no backward pass was recorded'}"]
     if not gradients:
         return [*lines, "gradients: none were recorded"]
     left = replay.facts["left_on_gradients"] if "own_gradients" not in replay.facts else replay.facts["scale"]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rawloop.checkpoint.reader import installed_versions
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch
 from rawloop.dist import unwrap_ddp
@@ -27,6 +26,7 @@ from rawloop.records import json_value, to_stderr
 from rawloop.run import Run
 from rawloop.seed import RngCapture
 from rawloop.told import mended, spiked
+from rawloop.versions import installed_versions
 from rawloop.waiting import is_lost_rank
 from rawloop.watch.capsule import Capsules
 from rawloop.watch.detectors import all_detectors

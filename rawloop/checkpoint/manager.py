@@ -19,7 +19,7 @@ from rawloop.checkpoint import placing
 from rawloop.checkpoint.best import BestRecord
 from rawloop.checkpoint.config import CheckpointConfig as CheckpointConfig
 from rawloop.checkpoint.parts import Parts
-from rawloop.checkpoint.reader import Restored, changed_versions, choose, installed_versions, restore_parts
+from rawloop.checkpoint.reader import Restored, choose, restore_parts
 from rawloop.checkpoint.run_folder import RunLock, hold_lock
 from rawloop.checkpoint.slots import CHECKPOINTS, best_record, find_slots, slot_name, step_of
 from rawloop.checkpoint.writer import Capture, Save, save_slot
@@ -28,6 +28,7 @@ from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.files import readable, sync
 from rawloop.records import Records
+from rawloop.versions import changed_versions, installed_versions
 
 
 class CheckpointManager:

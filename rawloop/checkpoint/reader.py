@@ -1,7 +1,6 @@
 """Chooses the checkpoint to restore, the same on all ranks, and restores it."""
 
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,20 +170,3 @@ def _restore(slot: Path, manifest: Manifest, parts: Parts, turn: int, world: Wor
         names = ", ".join(parts.per_rank)
         reason = f"this rank has no stored state of {names} and starts afresh: {manifest.world_size} rank(s) wrote it"
         records.event("restore", step=manifest.step, reason=reason)
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that write a checkpoint; None if one is not installed as a package."""
-    found: dict[str, str | None] = {}
-    for name in ("rawloop", "torch", "transformers", "peft", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def changed_versions(then: dict[str, str | None], now: dict[str, str | None]) -> str:
-    """Return a clause that names the packages with another version than when the checkpoint was written."""
-    changed = [f"{name} {then.get(name)} then, {here} now" for name, here in now.items() if then.get(name) != here]
-    return f" ({'; '.join(changed)})" if changed else ""

@@ -11,7 +11,8 @@ from rawloop.dist import open_world
 from rawloop.errors import UserError
 from rawloop.parser import Parser
 from rawloop.precision.modes import MODES
-from rawloop.replay import Replay, load
+from rawloop.replay import Replay
+from rawloop.replay_loop import load
 from rawloop.replayed import compared, narrowed
 from rawloop.watch.capsule import read_facts
 

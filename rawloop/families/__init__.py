@@ -72,8 +72,30 @@ def _own_family(path: str, config: ModelConfig) -> "Family":
     """
     from rawloop.contracts import Family, has
 
-    module_name, _, class_name = path.partition(":")
     asked = f"model.family is '{path}', which"
+    found = imported(path, "model.family")
+    module_name = path.partition(":")[0]
+    try:
+        family = found(config)
+    except RawloopError:
+        raise
+    except Exception as error:
+        raise UserError(f"{asked} cannot be made from model's config: {_in_one_line(error, module_name)}") from error
+    lacking = [name for name in Family.__annotations__ if not hasattr(family, name)]
+    lacking += [name for name in REQUIRED if not has(family, name)]
+    if lacking:
+        raise UserError(f"{asked} lacks {', '.join(lacking)}: see rawloop.contracts.Family and docs/families.md")
+    return cast(Family, family)
+
+
+def imported(path: str, key: str) -> Any:
+    """Import what `package.module:name` names.
+
+    Raises:
+        UserError: it cannot be imported, or the module has no such name; `key` says where the path was given.
+    """
+    module_name, _, class_name = path.partition(":")
+    asked = f"{key} is '{path}', which"
     # `python -m` and torchrun search the working folder; an installed script such as `rawloop` does not.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -89,18 +111,8 @@ def _own_family(path: str, config: ModelConfig) -> "Family":
         raise UserError(f"{asked} cannot be imported: {reason}") from error
     if not hasattr(module, class_name):
         near = nearest(class_name, vars(module))
-        raise UserError(f"model.family is '{path}', and {module.__file__} has no {class_name}{near}")
-    try:
-        family = getattr(module, class_name)(config)
-    except RawloopError:
-        raise
-    except Exception as error:
-        raise UserError(f"{asked} cannot be made from model's config: {_in_one_line(error, module_name)}") from error
-    lacking = [name for name in Family.__annotations__ if not hasattr(family, name)]
-    lacking += [name for name in REQUIRED if not has(family, name)]
-    if lacking:
-        raise UserError(f"{asked} lacks {', '.join(lacking)}: see rawloop.contracts.Family and docs/families.md")
-    return cast(Family, family)
+        raise UserError(f"{key} is '{path}', and {module.__file__} has no {class_name}{near}")
+    return getattr(module, class_name)
 
 
 def _in_one_line(error: Exception, module_name: str) -> str:

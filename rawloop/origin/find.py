@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rawloop.buffers import untouched
 from rawloop.origin.backward import Nodes, nodes_below, recomputes
@@ -64,10 +65,14 @@ class Origin:
 
 
 def damaged(model: nn.Module) -> Damage | None:
-    """Return the first weight or buffer that is not finite. Buffers may contain -inf, as masks do."""
+    """Return the first weight or buffer that is not finite. Buffers may contain -inf, as masks do.
+
+    The running statistics of a norm in training mode are results, and do not count.
+    """
+    results = {id(b) for m in model.modules() if isinstance(m, _NormBase) and m.training for b in m.buffers()}
     for kind, named in (("weight", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
-            if "original_module." in name or not tensor.is_floating_point() or tensor.is_meta:
+            if "original_module." in name or id(tensor) in results or not tensor.is_floating_point() or tensor.is_meta:
                 continue  # PEFT keeps the originals of modules_to_save without using them
             value = tensor.detach()
             wrong = ~value.isfinite() if kind == "weight" else value.isnan() | (value == math.inf)

@@ -25,6 +25,7 @@ from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
 from rawloop.watch.findings import Finding, Findings
 from rawloop.watch.hooks import Hooks
+from rawloop.watch.keeping import Keeper
 from rawloop.watch.misuse import left_by, without_backward
 from rawloop.watch.recorder import Recorder
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
@@ -85,6 +86,7 @@ class Watch:
         self._recorder = Recorder(bare, outsides(model, bare), self._called, self._backward)
         self._hooks = Hooks(self.subject, self._recorder, lambda: self.record.facts, self._before, self._after)
         self._replays: deque[tuple[Replay, tuple[str, ...], bool]] = deque(maxlen=MOST_PASSES)
+        self._keeper = Keeper(self.subject, self.out) if self.out is not None else None
         self._contexts = ExitStack()
         self._left = self._began = time.perf_counter()
         self._step = self._streak = self._traces = self._measured = 0
@@ -161,12 +163,15 @@ class Watch:
                 self._streak = 0
             else:
                 self._trace()
+            self._keep()
 
     def end(self) -> None:
         """Look at a step after its update, or after the decision to skip it, and count it."""
         record = self.record
         record.seconds = record.seconds or time.perf_counter() - self._began
         self._look(lambda detector: detector.end(self.subject, record))
+        if self._keeper is not None:
+            self._keeper.ended(record)
         self._left = time.perf_counter()
         self._step += record.applied is not False
         self._replays.clear()
@@ -179,6 +184,13 @@ class Watch:
         if self._streak <= 2 and self._traces < 4 + self._step // 500:
             self._traces += 1
             self._add(trace(self.subject, self.record))
+
+    def _keep(self, failed: bool = False) -> None:
+        """Write a capsule if an alarm asks for one. The weights are those before the update."""
+        if self._keeper is not None and self._keeper.why:
+            roots = [root for root, _ in self._hooks.losses]
+            if line := self._keeper.keep(self.record, self.findings.alarms, roots, failed):
+                self.say(line)
 
     def _called(self, training: bool) -> None:
         self.record.facts.calls += 1
@@ -203,13 +215,17 @@ class Watch:
         loss, norm, scale = self._hooks.measure()
         has_scale = record.facts.scaled > 0 and not record.facts.unscaled
         self.measured(loss if record.facts.backwards else None, norm, scale if has_scale else 1.0, record.applied)
+        self._take_passes(scale)
+        self.before_update()
+
+    def _take_passes(self, scale: float) -> None:
+        record = self.record
         record.passes = []
         for replay, ids, scaled in self._replays:
             if reason := replay.why_not():
                 record.why_no_passes = reason
             else:
                 record.passes.append(Pass(replay.inputs, replay, replay.rng, ids, scale if scaled else 1.0))
-        self.before_update()
 
     def _after(self, applied: bool) -> None:
         self.record.applied = applied or bool(self.record.applied)
@@ -226,6 +242,8 @@ class Watch:
                 self.out.mkdir(parents=True, exist_ok=True)
                 with (self.out / FINDINGS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(json_value(finding.as_json()), allow_nan=False) + "\n")
+            if self._keeper is not None:
+                self._keeper.found(finding)
             if not finding.ordinary:
                 self.say(fill(finding.text(), 120))
 
@@ -252,6 +270,8 @@ class Block:
         with self._contexts:
             if isinstance(error, Exception):
                 watch._add([left_by(watch.subject, record, error, str(recorder.line_of(traceback)))])
+                if record.applied is None:
+                    watch._keep(failed=True)
             elif recorder.calls and record.facts.backwards == self._before and record.applied is None:
                 self._without_backward()
         record.seconds = (record.seconds or 0.0) + time.perf_counter() - watch._began
@@ -270,4 +290,5 @@ class Block:
             record.loss, record.passes = value, [Pass(replay.inputs, replay, replay.rng, record.ids)]
             with watch._recorder.silent(), torch.enable_grad():
                 watch._trace()
+                watch._keep()
             record.loss, record.passes = before

@@ -1,0 +1,150 @@
+"""Capsules of foreign loops: kept by a watch, and replayed bit for bit on the model that a function builds."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from rawloop.cli.replay import run as replay_command
+from rawloop.errors import RawloopError
+from rawloop.watch.capsule import read_facts
+from rawloop.watch.config import WatchConfig
+from rawloop.watch.findings import Cause, Finding
+from rawloop.watch.subject import Detector, StepRecord, Subject
+from rawloop.watch.watch import Watch
+
+BUILDER = """
+from torch import nn
+
+def build():
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1))
+    model[4].bias.requires_grad_(False).zero_()
+    return model
+
+def other():
+    return nn.Linear(3, 1)
+
+def none():
+    return None
+"""
+
+
+def build() -> nn.Sequential:
+    space: dict[str, Any] = {}
+    exec(BUILDER, space)
+    model: nn.Sequential = space["build"]()
+    return model
+
+
+class Alarmist(Detector):
+    """Finds something in the gradients of one step."""
+
+    def gradients(self, subject: Subject, record: StepRecord) -> list[Finding]:
+        wrong = Finding("test", "something is wrong", (Cause("model", "the test says so"),), record.step)
+        return [wrong] if record.step == 2 else []
+
+
+def loop(folder: Path, *, autocast: bool = False, poison: int = -1, detectors: Any = None, break_at: int = -1) -> Path:
+    """Train in a loop of one's own, with accumulation and dropout, under watch."""
+    torch.manual_seed(0)
+    model = build()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    config = WatchConfig()
+    with Watch(model, optimizer, out=folder, config=config, detectors=detectors, say=lambda text: None) as watch:
+        for step in range(4):
+            for half in range(2):
+                x, y = torch.randn(4, 3), torch.randn(4, 1)
+                if (step, half) == (poison, 1):
+                    x[2, 1] = math.nan
+                with watch.step({"x": x, "y": y}, ids=[f"s{step}-{half}-{row}" for row in range(4)]):
+                    if step == break_at:
+                        raise RuntimeError("a kernel failed")
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        loss = mse_loss(model(x).float(), y) / 2
+                    torch.autograd.backward(loss)
+                    if half:
+                        optimizer.step()
+                        optimizer.zero_grad()
+            if step == poison:
+                break
+    return folder / "capsules" / f"step-{2 if poison < 0 else poison:08d}-rank0"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module with functions that build models, in the working folder."""
+    (tmp_path / "my_models.py").write_text(BUILDER)
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield "my_models"
+    sys.path[:] = path
+    sys.modules.pop("my_models", None)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loop_of_ones_own_is_replayed_bit_for_bit(tmp_path: Path, module: str, autocast: bool, capsys: Any) -> None:
+    path = loop(tmp_path / "out", autocast=autocast, detectors=[Alarmist()])
+    facts = read_facts(path)
+    assert (facts["kind"], facts["step"], facts["why"]) == ("loop", 2, "finding test: something is wrong")
+    assert [kept["step"] for kept in facts["history"]] == [0, 1]
+    replay_command([str(path), "--model", f"{module}:build", "--device", "cpu", "--bisect"])
+    out = capsys.readouterr().out
+    assert out.count("equal bit for bit") == 3
+    assert "the replay is equal, bit for bit" in out
+    assert "s2-1-" in out
+
+
+def test_a_fresh_process_names_the_sample(tmp_path: Path, module: str, run_cli: Callable[..., Any]) -> None:
+    path = loop(tmp_path / "out", poison=1)
+    done = run_cli("replay", path, "--model", f"{module}:build", "--bisect", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "s1-1-2" in done.stdout
+    assert "'x' contains NaN" in " ".join(done.stdout.split())
+
+
+def test_a_crash_keeps_the_batch(tmp_path: Path, module: str, capsys: Any) -> None:
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        loop(tmp_path / "out", break_at=2)
+    path = tmp_path / "out" / "capsules" / "step-00000002-rank0"
+    replay_command([str(path), "--model", f"{module}:build", "--device", "cpu"])
+    assert "nothing can run again" in capsys.readouterr().out
+
+
+def test_another_model_is_refused(tmp_path: Path, module: str) -> None:
+    path = loop(tmp_path / "out", detectors=[Alarmist()])
+
+    def said(*options: str) -> str:
+        with pytest.raises(RawloopError) as caught:
+            replay_command([str(path), "--device", "cpu", *options])
+        return f"{caught.value.exit_code} {caught.value}"
+
+    assert "2 " in said()
+    assert "name the function that builds its model (Sequential), with --model package.module:function" in said()
+    assert "is not that of the loop: the weight 0.weight was (8, 3) torch.float32, and is none" in said(
+        "--model", f"{module}:other"
+    )
+    assert "returned a NoneType" in said("--model", f"{module}:none")
+    assert "has no biuld (did you mean 'build'?)" in said("--model", f"{module}:biuld")
+    assert "dtypes are the loop's own" in said("--model", f"{module}:build", "--precision", "bf16")
+    (tmp_path / "my_models.py").write_text(BUILDER.replace("zero_()", "fill_(1.0)"))
+    sys.modules.pop(module)
+    assert "1 frozen weights of --model my_models:build are not those of the loop (4.bias)" in said(
+        "--model", f"{module}:build"
+    )
+
+
+def test_tensors_of_no_use_are_no_reason_to_fail(tmp_path: Path) -> None:
+    model = build()
+
+    def shown(x: Tensor) -> Tensor:
+        return x
+
+    with Watch(model, out=tmp_path, detectors=[Alarmist()], say=lambda text: None) as watch, watch.step(object()):
+        model(shown(torch.randn(4, 3))).sum().backward()
+    assert not (tmp_path / "capsules").exists()
