@@ -125,7 +125,6 @@ class Seen:
         amounts: of the modules' outputs and their gradients, by (`forward` or `backward`, module).
         gradients: of the trainable parameters, by name; None for one without a gradient.
         complete: whether the gradients were measured: they are not in a skipped step.
-        unchanged: whether they were as backward had left them, and not clipped or divided by an update.
         loss_scale: the scale of the loss.
         left: the scale that is left on the parameters' gradients; 1 after `unscale_`.
         zero_weights: the trainable parameters that are zero in every value, as LoRA's B is at the start.
@@ -136,15 +135,14 @@ class Seen:
     amounts: dict[tuple[str, str], Amounts] = field(default_factory=dict)
     gradients: dict[str, GradientAmounts | None] = field(default_factory=dict)
     complete: bool = False
-    unchanged: bool = False
     loss_scale: float = 1.0
     left: float = 1.0
     zero_weights: tuple[str, ...] = ()
 
     @property
     def fp16(self) -> bool:
-        """Whether the model computes in FP16 somewhere on the way to the loss, and the gradients tell of it."""
-        return self.unchanged and any(call.dtype is torch.float16 and call.with_grad for call in self.calls.values())
+        """Whether the model computes in FP16 somewhere on the way to the loss."""
+        return any(call.dtype is torch.float16 and call.with_grad for call in self.calls.values())
 
     @property
     def bits(self) -> int:
@@ -201,7 +199,6 @@ class Look:
             record.step,
             gradients={name: grad if isinstance(grad, GradientAmounts) else None for name, grad in grads.items()},
             complete=True,
-            unchanged=record.applied is None,
             loss_scale=subject.loss_scale() if subject.is_scaled else record.scale,
             left=record.scale,
             zero_weights=tuple(n for (kind, n), a in read.items() if kind == "weight" and a.lowest == a.highest == 0),

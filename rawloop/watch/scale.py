@@ -79,6 +79,7 @@ class LossScale(Detector):
         self._history = [*self._history[-7:], scale]
         evidence: dict[str, float | int | str] = {
             "scale": scale,
+            "floor": getattr(getattr(subject.scaler, "config", None), "floor", "none"),
             "first scale": self._first,
             "last scales": " ".join(f"{value:g}" for value in self._history),
             "skips in a row": self._in_a_row,

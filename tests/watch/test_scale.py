@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.watch.findings import Finding, Findings
 from rawloop.watch.scale import LossScale
 from rawloop.watch.subject import StepRecord, Subject
@@ -107,3 +109,21 @@ def test_without_fp16_no_scale_is_needed(dtype: torch.dtype | None) -> None:
 def test_an_ordinary_scaler_is_quiet() -> None:
     scaler = torch.amp.GradScaler("cpu")
     assert watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, every=1) == []
+
+
+@pytest.mark.parametrize(("init", "kind"), [(2.0**15, None), (1.0, "scale_too_low")])
+def test_a_scale_of_rawloops_own_policy_is_judged(init: float, kind: str | None) -> None:
+    model = Model()
+    policy = PrecisionPolicy(PrecisionConfig("amp_fp16", loss_scale=LossScaleConfig(init=init)), "cpu")
+    policy.prepare(model)
+    detector, record = LossScale(), StepRecord(0, probing=True)
+    subject = Subject(model, [], policy.scaler, policy.named_parameters)
+    list(detector.start(subject))
+    list(detector.batch(subject, record))
+    ids = torch.randint(29, (2, 9), generator=torch.Generator().manual_seed(0))
+    with policy.autocast():
+        loss = tiny(model, ids, 0)
+    policy.backward(loss)
+    record.scale = init
+    list(detector.gradients(subject, record))
+    assert [finding.kind for finding in detector.end(subject, record)] == ([kind] if kind else [])
