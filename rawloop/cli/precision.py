@@ -215,7 +215,7 @@ def _row(result: ModeResult) -> list[object]:
         f"{result.scale:g}",
         result.overflows,
         f"{pace(result):.3g}",
-        f"{race.final:.4f}" if race else "-",
+        f"{race.final:.4g}" if race else "-",
         worst,
     ]
 

@@ -63,7 +63,7 @@ class Cause:
                 [
                     f"[{self.whose}] {self.what} ({self.place}).",
                     f"Evidence: {numbers}." if numbers else "",
-                    f"{self.advice}." if self.advice else "",
+                    f"{self.advice[0].upper()}{self.advice[1:]}." if self.advice else "",
                 ],
             )
         )

@@ -84,7 +84,8 @@ class Jumps(Detector):
     def _follow_loss(self, loss: float, record: StepRecord, subject: Subject) -> Iterator[Finding]:
         history = self._histories["loss"]
         if not math.isfinite(loss):
-            if history.is_known and any(record.step - event.step <= CASCADE for event in self._events):
+            near = [event for event in self._events if record.step - CASCADE <= event.step < record.step]
+            if history.is_known and any(math.isfinite(event.after) for event in near):
                 event = Event("loss", record.step, history.median, loss, record.ids)
                 yield self._jump(event, subject, record.step, f"the loss became {loss} after a jump")
             return

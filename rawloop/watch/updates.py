@@ -93,7 +93,7 @@ class Updates(Detector):
     def _sizes(self, judge: "Judge") -> Iterator[Finding]:
         for place, one in enumerate(judge.sample.held):
             ratio = judge.sample.ratio(place)
-            if one.parameter.ndim < 2 or one.name in self._near_zero or ratio <= TOO_FAST:
+            if one.parameter.ndim < 2 or one.name in self._near_zero or not ratio > TOO_FAST:  # also NaN
                 continue
             self._fast_now.add(one.name)
             if ratio > TOO_FAST_ONCE or one.name in self._fast:
@@ -151,13 +151,13 @@ class Judge:
             return
         if options.get("decoupled_weight_decay", type(sample.held[0].optimizer).__name__ == "AdamW"):
             ratio = sample.lr * wd * (sample.total("weight2") / sample.total("update2")) ** 0.5
-            if ratio <= DECAY:
+            if not ratio > DECAY:  # also NaN
                 return
             what = "weight decay shrinks the weights by more than the gradients move them"
             evidence: Evidence = {"weight_decay": wd, "lr": sample.lr, "decay / update": ratio}
         else:
             rest = (sample.total("pushed2") / sample.total("moment2")) ** 0.5 if sample.total("moment2") else 1.0
-            if rest >= DECAY_OF_MOMENT:
+            if not rest < DECAY_OF_MOMENT:
                 return
             what = "weight decay is added to the gradients before they are normalised, and is most of them"
             evidence = {"weight_decay": wd, "part of the first moment that is not decay": rest}

@@ -4,7 +4,7 @@ from rawloop.watch.findings import Cause, Finding, Findings, Place
 
 
 def nan_in(module: str, step: int = 3) -> Finding:
-    cause = Cause("model", "log of zero", Place("forward", module=module), {"largest": 1.5}, "Clamp it")
+    cause = Cause("model", "log of zero", Place("forward", module=module), {"largest": 1.5}, "clamp it")
     return Finding("not_finite", "the loss is NaN", (cause,), step)
 
 

@@ -109,6 +109,11 @@ def test_a_loss_that_is_not_finite_after_a_jump() -> None:
     assert (found.kind, found.cause.whose, found.step) == ("loss_jumped", "optimizer", 50)
 
 
+def test_a_loss_and_a_norm_that_are_not_finite_are_no_jump() -> None:
+    """The origin tracer tells them."""
+    assert not follow(60, lambda s: math.nan if s >= 50 else falling(s), grad_norm=lambda s: math.nan if s >= 50 else 1)
+
+
 def test_a_slow_divergence() -> None:
     losses: Numbers = lambda step: falling(step) + max(0, step - 200) * 0.01  # noqa: E731
     (found,) = follow(400, losses)

@@ -99,6 +99,12 @@ def test_lora_over_a_bfloat16_base_has_no_findings() -> None:
     assert train(model, optimizer, autocast=True) == []
 
 
+def test_weights_that_are_not_finite_have_no_size_of_updates() -> None:
+    model = Words()
+    nn.init.constant_(model.gate, torch.nan)
+    assert kinds(train(model, torch.optim.AdamW(model.parameters(), 1e-3))) == {"not_finite"}
+
+
 def test_updates_that_bfloat16_loses_are_named_and_masters_keep_them() -> None:
     model = Words().bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, betas=(0.9, 0.95))
