@@ -26,6 +26,7 @@ ddp: find_unused_parameters broadcast_buffers gradient_as_bucket_view static_gra
 evaluation: enabled every batch_size patience
 checkpoint: save_every keep_last keep_every save_at_end asynchronous max_failures
 records: tensorboard wandb wandb_project progress
+watch: enabled every steps capsules capsule_mb spikes max_spikes
 """
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
@@ -97,6 +98,33 @@ def test_two_watched_ranks_train_the_same_bits(
     on, other = run_ranks(trained_by, replace(config, output=str(tmp_path / "on"), watch=WatchConfig(every=1)))
     off, _ = run_ranks(trained_by, replace(config, output=str(tmp_path / "off"), watch=WatchConfig(enabled=False)))
     assert all(torch.equal(on[name], off[name]) and torch.equal(on[name], other[name]) for name in on)
+
+
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_recorder_reads_nothing_from_the_device(base: RunConfig, tmp_path: Path) -> None:
+    counts = []
+    for enabled in (False, True):
+        watch = WatchConfig(enabled=enabled)
+        run = build_run(replace(base, output=str(tmp_path / str(enabled)), watch=watch), World(), lambda line: None)
+        if enabled:
+            assert isinstance(run.watch, RunWatch)
+            run.watch.watch.detectors.clear()
+        with Reads() as reads:
+            train(run)
+        run.close()
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
 
 
 class Poisoned:
