@@ -1,7 +1,7 @@
 """The costly look at a step: hooks on the modules, and the gradients of the parameters. Detectors share it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -192,7 +192,6 @@ class Look:
                 grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
                 rows = readings.add_gradient(name, grad)
                 self.rows[name] = self.rows[name] | rows if name in self.rows else rows
-                readings.add("weight", name, p)
         read = readings.read()
         grads = {name: read.get(("gradient", name)) for name, _ in named}
         self._seen = Seen(
@@ -201,7 +200,7 @@ class Look:
             complete=True,
             loss_scale=subject.loss_scale() if subject.is_scaled else record.scale,
             left=record.scale,
-            zero_weights=tuple(n for (kind, n), a in read.items() if kind == "weight" and a.lowest == a.highest == 0),
+            zero_weights=zero_weights(named),
         )
 
     def seen(self, record: StepRecord) -> Seen | None:
@@ -219,3 +218,13 @@ class Look:
         if self._hooks is not None:
             self._hooks.remove()
         self._hooks = None
+
+
+def zero_weights(named: Sequence[tuple[str, nn.Parameter]]) -> tuple[str, ...]:
+    """Return the parameters with gradients that are zero in every value. Biases, which block nothing, are left out."""
+    chosen = [(name, p.detach()) for name, p in named if p.grad is not None and p.numel() and not name.endswith("bias")]
+    if not chosen:
+        return ()
+    largest = torch._foreach_norm([weight for _, weight in chosen], math.inf)
+    sizes = torch.stack([each.float().to(largest[0].device) for each in largest]).tolist()
+    return tuple(name for (name, _), size in zip(chosen, sizes, strict=True) if size == 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LOWEST, HIGHEST = -149, 128  # exponents of float32: a magnitude in [2^(e-1), 2^e) has the exponent e
-SAMPLE = 2**20  # histograms of larger tensors take an even sample of at most this many values
+SAMPLE = 2**14  # histograms of larger tensors take an even sample of at most this many values
 FLUSHED, SUBNORMAL, LARGEST = -25, -14, 15  # exponents of FP16: 2^15 is the largest power of two
 MOST_FLUSHED = 1e-3  # share of gradients that a good loss scale may flush to zero
 # Magnitudes below 2^e are subnormal in the dtype.
@@ -190,10 +190,11 @@ class Readings:
             return {}
         sizes = [len(vector) for vector in self._vectors]
         device = self._vectors[0].device
-        numbers = iter(torch.cat([vector.to(device) for vector in self._vectors]).tolist())
+        numbers, start = torch.cat([vector.to(device) for vector in self._vectors]).tolist(), 0
         read: dict[tuple[str, str], Amounts] = {}
         for (kind, name, dtype), size in zip(self._keys, sizes, strict=True):
-            low, high, zeros, *counts = [next(numbers) for _ in range(size)]
+            low, high, zeros, *counts = numbers[start : start + size]
+            start += size
             bins = HIGHEST - LOWEST + 1
             exponents, more = Exponents(counts[:bins], zeros), counts[bins:]
             if more:
