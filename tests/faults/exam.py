@@ -7,6 +7,9 @@
 A fault is found if one of the first three alarms gives the right answer to whose fault it is, names the mistake, and
 names the place and the step. The answers stand beside the faults. A control fails with any alarm. More faults are a
 file with a tuple FAULTS, like `first.py`, which FAULTS names here.
+
+The faults and controls of `second*.py` were written without sight of the detectors, and scored once before anything
+was mended for them: 16 of 24 found, 2 of 6 controls with an alarm (2026-11-30). The first half had 26 of 26 by then.
 """
 
 import argparse
@@ -27,11 +30,11 @@ from torch.multiprocessing.spawn import start_processes
 
 from rawloop.dist import World, open_world
 from rawloop.watch.findings import Finding
-from tests.faults import controls, first, first_data, others, runs
+from tests.faults import controls, first, first_data, others, runs, second
 from tests.faults.form import Answer, Control, Fault, best_of_ranks, examine
 
-FAULTS: tuple[Fault, ...] = (*first.FAULTS, *first_data.FAULTS, *runs.FAULTS)
-CONTROLS: tuple[Control, ...] = (*controls.CONTROLS, *runs.CONTROLS)
+FAULTS: tuple[Fault, ...] = (*first.FAULTS, *first_data.FAULTS, *runs.FAULTS, *second.FAULTS)
+CONTROLS: tuple[Control, ...] = (*controls.CONTROLS, *runs.CONTROLS, *second.CONTROLS)
 ALL: tuple[Fault | Control, ...] = (*FAULTS, *CONTROLS)
 CASES = {case.name: case for case in ALL}
 Ranks = Callable[..., list[list[Finding]]]

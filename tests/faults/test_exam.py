@@ -1,6 +1,7 @@
 """The watch passes its exam: faults in loops as people write them are found by cause and place, healthy ones are quiet.
 
 `NOT_FOUND` is exact: a fault that is missed and not on it fails a test, and so does one on it that is found.
+`NOT_QUIET` likewise has the healthy loops with an alarm.
 """
 
 from collections.abc import Callable
@@ -9,13 +10,26 @@ from typing import Any
 import pytest
 
 from rawloop.watch.findings import Cause, Finding, Place
-from tests.faults import first, runs
+from tests.faults import first, runs, second_runs
 from tests.faults.exam import CONTROLS, FAULTS, answer
 from tests.faults.form import Control, Fault, best_of_ranks, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
-NOT_FOUND = frozenset({"the scale collapses"})
-SLOW = frozenset(case.name for case in (*runs.FAULTS[1:], *runs.CONTROLS))  # one run is enough for every change
+NOT_FOUND = frozenset(
+    {
+        "a softmax by hand overflows as its temperature falls",
+        "the moving average is left in the model",
+        "a layer dead by the bias before its ReLU",
+        "padding is a target",
+        "a causal mask that is multiplied",
+        "reading slows down at step 14",
+        "run: gradients are divided by a norm of zero",
+        "run: warm-up to a rate that diverges",
+    }
+)
+NOT_QUIET = frozenset({"a GAN whose losses swing", "a filler row of padding"})
+# one run is enough for every change
+SLOW = frozenset(case.name for case in (*runs.FAULTS[1:], *runs.CONTROLS, *second_runs.FAULTS))
 
 
 def cases(of: tuple[Any, ...]) -> list[Any]:
@@ -36,13 +50,18 @@ def test_a_fault_is_found_by_cause_and_place(fault: Fault, run_ranks: Callable[.
 @pytest.mark.parametrize("control", cases(CONTROLS))
 def test_a_healthy_loop_gives_no_alarm(control: Control, run_ranks: Callable[..., list[Any]]) -> None:
     by_rank = answer(control, run_ranks)
-    assert [finding.text() for findings in by_rank for finding in findings if not finding.ordinary] == []
+    alarms = [finding.text() for findings in by_rank for finding in findings if not finding.ordinary]
+    if control.name in NOT_QUIET:
+        assert alarms != [], f"'{control.name}' is quiet: take it off NOT_QUIET"
+    else:
+        assert alarms == []
 
 
 def test_names_are_unique_and_the_list_of_what_is_not_found_is_one_of_faults() -> None:
     names = [fault.name for fault in FAULTS]
     assert len({*names}) == len(names)
     assert {*names} >= NOT_FOUND
+    assert {control.name for control in CONTROLS} >= NOT_QUIET
 
 
 def test_only_the_right_cause_and_place_among_the_first_alarms_count() -> None:
