@@ -72,8 +72,8 @@ class RunWatch:
         self._tell(run)
 
     def finish(self) -> None:
-        """Look at the end."""
-        if self._run is not None:
+        """Look at the end, unless a rank is lost, for which the device may wait without end."""
+        if self._run is not None and not (self._error is not None and is_lost(self._error)):
             self.watch.finish()
             self._tell(self._run)
 

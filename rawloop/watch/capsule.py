@@ -5,6 +5,7 @@ the digest of every file, and its own digest.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,12 @@ class Capsules:
 
     def has_room(self) -> bool:
         """Whether another capsule may be written: those of earlier starts of the run count."""
-        return len(list(self.folder.glob(f"step-*-rank{self.rank}*"))) < self.config.capsules
+        return len(self._names(r"step-\d+")) < self.config.capsules
+
+    def _names(self, step: str) -> list[str]:
+        """Return the names of this rank's capsules of a step, given as a regular expression."""
+        mine = re.compile(rf"{step}-rank{self.rank}(-\d+)?")
+        return [path.name for path in self.folder.glob("step-*") if mine.fullmatch(path.name)]
 
     def write(self, step: int, capsule: Capsule) -> Path:
         """Write a capsule, and return its folder.
@@ -60,7 +66,7 @@ class Capsules:
             OSError: the disk is full or refuses; nothing is left of the capsule.
         """
         name = f"step-{step:08d}-rank{self.rank}"
-        taken = len(list(self.folder.glob(f"{name}*")))
+        taken = len(self._names(f"step-{step:08d}"))
         path = self.folder / (f"{name}-{taken + 1}" if taken else name)
         return write_capsule(path, capsule, self.config.capsule_mb * 10**6)
 
