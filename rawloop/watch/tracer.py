@@ -71,7 +71,8 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
         advice = "Lower the loss scale, divide the loss by the number of passes, or accumulate in float32"
         return Cause("precision", what, Place("backward", parameter=name, rank=rank), evidence, advice)
     if not record.passes:
-        what = "the step has no pass that can run again; the weights are finite"
+        why = f" ({record.why_no_passes})" if record.why_no_passes else ""
+        what = f"the step has no pass that can run again{why}; the weights are finite"
         return Cause("not known", what, place, evidence, "Look at the inputs and the loss of this step")
     if size > 1 and wrong and (record.loss is None or math.isfinite(record.loss)):
         what = f"the passes of rank {rank} are finite: the numbers come from another rank, or from the all-reduce"
