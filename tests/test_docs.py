@@ -1,5 +1,6 @@
 """README and docs are run: Python blocks, JSON examples, and the README's commands on the demo checkpoint."""
 
+import ast
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ import yaml
 from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
 from rawloop.records import read_events, read_metrics
+from rawloop.watch.findings import Whose
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,17 +88,8 @@ def test_the_readmes_recipe_runs(demo_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_the_family_of_the_page_is_trained_by_the_pages_commands(tmp_path: Path) -> None:
     """The page's class, file and commands, letter by letter: the console script and torchrun both find the class."""
-    for language, name in (("python", "charlm.py"), ("yaml", "charlm.yaml"), ("console", "commands.sh")):
-        code = next(code for page, code in blocks(language) if page == "families.md")
-        (tmp_path / name).write_text(code, encoding="utf-8")
-    for split, number in (("train", 8), ("eval", 5)):
-        records = [json.dumps({"text": f"{split} {k}: " + "la " * k}) + "\n" for k in range(number)]
-        (tmp_path / f"{split}.jsonl").write_text("".join(records), encoding="utf-8")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
-    script = ["bash", "-euo", "pipefail", "commands.sh"]
-    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    write_family(tmp_path)
+    done = run_console(next(code for page, code in blocks("console") if page == "families.md"), tmp_path)
     assert "[[train 7: la la la la la la la ]]" in done.stdout  # inspect
     assert "resumed from runs/charlm/checkpoints/step-00000020 at step 20" in done.stdout
     best = {}
@@ -114,3 +108,121 @@ def test_the_family_of_the_page_is_trained_by_the_pages_commands(tmp_path: Path)
         assert not [e for e in events if e["kind"] in ("warning", "skip", "fallback")]
     evaluated = json.loads(done.stdout[done.stdout.rindex("\n{") :])
     assert evaluated["eval_loss"] == pytest.approx(best["charlm"], rel=1e-6)
+
+
+def write_family(folder: Path) -> None:
+    """Write the family of docs/families.md, its config, and a few texts."""
+    for language, name in (("python", "charlm.py"), ("yaml", "charlm.yaml")):
+        code = next(code for page, code in blocks(language) if page == "families.md")
+        (folder / name).write_text(code, encoding="utf-8")
+    for split, number in (("train", 8), ("eval", 5)):
+        records = [json.dumps({"text": f"{split} {k}: " + "la " * k}) + "\n" for k in range(number)]
+        (folder / f"{split}.jsonl").write_text("".join(records), encoding="utf-8")
+
+
+def run_console(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block of commands in a folder."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    script = ["bash", "-euo", "pipefail", "-c", commands]
+    done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def session(number: int) -> dict[str, list[str]]:
+    """The blocks of the session of this number on docs/debugging.md, by language."""
+    page = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", page, flags=re.MULTILINE)[number]
+    found = re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return {kind: [code for language, code in found if language == kind] for kind, _ in found}
+
+
+def assert_shown(blocks_of_text: list[str], printed: str) -> None:
+    """Look for the parts of text blocks, which `...` divides, in what was printed. Fractions and spaces may differ."""
+
+    def plain(text: str) -> str:
+        return " ".join(re.sub(r"#+", "#", re.sub(r"\d+\.\d+(e[+-]\d+)?", "#", text)).split())  # bars too
+
+    for part in [part for block in blocks_of_text for part in re.split(r"^\.\.\.\n", block, flags=re.MULTILINE)]:
+        assert plain(part) in plain(printed), f"{part}\nis not in\n{printed}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_session_of_a_nan_loss(tmp_path: Path) -> None:
+    shown = session(1)
+    (tmp_path / "train.py").write_text(shown["python"][0], encoding="utf-8")
+    done = run_console(shown["console"][0], tmp_path)
+    assert_shown(shown["text"][1:], done.stdout + done.stderr)  # the first block is the loop without a watch
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_session_of_fp16(tmp_path: Path) -> None:
+    shown = session(2)
+    write_family(tmp_path)
+    done = run_console(shown["console"][0], tmp_path)
+    assert_shown(shown["text"], done.stdout + done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_session_of_a_smooth_curve(tmp_path: Path) -> None:
+    shown = session(3)
+    write_family(tmp_path)
+    done = run_console(shown["console"][0], tmp_path)
+    (tmp_path / "alarms.py").write_text(shown["python"][0], encoding="utf-8")
+    script = run_console("python alarms.py", tmp_path)
+    assert_shown(shown["text"], done.stdout + done.stderr + script.stdout)
+    assert "first apart from wrong at step 10" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "the graph is cut between" in (tmp_path / "runs" / "wrong" / "report.html").read_text(encoding="utf-8")
+    capsules = "\n".join(
+        code for page, code in blocks("console") if page == "debugging.md" and "runs/wrong/cap" in code
+    )
+    assert "equal, bit for bit" in run_console(capsules, tmp_path).stdout
+
+
+def test_the_tables_of_findings_have_every_kind_of_the_code() -> None:
+    page = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|.*\|.*\|$", page, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    files = [*(ROOT / "rawloop" / "watch").glob("*.py"), ROOT / "rawloop" / "told.py"]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    made, written = set.union(*map(kinds_of, trees)), set.union(*map(strings_of, trees))
+    assert made <= {*listed}
+    assert {kind for kind in listed if kind not in written} <= {"gradients_vanish", "gradients_explode"}
+
+
+FAULTS = {*get_args(Whose)}
+
+
+def strings_of(tree: ast.AST) -> set[str]:
+    """All strings in a module."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {node.value for node in nodes if isinstance(node.value, str)}
+
+
+def values_of(node: ast.expr) -> set[str]:
+    """The strings that an expression may be."""
+    if isinstance(node, ast.IfExp):
+        return values_of(node.body) | values_of(node.orelse)
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+
+
+def kinds_of(tree: ast.AST) -> set[str]:
+    """The kinds of findings in a module: arguments of what makes findings, `kind = ...`, and tuples with a fault."""
+    makers = {"Finding": 0, "finding": 0, "_finding": 2, "told": 1}  # -> the place of the kind
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            method = isinstance(node.func, ast.Attribute)
+            name = getattr(node.func, "attr" if method else "id", "")
+            place = 0 if method else makers.get(name, 0)
+            found |= values_of(node.args[place]) if name in makers and len(node.args) > place else set()
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).lower() == "kind":
+            found |= values_of(node.value) - {"list", "tuple"}  # those are kinds of containers
+        elif isinstance(node, ast.Return | ast.Yield) and isinstance(node.value, ast.Tuple):
+            inside = set[str]().union(*map(values_of, node.value.elts))
+            found |= {word for word in inside if re.fullmatch("[a-z]+_[a-z_]+", word)} if inside & FAULTS else set()
+    return found
