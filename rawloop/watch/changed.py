@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from os.path import commonpath
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from rawloop.watch.subject import Detector, StepRecord, Subject
 # A tensor whose gradient is this small beside the largest one may rightly stay: biases before a norm have none but
 # rounding errors.
 NEGLIGIBLE = 1e-3
+VERSION = attrgetter("_version")  # faster than a comprehension
 COPY = 4  # a moving average of a module has at least so many tensors
 
 
@@ -92,8 +94,10 @@ class ChangedWeights(Detector):
     def batch(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at the weights before the forward pass."""
         last, self._probing, self._gradients, self._updated = self._last, record.probing, {}, {}
-        before = self._writes or self._versions()
-        written = [name for name, old, now in zip(self._trained, before, self._versions(), strict=True) if old != now]
+        now = self._versions()
+        written = []
+        if self._writes and now != self._writes:
+            written = [name for name, old, new in zip(self._trained, self._writes, now, strict=True) if old != new]
         fresh = last is not None and last.updates == self._updates
         if last is None or record.probing or fresh:
             look = self._last = self._look(subject, f"before step {record.step}", record.step)
@@ -131,7 +135,7 @@ class ChangedWeights(Detector):
         self._writes = self._versions()
 
     def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self._trained.values()]
+        return [*map(VERSION, self._trained.values())]
 
     def _digests_of(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, Digest]]:
         digests = self._digests.of(list(tensors.values()))

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rawloop.watch.recorder import Recorder, listening
-from rawloop.watch.subject import Facts, Subject
+from rawloop.watch.listening import listening, wrapped
+from rawloop.watch.marks import Line
+from rawloop.watch.recorder import Recorder
+from rawloop.watch.subject import Facts, StepRecord, Subject
 
 
 @dataclass
@@ -23,19 +25,20 @@ class Hooks:
     Args:
         subject: the objects under watch.
         recorder: tells lines of the user's code.
-        facts: returns the facts of the current window.
+        record: returns the current step, into whose facts the hooks write.
         before: called before an update, with the weights not yet changed.
         after: called after an update, with whether it was applied.
     """
 
     subject: Subject
     recorder: Recorder
-    facts: Callable[[], Facts]
+    record: Callable[[], StepRecord]
     before: Callable[[], None]
     after: Callable[[bool], None]
     losses: list[tuple[Tensor, bool]] = field(default_factory=list)  # roots of backward passes, and whether scaled
     clipped: Tensor | None = None  # the norm that clip_grad_norm_ has returned, and
     clipped_scaled: bool = False  # whether it was that of scaled gradients
+    clips_all: bool = False  # and whether it was that of all gradients
     skips_inside: bool | None = None  # whether a fused update is going to skip
     _total: int = 0  # backward passes
     _stepped: dict[int, int] = field(default_factory=dict)  # optimizer -> backward passes before its last step
@@ -46,6 +49,11 @@ class Hooks:
     _applied: list[tuple[Any, weakref.ref[Tensor], int]] = field(default_factory=list)  # a gradient of the last update
     _versions: dict[int, int] = field(default_factory=dict)
     _skipped_lrs: list[Any] | None = None
+    _clips: dict[Line, bool] = field(default_factory=dict)  # whether the clipping at a line is of all gradients
+
+    def facts(self) -> Facts:
+        """Return the facts of the current window."""
+        return self.record().facts
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -92,25 +100,37 @@ class Hooks:
         return after
 
     def measure(self) -> tuple[float, float, float]:
-        """Return (loss, norm of the gradients, loss scale), read from the device once; loss and norm are unscaled."""
-        facts = self.facts()
-        norm = total_norm([w.grad for _, w in self.subject.named() if w.grad is not None])
-        optimizer_inf = [
-            inf for o in self.subject.optimizers if isinstance(inf := getattr(o, "found_inf", None), Tensor)
-        ]
-        found = [norm, self._sum(True), self._sum(False), self._scale_tensor()]
-        found += [self.clipped if self.clipped is not None else torch.tensor(-1.0), *optimizer_inf]
-        device = norm.device
-        got = torch.stack([t.detach().to(device, torch.float32).reshape(()) for t in found]).tolist()
-        size, scaled, plain, scale, clipped, *infs = got
-        self.skips_inside = any(infs) if infs else None
-        now = scale if facts.scaled and not facts.unscaled else 1.0
-        size = size / now
+        """Return (loss, norm of the gradients, loss scale), read from the device once; loss and norm are unscaled.
+
+        The norm is that of `clip_grad_norm_`, if on all probing steps the same line has clipped all gradients.
+        """
+        known = self.clipped is not None and self.clips_all and not self.record().probing
+        found: dict[Any, Tensor] = {kind: loss for kind in (True, False) if (loss := self._sum(kind)) is not None}
+        if not known:
+            found["norm"] = total_norm([grad for _, w in self.subject.named() if (grad := w.grad) is not None])
+        own = getattr(self.subject.scaler, "_scale", None)
+        if isinstance(own, Tensor):
+            found["scale"] = own
         if self.clipped is not None:
-            before = clipped / (scale if self.clipped_scaled else 1.0)
-            size = before if not before <= size else size
-        loss = (scaled / scale if any(s for _, s in self.losses) else 0.0) + plain if self.losses else math.nan
-        return loss, size, scale
+            found["clipped"] = self.clipped
+        infs = [getattr(optimizer, "found_inf", None) for optimizer in self.subject.optimizers]
+        found |= {n: inf for n, inf in enumerate(infs, start=2) if isinstance(inf, Tensor)}
+        got = dict(zip(found, numbers([*found.values()]), strict=True))
+        flags = [value for name, value in got.items() if type(name) is int]
+        self.skips_inside = any(flags) if flags else None
+        scale = got["scale"] if "scale" in got else self.subject.loss_scale()
+        loss = got.get(True, 0.0) / scale + got.get(False, 0.0) if self.losses else math.nan
+        return loss, self._norm(got.get("norm"), got.get("clipped"), scale), scale
+
+    def _norm(self, measured: float | None, clipped: float | None, scale: float) -> float:
+        """Return the norm before clipping, unscaled."""
+        facts = self.facts()
+        before = None if clipped is None else clipped / (scale if self.clipped_scaled else 1.0)
+        if measured is None:
+            assert before is not None
+            return before
+        size = measured / (scale if facts.scaled and not facts.unscaled else 1.0)
+        return before if before is not None and not before <= size else size
 
     def clear(self) -> None:
         """Forget the window."""
@@ -118,16 +138,11 @@ class Hooks:
         self.clipped = None
         self._versions = {}
 
-    def _sum(self, scaled: bool) -> Tensor:
-        chosen = [loss.float().sum() for loss, kind in self.losses if kind is scaled]
-        return torch.stack([loss.to(chosen[0].device) for loss in chosen]).sum() if chosen else torch.zeros(())
-
-    def _scale_tensor(self) -> Tensor:
-        scaler = self.subject.scaler
-        own = getattr(scaler, "_scale", None)
-        if isinstance(own, Tensor):
-            return own
-        return torch.tensor(float(scaler.get_scale()) if hasattr(scaler, "get_scale") else 1.0)
+    def _sum(self, scaled: bool) -> Tensor | None:
+        chosen = [loss.float().sum() if loss.dim() else loss for loss, kind in self.losses if kind is scaled]
+        if len(chosen) < 2:
+            return chosen[0] if chosen else None
+        return torch.stack([loss.to(chosen[0].device, torch.float32) for loss in chosen]).sum()
 
     def _lrs(self) -> list[Any]:
         return [float(group["lr"]) for o in self.subject.optimizers for group in o.param_groups if "lr" in group]
@@ -169,13 +184,20 @@ class Hooks:
                 self.recorder.resume()
 
     def _clip(self, *args: Any, **kwargs: Any) -> Callable[[bool, Any], None]:
-        facts = self.facts()
+        facts, line = self.facts(), self.recorder.line()
         if facts.scaled and not facts.unscaled:
-            facts.written = facts.written or str(self.recorder.line())
+            facts.written = facts.written or str(line)
+        before = self._read_versions() if self.record().probing else {}
+        is_l2 = (kwargs["norm_type"] if "norm_type" in kwargs else args[2] if len(args) > 2 else 2) == 2
 
         def after(succeeded: bool, result: Any) -> None:
-            if isinstance(result, Tensor):
-                self.clipped, self.clipped_scaled = result, bool(facts.scaled and not facts.unscaled)
+            if not isinstance(result, Tensor):
+                return
+            self.clipped, self.clipped_scaled = result, bool(facts.scaled and not facts.unscaled)
+            if before:  # clipping writes to each gradient, whether it is too large or not
+                now = self._read_versions()
+                self._clips[line] = is_l2 and self._clips.get(line, True) and all(now[g] > v for g, v in before.items())
+            self.clips_all = self._clips.get(line, False)
 
         return after
 
@@ -217,26 +239,17 @@ class Hooks:
         return call()
 
     def _read_versions(self) -> dict[int, int]:
-        grads = [w.grad for _, w in self.subject.named() if w.grad is not None]
+        grads = [grad for _, w in self.subject.named() if (grad := w.grad) is not None]
         return {id(grad): grad._version for grad in grads}
 
 
-@contextmanager
-def wrapped(thing: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    """Call `around(call)` in place of a method of one object; `call()` is the method itself."""
-    original, own = getattr(thing, name), vars(thing).get(name)
-    active = True
-
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return around(lambda: original(*args, **kwargs)) if active else original(*args, **kwargs)
-
-    setattr(thing, name, method)
-    try:
-        yield
-    finally:
-        active = False
-        if vars(thing).get(name) is method:
-            delattr(thing, name) if own is None else setattr(thing, name, own)
+def numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """Read tensors of one value: one by one from the host, else with one wait for the device."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return [*map(float, tensors)]
+    device = next(tensor.device for tensor in tensors if tensor.device.type != "cpu")
+    read: list[float] = torch.stack([t.detach().to(device, torch.float32).reshape(()) for t in tensors]).tolist()
+    return read
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:

@@ -1,13 +1,9 @@
 """Records what a loop does inside a block: calls of the model, torch operations around it, and backward passes."""
 
 import functools
-import sys
-import sysconfig
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,7 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rawloop.seed import RngCapture
+from rawloop.watch.lines import Lines
+from rawloop.watch.listening import listening
 from rawloop.watch.marks import Ambience, Line, Ref
+from rawloop.watch.named import TensorNames
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.tape import Replay, Tape
 
@@ -50,8 +49,8 @@ class Recorder(TorchFunctionMode):
         self.calls = 0  # of the model in this block, with gradients
         self._batch: Any = None
         self._scalar: tuple[Tensor, Ref] | None = None  # the last number that could be a loss
-        self._names = _Names(model)
-        self._lines = _Lines()
+        self._names = TensorNames(model)
+        self._lines = Lines()
         self._rng = RngCapture()
         self._depth = self._base = self._span = 0
         self._on_stack = self._muted = self._in_backward = self._through = False
@@ -74,14 +73,14 @@ class Recorder(TorchFunctionMode):
             self._muted = self._in_backward = False
             self._scalar = None
             self._batch = batch
-            self._start_tape()
+            self._start_tape(begins=True)
             self.resume()
             yield
 
     def after_update(self) -> None:
         """Start another tape: what was before an update cannot run again."""
         if self.tape is not None:
-            self._start_tape()
+            self._start_tape(begins=self._on_stack)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -92,10 +91,11 @@ class Recorder(TorchFunctionMode):
         finally:
             self._in_backward = before
 
-    def _start_tape(self) -> None:
+    def _start_tape(self, begins: bool) -> None:
         self.tape = Tape(self.model, self._names)
         self.tape.name_batch(self._batch)
-        self.tape.begin_stretch(self._rng.take())
+        if begins:  # else the next call of the model does
+            self.tape.begin_stretch(self._rng.take())
 
     def resume(self) -> None:
         """Record from here on."""
@@ -130,12 +130,7 @@ class Recorder(TorchFunctionMode):
 
     def line_of(self, traceback: TracebackType | None) -> Line:
         """Return the innermost line of the user's code in a traceback."""
-        found = Line()
-        while traceback is not None:
-            file = traceback.tb_frame.f_code.co_filename
-            found = Line(file, traceback.tb_lineno) if self._lines.rank(file) == 0 else found
-            traceback = traceback.tb_next
-        return found
+        return self._lines.in_traceback(traceback)
 
     def _close(self) -> None:
         above = []
@@ -245,11 +240,11 @@ class Recorder(TorchFunctionMode):
         if not self._on_stack:
             self.tape.begin_stretch(self._rng.take())
         self._through = not self._muted and not self.tape.broken
+        self.pause()  # before tensors are looked at: the mode sees each of their attributes that is read
         if self._through:
             refs, named = self.tape.refs(args), self.tape.refs(kwargs)
             entry = self.tape.add(None, refs, named, self._lines.current(), self._ambience())
             entry.training = module.training
-        self.pause()
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or self._in_backward or not self._depth:
@@ -295,95 +290,3 @@ class Recorder(TorchFunctionMode):
 
 def _stack_depth() -> int:
     return torch._C._len_torch_function_stack()
-
-
-@contextmanager
-def listening(owner: Any, name: str, listener: Callable[..., Any]) -> Iterator[None]:
-    """Call `listener` before each call of a function of torch, with its arguments.
-
-    What it returns, if not None, is called afterwards, with whether the function succeeded, and its result.
-
-    All listeners share one wrapper, so that they may leave in any order.
-    """
-    wrapper = getattr(owner, name)
-    if not hasattr(wrapper, "listeners"):
-        wrapper = _announcing(wrapper)
-        setattr(owner, name, wrapper)
-    wrapper.listeners.append(listener)
-    try:
-        yield
-    finally:
-        wrapper.listeners.remove(listener)
-        if not wrapper.listeners and getattr(owner, name) is wrapper:
-            setattr(owner, name, wrapper.__wrapped__)
-
-
-def _announcing(function: Any) -> Any:
-    @functools.wraps(function)
-    def announced(*args: Any, **kwargs: Any) -> Any:
-        done = [listener(*args, **kwargs) for listener in announced.listeners]  # type: ignore[attr-defined]
-        succeeded, result = False, None
-        try:
-            result = function(*args, **kwargs)
-            succeeded = True
-            return result
-        finally:
-            for after in filter(None, done):
-                after(succeeded, result)
-
-    announced.listeners = []  # type: ignore[attr-defined]
-    return announced
-
-
-class _Names:
-    """The names of a model's weights and buffers. A weight that is assigned later is looked up once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.found: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self._read()
-
-    def _read(self) -> None:
-        for named in (self.model.named_buffers(), self.model.named_parameters()):
-            self.found.update({id(tensor): (weakref.ref(tensor), name) for name, tensor in named})
-
-    def __call__(self, tensor: Tensor) -> str:
-        name = self._known(tensor)
-        if name is None and isinstance(tensor, nn.Parameter):
-            self.found[id(tensor)] = weakref.ref(tensor), ""
-            self._read()
-            name = self._known(tensor)
-        return name or ""
-
-    def _known(self, tensor: Tensor) -> str | None:
-        alive, name = self.found.get(id(tensor), (None, None))
-        return name if alive is not None and alive() is tensor else None
-
-
-class _Lines:
-    """Finds the line of the user's code among the frames that run: the innermost one outside libraries."""
-
-    def __init__(self) -> None:
-        self.own = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-        self.libraries = (str(Path(torch.__file__).parent.parent), sysconfig.get_path("stdlib"), "<frozen")
-        self.ranks: dict[str, int] = {}
-
-    def current(self) -> Line:
-        """Return the line; if all frames are those of libraries, the innermost outside torch and rawloop."""
-        frame: FrameType | None = sys._getframe(1)
-        second: FrameType | None = None
-        while frame is not None:
-            rank = self.rank(frame.f_code.co_filename)
-            if rank == 0:
-                return Line(frame.f_code.co_filename, frame.f_lineno)
-            second = second or (frame if rank == 1 else None)
-            frame = frame.f_back
-        return Line(second.f_code.co_filename, second.f_lineno) if second is not None else Line()
-
-    def rank(self, file: str) -> int:
-        """Return 0 for the user's files, 1 for those of libraries, 2 for those of torch and rawloop."""
-        rank = self.ranks.get(file)
-        if rank is None:
-            rank = 2 if file.startswith(self.own) else int(file.startswith(self.libraries))
-            self.ranks[file] = rank
-        return rank

@@ -160,7 +160,7 @@ class Tape:
 
     def _start(self, roots: Sequence[tuple[Ref, Ref | None]]) -> int:
         """Return the stretch from which everything before the roots can be computed."""
-        if not self.stretches:
+        if len(self.stretches) < 2:
             return 0
         number, first = len(self.stretches) - 1, min((ref.entry for ref, _ in roots if ref.kind == "entry"), default=0)
         while True:

@@ -27,6 +27,7 @@ from rawloop.watch.findings import Finding, Findings
 from rawloop.watch.hooks import Hooks
 from rawloop.watch.keeping import Keeper
 from rawloop.watch.misuse import left_by, without_backward
+from rawloop.watch.named import NamedWeights
 from rawloop.watch.recorder import Recorder
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 from rawloop.watch.tape import Replay
@@ -75,7 +76,7 @@ class Watch:
         for one in optimizers:
             if not isinstance(one, Optimizer):
                 raise UserError(f"rawloop.Watch takes torch optimizers after the model: it got a {type(one).__name__}")
-        named = named or (lambda: list(bare.named_parameters()))
+        named = named or NamedWeights(bare)
         world, config = world or World.current(), config or WatchConfig()
         self.subject = Subject(bare, optimizers, scaler, named, world, config, is_compiled(model))
         self.out = Path(out) if out else None
@@ -84,7 +85,7 @@ class Watch:
         self.say = say or (lambda text: tqdm.write(text, file=sys.stderr))
         self.record = StepRecord(0)
         self._recorder = Recorder(bare, outsides(model, bare), self._called, self._backward)
-        self._hooks = Hooks(self.subject, self._recorder, lambda: self.record.facts, self._before, self._after)
+        self._hooks = Hooks(self.subject, self._recorder, lambda: self.record, self._before, self._after)
         self._replays: deque[tuple[Replay, tuple[str, ...], bool]] = deque(maxlen=MOST_PASSES)
         self._keeper = Keeper(self.subject, self.out) if self.out is not None else None
         self._contexts = ExitStack()
