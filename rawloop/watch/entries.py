@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     @property
     def is_cheap(self) -> bool:
         """Whether reading it takes microseconds."""
-        return self.tensor.device.type == "cpu" and self.tensor.numel() <= CHEAP
+        return self.tensor.is_cpu and self.tensor.numel() <= CHEAP
 
 
 class Look(NamedTuple):

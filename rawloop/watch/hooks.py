@@ -105,7 +105,7 @@ class Hooks:
         The norm is that of `clip_grad_norm_`, if on all probing steps the same line has clipped all gradients.
         """
         known = self.clipped is not None and self.clips_all and not self.record().probing
-        found: dict[Any, Tensor] = {kind: loss for kind in (True, False) if (loss := self._sum(kind)) is not None}
+        found: dict[Any, Tensor] = {kind: part for kind in (True, False) if (part := self._sum(kind)) is not None}
         if not known:
             found["norm"] = total_norm([grad for _, w in self.subject.named() if (grad := w.grad) is not None])
         own = getattr(self.subject.scaler, "_scale", None)

@@ -86,7 +86,10 @@ class Ids:
         ids, size = given[0], module.num_embeddings
         if not ids.numel() or ids.is_floating_point():
             return
-        look = self._look
+        with torch._C.DisableTorchFunction():  # a loop that calls the embedding itself has its operations recorded
+            self._learn_table(self._look, name, ids, size)
+
+    def _learn_table(self, look: Look, name: str, ids: Tensor, size: int) -> None:
         matched = _match(look.entries, ids, size, name, self._tables)
         if matched is not None:
             entry, table = matched

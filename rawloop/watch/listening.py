@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 @contextmanager
 def listening(owner: Any, name: str, listener: Callable[..., Any]) -> Iterator[None]:
@@ -60,3 +62,24 @@ def wrapped(thing: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -
         active = False
         if vars(thing).get(name) is method:
             delattr(thing, name) if own is None else setattr(thing, name, own)
+
+
+@contextmanager
+def applied(around: Callable[[Any, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
+    """Call `around(function, call, args, kwargs)` in place of `apply` of each `torch.autograd.Function`."""
+    owner: Any = torch.autograd.Function
+    original = vars(owner)["apply"]
+    active = True
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(original.__func__, cls)
+        return around(cls, call, args, kwargs) if active else call(*args, **kwargs)
+
+    replaced = classmethod(apply)
+    owner.apply = replaced
+    try:
+        yield
+    finally:
+        active = False
+        if vars(owner)["apply"] is replaced:
+            owner.apply = original

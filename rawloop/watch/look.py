@@ -63,8 +63,11 @@ class ModuleHooks:
         self._handles, self._made = [], {}
 
     def _look(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunction():  # a loop that calls the model's parts has their operations recorded
+                self._see(name, inputs, output)
+
+    def _see(self, name: str, inputs: object, output: object) -> None:
         tensors = list(floats_in(output))
         if not tensors:
             return

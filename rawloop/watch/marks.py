@@ -13,6 +13,8 @@ from rawloop.watch.nest import map_tensors
 
 Call = Callable[..., Any]
 Autocast = tuple[tuple[str, torch.dtype], ...]  # the devices with autocast on, and their dtypes
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+IN_PLACE = {f"__i{name}__" for name in OPERATORS} | {"__setitem__"}
 
 
 class NotReplayable(RawloopError):
@@ -91,3 +93,8 @@ def base_of(tensor: Tensor) -> Tensor:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written to; -1 if torch does not count it."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def writes(name: str) -> bool:
+    """Whether an operation of this name writes to its first argument."""
+    return name in IN_PLACE or (name[-1:] == "_" and name[-2:] != "__")

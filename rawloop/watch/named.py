@@ -40,6 +40,7 @@ class TensorNames:
             self.found.update({id(tensor): (weakref.ref(tensor), name) for name, tensor in named})
 
     def __call__(self, tensor: Tensor) -> str:
+        """Return the name of a weight or buffer; empty if the tensor is none."""
         name = self._known(tensor)
         if name is None and isinstance(tensor, nn.Parameter):
             self.found[id(tensor)] = weakref.ref(tensor), ""

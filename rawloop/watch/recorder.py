@@ -12,17 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 from rawloop.seed import RngCapture
 from rawloop.watch.lines import Lines
-from rawloop.watch.listening import listening
-from rawloop.watch.marks import Ambience, Line, Ref
+from rawloop.watch.listening import applied, listening
+from rawloop.watch.marks import Ambience, Line, Ref, writes
 from rawloop.watch.named import TensorNames
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.tape import Replay, Tape
 
-WRITES = {
-    f"__i{name}__"
-    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
-}
-WRITES |= {"__setitem__"}
 Seen = Callable[[list[Tensor], Replay], Callable[[bool], None]]
 
 
@@ -62,6 +57,7 @@ class Recorder(TorchFunctionMode):
             stack.enter_context(listening(torch.Tensor, "backward", self._before_method))
             stack.enter_context(listening(torch.autograd, "backward", self._before_backward))
             stack.enter_context(listening(torch, "clear_autocast_cache", self._left_autocast))
+            stack.enter_context(applied(self._apply))
             for root in self.roots:
                 pre = root.register_forward_pre_hook(self._before_call, prepend=True, with_kwargs=True)
                 post = root.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
@@ -153,7 +149,7 @@ class Recorder(TorchFunctionMode):
             return self._attribute(tape, func, name, args)
         if name == "backward":
             return func(*args, **kwargs)
-        if name in WRITES or (name[-1:] == "_" and name[-2:] != "__") or kwargs.get("out") is not None:
+        if writes(name) or kwargs.get("out") is not None:
             return self._write(tape, func, args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
@@ -184,6 +180,17 @@ class Recorder(TorchFunctionMode):
         elif not (tape.foreign and isinstance(result, Tensor) and not result.requires_grad):
             tape.add(func, refs, named, self._lines.current(), self._ambience())
             self._note_outputs(tape, result)
+
+    def _apply(self, function: Any, call: Any, args: Any, kwargs: Any) -> Any:
+        """Run and record the user's own `torch.autograd.Function`, as one operation."""
+        tape = self.tape
+        if not self.recording or tape is None or tape.broken or torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            result = call(*args, **kwargs)
+            if any(tensors_in(result)):
+                self._record(tape, function.apply, args, kwargs, result)
+        return result
 
     def _write(self, tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record an operation that writes to its first argument, or to `out`."""

@@ -244,7 +244,8 @@ class Replay:
 
     def _run(self, entry: Entry, args: Any, kwargs: Any) -> Any:
         if entry.function is not None:
-            return entry.function(*args, **kwargs)
+            hooks = entry.function is Tensor.register_hook
+            return None if hooks and not args[0].requires_grad else entry.function(*args, **kwargs)
         model = self.tape.model
         if model.training == entry.training:
             return model(*args, **kwargs)
