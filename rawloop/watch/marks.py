@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rawloop.errors import RawloopError
 from rawloop.watch.nest import map_tensors
@@ -59,7 +59,10 @@ class Ambience(NamedTuple):
 
 @dataclass(slots=True)
 class Entry:
-    """One call. `function` is None for a call of the model, whose mode was `training`."""
+    """One call. `function` is None for a call of the model, whose mode was `training`.
+
+    `model` is the called model without DDP; None on a tape that was read from a file.
+    """
 
     function: Call | None
     args: Any
@@ -67,6 +70,7 @@ class Entry:
     line: Line
     ambience: Ambience
     training: bool = True
+    model: nn.Module | None = None
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from rawloop.watch.marks import Ambience, Line, Ref, writes
 from rawloop.watch.named import TensorNames
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.tape import Replay, Tape
+from rawloop.watch.wrappers import replayed_model
 
 Seen = Callable[[list[Tensor], Replay], Callable[[bool], None]]
 
@@ -28,7 +29,7 @@ class Recorder(TorchFunctionMode):
     that what runs there costs nothing.
 
     Args:
-        model: the bare model, on which a pass runs again.
+        model: the bare model, whose weights have the names.
         roots: the model and what wraps it; a call of the outermost one is one entry of the tape.
         called: called with the model's mode, for each call of it with gradients.
         seen: called with the roots of each backward pass and how it can run again, before it runs. What it returns is
@@ -251,7 +252,7 @@ class Recorder(TorchFunctionMode):
         if self._through:
             refs, named = self.tape.refs(args), self.tape.refs(kwargs)
             entry = self.tape.add(None, refs, named, self._lines.current(), self._ambience())
-            entry.training = module.training
+            entry.training, entry.model = module.training, replayed_model(module)
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or self._in_backward or not self._depth:

@@ -246,7 +246,7 @@ class Replay:
         if entry.function is not None:
             hooks = entry.function is Tensor.register_hook
             return None if hooks and not args[0].requires_grad else entry.function(*args, **kwargs)
-        model = self.tape.model
+        model = self.tape.model if entry.model is None else entry.model
         if model.training == entry.training:
             return model(*args, **kwargs)
         modes = [(module, module.training) for module in model.modules()]

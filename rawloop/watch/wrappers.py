@@ -15,6 +15,20 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def replayed_model(model: nn.Module) -> nn.Module:
+    """Return the module that runs passes again: the bare model, with the wrappers next to it, which may set autocast.
+
+    DDP and torch.compile, and what is around these, are left out.
+    """
+    chain = [model]
+    while (inner := _inside(chain[-1])) is not None:
+        chain.append(inner)
+    found = chain.pop()
+    while chain and unwrap(chain[-1]) is chain[-1]:
+        found = chain.pop()
+    return found
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Return whether torch.compile was called on the model, on a part of it, or on what wraps it."""
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())

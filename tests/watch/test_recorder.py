@@ -1,5 +1,7 @@
 """Loops of many kinds: what their passes are made of is recorded, and the watch changes nothing that they compute."""
 
+import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rawloop import Watch
+from rawloop.dist import World
 from rawloop.watch.rerun import run_again
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 
@@ -79,6 +82,77 @@ def test_the_parts_of_a_model_may_be_called_on_their_own() -> None:
                 optimizers[1].step()
     assert len(reruns.passes) == 4
     assert all(len(passes) == 1 for passes in reruns.passes)
+
+
+class Caster(nn.Module):
+    """A wrapper that sets autocast, as those of other libraries do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(x).float()
+
+
+@pytest.mark.parametrize("backend", ["", "eager", "aot_eager"])
+def test_passes_run_again_inside_wrappers_and_outside_a_compiler(backend: str) -> None:
+    reruns = Reruns()
+    model: Any = torch.compile(small().eval(), backend=backend) if backend else Caster(small())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Watch(model, optimizer, detectors=[reruns]) as watch:
+        for micro_step in range(4):
+            with watch.step(x := torch.randn(3, 4)):
+                model(x).square().mean().backward()
+                if micro_step % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert reruns.same == [True, True]
+    assert [len(passes) for passes in reruns.passes] == [2, 2]
+
+
+def test_watches_may_be_nested() -> None:
+    model, inner, outer = small(), Reruns(), Reruns()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first, second = (Watch(model, optimizer, detectors=[one]) for one in (outer, inner))
+    with first, second:
+        for _ in range(2):
+            with first.step(x := torch.randn(3, 4)), second.step(x):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert [inner.same, outer.same] == [[True, True], [True, True]]
+
+
+def train_on_rank(world: World, ill: bool, watched: bool) -> tuple[list[Any], float]:
+    """Train three steps in DDP; the data of rank 1 has a NaN in the second."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = Watch(model, optimizer) if watched else None
+    with watch or nullcontext():
+        for step in range(3):
+            generator = torch.Generator().manual_seed(10 * step + world.rank)
+            x = torch.randn(3, 4, generator=generator)
+            if ill and world.rank == 1 and step == 1:
+                x[2, 0] = math.nan
+            with watch.step({"x": x}, [f"r{world.rank}s{step}n{n}" for n in range(3)]) if watch else nullcontext():
+                model(x).square().mean().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    found = [(f.kind, f.cause.whose, f.cause.place.sample) for f in watch.findings.alarms] if watch else []
+    return found, float(sum(weight.detach().double().sum() for weight in model.parameters()))
+
+
+def test_ranks_of_which_one_has_a_bad_sample(run_ranks: Any) -> None:
+    bare, watched = (run_ranks(train_on_rank, False, on) for on in (False, True))
+    assert [weights for _, weights in bare] == [weights for _, weights in watched]
+    assert [found for found, _ in watched] == [[], []]
+    (first, _), (second, _) = run_ranks(train_on_rank, True, True)
+    assert ("not_finite", "data", "r1s1n2") in second
+    assert [whose for kind, whose, _ in first if kind == "not_finite"] == ["distributed"]
 
 
 @pytest.mark.parametrize("clip_all", [True, False])
