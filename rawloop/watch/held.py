@@ -49,14 +49,14 @@ def held_by_optimizers(subject: Subject) -> list[Held]:
     """Return the parameters that the optimizers hold and that can be measured here, in order."""
     names = {id(parameter): name for name, parameter in subject.named()}
     weights = dict(subject.model.named_parameters())
+    groups = [(one, index, group) for one in subject.optimizers for index, group in enumerate(one.param_groups)]
     found = []
-    for optimizer in subject.optimizers:
-        for index, group in enumerate(optimizer.param_groups):
-            label = label_of(subject, optimizer, index)
-            for position, parameter in enumerate(group["params"]):
-                name = names.get(id(parameter), f"{label}, parameter {position}")
-                if measurable(parameter):
-                    found.append(Held(name, parameter, weights.get(name, parameter), optimizer, group, label))
+    for optimizer, index, group in groups:
+        label = label_of(subject, optimizer, index)
+        for position, parameter in enumerate(group["params"]):
+            name = names.get(id(parameter), f"{label}, parameter {position}")
+            if measurable(parameter):
+                found.append(Held(name, parameter, weights.get(name, parameter), optimizer, group, label))
     return found
 
 
