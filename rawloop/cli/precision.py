@@ -129,12 +129,10 @@ def probe_lines(probed: Probe) -> Iterator[str]:
         yield "loss scales that fit FP16: every gradient is zero"
     else:
         seen = (
-            "; this pass was in FP16 and does not show what it flushed: --precision.mode fp32 does"
-            if probed.is_blind
-            else ""
+            "; this pass was in FP16 and does not show what it flushed: a probe in fp32 does" if probed.is_blind else ""
         )
         yield f"loss scales that fit FP16: {probed.window}{seen}"
-        yield f"recommended precision.loss_scale.init: {probed.window.recommended():g}"
+        yield f"recommended precision.loss_scale.init: {probed.window.recommended():.9g}"
     lost = ", ".join(f"{name} {share:.1%}" for name, share in probed.lost_updates.items())
     yield f"weights that an update of {probed.lr:g} (optim.lr) does not change, by their dtype: {lost}"
 

@@ -70,6 +70,7 @@ class Exponents(NamedTuple):
         return Exponents(counts, self.zeros + other.zeros)
 
 
+USUAL_CEILING = 24  # bits: the default of precision.loss_scale.ceiling
 NOTHING = Exponents([0.0] * (HIGHEST - LOWEST + 1), 0.0)
 
 
@@ -83,8 +84,8 @@ class Window(NamedTuple):
     high: int
 
     def recommended(self) -> float:
-        """Return a scale to start with: two bits below the top, at least the bottom, at most the top."""
-        return 2.0 ** min(max(self.low, self.high - 2), self.high)
+        """Return a scale to start with: two bits below the top, and at most USUAL_CEILING if the window reaches below."""
+        return 2.0 ** min(max(self.low, min(self.high - 2, USUAL_CEILING)), self.high)
 
     def __str__(self) -> str:
         return f"2^{self.low} to 2^{self.high}" if self.low <= self.high else f"none (2^{self.low} > 2^{self.high})"

@@ -170,7 +170,9 @@ def _outside(subject: Subject, seen: Seen, kind: str, true: Exponents, lost: flo
     }[kind]
     room = window.high - math.log2(seen.loss_scale)
     scales = str(window) if lost < MOST_FLUSHED else f"up to 2^{window.high}"  # what is flushed is not seen
-    fits = f"start at {window.recommended():g}" if room >= 1 else "a larger one would overflow: use bfloat16 or float32"
+    fits = (
+        f"start at {window.recommended():.9g}" if room >= 1 else "a larger one would overflow: use bfloat16 or float32"
+    )
     cause = Cause(
         "precision",
         what,
