@@ -84,7 +84,7 @@ class Window(NamedTuple):
     high: int
 
     def recommended(self) -> float:
-        """Return a scale to start with: two bits below the top, and at most USUAL_CEILING if the window reaches below."""
+        """Return a scale to start with: two bits below the top, and at most USUAL_CEILING if that is inside."""
         return 2.0 ** min(max(self.low, min(self.high - 2, USUAL_CEILING)), self.high)
 
     def __str__(self) -> str:
