@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rawloop.errors import UserError
 from rawloop.inputs import check_inputs
 from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.guard import part_of
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 CALLS = 3  # that are looked at
@@ -29,9 +30,10 @@ class Calls(Detector):
     def start(self, subject: Subject) -> Iterable[Finding]:
         """Hook the model."""
         self._rank = subject.world.rank
-        model = subject.model
-        self._hooks.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        self._hooks.callback(model.register_forward_hook(self._after, with_kwargs=True).remove)
+        model, part = subject.model, part_of(self)
+        before, after = (subject.guard.shield(part, hook) for hook in (self._before, self._after))
+        self._hooks.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self._hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
         return ()
 
     def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:

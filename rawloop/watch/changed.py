@@ -15,6 +15,7 @@ from rawloop.errors import first_few
 from rawloop.watch.differing import MASTER, Ranks
 from rawloop.watch.digests import Digest, Digests
 from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.guard import part_of
 from rawloop.watch.held import HALF, Evidence, Held, held_by_optimizers, measurable, module_of, norms, number, read
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
@@ -81,7 +82,8 @@ class ChangedWeights(Detector):
                 given = {key_of(one): one.parameter for one in held if one.parameter.grad is not None}
                 self._updated.update(self._digests_of(given))
 
-        self._hooks = [optimizer.register_step_post_hook(after) for optimizer in subject.optimizers]
+        shielded = subject.guard.shield(part_of(self), after)
+        self._hooks = [optimizer.register_step_post_hook(shielded) for optimizer in subject.optimizers]
         return ()
 
     def finish(self, subject: Subject) -> Iterator[Finding]:

@@ -1,12 +1,15 @@
 """Findings: what a watch has seen, as objects and as paragraphs."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from textwrap import fill
 from typing import Literal
 
+from rawloop.errors import first_few
+
 Whose = Literal["data", "model", "loss", "precision", "optimizer", "distributed", "hardware", "not known"]
 MOST_CAUSES = 3
+MOST_ALIKE = 2  # findings of one kind that one look may tell apart
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,26 @@ class Finding:
             for cause in self.causes
         ]
         return {**vars(self), "causes": causes}
+
+
+def merged(findings: Iterable[Finding]) -> list[Finding]:
+    """Return findings with those of one kind joined, if a look has made many: the first stands for all."""
+    groups: dict[tuple[str, bool], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.kind, finding.ordinary), []).append(finding)
+    return [one for group in groups.values() for one in ([_joined(group)] if len(group) > MOST_ALIKE else group)]
+
+
+def _joined(group: Sequence[Finding]) -> Finding:
+    first, *rest = group
+    places = dict.fromkeys(_name(finding.cause.place) for finding in rest)
+    evidence = {**first.cause.evidence, "others alike": len(rest)}
+    what = f"{first.what}; the same in {first_few([*places])}"
+    return replace(first, what=what, causes=(replace(first.cause, evidence=evidence), *first.causes[1:]))
+
+
+def _name(place: Place) -> str:
+    return place.parameter or place.module or place.tensor or place.sample or str(place)
 
 
 class Findings:

@@ -41,8 +41,9 @@ class Held(NamedTuple):
 
     @property
     def gradient(self) -> Tensor | None:
-        """Its gradient, multiplied by the loss scale if it lies on the model's weight."""
-        return self.weight.grad if self.parameter.grad is None else self.parameter.grad
+        """Its gradient, multiplied by the loss scale if it lies on the model's weight. A sparse one is made dense."""
+        found = self.weight.grad if self.parameter.grad is None else self.parameter.grad
+        return found.to_dense() if found is not None and found.is_sparse else found
 
 
 def held_by_optimizers(subject: Subject) -> list[Held]:

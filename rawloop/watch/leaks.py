@@ -50,7 +50,7 @@ class Leaks(Detector):
 
 def probe(subject: Subject, record: StepRecord, one: Pass) -> Iterator[Finding]:
     """Look whether predictions move with their own, later and earlier tokens. The model does not change."""
-    with untouched(subject.model, training=False), torch.no_grad():
+    with untouched(subject.model, training=False), torch.enable_grad():  # the pass may differentiate on its way
         spy = Spy(subject.model, one)
         before = spy.run()
         ids = spy.ids
@@ -127,7 +127,7 @@ class Spy(TorchFunctionMode):
             return
         logits = logits.movedim(1, -1).reshape(rows, -1, logits.shape[1])
         self.rounding = max(self.rounding, 2e-3 if self._is_coarse(logits) else 1e-5)
-        self._kept.append(Scored(logits.float(), targets.reshape(rows, -1)))
+        self._kept.append(Scored(logits.detach().float(), targets.reshape(rows, -1)))
 
     def _is_coarse(self, logits: Tensor) -> bool:
         dtypes = {weight.dtype for weight in self.model.parameters()} | {logits.dtype}

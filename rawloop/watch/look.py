@@ -1,7 +1,7 @@
 """The costly look at a step: hooks on the modules, and the gradients of the parameters. Detectors share it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from rawloop.watch.guard import Guard
 from rawloop.watch.measure import SMALLEST_NORMAL, Amounts, GradientAmounts, Readings
 from rawloop.watch.subject import StepRecord, Subject
 
@@ -45,6 +46,7 @@ class ModuleHooks:
 
     model: nn.Module
     readings: Readings
+    guard: Guard = field(default_factory=Guard)
     calls: dict[str, Calls] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _made: dict[int, tuple[Any, str]] = field(default_factory=dict)
@@ -53,8 +55,11 @@ class ModuleHooks:
     def install(self) -> "ModuleHooks":
         """Put the hooks on."""
         for name, module in leaves(self.model):
-            self._handles.append(module.register_forward_hook(partial(self._look, name)))
+            self._handles.append(module.register_forward_hook(self._shield(self._look, name)))
         return self
+
+    def _shield(self, hook: Callable[..., None], *args: str) -> Callable[..., None]:
+        return self.guard.shield("the measurement of modules", partial(hook, *args))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -63,7 +68,7 @@ class ModuleHooks:
         self._handles, self._made = [], {}
 
     def _look(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
             with torch._C.DisableTorchFunction():  # a loop that calls the model's parts has their operations recorded
                 self._see(name, inputs, output)
 
@@ -81,7 +86,7 @@ class ModuleHooks:
                 call.with_grad = True
                 storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
                 self._made[storage.cdata] = storage, name
-                hook: Any = partial(self._measure, "backward", name)
+                hook: Any = self._shield(self._measure, "backward", name)
                 self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def _find_cuts(self, name: str, call: Calls, inputs: object) -> None:
@@ -116,6 +121,12 @@ def floats_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, list | tuple | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from floats_in(item)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a dense tensor of real numbers; the two parts of a complex one are its last dimension."""
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @dataclass
@@ -177,7 +188,7 @@ class Look:
         if record.probing:
             self.again = False
             self._record, self._seen = record, None
-            self._hooks = ModuleHooks(subject.model, Readings())
+            self._hooks = ModuleHooks(subject.model, Readings(), subject.guard)
             if not subject.compiled:
                 self._hooks.install()
 
@@ -192,7 +203,7 @@ class Look:
         readings = Readings()
         for name, p in named:
             if p.grad is not None and p.numel():
-                grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                grad = _plain(p.grad)
                 rows = readings.add_gradient(name, grad)
                 self.rows[name] = self.rows[name] | rows if name in self.rows else rows
         read = readings.read()

@@ -180,7 +180,7 @@ class Readings:
         present = table != 0
         alive = present.any(1)
         rows, columns = alive.sum(), present.any(0).sum()
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         lost = 1 - present.sum() / (rows * columns).clamp(min=1)
         self._vectors[-1] = torch.cat([self._vectors[-1], torch.stack([norm, rows, lost]).float()])
         return alive

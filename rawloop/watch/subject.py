@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from rawloop.dist import World
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding
+from rawloop.watch.guard import Guard
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Subject:
         world: the ranks.
         config: the settings.
         compiled: torch.compile has compiled the model or a part of it. Hooks on its modules would compile it again.
+        guard: shields the user's calls from errors of a detector's hooks in them.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Subject:
     world: World = field(default_factory=World.current)
     config: WatchConfig = field(default_factory=WatchConfig)
     compiled: bool = False
+    guard: Guard = field(default_factory=Guard)
 
     @property
     def is_scaled(self) -> bool:
@@ -85,6 +88,8 @@ class Facts:
         zeroed: the line of a `zero_grad` after the last backward pass.
         scale_moved: the line of a `scaler.update` after a backward pass and before an attempt to step.
         idle: the optimizer was stepped without a backward pass since its last step.
+        stepped: the ids of the optimizers that were stepped.
+        inside_backward: the optimizer was stepped by hooks while the backward pass ran.
         lr_moved: the learning rate has changed since an update that the scaler skipped.
     """
 
@@ -101,6 +106,8 @@ class Facts:
     zeroed: str = ""
     scale_moved: str = ""
     idle: bool = False
+    stepped: set[int] = field(default_factory=set)
+    inside_backward: bool = False
     lr_moved: bool = False
 
 
@@ -116,6 +123,7 @@ class StepRecord:
         loss: the sum of the losses of its backward passes, unscaled.
         grad_norm: the L2 norm of all gradients, unscaled.
         scale: the loss scale of its gradients.
+        scales: the scale of the gradients of an optimizer, by its id, where it differs: the scaler has not come to it.
         applied: whether the optimizer has applied an update; None before it is known.
         seconds: the duration of the step.
         data_seconds: the wait for data before it.
@@ -131,6 +139,7 @@ class StepRecord:
     loss: float | None = None
     grad_norm: float | None = None
     scale: float = 1.0
+    scales: dict[int, float] = field(default_factory=dict)
     applied: bool | None = None
     seconds: float | None = None
     data_seconds: float | None = None

@@ -81,7 +81,8 @@ class Updates(Detector):
     def _judge(self, subject: Subject, record: StepRecord, sgd: bool) -> Iterator[Finding]:
         for label, held in by_label(held_by_optimizers(subject)).items():
             chosen = [one for one in held if is_plain_sgd(one) == sgd]
-            for sample in sampled(chosen, self._lr.get(label, 0.0), record.scale if sgd else 1.0):
+            scale = record.scales.get(id(held[0].optimizer), record.scale) if sgd else 1.0
+            for sample in sampled(chosen, self._lr.get(label, 0.0), scale):
                 judge = Judge(subject, record, label, sample)
                 yield from judge.moments()
                 yield from judge.decay()

@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from rawloop.dist import World
 from rawloop.errors import UserError
+from rawloop.origin import damaged
 from rawloop.records import json_value
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
-from rawloop.watch.findings import Finding, Findings
+from rawloop.watch.findings import Cause, Finding, Findings, merged
+from rawloop.watch.guard import Guard, failed, guarded, part_of
 from rawloop.watch.hooks import Hooks
 from rawloop.watch.keeping import Keeper
 from rawloop.watch.misuse import left_by, without_backward
@@ -32,10 +34,11 @@ from rawloop.watch.recorder import Recorder
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 from rawloop.watch.tape import Replay
 from rawloop.watch.tracer import trace
-from rawloop.watch.wrappers import bare_model, is_compiled, outsides
+from rawloop.watch.wrappers import bare_model, bare_optimizer, is_compiled, outsides
 
 MOST_PASSES = 64  # of one update, that are kept to be run again
 FINDINGS = "findings.jsonl"
+FILE = "the file of the findings"
 
 
 class Watch:
@@ -76,24 +79,28 @@ class Watch:
         for one in optimizers:
             if not isinstance(one, Optimizer):
                 raise UserError(f"rawloop.Watch takes torch optimizers after the model: it got a {type(one).__name__}")
+        optimizers = [bare_optimizer(one) for one in optimizers]
         named = named or NamedWeights(bare)
         world, config = world or World.current(), config or WatchConfig()
-        self.subject = Subject(bare, optimizers, scaler, named, world, config, is_compiled(model))
+        self.guard = Guard(self._failed)
+        self.subject = Subject(bare, optimizers, scaler, named, world, config, is_compiled(model), self.guard)
         self.out = Path(out) if out else None
         self.findings = Findings()
         self.detectors = list(all_detectors() if detectors is None else detectors)
         self.say = say or (lambda text: tqdm.write(text, file=sys.stderr))
         self.record = StepRecord(0)
-        self._recorder = Recorder(bare, outsides(model, bare), self._called, self._backward)
+        self._recorder = Recorder(bare, outsides(model, bare), self._called, self._backward, self.guard)
         self._hooks = Hooks(self.subject, self._recorder, lambda: self.record, self._before, self._after)
         self._replays: deque[tuple[Replay, tuple[str, ...], bool]] = deque(maxlen=MOST_PASSES)
         self._keeper = Keeper(self.subject, self.out) if self.out is not None else None
         self._contexts = ExitStack()
         self._left = self._began = time.perf_counter()
+        self._damage = ""  # what is wrong with the weights after an update that was not finite
         self._step = self._streak = self._traces = self._measured = 0
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(self._hooks.installed())
+        self._contexts.enter_context(self._recorder.installed())
         self.start()
         return self
 
@@ -133,6 +140,8 @@ class Watch:
             self._step, self.record = step, StepRecord(step)
         elif self.record.applied is not None:
             self.end()
+        if self._damage:
+            self._look_for_damage()
         record = self.record
         record.step, record.batch, record.ids = self._step, batch, tuple(ids)
         self._began = time.perf_counter()
@@ -170,22 +179,38 @@ class Watch:
         """Look at a step after its update, or after the decision to skip it, and count it."""
         record = self.record
         record.seconds = record.seconds or time.perf_counter() - self._began
+        if self._streak and record.applied:
+            self._look_for_damage()
         self._look(lambda detector: detector.end(self.subject, record))
         if self._keeper is not None:
-            self._keeper.ended(record)
+            with self.guard.over("the flight recorder"):
+                self._keeper.ended(record)
         self._left = time.perf_counter()
         self._step += record.applied is not False
         self._replays.clear()
         self._hooks.clear()
         self.record = StepRecord(self._step)
 
+    @guarded("the look at damaged weights")
+    def _look_for_damage(self) -> None:
+        """Keep quiet while an update that was not finite has left weights that are not: all else follows from them."""
+        found, before = damaged(self.subject.model), self._damage
+        self._damage = str(found) if found is not None else ""
+        step = self.record.step
+        if found is not None and not before:
+            self.say(f"step {step}: {found}; what follows from that is not told until the weights are finite again")
+        elif before and found is None:
+            self.say(f"step {step}: the weights are finite again")
+
+    @guarded("the tracer of numbers that are not finite")
     def _trace(self) -> None:
         """Run the step again to find the place: the first two of a row of bad steps, and not too often."""
         self._streak += 1
-        if self._streak <= 2 and self._traces < 4 + self._step // 500:
+        if not self._damage and self._streak <= 2 and self._traces < 4 + self._step // 500:
             self._traces += 1
             self._add(trace(self.subject, self.record))
 
+    @guarded("the flight recorder")
     def _keep(self, failed: bool = False) -> None:
         """Write a capsule if an alarm asks for one. The weights are those before the update."""
         if self._keeper is not None and self._keeper.why:
@@ -207,6 +232,7 @@ class Watch:
 
         return done
 
+    @guarded("the measurement of gradients")
     def _before(self) -> None:
         """Measure and look, once for each window."""
         record = self.record
@@ -215,6 +241,7 @@ class Watch:
         self._measured = record.facts.backwards
         loss, norm, scale = self._hooks.measure()
         has_scale = record.facts.scaled > 0 and not record.facts.unscaled
+        record.scales = self._hooks.scales(scale)
         self.measured(loss if record.facts.backwards else None, norm, scale if has_scale else 1.0, record.applied)
         self._take_passes(scale)
         self.before_update()
@@ -235,18 +262,32 @@ class Watch:
 
     def _look(self, method: Callable[[Detector], Iterable[Finding]]) -> None:
         for detector in self.detectors:
-            self._add(method(detector))
+            part = part_of(detector)
+            if not self.guard.is_off(part):
+                found: list[Finding] = []
+                with self.guard.over(part):
+                    found += method(detector)
+                if not self._damage:
+                    self._add(merged(found))
+
+    def _failed(self, part: str, cause: Cause) -> None:
+        self._add([failed(part, cause, self.record.step, self.subject.world.rank)])
 
     def _add(self, findings: Iterable[Finding]) -> None:
-        for finding in self.findings.extend(findings):
-            if self.out is not None:
-                self.out.mkdir(parents=True, exist_ok=True)
-                with (self.out / FINDINGS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(json_value(finding.as_json()), allow_nan=False) + "\n")
-            if self._keeper is not None:
-                self._keeper.found(finding)
-            if not finding.ordinary:
-                self.say(fill(finding.text(), 120))
+        for finding in findings:
+            if self.findings.add(finding):
+                if self.out is not None and not self.guard.is_off(FILE):
+                    with self.guard.over(FILE):
+                        self._write(self.out, finding)
+                if not finding.ordinary:
+                    self.say(fill(finding.text(), 120))
+
+    def _write(self, out: Path, finding: Finding) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / FINDINGS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(json_value(finding.as_json()), allow_nan=False) + "\n")
+        if self._keeper is not None:
+            self._keeper.found(finding)
 
 
 @dataclass
@@ -269,12 +310,13 @@ class Block:
         watch, record, recorder = self.watch, self.watch.record, self.watch._recorder
         recorder.pause()
         with self._contexts:
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):  # that is how a loader ends
                 watch._add([left_by(watch.subject, record, error, str(recorder.line_of(traceback)))])
                 if record.applied is None:
                     watch._keep(failed=True)
             elif recorder.calls and record.facts.backwards == self._before and record.applied is None:
-                self._without_backward()
+                with watch.guard.over("the look at a step without a backward pass"):
+                    self._without_backward()
         record.seconds = (record.seconds or 0.0) + time.perf_counter() - watch._began
         if record.applied is not None or (record.facts.backwards and not watch.subject.optimizers):
             watch.end()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torch.optim import Optimizer
 
 from rawloop.dist import find_ddp
 from rawloop.inputs import unwrap
@@ -27,6 +28,17 @@ def replayed_model(model: nn.Module) -> nn.Module:
     while chain and unwrap(chain[-1]) is chain[-1]:
         found = chain.pop()
     return found
+
+
+def bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that makes the updates inside one around it, such as accelerate's, Fabric's or SAM's.
+
+    The two share their parameter groups, and a loop may step the inner one without the `step` of the outer one.
+    """
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer) and inner is not optimizer and inner.param_groups is optimizer.param_groups:
+            return bare_optimizer(inner)
+    return optimizer
 
 
 def is_compiled(model: nn.Module) -> bool:
