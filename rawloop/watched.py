@@ -174,13 +174,14 @@ class RunWatch:
         findings = list(self.watch.findings)[self._told :]
         self._told += len(findings)
         for finding in findings:
-            text, fields = finding.text(), json_value(finding.as_json())
+            fields = json_value(finding.as_json())
+            text = f"{'ordinary: ' if finding.ordinary else ''}{finding.reason()}"
             write = partial(run.records.event, "finding", step=finding.step, reason=text, show=not finding.ordinary)
             run.record_or_defer(partial(write, finding=fields))
             if not finding.ordinary:
                 self._why = f"finding {finding.kind}: {finding.what}"
                 if not run.world.is_main:
-                    to_stderr(f"[finding] {text}")
+                    to_stderr(f"[finding] {finding.text()}")
 
     def _failed(self, run: Run, error: Exception) -> None:
         """Write a capsule of a step that has failed, and add to the error what is known."""

@@ -81,6 +81,29 @@ def test_an_infinity_that_vanishes_is_no_origin() -> None:
     assert find_origin(lambda: loss_of(net), net) is None
 
 
+def test_an_overflow_behind_the_zero_of_a_division() -> None:
+    def softmax(hidden: Tensor) -> Tensor:
+        weights = (hidden * 0 + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 500.0])).exp()
+        shares = weights[:, :5] / weights.sum(1, keepdim=True)
+        return F.pad((shares * 1).log(), (0, 1))
+
+    found = origin_in(softmax)
+    why = reason(found)
+    assert (found.phase, found.operation, found.later) == ("forward", "torch.Tensor.exp", "torch.Tensor.log")
+    assert why.what.startswith("exp of 500, which is too large for float32; a division by the infinity gives 0")
+    assert why.advice.startswith("Subtract the maximum")
+    assert why.evidence["largest before"] == 500
+
+
+def test_a_zero_of_its_own_after_an_infinity_that_is_handled() -> None:
+    def change(hidden: Tensor) -> Tensor:
+        handled = torch.where(hidden > 1e9, hidden, 1 / (hidden * 500).exp().exp().clamp(max=1.0))
+        return (handled * 0).log()
+
+    found = origin_in(change)
+    assert (found.operation, found.later) == ("torch.Tensor.log", "")
+
+
 def test_the_logarithm_is_named_and_not_what_makes_nan_of_it() -> None:
     found = origin_in(lambda hidden: hidden * hidden.relu().log() * 0)
     assert (found.operation, found.spot.module, found.kind) == ("torch.Tensor.log", "1.0", "inf")
@@ -348,6 +371,42 @@ def test_gradients_whose_sum_is_not_finite() -> None:
     found = origin_of(lambda: torch.stack([(weight * 60000).float().mean() for _ in range(3)]).sum(), net)
     assert (found.phase, found.parameter) == ("backward", "0")
     assert reason(found).blamed == "precision"
+
+
+def test_a_hook_that_spoils_a_finite_gradient() -> None:
+    net = model()
+    weight = net.get_parameter("0.weight")
+    weight.register_hook(lambda gradient: gradient / 0)  # type: ignore[no-untyped-call]
+    found = origin_of(lambda: loss_of(net), net)
+    why = reason(found)
+    assert (found.phase, found.parameter, why.blamed) == ("backward", "0.weight", "optimizer")
+    assert "test_origin.py" in why.what
+    assert "lambda" in why.what
+
+
+def test_a_hook_on_a_tensor_within_the_pass() -> None:
+    def spoil(hidden: Tensor) -> Tensor:
+        between = hidden * 1
+        between.register_hook(lambda gradient: gradient * torch.inf)  # type: ignore[no-untyped-call]
+        return between
+
+    found = origin_in(spoil)
+    assert (found.phase, found.spot.module, reason(found).blamed) == ("backward", "1.0", "optimizer")
+
+
+def test_an_overflow_that_a_division_hides_until_backward() -> None:
+    """The square of a number too large for float32, under a root whose inverse is 0, as in an RMS norm."""
+
+    def norm(hidden: Tensor) -> Tensor:
+        large = hidden * 0 + 2e38
+        return large * large.pow(2).mean(-1, keepdim=True).rsqrt()
+
+    found = origin_in(norm)
+    why = reason(found)
+    assert (found.phase, found.operation) == ("backward", "torch.Tensor.pow") or found.operation == "pow"
+    assert "too large for float32" in why.what
+    assert why.advice.startswith("Scale its input down")
+    assert "below 1 at 0" in reason(origin_in(lambda hidden: zeros(hidden).pow(0.5))).advice
 
 
 def test_gradients_that_are_discarded_are_no_origin() -> None:

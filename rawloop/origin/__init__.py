@@ -6,7 +6,7 @@ in `current_line`.
 """
 
 from rawloop.origin.find import Damage, Origin, damaged, find_origin, gradients_of, is_finite, is_finite_in
-from rawloop.origin.forward import current_line
+from rawloop.origin.lines import current_line
 from rawloop.origin.rows import Rows, batch_size, guilty_rows
 from rawloop.origin.words import Reason, reason
 

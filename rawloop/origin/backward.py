@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rawloop.origin.forward import NOWHERE, Recorder, Spot
-from rawloop.origin.tensors import floats_in, largest, trouble
+from rawloop.origin.tensors import floats_in, largest, limit, trouble
 
 SUM = "the sum of gradients"
+CHANGED = "a change of the gradient"
 
 
 @dataclass(eq=False)
@@ -20,7 +22,8 @@ class GradientSource:
 
     Args:
         number: counts the nodes in the order in which they run.
-        operation: the name of the node without `Backward0`, or `SUM` if gradients are finite one by one only.
+        operation: the name of the node without `Backward0`, `SUM` if gradients are finite one by one only, or `CHANGED`
+            if their sum is finite as well, so that a hook has changed it.
         spot: the place in the forward pass that created the node.
         largest: the largest finite magnitude of the gradient that the node received.
         dtype: of the gradient that is not finite.
@@ -61,6 +64,7 @@ class Nodes:
         self._accumulators: dict[int, Any] = {}  # id of a leaf -> its node
         self._sources: dict[Any, GradientSource] = {}  # by the node that receives the gradient
         self._spots: dict[Any, Spot] = {}
+        self._parts: dict[Any, float] = {}  # the sum of the largest magnitudes that a node was given
         self._hooks = ExitStack()
         self._ran = 0
 
@@ -80,8 +84,10 @@ class Nodes:
         found = []
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             if gradient is not None and (kind := trouble(gradient)):
-                alone = GradientSource(self._ran + 1, SUM, None, largest([gradient]), gradient.dtype, kind)
-                found.append((self._sources.get(self._accumulators[id(leaf)], alone), leaf))
+                node = self._accumulators[id(leaf)]
+                size = self._parts.get(node, 0.0)
+                alone = GradientSource(self._ran + 1, _sum(size, gradient), None, size, gradient.dtype, kind)
+                found.append((self._sources.get(node, alone), leaf))
         return min(found, key=lambda pair: pair[0].number, default=None)
 
     def _watch(self, starts: Iterable[Any], spot: Spot | None) -> None:
@@ -105,9 +111,12 @@ class Nodes:
         source = self._sources.get(node)
         wrong = [gradient for gradient in floats_in(received) if trouble(gradient)]
         if wrong and source is None:
-            source = self._source(node, SUM, received, wrong[0])
+            source = self._source(node, _sum(self._parts.get(node, 0.0), wrong[0]), received, wrong[0])
         for (following, _), gradient in zip(node.next_functions, made, strict=False):
-            if following is None or gradient is None or not any(trouble(one) for one in floats_in(gradient)):
+            if following is None or gradient is None:
+                continue
+            if not any(trouble(one) for one in floats_in(gradient)):
+                self._parts[following] = self._parts.get(following, 0.0) + _size(gradient)
                 continue
             if source is None and recomputes(node):  # its own backward pass has run already
                 source = min(self._sources.values(), key=lambda one: one.number, default=None)
@@ -119,6 +128,23 @@ class Nodes:
     def _source(self, node: Any, operation: str, received: Any, wrong: Tensor) -> GradientSource:
         size = largest(floats_in(received))
         return GradientSource(self._ran, operation, self._spots[node], size, wrong.dtype, trouble(wrong))
+
+
+def _size(gradient: Any) -> float:
+    found = [*floats_in(gradient)]
+    return largest(found) if found else 0.0
+
+
+def _sum(size: float, wrong: Tensor) -> str:
+    """Return what makes a gradient not finite whose parts are: their sum, if parts of this size can overflow."""
+    return SUM if size > limit(wrong.dtype) else CHANGED
+
+
+def hook_of(tensor: Tensor) -> str:
+    """Return the last hook on a tensor's gradient, as `train.py:41: scaled`; empty if there is none."""
+    hooks = [*(tensor._backward_hooks or {}).values()]
+    code = getattr(hooks[-1], "__code__", None) if hooks else None
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}: {code.co_qualname}" if code is not None else ""
 
 
 def operation_of(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rawloop.buffers import untouched
-from rawloop.origin.backward import Nodes, nodes_below, recomputes
+from rawloop.origin.backward import CHANGED, Nodes, hook_of, nodes_below, recomputes
 from rawloop.origin.forward import NOWHERE, Call, Recorder, Source, Spot
 from rawloop.origin.tensors import first_wrong, trouble
 from rawloop.origin.twin import Wide
@@ -48,6 +48,8 @@ class Origin:
         gradient: the largest finite magnitude of the gradient that the operation received; NaN in forward.
         parameter: the parameter whose gradient it is, if gradients are finite one by one and their sum is not.
         narrow: a 16-bit dtype that an operation of the pass has made; None if there was none.
+        later: the operation that stumbles over the zero which a division has made of the infinity; empty without one.
+        hook: the function that changes a finite gradient to one that is not; empty if no hook is known.
         call: the operation with its arguments, to run it again; None if it cannot be captured.
     """
 
@@ -61,6 +63,8 @@ class Origin:
     gradient: float = math.nan
     parameter: str = ""
     narrow: torch.dtype | None = None
+    later: str = ""
+    hook: str = ""
     call: Call | None = None
 
 
@@ -167,6 +171,7 @@ def _pass(run: Run, recorder: Recorder, model: nn.Module) -> Origin | None:
         gradient=source.largest,
         parameter=names.get(id(leaf), "a tensor outside the model") if source.spot is None else "",
         narrow=recorder.narrow,
+        hook=hook_of(leaf) if source.operation == CHANGED else "",
     )
 
 
@@ -180,6 +185,7 @@ def _forward(source: Source, recorder: Recorder) -> Origin:
         source.given,
         source.mask or source.blocked_by is not None,
         narrow=recorder.narrow,
+        later=source.later,
     )
 
 

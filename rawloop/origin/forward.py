@@ -1,33 +1,28 @@
 """Follows the numbers that are not finite through a forward pass: each operation and each module."""
 
-import linecache
 import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from rawloop.origin.tensors import floats_in, limit, map_args, trouble
+from rawloop.origin.lines import current_line, line_of
+from rawloop.origin.tensors import base_of, floats_in, limit, map_args, trouble
 
-# The line of the user's code whose operation runs, for code that runs operations which it has recorded, so that the
-# line is not on the stack: set it around each of them, as `train.py:41: loss = torch.log(p).mean()`. It is used for
-# operations outside the model's modules.
-current_line: ContextVar[str] = ContextVar("current_line", default="")
-
-OUR_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("origin", "watch", "diagnose"))
-NOT_THE_USERS = (str(Path(torch.__file__).parent), "<")  # torch, and generated code such as <frozen contextlib>
 # Operations whose result should not be infinite where a mask blocks some of their inputs.
 REDUCTIONS = ("sum", "mean", "logsumexp", "cross_entropy", "nll_loss", "kl_div", "gather", "take_along_dim")
 # Operations that take masks with minus infinity.
 MASKED = ("softmax", "log_softmax", "scaled_dot_product_attention", "logsumexp", "_safe_softmax")
+
+# Operations that make a zero of an infinity, those that keep a zero, and those whose result at a zero is not finite.
+HIDES = ("div", "rdiv", "true_divide", "divide", "reciprocal", "rsqrt")
+KEEPS_ZERO = (*HIDES, "mul", "rmul", "multiply", "neg", "abs", "sqrt", "square", "to", "float", "contiguous", "gather")
+BREAKS_AT_ZERO = (*HIDES, "log", "log2", "log10", "pow")
 
 
 class Spot(NamedTuple):
@@ -62,6 +57,7 @@ class Source:
         kind: `nan` or `inf`.
         dtype: of the tensor that is not finite.
         given: the name of a weight, buffer or input that contained them from the start.
+        later: the operation that stumbles over the zero which a division has made of the infinity; empty without one.
     """
 
     spot: Spot
@@ -70,6 +66,7 @@ class Source:
     mask: bool = False
     blocked_by: "Source | None" = None
     given: str = ""
+    later: str = ""
 
 
 @dataclass
@@ -103,6 +100,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.stack: list[tuple[str, nn.Module]] = []
         self.sources: dict[int, Source] = {}
+        self.hidden: dict[int, Source] = {}  # the infinities behind zeros
         self.spans: list[tuple[int, Spot]] = []  # the sequence number of autograd nodes after each place
         self.call: Call | None = None
         self.count, self.wanted = 0, wanted
@@ -167,7 +165,9 @@ class Recorder(TorchFunctionMode):
         if not kind:
             if all(_key(out) != _key(tensor) for tensor in given):
                 self.sources.pop(_key(out), None)  # the memory of another tensor, used again
+            self._hide(out, base_of(spot.operation), given, before)
             return
+        self.hidden.pop(_key(out), None)
         sources = [s for s in (before if before is not None else map(self._seen, given)) if s is not None]
         real = [source for source in sources if not source.mask]
         if real:
@@ -178,9 +178,30 @@ class Recorder(TorchFunctionMode):
             made = replace(sources[0], mask=False)  # numbers that are no mask, such as the logarithm of silence
         elif sources:
             made = Source(spot, kind, out.dtype, blocked_by=sources[0])
+        elif hidden := self._behind_zero(base_of(spot.operation), given):
+            made = replace(hidden, later=spot.operation)
         else:
             made = Source(spot, kind, out.dtype, mask=_has_infinity(arguments, out.dtype) and not _not_a_mask(out))
         self.sources[_key(out)] = made
+
+    def _hide(self, out: Tensor, base: str, given: list[Tensor], before: list[Source | None] | None) -> None:
+        """Remember the infinity of which an operation has made a zero, as a division by it does."""
+        sources = before if before is not None else map(self._seen, given) if base in HIDES else ()
+        real = (source for source in sources if base in HIDES and source is not None and source.kind == "inf")
+        hidden = next((source for source in real if not source.mask and not source.given), None)
+        if hidden is None and base in KEEPS_ZERO:
+            hidden = next((self.hidden[_key(one)] for one in given if _key(one) in self.hidden), None)
+        if hidden is not None and bool((out.detach() == 0).any()):
+            self.hidden[_key(out)] = hidden
+        elif all(_key(out) != _key(one) for one in given):
+            self.hidden.pop(_key(out), None)
+
+    def _behind_zero(self, base: str, given: list[Tensor]) -> Source | None:
+        """Return the infinity behind a zero among the inputs of an operation that is not finite at zero."""
+        if base not in BREAKS_AT_ZERO:
+            return None
+        zeros = (one for one in given if _key(one) in self.hidden and bool((one.detach() == 0).any()))
+        return next((self.hidden[_key(one)] for one in zeros), None)
 
     def _seen(self, tensor: Tensor) -> Source | None:
         """Return the source of an input; one that nobody has made comes from outside the pass."""
@@ -222,7 +243,7 @@ class Recorder(TorchFunctionMode):
             return current_line.get()
         if self.stack and type(self.stack[-1][1]).__module__.startswith("torch."):
             return ""
-        return _line_of(sys._getframe(1))
+        return line_of(sys._getframe(1))
 
     def _capture(self, func: Any, args: Any, kwargs: Any) -> None:
         def copied(tensor: Tensor) -> Tensor:
@@ -264,19 +285,3 @@ def _has_infinity(arguments: Any, dtype: torch.dtype) -> bool:
     if isinstance(arguments, dict):
         return any(_has_infinity(item, dtype) for item in arguments.values())
     return isinstance(arguments, list | tuple) and any(_has_infinity(item, dtype) for item in arguments)
-
-
-def _line_of(frame: FrameType | None) -> str:
-    """Return the innermost line outside torch and this package, up to the call that started the pass."""
-    left = False
-    while frame is not None:
-        file = frame.f_code.co_filename
-        ours = file.startswith(OUR_OWN[0])
-        if ours and left:
-            return ""
-        left = left or not ours
-        if not file.startswith((*OUR_OWN, *NOT_THE_USERS)) and "contextlib" not in file:
-            text = linecache.getline(file, frame.f_lineno).partition("  #")[0].strip()
-            return f"{Path(file).name}:{frame.f_lineno}: {text}".rstrip(": ")
-        frame = frame.f_back
-    return ""

@@ -66,6 +66,12 @@ def map_args(change: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def base_of(operation: str) -> str:
+    """Return the bare name of an operation: `torch.Tensor.log_` -> `log`, `torch.Tensor.__rtruediv__` -> `rdiv`."""
+    name = operation.rpartition(".")[2].strip("_")
+    return {"rtruediv": "rdiv", "truediv": "div", "itruediv": "div"}.get(name, name)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float16`."""
     return str(dtype).removeprefix("torch.")

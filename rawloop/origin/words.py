@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rawloop.origin.backward import SUM
+from rawloop.origin.backward import CHANGED, SUM
 from rawloop.origin.find import Origin
 from rawloop.origin.forward import Call
-from rawloop.origin.tensors import dtype_name, first_wrong, floats_in, largest, limit, trouble
+from rawloop.origin.tensors import base_of, dtype_name, first_wrong, floats_in, largest, limit, trouble
 from rawloop.origin.twin import run_again, wider
 
-Blamed = Literal["data", "code", "precision"]
+Blamed = Literal["data", "code", "precision", "optimizer"]
 KEEP = "Keep its inputs in the range where its result is finite"
 ABSURD = 1e3  # weights of trained models are smaller
 RANGE = "Take bf16, or scale the input of this operation down"
@@ -24,7 +24,7 @@ class Reason:
     """Why an operation makes numbers that are not finite.
 
     Args:
-        blamed: `code` is the model or the loss.
+        blamed: `code` is the model or the loss, `optimizer` what changes gradients between backward and the update.
         what: one sentence.
         advice: what to do.
         evidence: numbers.
@@ -50,12 +50,20 @@ def reason(origin: Origin) -> Reason:
     call = origin.call
     if call is None:
         return _unseen(origin)
-    return _forward(origin, call) if origin.phase == "forward" else _backward(origin, call)
+    found = _forward(origin, call) if origin.phase == "forward" else _backward(origin, call)
+    if origin.later:
+        found.what += f"; a division by the infinity gives 0, which {origin.later} cannot take"
+    return found
 
 
 def _unseen(origin: Origin) -> Reason:
     """Return the reason of an origin whose operation is not captured."""
     kind, size = _kind(origin.kind), origin.gradient
+    if origin.operation == CHANGED:
+        of = f" of '{origin.parameter}'" if origin.parameter else ""
+        what = f"backward computes a finite gradient{of}, and {origin.hook or 'a hook'} makes {kind} of it"
+        advice = "Guard the hook's divisions: a norm that it divides by may be zero"
+        return Reason("optimizer", what, advice, _magnitude(size, origin.dtype))
     if origin.parameter:
         what = f"the parts of the gradient of '{origin.parameter}' are finite, and their sum is not"
         advice = "Lower the loss scale, or keep this weight in float32"
@@ -83,7 +91,7 @@ def _forward(origin: Origin, call: Call) -> Reason:
     if wrong is not None:
         found.index, found.shape = first_wrong(wrong), tuple(wrong.shape)
         evidence["not finite"] = f"{int((~wrong.isfinite()).sum()):,} of {wrong.numel():,}"
-    base = _base(origin.operation)
+    base = base_of(origin.operation)
     if origin.blocked:
         found.blamed, found.what, found.advice = _of_mask(origin, base)
         return found
@@ -215,7 +223,7 @@ def _backward(origin: Origin, call: Call) -> Reason:
     found = _unseen(origin)
     gradients = _gradients(call)
     at = next((n for n, gradient in enumerate(gradients) if gradient is not None and trouble(gradient)), None)
-    if at is None or origin.operation == SUM:
+    if at is None or origin.operation in (SUM, CHANGED):
         return found
     gradient = gradients[at]
     assert gradient is not None
@@ -232,7 +240,10 @@ def _backward(origin: Origin, call: Call) -> Reason:
         found.what = f"{name} gives {size:.4g} in float32, and {end}"
         return found
     found.what = f"{name} at {value:.4g} makes {kind} from finite gradients"
-    found.advice = ROOTS.get(_base(origin.operation), "Keep its argument away from this value")
+    found.advice = ROOTS.get(base_of(origin.operation), "Keep its argument away from this value")
+    if abs(value) > 1 and any(map(trouble, call.outputs)):
+        found.what = f"{origin.operation} of {value:.4g} is too large for {dtype_name(origin.dtype)}, and {found.what}"
+        found.advice = "Scale its input down before, or compute this part in a wider dtype"
     return found
 
 
@@ -266,12 +277,6 @@ def _magnitude(size: float, dtype: torch.dtype) -> dict[str, float | int | str]:
     if size > 0 and math.isfinite(size):
         found["head room in bits"] = round(math.log2(limit(dtype)) - math.log2(size), 2)
     return found
-
-
-def _base(operation: str) -> str:
-    """`torch.Tensor.log_` -> `log`, `torch.Tensor.__rtruediv__` -> `rdiv`."""
-    name = operation.rpartition(".")[2].strip("_")
-    return {"rtruediv": "rdiv", "truediv": "div", "itruediv": "div"}.get(name, name)
 
 
 def _kind(kind: str) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rawloop.contracts import Batch
 from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.nest import tensors_in
+from rawloop.watch.nest import shown, tensors_in
 from rawloop.watch.subject import StepRecord, Subject
 
 Kind = Literal["ids", "labels", "mask", "loss mask", "positions", "features", "other"]
@@ -24,6 +24,11 @@ class Entry(NamedTuple):
     kind: Kind
     tensor: Tensor
     part: int = 0
+
+    @property
+    def shown(self) -> str:
+        """The path as people read it."""
+        return shown(self.path)
 
     @property
     def is_cheap(self) -> bool:

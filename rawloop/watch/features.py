@@ -46,7 +46,7 @@ class Features:
             usual = usual or (float(rows.median()) if len(rows) > 3 else 0.0)
         if 0 < ABSURD * usual < size:
             row, position = _where(entry.tensor.abs().double() == entry.tensor.abs().double().amax())
-            what = f"'{entry.path}' has the value {size:.4g} at row {row}, {size / usual:.0f} times its usual largest"
+            what = f"'{entry.shown}' has the value {size:.4g} at row {row}, {size / usual:.0f} times its usual largest"
             advice = "correct or leave out the sample, or normalise the features"
             evidence = {"largest": size, "usual largest": usual}
             cause = Cause("data", "a feature is absurdly large", look.place(entry, row, position), evidence, advice)
@@ -64,7 +64,7 @@ def _not_finite(look: Look, entry: Entry, masks: bool) -> Finding:
     row, position = _where(bad)
     value = float(entry.tensor[bad][0])
     rows = int(bad.flatten(1).any(1).sum()) if bad.dim() > 1 else int(bad.sum())
-    what = f"'{entry.path}' has the value {value} at row {row}"
+    what = f"'{entry.shown}' has the value {value} at row {row}"
     evidence: dict[str, float | int | str] = {"values": int(bad.sum()), "rows": rows, "of rows": len(bad)}
     advice = "correct the source of these numbers (a log of 0, a division by a zero deviation), or leave the sample out"
     cause = Cause("data", "a feature is not finite", look.place(entry, row, position), evidence, advice)
@@ -82,7 +82,7 @@ def _find_constant(look: Look, entry: Entry, ill: bool) -> Iterator[Finding]:
     value = float(values[rows[0], 0])
     alone = not any(other.kind == "ids" and other is not entry for other in look.entries)
     whole = len(rows) == len(values)
-    what = f"{'every row' if whole else f'row {rows[0]}'} of '{entry.path}' is constant"
+    what = f"{'every row' if whole else f'row {rows[0]}'} of '{entry.shown}' is constant"
     evidence = {"constant rows": len(rows), "rows": len(values), "value": value}
     advice = "look whether the file was decoded: a constant row teaches nothing, and normalising it divides by zero"
     cause = Cause("data", "a sample has empty features", look.place(entry, rows[0]), evidence, advice)
@@ -96,7 +96,7 @@ def _find_unscaled(look: Look, entry: Entry, low: float, high: float) -> Iterato
     picture = any(word in entry.name for word in ("pixel", "image")) and low >= 0 and PIXELS < high <= 255
     if (audio or picture) and bool((tensor == tensor.round()).all()):
         unit = "32768" if audio else "255"
-        what = f"'{entry.path}' holds whole numbers from {low:g} to {high:g}: {'16-bit audio' if audio else 'bytes'}"
+        what = f"'{entry.shown}' holds whole numbers from {low:g} to {high:g}: {'16-bit audio' if audio else 'bytes'}"
         advice = f"divide by {unit}, and normalise as the model's processor does"
         cause = Cause("data", "the values were never scaled", look.place(entry), {"least": low, "most": high}, advice)
         yield look.finding("features_unscaled", what, cause, ordinary=picture)  # some models scale pictures

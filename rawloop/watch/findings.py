@@ -6,6 +6,7 @@ from textwrap import fill
 from typing import Literal
 
 from rawloop.errors import first_few
+from rawloop.watch.nest import shown
 
 Whose = Literal["data", "model", "loss", "precision", "optimizer", "distributed", "hardware", "not known"]
 MOST_CAUSES = 3
@@ -38,7 +39,7 @@ class Place:
             f"parameter '{self.parameter}'" if self.parameter else "",
             self.expression,
             f"optimizer {self.optimizer}" if self.optimizer else "",
-            f"tensor '{self.tensor}'" if self.tensor else "",
+            f"tensor '{shown(self.tensor)}'" if self.tensor else "",
             f"sample {self.sample}" if self.sample else "",
             f"row {self.row}" if self.row is not None else "",
             f"position {self.position}" if self.position is not None else "",
@@ -57,14 +58,15 @@ class Cause:
     evidence: Mapping[str, float | int | str] = field(default_factory=dict)
     advice: str = ""
 
-    def text(self) -> str:
-        """Return the cause as a paragraph."""
+    def text(self, known: str = "", rank: int | None = None) -> str:
+        """Return the cause as a paragraph. It does not repeat what is `known`, nor the rank that has seen it."""
+        place = replace(self.place, rank=None) if self.place.rank == rank else self.place
         numbers = ", ".join(f"{name} {_number(value)}" for name, value in self.evidence.items())
         return " ".join(
             filter(
                 None,
                 [
-                    f"[{self.whose}] {self.what} ({self.place}).",
+                    f"[{self.whose}] {'' if self.what == known else f'{self.what} '}({place}).",
                     f"Evidence: {numbers}." if numbers else "",
                     f"{self.advice[0].upper()}{self.advice[1:]}." if self.advice else "",
                 ],
@@ -125,10 +127,14 @@ class Finding:
         since = f", since step {self.since}" if self.since is not None and self.since != self.step else ""
         times = f", {self.times} times until step {self.last}" if self.times > 1 else ""
         mark = "ordinary: " if self.ordinary else ""
-        head = f"step {self.step}, rank {self.rank}{since}{times}: {mark}{self.what}."
-        if len(self.causes) == 1:
-            return f"{head} {self.cause.text()}"
-        return " ".join([head, *(f"({n}) {cause.text()}" for n, cause in enumerate(self.causes, start=1))])
+        return f"step {self.step}, rank {self.rank}{since}{times}: {mark}{self.reason()}"
+
+    def reason(self) -> str:
+        """Return what it is and its causes, without the step and the rank."""
+        causes = [cause.text(self.what, self.rank) for cause in self.causes]
+        if len(causes) > 1:
+            causes = [f"({n}) {text}" for n, text in enumerate(causes, start=1)]
+        return " ".join([f"{self.what}.", *causes])
 
     def as_json(self) -> dict[str, object]:
         """Return the finding as JSON values."""

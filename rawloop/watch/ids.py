@@ -207,7 +207,7 @@ def _outside(look: Look, entry: Entry, table: Table) -> Iterator[Finding]:
     value, size, module = int(tensor[tuple(first)]), table.sizes[index], table.modules[index]
     codebook = f" of codebook {index}" if table.dim is not None else ""
     position = next((first[dim] for dim in reversed(range(1, len(first))) if dim != table.dim), None)
-    what = f"'{entry.path}' has the id {value}{codebook} at row {first[0]}"
+    what = f"'{entry.shown}' has the id {value}{codebook} at row {first[0]}"
     what += f", position {position}" if position is not None else ""
     what += f", and the embedding '{module}' has {size} rows for it"
     evidence: dict[str, float | int | str] = {"id": value, "valid ids": size, "wrong ids": len(bad)}
@@ -230,7 +230,7 @@ def _outside_head(look: Look, entry: Entry, size: int, strict: bool) -> Iterator
     first = wrong.nonzero()[0].tolist()
     value = int(entry.tensor[tuple(first)])
     what = (
-        f"'{entry.path}' has the label {value} at row {first[0]}, and the model's head has the classes 0 to {size - 1}"
+        f"'{entry.shown}' has the label {value} at row {first[0]}, and the model's head has the classes 0 to {size - 1}"
     )
     place = look.place(entry, first[0], first[-1] if len(first) > 1 else None)
     evidence = {"label": value, "classes": size, "wrong labels": int(wrong.sum())}
@@ -254,7 +254,7 @@ def _find_long(look: Look) -> Iterator[Finding]:
 
 
 def _too_long(look: Look, entry: Entry, length: int, most: int) -> Finding:
-    what = f"'{entry.path}' has {length} positions, and the model's config knows {most}"
+    what = f"'{entry.shown}' has {length} positions, and the model's config knows {most}"
     advice = "shorten the samples, or extend the model's positions"
     evidence = {"positions": length, "max_position_embeddings": most}
     cause = Cause(

@@ -5,6 +5,7 @@ cross-entropy scores. The ids that the loss sees as labels stay the same.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,13 @@ from rawloop.buffers import untouched
 from rawloop.contracts import Batch
 from rawloop.seed import preserved_rng
 from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.mixing import Positions, first_mixer
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 
 ALIGNED = 0.9  # of the targets must be the ids at one distance
 SHORTEST = 6  # positions
+NOT_CAUSAL = "attention is not causal: predictions see later tokens"
 LOOKS_BACK = ("attention", "attn", "lstm", "gru", "rnn", "mamba", "conv")
 
 
@@ -57,7 +60,8 @@ def probe(subject: Subject, record: StepRecord, one: Pass) -> Iterator[Finding]:
         if before is None or ids is None or (shift := _shift(before.targets, ids)) is None:
             return
         middle = ids.shape[1] // 2
-        again, after, other = spy.run(), spy.run(slice(middle, None)), spy.run(slice(0, middle))
+        later = slice(middle, None)
+        again, after, other = spy.run(), spy.run(later), spy.run(slice(0, middle))
     if again is None or after is None or other is None or not spy.changed:
         return
     size = float(before.logits.abs().amax())
@@ -70,7 +74,8 @@ def probe(subject: Subject, record: StepRecord, one: Pass) -> Iterator[Finding]:
         return  # an autoencoder or a tagger, which sees the whole row by design
     leaks = moved & (tokens <= middle)
     if bool(leaks.any()):
-        yield _leak(subject, record, one, leaks, bool(earlier.any()), shift, tolerance)
+        module = _mixer(spy, earlier, later, tolerance) if bool(earlier.any()) else ""
+        yield _leak(subject, record, one, leaks, bool(earlier.any()), shift, tolerance, module)
     elif not bool((_moved(before, other, size) > tolerance)[:, tokens > middle + 1].any()) and size > 0:
         yield from _blind(subject, record, tokens, middle)
 
@@ -169,8 +174,26 @@ def _claims_causal(model: nn.Module) -> bool:
     return "CausalLM" in type(model).__name__
 
 
+def _mixer(spy: Spy, earlier: Tensor, later: slice, tolerance: float) -> str:
+    """Return the module that lets predictions see later tokens; empty if none shows it."""
+    assert spy.ids is not None
+    row = int(earlier.any(1).nonzero()[0])
+    chosen = earlier[row].nonzero().flatten().tolist()
+    rows, length = spy.ids.shape
+    at = Positions(row, rows, length, chosen)
+    with untouched(spy.model, training=False), torch.no_grad():
+        return first_mixer(spy.model, at, (spy.run, lambda: spy.run(later)), tolerance)
+
+
 def _leak(
-    subject: Subject, record: StepRecord, one: Pass, leaks: Tensor, earlier: bool, shift: int, tolerance: float
+    subject: Subject,
+    record: StepRecord,
+    one: Pass,
+    leaks: Tensor,
+    earlier: bool,
+    shift: int,
+    tolerance: float,
+    module: str,
 ) -> Finding:
     row, position = (int(index) for index in leaks.nonzero()[0])
     ids = one.ids or record.ids
@@ -185,9 +208,8 @@ def _leak(
         evidence,
         "compare logits[:, :-1] with labels[:, 1:]",
     )
-    mask = Cause(
-        "model", "attention is not causal: predictions see later tokens", place, evidence, "give it a causal mask"
-    )
+    who = f"'{module}' is not causal: it carries later tokens to earlier positions" if module else NOT_CAUSAL
+    mask = Cause("model", who, replace(place, module=module), evidence, "give it a causal mask, added before softmax")
     what = "a prediction moves when only its own target or later tokens change"
     causes = (mask, unshifted) if earlier and shift == 0 else (mask,) if earlier else (unshifted,)
     return Finding("target_visible", what, causes, record.step, subject.world.rank, since=0)

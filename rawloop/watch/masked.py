@@ -39,7 +39,7 @@ def _find_hidden(look: Look, entry: Entry) -> Iterator[Finding]:
     whole = len(rows) == len(mask)
     if rows:
         which = "every row" if whole else f"row {rows[0]}"
-        what = f"{which} of '{entry.path}' hides every position"
+        what = f"{which} of '{entry.shown}' hides every position"
         place = look.place(entry, rows[0])
         advice = "leave the sample out, or correct the length or the padding that its mask is made from"
         cause = Cause("data", what, place, {"hidden rows": len(rows), "rows": len(mask), "value": sign}, advice)
@@ -53,7 +53,7 @@ def _find_hidden_query(look: Look, entry: Entry) -> Iterator[Finding]:
     blind = (entry.tensor.amax(-1) == float("-inf")).nonzero()
     if len(blind):
         row, *_, query = (int(index) for index in blind[0])
-        what = f"all of '{entry.path}' is minus infinity for the query at row {row}, position {query}"
+        what = f"all of '{entry.shown}' is minus infinity for the query at row {row}, position {query}"
         advice = "let each query see itself, or use torch.finfo(dtype).min: a softmax over minus infinity is NaN"
         evidence = {"queries that see nothing": len(blind)}
         yield look.finding("query_masked", what, Cause("data", what, look.place(entry, row, query), evidence, advice))
@@ -81,7 +81,7 @@ def _find_padding(look: Look, entry: Entry) -> Iterator[Finding]:
     if MUCH_PADDING < share < 1:
         lengths = (mask != 0).sum(1)
         longest = int(lengths.argmax())
-        what = f"{share:.0%} of '{entry.path}' is padding"
+        what = f"{share:.0%} of '{entry.shown}' is padding"
         evidence = {"longest": int(lengths.max()), "median length": int(lengths.median())}
         advice = "batch samples of similar length together, or pack them"
         cause = Cause("data", "one sample is much longer than the others", look.place(entry, longest), evidence, advice)
@@ -114,7 +114,7 @@ def _find_unscored_rows(look: Look, labels: list[Entry]) -> Iterator[Finding]:
         return
     empty = [row for row, flags in enumerate(zip(*scored, strict=True)) if not any(flags)]
     if empty:
-        what = f"row {empty[0]} of '{entry.path}' has no target"
+        what = f"row {empty[0]} of '{entry.shown}' has no target"
         advice = "leave samples without targets out; a mean over each sample's targets is 0/0 for them"
         evidence: dict[str, float | int | str] = {"rows without a target": len(empty), "rows": len(entry.tensor)}
         cause = Cause("data", f"all its labels are {IGNORE}", look.place(entry, empty[0]), evidence, advice)
@@ -131,7 +131,7 @@ def _scored_rows(entry: Entry) -> list[bool]:
 
 
 def _unscored_batch(look: Look, entry: Entry, rows: int) -> Finding:
-    what = f"the batch has no target: all of '{entry.path}' is {IGNORE if entry.kind == 'labels' else 0}"
+    what = f"the batch has no target: all of '{entry.shown}' is {IGNORE if entry.kind == 'labels' else 0}"
     advice = "leave such batches out: their mean loss is 0/0, and their gradient zero"
     cause = Cause("data", "no position of the batch is scored", look.place(entry), {"rows": rows}, advice)
     return look.finding("batch_without_targets", what, cause)

@@ -16,6 +16,12 @@ def tensors_in(nest: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from tensors_in(value, f"{path}/{name}" if path else str(name))
 
 
+def shown(path: str) -> str:
+    """Return a path as people read it: `1` of a tuple as `batch[1]`, `1/labels` as `batch[1]/labels`."""
+    head, slash, tail = path.partition("/")
+    return f"batch[{head}]{slash}{tail}" if head.isdigit() else path
+
+
 def map_tensors(change: Callable[[Any], Any], nest: Any, kind: type = Tensor) -> Any:
     """Return a nest of the same structure with each tensor, or each value of `kind`, changed. Other values stay."""
     if isinstance(nest, kind):

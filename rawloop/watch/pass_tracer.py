@@ -12,7 +12,7 @@ from torch import Tensor
 from rawloop.origin import Origin, Reason, Rows, batch_size, find_origin, guilty_rows, is_finite, is_finite_in, reason
 from rawloop.seed import restore_rng
 from rawloop.watch.findings import MOST_CAUSES, Cause, Place, Whose
-from rawloop.watch.nest import map_tensors, tensors_in
+from rawloop.watch.nest import map_tensors, shown, tensors_in
 from rawloop.watch.subject import Pass, StepRecord, Subject
 
 NAMED = 5  # samples in a sentence
@@ -71,7 +71,7 @@ class PassTracer:
         if batched:
             evidence["samples"] = len(set(wrong.nonzero()[:, 0].tolist()))
         evidence |= self.passes()
-        what = f"the input '{path}' contains {'NaN' if bool(tensor.isnan().any()) else 'infinity'}"
+        what = f"the input '{shown(path)}' contains {'NaN' if bool(tensor.isnan().any()) else 'infinity'}"
         return Cause("data", what, place, evidence, "Drop or repair this sample")
 
     def of_scale(self, origin: Origin, why: Reason) -> Cause | None:
@@ -158,7 +158,7 @@ class PassTracer:
             sizes = tensor.detach().flatten(1).abs().amax(1) if tensor.dim() > 1 else tensor.detach().abs()
             mine, most = sizes[row].item(), sizes[others].max().item()
             if most > 0 and math.isfinite(mine) and mine > OUTSIDE * most:
-                what = f"the sample has values up to {mine:.4g} in '{path}', the others up to {most:.4g}"
+                what = f"the sample has values up to {mine:.4g} in '{shown(path)}', the others up to {most:.4g}"
                 where = Place("data", tensor=path, sample=place.sample, row=row, rank=self.rank)
                 return [Cause("data", what, where, {"largest": mine, "others": most}, "Drop or repair this sample")]
         return []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rawloop.seed import restore_rng
 from rawloop.watch.marks import Ambience, Call, Entry, Leaf, Line, NotReplayable, Ref, base_of, refs_in, version_of
-from rawloop.watch.nest import map_tensors, tensors_in
+from rawloop.watch.nest import map_tensors, shown, tensors_in
 from rawloop.watch.spans import Spans, running
 
 MOST_ENTRIES = 20_000
@@ -189,7 +189,7 @@ class Replay:
             return reason
         for name, leaf in islice(self.tape.leaves.items(), self.num_leaves):
             if not leaf.written and version_of(leaf.tensor) != leaf.version:
-                return f"the tensor '{name}' was changed in place after it was used"
+                return f"the tensor '{shown(name)}' was changed in place after it was used"
         return ""
 
     @property

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,11 +64,12 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
     wrong = [name for name, one in subject.model.named_parameters() if one.grad is not None and not _finite(one.grad)]
     evidence: dict[str, float | int | str] = {"passes": len(record.passes), "gradients not finite": len(wrong)}
     place = Place(parameter=wrong[0] if wrong else "", rank=rank)
-    total = _overflowing_sum(subject, record) if len(record.passes) > 1 else None
+    sums = _sums(subject, record) if len(record.passes) > 1 or wrong else {}
+    total = next(((name, one) for name, one in sums.items() if not _finite(one.total)), None)
     if total is not None:
-        name, dtype, largest = total
+        name, one = total
         what = f"each pass is finite, and the sum of the gradients of '{name}' over {len(record.passes)} passes is not"
-        evidence |= {"largest of one pass": largest, "dtype": str(dtype).removeprefix("torch.")}
+        evidence |= {"largest of one pass": one.largest, "dtype": str(one.total.dtype).removeprefix("torch.")}
         advice = "Lower the loss scale, divide the loss by the number of passes, or accumulate in float32"
         return Cause("precision", what, Place("backward", parameter=name, rank=rank), evidence, advice)
     if not record.passes:
@@ -77,6 +79,8 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
     if size > 1 and wrong and (record.loss is None or math.isfinite(record.loss)):
         what = f"the passes of rank {rank} are finite: the numbers come from another rank, or from the all-reduce"
         return Cause("distributed", what, place, evidence, "Read the finding of the other ranks at this step")
+    if wrong and record.loss is not None and math.isfinite(record.loss):
+        return _changed(subject, sums.get(wrong[0]), place, evidence)
     what = "each pass is finite when it runs again, so the cause is not in its batch, weights or random streams"
     advice = (
         "Zero the gradients after each step; if they were, look for kernels that are not deterministic, or hardware"
@@ -84,23 +88,47 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
     return Cause("not known", what, place, evidence, advice)
 
 
-def _overflowing_sum(subject: Subject, record: StepRecord) -> tuple[str, torch.dtype, float] | None:
-    """Return the first weight whose gradients of the passes are finite and their sum is not: name, dtype, largest."""
-    sums: dict[int, Tensor] = {}
-    sizes: dict[int, float] = {}
+def _changed(subject: Subject, again: "_Sum | None", place: Place, evidence: dict[str, float | int | str]) -> Cause:
+    """Return the cause of a gradient that is not finite although backward computes a finite one."""
+    weight = subject.model.get_parameter(place.parameter)
+    hooked = bool(getattr(weight, "_post_accumulate_grad_hooks", None))
+    zero = again is not None and again.largest == 0
+    if again is not None:
+        evidence = evidence | {"largest when it runs again": again.largest}
+    what = f"backward computes a finite gradient of '{place.parameter}' when it runs again: it was changed afterwards"
+    what += ", by a hook that runs after accumulation" if hooked else ""
+    what += ", and it is zero before, as in a division by its norm" if zero else ""
+    advice = "Look at what writes to .grad between backward and the update: hooks, divisions by a norm, clipping"
+    if not (hooked or zero):
+        advice += "; and whether the gradients of the step before were zeroed"
+    return Cause("optimizer" if hooked or zero else "not known", what, place, evidence, advice)
+
+
+class _Sum(NamedTuple):
+    """The sum of a weight's gradients over the passes, and the largest magnitude of one pass."""
+
+    total: Tensor
+    largest: float
+
+
+def _sums(subject: Subject, record: StepRecord) -> dict[str, _Sum]:
+    """Run the passes again, and return the sums of the gradients by the weights' names."""
+    names = {id(weight): name for name, weight in subject.model.named_parameters()}
+    sums: dict[str, _Sum] = {}
     for number, one in enumerate(record.passes):
         with untouched(subject.model), torch.enable_grad():
             root = PassTracer(subject, record, number, one).run()
             found = gradients_of(root, subject.model)
         for leaf, gradient in found:
-            if gradient is not None:
-                known = sums.get(id(leaf))
-                sums[id(leaf)] = gradient if known is None else known + gradient
-                sizes[id(leaf)] = max(sizes.get(id(leaf), 0.0), float(gradient.detach().abs().amax()))
-    for name, weight in subject.model.named_parameters():
-        if id(weight) in sums and not _finite(sums[id(weight)]):
-            return name, sums[id(weight)].dtype, sizes[id(weight)]
-    return None
+            if gradient is not None and (name := names.get(id(leaf))) is not None:
+                largest = float(gradient.detach().abs().amax())
+                known = sums.get(name)
+                sums[name] = (
+                    _Sum(gradient, largest)
+                    if known is None
+                    else _Sum(known.total + gradient, max(known.largest, largest))
+                )
+    return {name: sums[name] for name in names.values() if name in sums}
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 from rawloop.errors import first_few
 from rawloop.watch.findings import Cause, Finding, Place, Whose
 from rawloop.watch.look import Seen
+from rawloop.watch.measure import Amounts
 from rawloop.watch.subject import Subject
 
 SMALL = 0.01  # share of the trained values below which an unused part is only noted
@@ -39,7 +40,7 @@ def unreached(subject: Subject, seen: Seen, names: Sequence[str], kind: str, sin
     share = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
     alarm = kind == "gradient_zero" or _is_start(seen, order) or (share >= SMALL and len(order) > 1)
     alarm = alarm or _has_equals(subject, seen, names)
-    place, (whose, what, advice) = last, _why_zero(seen, names[0], last)
+    whose, place, what, advice = _why_zero(seen, names[0], order, last)
     if kind == "no_gradient":
         sure, place, what, advice = _why_absent(seen, order, last)
         whose, alarm = "model", alarm or sure
@@ -93,13 +94,41 @@ def _is_start(seen: Seen, order: Mapping[str, int]) -> bool:
     return bool(trained) and min(trained) in order.values()
 
 
-def _why_zero(seen: Seen, first: str, last: str) -> tuple[Whose, str, str]:
+def _why_zero(seen: Seen, first: str, order: Mapping[str, int], last: str) -> tuple[Whose, str, str, str]:
+    """Return whose fault a gradient of zeros is, the module where, what has happened, and what to do."""
     if seen.in_fp16(first) and seen.loss_scale < 2**8:
         what = f"FP16 rounds gradients below 2^-25 to zero, and the loss scale is {seen.loss_scale:g}"
-        return "precision", what, "Raise the loss scale, or use bfloat16"
+        return "precision", last, what, "Raise the loss scale, or use bfloat16"
+    if dead := _dead(seen, order):
+        return "model", *dead
     what = f"'{last}' is connected to the loss, and what comes after it multiplies its output by zero"
     advice = "Look for a gate, mask or weight of zeros, a saturated activation or a dead ReLU behind it"
-    return "model", what, advice
+    return "model", last, what, advice
+
+
+def _dead(seen: Seen, order: Mapping[str, int]) -> tuple[str, str, str] | None:
+    """Return the module that passes nothing on, why, and what to do; None if the outputs show none.
+
+    It is the first whose output is zero in every value after a module without a gradient. Without one, as an activation
+    may be a function, it is the last module without a gradient whose outputs a ReLU turns into zeros.
+    """
+    made = {name: amounts for (kind, name), amounts in seen.amounts.items() if kind == "forward" and amounts.finite}
+    negative = {name for name in order if name in made and made[name].highest <= 0 and made[name].lowest < 0}
+    trained, before = {module_of(name) for name in seen.gradients}, ""
+    advice = "Look at the weight and bias of '{}': a bias or a learning rate that is too large kills its units"
+    for name in sorted(seen.calls, key=lambda name: seen.calls[name].order):
+        if before in order and name in made and made[name].lowest == made[name].highest == 0:
+            why = f": '{before}' gives it {_range(made[before])}" if before in negative else f", after '{before}'"
+            return name, f"the output of '{name}' is zero in every value{why}", advice.format(before)
+        before = name if name in trained else before
+    last = max(negative, key=lambda name: order[name], default="")
+    if not last:
+        return None
+    return last, f"'{last}' gives {_range(made[last])}, of which a ReLU passes nothing on", advice.format(last)
+
+
+def _range(amounts: Amounts) -> str:
+    return f"values from {amounts.lowest:.4g} to {amounts.highest:.4g}"
 
 
 def whole_group(subject: Subject, names: Sequence[str]) -> str:

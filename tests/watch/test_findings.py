@@ -25,6 +25,14 @@ def test_a_paragraph_has_symptom_cause_place_numbers_and_advice() -> None:
     )
 
 
+def test_a_text_says_nothing_twice() -> None:
+    cause = Cause("data", "a row is empty", Place("data", tensor="1/labels", rank=2), {}, "drop it")
+    found = Finding("empty", "a row is empty", (cause,), 3, 2)
+    assert found.text() == "step 3, rank 2: a row is empty. [data] (tensor 'batch[1]/labels'). Drop it."
+    assert found.reason() == "a row is empty. [data] (tensor 'batch[1]/labels'). Drop it."
+    assert "rank 2" in Finding("empty", "a row is empty", (cause,), 3, 0).text()
+
+
 def test_ordinary_findings_are_no_alarms_and_come_last() -> None:
     findings = Findings()
     findings.add(

@@ -89,6 +89,27 @@ def test_attention_that_is_not_causal() -> None:
     model = Tiny(causal=False)
     (found,) = probed(model, lambda x: cross_entropy(model(x["ids"])[:, :-1], x["ids"][:, 1:]))
     assert (found.kind, found.cause.whose) == ("target_visible", "model")
+    assert found.cause.place.module == "layer.self_attn"
+
+
+class Mixing(nn.Module):
+    """A convolution over positions that looks ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.conv = nn.Embedding(32, 16), nn.LayerNorm(16), nn.Conv1d(16, 16, 7, padding=3)
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Take (batch, positions); return logits (batch, positions, vocabulary)."""
+        return torch.as_tensor(self.head(self.conv(self.norm(self.table(ids)).mT).mT))
+
+
+def test_a_convolution_that_looks_ahead_is_named() -> None:
+    model = Mixing()
+    (found,) = probed(model, lambda x: cross_entropy(model(x["ids"])[:, :-1], x["ids"][:, 1:]))
+    assert (found.kind, found.cause.place.module) == ("target_visible", "conv")
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_attention_that_sees_only_itself() -> None:

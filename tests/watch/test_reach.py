@@ -80,6 +80,19 @@ def test_an_output_times_zero_is_told_apart_from_a_detached_one() -> None:
     assert "multiplies its output by zero" in found.cause.what
 
 
+@pytest.mark.parametrize(("relu", "module"), [(nn.ReLU(), "relu"), (F.relu, "audio.2")])
+def test_outputs_that_a_relu_turns_into_zeros_name_what_is_dead(relu: Any, module: str) -> None:
+    model = Towers(lambda model, features: model.middle(relu(model.audio(features))))
+    if isinstance(relu, nn.Module):
+        model.add_module("relu", relu)
+    with torch.no_grad():
+        model.get_parameter("audio.2.bias").fill_(-40.0)
+    (found,) = found_in(model)
+    assert (found.kind, found.cause.whose, found.cause.place.module) == ("gradient_zero", "model", module)
+    assert "'audio.2' gives" in found.cause.what
+    assert "'audio.2'" in found.cause.advice
+
+
 def test_a_dead_head_is_named_by_its_rows() -> None:
     model = Model()
     model.layers[1].gates[2] = 0

@@ -277,6 +277,20 @@ def test_what_does_not_happen_again_has_no_invented_cause() -> None:
     assert "finite when it runs again" in finding.cause.what
 
 
+def test_a_gradient_that_is_changed_after_backward() -> None:
+    net = Net()
+    net.head.bias.grad = torch.full_like(net.head.bias, math.nan)
+    finding = found(net, loss=1.0)
+    assert (finding.cause.whose, finding.cause.place.parameter) == ("not known", "head.bias")
+    assert "it was changed afterwards" in finding.cause.what
+    assert "were zeroed" in finding.cause.advice
+    finding = found(net, lambda net, inputs: cross_entropy(net, inputs) * 0, loss=1.0)
+    assert finding.cause.whose == "optimizer"
+    assert finding.cause.what.endswith("and it is zero before, as in a division by its norm")
+    net.head.bias.register_post_accumulate_grad_hook(lambda weight: None)  # type: ignore[no-untyped-call]
+    assert "by a hook that runs after accumulation" in found(net, loss=1.0).cause.what
+
+
 def test_random_streams_are_those_of_the_pass() -> None:
     torch.manual_seed(5)
     stream = capture_rng()
