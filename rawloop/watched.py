@@ -188,6 +188,7 @@ class RunWatch:
         self._error = error
         if isinstance(error, UserError):
             return
+        self.watch.explain(error)
         lost = is_lost(error)
         if self._written is None:
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

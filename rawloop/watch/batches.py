@@ -10,6 +10,7 @@ from rawloop.watch.features import Features
 from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.ids import Ids
 from rawloop.watch.masked import find_masked
+from rawloop.watch.padding import Padding
 from rawloop.watch.repeats import Repeats
 from rawloop.watch.stops import Stops
 from rawloop.watch.subject import Detector, StepRecord, Subject
@@ -26,6 +27,7 @@ class Batches(Detector):
     def __init__(self) -> None:
         self._names = Names()
         self._features, self._ids, self._repeats, self._stops = Features(), Ids(), Repeats(), Stops()
+        self._padding = Padding()
         self._look: Look | None = None
         self._seen = 0
 
@@ -43,11 +45,13 @@ class Batches(Detector):
         yield from self._features.find(look)
         yield from self._ids.find(look)
         yield from self._repeats.find(look)
+        self._padding.find(look)
         yield from self._stops.find(look)
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Yield what the hooks of the forward pass have found."""
-        return self._ids.found()
+        """Yield what the hooks of the forward pass have found, and whether the loss scores padding."""
+        yield from self._ids.found()
+        yield from self._padding.found(subject, record)
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Look again at the batch of a step that has gone wrong."""
@@ -59,15 +63,18 @@ class Batches(Detector):
             yield from self._again(self._look)
         self._look = None
 
+    def failed(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Yield what a step has found that did not come to its end."""
+        return self._ids.failed()
+
     def finish(self, subject: Subject) -> Iterable[Finding]:
-        """Yield what a step has found that did not come to its end, and judge what is counted."""
-        yield from self._ids.failed()
+        """Judge what is counted."""
         self._ids.close()
         yield from self._stops.judge(max(self._seen - 1, 0), subject.world.rank)
 
     def _again(self, look: Look) -> Iterator[Finding]:
         look = look._replace(full=True)
-        yield from find_masked(look)
+        yield from find_masked(look, ill=True)
         yield from self._features.find(look, ill=True)
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from rawloop.errors import first_few
 from rawloop.watch.differing import MASTER, Ranks
 from rawloop.watch.digests import Digest, Digests
+from rawloop.watch.few import FewNumbers
 from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.guard import part_of
 from rawloop.watch.held import HALF, Evidence, Held, held_by_optimizers, measurable, module_of, norms, number, read
@@ -23,6 +24,7 @@ from rawloop.watch.subject import Detector, StepRecord, Subject
 # rounding errors.
 NEGLIGIBLE = 1e-3
 VERSION = attrgetter("_version")  # faster than a comprehension
+MANY = 4  # optimizers, as with one for each weight: they are then followed once for each step
 COPY = 4  # a moving average of a module has at least so many tensors
 
 
@@ -54,6 +56,9 @@ class Look(NamedTuple):
 class ChangedWeights(Detector):
     """Compares digests of the weights: at the begin and end of probed steps, and at the begin of the steps after these.
 
+    At the begin of every other step it asks torch whether something wrote trained weights since their last update. If
+    so, it compares a few numbers of each with those after the update.
+
     With several ranks, all ranks call `batch` and `end` equally often: the first call of `batch`, and every
     `WatchConfig.every`th of `end`, gather the digests from all ranks, whatever the ranks' step numbers are.
 
@@ -66,7 +71,8 @@ class ChangedWeights(Detector):
         self._ranks = Ranks(self._digests)
         self._last: Look | None = None
         self._trained: dict[str, nn.Parameter] = {}
-        self._writes: list[int] = []  # how often torch has written each trained weight in place, after the last step
+        self._writes: list[int] = []  # how often torch has written each trained weight in place, at their last update
+        self._few, self._by_step = FewNumbers(), False
         self._updates = self._calls = 0
         self._probing = False
         self._gradients: dict[str, tuple[float, float]] = {}  # largest gradient and learning rate of the probed update
@@ -81,6 +87,8 @@ class ChangedWeights(Detector):
                 held = [one for one in held_by_optimizers(subject) if one.optimizer is optimizer]
                 given = {key_of(one): one.parameter for one in held if one.parameter.grad is not None}
                 self._updated.update(self._digests_of(given))
+            if not self._by_step:
+                self._keep()
 
         shielded = subject.guard.shield(part_of(self), after)
         self._hooks = [optimizer.register_step_post_hook(shielded) for optimizer in subject.optimizers]
@@ -110,7 +118,13 @@ class ChangedWeights(Detector):
             if fresh:
                 yield from changed_outside(subject, look, last, self._trained)
         if written and not fresh:
-            yield written_outside(subject, record.step, written)
+            changed = self._few.changed(record.probing)
+            if changed:
+                yield changed_by(
+                    subject, record.step, f"the last update and step {record.step}", changed, self._trained
+                )
+            else:
+                yield written_outside(subject, record.step, written)
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Note the gradients' sizes and the learning rates of a probed step."""
@@ -134,7 +148,13 @@ class ChangedWeights(Detector):
                 yield from self._in_step(subject, record, before, look)
             if comparing:
                 yield from self._ranks.compare(subject, look.digests, record.step, look.moment)
+        if self._by_step and record.applied:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Keep what is needed to see later writes of trained weights."""
         self._writes = self._versions()
+        self._few.keep(self._trained)
 
     def _versions(self) -> list[int]:
         return [*map(VERSION, self._trained.values())]
@@ -146,6 +166,8 @@ class ChangedWeights(Detector):
     def _look(self, subject: Subject, moment: str, step: int) -> Look:
         tensors, self._trained = weights_of(subject), trained_weights(subject)
         self._writes = self._versions()
+        self._few.forget()
+        self._by_step = len(subject.optimizers) > MANY or any(name.startswith(MASTER) for name in self._trained)
         held = {id(one.parameter) for one in held_by_optimizers(subject)}
         frozen = {n for n, p in subject.model.named_parameters() if not p.requires_grad and id(p) not in held}
         writes = {name: tensor._version for name, tensor in tensors.items()}
@@ -210,14 +232,19 @@ def changed_outside(subject: Subject, look: Look, last: Look, trained: Iterable[
     """Yield a finding if trained weights have changed between two looks without an update between them."""
     changed = look.changed_since(last, trained)
     if changed:
-        evidence = {"changed": len(changed), "trained": len([*trained])}
-        name = changed[0].removeprefix(MASTER)
-        place = Place(phase="update", module=module_of(name), parameter=name)
-        what = "something other than the optimizer has changed trained weights"
-        advice = "Look for load_state_dict, averaged weights that were not restored, clipping, or writes through .data"
-        cause = Cause("not known", what, place, evidence, advice)
-        what = f"trained weights changed between {last.moment} and {look.moment}: {first_few(changed)}"
-        yield Finding("weights_changed_outside_optimizer", what, (cause,), look.step, subject.world.rank)
+        yield changed_by(subject, look.step, f"{last.moment} and {look.moment}", changed, trained)
+
+
+def changed_by(subject: Subject, step: int, moments: str, changed: list[str], trained: Iterable[str]) -> Finding:
+    """Return the finding for trained weights that something other than the optimizer has changed."""
+    evidence = {"changed": len(changed), "trained": len([*trained])}
+    name = changed[0].removeprefix(MASTER)
+    place = Place(phase="update", module=module_of(name), parameter=name)
+    what = "something other than the optimizer has changed trained weights"
+    advice = "Look for load_state_dict, averaged weights that were not restored, clipping, or writes through .data"
+    cause = Cause("not known", what, place, evidence, advice)
+    what = f"trained weights changed between {moments}: {first_few(changed)}"
+    return Finding("weights_changed_outside_optimizer", what, (cause,), step, subject.world.rank)
 
 
 def written_outside(subject: Subject, step: int, written: list[str]) -> Finding:

@@ -61,7 +61,7 @@ class Drifts:
         self._norms.append(record.grad_norm or 0.0)
         count = len(self._first)
         if count >= LEAST and self._rose():
-            yield from self._once(_rising(self._first, self._norms, record, lr, _several(subject)), subject)
+            yield from self._once(_rising(self._first, self._norms, record, lr, swings(subject, record)), subject)
         if count == CONSTANT and self._moving and max(self._first) - min(self._first) <= 1e-7 * abs(self._first[0]):
             yield from self._once(_constant(self._first, self._norms, record), subject)
         if count <= QUICK and "loss_vanished" not in self._told and (tensor := _tokens(record)) is not None:
@@ -87,7 +87,7 @@ class Drifts:
         advice = "lower the learning rate, or resume from before this step"
         unknown = Cause("not known", "no other number jumped when it began to rise", Place(), evidence, advice)
         causes = tuple(near(since)) or (unknown,)
-        finding = Finding("loss_diverges", what, causes, record.step, ordinary=_several(subject), since=since)
+        finding = Finding("loss_diverges", what, causes, record.step, ordinary=swings(subject, record), since=since)
         yield from self._once(finding, subject)
 
     def _find_flat(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
@@ -123,9 +123,12 @@ class Drifts:
             yield from self._once(Finding("step_time_grows", what, (cause,), record.step, since=since), subject)
 
 
-def _several(subject: Subject) -> bool:
-    """Whether several optimizers work on the sum of their losses, as in a GAN, where a rise may be healthy."""
-    return len(subject.optimizers) > 1
+def swings(subject: Subject, record: StepRecord) -> bool:
+    """Whether the loss is a sum of several that work against each other, as in a GAN, where a rise may be healthy.
+
+    That is so with several optimizers, and with backward passes of losses for which the model was not called again.
+    """
+    return len(subject.optimizers) > 1 or record.facts.backwards > record.facts.calls > 0
 
 
 def _tokens(record: StepRecord) -> Tensor | None:

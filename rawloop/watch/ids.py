@@ -18,6 +18,7 @@ from rawloop.watch.findings import Cause, Finding
 
 MOST_CODEBOOKS = 64
 CLASS_NAMES = ("y", "class", "classes", "cls", "category")  # other integers, such as indices of samples, are no labels
+EXPLAINS = ("id_outside_embedding", "label_outside_head", "sequence_too_long")  # an IndexError, or a RuntimeError
 TOKENIZER = "use the tokenizer or codec that belongs to the model, or resize the model's embeddings"
 
 
@@ -60,7 +61,8 @@ class Ids:
     def failed(self) -> Iterator[Finding]:
         """Yield what explains a step that did not come to its end."""
         yield from self.found()
-        yield from self._doubtful
+        doubtful, self._doubtful = self._doubtful, []
+        yield from doubtful
 
     def ended(self) -> None:
         """Forget heads of which a label was no class, and nothing failed: they embed, as for a contrastive loss."""

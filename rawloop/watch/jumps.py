@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rawloop.watch.drifts import Drifts
+from rawloop.watch.drifts import Drifts, swings
 from rawloop.watch.findings import MOST_CAUSES, Cause, Finding, Place
 from rawloop.watch.history import History
 from rawloop.watch.subject import Detector, StepRecord, Subject
+from rawloop.watch.waits import Waits
 
 RECENT = 40  # steps of history: longer ago, losses were higher
 PATIENCE, LEAST_AFTER = 10, 4  # applied steps in which a spike may recover; before the end of the watch
 CASCADE = 20  # steps before a jump of the loss in which its causes lie
-SLOW, WAITS = 3.0, 0.5  # times the usual duration; share of the step's time
+SLOW = 3.0  # times the usual duration
+RISEN = 1.1  # times the least rate of the history: a warm-up, or another schedule that still rises
 ORDER = ("lr", "scale", "grad_norm")  # of what has jumped at the same step, the first is the likelier cause
 
 Judge = Callable[[History, float], bool]
@@ -40,11 +42,14 @@ class Jumps(Detector):
 
     def __init__(self) -> None:
         self._histories = {name: History(RECENT) for name in ("loss", "grad_norm", "lr", "scale")}
-        self._times, self._waits = History(), History(least=50)
+        self._times, self._waits = History(), Waits()
         self._events: deque[Event] = deque(maxlen=32)
         self._spike: Event | None = None
         self._after: list[float] = []
         self._ceiling = math.inf
+        self._recovered: Event | None = None  # a spike, whose losses afterwards are `_later`
+        self._later: list[float] = []
+        self._rise: Event | None = None  # of the learning rate, which rose when the loss of the last spike did
         self._slow = 0
         self._lr: float | None = None
         self._drifts = Drifts()
@@ -89,10 +94,14 @@ class Jumps(Detector):
                 event = Event("loss", record.step, history.median, loss, record.ids)
                 yield self._jump(event, subject, record.step, f"the loss became {loss} after a jump")
             return
+        if self._recovered is not None:
+            self._later.append(loss)
+            if len(self._later) == PATIENCE:
+                yield from self._judge_recovery(self._recovered, subject, record.step)
         if self._spike is None:
-            if history.stands_out(loss):
+            if history.stands_out(loss) and not (swings(subject, record) and loss < _above(history)):
                 self._spike = Event("loss", record.step, history.median, loss, record.ids)
-                self._ceiling = history.recent_largest
+                self._ceiling, self._rise = history.recent_largest, _rise(self._histories["lr"], record.step)
             else:
                 history.add(loss)
             return
@@ -108,6 +117,7 @@ class Jumps(Detector):
         if recovered or after <= self._ceiling:
             what = f"the loss rose from {spike.before:.4g} to {spike.after:.4g} and recovered"
             yield self._jump(spike, subject, step, what, ordinary=True)
+            self._recovered, self._later = spike, []
         else:
             what = f"the loss jumped from {spike.before:.4g} to {spike.after:.4g} and has not recovered"
             what += f" after {len(self._after)} steps (median {after:.4g})"
@@ -117,9 +127,20 @@ class Jumps(Detector):
             self._histories["loss"].add(value)
         self._spike, self._after = None, []
 
+    def _judge_recovery(self, spike: Event, subject: Subject, step: int) -> Iterator[Finding]:
+        """Tell a spike that has recovered, if the losses after it are above all those before it."""
+        later = sorted(self._later)[len(self._later) // 2]
+        if self._spike is None and later > self._ceiling:
+            what = f"the loss jumped from {spike.before:.4g} to {spike.after:.4g}, came back, and is higher than before"
+            what += f" (at most {self._ceiling:.4g} in the steps before, median {later:.4g} in the last {PATIENCE})"
+            yield self._jump(spike, subject, step, what)
+        self._recovered, self._later = None, []
+
     def _jump(self, event: Event, subject: Subject, step: int, what: str, ordinary: bool = False) -> Finding:
         kind = "loss_spiked" if ordinary else "loss_jumped"
         causes = self._causes(event)
+        if self._rise is not None and not ordinary and causes[0][1].whose != "optimizer":
+            causes = [(event.step, _cause_of(self._rise)), *causes][:MOST_CAUSES]
         since = min([event.step, *(cause_step for cause_step, _ in causes[:1])])
         return Finding(kind, what, tuple(cause for _, cause in causes), step, subject.world.rank, ordinary, since)
 
@@ -155,24 +176,32 @@ class Jumps(Detector):
             yield Finding("steps_slower", what, (cause,), record.step, rank, ordinary=True, since=since)
         if not self._slow:
             self._times.add(record.seconds)
-        if record.data_seconds is not None:
-            self._waits.add(record.data_seconds / max(record.data_seconds + record.seconds, 1e-9))
-            if self._waits.is_known and self._waits.median > WAITS:
-                what = f"{self._waits.median:.0%} of the time is a wait for data"
-                evidence = {"share of the time": self._waits.median, "seconds": record.data_seconds}
-                cause = Cause(
-                    "data", "the loader is slower than the model", Place("data"), evidence, "use more workers"
-                )
-                yield Finding("data_slow", what, (cause,), record.step, rank, ordinary=True)
+        yield from self._waits.find(subject, record)
 
 
 def _leaps(history: History, value: float) -> bool:
     return not math.isfinite(value) or (value > 2 * history.largest and history.zscore(value) > 8)
 
 
+def _above(history: History) -> float:
+    """Return what a loss must reach that swings: it may leave the range of its history by that range."""
+    return 2 * history.largest - history.smallest
+
+
+def _rise(rates: History, step: int) -> Event | None:
+    """Return the rise of a learning rate that is at its highest, as in a warm-up; None if it is not."""
+    before = list(rates.values)[-CASCADE - 1 : -1]  # the update of this step acts on later losses
+    rises = len(before) > 1 and before[-1] == max(before) > RISEN * before[0]
+    return Event("rise", step, before[0], before[-1]) if rises else None
+
+
 def _cause_of(event: Event) -> Cause:
     evidence = {"before": event.before, "after": event.after, "at step": event.step}
     numbers = f"from {event.before:.4g} to {event.after:.4g} at step {event.step}"
+    if event.name == "rise":
+        advice = "lower the largest learning rate, or warm up to it more slowly"
+        numbers = f"from {event.before:.4g} to {event.after:.4g} until step {event.step}"
+        return Cause("optimizer", f"the learning rate has risen {numbers}", Place("update"), evidence, advice)
     if event.name == "lr":
         advice = "correct the schedule, or warm up to this rate"
         return Cause("optimizer", f"the learning rate rose {numbers}", Place("update"), evidence, advice)

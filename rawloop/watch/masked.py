@@ -13,14 +13,21 @@ HIDDEN = -1e4  # an additive mask with this or less hides a position, in any dty
 MUCH_PADDING = 0.8
 
 
-def find_masked(look: Look) -> Iterator[Finding]:
-    """Find rows and batches that are fully masked, and batches that are mostly padding."""
+def find_masked(look: Look, ill: bool = False) -> Iterator[Finding]:
+    """Find rows and batches that are fully masked, and batches that are mostly padding.
+
+    A row that fills up a batch, of which nothing is seen and nothing is scored, is ordinary unless the step is `ill`.
+    """
+    unscored = {} if look.ours else {part: _unscored(look, part) for part in {entry.part for entry in look.entries}}
+    fillers: dict[int, set[int]] = {}
     for entry in look.readable("mask"):
         if entry.tensor.dim() > 1 and _is_attention(entry, look):
-            yield from _find_hidden(look, entry)
+            hidden, value = _hidden_rows(entry.tensor, "key_padding_mask" in entry.name)
+            fillers[entry.part] = set() if ill else hidden & unscored.get(entry.part, set())
+            yield from _find_hidden(look, entry, hidden, value, fillers[entry.part])
             if look.full:
                 yield from _find_padding(look, entry)
-    yield from _find_unscored(look)
+    yield from _find_unscored(look, fillers)
 
 
 def _is_attention(entry: Entry, look: Look) -> bool:
@@ -32,20 +39,26 @@ def _is_attention(entry: Entry, look: Look) -> bool:
     return "cross" not in name and ("attention_mask" in name or "attn_mask" in name or "key_padding_mask" in name)
 
 
-def _find_hidden(look: Look, entry: Entry) -> Iterator[Finding]:
+def _find_hidden(
+    look: Look, entry: Entry, hidden: set[int], value: float | int, fillers: set[int]
+) -> Iterator[Finding]:
     mask = entry.tensor
-    hidden, sign = _hidden_rows(mask, "key_padding_mask" in entry.name)
-    rows = [row for row, is_hidden in enumerate(hidden) if is_hidden]
-    whole = len(rows) == len(mask)
-    if rows:
-        which = "every row" if whole else f"row {rows[0]}"
+    whole = len(hidden) == len(mask)
+    if hidden:
+        first, ordinary = _first(hidden, fillers)
+        which = "every row" if whole else f"row {first}"
         what = f"{which} of '{entry.shown}' hides every position"
-        place = look.place(entry, rows[0])
+        place = look.place(entry, first)
         advice = "leave the sample out, or correct the length or the padding that its mask is made from"
-        cause = Cause("data", what, place, {"hidden rows": len(rows), "rows": len(mask), "value": sign}, advice)
-        yield look.finding("batch_masked" if whole else "row_masked", what, cause)
+        cause = Cause("data", what, place, {"hidden rows": len(hidden), "rows": len(mask), "value": value}, advice)
+        yield look.finding("batch_masked" if whole else "row_masked", what, cause, ordinary=ordinary and not whole)
     elif mask.is_floating_point() and mask.dim() > 2 and float(mask.amin()) == float("-inf"):
         yield from _find_hidden_query(look, entry)
+
+
+def _first(rows: set[int], fillers: set[int]) -> tuple[int, bool]:
+    """Return the first row that does not fill up the batch; or the first, and that all do."""
+    return min(rows - fillers or rows), not rows - fillers
 
 
 def _find_hidden_query(look: Look, entry: Entry) -> Iterator[Finding]:
@@ -59,8 +72,13 @@ def _find_hidden_query(look: Look, entry: Entry) -> Iterator[Finding]:
         yield look.finding("query_masked", what, Cause("data", what, look.place(entry, row, query), evidence, advice))
 
 
-def _hidden_rows(mask: Tensor, true_hides: bool) -> tuple[list[bool], float | int]:
-    """Return which rows hide all, and the value that hides."""
+def _hidden_rows(mask: Tensor, true_hides: bool) -> tuple[set[int], float | int]:
+    """Return the rows that hide all, and the value that hides."""
+    flags, value = _hides_all(mask, true_hides)
+    return {row for row, hides in enumerate(flags) if hides}, value
+
+
+def _hides_all(mask: Tensor, true_hides: bool) -> tuple[list[bool], float | int]:
     if true_hides and mask.dtype == torch.bool:
         return mask.flatten(1).all(1).tolist(), 1
     top = mask.flatten(1).amax(1).tolist()
@@ -88,10 +106,24 @@ def _find_padding(look: Look, entry: Entry) -> Iterator[Finding]:
         yield look.finding("much_padding", what, cause, ordinary=True)
 
 
-def _find_unscored(look: Look) -> Iterator[Finding]:
-    """Find rows without a target in any labels of their micro-batch, and micro-batches without one."""
+def _labels(look: Look) -> list[Entry]:
     labels = [entry for entry in look.entries if entry.kind in ("labels", "loss mask")]
-    labels = [entry for entry in labels if not entry.tensor.is_floating_point() or entry.kind == "loss mask"]
+    return [entry for entry in labels if not entry.tensor.is_floating_point() or entry.kind == "loss mask"]
+
+
+def _unscored(look: Look, part: int) -> set[int]:
+    """Return the rows of a micro-batch without a target in any of its labels, if these may be read."""
+    labels = [entry for entry in _labels(look) if entry.part == part and entry.tensor.dim() > 1]
+    same = len({len(entry.tensor) for entry in labels}) == 1
+    if not same or not all(look.full or entry.is_cheap for entry in labels):
+        return set()
+    scored = zip(*map(_scored_rows, labels), strict=True)
+    return {row for row, flags in enumerate(scored) if not any(flags)}
+
+
+def _find_unscored(look: Look, fillers: dict[int, set[int]]) -> Iterator[Finding]:
+    """Find rows without a target in any labels of their micro-batch, and micro-batches without one."""
+    labels = _labels(look)
     if look.ours:  # a micro-batch may lack targets there: the window counts them over all micro-batches and ranks
         empty = [entry for entry in labels if not entry.tensor.numel()]
         if labels and len(empty) == len(labels):
@@ -100,26 +132,23 @@ def _find_unscored(look: Look) -> Iterator[Finding]:
     for part in dict.fromkeys(entry.part for entry in labels):
         mine = [entry for entry in labels if entry.part == part]
         if all(look.full or entry.is_cheap for entry in mine):
-            yield from _find_unscored_rows(look, mine)
+            yield from _find_unscored_rows(look, mine, fillers.get(part, set()))
 
 
-def _find_unscored_rows(look: Look, labels: list[Entry]) -> Iterator[Finding]:
-    rows = {len(entry.tensor) for entry in labels}
-    scored = [_scored_rows(entry) for entry in labels]
+def _find_unscored_rows(look: Look, labels: list[Entry], fillers: set[int]) -> Iterator[Finding]:
     entry = labels[0]
-    if not any(any(one) for one in scored):
+    if not any(any(_scored_rows(one)) for one in labels):
         yield _unscored_batch(look, entry, len(entry.tensor))
         return
-    if len(rows) != 1 or any(other.tensor.dim() < 2 for other in labels):
-        return
-    empty = [row for row, flags in enumerate(zip(*scored, strict=True)) if not any(flags)]
+    empty = set() if any(other.tensor.dim() < 2 for other in labels) else _unscored(look, entry.part)
     if empty:
-        what = f"row {empty[0]} of '{entry.shown}' has no target"
+        first, ordinary = _first(empty, fillers)
+        what = f"row {first} of '{entry.shown}' has no target"
         advice = "leave samples without targets out; a mean over each sample's targets is 0/0 for them"
         evidence: dict[str, float | int | str] = {"rows without a target": len(empty), "rows": len(entry.tensor)}
-        cause = Cause("data", f"all its labels are {IGNORE}", look.place(entry, empty[0]), evidence, advice)
+        cause = Cause("data", f"all its labels are {IGNORE}", look.place(entry, first), evidence, advice)
         # Of a short text, masking at random may choose no token.
-        ordinary = "MaskedLM" in type(look.subject.model).__name__
+        ordinary = ordinary or "MaskedLM" in type(look.subject.model).__name__
         yield look.finding("row_without_targets", what, cause, ordinary=ordinary)
 
 

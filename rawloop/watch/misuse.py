@@ -143,7 +143,7 @@ def _order(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Findi
             "gradients_not_zeroed",
             "gradients of the last update are added to those of this one",
             "optimizer",
-            "no zero_grad between the last update and the first backward pass after it",
+            "no zero_grad between the optimizer's last update and the next backward pass to its weights",
             place,
             {} if record.grad_norm is None else {"gradient norm": record.grad_norm},
             "Call optimizer.zero_grad() after each optimizer.step()",

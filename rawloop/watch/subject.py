@@ -84,7 +84,7 @@ class Facts:
         through_scaler: it is made by `scaler.step`.
         unscaled: `scaler.unscale_` was called for its gradients.
         written: what wrote to gradients while they were scaled: a line, or "code that is not seen".
-        left_over: the gradients of the update before were still there at the first backward pass.
+        left_over: it applies gradients that hold those of the optimizer's update before.
         zeroed: the line of a `zero_grad` after the last backward pass.
         scale_moved: the line of a `scaler.update` after a backward pass and before an attempt to step.
         idle: the optimizer was stepped without a backward pass since its last step.
@@ -170,6 +170,10 @@ class Detector:
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Look after the update, or after a step without one."""
+        return ()
+
+    def failed(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Explain an exception that has left the step."""
         return ()
 
     def finish(self, subject: Subject) -> Iterable[Finding]:

@@ -27,6 +27,7 @@ from rawloop.watch.detectors import all_detectors
 from rawloop.watch.findings import Cause, Finding, Findings, merged
 from rawloop.watch.guard import Guard, failed, guarded, part_of
 from rawloop.watch.hooks import Hooks
+from rawloop.watch.ids import EXPLAINS
 from rawloop.watch.keeping import Keeper
 from rawloop.watch.misuse import left_by, without_backward
 from rawloop.watch.named import NamedWeights
@@ -168,8 +169,7 @@ class Watch:
         record = self.record
         with self._recorder.silent(), torch.enable_grad():
             self._look(lambda detector: detector.gradients(self.subject, record))
-            numbers = (record.loss, record.grad_norm)
-            if all(number is None or math.isfinite(number) for number in numbers):
+            if all(number is None or math.isfinite(number) for number in (record.loss, record.grad_norm)):
                 self._streak = 0
             else:
                 self._trace()
@@ -190,6 +190,12 @@ class Watch:
         self._replays.clear()
         self._hooks.clear()
         self.record = StepRecord(self._step)
+
+    def explain(self, error: Exception) -> bool:
+        """Look for what explains an exception that has left the step, and return whether something does."""
+        if isinstance(error, IndexError | RuntimeError):
+            self._look(lambda detector: detector.failed(self.subject, self.record))
+        return any(one.kind in EXPLAINS and one.last == self.record.step for one in self.findings)
 
     @guarded("the look at damaged weights")
     def _look_for_damage(self) -> None:
@@ -311,7 +317,8 @@ class Block:
         recorder.pause()
         with self._contexts:
             if isinstance(error, Exception) and not isinstance(error, StopIteration):  # that is how a loader ends
-                watch._add([left_by(watch.subject, record, error, str(recorder.line_of(traceback)))])
+                if not watch.explain(error):
+                    watch._add([left_by(watch.subject, record, error, str(recorder.line_of(traceback)))])
                 if record.applied is None:
                     watch._keep(failed=True)
             elif recorder.calls and record.facts.backwards == self._before and record.applied is None:

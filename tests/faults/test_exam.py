@@ -15,15 +15,8 @@ from tests.faults.exam import CONTROLS, FAULTS, answer
 from tests.faults.form import Control, Fault, best_of_ranks, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
-NOT_FOUND = frozenset(
-    {
-        "the moving average is left in the model",
-        "padding is a target",
-        "reading slows down at step 14",
-        "run: warm-up to a rate that diverges",
-    }
-)
-NOT_QUIET = frozenset({"a GAN whose losses swing", "a filler row of padding"})
+NOT_FOUND: frozenset[str] = frozenset()
+NOT_QUIET: frozenset[str] = frozenset()
 # one run is enough for every change
 SLOW = frozenset(case.name for case in (*runs.FAULTS[1:], *runs.CONTROLS, *second_runs.FAULTS))
 

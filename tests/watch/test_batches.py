@@ -88,6 +88,28 @@ def test_rows_and_batches_without_targets() -> None:
     assert "batch_without_targets" in seen(batch)
 
 
+def test_a_row_that_fills_up_a_batch_is_ordinary_and_hides_no_other() -> None:
+    batch = texts()
+    batch["attention_mask"][3], batch["labels"][3] = 0, -100
+    assert {one.kind: one.ordinary for one in seen(batch).values()} == {"row_masked": True, "row_without_targets": True}
+    batch["labels"][1] = -100
+    found = seen(batch)
+    assert (found["row_without_targets"].ordinary, found["row_without_targets"].cause.place.sample) == (False, "b")
+    batch["labels"][3, 2] = 7
+    assert not seen(batch)["row_masked"].ordinary
+
+
+def test_a_filler_row_of_a_step_that_is_not_finite_is_an_alarm() -> None:
+    batch = texts() | {"x": torch.randn(4, 2)}
+    batch["attention_mask"][3], batch["labels"][3] = 0, -100
+    model = nn.Linear(2, 2)
+    with Watch(model, torch.optim.SGD(model.parameters()), detectors=[Batches()]) as watch:  # noqa: SIM117
+        with watch.step(batch, NAMES):
+            (model(batch["x"]).sum() + math.inf).backward()
+            watch.subject.optimizers[0].step()
+    assert {"row_masked", "row_without_targets"} <= {one.kind for one in watch.findings.alarms}
+
+
 def test_one_of_two_microbatches_without_targets() -> None:
     first, second = texts(), texts()
     second["labels"].fill_(-100)
@@ -133,8 +155,8 @@ def test_ids_are_known_before_the_forward_pass_of_later_steps() -> None:
             with watch.step({"tokens": tokens}, NAMES):
                 if step < 5:
                     model(tokens)
-                assert not list(watch.findings) or step == 5
-    (found,) = watch.findings
+                assert not watch.findings.alarms or step == 5
+    (found,) = watch.findings.alarms
     assert (found.cause.place.tensor, found.cause.place.module, found.cause.place.position) == ("tokens", "0", 2)
 
 
@@ -164,7 +186,7 @@ def test_a_code_outside_its_codebook(joint: bool) -> None:
             with watch.step({"codes": codes}, NAMES):
                 if joint or step < 2:
                     model(codes)  # a joint table has a row for it, which is another codebook's
-    (found,) = watch.findings
+    (found,) = watch.findings.alarms
     place = found.cause.place
     assert (found.kind, place.sample, place.row, place.position) == ("id_outside_embedding", "d", 3, 1)
     assert place.module == ("joint" if joint else "tables.2")
@@ -189,7 +211,7 @@ def test_positions_beyond_the_model() -> None:
     with pytest.raises(IndexError), Watch(model, detectors=[Batches()]) as watch:  # noqa: SIM117
         with watch.step({"ids": (ids := torch.randint(0, 64, (4, 17)))}):
             model(ids)
-    (found,) = watch.findings
+    (found,) = watch.findings.alarms
     assert (found.cause.place.module, found.cause.evidence["most"]) == ("wpe", 16)
 
 
@@ -199,7 +221,7 @@ def test_a_class_that_the_head_lacks_explains_the_failure() -> None:
     with pytest.raises(IndexError), Watch(model, detectors=[Batches()]) as watch:  # noqa: SIM117
         with watch.step((x, y), NAMES):
             F.cross_entropy(model(x), y)
-    (found,) = watch.findings
+    (found,) = watch.findings.alarms
     assert (found.kind, found.cause.place.tensor, found.cause.place.sample) == ("label_outside_head", "1", "b")
 
 
@@ -240,7 +262,7 @@ def test_large_features_of_a_failed_step_are_looked_at_in_full() -> None:
             with watch.step({"x": x}):
                 torch.autograd.backward(model(x).square().mean())
                 optimizer.step()
-    (found,) = watch.findings
+    found = next(one for one in watch.findings if one.kind == "features_not_finite")
     assert (found.cause.place.row, found.cause.place.position, found.step) == (123, 7, 4)
 
 
@@ -258,7 +280,7 @@ def test_a_loader_that_stands_still() -> None:
         for step in range(8):
             with watch.step({"ids": (data if step > 1 else data + step + 1).clone()}):
                 optimizer.step()
-    (found,) = watch.findings
+    (found,) = watch.findings.alarms
     assert (found.kind, found.since, found.step, found.ordinary) == ("batch_repeated", 2, 6, False)
 
 

@@ -127,12 +127,32 @@ def test_a_step_without_update_must_not_change_trained_weights() -> None:
     assert the(train(model, optimizer, meddle=meddle)).kind == "weights_changed_outside_optimizer"
 
 
-def test_writes_that_are_not_probed_are_counted_and_ordinary() -> None:
+def average_of(model: nn.Module) -> dict[str, Any]:
+    return {name: 0.9 * weight.clone() for name, weight in model.state_dict().items()}
+
+
+def test_writes_of_the_same_values_are_ordinary() -> None:
     model = small()
     optimizer = torch.optim.AdamW(model.parameters())
-    kept = copy.deepcopy(model.state_dict())
-    found = the(train(model, optimizer, every=50, meddle={"before": lambda: model.load_state_dict(kept)}))
+
+    def evaluate() -> None:
+        kept = copy.deepcopy(model.state_dict())
+        model.load_state_dict(average_of(model))
+        model.load_state_dict(kept)
+
+    found = the(train(model, optimizer, every=50, meddle={"before": evaluate}))
     assert (found.kind, found.step, found.ordinary) == ("weights_written_outside_optimizer", 3, True)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_other_values_that_stay_in_trained_weights_are_an_alarm_without_a_probe(where: str) -> None:
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters())
+    meddle = {where: lambda: model.load_state_dict(average_of(model))}
+    found = the(train(model, optimizer, every=50, meddle=meddle))
+    assert (found.kind, found.ordinary) == ("weights_changed_outside_optimizer", False)
+    assert (found.step, found.times) == (3 if where == "before" else 4, 1)
+    assert found.cause.evidence == {"changed": 6, "trained": 6}
 
 
 def test_updates_that_16_bit_weights_lose_are_named_and_float32_keeps_them() -> None:

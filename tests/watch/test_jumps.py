@@ -88,6 +88,20 @@ def test_a_bad_batch_that_the_loss_never_recovers_from() -> None:
     assert "batch of step 60" in found.cause.what
 
 
+def test_a_spike_after_which_the_loss_is_higher_than_before_is_an_alarm_and_a_warm_up_its_first_cause() -> None:
+    losses: Numbers = lambda step: falling(step) + 5 * (step == 60) + 0.15 * max(step - 62, 0)  # noqa: E731
+    found = follow(120, losses, lr=lambda step: 0.001 * (step + 1)).alarms[0]
+    assert (found.kind, found.since) == ("loss_jumped", 60)
+    assert [cause.whose for cause in found.causes] == ["optimizer", "data"]
+    assert found.cause.evidence == {"before": 0.041, "after": 0.06, "at step": 60}
+
+
+def test_losses_that_work_against_each_other_may_swing() -> None:
+    swing: Numbers = lambda step: 1.6 + 0.01 * step + 0.005 * noise() + 0.3 * (step >= 60)  # noqa: E731
+    assert "loss_jumped" in {one.kind for one in follow(120, swing).alarms}
+    assert follow(120, swing, optimizers=2).alarms == []
+
+
 def test_a_jump_shortly_before_the_end() -> None:
     losses: Numbers = lambda step: falling(step) + 3 * (step >= 60)  # noqa: E731
     assert kinds(follow(66, losses)) == [("loss_jumped", False)]

@@ -55,6 +55,44 @@ def sound_accumulation(bench: Bench) -> None:
     bench.model.zero_grad()
 
 
+class Adversaries(Bench):
+    """A generator and a critic: the generator's backward pass leaves gradients on the critic."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.critic = nn.Linear(2, 1)
+        self.parts: Any = nn.ModuleList([self.model, self.critic])
+        self.own = torch.optim.Adam(self.model.parameters())
+        self.other = torch.optim.Adam(self.critic.parameters())
+        self.optimizer: Any = [self.own, self.other] if both else self.own
+        self.model = self.parts if both else self.model
+
+    def fake(self) -> Any:
+        return self.parts[0](torch.randn(3, 4))
+
+
+def adversarial(bench: Any, to_none: bool) -> None:
+    bench.other.zero_grad(set_to_none=to_none)
+    (bench.critic(torch.ones(3, 2)) - bench.critic(bench.fake().detach())).mean().backward()
+    bench.other.step()
+    bench.own.zero_grad(set_to_none=to_none)
+    bench.critic(bench.fake()).mean().backward()
+    bench.own.step()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("both", [True, False])
+def test_gradients_that_another_loss_leaves_are_no_mistake_if_they_are_zeroed(both: bool, to_none: bool) -> None:
+    assert Adversaries(both).watched(lambda bench: adversarial(bench, to_none), steps=4) == []
+
+
+def test_of_several_optimizers_the_one_that_is_never_zeroed_is_named() -> None:
+    bench = Adversaries(both=True)
+    bench.own.zero_grad = lambda **kwargs: None  # type: ignore[method-assign]
+    found = [one for one in bench.watched(lambda bench: adversarial(bench, True)) if one.kind == "gradients_not_zeroed"]
+    assert [one.cause.place.optimizer for one in found] == ["Adam (1)"]
+
+
 @pytest.mark.parametrize("body", [sound, sound_scaled, sound_accumulation], ids=lambda body: body.__name__)
 def test_a_loop_without_mistakes_gives_no_finding(body: Any) -> None:
     assert Bench(scaled=body is sound_scaled).watched(body) == []
