@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rawloop.contracts import Batch
@@ -84,10 +85,12 @@ class Names:
         self._kinds: dict[tuple[str, Any, int], tuple[str, Kind]] = {}
 
     def entries(self, batch: Any) -> list[Entry]:
-        """Return the tensors of a batch."""
+        """Return the tensors of a batch, without nested and sparse ones, which lack most operations."""
         split = len(_parts(batch)) > 1 or _parts(batch)[0] is not batch
         found = []
         for path, tensor in tensors_in(batch):
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                continue
             key = (path, tensor.dtype, tensor.dim())
             if key not in self._kinds:
                 name = path.rpartition("/")[2].lower()

@@ -59,7 +59,7 @@ class Reach(Detector):
         seen = self.look.seen(record)
         if seen is None or not seen.complete or not any(seen.gradients.values()) or record.grad_norm == 0:
             return
-        self._gather(subject, seen)
+        self._gather(seen, _waiting(subject, record))
         if self._looks >= LOOKS:
             yield from self._report(subject, seen)
 
@@ -69,9 +69,14 @@ class Reach(Detector):
         if self._last is not None and 0 < self._looks < LOOKS and not self._last.zero_weights:
             yield from self._report(subject, self._last)
 
-    def _gather(self, subject: Subject, seen: Seen) -> None:
-        """Keep the parameters that had no gradient in any look, and look again while there are some."""
-        missing = {name for name, grad in seen.gradients.items() if grad is None or not grad.rows}
+    def _gather(self, seen: Seen, waiting: set[str]) -> None:
+        """Keep the parameters that had no gradient in any look, and look again while there are some.
+
+        Args:
+            seen: the look.
+            waiting: the parameters that this update is not for.
+        """
+        missing = {name for name, grad in seen.gradients.items() if grad is None or not grad.rows} - waiting
         self._first = seen.step if self._last is None else self._first
         self._missing = missing if self._last is None else self._missing & missing
         self._last = seen
@@ -158,6 +163,14 @@ def dead_block(alive: Sequence[bool], padded: bool = False) -> int:
         if len(blocks) * size == len(dead):
             return 0 if padded and dead == list(range(dead[0], rows)) else size
     return 0
+
+
+def _waiting(subject: Subject, record: StepRecord) -> set[str]:
+    """Return the parameters of optimizers that the loop has not stepped, as a generator's while its critic learns."""
+    stepped = record.facts.stepped
+    others = [one for one in subject.optimizers if stepped and id(one) not in stepped]
+    held = {id(parameter) for one in others for group in one.param_groups for parameter in group["params"]}
+    return {name for name, parameter in subject.named() if id(parameter) in held}
 
 
 def _is_bias_of(name: str, seen: Seen) -> bool:

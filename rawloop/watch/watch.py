@@ -179,9 +179,9 @@ class Watch:
         """Look at a step after its update, or after the decision to skip it, and count it."""
         record = self.record
         record.seconds = record.seconds or time.perf_counter() - self._began
+        self._look(lambda detector: detector.end(self.subject, record))
         if self._streak and record.applied:
             self._look_for_damage()
-        self._look(lambda detector: detector.end(self.subject, record))
         if self._keeper is not None:
             with self.guard.over("the flight recorder"):
                 self._keeper.ended(record)

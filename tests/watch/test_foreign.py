@@ -147,11 +147,24 @@ def gradient_penalty(make: Any) -> list[Tensor]:
                 first.zero_grad()
                 (((slope.norm(dim=1) - 1) ** 2).mean() - critic(x).mean()).backward()
                 first.step()
-                if step % 3 == 2:
+                if step % 5 == 4:
                     second.zero_grad()
                     (-critic(generator(torch.randn(6, 4))).mean()).backward()
                     second.step()
     return list(both.parameters())
+
+
+def rows_of_other_lengths(make: Any) -> list[Tensor]:
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with make(model, optimizer) as watch:
+        for x, y in batches():
+            nested = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+            with watch.step({"x": nested, "y": y}):
+                optimizer.zero_grad()
+                F.cross_entropy(model(nested).values(), y).backward()
+                optimizer.step()
+    return list(model.parameters())
 
 
 def gradients_by_hand(make: Any) -> list[Tensor]:
@@ -257,6 +270,7 @@ LOOPS: list[Loop] = [
     closures,
     two_steps_of_one_update,
     gradient_penalty,
+    rows_of_other_lengths,
     gradients_by_hand,
     updates_inside_backward,
     per_sample_gradients,

@@ -127,7 +127,7 @@ def test_after_damaged_weights_nothing_is_told_until_they_are_finite() -> None:
                 optimizer.zero_grad()
                 F.mse_loss(model(x), x[:, :1]).backward()
                 optimizer.step()
-    assert [finding.step for finding in watch.findings if finding.kind == "step"] == [0, 4, 5]
+    assert [finding.step for finding in watch.findings if finding.kind == "step"] == [0, 1, 4, 5]
     assert [finding.step for finding in watch.findings if finding.kind == "not_finite"] == [1]
     lines = [text for text in said if text.startswith("step 1: ") or text.startswith("step 4: ")]
     assert "is not told until" in lines[0]
