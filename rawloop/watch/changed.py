@@ -59,8 +59,8 @@ class ChangedWeights(Detector):
     At the begin of every other step it asks torch whether something wrote trained weights since their last update. If
     so, it compares a few numbers of each with those after the update.
 
-    With several ranks, all ranks call `batch` and `end` equally often: the first call of `batch`, and every
-    `WatchConfig.every`th of `end`, gather the digests from all ranks, whatever the ranks' step numbers are.
+    With several ranks, all ranks call `batch` equally often: the first two calls, and every `WatchConfig.every`th,
+    gather the digests from all ranks. `end` must not: a rank that skips an update alone does not come there.
 
     Kinds: `frozen_weights_changed`, `weights_changed_outside_optimizer`, `update_changed_nothing`,
     `weights_differ_across_ranks`; ordinary are `weights_written_outside_optimizer`, `buffers_differ_across_ranks`.
@@ -104,15 +104,18 @@ class ChangedWeights(Detector):
     def batch(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at the weights before the forward pass."""
         last, self._probing, self._gradients, self._updated = self._last, record.probing, {}, {}
+        comparing = subject.world.size > 1 and (self._calls == 1 or self._calls % subject.config.every == 0)
+        self._calls += 1
         now = self._versions()
         written = []
         if self._writes and now != self._writes:
             written = [name for name, old, new in zip(self._trained, self._writes, now, strict=True) if old != new]
         fresh = last is not None and last.updates == self._updates
-        if last is None or record.probing or fresh:
+        if last is None or record.probing or fresh or comparing:
             look = self._last = self._look(subject, f"before step {record.step}", record.step)
-            if last is None:
+            if comparing:
                 yield from self._ranks.compare(subject, look.digests, record.step, look.moment)
+            if last is None:
                 return
             yield from frozen_changed(subject, look, last)
             if fresh:
@@ -137,17 +140,13 @@ class ChangedWeights(Detector):
 
     def end(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at the weights after the update, or after a step without one."""
-        before, comparing = self._last, subject.world.size > 1 and self._calls % subject.config.every == 0
+        before = self._last
         self._updates += bool(record.applied)
-        self._calls += 1
-        if record.probing or comparing:
+        if record.probing:
             look = self._last = self._look(subject, f"after step {record.step}", record.step)
             if before is not None:
                 yield from frozen_changed(subject, look, before)
-            if before is not None and record.probing:
                 yield from self._in_step(subject, record, before, look)
-            if comparing:
-                yield from self._ranks.compare(subject, look.digests, record.step, look.moment)
         if self._by_step and record.applied:
             self._keep()
 

@@ -201,7 +201,7 @@ def train_ranks(world: World, fault: str) -> list[tuple[str, int, int | None, st
     return [(f.kind, f.step, f.since, p.parameter or p.tensor, p.rank, f.ordinary) for f, p in places]
 
 
-ORDINARY = ("buffers_differ_across_ranks", 0, None, "1.running_mean", 1, True)
+ORDINARY = ("buffers_differ_across_ranks", 1, None, "1.running_mean", 1, True)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ ORDINARY = ("buffers_differ_across_ranks", 0, None, "1.running_mean", 1, True)
     [
         ("", []),
         ("init", [("weights_differ_across_ranks", 0, None, "0.weight", 1, False)]),
-        ("unwrapped", [("weights_differ_across_ranks", 0, 0, "0.weight", 1, False)]),
+        ("unwrapped", [("weights_differ_across_ranks", 1, 0, "0.weight", 1, False)]),
         ("skip", [("weights_differ_across_ranks", None, 2, "0.weight", 1, False)]),
     ],
 )
