@@ -262,7 +262,7 @@ def test_large_features_of_a_failed_step_are_looked_at_in_full() -> None:
             with watch.step({"x": x}):
                 torch.autograd.backward(model(x).square().mean())
                 optimizer.step()
-    found = next(one for one in watch.findings if one.kind == "features_not_finite")
+    (found,) = watch.findings
     assert (found.cause.place.row, found.cause.place.position, found.step) == (123, 7, 4)
 
 
