@@ -383,7 +383,9 @@ def test_activations_that_are_recomputed_count_once() -> None:
     buffers, said = tried(net)
     assert buffers.twice
     assert "activations are recomputed" in said[0]
-    run: Any = type("Half", (), {"policy": PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU), "buffers": buffers})()
+    run: Any = type(
+        "Half", (), {"policy": PrecisionPolicy(PrecisionConfig(mode="fp32"), CPU), "buffers": buffers, "watch": None}
+    )()
     run.module = LossModule(net, lambda model, batch: {"s": StreamLoss(model(batch.inputs["x"]), 1)})
     run.world, run.weights = World(), {"s": 1.0}
     from rawloop.loop import forward_backward

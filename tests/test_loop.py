@@ -36,6 +36,7 @@ from rawloop.optim import OptimConfig, lr_at
 from rawloop.precision.config import PrecisionConfig
 from rawloop.records import read_events, read_metrics
 from rawloop.settings import DDPConfig
+from rawloop.watch.config import WatchConfig
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,7 @@ def fallback_config(base: RunConfig, output: Path) -> RunConfig:
     """Native FP16 that may go on in bfloat16, given up after two bad losses; saves at each step."""
     precision = PrecisionConfig(mode="native_fp16", fallback=["bf16", "fp32"], max_nonfinite_losses=2)
     plain = replace(base, output=str(output), precision=precision, train=TrainConfig(1, 1, max_steps=5, log_every=1))
+    plain = replace(plain, watch=WatchConfig(enabled=False))  # `poison` counts passes, and a trace repeats them
     return replace(plain, evaluation=EvaluationConfig(enabled=False), checkpoint=CheckpointConfig(1, 0))
 
 
@@ -363,7 +365,7 @@ def test_evaluation_and_saving_never_meet(base: RunConfig, tmp_path: Path, every
 
 
 def test_training_stops_when_the_evaluation_does_not_improve(base: RunConfig, tmp_path: Path) -> None:
-    worse = replace(base, output=str(tmp_path), optim=OptimConfig(lr=1.0), train=TrainConfig(1, 1, max_steps=9))
+    worse = replace(base, output=str(tmp_path), optim=OptimConfig(lr=0.3), train=TrainConfig(1, 1, max_steps=9))
     worse = replace(worse, evaluation=EvaluationConfig(every=1, patience=2), checkpoint=CheckpointConfig(5))
     run = go(worse)
     assert run.best is not None

@@ -81,6 +81,11 @@ def steps(config: Path) -> list[Any]:
     return [line["step"] for line in read_metrics(config.parent / "run") if "loss" in line]
 
 
+def kept(config: Path, rank: int) -> str:
+    """What the message adds about the capsule of the step; a user's mistake has none."""
+    return f"the step is kept: rawloop replay {config.parent / 'run' / 'capsules' / f'step-00000003-rank{rank}'}"
+
+
 def losses(config: Path, key: str = "loss") -> list[Any]:
     return [line[key] for line in read_metrics(config.parent / "run") if key in line]
 
@@ -145,7 +150,8 @@ def test_a_forward_pass_that_fails_on_one_rank_ends_both(
     first, second = run(ranks, config, 2)
     code, message = FATAL[fault]
     assert re.match(message, told(second.err)), second.err
-    assert told(second.err).endswith("(at step 3, on rank 1, in the micro-batch of the samples bad)")
+    place = "(at step 3, on rank 1, in the micro-batch of the samples bad)"
+    assert told(second.err).endswith(place + (f" ({kept(config, 1)})" if code == 1 else ""))
     assert told(first.err).startswith(LOST)
     assert (first.code, second.code) == (1, code)
     assert steps(config) == [1, 2, 3]
@@ -157,7 +163,8 @@ def test_a_forward_pass_that_fails_in_one_process(ranks: Ranks, write: Callable[
     (done,) = run(ranks, config, 1)
     code, message = FATAL[fault]
     assert re.match(message, told(done.err)), done.err
-    assert told(done.err).endswith("(at step 3, on rank 0, in the micro-batch of the samples train-6, bad)")
+    place = "(at step 3, on rank 0, in the micro-batch of the samples train-6, bad)"
+    assert told(done.err).endswith(place + (f" ({kept(config, 0)})" if code == 1 else ""))
     assert done.code == code
     assert steps(config) == [1, 2, 3]
 
@@ -197,8 +204,9 @@ def test_a_bug_on_one_rank_keeps_its_traceback_and_names_the_samples(
 ) -> None:
     config = write(fault, STEP_3, 2)
     first, second = run(ranks, config, 2)
-    *_, error, where = (line.removeprefix("[rank1]: ") for line in second.err.splitlines())
-    assert (error, where) == ("IndexError: list index out of range", note)
+    expected = ["IndexError: list index out of range", note, *([kept(config, 1)] if fault == "Crash" else [])]
+    lines = [line.removeprefix("[rank1]: ") for line in second.err.splitlines()]
+    assert lines[-len(expected) :] == expected
     assert "Traceback" in second.err
     assert told(first.err).startswith(others)
     assert (first.code, second.code) == (1, 1)

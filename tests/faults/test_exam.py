@@ -1,4 +1,4 @@
-"""The watch passes its exam: faults in loops as people write them are found by cause and place, healthy ones are quiet."""
+"""The watch passes its exam: faults in loops as people write them are found by cause and place; others are quiet."""
 
 from collections.abc import Callable
 from typing import Any
