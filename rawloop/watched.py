@@ -226,10 +226,6 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, LostRank) or is_lost_rank(error)
 
 
-def _quiet(text: str) -> None:
-    """Findings are told as events."""
-
-
 def build_watch(config: RunConfig, folder: Path, run: Run) -> RunWatch:
     """Build the watch of a run that is ready to start, and let it look at the run."""
     policy, world, optimizer = run.policy, run.world, run.optimizer

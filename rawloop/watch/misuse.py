@@ -24,7 +24,8 @@ class Misuse(Detector):
         facts = record.facts
         if not facts.step_line and not facts.optimizer:
             return
-        yield from _order(subject, record, facts)
+        yield from _scaling(subject, record, facts)
+        yield from _zeroing(subject, record, facts)
         if facts.calls and facts.calls == facts.evaluating and (name := _acts_in_training(subject.model)):
             yield _finding(
                 subject,
@@ -94,7 +95,8 @@ def without_backward(subject: Subject, record: StepRecord, loss: float | None, l
     )
 
 
-def _order(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Finding]:
+def _scaling(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Finding]:
+    """Yield findings about calls in the wrong order around the loss scale."""
     place = Place(phase="update", optimizer=facts.optimizer, expression=facts.step_line)
     count: dict[str, float | int | str] = {"backward passes": facts.backwards}
     if facts.scaled and not facts.unscaled and not facts.through_scaler:
@@ -136,6 +138,11 @@ def _order(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Findi
             count,
             "Call scaler.update() once, after scaler.step(optimizer)",
         )
+
+
+def _zeroing(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Finding]:
+    """Yield findings about gradients that are zeroed too late or too early, and about updates without a backward."""
+    place = Place(phase="update", optimizer=facts.optimizer, expression=facts.step_line)
     if facts.left_over:
         yield _finding(
             subject,
@@ -157,7 +164,7 @@ def _order(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Findi
             "optimizer",
             "zero_grad comes after the last backward pass and before the step, so the update has no gradients",
             Place(phase="update", optimizer=facts.optimizer, expression=facts.zeroed),
-            count,
+            {"backward passes": facts.backwards},
             "Call zero_grad after optimizer.step(), or before the forward pass",
         )
     if facts.idle:

@@ -280,13 +280,12 @@ class Watch:
         self._add([failed(part, cause, self.record.step, self.subject.world.rank)])
 
     def _add(self, findings: Iterable[Finding]) -> None:
-        for finding in findings:
-            if self.findings.add(finding):
-                if self.out is not None and not self.guard.is_off(FILE):
-                    with self.guard.over(FILE):
-                        self._write(self.out, finding)
-                if not finding.ordinary:
-                    self.say(fill(finding.text(), 120))
+        for finding in self.findings.extend(findings):
+            if self.out is not None and not self.guard.is_off(FILE):
+                with self.guard.over(FILE):
+                    self._write(self.out, finding)
+            if not finding.ordinary:
+                self.say(fill(finding.text(), 120))
 
     def _write(self, out: Path, finding: Finding) -> None:
         out.mkdir(parents=True, exist_ok=True)
