@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from operator import call
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -62,6 +63,11 @@ from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.run import TrainState
 from rawloop.seed import RngState
+from rawloop.watch.capsule import Capsules
+from rawloop.watch.config import WatchConfig
+from rawloop.watch.flight import FlightRecorder
+from rawloop.watch.watch import Watch
+from rawloop.watched import RunWatch
 
 HIDDEN = 192
 LR, MAX_NORM, LOG_EVERY, NEVER = 1e-3, 1.0, 10, 10**9
@@ -245,7 +251,7 @@ def as_it_is(row: Any) -> Any:
     return row
 
 
-def rawloop(model: Any, rows: Rows, folder: Path) -> None:
+def rawloop(model: Any, rows: Rows, folder: Path, watched: bool = True) -> None:
     """With everything that is on by default; an evaluation and a save are asked for at every step, but never due."""
     work, world, state, best = rows.work, World(device=rows.work.device), TrainState(), BestTracker()
     total = len(rows) // work.batch
@@ -293,7 +299,27 @@ def rawloop(model: Any, rows: Rows, folder: Path) -> None:
         )
         assert run.checkpoints is not None
         run.checkpoints.start(0)
+        if watched:
+            run.watch = watch_of(run, folder)
         train(run)
+
+
+def watch_of(run: Run, folder: Path) -> RunWatch:
+    """The watch with its default settings, as every run has it."""
+    config, policy = WatchConfig(), run.policy
+    assert policy.model is not None
+    watch = Watch(
+        policy.model,
+        run.optimizer,
+        policy.scaler,
+        config=config,
+        world=run.world,
+        named=policy.named_parameters,
+        say=lambda text: None,
+    )
+    built = RunWatch(watch, FlightRecorder(config.steps), Capsules(folder, config, 0), {})
+    built.start(run)
+    return built
 
 
 def accelerate(model: Any, rows: Rows, folder: Path) -> None:
@@ -368,6 +394,7 @@ def trainer(model: Any, rows: Rows, folder: Path) -> None:
 PEERS: dict[str, Callable[[Any, Rows, Path], None]] = {
     "bare loop": bare,
     "rawloop": rawloop,
+    "rawloop unwatched": partial(rawloop, watched=False),
     "accelerate": accelerate,
     "Fabric": fabric,
     "HF Trainer": trainer,

@@ -59,6 +59,7 @@ def test_one_process(benchmark: Any, runs: dict[str, RunConfig], few: dict[str, 
     check(benchmark, cells)
 
 
+@pytest.mark.slow  # tests/test_loop.py has one case of it
 def test_two_processes(
     benchmark: Any, runs: dict[str, RunConfig], few: dict[str, list[Any]], run_ranks: Callable[..., list[Any]]
 ) -> None:

@@ -40,11 +40,12 @@ def test_killed_before_every_file_operation_of_a_save(folder: Path, when: str) -
     )  # pointing best to it, the rotation, the events and the next save come after the commit
 
 
-@pytest.mark.parametrize("when", ["now", "later"])
+@pytest.mark.parametrize("when", [pytest.param("now", marks=pytest.mark.slow), "later"])
 def test_a_full_disk_from_every_file_operation_on(folder: Path, when: str) -> None:
     assert kill(folder, when, "full")["operations"] > 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["now", "later"])
 def test_killed_at_random_moments(folder: Path, when: str) -> None:
     assert kill(folder, when, "random", "10", "0")["kills"] == 10

@@ -24,6 +24,7 @@ Ranks = Callable[..., list[Any]]
 STEP_3 = 7  # the place of a sample that rank 1 of two gets at step 3
 CHECKED = {"enabled": True}  # the checks before step 0, which are left out where they change nothing
 LIMIT = 30.0  # seconds in which all ranks have ended
+ONE_RANK = pytest.param(1, marks=pytest.mark.slow)  # two ranks are the harder case of the same
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", FOUND)
 def test_what_the_model_cannot_take_ends_all_ranks_with_the_samples_name(
     ranks: Ranks, write: Callable[..., Path], fault: str, size: int
@@ -141,7 +142,13 @@ LOST = "another rank has ended, and its message says why ("
 
 
 @pytest.mark.parametrize(
-    ("fault", "unused"), [*((fault, "auto") for fault in FATAL), ("Detached", False), ("Detached", True)]
+    ("fault", "unused"),
+    [
+        ("Key", "auto"),
+        ("Detached", False),
+        *(pytest.param(fault, "auto", marks=pytest.mark.slow) for fault in ("NoLoss", "NoStream", "Detached")),
+        pytest.param("Detached", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_forward_pass_that_fails_on_one_rank_ends_both(
     ranks: Ranks, write: Callable[..., Path], fault: str, unused: Any
@@ -176,7 +183,7 @@ def test_the_trial_of_one_pass_names_its_samples(ranks: Ranks, write: Callable[.
     assert (first.code, second.code) == (1, 2)
 
 
-@pytest.mark.parametrize(("fault", "rows"), [("NoLoss", "bad"), ("Key", "bad")])
+@pytest.mark.parametrize(("fault", "rows"), [("NoLoss", "bad"), pytest.param("Key", "bad", marks=pytest.mark.slow)])
 def test_an_evaluation_that_fails_on_one_rank_is_told_by_both(
     ranks: Ranks, write: Callable[..., Path], fault: str, rows: str
 ) -> None:
@@ -243,7 +250,7 @@ def test_a_sample_without_targets_adds_nothing_on_one_process_and_on_two(
     assert losses(shared, "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [ONE_RANK, 2])
 def test_a_sample_without_targets_among_the_first_is_a_warning(
     ranks: Ranks, write: Callable[..., Path], size: int
 ) -> None:
@@ -256,7 +263,7 @@ def test_a_sample_without_targets_among_the_first_is_a_warning(
     ]
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [ONE_RANK, 2])
 def test_a_window_without_any_target_ends_all_ranks_with_its_samples(
     ranks: Ranks, write: Callable[..., Path], size: int
 ) -> None:
@@ -270,7 +277,7 @@ def test_a_window_without_any_target_ends_all_ranks_with_its_samples(
     assert all("rawloop train" not in done.err for done in others)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [ONE_RANK, 2])
 def test_all_labels_masked_ends_the_run_before_step_0(ranks: Ranks, write: Callable[..., Path], size: int) -> None:
     config = write("AllMasked", None, size, checks=CHECKED)
     first, *others = run(ranks, config, size)
@@ -279,7 +286,7 @@ def test_all_labels_masked_ends_the_run_before_step_0(ranks: Ranks, write: Calla
     assert [first.code, *(done.code for done in others)] == [2] * size
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [ONE_RANK, 2])
 def test_an_evaluation_set_without_targets_is_refused(ranks: Ranks, write: Callable[..., Path], size: int) -> None:
     config = write("EvaluationMasked", None, size, evaluation={"enabled": True})
     first, *others = run(ranks, config, size)
@@ -292,7 +299,7 @@ def test_an_evaluation_set_without_targets_is_refused(ranks: Ranks, write: Calla
     assert not steps(config)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [ONE_RANK, 2])
 def test_a_step_that_is_not_finite_is_skipped_with_the_names_of_all_ranks(
     ranks: Ranks, write: Callable[..., Path], size: int
 ) -> None:
@@ -302,7 +309,7 @@ def test_a_step_that_is_not_finite_is_skipped_with_the_names_of_all_ranks(
     assert (event["step"], event["samples"]) == (3, ["train-6", "bad"])
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [ONE_RANK, 2])
 def test_an_evaluation_batch_that_is_not_finite_is_named_and_never_best(
     ranks: Ranks, write: Callable[..., Path], size: int
 ) -> None:

@@ -76,6 +76,7 @@ def on_ranks(world: World, loop: str, folder: Path) -> list[Any]:
     return [stop_and_resume(loop, mode, folder / mode) for mode in MODES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_ten_and_ten_steps_are_twenty_on_two_processes(
     loop: str, run_ranks: Callable[..., list[Any]], tmp_path: Path
