@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from rawloop.precision.gradients import Measured
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.run import Run
 from rawloop.watch.capsule import Capsule
-from rawloop.watch.flight import FlightRecorder
 from rawloop.watch.rerun import digests, run_again
 from rawloop.watch.subject import Pass
 
@@ -68,15 +68,6 @@ def _of_rows(labels: Labels, rows: list[int], length: int) -> Labels:
     return Labels(labels.positions[found] + torch.cat(shifts), labels.targets[found])
 
 
-def trained_state(run: Run) -> dict[str, Any]:
-    """Return the state that the step started from: trained weights, buffers before the window, policy, optimizer."""
-    buffers = dict(zip(run.buffers.places, run.buffers.before(), strict=True)) if run.buffers else {}
-    trained = {name: weight.detach() for name, weight in run.policy.trained.weights.items()}
-    states = {"weights": {"trained": trained, "buffers": buffers, "policy": run.policy.state_dict()}}
-    parts = run.checkpoints.parts.states if run.checkpoints else {}
-    return states | {name: parts[name].state_dict() for name in ("base", "optimizer") if name in parts}
-
-
 def batch_state(batch: Batch) -> dict[str, Any]:
     """Return a batch as nested values that can be stored."""
     labels = {stream: {"positions": one.positions, "targets": one.targets} for stream, one in batch.labels.items()}
@@ -101,24 +92,15 @@ class Window:
     rng: list[dict[str, Any]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
 
-    def state(self, *, with_losses: bool = True) -> dict[str, Any]:
-        """Return the window as nested values. Losses are on the device."""
-        count, losses = len(self.batches), self.losses if with_losses else []
-        rng = [*self.rng, *({} for _ in range(count - len(self.rng)))]
-        known = [*losses, *(None for _ in range(count - len(losses)))]
-        rows = zip(self.batches, rng, known, strict=True)
-        return {"passes": [{"batch": batch_state(batch), "rng": one, "loss": loss} for batch, one, loss in rows]}
+    def state(self, *, with_losses: bool) -> dict[str, Any]:
+        """Return the window as nested values; losses are on the device. A pass that has not ended has no loss."""
+        losses = self.losses if with_losses else []
+        rows = zip_longest(map(batch_state, self.batches), self.rng, losses)
+        return {"passes": [{"batch": batch, "rng": rng or {}, "loss": loss} for batch, rng, loss in rows]}
 
 
 def contents(
-    run: Run,
-    facts: Mapping[str, Any],
-    window: Window,
-    recorder: FlightRecorder,
-    passes: Sequence[Pass],
-    found: Measured | None,
-    *,
-    host_only: bool,
+    run: Run, facts: dict[str, Any], window: Window, passes: Sequence[Pass], found: Measured | None, *, host_only: bool
 ) -> Capsule:
     """Return the contents of a capsule of a run's step, before its update.
 
@@ -126,37 +108,33 @@ def contents(
         run: the run.
         facts: further facts.
         window: of the step.
-        recorder: the steps before.
         passes: those that have ended.
         found: the measured gradients; None if the step has failed before.
         host_only: read nothing from the device, and take no weights.
     """
     slot = run.checkpoints.newest() if run.checkpoints else None
-    all_facts: dict[str, Any] = {
-        **facts,
+    facts |= {
         "kind": "run",
-        "step": run.state.step,
         "window": run.state.window,
         "precision": run.policy.name,
         "targets": window.targets,
         "scale": run.policy.window.scale,
-        "threads": torch.get_num_threads(),
         "moves_twice": bool(run.buffers and run.buffers.twice),
         "lr": max(float(group["lr"]) for group in run.optimizer.param_groups),
         "follows": slot and str(slot),
-        "history": [kept.numbers() for kept in recorder.steps],
     }
-    steps = [
-        {"step": kept.step, "rng": kept.rng, "batches": [batch_state(batch) for batch in kept.batch]}
-        for kept in recorder.steps
-    ]
-    states: dict[str, Any] = {"passes": window.state(with_losses=not host_only), "earlier": {"steps": steps}}
+    states: dict[str, Any] = {"passes": window.state(with_losses=not host_only)}
     if host_only:
-        all_facts["left_out"] = {"weights": "the step had changed them in part, or the device could not be read"}
-        return Capsule(all_facts, states)
+        facts["left_out"] = {"weights": "the step had changed them in part, or the device could not be read"}
+        return Capsule(facts, states)
+    trained = {name: weight.detach() for name, weight in run.policy.trained.weights.items()}
+    buffers = dict(zip(run.buffers.places, run.buffers.before(), strict=True)) if run.buffers else {}
+    states["weights"] = {"trained": trained, "buffers": buffers, "policy": run.policy.state_dict()}
+    parts = run.checkpoints.parts.states if run.checkpoints else {}
+    states |= {name: parts[name].state_dict() for name in ("base", "optimizer") if name in parts}
     if found is not None:
-        all_facts |= {"loss": found.loss, "grad_norm": found.norm, **gradients_of(run, passes, found)}
-    return Capsule(all_facts, states | trained_state(run))
+        facts |= gradients_of(run, passes, found)
+    return Capsule(facts, states)
 
 
 def gradients_of(run: Run, passes: Sequence[Pass], found: Measured) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class RngCapture:
         self._python_address = _python_address()
         self._numpy_words: bytes | None = None  # those of the state in _numpy_state
         self._numpy_state: dict[str, Any] = {}
+        self._python_memory: bytes | None = None  # that of the words in _python_words
+        self._python_words = torch.empty(0)
 
     def take(self) -> dict[str, Any]:
         """Return the states as `capture_rng` does."""
@@ -90,13 +92,14 @@ class RngCapture:
         return state
 
     def _python(self) -> dict[str, Any]:
-        if self._python_address is None or self._numpy is None:
+        if self._python_address is None:
             version, words, gauss = random.getstate()
             return {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss}
-        memory = self._numpy.frombuffer(_memory(self._python_address, 4 * 625), "uint32")
-        rolled = self._numpy.empty(625, "int64")
-        rolled[:-1], rolled[-1] = memory[1:], memory[0]
-        return {"version": 3, "words": torch.from_numpy(rolled), "gauss": self._python_generator.gauss_next}
+        memory = _memory(self._python_address, 4 * 625)
+        if memory != self._python_memory:  # most steps draw nothing from it
+            words = torch.frombuffer(bytearray(memory), dtype=torch.uint32).to(torch.int64)
+            self._python_memory, self._python_words = memory, words.roll(-1)  # the index is in front in memory
+        return {"version": 3, "words": self._python_words, "gauss": self._python_generator.gauss_next}
 
     def _read_numpy(self) -> dict[str, Any]:
         name, words, position, has_gauss, gauss = self._numpy.random.get_state()

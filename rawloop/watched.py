@@ -4,8 +4,6 @@ Nothing here changes a number of the training, and nothing is read from the devi
 except for a finding. Capsules and traces are local to a rank: no collective is called.
 """
 
-import platform
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,19 +17,16 @@ from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch
 from rawloop.dist import unwrap_ddp
 from rawloop.errors import InterruptedUpdate, LostRank, TrainingError, UserError, add_place
-from rawloop.files import in_words
-from rawloop.kept import Again, Window, contents
+from rawloop.kept import Again, Window, batch_state, contents
 from rawloop.precision.gradients import Measured, StepResult
 from rawloop.records import json_value, to_stderr
 from rawloop.run import Run
 from rawloop.seed import RngCapture
-from rawloop.told import mended, spiked
-from rawloop.versions import installed_versions
 from rawloop.waiting import is_lost_rank
-from rawloop.watch.capsule import Capsules
+from rawloop.watch.capsule import Capsule, Capsules
 from rawloop.watch.detectors import all_detectors
 from rawloop.watch.flight import FlightRecorder
-from rawloop.watch.spikes import SpikeGuard
+from rawloop.watch.spikes import SpikeGuard, spiked
 from rawloop.watch.subject import Pass
 from rawloop.watch.watch import Watch
 
@@ -41,17 +36,13 @@ class RunWatch:
 
     Args:
         watch: collects the findings.
-        recorder: keeps the last steps.
         capsules: writes capsules.
-        about: JSON values that every capsule has, such as versions and the device.
         config: the run's config as YAML; empty without one.
     """
 
-    def __init__(
-        self, watch: Watch, recorder: FlightRecorder, capsules: Capsules, about: Mapping[str, Any], config: str = ""
-    ) -> None:
-        self.watch, self.recorder, self.capsules = watch, recorder, capsules
-        self.about, self.config = about, config
+    def __init__(self, watch: Watch, capsules: Capsules, config: str = "") -> None:
+        self.watch, self.capsules, self.config = watch, capsules, config
+        self.recorder = FlightRecorder(watch.subject.config.steps)
         self._rng = RngCapture()
         self._run: Run | None = None
         self._window = Window([], {})
@@ -67,7 +58,6 @@ class RunWatch:
         """Look at the run before its first step."""
         self._run = run
         run.policy.observer = self
-        self.watch.findings.extend(mended(run.policy, run.optimizer, run.state.step))
         self.watch.start()
         self._tell(run)
 
@@ -79,7 +69,7 @@ class RunWatch:
 
     def fields(self) -> dict[str, Any]:
         """Return the loss scales of the last steps, for the event of a skip."""
-        return {"last_scales": self.recorder.scales()}
+        return {"last_scales": [kept.scale for kept in self.recorder.steps]}
 
     @contextmanager
     def running(self, run: Run) -> Iterator[None]:
@@ -143,7 +133,7 @@ class RunWatch:
             if run.preemption and run.preemption.keep:
                 run.preemption.keep, why = False, why or "asked for by SIGUSR2"
             if why:
-                self._write(run, why, found, result)
+                self._write(run, why, found)
         self._spikes += result.objected
 
     def check(self, run: Run) -> None:
@@ -192,32 +182,31 @@ class RunWatch:
         lost = is_lost(error)
         if self._written is None:
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            self._write(run, why, None, None, host_only=lost or isinstance(error, InterruptedUpdate))
+            self._write(run, why, None, host_only=lost or isinstance(error, InterruptedUpdate))
         alarms = [finding.text() for finding in self.watch.findings.alarms if finding.last == run.state.step]
         if alarms:
             add_place(error, " ".join(alarms), name_own=True)
         if self._written is not None:
             add_place(error, f"the step is kept: rawloop replay {self._written}", name_own=True)
 
-    def _write(
-        self, run: Run, why: str, found: Measured | None, result: StepResult | None, host_only: bool = False
-    ) -> None:
-        """Write a capsule. A failure is an event: it must not hide what is wrong with the step."""
+    def _write(self, run: Run, why: str, found: Measured | None, host_only: bool = False) -> None:
+        """Write a capsule, if there is room. A failure is an event: it must not hide what is wrong with the step."""
         self._why = ""
         if not self.capsules.has_room():
             return
-        try:
-            facts = {**self.about, "why": why, "findings": [one.as_json() for one in self.watch.findings.alarms]}
-            passes = self.watch.record.passes
-            capsule = contents(run, facts, self._window, self.recorder, passes, found, host_only=host_only)
-            capsule.facts["because"] = result and result.skipped_because
+        record, world = self.watch.record, run.world
+
+        def make() -> Capsule:
+            facts = self.recorder.facts(record, world, why, self.watch.findings.alarms)
+            cuda = world.device.type == "cuda"
+            facts["device"] = torch.cuda.get_device_name(world.device) if cuda else world.device.type
+            capsule = contents(run, facts, self._window, record.passes, found, host_only=host_only)
+            capsule.states["earlier"] = self.recorder.state(lambda batches: [*map(batch_state, batches)])
             capsule.texts = {"config.yaml": self.config}
-            self._written = self.capsules.write(run.state.step, capsule)
-            reason = f"kept the step in {self._written}: {why}"
-        except OSError as error:
-            reason = f"a capsule could not be written: {in_words(error)}"
-        except (RuntimeError, TypeError) as error:  # the device has failed, or a family's batch has other values
-            reason = f"a capsule could not be made: {type(error).__name__}: {error}"
+            return capsule
+
+        self._written, problem = self.capsules.write(run.state.step, make)
+        reason = problem or f"kept the step in {self._written}: {why}"
         run.record_or_defer(partial(run.records.event, "capsule", step=run.state.step, reason=reason))
 
 
@@ -240,14 +229,6 @@ def build_watch(config: RunConfig, folder: Path, run: Run) -> RunWatch:
         named=named,
         say=lambda text: None,  # findings are events
     )
-    device = world.device
-    about = {
-        "rank": world.rank,
-        "world_size": world.size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {**installed_versions(), "python": platform.python_version(), "platform": sys.platform},
-    }
-    recorder, capsules = FlightRecorder(config.watch.steps), Capsules(folder, config.watch, world.rank)
-    built = RunWatch(watch, recorder, capsules, about, to_yaml(config))
+    built = RunWatch(watch, Capsules(folder, config.watch, world.rank), to_yaml(config))
     built.start(run)
     return built

@@ -72,7 +72,6 @@ FLOORS = (
             "checkpoints",
             "resume",
             "kept",
-            "told",
             "watched",
             "replay",
             "replay_loop",

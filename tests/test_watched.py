@@ -265,16 +265,6 @@ def test_capsules_are_limited_in_number_and_size(base: RunConfig, tmp_path: Path
     assert set(read_facts(write_capsule(tmp_path / "least", again, 0))["left_out"]) == set(names)
 
 
-def test_masters_are_said_once_as_ordinary(base: RunConfig, tmp_path: Path) -> None:
-    config = replace(base, output=str(tmp_path), adapter=AdapterConfig(mode="full"))
-    config = replace(config, precision=PrecisionConfig(mode="native_fp16"), train=replace(base.train, max_steps=1))
-    go(config)
-    (event,) = [event for event in read_events(tmp_path) if event["kind"] == "finding"]
-    assert event["finding"]["ordinary"]
-    assert "float32 masters" in event["reason"]
-    assert "a scale that has a floor" in event["reason"]
-
-
 class Spiky:
     """The family's losses, much larger in the windows of these numbers, counted as they are trained."""
 

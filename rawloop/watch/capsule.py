@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rawloop.errors import RawloopError, UserError
-from rawloop.files import FileRecord, readable, remove_tree, sha256_file, signed_json, sync_tree, write_file
-from rawloop.pack import Packed, pack, read_state, write_packed
+from rawloop.files import FileRecord, in_words, readable, remove_tree, sha256_file, signed_json, sync_tree, write_file
+from rawloop.pack import pack, read_state, write_packed
 from rawloop.records import json_value
 from rawloop.watch.config import WatchConfig
 
@@ -39,19 +39,13 @@ class Capsule:
 
 
 class Capsules:
-    """The capsules of one rank of a run, limited in number and in size.
-
-    Args:
-        folder: of the run.
-        config: the limits.
-        rank: of this process.
-    """
+    """The capsules of one rank, limited in number and in size. Those of earlier starts of a run count."""
 
     def __init__(self, folder: Path, config: WatchConfig, rank: int) -> None:
         self.folder, self.config, self.rank = folder / FOLDER, config, rank
 
     def has_room(self) -> bool:
-        """Whether another capsule may be written: those of earlier starts of the run count."""
+        """Whether another capsule may be written."""
         return len(self._names(r"step-\d+")) < self.config.capsules
 
     def _names(self, step: str) -> list[str]:
@@ -59,16 +53,20 @@ class Capsules:
         mine = re.compile(rf"{step}-rank{self.rank}(-\d+)?")
         return [path.name for path in self.folder.glob("step-*") if mine.fullmatch(path.name)]
 
-    def write(self, step: int, capsule: Capsule) -> Path:
-        """Write a capsule, and return its folder.
+    def write(self, step: int, make: Callable[[], Capsule]) -> tuple[Path | None, str]:
+        """Write a capsule, and return its folder; or None, and why not: that must not hide what is wrong with the step.
 
-        Raises:
-            OSError: the disk is full or refuses; nothing is left of the capsule.
+        Nothing is left of a capsule that cannot be written.
         """
         name = f"step-{step:08d}-rank{self.rank}"
         taken = len(self._names(f"step-{step:08d}"))
         path = self.folder / (f"{name}-{taken + 1}" if taken else name)
-        return write_capsule(path, capsule, self.config.capsule_mb * 10**6)
+        try:
+            return write_capsule(path, make(), self.config.capsule_mb * 10**6), ""
+        except OSError as error:
+            return None, f"a capsule could not be written: {in_words(error)}"
+        except (RuntimeError, TypeError) as error:  # the device has failed, or a batch has other values
+            return None, f"a capsule could not be made: {type(error).__name__}: {error}"
 
 
 def write_capsule(path: Path, capsule: Capsule, most: int) -> Path:
@@ -101,19 +99,13 @@ def write_capsule(path: Path, capsule: Capsule, most: int) -> Path:
 
 def _fitting(states: Mapping[str, Any], most: int) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the states that fit, and the sizes of the others."""
+    sizes = {name: sum(t.nbytes for t in pack(state, dry=True).tensors.values()) for name, state in states.items()}
     kept, left_out = dict(states), {}
-    sizes = {name: _size(pack(state, dry=True)) for name, state in states.items()}
     for name in LEFT_OUT_FIRST:
-        if sum(sizes[kept_name] for kept_name in kept) <= most:
-            break
-        if name in kept:
+        if name in kept and sum(sizes[one] for one in kept) > most:
             del kept[name]
             left_out[name] = f"it has {readable(sizes[name])}, and watch.capsule_mb is {most // 10**6}"
     return kept, left_out
-
-
-def _size(packed: Packed) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors.values())
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -136,22 +128,18 @@ def read_facts(path: Path) -> dict[str, Any]:
         body = json.loads(raw)
     except ValueError as error:
         raise RawloopError(f"{file} cannot be read: {error}; the capsule is damaged") from error
-    found = body.get("format") if isinstance(body, dict) else None
+    found, versions = (body.get(name) if isinstance(body, dict) else None for name in ("format", "versions"))
     if found != FORMAT:
+        writer = versions.get("rawloop") if isinstance(versions, dict) else None
         raise UserError(
             f"the capsule {path} has format {found!r}, and this version of rawloop reads {FORMAT}: replay it with the "
-            f"version that wrote it ({_writer(body)})"
+            f"version that wrote it ({f'rawloop {writer}' if writer else 'not known'})"
         )
     body.pop("sha256", None)
     if signed_json(body) != raw:
         raise RawloopError(f"{file}: its own digest does not match: the file has changed since it was written")
-    return {name: value for name, value in body.items() if name != "format"}
-
-
-def _writer(body: Any) -> str:
-    versions = body.get("versions") if isinstance(body, dict) else None
-    known = versions.get("rawloop") if isinstance(versions, dict) else None
-    return f"rawloop {known}" if known else "not known"
+    facts: dict[str, Any] = body
+    return facts
 
 
 def read_states(path: Path, facts: Mapping[str, Any]) -> Callable[[str], Any]:

@@ -1,16 +1,12 @@
 """Keeps the bad steps of a foreign loop as capsules."""
 
-import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rawloop.errors import RawloopError
-from rawloop.files import in_words
-from rawloop.versions import installed_versions
 from rawloop.watch.capsule import Capsule, Capsules
 from rawloop.watch.findings import Finding
 from rawloop.watch.flight import FlightRecorder
@@ -19,6 +15,8 @@ from rawloop.watch.rerun import digest, digests, run_again
 from rawloop.watch.subject import Pass, StepRecord, Subject
 from rawloop.watch.tape import Replay, Tape
 from rawloop.watch.tape_state import tape_state
+
+FUNCTION = "package.module:function"
 
 
 class Keeper:
@@ -60,13 +58,8 @@ class Keeper:
         why, self.why = self.why, ""
         if not why or not self.capsules.has_room():
             return ""
-        try:
-            path = self.capsules.write(record.step, self._contents(record, why, alarms, roots, failed))
-        except OSError as error:
-            return f"a capsule could not be written: {in_words(error)}"
-        except (RuntimeError, TypeError) as error:  # the device has failed, or its memory is full
-            return f"a capsule could not be made: {type(error).__name__}: {error}"
-        return f"the step is kept: rawloop replay {path} --model package.module:function, which builds the model"
+        path, problem = self.capsules.write(record.step, lambda: self._contents(record, why, alarms, roots, failed))
+        return problem or f"the step is kept: rawloop replay {path} --model {FUNCTION}, which builds the model"
 
     def _contents(
         self, record: StepRecord, why: str, alarms: Iterable[Finding], roots: Sequence[Tensor], failed: bool
@@ -74,33 +67,24 @@ class Keeper:
         subject, model = self.subject, self.subject.model
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         facts: dict[str, Any] = {
+            **self.flight.facts(record, subject.world, why, alarms),
             "kind": "loop",
-            "why": why,
-            "step": record.step,
-            "rank": subject.world.rank,
-            "world_size": subject.world.size,
             "device": str(next(iter(model.parameters())).device),
             "precision": "the loop's own",
-            "threads": torch.get_num_threads(),
-            "versions": {**installed_versions(), "python": platform.python_version()},
             "model": type(model).__qualname__,
-            "scale": record.scale,
-            "loss": record.loss,
-            "grad_norm": record.grad_norm,
-            "findings": [finding.as_json() for finding in alarms],
-            "history": [kept.numbers() for kept in self.flight.steps],
             "why_no_passes": record.why_no_passes,
         }
-        states: dict[str, Any] = {"passes": {"tapes": [], "passes": [], "batch": dict(tensors_in(record.batch))}}
+        passes: dict[str, Any] = {"tapes": [], "passes": [], "batch": _batch_state(record.batch)}
         try:
-            states["passes"] |= _tapes(record.passes, roots)
+            passes |= _tapes(record.passes, roots)
         except RawloopError as error:
             facts["why_no_passes"] = str(error)
-        states["earlier"] = {
-            "steps": [{"step": k.step, "rng": k.rng, "batch": dict(tensors_in(k.batch))} for k in self.flight.steps]
+        states = {
+            "passes": passes,
+            "earlier": self.flight.state(_batch_state),
+            "weights": {"trained": trained, "buffers": dict(model.named_buffers())},
+            "optimizer": {"state": self._optimizer_state()},
         }
-        states["weights"] = {"trained": trained, "buffers": dict(model.named_buffers())}
-        states["optimizer"] = {"state": self._optimizer_state()}
         if record.passes and not failed:
             facts["own_gradients"] = digests(run_again(model, trained.items(), record.passes).gradients)
             facts["frozen"] = self._frozen()
@@ -109,19 +93,21 @@ class Keeper:
     def _optimizer_state(self) -> dict[str, Any]:
         names = {id(parameter): name for name, parameter in self.subject.named()}
         state: dict[str, Any] = {}
-        for optimizer in self.subject.optimizers:
-            for parameter, values in optimizer.state.items():
-                if id(parameter) in names:
-                    kept = {key: value for key, value in values.items() if isinstance(value, Tensor | int | float)}
-                    state[names[id(parameter)]] = kept
+        for parameter, values in (pair for optimizer in self.subject.optimizers for pair in optimizer.state.items()):
+            if id(parameter) in names:
+                kept = {key: value for key, value in values.items() if isinstance(value, Tensor | int | float)}
+                state[names[id(parameter)]] = kept
         return state
 
     def _frozen(self) -> dict[str, str]:
         """Return the digests of the weights that do not train; none if reading them takes long."""
         frozen = {name: weight for name, weight in self.subject.model.named_parameters() if not weight.requires_grad}
-        size = sum(weight.numel() * weight.element_size() for weight in frozen.values())
-        small = size <= self.subject.config.capsule_mb * 10**6
+        small = sum(weight.nbytes for weight in frozen.values()) <= self.subject.config.capsule_mb * 10**6
         return {name: digest(weight) for name, weight in frozen.items()} if small else {}
+
+
+def _batch_state(batch: Any) -> dict[str, Tensor]:
+    return dict(tensors_in(batch))
 
 
 def _tapes(passes: Sequence[Pass], roots: Sequence[Tensor]) -> dict[str, Any]:
@@ -132,12 +118,17 @@ def _tapes(passes: Sequence[Pass], roots: Sequence[Tensor]) -> dict[str, Any]:
     for one, root in zip(passes, known, strict=True):
         assert isinstance(one.forward, Replay)
         tape = one.forward.tape
-        if not any(tape is other for other in tapes):
-            tapes.append(tape)
-        if not any(one.forward is other for other in tape.replays):  # the loop has left before its backward pass
-            tape.replays.append(one.forward)
-        place = next(n for n, other in enumerate(tape.replays) if other is one.forward)
-        number = next(n for n, other in enumerate(tapes) if other is tape)
+        # the loop may have left before the backward pass of this replay
+        number, place = _number_of(tape, tapes), _number_of(one.forward, tape.replays)
         rows.append({"tape": number, "replay": place, "ids": list(one.ids), "scale": one.scale, "root": root})
     devices = [{name: str(leaf.tensor.device) for name, leaf in tape.leaves.items()} for tape in tapes]
     return {"tapes": [tape_state(tape) for tape in tapes], "devices": devices, "passes": rows}
+
+
+def _number_of(item: Any, items: list[Any]) -> int:
+    """Return the place of the item itself in a list, to which it is added if it is not there."""
+    for number, other in enumerate(items):
+        if other is item:
+            return number
+    items.append(item)
+    return len(items) - 1

@@ -1,6 +1,9 @@
 """The spike guard: whether a step's loss or gradient norm stands out of its own recent history, before its update."""
 
+from rawloop.errors import first_few
+from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.history import History
+from rawloop.watch.subject import StepRecord
 
 NORM_FACTOR, NORM_Z = 2.0, 8.0  # of the largest norm; robust standard deviations above the median
 
@@ -28,6 +31,18 @@ class SpikeGuard:
         """Add the numbers of a step that was applied."""
         self.loss.add(loss)
         self.norm.add(grad_norm)
+
+
+def spiked(reason: str, record: StepRecord, rank: int) -> Finding:
+    """Return the finding of a spike, whose samples are the first that one looks at."""
+    cause = Cause(
+        "data",
+        "the samples of this step are unlike those before, or the update before it was too large",
+        Place(sample=first_few(record.ids), rank=rank),
+        {"loss": record.loss or 0.0, "gradient norm": record.grad_norm or 0.0},
+        "Look at the samples, and at the learning rate; `rawloop replay` with --bisect shows which sample weighs most",
+    )
+    return Finding("spike", reason, (cause,), record.step, rank)
 
 
 def _usual(history: History, value: float) -> str:

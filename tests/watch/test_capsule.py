@@ -1,6 +1,8 @@
 """Capsules on the disk: their names, their number by rank, and a write that fails."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,22 +17,27 @@ def capsule() -> Capsule:
 def test_each_rank_counts_its_own(tmp_path: Path) -> None:
     one, eleven = (Capsules(tmp_path, WatchConfig(capsules=2), rank) for rank in (1, 11))
     for _ in range(2):
-        eleven.write(7, capsule())
+        eleven.write(7, capsule)
     assert not eleven.has_room()
     assert one.has_room()
-    assert one.write(7, capsule()).name == "step-00000007-rank1"
-    assert one.write(7, capsule()).name == "step-00000007-rank1-2"
+    assert one.write(7, capsule) == (tmp_path / "capsules" / "step-00000007-rank1", "")
+    assert one.write(7, capsule) == (tmp_path / "capsules" / "step-00000007-rank1-2", "")
     assert not one.has_room()
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"states": {"passes": {"a": object()}}}, "made: TypeError"),
+        ({"texts": {"gone/a": "x"}}, "written: "),
+    ],
+)
+def test_a_write_that_fails_leaves_nothing_and_says_why(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     capsules = Capsules(tmp_path, WatchConfig(), 0)
-    broken = capsule()
-    broken.states = {"passes": {"a": object()}}
-    with pytest.raises(TypeError):
-        capsules.write(7, broken)
-    broken.states, broken.texts = {}, {"gone/config.yaml": "x"}
-    with pytest.raises(OSError):
-        capsules.write(7, broken)
+    path, problem = capsules.write(7, lambda: replace(capsule(), **change))
+    assert path is None
+    assert problem.startswith(f"a capsule could not be {reason}")
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "capsules"])
-    assert read_facts(capsules.write(7, capsule()))["step"] == 7
+    path, _ = capsules.write(7, capsule)
+    assert path is not None
+    assert read_facts(path)["step"] == 7
