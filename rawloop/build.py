@@ -31,7 +31,7 @@ from rawloop.components import (
     decide_find_unused,
     read_data,
 )
-from rawloop.config import RunConfig
+from rawloop.config import RunConfig, to_yaml
 from rawloop.data.batches import BatchPlan, Loader, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.data.workers import SPARE, check_descriptors
@@ -100,7 +100,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
         if report is not None:
             world.on_all_ranks(partial(report.record, run.records), only_main=True)
         if config.watch.enabled:
-            run.watch = build_watch(config, folder, run)
+            run.watch = build_watch(run, folder, config.watch, to_yaml(config))
     except BaseException:
         run.close()
         raise

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch
 from rawloop.dist import unwrap_ddp
 from rawloop.errors import InterruptedUpdate, LostRank, TrainingError, UserError, add_place
@@ -24,6 +23,7 @@ from rawloop.run import Run
 from rawloop.seed import RngCapture
 from rawloop.waiting import is_lost_rank
 from rawloop.watch.capsule import Capsule, Capsules
+from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
 from rawloop.watch.flight import FlightRecorder
 from rawloop.watch.spikes import SpikeGuard, spiked
@@ -215,20 +215,19 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, LostRank) or is_lost_rank(error)
 
 
-def build_watch(config: RunConfig, folder: Path, run: Run) -> RunWatch:
-    """Build the watch of a run that is ready to start, and let it look at the run."""
-    policy, world, optimizer = run.policy, run.world, run.optimizer
+def build_watch(run: Run, folder: Path, settings: WatchConfig, config: str = "") -> RunWatch:
+    """Build the watch of a run that is ready to start, and let it look at the run. `config` is YAML, for capsules."""
+    policy, world = run.policy, run.world
     assert policy.model is not None
-    named = policy.named_parameters
     watch = Watch(
         policy.model,
-        optimizer,
+        run.optimizer,
         policy.scaler,
-        config=config.watch,
+        config=settings,
         world=world,
-        named=named,
+        named=policy.named_parameters,
         say=lambda text: None,  # findings are events
     )
-    built = RunWatch(watch, Capsules(folder, config.watch, world.rank), to_yaml(config))
+    built = RunWatch(watch, Capsules(folder, settings, world.rank), config)
     built.start(run)
     return built

@@ -63,11 +63,8 @@ from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig
 from rawloop.run import TrainState
 from rawloop.seed import RngState
-from rawloop.watch.capsule import Capsules
 from rawloop.watch.config import WatchConfig
-from rawloop.watch.flight import FlightRecorder
-from rawloop.watch.watch import Watch
-from rawloop.watched import RunWatch
+from rawloop.watched import build_watch
 
 HIDDEN = 192
 LR, MAX_NORM, LOG_EVERY, NEVER = 1e-3, 1.0, 10, 10**9
@@ -300,26 +297,8 @@ def rawloop(model: Any, rows: Rows, folder: Path, watched: bool = True) -> None:
         assert run.checkpoints is not None
         run.checkpoints.start(0)
         if watched:
-            run.watch = watch_of(run, folder)
+            run.watch = build_watch(run, folder, WatchConfig())
         train(run)
-
-
-def watch_of(run: Run, folder: Path) -> RunWatch:
-    """The watch with its default settings, as every run has it."""
-    config, policy = WatchConfig(), run.policy
-    assert policy.model is not None
-    watch = Watch(
-        policy.model,
-        run.optimizer,
-        policy.scaler,
-        config=config,
-        world=run.world,
-        named=policy.named_parameters,
-        say=lambda text: None,
-    )
-    built = RunWatch(watch, FlightRecorder(config.steps), Capsules(folder, config, 0), {})
-    built.start(run)
-    return built
 
 
 def accelerate(model: Any, rows: Rows, folder: Path) -> None:
