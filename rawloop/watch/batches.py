@@ -1,13 +1,12 @@
 """The detector of bad data: it looks at batches as they come, in any loop, and needs no family."""
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 from rawloop.errors import first_few
 from rawloop.watch.entries import Look, Names
 from rawloop.watch.features import Features
-from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.findings import Finding, Place
 from rawloop.watch.ids import Ids
 from rawloop.watch.masked import find_masked
 from rawloop.watch.padding import Padding
@@ -25,9 +24,8 @@ class Batches(Detector):
     """
 
     def __init__(self) -> None:
-        self._names = Names()
-        self._features, self._ids, self._repeats, self._stops = Features(), Ids(), Repeats(), Stops()
-        self._padding = Padding()
+        self._names, self._features, self._ids = Names(), Features(), Ids()
+        self._repeats, self._stops, self._padding = Repeats(), Stops(), Padding()
         self._look: Look | None = None
         self._seen = 0
 
@@ -36,8 +34,7 @@ class Batches(Detector):
         self._look = None
         if record.batch is None:
             return
-        look = Look(subject, record, self._names.entries(record.batch), record.probing or self._seen < FIRST)
-        self._look = look
+        look = self._look = Look(subject, record, self._names, record.probing or self._seen < FIRST)
         self._seen += 1
         if not look.entries:
             yield _no_tensors(look)
@@ -55,13 +52,12 @@ class Batches(Detector):
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Look again at the batch of a step that has gone wrong."""
-        yield from self._ids.found()
-        self._ids.ended()
-        self._ids.close()
-        numbers = [number for number in (record.loss, record.grad_norm) if number is not None]
-        if self._look is not None and not all(map(math.isfinite, numbers)):
-            yield from self._again(self._look)
-        self._look = None
+        yield from self._ids.ended()
+        look, self._look = self._look, None
+        if look is not None and not all(math.isfinite(number or 0.0) for number in (record.loss, record.grad_norm)):
+            look.full = True
+            yield from find_masked(look, ill=True)
+            yield from self._features.find(look)
 
     def failed(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Yield what a step has found that did not come to its end."""
@@ -72,26 +68,15 @@ class Batches(Detector):
         self._ids.close()
         yield from self._stops.judge(max(self._seen - 1, 0), subject.world.rank)
 
-    def _again(self, look: Look) -> Iterator[Finding]:
-        look = look._replace(full=True)
-        yield from find_masked(look, ill=True)
-        yield from self._features.find(look, ill=True)
-
 
 def _no_tensors(look: Look) -> Finding:
     batch = look.record.batch
-    got = _described(batch)
-    what = f"the batch has no tensors: it is {got}"
-    advice = "pass the tensors to watch.step, in dicts, lists or dataclasses, for looks at the data"
-    cause = Cause("data", f"the loader gives {got}", Place("data"), {"type": type(batch).__name__}, advice)
-    return look.finding("no_tensors", what, cause, ordinary=True)
-
-
-def _described(batch: Any) -> str:
-    kind = type(batch).__name__
+    got, kind = f"a {type(batch).__name__}", type(batch).__name__
     if hasattr(batch, "keys"):
-        return f"a {kind} with the keys {first_few(batch.keys())}" if batch else f"an empty {kind}"
-    if isinstance(batch, list | tuple):
+        got += f" with the keys {first_few(batch.keys())}" if batch else " without keys"
+    elif isinstance(batch, list | tuple):
         kinds = dict.fromkeys(type(item).__name__ for item in batch)
-        return f"a {kind} of {len(batch)} values of type {first_few(kinds)}" if batch else f"an empty {kind}"
-    return f"a {kind}"
+        got += f" of {len(batch)} values of type {first_few(kinds)}" if batch else " without values"
+    what = f"the batch has no tensors that can be read: it is {got}"
+    advice = "pass the tensors to watch.step, in dicts, lists or dataclasses, for looks at the data"
+    return look.finding("no_tensors", what, Place("data"), {"type": kind}, advice, ordinary=True)

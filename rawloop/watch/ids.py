@@ -4,7 +4,7 @@ On the CPU torch raises an IndexError without a name, on a GPU a device-side ass
 share of its codebook in a joint embedding raises nothing: it reads another codebook's row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,30 +13,42 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.contracts import IGNORE
-from rawloop.watch.entries import Entry, Look
-from rawloop.watch.findings import Cause, Finding
+from rawloop.watch.entries import Entry, Look, config_value, first_place
+from rawloop.watch.findings import Finding
 
 MOST_CODEBOOKS = 64
 CLASS_NAMES = ("y", "class", "classes", "cls", "category")  # other integers, such as indices of samples, are no labels
 EXPLAINS = ("id_outside_embedding", "label_outside_head", "sequence_too_long")  # an IndexError, or a RuntimeError
 TOKENIZER = "use the tokenizer or codec that belongs to the model, or resize the model's embeddings"
+OUTSIDE = "an id is outside the embedding"
+PART = "the look at ids"
+
+
+class Codebook(NamedTuple):
+    """The ids at one place of a dimension of a tensor; the whole tensor without a dimension."""
+
+    dim: int | None = None
+    number: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these ids of a tensor."""
+        return tensor if self.dim is None else tensor.select(self.dim, self.number)
 
 
 class Table(NamedTuple):
-    """Where the ids of a tensor go: module and number of rows; one of each for each index of `dim` (codebook)."""
+    """An embedding that ids go to: its module, and the number of rows that they may choose."""
 
-    modules: tuple[str, ...]
-    sizes: tuple[int, ...]  # 0 where it is not known yet
-    dim: int | None = None
+    module: str
+    size: int
 
 
 class Ids:
     """Learns where ids go, by hooks on embeddings and on the model's output, and compares batches with their sizes."""
 
     def __init__(self) -> None:
-        self._tables: dict[str, Table] = {}
-        self._heads: dict[str, int] = {}
-        self._known_heads: dict[str, int | None] = {}
+        self._tables: dict[str, dict[Codebook, Table]] = {}  # by the path of a tensor
+        self._heads: dict[str, int] = {}  # the classes of logits whose shape fits; 0 if they are none
+        self._known_heads: dict[str, int] = {}  # the classes of a transformers model; 0 for other labels
         self._hooks = ExitStack()
         self._look: Look | None = None
         self._seen: list[Finding] = []
@@ -45,13 +57,13 @@ class Ids:
     def find(self, look: Look) -> Iterator[Finding]:
         """Compare a batch, before its forward pass, with what is known; on full looks, prepare to learn."""
         for entry in look.readable("ids", "positions", "labels", "other"):
-            if not entry.tensor.is_floating_point():
+            if not entry.is_float:
                 yield from self._compare(look, entry)
-        yield from _find_long(look)
         self.close()
+        self._look = look
         if look.full:
-            self._look = look
-            self._learn(look.subject.model)
+            yield from _find_long(look)
+            self._learn(look)
 
     def found(self) -> Iterator[Finding]:
         """Yield what the hooks have found."""
@@ -60,228 +72,174 @@ class Ids:
 
     def failed(self) -> Iterator[Finding]:
         """Yield what explains a step that did not come to its end."""
+        if self._look is not None and not self._look.full:
+            yield from _find_long(self._look)
+        self._seen += self._doubtful
+        self._doubtful = []
         yield from self.found()
-        doubtful, self._doubtful = self._doubtful, []
-        yield from doubtful
 
-    def ended(self) -> None:
-        """Forget heads of which a label was no class, and nothing failed: they embed, as for a contrastive loss."""
-        for finding in self._doubtful:
+    def ended(self) -> Iterator[Finding]:
+        """Yield what the hooks have found in a step that has come to its end."""
+        for finding in self._doubtful:  # its label was no class, and nothing failed: as for a contrastive loss
             self._heads[finding.cause.place.tensor] = 0
-        self._doubtful.clear()
+        self._doubtful = []
+        self.close()
+        yield from self.found()
 
     def close(self) -> None:
         """Remove the hooks."""
         self._hooks.close()
         self._look = None
 
-    def _learn(self, model: nn.Module) -> None:
+    def _learn(self, look: Look) -> None:
+        model, shield = look.subject.model, look.subject.guard.shield
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding):
-                self._hooks.callback(module.register_forward_pre_hook(partial(self._on_embedding, name)).remove)
-        self._hooks.callback(model.register_forward_hook(self._on_output).remove)
+                hook = shield(PART, partial(self._on_embedding, name))
+                self._hooks.callback(module.register_forward_pre_hook(hook).remove)
+        self._hooks.callback(model.register_forward_hook(shield(PART, self._on_output)).remove)
 
     @torch.no_grad()
     def _on_embedding(self, name: str, module: nn.Embedding, given: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or self._look is None or not given or not isinstance(given[0], Tensor):
-            return
-        ids, size = given[0], module.num_embeddings
-        if not ids.numel() or ids.is_floating_point():
-            return
-        with torch._C.DisableTorchFunction():  # a loop that calls the embedding itself has its operations recorded
-            self._learn_table(self._look, name, ids, size)
+        ids = given[0] if given else None
+        if self._look is not None and isinstance(ids, Tensor) and ids.numel() and not ids.is_floating_point():
+            with torch._C.DisableTorchFunction():  # a loop that calls the embedding itself has its operations recorded
+                self._learn_table(self._look, ids, Table(name, module.num_embeddings))
 
-    def _learn_table(self, look: Look, name: str, ids: Tensor, size: int) -> None:
-        matched = _match(look.entries, ids, size, name, self._tables)
-        if matched is not None:
-            entry, table = matched
-            self._tables[entry.path] = table
-            self._seen += self._compare(look, entry)
-            return
+    def _learn_table(self, look: Look, ids: Tensor, table: Table) -> None:
+        for entry in look.entries:
+            if entry.kind in ("ids", "positions", "other") and not entry.is_float and _tells(entry.tensor, ids):
+                known = self._tables.get(entry.path, {})
+                if found := _fed(entry.tensor.cpu(), ids.cpu(), table, known):
+                    self._tables[entry.path] = known | found
+                    self._seen += self._compare(look, entry)
+                    return
         low, high = (int(value) for value in torch.aminmax(ids))
-        if low < 0 or high >= size:
-            first = ((ids < 0) | (ids >= size)).nonzero()[0].tolist()
-            what = f"the embedding '{name}' is given the id {low if low < 0 else high}, and has rows 0 to {size - 1}"
-            source = Entry("", "", "ids", ids)
-            place = look.place(source, first[0] if len(first) > 1 else None, first[-1], name)
+        if low < 0 or high >= table.size:
+            bad = low if low < 0 else high
+            what = f"the embedding '{table.module}' is given the id {bad}, and has rows 0 to {table.size - 1}"
             advice = f"shorten the sequence if these are positions; otherwise {TOKENIZER}"
-            cause = Cause("data", "an id is outside the embedding", place, {"least": low, "most": high}, advice)
-            self._seen.append(look.finding("id_outside_embedding", what, cause))
+            first = ((ids < 0) | (ids >= table.size)).nonzero()[0].tolist()
+            row, position = first[0] if len(first) > 1 else None, first[-1] if first else None
+            place = look.place(Entry("", "", "ids", False, ids), row, position, table.module)
+            evidence = {"least": low, "most": high}
+            self._seen.append(look.finding("id_outside_embedding", what, place, evidence, advice, why=OUTSIDE))
 
     def _on_output(self, model: nn.Module, given: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or self._look is None or (logits := _logits(output)) is None:
+        look, logits = self._look, _logits(output)
+        if look is None or logits is None:
             return
-        look = self._look
+        labels = [entry for entry in look.entries if entry.kind == "labels"]
         unfed = [entry for entry in look.entries if entry.kind == "ids" and entry.path not in self._tables]
-        named = [entry for entry in look.entries if entry.kind == "labels"]
-        named = named or [entry for entry in unfed if entry.name in CLASS_NAMES or entry.name.isdigit()][:1]
-        for entry in named:
+        labels = labels or [entry for entry in unfed if entry.name in CLASS_NAMES or entry.name.isdigit()][:1]
+        for entry in labels:
             if size := _classes(model, logits, entry.tensor):
-                self._heads.setdefault(entry.path, size)
-                self._doubtful += self._doubt(look, entry)
+                self._doubtful += _outside_head(look, entry, self._heads.setdefault(entry.path, size), strict=False)
 
     def _compare(self, look: Look, entry: Entry) -> Iterator[Finding]:
-        table = self._tables.get(entry.path)
-        if table is not None and entry.kind != "labels":
-            yield from _outside(look, entry, table)
+        tables = self._tables.get(entry.path)
+        if tables is not None:
+            yield from _outside(look, entry, tables)
         elif entry.kind in ("labels", "ids"):
             if entry.path not in self._known_heads:
                 self._known_heads[entry.path] = _head_of(look.subject.model, entry)
             if size := self._known_heads[entry.path]:
                 yield from _outside_head(look, entry, size, strict=True)
             else:
-                self._doubtful += self._doubt(look, entry)
-        elif entry.name == "position_ids":
-            most, used = _most_positions(look.subject.model), int(entry.tensor.amax()) + 1
-            if 0 < most < used:
-                yield _too_long(look, entry, used, most)
-
-    def _doubt(self, look: Look, entry: Entry) -> Iterator[Finding]:
-        size = self._heads.get(entry.path)
-        if size:
-            yield from _outside_head(look, entry, size, strict=False)
-
-
-def _match(
-    entries: Sequence[Entry], ids: Tensor, size: int, module: str, known: dict[str, Table]
-) -> tuple[Entry, Table] | None:
-    """Find the tensor of the batch that an embedding is given: whole, a slice, one codebook, or with offsets."""
-    here = ids.cpu()
-    for entry in entries:
-        if entry.kind not in ("ids", "positions", "other") or not _tells(entry.tensor, ids):
-            continue
-        there = entry.tensor.cpu()
-        same = there.shape[:-1] == here.shape[:-1] and here.shape[-1:] <= there.shape[-1:] and here.dim() > 0
-        if same and torch.equal(there[..., : here.shape[-1]].to(here.dtype), here):
-            return entry, _smallest(Table((module,), (size,)), known.get(entry.path))
-        dims = [dim for dim in range(1, there.dim()) if 1 < there.shape[dim] <= MOST_CODEBOOKS]
-        for dim in reversed(dims):
-            table = _codebook(there, here, dim, size, module, known.get(entry.path))
-            if table is not None:
-                return entry, table
-    return None
+                self._doubtful += _outside_head(look, entry, self._heads.get(entry.path, 0), strict=False)
 
 
 def _tells(tensor: Tensor, ids: Tensor) -> bool:
     """Whether equal values mean the same tensor: constant ones, such as types that are all 0, are alike by chance."""
-    if tensor.is_floating_point() or not tensor.numel():
+    if not tensor.numel():
         return False
     shared = tensor.device == ids.device and tensor.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
     return shared or bool((tensor != tensor.flatten()[0]).any())
 
 
-def _smallest(table: Table, known: Table | None) -> Table:
-    return table if known is None or known.dim is not None or table.sizes[0] < known.sizes[0] else known
+def _fed(there: Tensor, here: Tensor, table: Table, known: dict[Codebook, Table]) -> dict[Codebook, Table]:
+    """Return which part of a tensor an embedding is given: all (or the first positions), or codebooks; or nothing."""
+    same = there.shape[:-1] == here.shape[:-1] and here.shape[-1:] <= there.shape[-1:] and here.dim() > 0
+    if same and torch.equal(there[..., : here.shape[-1]].to(here.dtype), here):
+        return {Codebook(): min(table, known.get(Codebook(), table), key=lambda one: one.size)}
+    for dim in reversed(range(1, there.dim())):
+        count = there.shape[dim]
+        codebooks = [Codebook(dim, number) for number in range(count)] if 1 < count <= MOST_CODEBOOKS else []
+        if codebooks and there.shape == here.shape:
+            offsets = (here - there).movedim(dim, -1).reshape(-1, count)
+            step = int(offsets[0, 1] - offsets[0, 0])
+            joint = step > 1 and count * step <= table.size <= (count + 1) * step
+            if joint and bool((offsets == torch.arange(count) * step).all()):
+                return dict.fromkeys(codebooks, Table(table.module, step))
+        # two codebooks may be equal by chance: first those that are not known to go to another embedding
+        for one in sorted(codebooks, key=lambda one: known.get(one, table).module != table.module):
+            if one.of(there).shape == here.shape and torch.equal(one.of(there).to(here.dtype), here):
+                return {one: table}
+    return {}
 
 
-def _codebook(there: Tensor, here: Tensor, dim: int, size: int, module: str, known: Table | None) -> Table | None:
-    count = there.shape[dim]
-    if there.shape == here.shape:
-        offsets = (here - there).movedim(dim, -1).reshape(-1, count)
-        step = int(offsets[0, 1] - offsets[0, 0])
-        joint = step > 1 and count * step <= size <= (count + 1) * step
-        regular = joint and bool((offsets == torch.arange(count) * step).all())
-        return Table((module,) * count, (step,) * count, dim) if regular else None
-    if known is None or known.dim != dim or len(known.sizes) != count:
-        known = Table(("",) * count, (0,) * count, dim)
-    modules, sizes = list(known.modules), list(known.sizes)
-    for index in sorted(range(count), key=lambda index: modules[index] not in ("", module)):
-        one = there.select(dim, index)
-        if one.shape == here.shape and torch.equal(one.to(here.dtype), here):
-            modules[index], sizes[index] = module, size
-            return Table(tuple(modules), tuple(sizes), dim)
-    return None
-
-
-def _outside(look: Look, entry: Entry, table: Table) -> Iterator[Finding]:
-    low, high = (int(value) for value in torch.aminmax(entry.tensor))
-    limits = [size for size in table.sizes if size]
-    if low >= 0 and high < min(limits):
+def _outside(look: Look, entry: Entry, tables: dict[Codebook, Table]) -> Iterator[Finding]:
+    low, high = look.extremes(entry)
+    if low >= 0 and high < min(table.size for table in tables.values()):
         return
-    tensor, sizes = entry.tensor, torch.tensor([size or 1 << 60 for size in table.sizes], device=entry.tensor.device)
-    if table.dim is not None:
-        sizes = sizes.view([-1 if dim == table.dim else 1 for dim in range(tensor.dim())])
-    bad = ((tensor < 0) | (tensor >= sizes)).nonzero()
-    if not len(bad):
+    for codebook, (module, size) in tables.items():
+        ids = codebook.of(entry.tensor)
+        bad = (ids < 0) | (ids >= size)
+        if not bool(bad.any()):
+            continue
+        row, position = first_place(bad)
+        value, wrong = int(ids[bad][0]), int(bad.sum())
+        evidence: dict[str, float | int | str] = {"id": value, "valid ids": size, "wrong ids": wrong}
+        of = "" if codebook.dim is None else f" of codebook {codebook.number}"
+        evidence |= {} if codebook.dim is None else {"codebook": codebook.number}
+        where = f"row {row}" if position is None else f"row {row}, position {position}"
+        what = f"'{entry.shown}' has the id {value}{of} at {where}, and the embedding '{module}' has {size} rows for it"
+        place = look.place(entry, row, position, module)
+        yield look.finding("id_outside_embedding", what, place, evidence, TOKENIZER, why=OUTSIDE)
         return
-    first = bad[0].tolist()
-    index = 0 if table.dim is None else first[table.dim]
-    value, size, module = int(tensor[tuple(first)]), table.sizes[index], table.modules[index]
-    codebook = f" of codebook {index}" if table.dim is not None else ""
-    position = next((first[dim] for dim in reversed(range(1, len(first))) if dim != table.dim), None)
-    what = f"'{entry.shown}' has the id {value}{codebook} at row {first[0]}"
-    what += f", position {position}" if position is not None else ""
-    what += f", and the embedding '{module}' has {size} rows for it"
-    evidence: dict[str, float | int | str] = {"id": value, "valid ids": size, "wrong ids": len(bad)}
-    if table.dim is not None:
-        evidence["codebook"] = index
-    place = look.place(entry, first[0], position, module)
-    yield look.finding(
-        "id_outside_embedding", what, Cause("data", "an id is outside the embedding", place, evidence, TOKENIZER)
-    )
 
 
 def _outside_head(look: Look, entry: Entry, size: int, strict: bool) -> Iterator[Finding]:
     """Find labels that are no class. A loss of the user's own may ignore -1; `strict` is a loss that ignores -100."""
-    low, high = (int(value) for value in torch.aminmax(entry.tensor))
-    if high < size and (low >= 0 or low == IGNORE or (low == -1 and not strict)):
+    low, high = look.extremes(entry)
+    if not size or (high < size and (low >= 0 or low == IGNORE or (low == -1 and not strict))):
         return
     if low < 0 and high < size and "CTC" in type(look.subject.model).__name__:  # these ignore every negative label
         return
     wrong = (entry.tensor >= size) | ((entry.tensor < 0) & (entry.tensor != IGNORE))
-    first = wrong.nonzero()[0].tolist()
-    value = int(entry.tensor[tuple(first)])
-    what = (
-        f"'{entry.shown}' has the label {value} at row {first[0]}, and the model's head has the classes 0 to {size - 1}"
-    )
-    place = look.place(entry, first[0], first[-1] if len(first) > 1 else None)
+    row, position = first_place(wrong)
+    value = int(entry.tensor[wrong][0])
+    what = f"'{entry.shown}' has the label {value} at row {row}, and the model's head has the classes 0 to {size - 1}"
     evidence = {"label": value, "classes": size, "wrong labels": int(wrong.sum())}
     advice = f"label positions without a target {IGNORE}; otherwise {TOKENIZER}"
-    cause = Cause("data", "a label is no class of the head", place, evidence, advice)
-    yield look.finding("label_outside_head", what, cause)
+    place, why = look.place(entry, row, position), "a label is no class of the head"
+    yield look.finding("label_outside_head", what, place, evidence, advice, why=why)
 
 
 def _find_long(look: Look) -> Iterator[Finding]:
-    if any(entry.name == "position_ids" for entry in look.entries):
+    most = config_value(look.subject.model, "max_position_embeddings")
+    if not isinstance(most, int) or most <= 0 or any(entry.name == "position_ids" for entry in look.entries):
         return
-    most = _most_positions(look.subject.model)
-    for entry in look.entries if most else ():
-        if (
-            entry.name == "input_ids"
-            and entry.tensor.dim() == 2
-            and entry.tensor.shape[1] > most
-            and entry.kind == "ids"
-        ):
-            yield _too_long(look, entry, entry.tensor.shape[1], most)
+    for entry in look.entries:
+        if entry.name == "input_ids" and entry.kind == "ids" and entry.tensor.dim() == 2:
+            length = entry.tensor.shape[1]
+            if length <= most:
+                continue
+            what = f"'{entry.shown}' has {length} positions, and the model's config knows {most}"
+            advice = "shorten the samples, or extend the model's positions"
+            place, evidence = look.place(entry, position=most), {"positions": length, "max_position_embeddings": most}
+            yield look.finding("sequence_too_long", what, place, evidence, advice)
 
 
-def _too_long(look: Look, entry: Entry, length: int, most: int) -> Finding:
-    what = f"'{entry.shown}' has {length} positions, and the model's config knows {most}"
-    advice = "shorten the samples, or extend the model's positions"
-    evidence = {"positions": length, "max_position_embeddings": most}
-    cause = Cause(
-        "data", "a sequence is longer than the model knows", look.place(entry, position=most), evidence, advice
-    )
-    return look.finding("sequence_too_long", what, cause)
-
-
-def _most_positions(model: nn.Module) -> int:
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else 0
-
-
-def _head_of(model: nn.Module, entry: Entry) -> int | None:
-    """Return the classes of the `labels` of a transformers model, whose own loss ignores -100 alone."""
-    config, name = getattr(model, "config", None), type(model).__name__
-    if entry.name != "labels" or config is None:
-        return None
-    if entry.tensor.dim() == 1 and name.endswith("ForSequenceClassification"):
-        classes = getattr(config, "num_labels", 0)
-        return classes if isinstance(classes, int) and classes > 1 else None
-    if entry.tensor.dim() == 2 and name.endswith("ForCausalLM"):
+def _head_of(model: nn.Module, entry: Entry) -> int:
+    """Return the classes of the `labels` of a transformers model, whose own loss ignores -100 alone; 0 for others."""
+    name, classes = type(model).__name__, config_value(model, "num_labels")
+    if entry.name == "labels" and entry.tensor.dim() == 1 and name.endswith("ForSequenceClassification"):
+        return classes if isinstance(classes, int) and classes > 1 else 0
+    if entry.name == "labels" and entry.tensor.dim() == 2 and name.endswith("ForCausalLM"):
         head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
-        return len(head) if isinstance(head, Tensor) and head.dim() == 2 and head.numel() else None
-    return None
+        return len(head) if isinstance(head, Tensor) and head.dim() == 2 else 0
+    return 0
 
 
 def _logits(output: Any) -> Tensor | None:
@@ -289,12 +247,12 @@ def _logits(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 else None
 
 
-def _classes(model: nn.Module, logits: Tensor, labels: Tensor) -> int | None:
-    """Return the classes of logits that score these labels, if their number is that of a layer's outputs."""
+def _classes(model: nn.Module, logits: Tensor, labels: Tensor) -> int:
+    """Return the classes of logits that score these labels, if their number is that of a layer's outputs; or 0."""
     if labels.is_floating_point() or labels.dim() != logits.dim() - 1:
-        return None
+        return 0
     lengths = [abs(a - b) for a, b in zip(logits.shape[:-1], labels.shape, strict=True)]
     if lengths[0] or sum(lengths) > 1 or logits.shape[-1] in labels.shape:
-        return None
+        return 0
     outputs = {module.out_features for module in model.modules() if isinstance(module, nn.Linear)}
-    return logits.shape[-1] if logits.shape[-1] in outputs else None
+    return logits.shape[-1] if logits.shape[-1] in outputs else 0

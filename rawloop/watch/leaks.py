@@ -1,4 +1,4 @@
-"""The detector of targets that their own prediction can see, and of models that do not see what comes before.
+"""The detector of targets that their own prediction can see.
 
 It runs the first pass again with other ids in the input embedding, and compares the predictions that the user's own
 cross-entropy scores. The ids that the loss sees as labels stay the same.
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from rawloop.buffers import untouched
 from rawloop.contracts import Batch
 from rawloop.seed import preserved_rng
+from rawloop.watch.entries import first_place, micro_batches
 from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.mixing import Positions, first_mixer
 from rawloop.watch.nest import tensors_in
@@ -23,8 +24,6 @@ from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 
 ALIGNED = 0.9  # of the targets must be the ids at one distance
 SHORTEST = 6  # positions
-NOT_CAUSAL = "attention is not causal: predictions see later tokens"
-LOOKS_BACK = ("attention", "attn", "lstm", "gru", "rnn", "mamba", "conv")
 
 
 class Scored(NamedTuple):
@@ -35,7 +34,7 @@ class Scored(NamedTuple):
 
 
 class Leaks(Detector):
-    """Probes the first pass that can be run again: four forward passes, once."""
+    """Probes the first pass that can be run again: three forward passes, once."""
 
     def __init__(self) -> None:
         self._done = False
@@ -45,39 +44,46 @@ class Leaks(Detector):
         if self._done or not record.passes:
             return
         self._done = True
-        batch = record.batch
-        ours = isinstance(batch, Batch) or (isinstance(batch, list) and any(isinstance(b, Batch) for b in batch))
+        ours = any(isinstance(part, Batch) for part in micro_batches(record.batch))
         if not ours and "MaskedLM" not in type(subject.model).__name__:  # rawloop's own runs are probed before step 0
             yield from probe(subject, record, record.passes[0])
 
 
 def probe(subject: Subject, record: StepRecord, one: Pass) -> Iterator[Finding]:
-    """Look whether predictions move with their own, later and earlier tokens. The model does not change."""
+    """Look whether predictions move with their own and later tokens. The model does not change."""
     with untouched(subject.model, training=False), torch.enable_grad():  # the pass may differentiate on its way
         spy = Spy(subject.model, one)
-        before = spy.run()
-        ids = spy.ids
+        before, ids = spy.run(), spy.ids
         if before is None or ids is None or (shift := _shift(before.targets, ids)) is None:
             return
         middle = ids.shape[1] // 2
         later = slice(middle, None)
-        again, after, other = spy.run(), spy.run(later), spy.run(slice(0, middle))
-    if again is None or after is None or other is None or not spy.changed:
+        again, after = spy.run(), spy.run(later)
+    if again is None or after is None:
         return
-    size = float(before.logits.abs().amax())
-    noise = float((again.logits - before.logits).abs().amax()) / max(size, 1e-30)
-    tolerance = max(2 * noise, spy.rounding)
+    tolerance = max(2 * float(_moved(before, again).max()), spy.rounding)
     tokens = torch.arange(before.targets.shape[1], device=ids.device) + shift  # the position of each target's token
-    moved = _moved(before, after, size) > tolerance
-    earlier = moved & (tokens < middle)
-    if shift == 0 and bool(earlier.any()) and not _claims_causal(subject.model):
-        return  # an autoencoder or a tagger, which sees the whole row by design
-    leaks = moved & (tokens <= middle)
-    if bool(leaks.any()):
-        module = _mixer(spy, earlier, later, tolerance) if bool(earlier.any()) else ""
-        yield _leak(subject, record, one, leaks, bool(earlier.any()), shift, tolerance, module)
-    elif not bool((_moved(before, other, size) > tolerance)[:, tokens > middle + 1].any()) and size > 0:
-        yield from _blind(subject, record, tokens, middle)
+    moved = _moved(before, after) > tolerance
+    earlier, leaks = moved & (tokens < middle), moved & (tokens <= middle)
+    sees_later = bool(earlier.any())
+    if not bool(leaks.any()) or (shift == 0 and sees_later and "CausalLM" not in type(subject.model).__name__):
+        return  # nothing moves; or it is an autoencoder or a tagger, which sees the whole row by design
+    row, position = first_place(leaks)
+    names = one.ids or record.ids
+    place = Place("forward", sample=names[row] if len(names) == len(leaks) else "", row=row, position=position)
+    evidence = {"predictions that moved": int(leaks.sum()), "tolerance": tolerance}
+    causes = []
+    if sees_later:
+        module = _mixer(spy, earlier, later, tolerance)
+        who = f"'{module}' carries later tokens to earlier positions" if module else "predictions see later tokens"
+        advice = "give it a causal mask, added before softmax"
+        causes.append(Cause("model", f"{who}: it is not causal", replace(place, module=module), evidence, advice))
+    if shift == 0 or not sees_later:
+        said = "the labels are not shifted" if shift == 0 else "logits and labels are shifted by one too little"
+        why = f"{said}: each prediction is scored against a token that it sees"
+        causes.append(Cause("loss", why, place, evidence, "compare logits[:, :-1] with labels[:, 1:]"))
+    what = "a prediction moves when only its own target or later tokens change"
+    yield Finding("target_visible", what, tuple(causes), record.step, subject.world.rank, since=0)
 
 
 class Spy(TorchFunctionMode):
@@ -88,7 +94,6 @@ class Spy(TorchFunctionMode):
         self.model, self.one = model, one
         self.ids: Tensor | None = None
         self.rounding = 0.0
-        self.changed = 0
         self._given = [t for _, t in tensors_in(one.inputs) if not t.is_floating_point() and t.dim() == 2]
         self._kept: list[Scored] = []
         self._change: slice | None = None
@@ -117,8 +122,8 @@ class Spy(TorchFunctionMode):
         if table is not self._first or self._change is None or self.ids is None or ids.shape != self.ids.shape:
             return None
         changed = ids.clone()
-        changed[:, self._change] = _others(ids)[:, self._change]
-        self.changed += int((changed != ids).any())
+        values, places = torch.unique(ids, return_inverse=True)
+        changed[:, self._change] = values.roll(-1)[places][:, self._change]  # the next larger id of the batch
         return (changed, *given[1:])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,13 +149,6 @@ def _starts_with(whole: Tensor, ids: Tensor) -> bool:
     return part.shape == ids.shape and torch.equal(part.to(ids), ids) and bool((ids != ids[0, 0]).any())
 
 
-def _others(ids: Tensor) -> Tensor:
-    """Return other ids of the same batch: each is replaced by the next larger one that occurs."""
-    values, places = torch.unique(ids, return_inverse=True)
-    others: Tensor = values.roll(-1)[places]
-    return others
-
-
 def _shift(targets: Tensor, ids: Tensor) -> int | None:
     """Return how far the token of a target is behind the target's own position; None if that is not clear."""
     shares = []
@@ -164,65 +162,16 @@ def _shift(targets: Tensor, ids: Tensor) -> int | None:
     return best if clear and shares[best] >= ALIGNED else None
 
 
-def _moved(before: Scored, after: Scored, size: float) -> Tensor:
+def _moved(before: Scored, after: Scored) -> Tensor:
     """Return how far each scored prediction moved, as a share of the largest logit: (rows, positions)."""
-    moved = (after.logits - before.logits).abs().amax(-1) / max(size, 1e-30)
+    moved = (after.logits - before.logits).abs().amax(-1) / before.logits.abs().amax().clamp(min=1e-30)
     return moved.where(before.targets >= 0, 0)
-
-
-def _claims_causal(model: nn.Module) -> bool:
-    return "CausalLM" in type(model).__name__
 
 
 def _mixer(spy: Spy, earlier: Tensor, later: slice, tolerance: float) -> str:
     """Return the module that lets predictions see later tokens; empty if none shows it."""
     assert spy.ids is not None
-    row = int(earlier.any(1).nonzero()[0])
-    chosen = earlier[row].nonzero().flatten().tolist()
-    rows, length = spy.ids.shape
-    at = Positions(row, rows, length, chosen)
+    row, _ = first_place(earlier)
+    at = Positions(row, len(spy.ids), spy.ids.shape[1], earlier[row].nonzero().flatten().tolist())
     with untouched(spy.model, training=False), torch.no_grad():
         return first_mixer(spy.model, at, (spy.run, lambda: spy.run(later)), tolerance)
-
-
-def _leak(
-    subject: Subject,
-    record: StepRecord,
-    one: Pass,
-    leaks: Tensor,
-    earlier: bool,
-    shift: int,
-    tolerance: float,
-    module: str,
-) -> Finding:
-    row, position = (int(index) for index in leaks.nonzero()[0])
-    ids = one.ids or record.ids
-    place = Place("forward", sample=ids[row] if len(ids) == len(leaks) else "", row=row, position=position)
-    evidence: dict[str, float | int | str] = {"predictions that moved": int(leaks.sum()), "tolerance": tolerance}
-    unshifted = Cause(
-        "loss",
-        "the labels are not shifted: each prediction is scored against the token at its own position"
-        if shift == 0
-        else "logits and labels are shifted against each other by one too little",
-        place,
-        evidence,
-        "compare logits[:, :-1] with labels[:, 1:]",
-    )
-    who = f"'{module}' is not causal: it carries later tokens to earlier positions" if module else NOT_CAUSAL
-    mask = Cause("model", who, replace(place, module=module), evidence, "give it a causal mask, added before softmax")
-    what = "a prediction moves when only its own target or later tokens change"
-    causes = (mask, unshifted) if earlier and shift == 0 else (mask,) if earlier else (unshifted,)
-    return Finding("target_visible", what, causes, record.step, subject.world.rank, since=0)
-
-
-def _blind(subject: Subject, record: StepRecord, tokens: Tensor, middle: int) -> Iterator[Finding]:
-    if not bool((tokens > middle + 1).any()):
-        return
-    kinds = [type(module).__name__.lower() for module in subject.model.modules()]
-    able = any(word in kind for kind in kinds for word in LOOKS_BACK)
-    what = f"no prediction after position {middle} moves when all tokens before it change"
-    advice = "look at the attention mask and at what the layers are given"
-    cause = Cause(
-        "model", "earlier tokens do not reach the predictions", Place("forward"), {"position": middle}, advice
-    )
-    yield Finding("context_ignored", what, (cause,), record.step, subject.world.rank, ordinary=not able, since=0)

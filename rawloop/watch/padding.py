@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rawloop.buffers import untouched
 from rawloop.seed import preserved_rng, restore_rng
-from rawloop.watch.entries import Entry, Look
-from rawloop.watch.findings import Cause, Finding
+from rawloop.watch.entries import Entry, Look, config_value, first_place, stop_tokens
+from rawloop.watch.findings import Finding
 from rawloop.watch.nest import map_tensors, tensors_in
 from rawloop.watch.subject import Pass, StepRecord, Subject
 
@@ -37,15 +37,15 @@ class Padding:
     def find(self, look: Look) -> None:
         """Keep suspects of a batch that is looked at in full."""
         self._suspects = []
-        if self._done or not look.full or look.ours or _config(look.subject.model, "is_encoder_decoder"):
+        if self._done or not look.full or look.ours or config_value(look.subject.model, "is_encoder_decoder"):
             return
-        for labels in (entry for entry in look.entries if entry.kind == "labels" and entry.tensor.dim() == 2):
+        for labels in look.readable("labels"):
             alike = {e.name: e for e in look.entries if e.part == labels.part and e.tensor.shape == labels.tensor.shape}
-            if "input_ids" in alike and not labels.tensor.is_floating_point():
+            if "input_ids" in alike and labels.tensor.dim() == 2 and not labels.is_float:
                 self._suspects += _suspects(look, labels, alike["input_ids"].tensor, alike.get("attention_mask"))
 
     def found(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
-        """Yield findings for suspects that the loss scores."""
+        """Yield a finding if the loss scores suspects."""
         suspects, self._suspects = self._suspects, []
         for suspect in suspects:
             own = next((one for one in record.passes if _number_of(one, suspect.labels) is not None), None)
@@ -55,39 +55,32 @@ class Padding:
 
 
 def _suspects(look: Look, labels: Entry, ids: Tensor, mask: Entry | None) -> Iterator[Suspect]:
-    scored = labels.tensor >= 0
-    pad = _config(look.subject.model, "pad_token_id")
-    stops = torch.tensor(_stops(look.subject.model), device=ids.device, dtype=ids.dtype)
+    pad = config_value(look.subject.model, "pad_token_id")
     if mask is not None:
         hidden, said = mask.tensor == 0, f"'{mask.shown}' is 0"
-        single = _begins(hidden, ids, stops)
     elif isinstance(pad, int):
         hidden, said = _runs(ids == pad), f"the input is the padding token {pad}, to the end of the row"
-        single = _begins(hidden, ids, stops)
     else:
         return
-    where = hidden & scored & ~single
-    rows = where.any(1).nonzero().flatten().tolist()
-    if not rows:
+    scored = labels.tensor >= 0
+    where = hidden & scored & ~_ends(hidden, ids, stop_tokens(look.subject.model))
+    if not bool(where.any()):
         return
-    wrong, targets = int(where.sum()), int(scored.sum())
-    position = int(where[rows[0]].nonzero()[0])
-    evidence: dict[str, float | int | str] = {"padding among targets": wrong, "targets": targets}
-    evidence |= {"share": wrong / targets, "rows": len(rows), "label there": int(labels.tensor[rows[0], position])}
-    advice = "label padding -100: mask the labels by the attention mask, not by an id"
-    place = look.place(labels, rows[0], position)
-    cause = Cause("data", f"labels are scored at padding, where {said}", place, evidence, advice)
+    (row, position), wrong, targets = first_place(where), int(where.sum()), int(scored.sum())
+    evidence = {"padding among targets": wrong, "targets": targets, "label there": int(labels.tensor[where][0])}
     what = f"padding is a target: {wrong / targets:.1%} of the targets in '{labels.shown}'"
-    yield Suspect(look.finding("padding_scored", what, cause), labels.tensor, where)
+    why, advice = f"labels are scored at padding, where {said}", "label padding -100, by the attention mask"
+    place = look.place(labels, row, position)
+    yield Suspect(look.finding("padding_scored", what, place, evidence, advice, why=why), labels.tensor, where)
 
 
-def _begins(hidden: Tensor, ids: Tensor, stops: Tensor) -> Tensor:
+def _ends(hidden: Tensor, ids: Tensor, stops: tuple[int, ...]) -> Tensor:
     """Return where a hidden run begins with the stop token that ends a text, which is a right target."""
-    stop = torch.isin(ids, stops)
-    begins = hidden & stop
-    begins[:, 1:] &= ~hidden[:, :-1] & ~stop[:, :-1]
-    begins[:, 0] = False
-    return begins
+    stop = torch.isin(ids, torch.tensor(stops, device=ids.device, dtype=ids.dtype))
+    ends = hidden & stop
+    ends[:, 1:] &= ~hidden[:, :-1] & ~stop[:, :-1]
+    ends[:, 0] = False
+    return ends
 
 
 def _runs(flags: Tensor) -> Tensor:
@@ -116,16 +109,8 @@ def _loss(one: Pass, inputs: Any) -> float:
 
 def _number_of(one: Pass, labels: Tensor) -> int | None:
     """Return which tensor of a pass's inputs are these labels."""
-    tensors = [tensor for _, tensor in tensors_in(one.inputs)]
-    alike = [n for n, t in enumerate(tensors) if t.shape == labels.shape and t.dtype == labels.dtype]
-    return next((n for n in alike if torch.equal(tensors[n].to(labels.device), labels)), None)
-
-
-def _config(model: Any, name: str) -> Any:
-    config = getattr(model, "config", None)
-    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
-
-
-def _stops(model: Any) -> tuple[int, ...]:
-    stops = _config(model, "eos_token_id")
-    return tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (int(stops),)
+    for number, (_, tensor) in enumerate(tensors_in(one.inputs)):
+        same = tensor.shape == labels.shape and tensor.dtype == labels.dtype
+        if same and torch.equal(tensor.to(labels.device), labels):
+            return number
+    return None

@@ -1,4 +1,4 @@
-"""Targets that their own prediction can see, and models that do not see what comes before."""
+"""Targets that their own prediction can see."""
 
 from typing import Any
 
@@ -18,16 +18,15 @@ NAMES = ("a", "b", "c")
 class Tiny(nn.Module):
     """One layer of attention over a window of earlier positions."""
 
-    def __init__(self, causal: bool = True, attends: bool = True) -> None:
+    def __init__(self, causal: bool = True) -> None:
         super().__init__()
         self.table, self.layer = nn.Embedding(32, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.head, self.causal, self.attends = nn.Linear(16, 32), causal, attends
+        self.head, self.causal = nn.Linear(16, 32), causal
 
     def forward(self, ids: Tensor) -> Tensor:
         """Take (batch, positions); return logits (batch, positions, vocabulary)."""
         length = ids.shape[1]
         mask = torch.full((length, length), -torch.inf).triu(1) if self.causal else None
-        mask = mask if self.attends else torch.full((length, length), -torch.inf).fill_diagonal_(0)
         return torch.as_tensor(self.head(self.layer(self.table(ids), mask)))
 
 
@@ -112,12 +111,6 @@ def test_a_convolution_that_looks_ahead_is_named() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_attention_that_sees_only_itself() -> None:
-    model = Tiny(attends=False)
-    (found,) = probed(model, lambda x: cross_entropy(model(x["ids"])[:, :-1], x["ids"][:, 1:]))
-    assert (found.kind, found.ordinary, found.cause.whose) == ("context_ignored", False, "model")
-
-
 def test_models_that_see_the_whole_row_by_design() -> None:
     model = Tiny(causal=False)
     assert probed(model, lambda x: cross_entropy(model(x["ids"]), x["ids"])) == []  # an autoencoder
@@ -128,12 +121,6 @@ def test_models_that_see_the_whole_row_by_design() -> None:
     assert probed(model, lambda x: cross_entropy(model(x["ids"]), x["labels"]), ids=given, labels=labels) == []
     tags = torch.randint(0, 4, (3, 12))
     assert probed(model, lambda x: cross_entropy(model(x["ids"]), x["labels"]), ids=ids, labels=tags) == []
-
-
-def test_a_model_of_pairs_of_tokens_is_ordinary() -> None:
-    model = nn.Sequential(nn.Embedding(32, 32))
-    (found,) = probed(model, lambda x: cross_entropy(model(x["ids"])[:, :-1], x["ids"][:, 1:]))
-    assert (found.kind, found.ordinary) == ("context_ignored", True)
 
 
 def test_passes_without_ids_or_cross_entropy_are_left_alone() -> None:
