@@ -4,15 +4,14 @@ import math
 from collections.abc import Iterable
 
 from rawloop.errors import first_few
-from rawloop.watch.entries import Look, Names
+from rawloop.watch.entries import Look
 from rawloop.watch.features import Features
 from rawloop.watch.findings import Finding, Place
 from rawloop.watch.ids import Ids
 from rawloop.watch.masked import find_masked
-from rawloop.watch.padding import Padding
 from rawloop.watch.repeats import Repeats
-from rawloop.watch.stops import Stops
 from rawloop.watch.subject import Detector, StepRecord, Subject
+from rawloop.watch.targets import Padding, Stops
 
 FIRST = 3  # steps that are looked at in full
 
@@ -24,8 +23,8 @@ class Batches(Detector):
     """
 
     def __init__(self) -> None:
-        self._names, self._features, self._ids = Names(), Features(), Ids()
-        self._repeats, self._stops, self._padding = Repeats(), Stops(), Padding()
+        self._features, self._ids, self._repeats = Features(), Ids(), Repeats()
+        self._stops, self._padding = Stops(), Padding()
         self._look: Look | None = None
         self._seen = 0
 
@@ -34,7 +33,7 @@ class Batches(Detector):
         self._look = None
         if record.batch is None:
             return
-        look = self._look = Look(subject, record, self._names, record.probing or self._seen < FIRST)
+        look = self._look = Look(subject, record, record.probing or self._seen < FIRST)
         self._seen += 1
         if not look.entries:
             yield _no_tensors(look)
@@ -66,17 +65,16 @@ class Batches(Detector):
     def finish(self, subject: Subject) -> Iterable[Finding]:
         """Judge what is counted."""
         self._ids.close()
-        yield from self._stops.judge(max(self._seen - 1, 0), subject.world.rank)
+        yield from self._stops.judge()
 
 
 def _no_tensors(look: Look) -> Finding:
-    batch = look.record.batch
-    got, kind = f"a {type(batch).__name__}", type(batch).__name__
-    if hasattr(batch, "keys"):
-        got += f" with the keys {first_few(batch.keys())}" if batch else " without keys"
-    elif isinstance(batch, list | tuple):
-        kinds = dict.fromkeys(type(item).__name__ for item in batch)
-        got += f" of {len(batch)} values of type {first_few(kinds)}" if batch else " without values"
+    batch, kind = look.record.batch, type(look.record.batch).__name__
+    got = f"a {kind}" if batch else f"an empty {kind}"
+    if batch and hasattr(batch, "keys"):
+        got += f" with the keys {first_few(batch.keys())}"
+    elif batch and isinstance(batch, list | tuple):
+        got += f" of {len(batch)} values of type {first_few({type(item).__name__: 0 for item in batch})}"
     what = f"the batch has no tensors that can be read: it is {got}"
     advice = "pass the tensors to watch.step, in dicts, lists or dataclasses, for looks at the data"
     return look.finding("no_tensors", what, Place("data"), {"type": kind}, advice, ordinary=True)

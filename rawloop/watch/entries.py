@@ -1,6 +1,7 @@
 """The tensors of a batch, with what their names and dtypes say about them."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,10 +43,10 @@ class Entry(NamedTuple):
 class Look:
     """A batch to look at. `full` allows reading from the device and reading large tensors."""
 
-    def __init__(self, subject: Subject, record: StepRecord, names: "Names", full: bool) -> None:
+    def __init__(self, subject: Subject, record: StepRecord, full: bool) -> None:
         self.subject, self.record, self.full = subject, record, full
         self.parts = micro_batches(record.batch)
-        self.entries = names.entries(record.batch, self.parts)
+        self.entries = _entries(record.batch, split=len(self.parts) > 1 or self.parts[0] is not record.batch)
         self.ours = any(isinstance(part, Batch) for part in self.parts)  # rawloop counts its targets over all ranks
         self._extremes: dict[str, tuple[float, float]] = {}
 
@@ -94,28 +95,11 @@ class Look:
         return Finding(kind, what, (cause,), self.record.step, self.subject.world.rank, ordinary)
 
 
-class Names:
-    """Makes entries of a batch, and remembers what a path means."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, torch.dtype, int], tuple[str, Kind, bool]] = {}
-
-    def entries(self, batch: Any, parts: list[Any]) -> list[Entry]:
-        """Return the tensors of a batch, without those that lack most operations: nested, sparse, uint16, complex."""
-        split = len(parts) > 1 or parts[0] is not batch
-        found = []
-        for path, tensor in tensors_in(batch):
-            dtype = tensor.dtype
-            if tensor.layout is not torch.strided or tensor.is_nested or dtype not in READABLE:
-                continue
-            key = (path, dtype, tensor.dim())
-            if key not in self._known:
-                name = path.rpartition("/")[2].lower()
-                self._known[key] = name, _kind(name, tensor), dtype.is_floating_point
-            is_cheap = 0 < tensor.numel() <= CHEAP and tensor.is_cpu
-            part = int(path.partition("/")[0]) if split else 0
-            found.append(Entry(path, *self._known[key], tensor, is_cheap, part))
-        return found
+def micro_batches(batch: Any) -> list[Any]:
+    """Return the items of a list of nests, or the batch itself."""
+    if type(batch) in (list, tuple) and batch and all(isinstance(x, dict | list | tuple | Batch) for x in batch):
+        return list(batch)
+    return [batch]
 
 
 def config_value(model: nn.Module, name: str) -> Any:
@@ -124,38 +108,35 @@ def config_value(model: nn.Module, name: str) -> Any:
     return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
-def stop_tokens(model: nn.Module) -> tuple[int, ...]:
-    """Return the tokens that end a text of a transformers model; empty if none is known."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = config_value(model, "eos_token_id") if own is None else own
-    return tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (int(stops),)
-
-
-def micro_batches(batch: Any) -> list[Any]:
-    """Return the items of a list of nests, or the batch itself."""
-    if type(batch) in (list, tuple) and batch and all(isinstance(x, dict | list | tuple | Batch) for x in batch):
-        return list(batch)
-    return [batch]
-
-
 def first_place(flags: Tensor) -> tuple[int, int | None]:
     """Return row and position of the first true value; the position is the last index, None with a row alone."""
     row, *others = flags.nonzero()[0].tolist()
     return row, others[-1] if others else None
 
 
-def _kind(name: str, tensor: Tensor) -> Kind:
-    floats = tensor.is_floating_point()
-    if tensor.dim() == 0:
-        return "other"
+def _entries(batch: Any, split: bool) -> list[Entry]:
+    """Return the tensors of a batch, without those that lack most operations: nested, sparse, uint16, complex."""
+    found = []
+    for path, tensor in tensors_in(batch):
+        if tensor.layout is torch.strided and not tensor.is_nested and tensor.dtype in READABLE:
+            is_cheap = 0 < tensor.numel() <= CHEAP and tensor.is_cpu
+            part = int(path.partition("/")[0]) if split else 0
+            found.append(Entry(path, *_meaning(path, tensor.dtype, tensor.dim()), tensor, is_cheap, part))
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _meaning(path: str, dtype: torch.dtype, dim: int) -> tuple[str, Kind, bool]:
+    """Return the name of a tensor, its kind, and whether it is of floats."""
+    name, floats = path.rpartition("/")[2].lower(), dtype.is_floating_point
+    if dim == 0:
+        return name, "other", floats
     if name in LOSS_MASKS:
-        return "loss mask"
+        return name, "loss mask", floats
     if "mask" in name or (floats and "bias" in name):
-        return "mask"
+        return name, "mask", floats
     if "label" in name or name in TARGETS:
-        return "labels"
+        return name, "labels", floats
     if "position" in name:
-        return "positions"
-    if floats:
-        return "features"
-    return "other" if tensor.dtype.itemsize < 4 else "ids"
+        return name, "positions", floats
+    return name, "features" if floats else "other" if dtype.itemsize < 4 else "ids", floats

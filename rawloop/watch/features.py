@@ -8,8 +8,6 @@ from rawloop.watch.history import History
 
 ABSURD = 100.0  # times the usual largest value
 KNOWN = 5  # batches, before a size is usual
-PCM = 1024.0  # audio between -1 and 1 has no such value; 16-bit integers do
-LONG = 400  # values in a row of audio
 INFINITE = float("inf")
 
 
@@ -46,22 +44,11 @@ class Features:
             evidence = {"largest": size, "usual largest": usual}
             place, why = look.place(entry, row, position), "a feature is absurdly large"
             yield look.finding("features_absurd", what, place, evidence, advice, why=why)
-        elif look.full and _is_pcm(entry, low, high):
-            what = f"'{entry.shown}' holds whole numbers from {low:g} to {high:g}: 16-bit audio, never scaled"
-            advice = "divide by 32768, and normalise as the model's processor does"
-            evidence = {"least": low, "most": high}
-            yield look.finding("features_absurd", what, look.place(entry), evidence, advice)
 
 
 def _is_mask(entry: Entry, low: float, high: float) -> bool:
     """Whether a tensor without a telling name is an additive mask: 0, and one value that hides."""
     return low < -1e4 and high == 0 and bool(((entry.tensor == 0) | (entry.tensor == low)).all())
-
-
-def _is_pcm(entry: Entry, low: float, high: float) -> bool:
-    if not -32768 <= low < -PCM < PCM < high <= 32767 or entry.tensor.shape[-1] < LONG:
-        return False
-    return bool((entry.tensor == entry.tensor.round()).all())
 
 
 def _not_finite(look: Look, entry: Entry, masks: bool) -> Finding:

@@ -20,7 +20,6 @@ MOST_CODEBOOKS = 64
 CLASS_NAMES = ("y", "class", "classes", "cls", "category")  # other integers, such as indices of samples, are no labels
 EXPLAINS = ("id_outside_embedding", "label_outside_head", "sequence_too_long")  # an IndexError, or a RuntimeError
 TOKENIZER = "use the tokenizer or codec that belongs to the model, or resize the model's embeddings"
-OUTSIDE = "an id is outside the embedding"
 PART = "the look at ids"
 
 
@@ -47,8 +46,7 @@ class Ids:
 
     def __init__(self) -> None:
         self._tables: dict[str, dict[Codebook, Table]] = {}  # by the path of a tensor
-        self._heads: dict[str, int] = {}  # the classes of logits whose shape fits; 0 if they are none
-        self._known_heads: dict[str, int] = {}  # the classes of a transformers model; 0 for other labels
+        self._heads: dict[str, tuple[int, bool]] = {}  # classes (0: none); whether -100 alone is ignored
         self._hooks = ExitStack()
         self._look: Look | None = None
         self._seen: list[Finding] = []
@@ -81,7 +79,7 @@ class Ids:
     def ended(self) -> Iterator[Finding]:
         """Yield what the hooks have found in a step that has come to its end."""
         for finding in self._doubtful:  # its label was no class, and nothing failed: as for a contrastive loss
-            self._heads[finding.cause.place.tensor] = 0
+            self._heads[finding.cause.place.tensor] = 0, False
         self._doubtful = []
         self.close()
         yield from self.found()
@@ -114,16 +112,8 @@ class Ids:
                     self._tables[entry.path] = known | found
                     self._seen += self._compare(look, entry)
                     return
-        low, high = (int(value) for value in torch.aminmax(ids))
-        if low < 0 or high >= table.size:
-            bad = low if low < 0 else high
-            what = f"the embedding '{table.module}' is given the id {bad}, and has rows 0 to {table.size - 1}"
-            advice = f"shorten the sequence if these are positions; otherwise {TOKENIZER}"
-            first = ((ids < 0) | (ids >= table.size)).nonzero()[0].tolist()
-            row, position = first[0] if len(first) > 1 else None, first[-1] if first else None
-            place = look.place(Entry("", "", "ids", False, ids), row, position, table.module)
-            evidence = {"least": low, "most": high}
-            self._seen.append(look.finding("id_outside_embedding", what, place, evidence, advice, why=OUTSIDE))
+        computed = Entry("", "", "ids", False, ids[None] if ids.dim() < 2 else ids)
+        self._seen += _outside(look, computed, {Codebook(): table})
 
     def _on_output(self, model: nn.Module, given: Any, output: Any) -> None:
         look, logits = self._look, _logits(output)
@@ -134,19 +124,24 @@ class Ids:
         labels = labels or [entry for entry in unfed if entry.name in CLASS_NAMES or entry.name.isdigit()][:1]
         for entry in labels:
             if size := _classes(model, logits, entry.tensor):
-                self._doubtful += _outside_head(look, entry, self._heads.setdefault(entry.path, size), strict=False)
+                self._heads.setdefault(entry.path, (size, False))
+                self._doubtful += _outside_head(look, entry, *self._heads[entry.path])
 
     def _compare(self, look: Look, entry: Entry) -> Iterator[Finding]:
         tables = self._tables.get(entry.path)
         if tables is not None:
-            yield from _outside(look, entry, tables)
+            low, high = look.extremes(entry)
+            if low < 0 or high >= min(table.size for table in tables.values()):
+                yield from _outside(look, entry, tables)
         elif entry.kind in ("labels", "ids"):
-            if entry.path not in self._known_heads:
-                self._known_heads[entry.path] = _head_of(look.subject.model, entry)
-            if size := self._known_heads[entry.path]:
-                yield from _outside_head(look, entry, size, strict=True)
+            if entry.path not in self._heads and (size := _head_of(look.subject.model, entry)):
+                self._heads[entry.path] = size, True
+            size, strict = self._heads.get(entry.path, (0, False))
+            found = _outside_head(look, entry, size, strict)
+            if strict:
+                yield from found
             else:
-                self._doubtful += _outside_head(look, entry, self._heads.get(entry.path, 0), strict=False)
+                self._doubtful += found
 
 
 def _tells(tensor: Tensor, ids: Tensor) -> bool:
@@ -179,23 +174,22 @@ def _fed(there: Tensor, here: Tensor, table: Table, known: dict[Codebook, Table]
 
 
 def _outside(look: Look, entry: Entry, tables: dict[Codebook, Table]) -> Iterator[Finding]:
-    low, high = look.extremes(entry)
-    if low >= 0 and high < min(table.size for table in tables.values()):
-        return
+    """Find the first id that its embedding has no row for. A tensor without a path is not in the batch."""
     for codebook, (module, size) in tables.items():
         ids = codebook.of(entry.tensor)
         bad = (ids < 0) | (ids >= size)
         if not bool(bad.any()):
             continue
         row, position = first_place(bad)
-        value, wrong = int(ids[bad][0]), int(bad.sum())
-        evidence: dict[str, float | int | str] = {"id": value, "valid ids": size, "wrong ids": wrong}
-        of = "" if codebook.dim is None else f" of codebook {codebook.number}"
+        evidence = {"id": int(ids[bad][0]), "valid ids": size, "wrong ids": int(bad.sum())}
         evidence |= {} if codebook.dim is None else {"codebook": codebook.number}
-        where = f"row {row}" if position is None else f"row {row}, position {position}"
-        what = f"'{entry.shown}' has the id {value}{of} at {where}, and the embedding '{module}' has {size} rows for it"
-        place = look.place(entry, row, position, module)
-        yield look.finding("id_outside_embedding", what, place, evidence, TOKENIZER, why=OUTSIDE)
+        what = f"'{entry.shown}' has" if entry.path else "the model computes"
+        what += f" the id {evidence['id']}" + ("" if codebook.dim is None else f" of codebook {codebook.number}")
+        what += f" at row {row}" + ("" if position is None else f", position {position}")
+        what += f", and the embedding '{module}' has {size} rows for it"
+        advice = TOKENIZER if entry.path else f"shorten the sequence if these are positions; otherwise {TOKENIZER}"
+        place, why = look.place(entry, row, position, module), "an id is outside the embedding"
+        yield look.finding("id_outside_embedding", what, place, evidence, advice, why=why)
         return
 
 
@@ -218,25 +212,22 @@ def _outside_head(look: Look, entry: Entry, size: int, strict: bool) -> Iterator
 
 def _find_long(look: Look) -> Iterator[Finding]:
     most = config_value(look.subject.model, "max_position_embeddings")
-    if not isinstance(most, int) or most <= 0 or any(entry.name == "position_ids" for entry in look.entries):
-        return
-    for entry in look.entries:
-        if entry.name == "input_ids" and entry.kind == "ids" and entry.tensor.dim() == 2:
-            length = entry.tensor.shape[1]
-            if length <= most:
-                continue
-            what = f"'{entry.shown}' has {length} positions, and the model's config knows {most}"
+    given = any(entry.name == "position_ids" for entry in look.entries)
+    for entry in (entry for entry in look.entries if entry.name == "input_ids"):
+        if isinstance(most, int) and entry.tensor.dim() == 2 and 0 < most < entry.tensor.shape[1] and not given:
+            evidence = {"positions": entry.tensor.shape[1], "max_position_embeddings": most}
+            what = f"'{entry.shown}' has more positions than the model's config knows"
             advice = "shorten the samples, or extend the model's positions"
-            place, evidence = look.place(entry, position=most), {"positions": length, "max_position_embeddings": most}
-            yield look.finding("sequence_too_long", what, place, evidence, advice)
+            yield look.finding("sequence_too_long", what, look.place(entry, position=most), evidence, advice)
 
 
 def _head_of(model: nn.Module, entry: Entry) -> int:
     """Return the classes of the `labels` of a transformers model, whose own loss ignores -100 alone; 0 for others."""
-    name, classes = type(model).__name__, config_value(model, "num_labels")
-    if entry.name == "labels" and entry.tensor.dim() == 1 and name.endswith("ForSequenceClassification"):
+    name, dim = type(model).__name__, entry.tensor.dim() if entry.name == "labels" else 0
+    if dim == 1 and name.endswith("ForSequenceClassification"):
+        classes = config_value(model, "num_labels")
         return classes if isinstance(classes, int) and classes > 1 else 0
-    if entry.name == "labels" and entry.tensor.dim() == 2 and name.endswith("ForCausalLM"):
+    if dim == 2 and name.endswith("ForCausalLM"):
         head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
         return len(head) if isinstance(head, Tensor) and head.dim() == 2 else 0
     return 0

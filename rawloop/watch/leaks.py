@@ -136,12 +136,10 @@ class Spy(TorchFunctionMode):
         if targets.is_floating_point() or logits.dim() != targets.dim() + 1 or targets.numel() % rows:
             return
         logits = logits.movedim(1, -1).reshape(rows, -1, logits.shape[1])
-        self.rounding = max(self.rounding, 2e-3 if self._is_coarse(logits) else 1e-5)
-        self._kept.append(Scored(logits.detach().float(), targets.reshape(rows, -1)))
-
-    def _is_coarse(self, logits: Tensor) -> bool:
         dtypes = {weight.dtype for weight in self.model.parameters()} | {logits.dtype}
-        return any(dtype.itemsize < 4 for dtype in dtypes) or torch.is_autocast_enabled(logits.device.type)
+        coarse = torch.is_autocast_enabled(logits.device.type) or any(dtype.itemsize < 4 for dtype in dtypes)
+        self.rounding = max(self.rounding, 2e-3 if coarse else 1e-5)
+        self._kept.append(Scored(logits.detach().float(), targets.reshape(rows, -1)))
 
 
 def _starts_with(whole: Tensor, ids: Tensor) -> bool:
@@ -157,9 +155,8 @@ def _shift(targets: Tensor, ids: Tensor) -> int | None:
         there, here = ids[:, shift : shift + length], targets[:, :length]
         scored = here >= 0
         shares.append(float(((here == there) & scored).sum() / scored.sum().clamp(min=1)))
-    best = max(range(3), key=shares.__getitem__)
-    clear = all(share < ALIGNED for shift, share in enumerate(shares) if shift != best)
-    return best if clear and shares[best] >= ALIGNED else None
+    clear = [shift for shift, share in enumerate(shares) if share >= ALIGNED]
+    return clear[0] if len(clear) == 1 else None
 
 
 def _moved(before: Scored, after: Scored) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rawloop.contracts import IGNORE
-from rawloop.watch.entries import Entry, Look, first_place
+from rawloop.watch.entries import Entry, Look
 from rawloop.watch.findings import Finding
 
 HIDDEN = -1e4  # an additive mask with this or less hides a position, in any dtype
@@ -30,8 +30,6 @@ def find_masked(look: Look, ill: bool = False) -> Iterator[Finding]:
         if hidden and _is_attention(look, mask):
             fillers[mask.part] = set() if ill else hidden & (unscored.get(mask.part) or set())
             yield _hides(look, mask, hidden, hidden - fillers[mask.part])
-        elif mask.is_float and mask.tensor.dim() > 2 and look.extremes(mask)[0] == float("-inf"):
-            yield from _find_blind(look, mask)
     for part, rows in unscored.items():
         if rows is not None:
             yield _no_target(look, by_part[part][0], rows, rows - fillers.get(part, set()))
@@ -92,17 +90,6 @@ def _hides(look: Look, mask: Entry, hidden: set[int], alarming: set[int]) -> Fin
     evidence = {"hidden rows": len(hidden), "rows": len(mask.tensor)}
     kind, ordinary = "batch_masked" if whole else "row_masked", not (whole or alarming)
     return look.finding(kind, what, look.place(mask, row), evidence, advice, ordinary=ordinary)
-
-
-def _find_blind(look: Look, mask: Entry) -> Iterator[Finding]:
-    """Find a query that sees no key because all are minus infinity: its softmax is NaN."""
-    blind = mask.tensor.amax(-1) == float("-inf")
-    if bool(blind.any()):
-        row, query = first_place(blind)
-        what = f"all of '{mask.shown}' is minus infinity for the query at row {row}, position {query}"
-        advice = "let each query see itself, or use torch.finfo(dtype).min: a softmax over minus infinity is NaN"
-        evidence = {"queries that see nothing": int(blind.sum())}
-        yield look.finding("query_masked", what, look.place(mask, row, query), evidence, advice)
 
 
 def _no_target(look: Look, labels: Entry, unscored: set[int], alarming: set[int]) -> Finding:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rawloop.watch.nest import tensors_in
 
 MOST_POSITIONS = 8
+Call = tuple[str, list[Tensor], list[Tensor]]  # a module, and what it was given and has made at the positions
 
 
 class Positions(NamedTuple):
@@ -19,14 +20,6 @@ class Positions(NamedTuple):
     rows: int
     length: int
     chosen: Sequence[int]
-
-
-class Kept(NamedTuple):
-    """What one call of a module was given and has made at the positions; float32."""
-
-    name: str
-    given: list[Tensor]
-    made: list[Tensor]
 
 
 def first_mixer(model: nn.Module, at: Positions, runs: Sequence[Callable[[], object]], tolerance: float) -> str:
@@ -39,21 +32,21 @@ def first_mixer(model: nn.Module, at: Positions, runs: Sequence[Callable[[], obj
         tolerance: the share of a module's largest output from which it has moved.
     """
     before, after = (_run(model, at, run) for run in runs)
-    for one, other in zip(before, after, strict=False):
-        if one.name != other.name:
+    for (name, given, made), (other, given_then, made_then) in zip(before, after, strict=False):
+        if name != other:
             return ""  # a router has taken another way
-        if _moved(one.made, other.made, tolerance) and not _moved(one.given, other.given, tolerance):
-            return one.name
+        if _moved(made, made_then, tolerance) and not _moved(given, given_then, tolerance):
+            return name
     return ""
 
 
-def _run(model: nn.Module, at: Positions, run: Callable[[], object]) -> list[Kept]:
+def _run(model: nn.Module, at: Positions, run: Callable[[], object]) -> list[Call]:
     """Return the calls in the order in which they end, so that an inner module comes before its owner."""
-    kept: list[Kept] = []
+    kept: list[Call] = []
 
     def look(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            kept.append(Kept(name, [*_at((args, kwargs), at)], [*_at(output, at)]))
+            kept.append((name, [*_at((args, kwargs), at)], [*_at(output, at)]))
 
     hooks = [m.register_forward_hook(partial(look, name), with_kwargs=True) for name, m in model.named_modules()]
     try:

@@ -63,13 +63,6 @@ def test_additive_masks(value: float) -> None:
     assert seen({"attention_mask": causal})["row_masked"].cause.place.sample == "b"
 
 
-def test_a_query_that_sees_nothing_is_found_before_its_softmax() -> None:
-    mask = torch.full((6, 6), -math.inf).triu(1).expand(4, 1, 6, 6).clone()
-    mask[3, 0, 2] = -math.inf
-    place = seen({"attention_mask": mask})["query_masked"].cause.place
-    assert (place.sample, place.row, place.position) == ("d", 3, 2)
-
-
 def test_torchs_padding_mask_is_true_where_it_hides() -> None:
     mask = torch.zeros(4, 6, dtype=torch.bool)
     assert seen({"src_key_padding_mask": mask}) == {}
@@ -228,7 +221,7 @@ def test_positions_beyond_the_model() -> None:
         with watch.step({"ids": (ids := torch.randint(0, 64, (4, 17)))}):
             model(ids)
     (found,) = watch.findings.alarms
-    assert (found.cause.place.module, found.cause.evidence["most"]) == ("wpe", 16)
+    assert (found.cause.place.module, found.cause.evidence["id"]) == ("wpe", 16)
 
 
 def test_a_class_that_the_head_lacks_explains_the_failure() -> None:
@@ -280,12 +273,6 @@ def test_large_features_of_a_failed_step_are_looked_at_in_full() -> None:
     assert {finding.kind for finding in watch.findings} == {"not_finite", "features_not_finite"}
     for found in watch.findings:
         assert (found.cause.place.row, found.cause.place.position, found.step) == (123, 7, 4)
-
-
-def test_audio_that_was_never_scaled() -> None:
-    audio = torch.randint(-20000, 20000, (4, 800)).float()
-    assert seen({"input_values": audio})["features_absurd"].cause.advice.startswith("divide by 32768")
-    assert seen({"input_values": audio / 32768}) == {}
 
 
 def test_a_loader_that_stands_still() -> None:

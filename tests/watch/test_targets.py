@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +14,7 @@ from rawloop.watch.watch import Watch
 PAD, EOS = 0, 2
 
 
-def model_of(pad: int | None = PAD) -> Any:
+def model_of(pad: int = PAD) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=pad, eos_token_id=EOS, **sizes))
@@ -48,12 +47,9 @@ def test_labels_that_are_scored_where_the_mask_hides_are_named() -> None:
     assert (one.cause.evidence["padding among targets"], one.cause.evidence["targets"]) == (7, 36)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_stop_token_that_is_also_padding_is_a_right_target_once(masked: bool) -> None:
+def test_a_stop_token_that_is_also_padding_is_a_right_target_once() -> None:
     batch = texts(pad=EOS)
     model = model_of(pad=EOS)
-    if not masked:
-        del batch["attention_mask"]
     assert found(batch, model) == []
     batch["labels"] = batch["input_ids"].clone()
     (one,) = found(batch, model)
@@ -64,14 +60,6 @@ def test_a_mask_made_from_the_stop_token_hides_a_right_target() -> None:
     batch = texts(pad=EOS)
     batch["attention_mask"] = (batch["input_ids"] != EOS).long()
     assert found(batch, model_of(pad=EOS)) == []
-
-
-def test_without_a_mask_only_a_run_of_the_known_padding_token_counts() -> None:
-    batch = texts()
-    del batch["attention_mask"]
-    batch["labels"] = batch["input_ids"].clone()
-    assert found(batch, model_of(pad=None)) == []
-    assert [one.cause.place.sample for one in found(batch)] == ["b"]
 
 
 def test_a_loss_that_leaves_padding_out_by_the_mask_is_sound() -> None:
