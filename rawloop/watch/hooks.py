@@ -254,9 +254,13 @@ class Hooks:
 
     def _zero_grad(self, key: int, call: Callable[[], Any]) -> Any:
         self._added_to.pop(key, None)
-        facts, on = self.facts(), self.recorder.recording
+        facts = self.facts()
         if facts.backwards and not self._attempted:
             facts.zeroed = str(self.recorder.line())
+        return self._unrecorded(call)
+
+    def _unrecorded(self, call: Callable[[], Any]) -> Any:
+        on = self.recorder.recording
         self.recorder.pause()
         try:
             return call()
@@ -313,11 +317,10 @@ class Hooks:
         return result
 
     def _scaler_update(self, call: Callable[[], Any]) -> Any:
-        self.recorder.pause()
         facts = self.facts()
         if facts.backwards and not self._attempted:
             facts.scale_moved = str(self.recorder.line())
-        return call()
+        return self._unrecorded(call)
 
     def _read_versions(self) -> dict[int, int]:
         grads = [grad for _, w in self.subject.named() if (grad := w.grad) is not None]

@@ -38,12 +38,14 @@ class Tape:
     """The entries of one block, its leaves, and the random state at the start of each recorded stretch.
 
     Args:
-        names: returns the name of a weight or buffer of the model, or "".
         model: what calls of the model run on.
+        names: returns the name of a weight or buffer of the model, or "".
+        earlier: the tensors of the tape before an update in the same block, by id.
     """
 
     model: nn.Module
     names: Callable[[Tensor], str] = lambda tensor: ""
+    earlier: dict[int, "weakref.ref[Tensor]"] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     leaves: dict[str, Leaf] = field(default_factory=dict)
     stretches: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
@@ -86,6 +88,15 @@ class Tape:
         found = self._known.get(id(tensor))
         return found.ref if found is not None and found.alive() is tensor else None
 
+    def tensors(self) -> dict[int, "weakref.ref[Tensor]"]:
+        """Return the tensors that the tape has met, and those before it, by id."""
+        return {**self.earlier, **{key: known.alive for key, known in self._known.items()}}
+
+    def is_earlier(self, tensor: Tensor) -> bool:
+        """Whether a tensor that the tape has not met was computed before an update in the same block."""
+        alive = self.earlier.get(id(tensor))
+        return alive is not None and alive() is tensor and tensor.grad_fn is not None and self.known(tensor) is None
+
     def refs(self, nest: Any, hint: str = "input") -> Any:
         """Return a nest with references in place of its tensors."""
         kind = type(nest)
@@ -118,10 +129,14 @@ class Tape:
             self._know(tensor, ref)
             return ref
         if tensor.grad_fn is not None:
-            self.broken = self.broken or (
-                f"a tensor of shape {tuple(tensor.shape)} ({type(tensor.grad_fn).__name__}) comes from code that is "
-                "not seen: an earlier block, a compiled function, or a torch.autograd.Function"
+            source = (
+                "was computed before an update in the same block, which has changed the weights"
+                if self.is_earlier(tensor)
+                else "comes from code that is not seen: an earlier block, a compiled function, or a "
+                "torch.autograd.Function"
             )
+            what = f"a tensor of shape {tuple(tensor.shape)} ({type(tensor.grad_fn).__name__})"
+            self.broken = self.broken or f"{what} {source}"
         return self._leaf(tensor, hint)
 
     def written(self, target: Tensor) -> None:

@@ -35,7 +35,7 @@ from rawloop.watch.recorder import Recorder
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 from rawloop.watch.tape import Replay
 from rawloop.watch.tracer import trace
-from rawloop.watch.wrappers import bare_model, bare_optimizer, is_compiled, outsides
+from rawloop.watch.wrappers import bare_model, bare_optimizer, is_compiled
 
 MOST_PASSES = 64  # of one update, that are kept to be run again
 FINDINGS = "findings.jsonl"
@@ -90,7 +90,7 @@ class Watch:
         self.detectors = list(all_detectors() if detectors is None else detectors)
         self.say = say or (lambda text: tqdm.write(text, file=sys.stderr))
         self.record = StepRecord(0)
-        self._recorder = Recorder(bare, outsides(model, bare), self._called, self._backward, self.guard)
+        self._recorder = Recorder(model, bare, self._called, self._backward, self.guard)
         self._hooks = Hooks(self.subject, self._recorder, lambda: self.record, self._before, self._after)
         self._replays: deque[tuple[Replay, tuple[str, ...], bool]] = deque(maxlen=MOST_PASSES)
         self._keeper = Keeper(self.subject, self.out) if self.out is not None else None
@@ -254,7 +254,7 @@ class Watch:
 
     def _take_passes(self, scale: float) -> None:
         record = self.record
-        record.passes = []
+        record.passes, record.why_no_passes = [], ""
         for replay, ids, scaled in self._replays:
             if reason := replay.why_not():
                 record.why_no_passes = reason
@@ -264,6 +264,7 @@ class Watch:
     def _after(self, applied: bool) -> None:
         self.record.applied = applied or bool(self.record.applied)
         if applied:
+            self._replays.clear()  # the weights have changed: the passes so far cannot run again
             self._recorder.after_update()
 
     def _look(self, method: Callable[[Detector], Iterable[Finding]]) -> None:

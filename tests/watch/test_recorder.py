@@ -1,5 +1,6 @@
 """Loops of many kinds: what their passes are made of is recorded, and the watch changes nothing that they compute."""
 
+import itertools
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rawloop import Watch
 from rawloop.dist import World
@@ -84,6 +86,88 @@ def test_the_parts_of_a_model_may_be_called_on_their_own() -> None:
     assert all(len(passes) == 1 for passes in reruns.passes)
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_two_updates_in_one_block_have_passes_of_their_own(reused: bool) -> None:
+    model, reruns = nn.ModuleDict({"maker": small(), "judge": small()}), Reruns()
+    maker, judge = model["maker"], model["judge"]
+    optimizers = [torch.optim.Adam(part.parameters(), 1e-3) for part in (judge, maker)]
+    with Watch(model, optimizers, detectors=[reruns]) as watch:
+        for _ in range(2):
+            with watch.step(real := torch.randn(5, 4)):
+                fake = maker(torch.randn(5, 4))
+                loss: Any = F.softplus(judge(fake.detach())).mean() + F.softplus(-judge(real)).mean()
+                loss.backward()
+                optimizers[0].step()
+                model.zero_grad()
+                fake = fake if reused else maker(torch.randn(5, 4))
+                (F.softplus(-judge(fake)).mean() + judge(fake.detach()).mean() * 0).backward()
+                optimizers[1].step()
+                model.zero_grad()
+    assert reruns.same == [True] * 4
+    assert [len(passes) for passes in reruns.passes] == [1, 0 if reused else 1] * 2
+    why = "was computed before an update in the same block, which has changed the weights"
+    assert [why in reason for reason in reruns.reasons] == [False, reused] * 2
+
+
+class Own(TorchFunctionMode):
+    """A mode of the user's that gives numbers a dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.full:
+            kwargs = {**(kwargs or {}), "dtype": torch.float64}
+        return func(*args, **(kwargs or {}))
+
+
+def modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(n) for n in range(torch._C._len_torch_function_stack())]
+
+
+@pytest.mark.parametrize("entered", [*itertools.permutations(range(3))])
+def test_the_stack_of_modes_is_the_users_whatever_is_left_first(entered: tuple[int, ...]) -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watches = [Watch(model, optimizer, detectors=[], say=lambda text: None) for _ in range(2)]
+    with watches[0], watches[1]:
+        for left, own in itertools.product(itertools.permutations(range(3)), (Own, torch.device)):
+            for error in (None, KeyError()):
+                contexts = [watches[0].step(), own("cpu") if own is torch.device else own(), watches[1].step()]
+                for n in entered:
+                    contexts[n].__enter__()
+                model(torch.randn(3, 4)).mean().backward()
+                optimizer.step()
+                for n in left:
+                    model(torch.randn(3, 4)).mean()
+                    contexts[n].__exit__(error and KeyError, error, None)
+                assert modes() == [], (left, own)
+    assert {one.kind for watch in watches for one in watch.findings.alarms} == {"exception"}
+
+
+def test_the_default_device_may_change_inside_a_block() -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.set_default_device("cpu")
+    try:
+        with Watch(model, optimizer, detectors=[]) as watch, watch.step():
+            model(torch.randn(3, 4)).mean().backward()
+            model(torch.randn(3, 4))
+            torch.set_default_device(None)
+            assert [type(mode).__name__ for mode in modes()] == ["Recorder"]
+    finally:
+        torch.set_default_device(None)
+    assert modes() == []
+
+
+def test_operations_are_recorded_as_a_mode_of_the_users_makes_them() -> None:
+    model, reruns = small(), Reruns()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Own(), Watch(model, optimizer, detectors=[reruns]) as watch, watch.step():
+        (model(torch.randn(3, 4)) * torch.full((3, 4), 0.1)).mean().backward()
+        optimizer.step()
+    assert reruns.same == [True]
+    tape = reruns.passes[0][0].forward.tape  # type: ignore[attr-defined]
+    assert [entry.kwargs["dtype"] for entry in tape.entries if entry.function is torch.full] == [torch.float64]
+
+
 class Caster(nn.Module):
     """A wrapper that sets autocast, as those of other libraries do."""
 
@@ -123,6 +207,7 @@ def test_watches_may_be_nested() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
     assert [inner.same, outer.same] == [[True, True], [True, True]]
+    assert [len(passes) for one in (inner, outer) for passes in one.passes] == [1, 1, 1, 1]
 
 
 def train_on_rank(world: World, ill: bool, watched: bool) -> tuple[list[Any], float]:
