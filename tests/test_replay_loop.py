@@ -116,6 +116,55 @@ def test_a_crash_keeps_the_batch(tmp_path: Path, module: str, capsys: Any) -> No
     assert "nothing can run again" in capsys.readouterr().out
 
 
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_a_capsule_that_cannot_be_replayed_is_told_as_such(tmp_path: Path) -> None:
+    model, said = build(), list[str]()
+    with Watch(model, out=tmp_path, detectors=[Alarmist()], say=said.append) as watch:
+        watch.begin(step=2)
+        with watch.step():
+            Double.apply(model(torch.randn(4, 3))).sum().backward()  # type: ignore[no-untyped-call]
+            watch._before()
+    (path,) = (tmp_path / "capsules").iterdir()
+    assert f"the step is kept in {path}; it can be read, not replayed: the tape cannot be stored" in said[-1]
+    assert "Double.apply" in said[-1]
+    assert "rawloop replay" not in said[-1]
+
+
+def test_a_row_of_bad_steps_makes_one_capsule(tmp_path: Path) -> None:
+    model = build()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    zero = torch.zeros(())
+    bad: dict[int, Callable[[Tensor], Tensor]] = {  # two rows, each line another finding
+        2: lambda loss: loss + zero.log(),
+        3: lambda loss: loss / zero,
+        4: lambda loss: loss / zero,
+        8: lambda loss: loss * torch.full((), math.inf),
+        9: lambda loss: loss + (loss - loss).log(),
+    }
+    with Watch(model, optimizer, out=tmp_path, config=WatchConfig(capsules=9), say=lambda text: None) as watch:
+        for number in range(12):
+            with watch.step(x := torch.randn(4, 3)):
+                bad.get(number, lambda loss: loss)(model(x).square().mean()).backward()
+                if number in bad:  # a scaler looks and skips
+                    watch._before()
+                    watch._after(False)
+                else:
+                    optimizer.step()
+                optimizer.zero_grad()
+    assert len([one for one in watch.findings if one.kind == "not_finite"]) == 4
+    kept = sorted(path.name for path in (tmp_path / "capsules").iterdir())
+    assert kept == ["step-00000002-rank0", "step-00000005-rank0"]  # skipped steps keep their number
+
+
 def test_another_model_is_refused(tmp_path: Path, module: str) -> None:
     path = loop(tmp_path / "out", detectors=[Alarmist()])
 

@@ -9,6 +9,7 @@ from rawloop.errors import first_few
 from rawloop.watch.nest import shown
 
 Whose = Literal["data", "model", "loss", "precision", "optimizer", "distributed", "hardware", "not known"]
+Evidence = Mapping[str, float | int | str]
 MOST_CAUSES = 3
 MOST_ALIKE = 2  # findings of one kind that one look may tell apart
 
@@ -55,7 +56,7 @@ class Cause:
     whose: Whose
     what: str
     place: Place = Place()
-    evidence: Mapping[str, float | int | str] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=dict)
     advice: str = ""
 
     def text(self, known: str = "", rank: int | None = None) -> str:
@@ -88,6 +89,7 @@ class Finding:
         since: the step since which it is so, if that is known to be an earlier one.
         last: the step at which it was seen last.
         times: how often it was seen.
+        world_size: the number of ranks. With one, texts leave the rank out.
     """
 
     kind: str
@@ -99,6 +101,7 @@ class Finding:
     since: int | None = None
     last: int = -1
     times: int = 1
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         assert 1 <= len(self.causes) <= MOST_CAUSES, "a finding has one to three causes, or one that is 'not known'"
@@ -127,7 +130,8 @@ class Finding:
         since = f", since step {self.since}" if self.since is not None and self.since != self.step else ""
         times = f", {self.times} times until step {self.last}" if self.times > 1 else ""
         mark = "ordinary: " if self.ordinary else ""
-        return f"step {self.step}, rank {self.rank}{since}{times}: {mark}{self.reason()}"
+        rank = f", rank {self.rank}" if self.world_size > 1 or self.rank else ""
+        return f"step {self.step}{rank}{since}{times}: {mark}{self.reason()}"
 
     def reason(self) -> str:
         """Return what it is and its causes, without the step and the rank."""
@@ -204,6 +208,11 @@ class Findings:
     def __str__(self) -> str:
         shown = sorted(self, key=lambda finding: finding.ordinary)
         return "\n\n".join(fill(finding.text(), 120) for finding in shown) or "nothing found"
+
+
+def short(error: Exception) -> str:
+    """Return an exception in one line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def _number(value: float | int | str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from rawloop.watch.findings import Cause, Finding, Place
+from rawloop.watch.findings import Cause, Place, short
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -34,44 +34,31 @@ class Guard:
         try:
             yield
         except Exception as error:  # told as a finding: what looks at a loop must not end it
-            if self.report is None:
-                raise
-            self._off.add(part)
-            self.report(part, cause_of(error))
+            self.failed(part, error)
+
+    def failed(self, part: str, error: Exception) -> None:
+        """Switch off a part and report its error, or raise it if nobody takes reports."""
+        if self.report is None:
+            raise error
+        self._off.add(part)
+        self.report(part, cause_of(error))
+
+    def call(self, part: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of a part, and return its result; None if the part is off or fails."""
+        if torch.compiler.is_compiling() or part in self._off:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # not with `over`, which takes longer
+            return self.failed(part, error)
 
     def shield(self, part: str, hook: Callable[..., object]) -> Callable[..., None]:
         """Return a hook that runs inside the user's calls and returns nothing, whatever happens in it."""
 
         def safe(*args: Any, **kwargs: Any) -> None:
-            if not torch.compiler.is_compiling() and not self.is_off(part):
-                with self.over(part):
-                    hook(*args, **kwargs)
+            self.call(part, hook, *args, **kwargs)
 
         return safe
-
-
-def cause_of(error: Exception) -> Cause:
-    """Return the cause of a finding for an error of the watch, with the last line of its traceback."""
-    frame = extract_tb(error.__traceback__)[-1]
-    name = frame.filename.rpartition("/")[2]
-    text = str(error).partition("\n")[0][:200]
-    return Cause(
-        "not known",
-        f"the watch itself has an error, {type(error).__name__}: {text}",
-        Place(expression=f"{name}:{frame.lineno}: {frame.line}"),
-        advice="The loop is not to blame, and goes on as it would without a watch; report the line to rawloop",
-    )
-
-
-def failed(part: str, cause: Cause, step: int, rank: int) -> Finding:
-    """Return the finding for a part of the watch that failed."""
-    what = f"{part} failed and is off from here on; the other parts of the watch go on"
-    return Finding("watch_failed", what, (cause,), step, rank)
-
-
-def part_of(detector: object) -> str:
-    """Return the name of the part that a detector is."""
-    return f"the detector {type(detector).__name__}"
 
 
 def guarded(part: str) -> Callable[[Method], Method]:
@@ -80,11 +67,25 @@ def guarded(part: str) -> Callable[[Method], Method]:
     def decorate(method: Method) -> Method:
         @functools.wraps(method)
         def safe(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and not self.guard.is_off(part):
-                with self.guard.over(part):
-                    return method(self, *args, **kwargs)
-            return None
+            return self.guard.call(part, method, self, *args, **kwargs)
 
         return cast(Method, safe)
 
     return decorate
+
+
+def cause_of(error: Exception) -> Cause:
+    """Return the cause of a finding for an error of the watch, with the last line of its traceback."""
+    frame = extract_tb(error.__traceback__)[-1]
+    name = frame.filename.rpartition("/")[2]
+    return Cause(
+        "not known",
+        f"the watch itself has an error, {short(error)}",
+        Place(expression=f"{name}:{frame.lineno}: {frame.line}"),
+        advice="The loop is not to blame, and goes on as it would without a watch; report the line to rawloop",
+    )
+
+
+def part_of(detector: object) -> str:
+    """Return the name of the part that a detector is."""
+    return f"the detector {type(detector).__name__}"

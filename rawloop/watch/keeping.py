@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rawloop.errors import RawloopError
-from rawloop.watch.capsule import Capsule, Capsules
+from rawloop.watch.capsule import Capsule, Capsules, read_facts
 from rawloop.watch.findings import Finding
 from rawloop.watch.flight import FlightRecorder
 from rawloop.watch.nest import tensors_in
@@ -59,7 +59,13 @@ class Keeper:
         if not why or not self.capsules.has_room():
             return ""
         path, problem = self.capsules.write(record.step, lambda: self._contents(record, why, alarms, roots, failed))
-        return problem or f"the step is kept: rawloop replay {path} --model {FUNCTION}, which builds the model"
+        if path is None:
+            return problem
+        facts = read_facts(path)
+        reason = "" if facts["passes"] else facts["why_no_passes"] or "it has no backward pass"
+        if reason := facts["left_out"].get("passes", reason):
+            return f"the step is kept in {path}; it can be read, not replayed: {reason}"
+        return f"the step is kept: rawloop replay {path} --model {FUNCTION}, which builds the model"
 
     def _contents(
         self, record: StepRecord, why: str, alarms: Iterable[Finding], roots: Sequence[Tensor], failed: bool
@@ -79,6 +85,7 @@ class Keeper:
             passes |= _tapes(record.passes, roots)
         except RawloopError as error:
             facts["why_no_passes"] = str(error)
+        facts["passes"] = len(passes["passes"])
         states = {
             "passes": passes,
             "earlier": self.flight.state(_batch_state),

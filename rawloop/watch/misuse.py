@@ -1,16 +1,85 @@
-"""Mistakes in the calls of a training loop: in which order scaler, optimizer, gradients and schedule are used."""
+"""Mistakes in the calls of a training loop: in which order scaler, optimizer and gradients are used."""
 
 import math
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from rawloop.errors import first_few
-from rawloop.watch.findings import Cause, Finding, Place, Whose
+from rawloop.watch.findings import Cause, Evidence, Finding, Place, short
+from rawloop.watch.marks import Line
 from rawloop.watch.reach import without_graph
 from rawloop.watch.subject import Detector, Facts, StepRecord, Subject
+
+# symptom, cause, advice; `{optimizer}`, `{line}` and `{names}` are filled in
+MISTAKES: dict[str, tuple[str, str, str]] = {
+    "scaled_update": (
+        "{optimizer} applies gradients that are still multiplied by the loss scale",
+        "optimizer.step() was called on scaled gradients, without scaler.step or scaler.unscale_",
+        "Call scaler.step(optimizer) and scaler.update() in place of optimizer.step()",
+    ),
+    "clipped_while_scaled": (
+        "gradients were clipped or written while they were multiplied by the loss scale",
+        "{line} changes gradients before scaler.unscale_(optimizer), so a threshold is too small by the scale, and the "
+        "update's size depends on it",
+        "Call scaler.unscale_(optimizer) before it",
+    ),
+    "scale_moved_in_window": (
+        "the loss scale was updated between the backward passes of one update",
+        "scaler.update() was called after a backward pass whose gradients no optimizer had stepped on: the gradients "
+        "of one update have different scales",
+        "Call scaler.update() once, after scaler.step(optimizer)",
+    ),
+    "gradients_not_zeroed": (
+        "gradients of the last update are added to those of this one",
+        "no zero_grad between the optimizer's last update and the next backward pass to its weights",
+        "Call optimizer.zero_grad() after each optimizer.step()",
+    ),
+    "zeroed_before_update": (
+        "the gradients were zeroed between the backward pass and the update",
+        "zero_grad comes after the last backward pass and before the step, so the update has no gradients",
+        "Call zero_grad after optimizer.step(), or before the forward pass",
+    ),
+    "update_without_backward": (
+        "{optimizer} was stepped without a backward pass since its last step",
+        "no backward pass was seen between two steps of the optimizer",
+        "Call loss.backward() before each step, inside watch.step",
+    ),
+    "trained_in_eval_mode": (
+        "the model is trained in evaluation mode",
+        "every call of the model since the last update found it in evaluation mode, so {names} does not act",
+        "Call model.train() after each evaluation",
+    ),
+    "optimizer_holds_stale_weights": (
+        "the optimizer updates weights that the model does not use",
+        "{names} of the model are in no optimizer, which holds others of the same shape: they were assigned after the "
+        "optimizer was made",
+        "Create the optimizer after the last change of the model, such as .to(), add_adapter, resize or tying",
+    ),
+    "weights_without_optimizer": (
+        "weights get gradients and no optimizer updates them",
+        "{names} require gradients, and no optimizer under watch holds them",
+        "Pass them to an optimizer, name all optimizers to rawloop.Watch, or freeze them with requires_grad_(False)",
+    ),
+    "update_inside_backward": (
+        "the optimizer is stepped by hooks while the backward pass runs",
+        "the gradients of the other weights are not there yet, so those of this loop are not looked at",
+        "To have them looked at, call the optimizer's step after backward for a few steps",
+    ),
+}
+MEMORY = "Make the micro-batches smaller or their samples shorter, and accumulate over more of them"
+SHAPES = "Compare the shapes at this line with those of a batch that works"
+INDEX = "Compare the ids and labels of this batch with the size of the embedding or the head that they index"
+ADVICE: tuple[tuple[type[Exception], tuple[str, ...], str], ...] = (  # for an exception with one of these words
+    (torch.OutOfMemoryError, ("",), MEMORY),
+    (RuntimeError, ("out of memory", "not enough memory"), MEMORY),
+    (IndexError, ("",), INDEX),
+    (RuntimeError, ("device-side assert", "index out of range"), INDEX),
+    (RuntimeError, ("shape", "size"), SHAPES),
+)
 
 
 class Misuse(Detector):
@@ -22,163 +91,66 @@ class Misuse(Detector):
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Look at the calls since the last update."""
         facts = record.facts
-        if not facts.step_line and not facts.optimizer:
+        if facts.step_line is None:
             return
-        yield from _scaling(subject, record, facts)
-        yield from _zeroing(subject, record, facts)
+        for kind, line, evidence in _calls(record, facts):
+            place = Place(phase="update", optimizer=facts.optimizer, expression=str(line))
+            yield _finding(subject, record, kind, place, evidence)
         if facts.calls and facts.calls == facts.evaluating and (name := _acts_in_training(subject.model)):
-            yield _finding(
-                subject,
-                record,
-                "trained_in_eval_mode",
-                "the model is trained in evaluation mode",
-                "model",
-                f"every call of the model since the last update found it in evaluation mode, so {name} does not act",
-                Place(phase="forward", module=name),
-                {"calls": facts.calls},
-                "Call model.train() after each evaluation",
-            )
+            place = Place(phase="forward", module=name)
+            yield _finding(subject, record, "trained_in_eval_mode", place, {"calls": facts.calls}, names=name)
         if record.probing or not self._checked_holders:
             self._checked_holders = True
             yield from _holders(subject, record)
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Look at an update that was skipped."""
-        facts = record.facts
-        if facts.lr_moved:
-            yield _finding(
-                subject,
-                record,
-                "schedule_without_update",
-                "the learning rate moved after an update that the scaler had skipped",
-                "optimizer",
-                "the schedule counts steps that were not applied",
-                Place(optimizer=facts.optimizer, phase="update"),
-                {},
-                "Step the schedule only if the scale did not fall in scaler.update()",
-                ordinary=True,
-            )
+        """Look at an update that was made inside a backward pass."""
+        if record.facts.inside_backward:
+            place = Place(phase="update", expression=str(record.facts.step_line))
+            yield _finding(subject, record, "update_inside_backward", place, {}, ordinary=True)
 
 
 def left_by(subject: Subject, record: StepRecord, error: Exception, line: str) -> Finding:
     """Return the finding for an exception that leaves the block of a step."""
     if (known := without_graph(error, subject, record, line)) is not None:
         return known
-    text = str(error).partition("\n")[0][:200]
-    return _finding(
-        subject,
-        record,
-        "exception",
-        f"{type(error).__name__} ended the step",
-        "not known",
-        f"{type(error).__name__}: {text}",
-        Place(expression=line, rank=subject.world.rank),
-        {"backward passes": record.facts.backwards},
-        "Read the traceback; the batch is that of this step",
-    )
+    fits = (advice for kind, words, advice in ADVICE if isinstance(error, kind) and any(w in str(error) for w in words))
+    advice = next(fits, "Read the traceback; the batch is that of this step")
+    place, evidence = Place(expression=line, rank=subject.world.rank), {"backward passes": record.facts.backwards}
+    cause = Cause("not known", short(error), place, evidence, advice)
+    return Finding("exception", f"{type(error).__name__} ended the step", (cause,), record.step, subject.world.rank)
 
 
 def without_backward(subject: Subject, record: StepRecord, loss: float | None, line: str) -> Finding:
     """Return the finding for a block in which the model ran, and no backward pass followed."""
     bad = loss is not None and not math.isfinite(loss)
-    return _finding(
-        subject,
-        record,
-        "no_backward",
-        "the model ran, and no backward pass followed" + (": the loss is not finite" if bad else ""),
+    cause = Cause(
         "loss" if bad else "not known",
         f"the loop left the step before backward; the last number that it computed is {loss}",
         Place(phase="forward", expression=line),
         {} if loss is None else {"loss": loss},
         "Look at the finding on the loss" if bad else "",
-        ordinary=not bad,
     )
+    what = "the model ran, and no backward pass followed" + (": the loss is not finite" if bad else "")
+    return Finding("no_backward", what, (cause,), record.step, subject.world.rank, ordinary=not bad)
 
 
-def _scaling(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Finding]:
-    """Yield findings about calls in the wrong order around the loss scale."""
-    place = Place(phase="update", optimizer=facts.optimizer, expression=facts.step_line)
-    count: dict[str, float | int | str] = {"backward passes": facts.backwards}
+def _calls(record: StepRecord, facts: Facts) -> Iterator[tuple[str, Line | None, Evidence]]:
+    """Yield mistakes in the order of calls, each with the line and numbers."""
+    count, scale = {"backward passes": facts.backwards}, {"scale": record.scale}
     if facts.scaled and not facts.unscaled and not facts.through_scaler:
-        yield _finding(
-            subject,
-            record,
-            "scaled_update",
-            f"{facts.optimizer} applies gradients that are still multiplied by the loss scale",
-            "optimizer",
-            "optimizer.step() was called on scaled gradients, without scaler.step or scaler.unscale_",
-            place,
-            {"scale": record.scale, **count},
-            "Call scaler.step(optimizer) and scaler.update() in place of optimizer.step()",
-        )
+        yield "scaled_update", facts.step_line, scale | count
     if facts.written:
-        line = facts.written if ":" in facts.written else ""
-        yield _finding(
-            subject,
-            record,
-            "clipped_while_scaled",
-            "gradients were clipped or written while they were multiplied by the loss scale",
-            "optimizer",
-            f"{facts.written} changes gradients before scaler.unscale_(optimizer), so a threshold is too small by the "
-            "scale, and the update's size depends on it",
-            Place(phase="update", optimizer=facts.optimizer, expression=line),
-            {"scale": record.scale},
-            "Call scaler.unscale_(optimizer) before it",
-        )
+        yield "clipped_while_scaled", facts.written, scale
     if facts.scale_moved:
-        yield _finding(
-            subject,
-            record,
-            "scale_moved_in_window",
-            "the loss scale was updated between the backward passes of one update",
-            "optimizer",
-            "scaler.update() was called after a backward pass whose gradients no optimizer had stepped on: the "
-            "gradients of one update have different scales",
-            Place(phase="update", optimizer=facts.optimizer, expression=facts.scale_moved),
-            count,
-            "Call scaler.update() once, after scaler.step(optimizer)",
-        )
-
-
-def _zeroing(subject: Subject, record: StepRecord, facts: Facts) -> Iterator[Finding]:
-    """Yield findings about gradients that are zeroed too late or too early, and about updates without a backward."""
-    place = Place(phase="update", optimizer=facts.optimizer, expression=facts.step_line)
+        yield "scale_moved_in_window", facts.scale_moved, count
     if facts.left_over:
-        yield _finding(
-            subject,
-            record,
-            "gradients_not_zeroed",
-            "gradients of the last update are added to those of this one",
-            "optimizer",
-            "no zero_grad between the optimizer's last update and the next backward pass to its weights",
-            place,
-            {} if record.grad_norm is None else {"gradient norm": record.grad_norm},
-            "Call optimizer.zero_grad() after each optimizer.step()",
-        )
+        norm = record.grad_norm
+        yield "gradients_not_zeroed", facts.step_line, {} if norm is None else {"gradient norm": norm}
     if facts.zeroed and not facts.idle:
-        yield _finding(
-            subject,
-            record,
-            "zeroed_before_update",
-            "the gradients were zeroed between the backward pass and the update",
-            "optimizer",
-            "zero_grad comes after the last backward pass and before the step, so the update has no gradients",
-            Place(phase="update", optimizer=facts.optimizer, expression=facts.zeroed),
-            {"backward passes": facts.backwards},
-            "Call zero_grad after optimizer.step(), or before the forward pass",
-        )
+        yield "zeroed_before_update", facts.zeroed, count
     if facts.idle:
-        yield _finding(
-            subject,
-            record,
-            "update_without_backward",
-            f"{facts.optimizer} was stepped without a backward pass since its last step",
-            "optimizer",
-            "no backward pass was seen between two steps of the optimizer",
-            place,
-            {},
-            "Call loss.backward() before each step, inside watch.step",
-        )
+        yield "update_without_backward", facts.step_line, {}
 
 
 def _holders(subject: Subject, record: StepRecord) -> Iterator[Finding]:
@@ -187,38 +159,16 @@ def _holders(subject: Subject, record: StepRecord) -> Iterator[Finding]:
     named = dict(subject.named())
     trained = {name: w for name, w in named.items() if w.requires_grad}
     free = {name: w for name, w in trained.items() if id(w) not in held and w.grad is not None}
-    own = {id(w) for w in named.values()}
-    strange = [w for w in held.values() if id(w) not in own]
     if not free or not held:
         return
-    stale = [name for name, w in free.items() if any(w.shape == other.shape for other in strange)]
-    name = (stale or list(free))[0]
-    evidence: dict[str, float | int | str] = {"trained": len(trained), "held by no optimizer": len(free)}
-    if stale:
-        yield _finding(
-            subject,
-            record,
-            "optimizer_holds_stale_weights",
-            "the optimizer updates weights that the model does not use",
-            "optimizer",
-            f"{first_few(stale)} of the model are in no optimizer, which holds others of the same shape: they were "
-            "assigned after the optimizer was made",
-            Place(phase="update", parameter=name, optimizer=type(subject.optimizers[0]).__name__),
-            evidence,
-            "Create the optimizer after the last change of the model, such as .to(), add_adapter, resize or tying",
-        )
-        return
-    yield _finding(
-        subject,
-        record,
-        "weights_without_optimizer",
-        "weights get gradients and no optimizer updates them",
-        "optimizer",
-        f"{first_few(list(free))} require gradients, and no optimizer under watch holds them",
-        Place(phase="update", parameter=name),
-        evidence,
-        "Pass them to an optimizer, name all optimizers to rawloop.Watch, or freeze them with requires_grad_(False)",
-    )
+    own = {id(w) for w in named.values()}
+    strange = {w.shape for w in held.values() if id(w) not in own}
+    stale = [name for name, w in free.items() if w.shape in strange]
+    kind = "optimizer_holds_stale_weights" if stale else "weights_without_optimizer"
+    names = stale or [*free]
+    place = Place("update", parameter=names[0], optimizer=type(subject.optimizers[0]).__name__ if stale else "")
+    evidence: Evidence = {"trained": len(trained), "held by no optimizer": len(free)}
+    yield _finding(subject, record, kind, place, evidence, names=first_few(names))
 
 
 def _acts_in_training(model: nn.Module) -> str:
@@ -231,13 +181,13 @@ def _finding(
     subject: Subject,
     record: StepRecord,
     kind: str,
-    symptom: str,
-    whose: Whose,
-    what: str,
     place: Place,
-    evidence: dict[str, float | int | str],
-    advice: str,
+    evidence: Evidence,
+    names: str = "",
     ordinary: bool = False,
 ) -> Finding:
-    cause = Cause(whose, what, place, evidence, advice)
+    line = place.expression or "code that is not seen"
+    fill = {"optimizer": record.facts.optimizer, "line": line, "names": names}
+    symptom, what, advice = (text.format(**fill) for text in MISTAKES[kind])
+    cause = Cause("model" if place.phase == "forward" else "optimizer", what, place, evidence, advice)
     return Finding(kind, symptom, (cause,), record.step, subject.world.rank, ordinary)

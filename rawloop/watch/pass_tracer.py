@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rawloop.origin import Origin, Reason, Rows, batch_size, find_origin, guilty_rows, is_finite, is_finite_in, reason
 from rawloop.seed import restore_rng
-from rawloop.watch.findings import MOST_CAUSES, Cause, Place, Whose
+from rawloop.watch.findings import MOST_CAUSES, Cause, Place, Whose, short
 from rawloop.watch.nest import map_tensors, shown, tensors_in
 from rawloop.watch.subject import Pass, StepRecord, Subject
 
@@ -196,8 +196,7 @@ class PassTracer:
 
     def not_again(self, error: Exception) -> list[Cause]:
         """Return what is known of a pass that cannot run again."""
-        text = str(error).partition("\n")[0][:200]
-        what = f"pass {self.number + 1} cannot run again: {type(error).__name__}: {text}"
+        what = f"pass {self.number + 1} cannot run again: {short(error)}"
         causes = [Cause("not known", what, Place(rank=self.rank), {}, "The weights are finite: look at its inputs")]
         for path, tensor in tensors_in(self.one.inputs):
             if tensor.is_floating_point() and bool(tensor.isnan().any()):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -126,10 +125,6 @@ class Recorder(Operations):
     def line(self) -> Line:
         """Return the line of the user's code that is running."""
         return self.lines.current()
-
-    def line_of(self, traceback: TracebackType | None) -> Line:
-        """Return the innermost line of the user's code in a traceback."""
-        return self.lines.in_traceback(traceback)
 
     @guarded(PART)
     def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from rawloop.dist import World
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding
 from rawloop.watch.guard import Guard
+from rawloop.watch.marks import Line
 
 
 @dataclass
@@ -72,80 +73,48 @@ class Pass(NamedTuple):
 
 @dataclass
 class Facts:
-    """What the hooks in a foreign loop have seen since the last update. Lines are those of the user's code.
+    """What the hooks in a foreign loop have seen since the last update. Lines are those of the user's code."""
 
-    Args:
-        calls: calls of the model with gradients.
-        evaluating: calls of them that found the model in evaluation mode.
-        backwards: backward passes.
-        scaled: backward passes whose loss the scaler had multiplied.
-        optimizer: the optimizer whose update this is, as `AdamW` or `AdamW (2)`.
-        step_line: the line that asked for the update.
-        through_scaler: it is made by `scaler.step`.
-        unscaled: `scaler.unscale_` was called for its gradients.
-        written: what wrote to gradients while they were scaled: a line, or "code that is not seen".
-        left_over: it applies gradients that hold those of the optimizer's update before.
-        zeroed: the line of a `zero_grad` after the last backward pass.
-        scale_moved: the line of a `scaler.update` after a backward pass and before an attempt to step.
-        idle: the optimizer was stepped without a backward pass since its last step.
-        stepped: the ids of the optimizers that were stepped.
-        inside_backward: the optimizer was stepped by hooks while the backward pass ran.
-        lr_moved: the learning rate has changed since an update that the scaler skipped.
-    """
+    calls: int = 0  # of the model, with gradients
+    evaluating: int = 0  # of these, with the model in evaluation mode
+    backwards: int = 0  # backward passes
+    scaled: int = 0  # of these, with a loss that the scaler had multiplied
+    unscaled: bool = False  # scaler.unscale_ was called
+    optimizer: str = ""  # whose update this is, as `AdamW` or `AdamW (2)`
+    stepped: set[int] = field(default_factory=set)  # the ids of the optimizers that were stepped
+    step_line: Line | None = None  # asked for the update
+    through_scaler: bool = False  # the update is made by scaler.step
+    inside_backward: bool = False  # it is made by hooks while the backward pass runs
+    idle: bool = False  # the optimizer was stepped without a backward pass since its last step
+    left_over: bool = False  # it applies gradients that hold those of its update before
+    written: Line | None = None  # wrote to gradients while they were scaled; an empty line if it was not seen
+    zeroed: Line | None = None  # zero_grad after the last backward pass
+    scale_moved: Line | None = None  # scaler.update after a backward pass, and before an attempt to step
 
-    calls: int = 0
-    evaluating: int = 0
-    backwards: int = 0
-    scaled: int = 0
-    optimizer: str = ""
-    step_line: str = ""
-    through_scaler: bool = False
-    unscaled: bool = False
-    written: str = ""
-    left_over: bool = False
-    zeroed: str = ""
-    scale_moved: str = ""
-    idle: bool = False
-    stepped: set[int] = field(default_factory=set)
-    inside_backward: bool = False
-    lr_moved: bool = False
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the gradients are multiplied by the loss scale."""
+        return self.scaled > 0 and not self.unscaled
 
 
 @dataclass
 class StepRecord:
-    """One step, as far as it has come. A number that is not measured is None.
+    """One step, as far as it has come. A number that is not measured is None."""
 
-    Args:
-        step: counted from 0: the update that this step makes. A skipped step keeps its number.
-        batch: what the user named as the batch; a nest of tensors.
-        ids: the names of its samples, one for each row; empty if unknown.
-        passes: the forward and backward passes so far, since the last update.
-        loss: the sum of the losses of its backward passes, unscaled.
-        grad_norm: the L2 norm of all gradients, unscaled.
-        scale: the loss scale of its gradients.
-        scales: the scale of the gradients of an optimizer, by its id, where it differs: the scaler has not come to it.
-        applied: whether the optimizer has applied an update; None before it is known.
-        seconds: the duration of the step.
-        data_seconds: the wait for data before it.
-        why_no_passes: why some of its backward passes cannot be run again; empty if all can.
-        facts: what the hooks have seen; empty inside rawloop's own run.
-        probing: whether this step takes the costly looks (each `WatchConfig.every` steps, and after a skip).
-    """
-
-    step: int
-    batch: Any = None
-    ids: tuple[str, ...] = ()
-    passes: list[Pass] = field(default_factory=list)
-    loss: float | None = None
-    grad_norm: float | None = None
-    scale: float = 1.0
-    scales: dict[int, float] = field(default_factory=dict)
-    applied: bool | None = None
-    seconds: float | None = None
-    data_seconds: float | None = None
-    why_no_passes: str = ""
-    facts: Facts = field(default_factory=Facts)
-    probing: bool = False
+    step: int  # counted from 0: the update that this step makes. A skipped step keeps its number
+    batch: Any = None  # what the user named as the batch; a nest of tensors
+    ids: tuple[str, ...] = ()  # the names of its samples, one for each row; empty if unknown
+    passes: list[Pass] = field(default_factory=list)  # since the last update
+    loss: float | None = None  # the sum of the losses of its backward passes, unscaled
+    grad_norm: float | None = None  # the L2 norm of all gradients, unscaled
+    scale: float = 1.0  # by which the gradients are multiplied
+    scales: dict[int, float] = field(default_factory=dict)  # that of an optimizer, by its id, where it differs
+    applied: bool | None = None  # whether the optimizer has applied an update; None before it is known
+    seconds: float | None = None  # the duration of the step
+    data_seconds: float | None = None  # the wait for data before it
+    why_no_passes: str = ""  # why some of its backward passes cannot run again; empty if all can
+    facts: Facts = field(default_factory=Facts)  # empty inside rawloop's own run
+    probing: bool = False  # it takes the costly looks: each `WatchConfig.every` steps, and after a skip
 
 
 class Detector:
@@ -163,9 +132,7 @@ class Detector:
         return ()
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Look at the gradients of the window, before its update. They are multiplied by `record.scale`, or by 1 if
-        `unscale_` was called (`record.scale` is then 1).
-        """
+        """Look at the gradients of the window, before its update; they are multiplied by `record.scale`."""
         return ()
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:

@@ -5,12 +5,10 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from textwrap import fill
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -25,13 +23,14 @@ from rawloop.records import json_value
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
 from rawloop.watch.findings import Cause, Finding, Findings, merged
-from rawloop.watch.guard import Guard, failed, guarded, part_of
+from rawloop.watch.guard import Guard, guarded, part_of
 from rawloop.watch.hooks import Hooks
 from rawloop.watch.ids import EXPLAINS
 from rawloop.watch.keeping import Keeper
 from rawloop.watch.misuse import left_by, without_backward
 from rawloop.watch.named import NamedWeights
 from rawloop.watch.recorder import Recorder
+from rawloop.watch.scalars import Scalars
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 from rawloop.watch.tape import Replay
 from rawloop.watch.tracer import trace
@@ -39,7 +38,7 @@ from rawloop.watch.wrappers import bare_model, bare_optimizer, is_compiled
 
 MOST_PASSES = 64  # of one update, that are kept to be run again
 FINDINGS = "findings.jsonl"
-FILE = "the file of the findings"
+KEEPING = "the flight recorder"
 
 
 class Watch:
@@ -81,23 +80,27 @@ class Watch:
             if not isinstance(one, Optimizer):
                 raise UserError(f"rawloop.Watch takes torch optimizers after the model: it got a {type(one).__name__}")
         optimizers = [bare_optimizer(one) for one in optimizers]
-        named = named or NamedWeights(bare)
         world, config = world or World.current(), config or WatchConfig()
         self.guard = Guard(self._failed)
-        self.subject = Subject(bare, optimizers, scaler, named, world, config, is_compiled(model), self.guard)
+        self.subject = Subject(
+            bare, optimizers, scaler, named or NamedWeights(bare), world, config, is_compiled(model), self.guard
+        )
         self.out = Path(out) if out else None
         self.findings = Findings()
         self.detectors = list(all_detectors() if detectors is None else detectors)
         self.say = say or (lambda text: tqdm.write(text, file=sys.stderr))
         self.record = StepRecord(0)
         self._recorder = Recorder(model, bare, self._called, self._backward, self.guard)
-        self._hooks = Hooks(self.subject, self._recorder, lambda: self.record, self._before, self._after)
+        self._scalars = Scalars(self.subject)
+        self._hooks = Hooks(self.subject, self._recorder, self._scalars, lambda: self.record, self._before, self._after)
         self._replays: deque[tuple[Replay, tuple[str, ...], bool]] = deque(maxlen=MOST_PASSES)
         self._keeper = Keeper(self.subject, self.out) if self.out is not None else None
         self._contexts = ExitStack()
         self._left = self._began = time.perf_counter()
         self._damage = ""  # what is wrong with the weights after an update that was not finite
-        self._step = self._streak = self._traces = self._measured = 0
+        self._streak = 0  # steps in a row whose loss or gradients are not finite
+        self._row_is_kept = False  # there is a capsule of this row
+        self._step = self._traces = self._measured = 0
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(self._hooks.installed())
@@ -113,21 +116,39 @@ class Watch:
 
     def start(self) -> None:
         """Look before the first step. A loop without `with` calls this, `begin`, `measured`, ... and `finish`."""
-        self._look(lambda detector: detector.start(self.subject))
+        self._look("start")
         self._left = time.perf_counter()
 
     def finish(self) -> None:
         """Look at the end."""
-        self._look(lambda detector: detector.finish(self.subject))
+        self._look("finish")
 
-    def step(self, batch: Any = None, ids: Sequence[str] = ()) -> "Block":
+    @contextmanager
+    def step(self, batch: Any = None, ids: Sequence[str] = ()) -> Iterator[None]:
         """Watch one step of the loop, in a `with` block: forward and backward passes, and the update if it makes one.
 
         Args:
             batch: a nest of tensors.
             ids: the names of the samples, one for each row.
         """
-        return Block(self, batch, tuple(ids))
+        self.begin(batch, ids)
+        record, backwards = self.record, self.record.facts.backwards
+        try:
+            with self._recorder.block(batch), self._hooks.clipping():
+                try:
+                    yield
+                except Exception as error:
+                    self._recorder.pause()
+                    self._ended_by(error)
+                    raise
+                self._recorder.pause()
+                if self._recorder.calls and record.facts.backwards == backwards and record.applied is None:
+                    self._without_backward()
+        finally:
+            record.seconds = (record.seconds or 0.0) + time.perf_counter() - self._began
+            if record.applied is not None or (record.facts.backwards and not self.subject.optimizers):
+                self.end()
+            self._left = time.perf_counter()
 
     def begin(self, batch: Any = None, ids: Sequence[str] = (), *, step: int | None = None) -> None:
         """Begin a step. Without `step`, continue one that has not made its update yet, with another micro-batch.
@@ -148,19 +169,12 @@ class Watch:
         self._began = time.perf_counter()
         record.data_seconds = (record.data_seconds or 0.0) + self._began - self._left
         record.probing = record.probing or self._streak > 0 or self._step % self.subject.config.every == 0
-        self._look(lambda detector: detector.batch(self.subject, record))
+        self._look("batch", record)
 
     def measured(
         self, loss: float | None, grad_norm: float | None, scale: float = 1.0, applied: bool | None = None
     ) -> None:
-        """Take the numbers of a step from a loop that has measured them; they are unscaled.
-
-        Args:
-            loss: the sum of the losses of its backward passes.
-            grad_norm: the L2 norm of all gradients.
-            scale: by which the gradients are still multiplied.
-            applied: whether the update was applied; None before it is known.
-        """
+        """Take the numbers of a step from a loop that has measured them; they are as in `StepRecord`."""
         record = self.record
         record.loss, record.grad_norm, record.scale, record.applied = loss, grad_norm, scale, applied
 
@@ -168,7 +182,7 @@ class Watch:
         """Look at the gradients, after `measured` and before the update."""
         record = self.record
         with self._recorder.silent(), torch.enable_grad():
-            self._look(lambda detector: detector.gradients(self.subject, record))
+            self._look("gradients", record)
             if all(number is None or math.isfinite(number) for number in (record.loss, record.grad_norm)):
                 self._streak = 0
             else:
@@ -179,12 +193,11 @@ class Watch:
         """Look at a step after its update, or after the decision to skip it, and count it."""
         record = self.record
         record.seconds = record.seconds or time.perf_counter() - self._began
-        self._look(lambda detector: detector.end(self.subject, record))
+        self._look("end", record)
         if self._streak and record.applied:
             self._look_for_damage()
         if self._keeper is not None:
-            with self.guard.over("the flight recorder"):
-                self._keeper.ended(record)
+            self.guard.call(KEEPING, self._keeper.ended, record)
         self._left = time.perf_counter()
         self._step += record.applied is not False
         self._replays.clear()
@@ -194,35 +207,66 @@ class Watch:
     def explain(self, error: Exception) -> bool:
         """Look for what explains an exception that has left the step, and return whether something does."""
         if isinstance(error, IndexError | RuntimeError):
-            self._look(lambda detector: detector.failed(self.subject, self.record))
+            self._look("failed", self.record)
         return any(one.kind in EXPLAINS and one.last == self.record.step for one in self.findings)
+
+    @guarded("the look at an exception")
+    def _ended_by(self, error: Exception) -> None:
+        if isinstance(error, StopIteration):  # that is how a loader ends
+            return
+        if not self.explain(error):
+            line = self._recorder.lines.in_traceback(error.__traceback__)
+            self._add([left_by(self.subject, self.record, error, str(line))])
+        if self.record.applied is None:
+            self._keep(failed=True)
+
+    @guarded("the look at a step without a backward pass")
+    def _without_backward(self) -> None:
+        """Report a block that left before its backward pass, as a loop does that has its own test of the loss."""
+        record = self.record
+        scalar, line, replay = self._recorder.last_scalar()
+        value = None if scalar is None else float(scalar.detach())
+        self._add([without_backward(self.subject, record, value, str(line))])
+        if value is not None and not math.isfinite(value) and replay is not None and not replay.why_not():
+            before = record.loss, record.passes
+            record.loss, record.passes = value, [Pass(replay.inputs, replay, replay.rng, record.ids)]
+            with self._recorder.silent(), torch.enable_grad():
+                self._trace()
+                self._keep()
+            record.loss, record.passes = before
 
     @guarded("the look at damaged weights")
     def _look_for_damage(self) -> None:
         """Keep quiet while an update that was not finite has left weights that are not: all else follows from them."""
-        found, before = damaged(self.subject.model), self._damage
+        found, before, step = damaged(self.subject.model), self._damage, self.record.step
         self._damage = str(found) if found is not None else ""
-        step = self.record.step
         if found is not None and not before:
-            self.say(f"step {step}: {found}; what follows from that is not told until the weights are finite again")
+            self._tell(f"step {step}: {found}; what follows from that is not told until the weights are finite again")
         elif before and found is None:
-            self.say(f"step {step}: the weights are finite again")
+            self._tell(f"step {step}: the weights are finite again")
 
     @guarded("the tracer of numbers that are not finite")
     def _trace(self) -> None:
         """Run the step again to find the place: the first two of a row of bad steps, and not too often."""
         self._streak += 1
+        self._row_is_kept &= self._streak > 1
         if not self._damage and self._streak <= 2 and self._traces < 4 + self._step // 500:
             self._traces += 1
             self._add(trace(self.subject, self.record))
 
-    @guarded("the flight recorder")
+    @guarded(KEEPING)
     def _keep(self, failed: bool = False) -> None:
-        """Write a capsule if an alarm asks for one. The weights are those before the update."""
-        if self._keeper is not None and self._keeper.why:
-            roots = [root for root, _ in self._hooks.losses]
-            if line := self._keeper.keep(self.record, self.findings.alarms, roots, failed):
-                self.say(line)
+        """Write a capsule if an alarm asks for one, once in a row of bad steps. The update has not been made yet."""
+        if self._keeper is None or not self._keeper.why:
+            return
+        if self._streak and self._row_is_kept:
+            self._keeper.why = ""
+            return
+        roots = [root for root, _ in self._scalars.losses]
+        line = self._keeper.keep(self.record, self.findings.alarms, roots, failed)
+        self._row_is_kept = self._streak > 0
+        if line:
+            self._tell(line)
 
     def _called(self, training: bool) -> None:
         self.record.facts.calls += 1
@@ -241,25 +285,20 @@ class Watch:
     @guarded("the measurement of gradients")
     def _before(self) -> None:
         """Measure and look, once for each window."""
-        record = self.record
-        if self._measured == record.facts.backwards and record.loss is not None:
+        record, facts = self.record, self.record.facts
+        if self._measured == facts.backwards and record.loss is not None:
             return
-        self._measured = record.facts.backwards
-        loss, norm, scale = self._hooks.measure()
-        has_scale = record.facts.scaled > 0 and not record.facts.unscaled
-        record.scales = self._hooks.scales(scale)
-        self.measured(loss if record.facts.backwards else None, norm, scale if has_scale else 1.0, record.applied)
-        self._take_passes(scale)
-        self.before_update()
-
-    def _take_passes(self, scale: float) -> None:
-        record = self.record
+        self._measured = facts.backwards
+        loss, norm, scale = self._scalars.read(facts, record.probing)
+        record.scales = {id(optimizer): scale for optimizer in self._scalars.still_scaled(facts)}
+        self.measured(loss if facts.backwards else None, norm, scale if facts.is_scaled else 1.0, record.applied)
         record.passes, record.why_no_passes = [], ""
         for replay, ids, scaled in self._replays:
             if reason := replay.why_not():
                 record.why_no_passes = reason
             else:
                 record.passes.append(Pass(replay.inputs, replay, replay.rng, ids, scale if scaled else 1.0))
+        self.before_update()
 
     def _after(self, applied: bool) -> None:
         self.record.applied = applied or bool(self.record.applied)
@@ -267,26 +306,32 @@ class Watch:
             self._replays.clear()  # the weights have changed: the passes so far cannot run again
             self._recorder.after_update()
 
-    def _look(self, method: Callable[[Detector], Iterable[Finding]]) -> None:
+    def _look(self, method: str, *record: StepRecord) -> None:
         for detector in self.detectors:
+            if getattr(type(detector), method) is getattr(Detector, method):
+                continue
+            found: list[Finding] = []
             part = part_of(detector)
             if not self.guard.is_off(part):
-                found: list[Finding] = []
                 with self.guard.over(part):
-                    found += method(detector)
-                if not self._damage:
-                    self._add(merged(found))
+                    found += getattr(detector, method)(self.subject, *record)
+            if found and not self._damage:
+                self._add(merged(found))
 
     def _failed(self, part: str, cause: Cause) -> None:
-        self._add([failed(part, cause, self.record.step, self.subject.world.rank)])
+        what = f"{part} failed and is off from here on; the other parts of the watch go on"
+        self._add([Finding("watch_failed", what, (cause,), self.record.step, self.subject.world.rank)])
 
     def _add(self, findings: Iterable[Finding]) -> None:
         for finding in self.findings.extend(findings):
-            if self.out is not None and not self.guard.is_off(FILE):
-                with self.guard.over(FILE):
-                    self._write(self.out, finding)
+            finding.world_size = self.subject.world.size
+            if self.out is not None:
+                self.guard.call("the file of the findings", self._write, self.out, finding)
             if not finding.ordinary:
-                self.say(fill(finding.text(), 120))
+                self._tell(fill(finding.text(), 120))
+
+    def _tell(self, text: str) -> None:
+        self.guard.call("the printing of alarms", self.say, text)
 
     def _write(self, out: Path, finding: Finding) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -294,51 +339,3 @@ class Watch:
             file.write(json.dumps(json_value(finding.as_json()), allow_nan=False) + "\n")
         if self._keeper is not None:
             self._keeper.found(finding)
-
-
-@dataclass
-class Block:
-    """The `with` block of one step."""
-
-    watch: Watch
-    batch: Any
-    ids: tuple[str, ...]
-
-    def __enter__(self) -> None:
-        watch = self.watch
-        watch.begin(self.batch, self.ids)
-        self._before = watch.record.facts.backwards
-        self._contexts = ExitStack()
-        self._contexts.enter_context(watch._recorder.block(self.batch))
-        self._contexts.enter_context(watch._hooks.clipping())
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        watch, record, recorder = self.watch, self.watch.record, self.watch._recorder
-        recorder.pause()
-        with self._contexts:
-            if isinstance(error, Exception) and not isinstance(error, StopIteration):  # that is how a loader ends
-                if not watch.explain(error):
-                    watch._add([left_by(watch.subject, record, error, str(recorder.line_of(traceback)))])
-                if record.applied is None:
-                    watch._keep(failed=True)
-            elif recorder.calls and record.facts.backwards == self._before and record.applied is None:
-                with watch.guard.over("the look at a step without a backward pass"):
-                    self._without_backward()
-        record.seconds = (record.seconds or 0.0) + time.perf_counter() - watch._began
-        if record.applied is not None or (record.facts.backwards and not watch.subject.optimizers):
-            watch.end()
-        watch._left = time.perf_counter()
-
-    def _without_backward(self) -> None:
-        """Report a block that left before its backward pass, as a loop does that has its own test of the loss."""
-        watch, record = self.watch, self.watch.record
-        scalar, line, replay = watch._recorder.last_scalar()
-        value = None if scalar is None else float(scalar.detach())
-        watch._add([without_backward(watch.subject, record, value, str(line))])
-        if value is not None and not math.isfinite(value) and replay is not None and not replay.why_not():
-            before = record.loss, record.passes
-            record.loss, record.passes = value, [Pass(replay.inputs, replay, replay.rng, record.ids)]
-            with watch._recorder.silent(), torch.enable_grad():
-                watch._trace()
-                watch._keep()
-            record.loss, record.passes = before

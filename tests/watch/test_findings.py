@@ -20,9 +20,14 @@ def test_an_equal_finding_is_counted_and_not_repeated() -> None:
 def test_a_paragraph_has_symptom_cause_place_numbers_and_advice() -> None:
     text = nan_in("head").text()
     assert text == (
-        "step 3, rank 0: the loss is NaN. [model] log of zero (in forward, module 'head'). "
-        "Evidence: largest 1.5. Clamp it."
+        "step 3: the loss is NaN. [model] log of zero (in forward, module 'head'). Evidence: largest 1.5. Clamp it."
     )
+
+
+def test_the_rank_is_told_if_there_are_several() -> None:
+    finding = nan_in("head")
+    finding.world_size = 2
+    assert finding.text().startswith("step 3, rank 0: the loss is NaN.")
 
 
 def test_a_text_says_nothing_twice() -> None:

@@ -1,6 +1,7 @@
 """Each mistake in the calls of a loop is named, with the line; a loop without mistakes gives none."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from rawloop import Finding, Watch
+from rawloop.watch import misuse
 from rawloop.watch.misuse import Misuse
 
 F: Any = torch.nn.functional
@@ -161,6 +163,11 @@ MISTAKES = {
 }
 
 
+def test_every_mistake_is_in_the_tables() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "debugging.md").read_text(encoding="utf-8")
+    assert [kind for kind in misuse.MISTAKES if f"| `{kind}` |" not in page] == []
+
+
 @pytest.mark.parametrize("body", MISTAKES, ids=lambda body: body.__name__)
 def test_a_mistake_is_named_with_its_line(body: Any) -> None:
     scaled = body in (scaled_update, clipped_while_scaled, scale_moved_in_window)
@@ -184,18 +191,44 @@ def test_weights_that_no_optimizer_holds_are_named() -> None:
     assert finding.cause.place.parameter == "2.weight"
 
 
-def test_an_exception_is_a_finding_and_passes_on() -> None:
+def the_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def a_shape() -> None:
+    torch.ones(3, 4) @ torch.ones(3, 4)
+
+
+def an_index() -> None:
+    torch.ones(3)[4]
+
+
+def a_word() -> None:
+    F.embedding(torch.tensor([7]), torch.ones(3, 2))
+
+
+def a_bug() -> None:
+    raise KeyError("missing")
+
+
+@pytest.mark.parametrize(
+    ("fail", "advice"),
+    [
+        (the_memory, "Make the micro-batches smaller"),
+        (a_shape, "Compare the shapes"),
+        (an_index, "Compare the ids and labels"),
+        (a_word, "Compare the ids and labels"),
+        (a_bug, "Read the traceback"),
+    ],
+)
+def test_an_exception_is_a_finding_with_advice_and_passes_on(fail: Any, advice: str) -> None:
     bench = Bench()
-    error = KeyError("missing")
-
-    def body(bench: Bench) -> None:
-        raise error
-
-    with pytest.raises(KeyError) as caught:
-        bench.watched(body)
-    assert caught.value is error
-    assert "KeyError" in bench.said[0]
-    assert "raise error" in bench.said[0]
+    with pytest.raises(Exception) as caught:
+        bench.watched(lambda bench: fail())
+    (said,) = bench.said
+    assert said.startswith(f"step 0: {caught.type.__name__} ended the step.")
+    assert f"test_misuse.py:{fail.__code__.co_firstlineno + 1}" in said
+    assert advice in " ".join(said.split())
 
 
 def test_a_block_that_leaves_before_backward_is_traced() -> None:
@@ -212,20 +245,12 @@ def test_a_block_that_leaves_before_backward_is_traced() -> None:
     assert "torch.log" in found["not_finite"].cause.place.expression
 
 
-def test_a_schedule_that_counts_skipped_updates_is_ordinary() -> None:
-    bench = Bench(scaled=True, scale=2.0**8)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(bench.optimizer, 0.9)
-
-    def body(bench: Bench) -> None:
-        loss = bench.scaler.scale(bench.loss())
-        (loss * float("inf") if schedule.last_epoch == 1 else loss).backward()
-        bench.scaler.step(bench.optimizer)
-        bench.scaler.update()
-        schedule.step()
-        bench.optimizer.zero_grad()
-
-    found = {finding.kind: finding for finding in bench.watched(body)}
-    assert found["schedule_without_update"].ordinary
+def test_updates_inside_a_backward_pass_are_told_once_and_not_looked_at() -> None:
+    bench = Bench()
+    for weight in bench.model.parameters():
+        weight.register_post_accumulate_grad_hook(lambda weight: bench.optimizer.step())
+    (finding,) = bench.watched(lambda bench: bench.loss().backward())
+    assert (finding.kind, finding.ordinary, finding.times) == ("update_inside_backward", True, 3)
 
 
 def test_hooks_are_gone_afterwards() -> None:

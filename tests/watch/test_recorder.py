@@ -251,7 +251,7 @@ def test_the_norm_of_clipping_is_taken_if_it_is_that_of_all_gradients(
         counted.append(len(grads))
         return _norm(grads)
 
-    monkeypatch.setattr("rawloop.watch.hooks.total_norm", counting)
+    monkeypatch.setattr("rawloop.watch.scalars.total_norm", counting)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     with Watch(model, optimizer, detectors=[reruns]) as watch:
         for _ in range(4):
