@@ -153,7 +153,7 @@ def test_a_row_of_bad_steps_makes_one_capsule(tmp_path: Path) -> None:
     with Watch(model, optimizer, out=tmp_path, config=WatchConfig(capsules=9), say=lambda text: None) as watch:
         for number in range(12):
             with watch.step(x := torch.randn(4, 3)):
-                bad.get(number, lambda loss: loss)(model(x).square().mean()).backward()
+                bad.get(number, lambda loss: loss)(model(x).square().mean()).backward()  # type: ignore[no-untyped-call]
                 if number in bad:  # a scaler looks and skips
                     watch._before()
                     watch._after(False)

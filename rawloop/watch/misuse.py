@@ -137,7 +137,8 @@ def without_backward(subject: Subject, record: StepRecord, loss: float | None, l
 
 def _calls(record: StepRecord, facts: Facts) -> Iterator[tuple[str, Line | None, Evidence]]:
     """Yield mistakes in the order of calls, each with the line and numbers."""
-    count, scale = {"backward passes": facts.backwards}, {"scale": record.scale}
+    count: dict[str, float] = {"backward passes": facts.backwards}
+    scale: dict[str, float] = {"scale": record.scale}
     if facts.scaled and not facts.unscaled and not facts.through_scaler:
         yield "scaled_update", facts.step_line, scale | count
     if facts.written:

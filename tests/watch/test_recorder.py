@@ -130,14 +130,18 @@ def test_the_stack_of_modes_is_the_users_whatever_is_left_first(entered: tuple[i
     with watches[0], watches[1]:
         for left, own in itertools.product(itertools.permutations(range(3)), (Own, torch.device)):
             for error in (None, KeyError()):
-                contexts = [watches[0].step(), own("cpu") if own is torch.device else own(), watches[1].step()]
+                contexts: list[Any] = [
+                    watches[0].step(),
+                    own("cpu") if own is torch.device else own(),
+                    watches[1].step(),
+                ]
                 for n in entered:
                     contexts[n].__enter__()
                 model(torch.randn(3, 4)).mean().backward()
                 optimizer.step()
                 for n in left:
                     model(torch.randn(3, 4)).mean()
-                    contexts[n].__exit__(error and KeyError, error, None)
+                    contexts[n].__exit__(type(error) if error else None, error, None)
                 assert modes() == [], (left, own)
     assert {one.kind for watch in watches for one in watch.findings.alarms} == {"exception"}
 
