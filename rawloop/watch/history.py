@@ -8,6 +8,7 @@ from itertools import pairwise
 SIGMA = 1.4826  # a normal distribution's standard deviation, in units of its median absolute deviation
 RECENT = 10  # values
 LEAST = 20  # values, before anything can stand out
+Z = 6.0  # robust deviations by which a value stands out
 
 
 class History:
@@ -46,12 +47,6 @@ class History:
         return _middle(self._sorted)
 
     @property
-    def mad(self) -> float:
-        """The median absolute deviation from the median; NaN without values."""
-        median = self.median
-        return _middle(sorted(abs(value - median) for value in self._sorted))
-
-    @property
     def largest(self) -> float:
         """The largest value; minus infinity without values."""
         return self._sorted[-1] if self._sorted else -math.inf
@@ -67,27 +62,25 @@ class History:
         The deviation is at least 0.1% of the median, so that a constant history makes no noise into an outlier.
         """
         median = self.median
-        return (value - median) / max(SIGMA * self.mad, 1e-3 * abs(median), 1e-12)
+        deviation = _middle(sorted(abs(each - median) for each in self._sorted))
+        return (value - median) / max(SIGMA * deviation, 1e-3 * abs(median), 1e-12)
 
     @property
     def recent_largest(self) -> float:
         """The largest of the last values."""
         return max(list(self.values)[-RECENT:], default=-math.inf)
 
-    @property
-    def roughness(self) -> float:
-        """The robust standard deviation of a value around its neighbours: a trend does not count."""
-        values = list(self.values)
-        return SIGMA * _middle(sorted(abs(two - one) for one, two in pairwise(values))) / math.sqrt(2)
+    def stands_out(self, value: float) -> bool:
+        """Whether a value is far above the recent ones: above their largest by 5%, and by Z times the roughness.
 
-    def stands_out(self, value: float, z: float = 6.0) -> bool:
-        """Whether a value is far above the recent ones: above their largest by `z` times the roughness and by 5%.
-
-        A value that is not finite does not stand out; without enough history, nothing does.
+        The roughness is the robust deviation of a value from its neighbours: a trend does not count. What is not finite
+        does not stand out; without enough history, nothing does.
         """
-        if not self.is_known or not self.recent_largest < value < math.inf:
+        recent = self.recent_largest
+        if not self.is_known or not recent + 0.05 * abs(self.median) < value < math.inf:
             return False
-        return value > self.recent_largest + max(z * self.roughness, 0.05 * abs(self.median))
+        steps = sorted(abs(two - one) for one, two in pairwise(self.values))
+        return value > recent + Z * SIGMA * _middle(steps) / math.sqrt(2)
 
 
 def _middle(ordered: list[float]) -> float:

@@ -6,25 +6,28 @@ is its likeliest cause. A spike that recovers is ordinary.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
 from rawloop.watch.drifts import Drifts, swings
-from rawloop.watch.findings import MOST_CAUSES, Cause, Finding, Place
+from rawloop.watch.findings import MOST_CAUSES, Cause, Finding, Place, Whose
 from rawloop.watch.history import History
 from rawloop.watch.subject import Detector, StepRecord, Subject
-from rawloop.watch.waits import Waits
+from rawloop.watch.times import Times
 
 RECENT = 40  # steps of history: longer ago, losses were higher
 PATIENCE, LEAST_AFTER = 10, 4  # applied steps in which a spike may recover; before the end of the watch
 CASCADE = 20  # steps before a jump of the loss in which its causes lie
-SLOW = 3.0  # times the usual duration
 RISEN = 1.1  # times the least rate of the history: a warm-up, or another schedule that still rises
-ORDER = ("lr", "scale", "grad_norm")  # of what has jumped at the same step, the first is the likelier cause
-
-Judge = Callable[[History, float], bool]
+# What may cause a jump of the loss: whose, what, phase and advice. Of two at the same step, the first is likelier.
+CAUSES: dict[str, tuple[Whose, str, str, str]] = {
+    "rise": ("optimizer", "learning rate has risen", "update", "lower the largest rate, or warm up to it more slowly"),
+    "lr": ("optimizer", "learning rate rose", "update", "correct the schedule, or warm up to this rate"),
+    "scale": ("precision", "loss scale fell", "backward", "look at its skips"),
+    "grad_norm": ("data", "gradient norm rose", "backward", "look at the samples of this step, and clip the norm"),
+}
 
 
 class Event(NamedTuple):
@@ -42,7 +45,6 @@ class Jumps(Detector):
 
     def __init__(self) -> None:
         self._histories = {name: History(RECENT) for name in ("loss", "grad_norm", "lr", "scale")}
-        self._times, self._waits = History(), Waits()
         self._events: deque[Event] = deque(maxlen=32)
         self._spike: Event | None = None
         self._after: list[float] = []
@@ -50,9 +52,8 @@ class Jumps(Detector):
         self._recovered: Event | None = None  # a spike, whose losses afterwards are `_later`
         self._later: list[float] = []
         self._rise: Event | None = None  # of the learning rate, which rose when the loss of the last spike did
-        self._slow = 0
         self._lr: float | None = None
-        self._drifts = Drifts()
+        self._drifts, self._times = Drifts(), Times()
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Read the learning rate of this update, before the schedule changes it."""
@@ -62,29 +63,22 @@ class Jumps(Detector):
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Look at the numbers of a step."""
         lr, self._lr = self._lr, None
-        self._follow("lr", lr, record, jumped=lambda history, value: value > 2 * history.largest)
-        self._follow("scale", record.scale, record, jumped=lambda history, value: value < history.smallest / 2)
-        self._follow("grad_norm", record.grad_norm, record, jumped=lambda history, value: _leaps(history, value))
+        for name, value in (("lr", lr), ("scale", record.scale), ("grad_norm", record.grad_norm)):
+            if value is not None:
+                history = self._histories[name]
+                if history.is_known and _has_jumped(name, value, history):
+                    self._events.append(Event(name, record.step, history.median, value, record.ids))
+                history.add(value)
         if record.loss is not None and record.applied is not False:
             yield from self._follow_loss(record.loss, record, subject)
             if math.isfinite(record.loss):
                 yield from self._drifts.find(subject, record, lr, self._near)
-        yield from self._follow_times(record, subject)
+        yield from self._times.find(subject, record)
 
     def finish(self, subject: Subject) -> Iterable[Finding]:
         """Tell a jump that had not recovered when the watch ended."""
         if self._spike is not None and len(self._after) >= LEAST_AFTER:
             yield from self._judge_spike(self._spike, subject, self._spike.step + len(self._after), ended=True)
-
-    def _follow(
-        self, name: str, value: float | None, record: StepRecord, jumped: Callable[[History, float], bool]
-    ) -> None:
-        if value is None:
-            return
-        history = self._histories[name]
-        if history.is_known and jumped(history, value):
-            self._events.append(Event(name, record.step, history.median, value, record.ids))
-        history.add(value)
 
     def _follow_loss(self, loss: float, record: StepRecord, subject: Subject) -> Iterator[Finding]:
         history = self._histories["loss"]
@@ -146,41 +140,28 @@ class Jumps(Detector):
 
     def _causes(self, event: Event) -> list[tuple[int, Cause]]:
         """Return the step and the cause of what jumped before an event, or with it, the earliest first."""
-        near = [e for e in self._events if event.step - CASCADE <= e.step <= event.step]
-        near = [e for e in near if e.name != "lr" or e.step < event.step]  # an update acts on the next step's loss
-        firsts = {e.name: e for e in reversed(near)}
-        found = sorted(firsts.values(), key=lambda e: (e.step, ORDER.index(e.name)))
-        causes = [(e.step, _cause_of(e)) for e in found]
+        found = [e for e in self._firsts(event.step - CASCADE, event.step) if e.name != "lr" or e.step < event.step]
+        causes = [(e.step, _cause_of(e)) for e in found]  # an update acts on the next step's loss
         if not any(e.step < event.step for e in found):
             causes.insert(0, (event.step, _batch_of(event)))
         return causes[:MOST_CAUSES]
 
     def _near(self, step: int) -> list[Cause]:
         """Return the causes of what jumped around a step."""
-        near = sorted((e for e in self._events if abs(e.step - step) <= 2 * CASCADE), key=lambda e: e.step)
-        firsts = {e.name: e for e in reversed(near)}
-        return [_cause_of(e) for e in sorted(firsts.values(), key=lambda e: e.step)][:MOST_CAUSES]
+        return [_cause_of(e) for e in self._firsts(step - 2 * CASCADE, step + 2 * CASCADE)][:MOST_CAUSES]
 
-    def _follow_times(self, record: StepRecord, subject: Subject) -> Iterator[Finding]:
-        if record.seconds is None:
-            return
-        self._slow = self._slow + 1 if self._times.is_known and record.seconds > SLOW * self._times.median else 0
-        rank = subject.world.rank
-        if self._slow == self._times.least:
-            what = f"a step takes {record.seconds:.3g} s, and took {self._times.median:.3g} s"
-            evidence = {"seconds": record.seconds, "usual": self._times.median}
-            cause = Cause(
-                "not known", "steps have become slower", Place(), evidence, "look at clocks and other processes"
-            )
-            since = record.step - self._slow + 1
-            yield Finding("steps_slower", what, (cause,), record.step, rank, ordinary=True, since=since)
-        if not self._slow:
-            self._times.add(record.seconds)
-        yield from self._waits.find(subject, record)
+    def _firsts(self, begin: int, end: int) -> list[Event]:
+        """Return the first jump of each number from one step to another, the earliest first."""
+        firsts = {e.name: e for e in reversed(self._events) if begin <= e.step <= end}
+        return sorted(firsts.values(), key=lambda e: (e.step, list(CAUSES).index(e.name)))
 
 
-def _leaps(history: History, value: float) -> bool:
-    return not math.isfinite(value) or (value > 2 * history.largest and history.zscore(value) > 8)
+def _has_jumped(name: str, value: float, history: History) -> bool:
+    if name == "scale":
+        return value < history.smallest / 2
+    if name == "grad_norm" and not math.isfinite(value):
+        return True
+    return value > 2 * history.largest and (name == "lr" or history.zscore(value) > 8)
 
 
 def _above(history: History) -> float:
@@ -196,20 +177,13 @@ def _rise(rates: History, step: int) -> Event | None:
 
 
 def _cause_of(event: Event) -> Cause:
+    whose, what, phase, advice = CAUSES[event.name]
+    numbers = (
+        f"from {event.before:.4g} to {event.after:.4g} {'until' if event.name == 'rise' else 'at'} step {event.step}"
+    )
+    place = Place(phase, sample=", ".join(event.ids[:4]) if whose == "data" else "")
     evidence = {"before": event.before, "after": event.after, "at step": event.step}
-    numbers = f"from {event.before:.4g} to {event.after:.4g} at step {event.step}"
-    if event.name == "rise":
-        advice = "lower the largest learning rate, or warm up to it more slowly"
-        numbers = f"from {event.before:.4g} to {event.after:.4g} until step {event.step}"
-        return Cause("optimizer", f"the learning rate has risen {numbers}", Place("update"), evidence, advice)
-    if event.name == "lr":
-        advice = "correct the schedule, or warm up to this rate"
-        return Cause("optimizer", f"the learning rate rose {numbers}", Place("update"), evidence, advice)
-    if event.name == "scale":
-        return Cause("precision", f"the loss scale fell {numbers}", Place("backward"), evidence, "look at its skips")
-    place = Place("backward", sample=", ".join(event.ids[:4]))
-    advice = "look at the samples of this step, and clip the norm"
-    return Cause("data", f"the gradient norm rose {numbers}", place, evidence, advice)
+    return Cause(whose, f"the {what} {numbers}", place, evidence, advice)
 
 
 def _batch_of(event: Event) -> Cause:

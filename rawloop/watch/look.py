@@ -1,7 +1,7 @@
 """The costly look at a step: hooks on the modules, and the gradients of the parameters. Detectors share it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from rawloop.watch.findings import Finding
 from rawloop.watch.guard import Guard
-from rawloop.watch.measure import SMALLEST_NORMAL, Amounts, GradientAmounts, Readings
-from rawloop.watch.subject import StepRecord, Subject
+from rawloop.watch.measure import Amounts, GradientAmounts, Readings
+from rawloop.watch.subject import Detector, StepRecord, Subject
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_CALLS = 8  # of one module that are measured in a look
+FIRST_LOOKS = 6  # in which weights of zeros are looked for
 
 
 @dataclass
@@ -39,14 +42,15 @@ class Calls:
 
 @dataclass
 class ModuleHooks:
-    """Hooks on the modules without children. They measure outputs and the outputs' gradients until `remove`.
+    """Hooks on the modules without children, which measure their outputs until `remove`. torch.compile passes them by.
 
-    torch.compile passes them by.
+    If they are `thorough`, they measure exponents and the gradients of the outputs too.
     """
 
     model: nn.Module
     readings: Readings
     guard: Guard = field(default_factory=Guard)
+    thorough: bool = True
     calls: dict[str, Calls] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _made: dict[int, tuple[Any, str]] = field(default_factory=dict)
@@ -86,8 +90,9 @@ class ModuleHooks:
                 call.with_grad = True
                 storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
                 self._made[storage.cdata] = storage, name
-                hook: Any = self._shield(self._measure, "backward", name)
-                self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+                if self.thorough:
+                    hook: Any = self._shield(self._measure, "backward", name)
+                    self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def _find_cuts(self, name: str, call: Calls, inputs: object) -> None:
         given = list(floats_in(inputs))
@@ -100,7 +105,7 @@ class ModuleHooks:
     def _measure(self, kind: str, name: str, tensor: Tensor) -> None:
         count = self._counts[kind, name] = self._counts.get((kind, name), 0) + 1
         if count <= MOST_CALLS:
-            self.readings.add(kind, name, tensor)
+            self.readings.add(kind, name, tensor, self.thorough)
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -115,7 +120,7 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def floats_in(value: object) -> Iterator[Tensor]:
     """Yield the float tensors among a module's inputs or outputs, one nest deep in tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        if value.dtype in SMALLEST_NORMAL and value.numel() and value.layout is torch.strided:
+        if value.dtype in FLOATS and value.numel() and value.layout is torch.strided:
             yield value
         return
     if isinstance(value, list | tuple | dict):
@@ -136,37 +141,43 @@ class Seen:
     Args:
         step: the step.
         calls: the modules that were called, by name.
-        amounts: of the modules' outputs and their gradients, by (`forward` or `backward`, module).
         gradients: of the trainable parameters, by name; None for one without a gradient.
+        outputs: of the modules, by name; only those that are finite.
+        zero_weights: the trainable weights that are zero in every value, as LoRA's B is at the start; no biases, which
+            block nothing. Only the first looks measure them.
         complete: whether the gradients were measured: they are not in a skipped step.
         loss_scale: the scale of the loss.
         left: the scale that is left on the parameters' gradients; 1 after `unscale_`.
-        zero_weights: the trainable parameters that are zero in every value, as LoRA's B is at the start.
     """
 
     step: int
-    calls: dict[str, Calls] = field(default_factory=dict)
-    amounts: dict[tuple[str, str], Amounts] = field(default_factory=dict)
+    calls: dict[str, Calls]
     gradients: dict[str, GradientAmounts | None] = field(default_factory=dict)
+    outputs: dict[str, Amounts] = field(default_factory=dict)
+    zero_weights: set[str] = field(default_factory=set)
     complete: bool = False
     loss_scale: float = 1.0
     left: float = 1.0
-    zero_weights: tuple[str, ...] = ()
 
     @property
     def fp16(self) -> bool:
         """Whether the model computes in FP16 somewhere on the way to the loss."""
         return any(call.dtype is torch.float16 and call.with_grad for call in self.calls.values())
 
-    @property
-    def bits(self) -> int:
-        """The bits by which the loss scale shifts the gradients as they are now."""
-        return round(math.log2(self.loss_scale / self.left)) if 0 < self.loss_scale < math.inf else 0
-
     def in_fp16(self, parameter: str) -> bool:
         """Whether the gradient of a parameter was computed in FP16."""
         call, grad = self.calls.get(parameter.rpartition(".")[0]), self.gradients[parameter]
         return (call is not None and call.dtype is torch.float16) or (grad is not None and grad.dtype is torch.float16)
+
+    def fill(self, read: dict[tuple[str, str], Amounts]) -> None:
+        """Add what was read from the device."""
+        for (kind, name), amounts in read.items():
+            if isinstance(amounts, GradientAmounts):
+                self.gradients[name] = amounts
+            elif kind == "forward" and amounts.finite:
+                self.outputs[name] = amounts
+            elif kind == "weight" and amounts.lowest == amounts.highest == 0:
+                self.zero_weights.add(name)
 
 
 class Look:
@@ -175,6 +186,8 @@ class Look:
     def __init__(self) -> None:
         self.again = False  # take a look at the next step too
         self.rows: dict[str, Tensor] = {}  # whether each row of a parameter has had a gradient in any look
+        self._looks = 0
+        self._measured = -1  # backward passes before the gradients were measured
         self._record: StepRecord | None = None
         self._hooks: ModuleHooks | None = None
         self._seen: Seen | None = None
@@ -187,45 +200,47 @@ class Look:
         record.probing = record.probing or self.again
         if record.probing:
             self.again = False
-            self._record, self._seen = record, None
-            self._hooks = ModuleHooks(subject.model, Readings(), subject.guard)
+            self._record, self._seen, self._measured = record, None, -1
+            self._hooks = ModuleHooks(subject.model, Readings(), subject.guard, thorough=False)
             if not subject.compiled:
                 self._hooks.install()
 
     def gradients(self, subject: Subject, record: StepRecord) -> None:
-        """Measure the gradients before the update. With several optimizers the last call counts."""
+        """Measure the gradients before the update. With several optimizers those of the last one count."""
         finite = record.grad_norm is None or math.isfinite(record.grad_norm)
         if self._record is not record or self._hooks is None or not finite:
             return
+        if self._measured == record.facts.backwards:  # for another detector
+            return
+        self._measured = record.facts.backwards
         named = [(name, p) for name, p in subject.model.named_parameters() if p.requires_grad]
         if all(p.grad is None for _, p in named):
             named = [(name, p) for name, p in subject.named() if p.requires_grad]
-        readings = Readings()
+        scale = subject.loss_scale() if subject.is_scaled else record.scale
+        seen = Seen(record.step, self._hooks.calls, complete=True, loss_scale=scale, left=record.scale)
+        seen.gradients, self._seen = {name: None for name, _ in named}, seen
+        readings = self._hooks.readings
+        readings.forget("gradient", "weight")
         for name, p in named:
             if p.grad is not None and p.numel():
                 grad = _plain(p.grad)
-                rows = readings.add_gradient(name, grad)
-                self.rows[name] = self.rows[name] | rows if name in self.rows else rows
-        read = readings.read()
-        grads = {name: read.get(("gradient", name)) for name, _ in named}
-        self._seen = Seen(
-            record.step,
-            gradients={name: grad if isinstance(grad, GradientAmounts) else None for name, grad in grads.items()},
-            complete=True,
-            loss_scale=subject.loss_scale() if subject.is_scaled else record.scale,
-            left=record.scale,
-            zero_weights=zero_weights(named),
-        )
+                readings.add_gradient(name, grad, seen.in_fp16(name) or grad.dtype is torch.float16)
+                if self._looks < FIRST_LOOKS and not name.endswith("bias"):
+                    readings.add("weight", name, _plain(p), exponents=False)
 
     def seen(self, record: StepRecord) -> Seen | None:
-        """Return what was seen of a step, after its update; None if no look was taken."""
+        """Return what was seen of a step, after its update; None if no look was taken. The first call reads it."""
         if self._record is not record:
             return None
-        seen = self._seen = self._seen or Seen(record.step)
         if self._hooks is not None:
-            seen.calls, seen.amounts = self._hooks.calls, self._hooks.readings.read()
+            self._seen = self._seen or Seen(record.step, self._hooks.calls)
+            self._seen.fill(self._hooks.readings.read())
+            self._looks += self._seen.complete
+            for name, grad in self._seen.gradients.items():
+                if grad is not None:
+                    self.rows[name] = self.rows[name] | grad.alive if name in self.rows else grad.alive
             self.stop()
-        return seen
+        return self._seen
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -234,11 +249,24 @@ class Look:
         self._hooks = None
 
 
-def zero_weights(named: Sequence[tuple[str, nn.Parameter]]) -> tuple[str, ...]:
-    """Return the parameters with gradients that are zero in every value. Biases, which block nothing, are left out."""
-    chosen = [(name, p.detach()) for name, p in named if p.grad is not None and p.numel() and not name.endswith("bias")]
-    if not chosen:
+class Looking(Detector):
+    """A detector that judges looks, which it may share with others."""
+
+    def __init__(self, look: Look | None = None) -> None:
+        self.look = look or Look()
+        self._told: set[str] = set()
+
+    def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Begin the look."""
+        self.look.begin(subject, record)
         return ()
-    largest = torch._foreach_norm([weight for _, weight in chosen], math.inf)
-    sizes = torch.stack([each.float().to(largest[0].device) for each in largest]).tolist()
-    return tuple(name for (name, _), size in zip(chosen, sizes, strict=True) if size == 0)
+
+    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Measure the gradients."""
+        self.look.gradients(subject, record)
+        return ()
+
+    def finish(self, subject: Subject) -> Iterable[Finding]:
+        """Take the hooks off."""
+        self.look.stop()
+        return ()

@@ -14,11 +14,28 @@ import torch
 from torch import Tensor
 
 LOWEST, HIGHEST = -149, 128  # exponents of float32: a magnitude in [2^(e-1), 2^e) has the exponent e
+BINS = HIGHEST - LOWEST + 2  # one of each exponent, after that of zeros
 SAMPLE = 2**14  # histograms of larger tensors take an even sample of at most this many values
 FLUSHED, SUBNORMAL, LARGEST = -25, -14, 15  # exponents of FP16: 2^15 is the largest power of two
 MOST_FLUSHED = 1e-3  # share of gradients that a good loss scale may flush to zero
-# Magnitudes below 2^e are subnormal in the dtype.
-SMALLEST_NORMAL = {torch.float16: -14, torch.bfloat16: -126, torch.float32: -126, torch.float64: -1022}
+USUAL_CEILING = 24  # bits: the default of precision.loss_scale.ceiling
+
+
+class Window(NamedTuple):
+    """The loss scales 2^low to 2^high: under 0.1% of the gradients are flushed, and the largest is below 2^15.
+
+    No scale fits if low is above high.
+    """
+
+    low: int
+    high: int
+
+    def recommended(self) -> float:
+        """Return a scale to start with: two bits below the top, and at most USUAL_CEILING if that is inside."""
+        return 2.0 ** min(max(self.low, min(self.high - 2, USUAL_CEILING)), self.high)
+
+    def __str__(self) -> str:
+        return f"2^{self.low} to 2^{self.high}" if self.low <= self.high else f"none (2^{self.low} > 2^{self.high})"
 
 
 class Exponents(NamedTuple):
@@ -45,18 +62,13 @@ class Exponents(NamedTuple):
         """Return the share of non-zero values that are subnormal in FP16 under a loss scale."""
         return self.below(SUBNORMAL - math.log2(scale)) - self.flushed(scale)
 
-    @property
-    def top(self) -> int | None:
-        """The exponent of the largest magnitude; None if all are zero."""
-        return max((LOWEST + place for place, count in enumerate(self.counts) if count), default=None)
-
-    def window(self) -> "Window | None":
+    def window(self) -> Window | None:
         """Return the loss scales that fit; None if all values are zero."""
-        if self.top is None:
+        top = max((LOWEST + place for place, count in enumerate(self.counts) if count), default=None)
+        if top is None:
             return None
         scales = range(-40, 80)
-        low = next((k for k in scales if self.flushed(2.0**k) < MOST_FLUSHED), scales[-1])
-        return Window(low, LARGEST - self.top)
+        return Window(next((k for k in scales if self.flushed(2.0**k) < MOST_FLUSHED), scales[-1]), LARGEST - top)
 
     def shifted(self, bits: int) -> "Exponents":
         """Return the histogram of the same values times 2^bits, as far as float32 holds them."""
@@ -64,38 +76,15 @@ class Exponents(NamedTuple):
         kept = [*empty, *self.counts][: len(self.counts)] if bits > 0 else [*self.counts, *empty][-len(self.counts) :]
         return Exponents(kept, self.zeros)
 
-    def joined(self, other: "Exponents") -> "Exponents":
-        """Return the histogram of both sets of values."""
-        counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        return Exponents(counts, self.zeros + other.zeros)
 
-
-USUAL_CEILING = 24  # bits: the default of precision.loss_scale.ceiling
-NOTHING = Exponents([0.0] * (HIGHEST - LOWEST + 1), 0.0)
-
-
-class Window(NamedTuple):
-    """The loss scales 2^low to 2^high: under 0.1% of the gradients are flushed, and the largest is below 2^15.
-
-    No scale fits if low is above high.
-    """
-
-    low: int
-    high: int
-
-    def recommended(self) -> float:
-        """Return a scale to start with: two bits below the top, and at most USUAL_CEILING if that is inside."""
-        return 2.0 ** min(max(self.low, min(self.high - 2, USUAL_CEILING)), self.high)
-
-    def __str__(self) -> str:
-        return f"2^{self.low} to 2^{self.high}" if self.low <= self.high else f"none (2^{self.low} > 2^{self.high})"
+NOTHING = Exponents([0.0] * (BINS - 1), 0.0)
 
 
 @dataclass(frozen=True)
 class Amounts:
     """The magnitudes of a tensor, or of several of one dtype.
 
-    `lowest` and `highest` are over all values, `exponents` may be of a sample.
+    `lowest` and `highest` are over all values. `exponents` may be of a sample, and is empty if it was not asked for.
     """
 
     dtype: torch.dtype
@@ -125,16 +114,11 @@ class Amounts:
         total = self.exponents.zeros + self.exponents.nonzero
         return self.exponents.zeros / total if total else 0.0
 
-    @property
-    def subnormal(self) -> float:
-        """The share of non-zero values that are subnormal in the dtype."""
-        return self.exponents.below(SMALLEST_NORMAL[self.dtype])
-
     def __add__(self, other: "Amounts") -> "Amounts":
         low, high = min(self.lowest, other.lowest), max(self.highest, other.highest)
         if math.isnan(self.highest + other.highest):
             low = high = math.nan
-        return Amounts(self.dtype, low, high, self.exponents.joined(other.exponents))
+        return Amounts(self.dtype, low, high, joined([self, other]))
 
 
 @dataclass(frozen=True)
@@ -142,96 +126,105 @@ class GradientAmounts(Amounts):
     """The magnitudes of a parameter's gradient.
 
     Args:
-        norm: its L2 norm.
-        rows: how many of its rows (slices of the first dimension) have a value that is not zero.
+        alive: which of its rows (slices of the first dimension) have a value that is not zero: bool, on the host.
+        rows: how many rows these are.
         lost: the share of zeros among its rows and columns that have other values: in a dense layer these were flushed.
+            0.0 without `exponents`.
     """
 
-    norm: float = 0.0
-    rows: int = 0
-    lost: float = 0.0
+    alive: Tensor
+    rows: int
+    lost: float
+
+
+class _Entry(NamedTuple):
+    """What is known of a tensor on its device: its lowest and highest values, of a gradient those of each row."""
+
+    kind: str
+    name: str
+    dtype: torch.dtype
+    numbers: tuple[Tensor, ...]  # lowest and highest, and of a gradient how many are not zero, of how many may be
+    sample: Tensor | None
 
 
 class Readings:
-    """Statistics as vectors on the device, which `read` fetches in one transfer."""
+    """Statistics of tensors, which `read` fetches in one transfer. Without `exponents` they cost one kernel each."""
 
     def __init__(self) -> None:
-        self._vectors: list[Tensor] = []
-        self._keys: list[tuple[str, str, torch.dtype]] = []
+        self._entries: list[_Entry] = []
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def add(self, kind: str, name: str, tensor: Tensor) -> None:
-        """Measure a tensor of floats that is not empty. Nothing is read from the device."""
+    def add(self, kind: str, name: str, tensor: Tensor, exponents: bool = True) -> None:
+        """Measure a tensor of floats that is not empty: its range, and its exponents. Nothing is read."""
         tensor = tensor.detach()
-        self._keys.append((kind, name, tensor.dtype))
-        self._vectors.append(torch.cat([_range(tensor), _histogram(tensor)]))
+        low, high = torch.aminmax(tensor)
+        sample = _sampled(tensor) if exponents else None
+        self._entries.append(_Entry(kind, name, tensor.dtype, (low[None], high[None]), sample))
 
-    def add_gradient(self, name: str, gradient: Tensor) -> Tensor:
-        """Measure a gradient: as `add`, and its norm, its rows and its lost share.
-
-        Returns:
-            Whether each row has a value that is not zero: bool, (rows,), on the device.
-        """
+    def add_gradient(self, name: str, gradient: Tensor, exponents: bool = True) -> None:
+        """Measure a parameter's gradient: the range of each row, and its exponents and lost share. Nothing is read."""
         gradient = gradient.detach()
-        self.add("gradient", name, gradient)
-        table = gradient.reshape(gradient.shape[0], -1) if gradient.dim() else gradient.reshape(1, 1)
-        present = table != 0
-        alive = present.any(1)
-        rows, columns = alive.sum(), present.any(0).sum()
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-        lost = 1 - present.sum() / (rows * columns).clamp(min=1)
-        self._vectors[-1] = torch.cat([self._vectors[-1], torch.stack([norm, rows, lost]).float()])
-        return alive
+        table = gradient.reshape(gradient.shape[0] if gradient.dim() else 1, -1)
+        numbers, sample = tuple(torch.aminmax(table, dim=1)), None
+        if exponents:
+            present, sample = table != 0, _sampled(gradient)
+            numbers += (torch.stack([present.sum(), present.any(1).sum() * present.any(0).sum()]).float(),)
+        self._entries.append(_Entry("gradient", name, gradient.dtype, numbers, sample))
+
+    def forget(self, *kinds: str) -> None:
+        """Forget what was measured of these kinds."""
+        self._entries = [entry for entry in self._entries if entry.kind not in kinds]
 
     def read(self) -> dict[tuple[str, str], Amounts]:
         """Return the amounts by (kind, name), and forget them. Several tensors of one name are joined."""
-        if not self._keys:
+        entries, self._entries = self._entries, []
+        if not entries:
             return {}
-        sizes = [len(vector) for vector in self._vectors]
-        device = self._vectors[0].device
-        numbers, start = torch.cat([vector.to(device) for vector in self._vectors]).tolist(), 0
+        device = entries[0].numbers[0].device
+        tables = _histograms([entry.sample.to(device) for entry in entries if entry.sample is not None])
+        parts = [tables, *(part for entry in entries for part in entry.numbers)]
+        numbers = torch.cat([part.to(device) for part in parts]).cpu()  # the one wait for the device
+        chunks = iter(torch.split(numbers, [len(part) for part in parts]))
+        counts = iter(next(chunks).view(-1, BINS).tolist())
         read: dict[tuple[str, str], Amounts] = {}
-        for (kind, name, dtype), size in zip(self._keys, sizes, strict=True):
-            low, high, zeros, *counts = numbers[start : start + size]
-            start += size
-            bins = HIGHEST - LOWEST + 1
-            exponents, more = Exponents(counts[:bins], zeros), counts[bins:]
-            if more:
-                made: Amounts = GradientAmounts(dtype, low, high, exponents, more[0], int(more[1]), more[2])
-            else:
-                made = Amounts(dtype, low, high, exponents)
-            known = read.get((kind, name))
-            read[kind, name] = made if known is None or known.dtype != dtype else known + made
-        self._keys, self._vectors = [], []
+        for entry in entries:
+            zeros, *others = next(counts) if entry.sample is not None else [0.0]
+            exponents = Exponents(others, zeros) if others else NOTHING
+            made = _amounts(entry, exponents, [next(chunks) for _ in entry.numbers])
+            known = read.get((entry.kind, entry.name))
+            read[entry.kind, entry.name] = made if known is None or known.dtype != entry.dtype else known + made
         return read
-
-
-def _range(tensor: Tensor) -> Tensor:
-    return torch.stack(torch.aminmax(tensor)).float()
-
-
-def _histogram(tensor: Tensor) -> Tensor:
-    """Return the number of zeros, and of values with each exponent, in an even sample."""
-    values = _sampled(tensor).float().flatten()
-    exponents = torch.frexp(values).exponent.clamp(LOWEST, HIGHEST) - LOWEST + 1
-    exponents = torch.where(values == 0, 0, exponents)
-    return torch.bincount(exponents, minlength=HIGHEST - LOWEST + 2).float()
-
-
-def _sampled(tensor: Tensor) -> Tensor:
-    """Return a view with at most about `SAMPLE` values, spread evenly."""
-    while tensor.numel() > SAMPLE:
-        longest = max(range(tensor.dim()), key=lambda place: tensor.shape[place])
-        step = min(-(-tensor.numel() // SAMPLE), tensor.shape[longest])
-        tensor = tensor[(slice(None),) * longest + (slice(None, None, max(step, 2)),)]
-    return tensor
 
 
 def joined(amounts: Iterable[Amounts]) -> Exponents:
     """Return the histogram of all amounts."""
-    total = NOTHING
-    for each in amounts:
-        total = total.joined(each.exponents)
-    return total
+    counts, zeros = zip(NOTHING, *(each.exponents for each in amounts), strict=True)
+    return Exponents([sum(column) for column in zip(*counts, strict=True)], sum(zeros))
+
+
+def _amounts(entry: _Entry, exponents: Exponents, numbers: Sequence[Tensor]) -> Amounts:
+    lows, highs, *counts = numbers
+    made = Amounts(entry.dtype, float(lows.min()), float(highs.max()), exponents)
+    if entry.kind != "gradient":
+        return made
+    alive = (lows != 0) | (highs != 0)
+    lost = 1 - float(counts[0][0] / counts[0][1].clamp(min=1)) if counts else 0.0
+    return GradientAmounts(**vars(made), alive=alive, rows=int(alive.sum()), lost=lost)
+
+
+def _histograms(samples: Sequence[Tensor]) -> Tensor:
+    """Return for each sample the number of zeros and of values with each exponent: float, (samples * BINS,)."""
+    if not samples:
+        return torch.empty(0)
+    values, sizes = torch.cat(list(samples)), torch.tensor([len(sample) for sample in samples])
+    exponents = torch.where(values == 0, 0, torch.frexp(values).exponent.clamp(LOWEST, HIGHEST) - LOWEST + 1)
+    firsts = torch.arange(0, len(samples) * BINS, BINS).repeat_interleave(sizes)
+    return torch.bincount(exponents + firsts.to(values.device), minlength=len(samples) * BINS).float()
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Return a copy in float32 of at most about `SAMPLE` values, spread evenly: (values,)."""
+    while tensor.numel() > SAMPLE:
+        longest = max(range(tensor.dim()), key=lambda place: tensor.shape[place])
+        step = min(-(-tensor.numel() // SAMPLE), tensor.shape[longest])
+        tensor = tensor[(slice(None),) * longest + (slice(None, None, max(step, 2)),)]
+    return tensor.to(torch.float32, copy=True).flatten()

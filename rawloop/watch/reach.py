@@ -6,44 +6,27 @@ import torch
 from torch import nn
 
 from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.look import Look, Seen
-from rawloop.watch.subject import Detector, StepRecord, Subject
-from rawloop.watch.unreached import module_of, not_called, unreached
+from rawloop.watch.look import Look, Looking, Seen
+from rawloop.watch.subject import StepRecord, Subject
+from rawloop.watch.unreached import module_of, unreached
 
 LOOKS = 3  # in which a parameter has no gradient before that counts
 MOST_LOOKS = 6  # in a row
 STILL, STILL_IN_BF16 = 5, 50  # updates over which a loss stands still to the bit
 
 
-class Reach(Detector):
+class Reach(Looking):
     """Looks at which parameters the loss reaches, and whether it moves."""
 
     def __init__(self, look: Look | None = None) -> None:
-        self.look = look or Look()
+        super().__init__(look)
         self._last: Seen | None = None
         self._missing: set[str] = set()  # parameters that had no gradient, or one of zeros, in every look
         self._looks = self._all_looks = 0  # those that count, and all
         self._first = 0  # the step of the first look
         self._nothing = 0  # steps in a row with a gradient of exactly zero
-        self._losses: list[float] = []
-        self._told: set[str] = set()
-
-    def start(self, subject: Subject) -> Iterable[Finding]:
-        """Look for a model that trains nothing."""
-        if any(p.requires_grad for p in subject.model.parameters()):
-            return
-        cause = Cause(
-            "model",
-            "no parameter of the model requires a gradient",
-            Place("backward"),
-            advice="Set requires_grad of the parts that are to be trained",
-        )
-        yield Finding("nothing_trained", "no parameter is trained", (cause,), 0, subject.world.rank)
-
-    def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Begin the look."""
-        self.look.begin(subject, record)
-        return ()
+        self._loss: float | None = None
+        self._same = 0  # updates in a row with this loss
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Measure, and count the steps in a row whose gradient is exactly zero."""
@@ -81,22 +64,18 @@ class Reach(Detector):
         self._missing = missing if self._last is None else self._missing & missing
         self._last = seen
         self._all_looks += 1
-        blocks = bool(set(seen.zero_weights) - self._missing)  # as LoRA's B does in the first step
-        self._looks += not blocks
+        self._looks += not seen.zero_weights - self._missing  # they block others, as LoRA's B does in the first step
         doubtful = self._missing or any(_some_rows(self.look, name, seen) for name in seen.gradients)
         self.look.again = bool(doubtful) and self._looks < LOOKS and self._all_looks < MOST_LOOKS
 
     def _report(self, subject: Subject, seen: Seen) -> Iterator[Finding]:
-        absent = [name for name in seen.gradients if name in self._missing and seen.gradients[name] is None]
-        zero = [name for name in seen.gradients if name in self._missing and seen.gradients[name] is not None]
-        zero = [name for name in zero if not _is_bias_of(name, seen)]
-        for names, kind in ((absent, "no_gradient"), (zero, "gradient_zero")):
-            called = [name for name in names if not seen.calls or module_of(name) in seen.calls]
-            idle = [name for name in names if name not in called]
-            if idle:
-                yield from self._once(not_called(subject, seen, idle))
-            if called:
-                yield from self._once(unreached(subject, seen, called, kind, self._first, self._looks))
+        missing = [name for name in seen.gradients if name in self._missing]
+        idle = [name for name in missing if seen.calls and module_of(name) not in seen.calls]
+        absent = [name for name in missing if seen.gradients[name] is None and name not in idle]
+        zero = [name for name in missing if name not in (*idle, *absent) and not _is_bias_of(name, seen)]
+        for names, kind in ((idle, "no_gradient"), (absent, "no_gradient"), (zero, "gradient_zero")):
+            if names:
+                yield from self._once(unreached(subject, seen, names, kind, self._first, self._looks))
         for name in seen.gradients:
             yield from self._dead_rows(subject, seen, name)
 
@@ -112,17 +91,13 @@ class Reach(Detector):
             yield _dead(subject, seen, name, alive, block)
 
     def _still(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
-        if record.loss is None or not record.grad_norm:
-            self._losses.clear()
-            return
-        if self._losses and record.loss != self._losses[-1]:
-            self._losses.clear()
-        self._losses.append(record.loss)
-        if len(self._losses) not in (STILL, STILL_IN_BF16):
-            return
-        coarse = float(torch.tensor(record.loss).bfloat16()) == record.loss
-        if len(self._losses) == (STILL_IN_BF16 if coarse else STILL):
-            yield from self._once(_still(subject, record, len(self._losses)))
+        loss = record.loss if record.grad_norm else None
+        self._same = 0 if loss is None else self._same + 1 if loss == self._loss else 1
+        self._loss = loss
+        if loss is not None and self._same in (STILL, STILL_IN_BF16):
+            coarse = float(torch.tensor(loss).bfloat16()) == loss
+            if self._same == (STILL_IN_BF16 if coarse else STILL):
+                yield from self._once(_still(subject, record, self._same))
 
     def _once(self, finding: Finding) -> Iterator[Finding]:
         key = str(finding.key())
@@ -186,15 +161,12 @@ def _some_rows(look: Look, name: str, seen: Seen) -> bool:
 
 def _nothing(subject: Subject, record: StepRecord) -> Finding:
     absent = all(p.grad is None for p in subject.model.parameters())
-    evidence: dict[str, float | int | str] = {"gradient norm": 0.0}
-    if record.loss is not None:
-        evidence["loss"] = record.loss
+    what = "every gradient of the model is exactly zero"
+    advice = "Look for a batch without targets, a loss weight or mask of zero, and a clamped or saturated loss"
     if absent:
         what = "the loss depends on none of the model's parameters"
         advice = "Look for .detach() or no_grad between model and loss, and for an optimizer of another model"
-    else:
-        what = "every gradient of the model is exactly zero"
-        advice = "Look for a batch without targets, a loss weight or mask of zero, and a clamped or saturated loss"
+    evidence = {"gradient norm": 0.0} | ({} if record.loss is None else {"loss": record.loss})
     data = Cause("data", "no target is scored", Place("data"), {}, "Count the labels that are not ignored")
     cause = Cause("loss", what, Place("backward"), evidence, advice)
     causes = (data, cause) if not absent and record.loss == 0 else (cause,)
@@ -211,19 +183,12 @@ def _still(subject: Subject, record: StepRecord, updates: int) -> Finding:
         "Compare a weight before and after an update",
     )
     data = Cause("data", "the batches are equal", Place("data"), {}, "Look at the loader")
-    return Finding(
-        "loss_stands_still",
-        f"the loss is the same to the bit over {updates} updates",
-        (cause, data),
-        record.step,
-        subject.world.rank,
-        since=record.step - updates + 1,
-    )
+    what, since = f"the loss is the same to the bit over {updates} updates", record.step - updates + 1
+    return Finding("loss_stands_still", what, (cause, data), record.step, subject.world.rank, since=since)
 
 
 def _dead(subject: Subject, seen: Seen, name: str, alive: Sequence[bool], size: int) -> Finding:
-    first = alive.index(False)
-    dead = len(alive) - sum(alive)
+    first, dead = alive.index(False), len(alive) - sum(alive)
     cause = Cause(
         "model",
         f"rows {first} to {first + size - 1} of '{name}' are connected to the loss, and their gradient is exactly zero",

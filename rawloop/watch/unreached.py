@@ -18,39 +18,28 @@ def module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def not_called(subject: Subject, seen: Seen, names: Sequence[str]) -> Finding:
-    """Return the note on trained parts whose modules were not called."""
-    cause = Cause(
-        "model",
-        f"the modules of {first_few(names)} were not called",
-        Place("backward", module=module_of(names[0])),
-        {"parameters": len(names)},
-        "This is usual for experts without tokens and for heads that this task does not use; else freeze them",
-    )
-    return Finding(
-        "parts_not_called", "trained parts were not called", (cause,), seen.step, subject.world.rank, ordinary=True
-    )
-
-
 def unreached(subject: Subject, seen: Seen, names: Sequence[str], kind: str, since: int, looks: int) -> Finding:
-    """Return the finding of modules that were called, and whose parameters get no gradient, or one of zeros."""
+    """Return the finding of trained parameters without a gradient (`no_gradient`), or with zeros (`gradient_zero`).
+
+    The modules of all of them were called in the look, or of none; `since` is the step of the first of `looks` looks.
+    """
     order = {module_of(name): seen.calls[module_of(name)].order for name in names if module_of(name) in seen.calls}
     last = max(order, key=lambda name: order[name], default=module_of(names[-1]))
     sizes = {name: p.numel() for name, p in subject.model.named_parameters() if name in seen.gradients}
     share = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
-    alarm = kind == "gradient_zero" or _is_start(seen, order) or (share >= SMALL and len(order) > 1)
-    alarm = alarm or _has_equals(subject, seen, names)
-    whose, place, what, advice = _why_zero(seen, names[0], order, last)
-    if kind == "no_gradient":
-        sure, place, what, advice = _why_absent(seen, order, last)
-        whose, alarm = "model", alarm or sure
-    cause = Cause(
-        whose,
-        what,
-        Place("backward", module=place, optimizer=whole_group(subject, names)),
-        {"parameters": len(names), "share of the trained values": share, "looks": looks},
-        advice,
-    )
+    alarm = _is_start(seen, order) or (share >= SMALL and len(order) > 1) or _has_equals(subject, seen, names)
+    whose: Whose = "model"
+    if seen.calls and not order:
+        alarm, module, what = False, module_of(names[0]), f"the modules of {first_few(names)} were not called"
+        advice = "This is usual for experts without tokens and for heads that this task does not use; else freeze them"
+    elif kind == "no_gradient":
+        sure, module, what, advice = _why_absent(seen, order, last)
+        alarm = alarm or sure
+    else:
+        alarm, (whose, module, what, advice) = True, _why_zero(seen, names[0], order, last)
+    place = Place("backward", module=module, optimizer=whole_group(subject, names))
+    evidence = {"parameters": len(names), "share of the trained values": share, "looks": looks}
+    cause = Cause(whose, what, place, evidence, advice)
     such = "no gradient" if kind == "no_gradient" else "a gradient of exactly zero"
     symptom = f"{len(names)} trained parameters have {such}: {first_few(names, most=3)}"
     return Finding(kind, symptom, (cause,), seen.step, subject.world.rank, ordinary=not alarm, since=since)
@@ -112,7 +101,7 @@ def _dead(seen: Seen, order: Mapping[str, int]) -> tuple[str, str, str] | None:
     It is the first whose output is zero in every value after a module without a gradient. Without one, as an activation
     may be a function, it is the last module without a gradient whose outputs a ReLU turns into zeros.
     """
-    made = {name: amounts for (kind, name), amounts in seen.amounts.items() if kind == "forward" and amounts.finite}
+    made = seen.outputs
     negative = {name for name in order if name in made and made[name].highest <= 0 and made[name].lowest < 0}
     trained, before = {module_of(name) for name in seen.gradients}, ""
     advice = "Look at the weight and bias of '{}': a bias or a learning rate that is too large kills its units"

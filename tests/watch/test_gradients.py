@@ -10,7 +10,7 @@ from rawloop.watch.findings import Finding
 from rawloop.watch.gradients import MANY_MICRO_STEPS, Gradients
 from rawloop.watch.subject import Pass, StepRecord, Subject
 from rawloop.watch.wrappers import is_compiled
-from tests.watch.loops import Model, mean_loss, watched
+from tests.watch.loops import Model, watched
 
 
 def kinds(findings: list[Finding]) -> list[str]:
@@ -26,19 +26,6 @@ def test_outputs_near_the_limit_of_fp16_are_named_with_their_bits() -> None:
     assert (found.cause.whose, found.cause.place.module) == ("precision", "layers.1.up")
     assert found.cause.evidence["head room in bits"] == pytest.approx(1.7, abs=0.1)
     assert watched(model, [Gradients()], dtype=torch.bfloat16, steps=1) == []
-
-
-def test_flushed_gradients_name_a_parameter_and_the_scale_that_saves_them() -> None:
-    def small(model: Any, ids: Tensor, step: int) -> Tensor:
-        return mean_loss(model, ids, step) / 2**14
-
-    (found,) = watched(Model(), [Gradients()], dtype=torch.float16, loss=small, steps=2)
-    assert (found.kind, found.cause.whose) == ("gradients_flushed", "precision")
-    assert float(found.cause.evidence["lost"]) > 0.05
-    saving = float(found.cause.advice.partition("scale at ")[2].partition(",")[0])
-    assert saving >= 2**16
-    scaler = torch.amp.GradScaler("cpu", init_scale=saving)
-    assert watched(Model(), [Gradients()], dtype=torch.float16, loss=small, steps=2, scaler=scaler) == []
 
 
 class Stack(nn.Module):
@@ -59,12 +46,12 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize(("size", "kind"), [(0.3, "gradients_vanish"), (12.0, "gradients_explode"), (1.7, None)])
-def test_gradients_that_change_over_depth_name_stack_and_layer(size: float, kind: str | None) -> None:
+@pytest.mark.parametrize(("size", "word"), [(0.3, "vanish"), (12.0, "explode"), (1.7, None)])
+def test_gradients_that_change_over_depth_name_stack_and_layer(size: float, word: str | None) -> None:
     found = watched(Stack(size), [Gradients()], steps=1)
-    assert kinds(found) == ([kind] if kind else [])
+    assert kinds(found) == (["gradients_over_depth"] if word else [])
     for finding in found:
-        assert "layers" in finding.what
+        assert f"the gradients {word} over the 8 layers of 'layers'" in finding.what
         assert finding.cause.place.module.startswith("layers.")
 
 
@@ -90,14 +77,12 @@ def test_a_healthy_loop_is_quiet_and_keeps_no_hooks(dtype: torch.dtype | None) -
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_compiled_model_gets_no_hooks_and_that_is_told() -> None:
+def test_a_compiled_model_gets_no_hooks() -> None:
     model = Model()
     subject = Subject(model, [], None, model.named_parameters, compiled=True)
     record, detector = StepRecord(0, probing=True), Gradients()
-    assert list(detector.batch(subject, record)) == []
+    assert [*detector.batch(subject, record), *detector.end(subject, record)] == []
     assert not any(module._forward_hooks for module in model.modules())
-    (found,) = detector.end(subject, record)
-    assert (found.kind, found.ordinary) == ("modules_not_seen", True)
     assert not is_compiled(model)
     model.layers[0]._compiled_call_impl = print  # as Module.compile does
     assert is_compiled(model)

@@ -54,20 +54,21 @@ def test_every_skip_adds_to_the_history() -> None:
 
 
 @pytest.mark.parametrize(
-    ("applied", "scale", "backoff", "kind"),
+    ("applied", "scale", "backoff", "kind", "words"),
     [
-        ("-" * 17, 2.0**16, 0.5, "scale_collapses"),
-        ("+" + "-" * 31, 2.0**60, 0.5, "scale_collapses"),
-        ("+" + "-" * 10, 2.0**16, 0.5, "skips_in_a_row"),
-        ("-" * 10, 2.0**16, 1.0, "skips_in_a_row"),
-        ("-" * 142, 2.0**16, 0.5, "scale_denormal"),
-        ("+--" * 10, 2.0**24, 1.0, "skips_often"),
-        ("+" * 100 + "+++++++-" * 13, 2.0**16, 1.0, "skips_often"),
+        ("-" * 17, 2.0**16, 0.5, "scale_collapses", "halved 17 times"),
+        ("+" + "-" * 31, 2.0**60, 0.5, "scale_collapses", "halved 31 times"),
+        ("-" * 142, 2.0**16, 0.5, "scale_collapses", "overflows float32"),
+        ("+" + "-" * 10, 2.0**16, 0.5, "skips_often", "10 steps in a row"),
+        ("-" * 10, 2.0**16, 1.0, "skips_often", "10 steps in a row"),
+        ("+--" * 10, 2.0**24, 1.0, "skips_often", "67% of the last 30 steps"),
+        ("+" * 100 + "+++++++-" * 13, 2.0**16, 1.0, "skips_often", "of the last 100 steps"),
     ],
 )
-def test_skips_that_are_not_ordinary(applied: str, scale: float, backoff: float, kind: str) -> None:
-    found = history(applied, Scaler(scale), backoff=backoff)
-    assert kind in [finding.kind for finding in found if not finding.ordinary]
+def test_skips_that_are_not_ordinary(applied: str, scale: float, backoff: float, kind: str, words: str) -> None:
+    found = {finding.kind: finding for finding in history(applied, Scaler(scale), backoff=backoff)}
+    assert not found[kind].ordinary
+    assert words in found[kind].cause.what
 
 
 @pytest.mark.parametrize("applied", ["-" * 12 + "+" * 50, "--+-+++", ("+" * 60 + "-") * 4])
@@ -88,7 +89,7 @@ def tiny(model: Any, ids: Tensor, step: int) -> Tensor:
     ("scaler", "kind"),
     [
         (None, "no_loss_scaling"),
-        (torch.amp.GradScaler("cpu", enabled=False), "scaler_disabled"),
+        (torch.amp.GradScaler("cpu", enabled=False), "no_loss_scaling"),
         (torch.amp.GradScaler("cpu", init_scale=1.0), "scale_too_low"),
     ],
 )
@@ -96,6 +97,8 @@ def test_a_scale_that_lets_fp16_flush_gradients(scaler: Any, kind: str) -> None:
     (found,) = watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, loss=tiny, steps=2)
     assert (found.kind, found.cause.whose, found.ordinary) == (kind, "precision", False)
     assert float(found.cause.evidence["lost"]) + float(found.cause.evidence["subnormal"]) > 0.5
+    assert float(found.cause.evidence["most lost"]) > 0.05
+    assert found.cause.place.parameter in dict(Model().named_parameters())
     better = float(found.cause.advice.rpartition(" ")[2])
     scaler = torch.amp.GradScaler("cpu", init_scale=better)
     assert watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, loss=tiny, steps=2) == []
