@@ -3,20 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rawloop.errors import UserError
 from rawloop.report.outcome import ended
-from rawloop.report.page import Figure, Note, Section, Table, render
-from rawloop.report.panels import (
-    MOST_OTHERS,
-    Panel,
-    codebook_maps,
-    draw_overlay,
-    loss_panels,
-    other_panels,
-    time_line,
-    training_panels,
-)
+from rawloop.report.page import Note, Section, Table, render
+from rawloop.report.panels import MOST_OTHERS, figures, panels
 from rawloop.report.plots import COLORS
 from rawloop.report.runs import CONFIG, RunData, read_run
 
@@ -42,19 +34,15 @@ def compare(folders: Sequence[Path], running: Sequence[bool | None]) -> str:
     read = [read_run(folder) for folder in folders]
     names = [run.name for run in read]
     runs = {run.name if names.count(run.name) == 1 else str(run.folder): run for run in read}
-    lead = [Note(f"{note.head} {note.text}", note.tone, f"{name}:") for name, note in _ends(runs, running)]
+    ends = {name: ended(run, is_running) for (name, run), is_running in zip(runs.items(), running, strict=True)}
+    lead = [Note(f"{note.head} {note.text}", note.tone, f"{name}:") for name, note in ends.items()]
     lead += [Note(text, "warning", "Not read:") for run in read for text in run.unreadable]
-    sections = [Section("Where the losses part", list(partings(runs))), Section("Values", tables=[values(runs)])]
-    sections += [settings(runs), *figures(runs)]
+    sections = [Section("Where the losses part", list(_partings(runs))), Section("Values", tables=[_values(runs)])]
+    sections += [_settings(runs), *figures(runs)]
     return render(f"{len(runs)} runs: {', '.join(runs)}", sections, lead)
 
 
-def _ends(runs: Runs, running: Sequence[bool | None]) -> Iterator[tuple[str, Note]]:
-    for (name, run), is_running in zip(runs.items(), running, strict=True):
-        yield name, ended(run, is_running)
-
-
-def partings(runs: Runs) -> Iterator[Note]:
+def _partings(runs: Runs) -> Iterator[Note]:
     """Yield, for every run but the first, the first step at which a loss is not bitwise that of the first run."""
     (first, reference), *others = runs.items()
     expected = _losses(reference)
@@ -65,8 +53,7 @@ def partings(runs: Runs) -> Iterator[Note]:
         if not common:
             yield Note(f"no step has a loss in both this run and {first}.", "warning", f"{name}:")
         elif not apart:
-            last = max(step for step, _ in common)
-            yield Note(f"bit for bit the losses of {first}, up to step {last:,}.", "good", f"{name}:")
+            yield Note(f"bit for bit the losses of {first}, up to step {max(common)[0]:,}.", "good", f"{name}:")
         else:
             step, loss = min(apart)
             numbers = f"{found[step, loss]!r}, not {expected[step, loss]!r}"
@@ -77,10 +64,10 @@ def partings(runs: Runs) -> Iterator[Note]:
 def _losses(run: RunData) -> dict[tuple[int, str], float]:
     """Return the losses of a run by step and name; of a step that was logged twice, the later ones."""
     return {
-        (line["step"], name): value
-        for line in run.metrics
-        for name, value in line.items()
-        if name.removeprefix("eval_").split("/")[0] == "loss" and isinstance(value, float | int)
+        (int(step), name): value
+        for name, (steps, values) in run.series.items()
+        if name.removeprefix("eval_").split("/")[0] == "loss"
+        for step, value in zip(steps.tolist(), values.tolist(), strict=True)
     }
 
 
@@ -88,17 +75,15 @@ def _equal(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
-def values(runs: Runs) -> Table:
+def _values(runs: Runs) -> Table:
     """Return the final and best values of all runs, a column for each."""
-    names = list(dict.fromkeys(name for run in runs.values() for name in run.series))
-    shown = [name for panel in loss_panels(names) for name in panel.metrics]
-    shown += [name for panel in training_panels(names) for name in panel.metrics]
-    shown += [panel.title for panel in other_panels(names)[:MOST_OTHERS] if panel.title != "eval_seconds"]
     rows: list[list[object]] = [["steps", *(run.last_step for run in runs.values())]]
     rows.append(["updates skipped", *(len(run.of_kind("skip")) for run in runs.values())])
     rows.append(["fallbacks", *(len(run.of_kind("fallback")) for run in runs.values())])
     rows.append(["best evaluation", *(_best(run) for run in runs.values())])
-    rows += [[f"last {name}", *(_last(run, name) for run in runs.values())] for name in shown]
+    for found in panels(dict.fromkeys(name for run in runs.values() for name in run.series)).values():
+        for name in (name for panel in found[:MOST_OTHERS] for name in panel.metrics if name != "eval_seconds"):
+            rows.append([f"last {name}", *(_last(run, name) for run in runs.values())])
     return Table(["", *runs], rows)
 
 
@@ -111,40 +96,18 @@ def _last(run: RunData, name: str) -> object:
     return float(run.series[name].values[-1]) if name in run.series else "-"
 
 
-def settings(runs: Runs) -> Section:
+def _settings(runs: Runs) -> Section:
     """Return the settings that differ, and the machines and versions that do."""
-    title = "Settings that differ"
     without = [name for name, run in runs.items() if not run.config]
     notes = [Note(f"{', '.join(without)}: no {CONFIG}, so no settings.", "warning")] if without else []
     of = [_machine(run) | run.settings() for run in runs.values()]
     keys = [key for key in dict.fromkeys(key for one in of for key in one) if key not in OF_THE_FOLDER]
     rows = [[key, *(str(one.get(key, "-")) for one in of)] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
-    if not rows and not without:
-        return Section(title, [Note("none.")])
-    return Section(title, notes, tables=[Table(["", *runs], rows)] if rows else [])
+    notes += [] if rows or without else [Note("none.")]
+    return Section("Settings that differ", notes, tables=[Table(["", *runs], rows)])
 
 
-def _machine(run: RunData) -> dict[str, object]:
+def _machine(run: RunData) -> dict[str, Any]:
     starts = run.of_kind("start")
     return {name: starts[-1][name] for name in OF_THE_START if name in starts[-1]} if starts else {}
-
-
-def figures(runs: Runs) -> list[Section]:
-    """Return the sections with figures: every metric with a line for each run."""
-    names = list(dict.fromkeys(name for run in runs.values() for name in run.series))
-    spans = [run.span for run in runs.values()]
-    span = min(first for first, _ in spans), max(last for _, last in spans)
-
-    def drawn(panels: Sequence[Panel]) -> list[Figure]:
-        return [draw_overlay(name, runs, span) for panel in panels for name in panel.metrics]
-
-    maps = [figure for name, run in runs.items() for figure in codebook_maps(run, f", {name}")]
-    lines = [figure for name, run in runs.items() for figure in time_line(run, f"Events of {name}")]
-    others = other_panels(names)
-    more = [Note(f"{len(others) - MOST_OTHERS:,} more metrics are not drawn.")] if len(others) > MOST_OTHERS else []
-    return [
-        Section("Losses", figures=[*drawn(loss_panels(names)), *maps]),
-        Section("Training", figures=[*drawn(training_panels(names)), *lines]),
-        Section("Other metrics", more, drawn(others[:MOST_OTHERS])),
-    ]

@@ -1,13 +1,14 @@
 """What became of a run, in words, and the facts that one looks up first."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from rawloop.report.page import Note, Table
 from rawloop.report.runs import RunData
-
-STAMP = "%Y-%m-%d %H:%M:%S UTC"
 
 
 def outcome(run: RunData, is_running: bool | None) -> list[Note]:
@@ -17,10 +18,10 @@ def outcome(run: RunData, is_running: bool | None) -> list[Note]:
         run: the run.
         is_running: whether a process trains it now; None if that is not known.
     """
-    notes = [Note(f"{_trained(run)}.", head="Training:"), ended(run, is_running)]
+    notes = [Note(text, "warning", "Not read:") for text in run.unreadable]
+    notes += [Note(f"{_trained(run)}.", head="Training:"), ended(run, is_running)]
     notes += [Note(text, head="Best:") for text in _best(run)]
-    notes += [Note(text, "warning", "Incidents:") for text in _incidents(run)]
-    return notes + [Note(text, "warning", "Not read:") for text in run.unreadable]
+    return notes + [Note(text, "warning", "Incidents:") for text in _incidents(run)]
 
 
 def ended(run: RunData, is_running: bool | None) -> Note:
@@ -34,7 +35,7 @@ def ended(run: RunData, is_running: bool | None) -> Note:
     if stops:
         return Note(f"at step {stops[-1]['step']:,}: {stops[-1].get('reason')}.", "warning", "Stopped:")
     total = starts[-1].get("total_steps")
-    if isinstance(total, int) and max(run.last_step, starts[-1]["step"]) >= total:
+    if isinstance(total, int) and run.last_step >= total:
         return Note(f"all {total:,} steps are done.", "good", "Finished:")
     written = f"the last line is of {moment(run.events[-1]['time'])}, the last step {run.last_step:,}"
     if is_running is None or total is None:
@@ -44,10 +45,10 @@ def ended(run: RunData, is_running: bool | None) -> Note:
 
 def _trained(run: RunData) -> str:
     totals = [event["total_steps"] for event in run.of_kind("start") if isinstance(event.get("total_steps"), int)]
-    epochs = run.series.get("epoch")
     steps = f"{run.last_step:,} of {totals[-1]:,} steps" if totals else f"{run.last_step:,} steps"
-    if not run.metrics:
+    if not run.series:
         return f"there are no metrics, so there is nothing to draw ({steps})"
+    epochs = run.series.get("epoch")
     return f"{steps}, {epochs.values[-1]:.4g} epochs" if epochs else steps
 
 
@@ -73,8 +74,6 @@ def _incidents(run: RunData) -> Iterator[str]:
 
 
 def _not_finite(run: RunData) -> Iterator[str]:
-    import numpy as np
-
     for name in ("loss", "eval_loss", "grad_norm"):
         if name in run.series:
             steps, values = run.series[name]
@@ -91,49 +90,28 @@ def is_ordinary(event: dict[str, Any]) -> bool:
 
 def moment(seconds: float) -> str:
     """Return a time as text."""
-    return time.strftime(STAMP, time.gmtime(seconds))
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def facts(run: RunData) -> Table:
     """Return the facts of a run as a table: those that are recorded."""
-    rows = [(name, value) for name, value in _facts(run) if value]
-    return Table(("setting", "value"), rows)
-
-
-def _facts(run: RunData) -> Iterator[tuple[str, str]]:
-    of = run.settings().get
-    starts, modes = run.of_kind("start"), run.of_kind("precision", "fallback")
-    start = starts[-1] if starts else {}
-    family = of("model.family")
-    yield "model", _joined(of("model.path"), family if family != "auto" else None)
+    of, modes = run.settings().get, run.of_kind("precision", "fallback")
+    start: dict[str, Any] = next(iter(run.of_kind("start")[::-1]), {})
     lora = [f"{name} {of(f'adapter.{name}')}" for name in ("rank", "alpha", "dropout")]
-    yield "adapter", _joined(of("adapter.mode"), *(lora if of("adapter.mode") == "lora" else []))
-    yield "precision", _joined(of("precision.mode"), modes[-1].get("reason") if modes else None)
-    yield (
-        "learning rate",
-        _joined(of("optim.lr"), of("optim.schedule"), _counted(of("optim.warmup_steps"), "warm-up step")),
-    )
-    yield "batch", _batch(of("train.batch_size"), of("train.accumulation"), start.get("world_size"))
-    yield "data", _joined(of("data.train"))
-    versions = [f"{name} {start[name]}" for name in ("torch", "transformers", "peft") if name in start]
-    yield "device", _joined(start.get("device"), *versions)
-    if run.events:
-        yield "events", f"{moment(run.events[0]['time'])} to {moment(run.events[-1]['time'])}"
-    yield "folder", str(run.folder)
-
-
-def _batch(size: object, accumulation: object, ranks: object) -> str:
-    if not (isinstance(size, int) and isinstance(accumulation, int) and isinstance(ranks, int)):
-        return ""
-    parts = f"{size} per pass, accumulation {accumulation}, {_counted(ranks, 'process')}"
-    return f"{size * accumulation * ranks} samples a step ({parts})"
-
-
-def _joined(*parts: object) -> str:
-    return ", ".join(str(part) for part in parts if part not in (None, ""))
-
-
-def _counted(number: object, what: str) -> str:
-    if not isinstance(number, int):
-        return ""
-    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
+    warmup = of("optim.warmup_steps")
+    sizes: list[Any] = [of("train.batch_size"), of("train.accumulation"), start.get("world_size")]
+    parts = "{} per pass, accumulation {}, world size {}".format(*sizes)
+    batch = f"{math.prod(sizes):,} samples a step ({parts})" if all(isinstance(n, int) for n in sizes) else ""
+    rows: dict[str, list[object]] = {
+        "model": [of("model.path"), "" if of("model.family") == "auto" else of("model.family")],
+        "adapter": [of("adapter.mode"), *(lora if of("adapter.mode") == "lora" else [])],
+        "precision": [of("precision.mode"), modes[-1].get("reason") if modes else ""],
+        "learning rate": [of("optim.lr"), of("optim.schedule"), f"warm-up steps {warmup}" if warmup else ""],
+        "batch": [batch],
+        "data": [of("data.train")],
+        "device": [start.get("device"), *(f"{n} {start[n]}" for n in ("torch", "transformers", "peft") if n in start)],
+        "events": [f"{moment(run.events[0]['time'])} to {moment(run.events[-1]['time'])}"] if run.events else [],
+        "folder": [run.folder],
+    }
+    texts = {name: ", ".join(str(part) for part in parts if part not in (None, "")) for name, parts in rows.items()}
+    return Table(("setting", "value"), [(name, text) for name, text in texts.items() if text])

@@ -1,10 +1,9 @@
 """One self-contained HTML page from sections of notes, figures, tables and clips. It loads nothing from a network."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rawloop.errors import UserError
 from rawloop.files import in_words, replace_file
@@ -14,8 +13,7 @@ SUFFIXES = (".html", ".htm")
 NEEDED = {"jinja2": "Jinja2", "matplotlib": "matplotlib"}
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """A paragraph; its tone is its color. `head` is in bold before the text."""
 
     text: str
@@ -23,17 +21,15 @@ class Note:
     head: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table. Numbers stand at the right; a float has up to six digits. `title` may be empty."""
+class Table(NamedTuple):
+    """A table; one without rows is not shown. Numbers stand at the right; a float has up to six digits."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[object]]
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A drawing as SVG, with a legend of (color, name) above it and a caption below it. `plots` makes figures."""
 
     title: str
@@ -42,16 +38,14 @@ class Figure:
     caption: str = ""
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """A sound, as a data: URI."""
 
     name: str
     uri: str
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of a page. What it has is shown in this order."""
 
     title: str
@@ -60,20 +54,14 @@ class Section:
     tables: Sequence[Table] = ()
     clips: Sequence[Clip] = ()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to show."""
-        return not (self.notes or self.figures or self.tables or self.clips)
-
 
 def check_packages() -> None:
     """Raise UserError if a page cannot be made for lack of a package. Call it before the work that the page shows."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
-        verb = "are" if len(missing) > 1 else "is"
-        raise UserError(
-            f"a page needs {' and '.join(missing)}, which {verb} not installed: run `pip install 'rawloop[report]'`"
-        )
+        are = "which is" if len(missing) == 1 else "which are"
+        needed = " and ".join(missing)
+        raise UserError(f"a page needs {needed}, {are} not installed: run `pip install 'rawloop[report]'`")
 
 
 def check_output(path: Path) -> None:
@@ -86,18 +74,6 @@ def check_output(path: Path) -> None:
         raise UserError(f"the page's file is '{path}', but there is no folder '{path.parent}': create it first")
 
 
-def cell(value: object) -> str:
-    """Return a value as a cell of a table shows it."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def is_number(value: object) -> bool:
-    """Whether a cell of a table stands at the right."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def render(title: str, sections: Iterable[Section], lead: Sequence[Note] = ()) -> str:
     """Return the page as HTML. All text is escaped; only `Figure.svg` is taken as it is.
 
@@ -108,17 +84,24 @@ def render(title: str, sections: Iterable[Section], lead: Sequence[Note] = ()) -
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # optional
 
+    loader = PackageLoader("rawloop", "report")
     environment = Environment(
-        loader=PackageLoader("rawloop", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["cell"] = cell
-    environment.tests["a_number"] = is_number
-    shown = [section for section in sections if not section.is_empty]
+    environment.filters["cell"] = _cell
+    environment.tests["a_number"] = _is_number
+    shown = [s for s in sections if s.notes or s.figures or s.clips or any(table.rows for table in s.tables)]
     return environment.get_template("page.jinja").render(title=title, sections=shown, lead=lead)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if _is_number(value) else str(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_page(path: Path, page: str) -> None:

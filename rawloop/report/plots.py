@@ -5,51 +5,75 @@ figure has pixels, a band from the least to the greatest value of each pixel is 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
 
 from rawloop.report.page import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Drawing
-    from numpy.typing import ArrayLike
-
 COLORS = ("#3b7dd8", "#d9622b", "#2e9e6b", "#b8479e", "#a08000", "#7068d8", "#c7424f", "#3f8f9f")
+NAN_COLOR = COLORS[6]  # in a map
 INK, LINE, ALARM = "#010203", "#040506", "#070809"  # stand for colors of the page, which a dark page changes
 OF_THE_PAGE = {INK: "currentColor", LINE: "var(--line)", ALARM: "var(--alarm)"}
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small, and selectable
+    "svg.hashsalt": "rawloop",  # the same run gives the same page
+    "text.parse_math": False,
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 12,
+    "lines.linewidth": 1.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), INK),
+}
 DOTS = 72  # units of the drawing per inch
-WIDTH, HEIGHT = 5.0, 2.5  # inches: on a phone, a unit is a pixel
-LEFT, RIGHT, TOP, BOTTOM = 0.8, 0.14, 0.1, 0.36  # inches around the axes: a layout by measure takes as long as the rest
+# Sizes are in inches; on a phone, a unit is a pixel. To place axes by measure takes as long as all the rest.
+WIDTH, HEIGHT, RIGHT, TOP = 5.0, 2.5, 0.14, 0.1
+LEFT, BOTTOM = 0.8, 0.36
+ROW, MAP_LEFT, MAP_BOTTOM, NAMES_LEFT = 0.3, 1.0, 0.9, 1.6  # of maps and time lines
 PIXELS = 400  # a line has at most twice as many points
+FEW = 60  # every point of a line with fewer is a dot
 HUGE = 1e150  # beyond it, the scale of an axis overflows
-
-
-@dataclass(frozen=True)
-class Line:
-    """Values over steps, (points,) each; `color` is an index into COLORS. `dots` marks every point."""
-
-    name: str
-    steps: "ArrayLike"
-    values: "ArrayLike"
-    color: int = 0
-    dots: bool = False
-
+SPIKE = 20.0  # if the greatest value is so many times the median, the axis is logarithmic
+BRIGHTEST = 80  # percent of the values of a map: the first ones are so high that they would take all colors
 
 Span = tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Line:
+    """Values over steps, (points,) each; `color` is an index into COLORS."""
+
+    name: str
+    steps: ArrayLike
+    values: ArrayLike
+    color: int = 0
+
+
 def span_of(steps: Any) -> Span:
     """Return the first and last of some steps, (points,), as the axis of figures; it is never of length zero."""
-    first, last = (min(steps), max(steps)) if len(steps) else (0.0, 0.0)
+    first, last = min(steps), max(steps)
     return first, max(last, first + 1)
 
 
 def draw_lines(
-    title: str, lines: Sequence[Line], *, span: Span | None = None, log: bool = False, best: Span | None = None
+    title: str,
+    lines: Sequence[Line],
+    *,
+    span: Span | None = None,
+    log: bool = False,
+    best: Span | None = None,
+    legend: bool = False,
 ) -> Figure:
     """Draw lines into one figure.
 
@@ -57,35 +81,34 @@ def draw_lines(
         title: above the figure.
         lines: at least one.
         span: the first and last step of the axis; default: those of the lines.
-        log: a logarithmic axis, if the values span more than a factor of ten.
+        log: a logarithmic axis, if the values span more than a factor of ten. Values with a spike get one anyway.
         best: the step and value of a point to mark.
+        legend: name a single line too.
     """
-    import numpy as np
-
     said: list[str] = []
     arrays = [(line, np.asarray(line.steps, float), np.asarray(line.values, float)) for line in lines]
     span = span or span_of(np.concatenate([steps for _, steps, _ in arrays]))
-    with drawing_of(span) as (drawing, axes):
-        log = log and _make_log(axes, np.concatenate([values for _, _, values in arrays]))
+    with _drawing(span) as (drawing, axes):
+        log = _make_log(axes, np.concatenate([values for _, _, values in arrays]), log)
         for line, steps, values in arrays:
             said += _draw_line(axes, line, steps, values, span, log)
         if best is not None and abs(best[1]) < HUGE:
             axes.axvline(best[0], color=LINE, linestyle="--")
             axes.plot(*best, "*", color=COLORS[2], markersize=12, clip_on=False)
-        svg = as_svg(drawing)
-    legend = [(COLORS[line.color % len(COLORS)], line.name) for line in lines] if len(lines) > 1 or best else []
-    legend += [(COLORS[2], f"best {best[1]:.4g} at step {best[0]:,.0f}")] if best else []
-    return Figure(title, svg, legend, " ".join(dict.fromkeys(said)))
+        svg = _as_svg(drawing)
+    legend = legend or len(lines) > 1 or best is not None
+    names = [(COLORS[line.color % len(COLORS)], line.name) for line in lines if legend]
+    names += [(COLORS[2], f"best {best[1]:.4g} at step {best[0]:,.0f}")] if best else []
+    return Figure(title, svg, names, " ".join(dict.fromkeys(said)))
 
 
-def _make_log(axes: "Axes", values: Any) -> bool:
-    """Give the axes a logarithmic scale if the values above zero span a factor of ten. Return whether they do."""
-    import numpy as np
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    above = values[np.isfinite(values) & (values > 0) & (values < HUGE)]
+def _make_log(axes: Axes, values: Any, wanted: bool) -> bool:
+    """Give the axes a logarithmic scale if it is wanted or needed. Return whether they have one."""
+    there = values[np.isfinite(values)]
+    has_spike = len(there) and (there > 0).all() and there.max() > SPIKE * np.median(there)
+    above = there[(there > 0) & (there < HUGE)]
     decades = np.log10(above.max()) - np.log10(above.min()) if len(above) else 0.0
-    if decades < 1:
+    if decades < 1 or not (wanted or has_spike):
         return False
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
@@ -94,31 +117,26 @@ def _make_log(axes: "Axes", values: Any) -> bool:
     return True
 
 
-def _draw_line(axes: "Axes", line: Line, steps: Any, values: Any, span: Span, log: bool) -> Iterator[str]:
+def _draw_line(axes: Axes, line: Line, steps: Any, values: Any, span: Span, log: bool) -> Iterator[str]:
     """Draw a line, and yield what its caption must say."""
-    import numpy as np
-
     color = COLORS[line.color % len(COLORS)]
     shown = np.isfinite(values) & (np.abs(values) < HUGE)
     if log:
         shown &= values > 0
     yield from _draw_hidden(axes, line.name, steps[~shown], values[~shown], span)
-    values = np.where(shown, values, np.nan)
-    if len(steps) > 2 * PIXELS:
-        number = len(steps)
+    values, number = np.where(shown, values, np.nan), len(steps)
+    if number > 2 * PIXELS:
         steps, low, values, high = envelope(steps, values, span)
         axes.fill_between(steps, low, high, color=color, alpha=0.3, linewidth=0)
         yield f"{number:,} points are drawn as {len(steps)}: a band from least to greatest, the mean inside."
     padded = np.isfinite(np.concatenate(([np.nan], values, [np.nan])))
     alone = padded[1:-1] & ~padded[:-2] & ~padded[2:]
-    axes.plot(steps, values, color=color, marker="." if line.dots else None)
+    axes.plot(steps, values, color=color, marker="." if number < FEW else None)
     axes.plot(steps[alone], values[alone], ".", color=color, markersize=8, clip_on=False)
 
 
-def _draw_hidden(axes: "Axes", name: str, steps: Any, values: Any, span: Span) -> Iterator[str]:
+def _draw_hidden(axes: Axes, name: str, steps: Any, values: Any, span: Span) -> Iterator[str]:
     """Mark the values that have no place on the axis at its edges."""
-    import numpy as np
-
     if not len(steps):
         return
     edges = np.where((values <= 0) | (values == -np.inf), 0.03, 0.97)
@@ -132,8 +150,6 @@ def _draw_hidden(axes: "Axes", name: str, steps: Any, values: Any, span: Span) -
 
 def _pixels(steps: Any, span: Span) -> Any:
     """Return the pixel of each step, from 0 to PIXELS - 1."""
-    import numpy as np
-
     return np.clip(((steps - span[0]) / (span[1] - span[0]) * PIXELS).astype(int), 0, PIXELS - 1)
 
 
@@ -145,8 +161,6 @@ def envelope(steps: Any, values: Any, span: Span) -> tuple[Any, Any, Any, Any]:
         values: (points,); nan where there is no value.
         span: the first and last step of the axis.
     """
-    import numpy as np
-
     pixels = _pixels(steps, span)
     order = np.argsort(pixels, kind="stable")
     pixels, steps, values = pixels[order], steps[order], values[order]
@@ -160,27 +174,61 @@ def envelope(steps: Any, values: Any, span: Span) -> tuple[Any, Any, Any, Any]:
     return np.add.reduceat(steps, starts) / sizes, low, mean, high
 
 
-@contextmanager
-def drawing_of(
-    span: Span, height: float = HEIGHT, left: float = LEFT, bottom: float = BOTTOM
-) -> "Iterator[tuple[Drawing, Axes]]":
-    """Give a figure with one pair of axes over steps, in the style of the page; sizes in inches."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Drawing
-    from matplotlib.ticker import MaxNLocator
+def draw_map(title: str, rows: Mapping[str, tuple[Any, Any]], span: Span) -> Figure:
+    """Draw one row of colors per name: its value over steps. Each row names its last value.
 
-    style: Any = {
-        "svg.fonttype": "none",  # text stays text: small, and selectable
-        "svg.hashsalt": "rawloop",  # the same run gives the same page
-        "text.parse_math": False,
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 12,
-        "lines.linewidth": 1.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), INK),
-    }
-    with rc_context(style):
+    Args:
+        title: above the figure.
+        rows: name -> (steps, values), (points,) each; at least one.
+        span: the first and last step of the axis.
+    """
+    drawn = []
+    for steps, values in rows.values():
+        shown = np.where(np.isfinite(values) & (np.abs(values) < HUGE), values, np.nan)
+        drawn.append(envelope(steps, shown, span)[::2] if len(steps) > 2 * PIXELS else (steps, shown))
+    every = np.concatenate([values for _, values in drawn])
+    there = every[np.isfinite(every)]
+    low, high = np.percentile(there, (0, BRIGHTEST)) if len(there) else (0.0, 1.0)
+    colors: Any = {"cmap": colormaps["viridis"].with_extremes(bad=NAN_COLOR), "norm": Normalize(low, high)}
+    height = ROW * len(rows) + MAP_BOTTOM + TOP
+    with _drawing(span, height, MAP_LEFT, MAP_BOTTOM) as (drawing, axes):
+        for row, (steps, values) in enumerate(drawn):
+            edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
+            edges[0], edges[-1] = min(edges[0], span[0]), max(edges[-1], span[1])
+            image = axes.pcolormesh(edges, [row - 0.5, row + 0.5], values[None], rasterized=True, **colors)
+        axes.grid(visible=False)
+        _name_rows(axes, [f"{name}  {values[-1]:.3f}" for name, (_, values) in rows.items()])
+        place = MAP_LEFT / WIDTH, 0.3 / height, 1 - (MAP_LEFT + RIGHT) / WIDTH, 0.12 / height
+        drawing.colorbar(image, cax=drawing.add_axes(place), orientation="horizontal", extend="max")
+        svg = _as_svg(drawing)
+    bad = "" if len(there) == len(every) else " Red is a value that is not finite."
+    bright = f"The brightest color is {high:.4g} and above."
+    return Figure(title, svg, caption=f"Nats per target; a row is a codebook, with its last value. {bright}{bad}")
+
+
+def draw_time_line(title: str, rows: Mapping[str, Sequence[int]], span: Span, alarms: Sequence[str] = ()) -> Figure:
+    """Draw a row of marks per kind of event, at the steps of its events; the kinds `alarms` in the alarm's color."""
+    with _drawing(span, ROW * len(rows) + BOTTOM + TOP, NAMES_LEFT) as (drawing, axes):
+        for row, (name, steps) in enumerate(rows.items()):
+            at = np.unique(np.asarray(steps, float))
+            at = envelope(at, at, span)[0] if len(at) > PIXELS else at
+            color = ALARM if name in alarms else COLORS[row % len(COLORS)]
+            axes.plot(at, np.full(len(at), row), "|", color=color, markersize=14, markeredgewidth=2, clip_on=False)
+        _name_rows(axes, [f"{name} {len(steps):,}" for name, steps in rows.items()])
+        return Figure(title, _as_svg(drawing))
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names)
+
+
+@contextmanager
+def _drawing(
+    span: Span, height: float = HEIGHT, left: float = LEFT, bottom: float = BOTTOM
+) -> Iterator[tuple[Drawing, Axes]]:
+    """Give a figure with one pair of axes over steps, in the style of the page; sizes in inches."""
+    with rc_context(STYLE):
         drawing = Drawing(figsize=(WIDTH, height), dpi=DOTS)
         axes = drawing.subplots()
         drawing.subplots_adjust(left / WIDTH, bottom / height, 1 - RIGHT / WIDTH, 1 - TOP / height)
@@ -193,12 +241,11 @@ def drawing_of(
         yield drawing, axes
 
 
-def as_svg(drawing: "Drawing") -> str:
+def _as_svg(drawing: Drawing) -> str:
     """Return a figure as an SVG element without prolog, without names of sites, in the colors of the page."""
     out = StringIO()
-    drawing.savefig(
-        out, format="svg", dpi=2 * DOTS, transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    drawing.savefig(out, format="svg", dpi=2 * DOTS, transparent=True, metadata=metadata)
     text = out.getvalue()
     head, bracket, rest = text[text.index("<svg") :].partition(">")
     box = head.partition('viewBox="')[2].partition('"')[0]

@@ -68,7 +68,7 @@ def test_a_run_of_ones_own_loop_says_that_its_end_is_not_recorded(write_run: Wri
 def test_what_a_run_has_recorded_is_on_its_page(write_run: Write, words: Words) -> None:
     events = [
         *EVENTS,
-        *(event("skip", k, "the gradient is not finite", samples=["clip-7"]) for k in range(30)),
+        *(event("skip", k, f"norm {k}", samples=["clip-7"]) for k in range(30)),
         event("fallback", 40, "too many skips", change="amp_fp16 -> bf16"),
         event("warning", 3, "slow disk"),
         event("warning", 9, "slow disk"),
@@ -91,17 +91,17 @@ def test_what_a_run_has_recorded_is_on_its_page(write_run: Write, words: Words) 
         "Incidents: 1 alarm among the findings; 30 updates skipped; fell back at step 40 (amp_fp16 -> bf16).",
         "Findings not_finite: module 'x' overflows. scale_start: ordinary: the scale falls.",
         "adapter lora, rank 8, alpha 16.0, dropout 0.0 precision amp_fp16, too many skips",
-        "learning rate 0.003, cosine, 5 warm-up steps",
-        "batch 16 samples a step (4 per pass, accumulation 2, 2 processes)",
+        "learning rate 0.003, cosine, warm-up steps 5",
+        "batch 16 samples a step (4 per pass, accumulation 2, world size 2)",
         "Losses Loss, all streams loss eval_loss",
         "Loss of 'audio' loss/audio eval_loss/audio",
         "Loss of 'audio' by codebook",
         "Training Learning rate Gradient norm Loss scale Samples per second Events",
         "Other metrics eval_seconds",
-        "Warnings step 3, 2 times: slow disk",
         "10 more events of the kind 'skip' are in events.jsonl.",
-        "0 skip the gradient is not finite (samples clip-7)",
-        "40 fallback too many skips",
+        "0 skip 1 norm 0 (samples clip-7)",
+        "3 warning 2 slow disk",
+        "40 fallback 1 too many skips",
         "audio OK 5 6.9 better than guessing audio/1 DEAD 6 6.9 no gradient Label census",
         "1 samples have no target: lost <i>",
         "assistant audio 100 150 50.0%",
@@ -172,7 +172,7 @@ def test_a_run_without_metrics_has_a_page(write_run: Write, words: Words) -> Non
     folder = write_run(found=[])
     for _ in range(2):
         text = words(report(folder))
-        assert "Training: there are no metrics, so there is nothing to draw (0 of 55 steps)." in text
+        assert "Training: there are no metrics, so there is nothing to draw (30 of 55 steps)." in text
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
@@ -186,14 +186,25 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(write_run: Write, wor
     assert "55 of 55 steps" in text
     for name in ("config.yaml", "census.json"):
         assert f"Not read: {folder / name} cannot be read: " in text
-    assert f"Not read: {folder / 'best.json'} holds no object" in text
+    assert f"Not read: {folder / 'best.json'} cannot be read: it holds no object" in text
     (folder / "metrics.jsonl").write_text("{}\n")
     assert "metrics.jsonl line 1 is no object" in words(report(folder))
     (folder / "metrics.jsonl").write_text(lines(metrics()))
     (folder / "events.jsonl").write_text('{"step": 1}\n')
-    assert "an event of" in words(report(folder))
+    assert "events.jsonl cannot be read: a line has no time" in words(report(folder))
     (folder / "census.json").write_text('{"samples": 3}')
     assert "census.json is not as rawloop writes it: KeyError('without_targets')." in words(report(folder))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_damaged_line_is_named_and_makes_no_crash_of_a_finished_run(write_run: Write, words: Words) -> None:
+    folder = write_run(events=[*EVENTS, event("save", 55, "wrote step-00000055")])
+    for damaged, why in (("\0\0", "is not JSON"), (f'{{"step": 55, "loss": 1{"0" * 400}}}', "too large")):
+        (folder / "metrics.jsonl").write_text(f"{lines(metrics())}{damaged}\n")
+        text = words(report(folder, is_running=False))
+        assert text.startswith(f"a Not read: {folder / 'metrics.jsonl'} ")
+        assert why in text
+        assert "nothing to draw (55 of 55 steps). Finished: all 55 steps are done." in text
 
 
 def test_events_without_metrics_are_drawn(write_run: Write) -> None:

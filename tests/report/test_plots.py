@@ -6,9 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from rawloop.report.marks import draw_map, draw_time_line
 from rawloop.report.page import Figure
-from rawloop.report.plots import Line, draw_lines, envelope, span_of
+from rawloop.report.plots import Line, draw_lines, draw_map, draw_time_line, envelope, span_of
 
 NAN, INF = math.nan, math.inf
 
@@ -38,7 +37,8 @@ def test_a_line_of_nan_alone_and_a_single_point() -> None:
     assert single.caption == ""
     assert "NaN" not in single.svg
     for values, dots in (([NAN, 1.0, NAN], 1), ([1.0, 2.0, NAN], 0), ([NAN, NAN, NAN], 0), ([1.0, NAN, 2.0], 2)):
-        figure = draw_lines("a", [Line("a", range(3), values)])
+        values = [*values, *[NAN] * 60]  # a line with few points has a dot at each
+        figure = draw_lines("a", [Line("a", range(63), values)])
         assert len(re.findall(r"<use [^>]*fill: #3b7dd8", figure.svg)) == dots
 
 
