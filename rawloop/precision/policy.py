@@ -30,6 +30,10 @@ from rawloop.precision.masters import held_by
 from rawloop.precision.prepared import PreparedModel
 
 NOT_FINITE = {"loss": "losses", "norm": "gradients", "buffers": "moving buffers"}
+UNCONNECTED = (
+    "on at least one rank, no weight of the optimizer got a gradient: the loss depends on frozen weights, on another "
+    "model, or on a new tensor with requires_grad=True"
+)
 
 
 class PrecisionPolicy(PreparedModel):
@@ -150,52 +154,53 @@ class PrecisionPolicy(PreparedModel):
         if self.window.dropped:
             return StepResult(False, math.nan, self.window.dropped)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        held, found, misuse = self._measure(optimizers, buffers)
+        objection = self.observer.judge(found) if self.observer and found.finite else None
+        flags = [not math.isfinite(value) for value in (found.norm, found.loss, found.buffers)]
+        troubles = [found.refusal is not None, found.norm < 0, misuse is not None]
+        # The only agreement of a step: all ranks take the same decision.
+        agreed = self.world.any([*flags, objection is not None, *troubles])
+        nonfinite, bad_loss, bad_buffers, objected, refused, unconnected, misused = agreed
+        if refused or unconnected or misused:
+            self.zero_grad(*optimizers)
+        if misused:
+            raise misuse or UserError("another rank's step was refused; see its message")
+        if unconnected:
+            raise TrainingError(UNCONNECTED)
+        if refused:
+            reason = f"unscaling failed: {found.refusal or 'on another rank'}"
+            return self._fall_back(reason, StepResult(False, found.norm))
+        for what, bad in (("loss", bad_loss), ("norm", nonfinite), ("buffers", bad_buffers)):
+            if bad:
+                return self._skip(optimizers, found, what, buffers, nonfinite)
+        because, scale = (objection or ELSEWHERE) if objected else None, self.window.scale
+        result = StepResult(not objected, found.norm, because, None, found.loss, scale, bool(objected))
+        self._seen(result, found)
+        if objected:
+            self._close(optimizers, finite=None)
+        else:
+            self._apply(optimizers, held, found, max_norm)
+            self.skips_in_a_row = self.bad_losses_in_a_row = 0
+        return result
+
+    def _measure(
+        self, optimizers: list[Optimizer], buffers: Sequence[Tensor]
+    ) -> tuple[list[nn.Parameter], Measured, UserError | None]:
+        """Return the parameters and what was measured of them, or this rank's error: the ranks agree before a raise."""
         held: list[nn.Parameter] = []
-        found, misuse = Measured(0.0), None
         try:
             held = self._params_of(optimizers)
             if any(id(one) in self.window.unscaled for one in optimizers):
                 for one in optimizers:
                     self.unscale(one)
             every_gradient = any(not ddp.find_unused_parameters for ddp in self._ddp_modules())
-            found = measure(optimizers, held, self.window, self.scaler, every_gradient, buffers)
+            return held, measure(optimizers, held, self.window, self.scaler, every_gradient, buffers), None
         except UserError as error:
-            misuse = error
-        norm, refusal = found.norm, found.refusal
-        flags = [not math.isfinite(value) for value in (norm, found.loss, found.buffers)]
-        objection = self.observer.judge(found) if self.observer and found.finite else None
-        # The only agreement of a step: all ranks take the same decision.
-        nonfinite, bad_loss, bad_buffers, objected, refused, unconnected, misused = self.world.any(
-            [*flags, objection is not None, refusal is not None, norm < 0, misuse is not None]
-        )
-        if refused or unconnected or misused:
-            self.zero_grad(*optimizers)
-        if misused:
-            raise misuse or UserError("another rank's step was refused; see its message")
-        if unconnected:
-            raise TrainingError(
-                "on at least one rank, no weight of the optimizer got a gradient: the loss depends on frozen weights, "
-                "on another model, or on a new tensor with requires_grad=True"
-            )
-        if refused:
-            return self._fall_back(f"unscaling failed: {refusal or 'on another rank'}", StepResult(False, norm))
-        for what, bad in (("loss", bad_loss), ("norm", nonfinite), ("buffers", bad_buffers)):
-            if bad:
-                return self._skip(optimizers, found, what, buffers, nonfinite)
-        because = (objection or ELSEWHERE) if objected else None
-        scale = self.window.scale
-        result = self._seen(StepResult(not objected, norm, because, None, found.loss, scale, bool(objected)), found)
-        if objected:
-            self._close(optimizers, finite=None)
-            return result
-        self._apply(optimizers, held, found, max_norm)
-        self.skips_in_a_row = self.bad_losses_in_a_row = 0
-        return result
+            return held, Measured(0.0), error
 
-    def _seen(self, result: StepResult, found: Measured, *, last: bool = False) -> StepResult:
+    def _seen(self, result: StepResult, found: Measured, *, last: bool = False) -> None:
         if self.observer:
             self.observer.look(found, result, last=last)
-        return result
 
     def _apply(
         self, optimizers: list[Optimizer], held: list[nn.Parameter], found: Measured, max_norm: float | None
