@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from rawloop.precision.modes import DTYPES
 from rawloop.watch.look import ModuleHooks
 from rawloop.watch.measure import Amounts, Exponents, GradientAmounts, Readings, Window, joined
 
-FP16 = torch.float16
+T = TypeVar("T")
+Found = Mapping[tuple[str, str], Amounts]  # by kind and name
+LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
 class Range:
-    """The magnitudes of a module's outputs and of their gradients, or of a parameter's gradient.
+    """The magnitudes of a module's outputs or of their gradients, or of a parameter's gradient.
 
     Args:
         name: of the module or the parameter.
@@ -33,8 +36,7 @@ class Range:
         headroom: the bits between it and the limit of its dtype; of a gradient, with the loss scale of the pass.
         fp16: the bits between it and FP16's limit; of a gradient, under `Probe.scale`.
         zeros: the share of zeros.
-        flushed: the share of the others that FP16 rounds to zero under `Probe.scale`.
-        subnormal: the share of the others that is subnormal in FP16 under `Probe.scale`.
+        flushed, subnormal: the shares of the others that FP16 rounds to zero, or holds with fewer digits.
     """
 
     name: str
@@ -52,18 +54,17 @@ class Probe:
     """What one micro-batch shows.
 
     Args:
-        mode: the precision mode, and why it was chosen.
-        ids: the samples.
-        loss: their loss.
+        mode, reason: the precision mode, and why it was chosen.
+        ids, loss: the samples, and their loss.
         pass_scale: the loss scale of the measured pass, 1.0 in modes without one.
         scale: the loss scale that the shares are for: that of the pass, or the recommended one.
         window: the loss scales that fit FP16; None if every gradient is zero.
         exponents: of the parameters' gradients, unscaled.
-        outputs, output_gradients: by module.
-        gradients: by parameter.
+        outputs, output_gradients, gradients: by module, and by parameter.
         lost_updates: the share of weights that an update of size `lr` does not change, by the dtype of the weights.
         lr: the learning rate.
         seconds: of the pass, measuring included.
+        measured_in_fp16: whether the pass was in FP16, so that the exponents do not show what it flushed.
     """
 
     mode: str
@@ -80,43 +81,45 @@ class Probe:
     lost_updates: dict[str, float]
     lr: float
     seconds: float
-
-    @property
-    def is_blind(self) -> bool:
-        """Whether the pass was in FP16, which has flushed what is missing at the lower end of the exponents."""
-        return any(row.dtype == "float16" for row in self.output_gradients)
+    measured_in_fp16: bool
 
 
 def probe(config: RunConfig, world: World) -> Probe:
-    """Measure the first micro-batch of a config, in its precision mode."""
-    ready = prepare(quiet(config), world)
-    start = time.perf_counter()
-    loss, scale, read = _measured_pass(ready)
+    """Measure the first micro-batch of a config, in its precision mode.
+
+    Raises:
+        TrainingError: its gradients are finite at no loss scale.
+    """
+    ready, lr = prepare(quiet(config), world), config.optim.lr
+    policy, batch, start = ready.policy, first_batch(ready), time.perf_counter()
+    (loss, read), scale, finite = at_finite_scale(ready, lambda scale: _measured(ready, batch, scale))
     seconds = time.perf_counter() - start
-    bits = round(math.log2(scale))
-    true = joined(a for (kind, _), a in read.items() if kind == "gradient").shifted(-bits)
-    window = true.window()
+    if not finite:
+        raise TrainingError(
+            f"the gradients of the samples {', '.join(batch.ids)} are not finite in {policy.name} at a loss "
+            f"scale of {scale:g}: a probe has nothing to measure; `rawloop doctor` searches for the cause"
+        )
+    scaled = joined(amounts for (kind, _), amounts in read.items() if kind == "gradient")
+    exponents = scaled.shifted(-round(math.log2(scale)))
+    window = exponents.window()
     wanted = scale if scale != 1.0 or window is None else window.recommended()
-    weights = [weight.detach() for _, weight in ready.policy.named_parameters()]
-    lost = {
-        name: share_of_lost_updates((weight.to(dtype) for weight in weights), config.optim.lr)
-        for name, dtype in DTYPES.items()
-    }
+    weights = [weight.detach() for _, weight in policy.named_parameters()]
     return Probe(
-        ready.policy.name,
-        ready.policy.reason,
-        tuple(first_batch(ready).ids),
+        policy.name,
+        policy.reason,
+        tuple(batch.ids),
         loss,
         scale,
         wanted,
         window,
-        true,
+        exponents,
         _ranges(read, "forward", 1.0, 1.0),
         _ranges(read, "backward", scale, wanted),
         _ranges(read, "gradient", scale, wanted),
-        lost,
-        config.optim.lr,
+        {name: share_of_lost_updates((w.to(dtype) for w in weights), lr) for name, dtype in DTYPES.items()},
+        lr,
         seconds,
+        any(amounts.dtype is torch.float16 for (kind, _), amounts in read.items() if kind == "backward"),
     )
 
 
@@ -137,17 +140,18 @@ def first_batch(ready: Ready, window: int = 0) -> Batch:
     return made
 
 
-def pass_of(ready: Ready, batch: Batch, scale: float) -> Again:
-    """Return the forward pass of a micro-batch that is a whole window."""
-    return Again(ready.module, ready.policy, ready.data.family.stream_weights, batch.targets, 1, scale, batch)
+def loss_of(ready: Ready, batch: Batch, scale: float) -> Tensor:
+    """Return the loss of a micro-batch that is a whole window, multiplied by the scale."""
+    again = Again(ready.module, ready.policy, ready.data.family.stream_weights, batch.targets, 1, scale, batch)
+    loss: Tensor = again(again.inputs)
+    return loss
 
 
-def backward(ready: Ready, batch: Batch, scale: float) -> Tensor:
+def backward(ready: Ready, batch: Batch, scale: float) -> float:
     """Run the forward and backward pass of a micro-batch. Return its loss, unscaled."""
-    again = pass_of(ready, batch, scale)
-    root = again(again.inputs)
-    torch.autograd.backward(root)
-    return root.detach() / scale
+    loss = loss_of(ready, batch, scale)
+    torch.autograd.backward(loss)
+    return float(loss.detach()) / scale
 
 
 def gradients_of(ready: Ready) -> dict[str, Tensor]:
@@ -155,38 +159,44 @@ def gradients_of(ready: Ready) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in ready.policy.trained.weights.items() if weight.grad is not None}
 
 
-def _measured_pass(ready: Ready) -> tuple[float, float, Mapping[tuple[str, str], Amounts]]:
-    """Return the loss, its scale and all amounts. The scale is halved until the gradients are finite."""
-    batch = first_batch(ready)
+def first_nonfinite(gradients: Mapping[str, Tensor]) -> str:
+    """Return the name of the first gradient that is not finite; empty if all are."""
+    return next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), "")
+
+
+def at_finite_scale(ready: Ready, run: Callable[[float], T]) -> tuple[T, float, bool]:
+    """Run a backward pass at the loss scale of the mode, halved until the gradients are finite.
+
+    Returns:
+        The result of the last pass, its scale, and whether its gradients are finite.
+    """
     scaler = ready.policy.scaler
     scale = scaler.scale if scaler else 1.0
     while True:
-        readings = Readings()
-        hooks = ModuleHooks(ready.model, readings).install()
-        try:
-            loss = float(backward(ready, batch, scale))
-            for name, gradient in gradients_of(ready).items():
-                readings.add_gradient(name, gradient)
-        finally:
-            hooks.remove()
-        read = readings.read()
-        if all(amounts.finite for (kind, _), amounts in read.items() if kind == "gradient"):
-            return loss, scale, read
+        made = run(scale)
+        finite = not first_nonfinite(gradients_of(ready))
+        if finite or scaler is None or scale <= scaler.config.floor:
+            return made, scale, finite
         ready.policy.zero_grad()
-        if scaler is None or scale <= scaler.config.floor:
-            raise TrainingError(
-                f"the gradients of the samples {', '.join(batch.ids)} are not finite in {ready.policy.name} at a loss "
-                f"scale of {scale:g}: a probe has nothing to measure; `rawloop doctor` searches for the cause"
-            )
         scale /= 2
 
 
-def _ranges(read: Mapping[tuple[str, str], Amounts], kind: str, scale: float, wanted: float) -> list[Range]:
-    rows = []
-    for (found, name), amounts in read.items():
-        if found == kind and amounts.finite:
-            rows.append(_range(name, amounts, scale, wanted))
-    return sorted(rows, key=lambda row: row.fp16)
+def _measured(ready: Ready, batch: Batch, scale: float) -> tuple[float, Found]:
+    readings = Readings()
+    hooks = ModuleHooks(ready.model, readings).install()
+    try:
+        loss = backward(ready, batch, scale)
+    finally:
+        hooks.remove()
+    for name, gradient in gradients_of(ready).items():
+        readings.add_gradient(name, gradient)
+    return loss, readings.read()
+
+
+def _ranges(read: Found, wanted_kind: str, scale: float, wanted: float) -> list[Range]:
+    """Return the ranges of a kind, that with the least head room in FP16 first."""
+    found = [(name, a) for (kind, name), a in read.items() if kind == wanted_kind and a.finite]
+    return sorted((_range(name, amounts, scale, wanted) for name, amounts in found), key=lambda row: row.fp16)
 
 
 def _range(name: str, amounts: Amounts, scale: float, wanted: float) -> Range:
@@ -197,7 +207,7 @@ def _range(name: str, amounts: Amounts, scale: float, wanted: float) -> Range:
         str(amounts.dtype).removeprefix("torch."),
         largest,
         amounts.headroom,
-        math.log2(torch.finfo(FP16).max / (largest * wanted)) if largest else math.inf,
+        math.log2(LARGEST_FP16 / (largest * wanted)) if largest else math.inf,
         amounts.lost if isinstance(amounts, GradientAmounts) else amounts.zeros,
         in_fp16.flushed(1.0),
         in_fp16.subnormal(1.0),

@@ -4,7 +4,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,7 +22,15 @@ from rawloop.precision.advice import share_of_lost_updates
 from rawloop.precision.config import SCALED, LossScaleConfig
 from rawloop.precision.modes import MODES
 from rawloop.precision.preflight import is_lacking
-from rawloop.precision_probe import backward, first_batch, gradients_of, pass_of, quiet
+from rawloop.precision_probe import (
+    at_finite_scale,
+    backward,
+    first_batch,
+    first_nonfinite,
+    gradients_of,
+    loss_of,
+    quiet,
+)
 from rawloop.seed import seed_all
 
 BATCHES = 2  # micro-batches whose gradients are compared
@@ -86,7 +95,6 @@ class ModeResult:
     overflows: int = 0
     lost_updates: float = 0.0
     seconds: float = math.nan
-    memory: int = 0
     race: Race | None = None
 
 
@@ -112,7 +120,7 @@ def compare(config: RunConfig, world: World, reference: str = "fp32", steps: int
     config = quiet(config)
     config.adapter = replace(config.adapter, dropout=0.0)
     truth, loss, ids = _reference(in_mode(config, "fp32"), world, reference)
-    results = [_result(config, mode, world, truth, loss, steps) for mode in MODES]
+    results = [_result(in_mode(config, mode), world, truth, loss, steps) for mode in MODES]
     made = Comparison(reference, steps, ids, config.optim.lr, results)
     made.recommended, made.reasons = recommend(results)
     return made
@@ -130,22 +138,20 @@ def in_mode(config: RunConfig, mode: str) -> RunConfig:
 
 def _reference(config: RunConfig, world: World, name: str) -> tuple[dict[str, Tensor], float, tuple[str, ...]]:
     """Return the gradients and the loss that all modes are compared with, and the samples."""
-    if name == "fp64" and world.device.type == "mps":
-        raise UserError("--reference is fp64, which this Apple GPU does not compute: use --reference fp32 --device cpu")
     ready = build_ready(config, world)
     ready.module.eval()
     batches = _batches(ready)
-    if name == "fp64":
-        ready.module.double()
-        batches = [_in_double(batch) for batch in batches]
     try:
-        losses = [float(backward(ready, batch, 1.0)) for batch in batches]
+        if name == "fp64":
+            ready.module.double()
+            batches = [_in_double(batch) for batch in batches]
+        losses = [backward(ready, batch, 1.0) for batch in batches]
     except (RuntimeError, TypeError) as error:
-        if name == "fp64" and is_lacking(error):
+        if name == "fp64" and (is_lacking(error) or world.device.type == "mps"):
             raise UserError(f"the model does not compute in float64 ({error}): use --reference fp32") from error
         raise
     found = {key: value.detach().cpu() for key, value in gradients_of(ready).items()}
-    if not found or not all(bool(value.isfinite().all()) for value in found.values()):
+    if not found or first_nonfinite(found):
         raise TrainingError(f"the gradients are not finite in {name}: `rawloop doctor` searches for the cause")
     return found, statistics.fmean(losses), tuple(key for batch in batches for key in batch.ids)
 
@@ -160,108 +166,88 @@ def _in_double(batch: Batch) -> Batch:
     return replace(batch, inputs=given)
 
 
-def _result(
-    config: RunConfig, mode: str, world: World, truth: Mapping[str, Tensor], loss: float, steps: int
-) -> ModeResult:
-    result = ModeResult(mode)
+def _result(config: RunConfig, world: World, truth: Mapping[str, Tensor], loss: float, steps: int) -> ModeResult:
+    result = ModeResult(config.precision.mode)
     try:
-        ready = build_ready(in_mode(config, mode), world)
-        _compare_gradients(result, ready, truth, loss)
-        result.lost_updates = share_of_lost_updates(
-            (w.detach() for _, w in ready.policy.named_parameters()), config.optim.lr
-        )
-        if steps:
-            result.race = race(ready, config, steps)
-        if world.device.type == "cuda":
-            result.memory = torch.cuda.max_memory_allocated(world.device)
+        _run(result, config, world, truth, loss, steps)
     except RawloopError as error:
         result.why_not = str(error)
     except torch.OutOfMemoryError as error:
         result.why_not = f"it does not fit into memory: {str(error).splitlines()[0]}"
-    ready = None  # type: ignore[assignment]
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(world.device)
     return result
 
 
-def _compare_gradients(result: ModeResult, ready: Ready, truth: Mapping[str, Tensor], loss: float) -> None:
-    """Run the batches, at a loss scale that is halved until the gradients are finite."""
+def _run(
+    result: ModeResult, config: RunConfig, world: World, truth: Mapping[str, Tensor], loss: float, steps: int
+) -> None:
+    """Measure the gradients of the batches, at a loss scale that is halved until they are finite, then race."""
+    ready = build_ready(config, world)
+    policy, batches = ready.policy, _batches(ready)
     ready.module.eval()
-    batches, scaler = _batches(ready), ready.policy.scaler
-    result.scale = scaler.scale if scaler else 1.0
-    while True:
+
+    def passes(scale: float) -> tuple[float, float]:
         start = time.perf_counter()
-        losses = [float(backward(ready, batch, result.scale)) for batch in batches]
-        result.seconds = (time.perf_counter() - start) / len(batches)
-        found = gradients_of(ready)
-        finite = all(bool(value.isfinite().all()) for value in found.values())
-        if finite or scaler is None or result.scale <= scaler.config.floor:
-            break
-        result.overflows += 1
-        result.scale /= 2
-        ready.policy.zero_grad()
-    result.loss = statistics.fmean(losses)
+        losses = [backward(ready, batch, scale) for batch in batches]
+        return statistics.fmean(losses), (time.perf_counter() - start) / len(batches)
+
+    (result.loss, result.seconds), result.scale, finite = at_finite_scale(ready, passes)
+    result.overflows = round(math.log2(policy.scaler.scale / result.scale)) if policy.scaler else 0
     result.loss_error = abs(result.loss - loss) / max(abs(loss), 1e-12)
+    found = gradients_of(ready)
     if finite:
         _judge(result, {name: value.cpu().to(truth[name].dtype) / result.scale for name, value in found.items()}, truth)
     else:
-        result.worst = next(name for name, value in found.items() if not bool(value.isfinite().all()))
-    ready.policy.zero_grad()
+        result.worst = first_nonfinite(found)
+    policy.zero_grad()
+    weights = (weight.detach() for _, weight in policy.named_parameters())
+    result.lost_updates = share_of_lost_updates(weights, config.optim.lr)
+    result.race = race(ready, config, steps) if steps else None
 
 
 def _judge(result: ModeResult, found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
-    sums = {name: _sums(found[name], truth[name]) for name in truth if name in found}
-    result.errors = _errors(sums.values())
-    modules: dict[str, list[list[float]]] = {}
-    for name, each in sums.items():
-        modules.setdefault(name.rpartition(".")[0], []).append(each)
-    result.modules = {name: _errors(each) for name, each in modules.items()}
-    total = sum(each[1] for each in sums.values())
-    sizes = {name: sum(each[1] for each in parts) for name, parts in modules.items()}
-    large = [name for name in modules if sizes[name] > SMALL**2 * total]
-    result.worst = max(large, key=lambda name: result.modules[name].relative, default="")
-    if not result.errors.relative:  # the reference itself
-        result.worst = ""
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(7, dtype=torch.float64))
+    for name in found:
+        sums[name.rpartition(".")[0]] += _sums(found[name], truth[name])
+    total = torch.stack([*sums.values()]).sum(0)
+    result.errors = _errors(total)
+    result.modules = {name: _errors(each) for name, each in sums.items()}
+    large = [name for name, each in sums.items() if each[1] > SMALL**2 * total[1]]
+    if result.errors.relative:  # it is zero for the reference itself
+        result.worst = max(large, key=lambda name: result.modules[name].relative, default="")
 
 
-def _sums(one: Tensor, other: Tensor) -> list[float]:
+def _sums(one: Tensor, other: Tensor) -> Tensor:
     """Return sums of squares (difference, reference, mode), the product, and counts of zeros, flips and values."""
     a, b = one.double(), other.double()
     there = b != 0
     zeros, flips = ((a == 0) & there).sum(), (a * b < 0).sum()
     sums = [(a - b).square().sum(), b.square().sum(), a.square().sum(), (a * b).sum(), zeros, flips, there.sum()]
-    values: list[float] = torch.stack([each.double() for each in sums]).tolist()
-    return values
+    return torch.stack([each.double() for each in sums])
 
 
-def _errors(parts: Iterable[Sequence[float]]) -> Errors:
-    difference, truth, own, product, zeros, flips, count = (sum(column) for column in zip(*parts, strict=True))
+def _errors(sums: Tensor) -> Errors:
+    difference, truth, own, product, zeros, flips, count = sums.tolist()
+    relative = math.sqrt(difference / truth) if truth else (math.inf if difference else 0.0)
     size = math.sqrt(truth * own)
-    return Errors(
-        math.sqrt(difference / truth) if truth else (math.inf if difference else 0.0),
-        product / size if size else 0.0,
-        zeros / max(count, 1),
-        flips / max(count, 1),
-    )
+    return Errors(relative, product / size if size else 0.0, zeros / max(count, 1), flips / max(count, 1))
 
 
 def race(ready: Ready, config: RunConfig, steps: int) -> Race:
     """Train some steps of one micro-batch each, from the weights as they are."""
-    policy, made = ready.policy, Race()
+    policy, made, seconds = ready.policy, Race(), []
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
     ready.module.train()
     seed_all(config.seed, 0)
     plan = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 4))
-    seconds = []
     for step in range(steps):
         batch = first_batch(ready, step)
         start = time.perf_counter()
         set_lr(optimizer, lr_at(step, steps, plan))
-        again = pass_of(ready, batch, 1.0)
-        loss = again(again.inputs)
+        loss = loss_of(ready, batch, 1.0)
         policy.backward(loss)
         try:
             made.skipped += not policy.step(optimizer, max_norm=config.optim.max_norm).applied
@@ -282,11 +268,9 @@ def recommend(results: Sequence[ModeResult]) -> tuple[str, list[str]]:
     """
     ran = [result for result in results if not result.why_not]
     truth = next((result for result in ran if result.mode == "fp32"), None)
-    reasons, good = [], []
-    for result in ran:
-        wrong = objection(result, truth)
-        reasons.append(f"{result.mode}: {wrong or numbers(result, truth)}")
-        good += [] if wrong else [result]
+    wrong = {result.mode: _objection(result, truth) for result in ran}
+    reasons = [f"{result.mode}: {wrong[result.mode] or _numbers(result, truth)}" for result in ran]
+    good = [result for result in ran if not wrong[result.mode]]
     if not good:
         return "", reasons
     fastest = min(pace(result) for result in good)
@@ -298,7 +282,7 @@ def pace(result: ModeResult) -> float:
     return result.race.seconds if result.race else result.seconds
 
 
-def objection(result: ModeResult, truth: ModeResult | None) -> str:
+def _objection(result: ModeResult, truth: ModeResult | None) -> str:
     """Return why a mode that runs cannot be recommended; empty if it can."""
     own, race, true = result.errors, result.race, truth.race if truth else None
     if own is None:
@@ -314,7 +298,7 @@ def objection(result: ModeResult, truth: ModeResult | None) -> str:
     return ""
 
 
-def numbers(result: ModeResult, truth: ModeResult | None) -> str:
+def _numbers(result: ModeResult, truth: ModeResult | None) -> str:
     """Return the numbers that speak for a mode."""
     assert result.errors is not None
     words = [f"gradient error {result.errors.relative:.1e}{f', worst {result.worst}' if result.worst else ''}"]

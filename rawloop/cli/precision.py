@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from rawloop.watch.measure import FLUSHED, LOWEST, SUBNORMAL, Exponents
 ACTIONS = ("probe", "compare")
 ROWS = 12  # of a table in the terminal; the file has all
 BAR = 50  # characters
-HEADS = {"outputs": "outputs", "output_gradients": "gradients of outputs", "gradients": "gradients of parameters"}
+TABLES = {"outputs": "outputs", "output_gradients": "gradients of outputs", "gradients": "gradients of parameters"}
+RANGE = ("name", "dtype", "largest", "bits left", "bits left in FP16", "zeros", "flushed", "subnormal")
+ERRORS = ("gradient error", "cosine", "zeros", "flips")
 
 
 def run(argv: list[str]) -> None:
@@ -37,77 +39,39 @@ def run(argv: list[str]) -> None:
             f"--config FILE`; it got '{action}'{hint}"
         )
     config, options = read_config(f"precision {action}", argv[1:])
-    file = output(options["json"])
+    reference, steps, file, page = _choices(options)
+    made: Probe | Comparison
     with open_world(config.device, config.ddp.timeout) as world:
         if world.size > 1:
             raise UserError(f"rawloop precision {action} measures in one process: call it without torchrun")
-        if action == "probe":
-            probed = probe(config, world)
-            print("\n".join(probe_lines(probed)), flush=True)
-            write_json(file, {**as_json(probed), "measured_in_fp16": probed.is_blind})
-            return
-        page = page_file(options["html"])
-        reference, steps = chosen_reference(options["reference"]), chosen_steps(options["steps"])
-        compared = compare(config, world, reference, steps)
-    print("\n".join(compare_lines(compared)), flush=True)
-    write_json(file, as_json(compared))
+        made = probe(config, world) if action == "probe" else compare(config, world, reference, steps)
+    lines = probe_lines(made) if isinstance(made, Probe) else compare_lines(made)
+    print("\n".join(lines), flush=True)
+    if file is not None:
+        try:
+            replace_file(file, json.dumps(json_value(asdict(made)), allow_nan=False, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json is '{file}', which cannot be written: {in_words(error)}") from error
+    if page is not None and isinstance(made, Comparison):
+        write_html(page, made, config.model.path)
+
+
+def _choices(options: dict[str, Any]) -> tuple[str, int, Path | None, Path | None]:
+    """Return reference, steps and files, after the checks that can be made before the work is done."""
+    reference, steps = (options.get(name) for name in ("reference", "steps"))
+    if reference not in (None, "fp32", "fp64"):
+        raise UserError(f"--reference is '{reference}': it must be fp32 or fp64")
+    if steps is not None and not steps.isdecimal():
+        raise UserError(f"--steps is '{steps}': it must be a whole number, 0 for no race")
+    file, page = (Path(expanduser(options[name])) if options.get(name) else None for name in ("json", "html"))
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise UserError(f"--json is '{file}': it must name a file in a folder that exists")
     if page is not None:
-        write_html(page, compared, config.model.path)
+        from rawloop.report.page import check_output, check_packages
 
-
-def chosen_reference(value: str | None) -> str:
-    """Return the dtype of the reference."""
-    if value not in (None, "fp32", "fp64"):
-        raise UserError(f"--reference is '{value}': it must be fp32 or fp64")
-    return value or "fp32"
-
-
-def chosen_steps(value: str | None) -> int:
-    """Return the steps of the race."""
-    if value is None:
-        return 20
-    if not value.isdecimal():
-        raise UserError(f"--steps is '{value}': it must be a whole number, 0 for no race")
-    return int(value)
-
-
-def output(value: str | None) -> Path | None:
-    """Return the file of an option. Refuse one that cannot be written before the work is done."""
-    if value is None:
-        return None
-    file = Path(expanduser(value))
-    if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"--json is '{value}': it must name a file in a folder that exists")
-    return file
-
-
-def page_file(value: str | None) -> Path | None:
-    """Return the page's file, after the checks that it can be made."""
-    if value is None:
-        return None
-    from rawloop.report.page import check_output, check_packages
-
-    check_packages()
-    check_output(file := Path(expanduser(value)))
-    return file
-
-
-def as_json(made: Any) -> dict[str, Any]:
-    """Return a result as JSON values."""
-    assert is_dataclass(made)
-    assert not isinstance(made, type)
-    values: dict[str, Any] = json_value(asdict(made))
-    return values
-
-
-def write_json(file: Path | None, values: dict[str, Any]) -> None:
-    """Write values into a file, if there is one."""
-    if file is None:
-        return
-    try:
-        replace_file(file, json.dumps(values, allow_nan=False, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json is '{file}', which cannot be written: {in_words(error)}") from error
+        check_packages()
+        check_output(page)
+    return reference or "fp32", int(steps or 20), file, page
 
 
 def probe_lines(probed: Probe) -> Iterator[str]:
@@ -116,49 +80,27 @@ def probe_lines(probed: Probe) -> Iterator[str]:
     yield f"one micro-batch of {', '.join(probed.ids)}: loss {probed.loss:.4f}, {probed.seconds:.1f} s"
     why = "of the pass" if probed.pass_scale == probed.scale != 1.0 else "recommended for FP16"
     yield f"FP16 columns are for a loss scale of {probed.scale:g} ({why})"
-    for name, head in HEADS.items():
+    for name, head in TABLES.items():
         rows: list[Range] = getattr(probed, name)
-        yield ""
-        yield f"{head}, least head room in FP16 first ({min(len(rows), ROWS)} of {len(rows)})"
-        yield from range_table(rows[:ROWS], gradients=name != "outputs")
-    yield ""
-    yield "exponents of the parameters' gradients (# normal, + subnormal, . flushed in FP16 under that scale)"
+        columns = len(RANGE) if name != "outputs" else -2
+        yield f"\n{head}, least head room in FP16 first ({min(len(rows), ROWS)} of {len(rows)})"
+        yield from table("llrrrrrr"[:columns], [RANGE[:columns], *(_range_row(row)[:columns] for row in rows[:ROWS])])
+    yield "\nexponents of the parameters' gradients (# normal, + subnormal, . flushed in FP16 under that scale)"
     yield from histogram(probed.exponents, probed.scale)
-    yield ""
     if probed.window is None:
-        yield "loss scales that fit FP16: every gradient is zero"
+        yield "\nloss scales that fit FP16: every gradient is zero"
     else:
-        seen = (
-            "; this pass was in FP16 and does not show what it flushed: a probe in fp32 does" if probed.is_blind else ""
-        )
-        yield f"loss scales that fit FP16: {probed.window}{seen}"
+        blind = "this pass was in FP16 and does not show what it flushed: a probe in fp32 does"
+        yield f"\nloss scales that fit FP16: {probed.window}{f'; {blind}' if probed.measured_in_fp16 else ''}"
         yield f"recommended precision.loss_scale.init: {probed.window.recommended():.9g}"
     lost = ", ".join(f"{name} {share:.1%}" for name, share in probed.lost_updates.items())
     yield f"weights that an update of {probed.lr:g} (optim.lr) does not change, by their dtype: {lost}"
 
 
-def range_table(rows: Sequence[Range], gradients: bool) -> list[str]:
-    """Return ranges as an aligned table."""
-    head = ["name", "dtype", "largest", "bits left", "bits left in FP16", "zeros"]
-    lines: list[list[object]] = [[*head, *(["flushed", "subnormal"] if gradients else [])]]
-    for row in rows:
-        shares = [f"{row.flushed:.2%}", f"{row.subnormal:.2%}"] if gradients else []
-        lines.append(
-            [
-                row.name,
-                row.dtype,
-                f"{row.largest:.3g}",
-                _bits(row.headroom),
-                _bits(row.fp16),
-                f"{row.zeros:.1%}",
-                *shares,
-            ]
-        )
-    return table("llrrrrrr"[: len(lines[0])], lines)
-
-
-def _bits(bits: float) -> str:
-    return f"{bits:.1f}" if math.isfinite(bits) else "-"
+def _range_row(row: Range) -> list[str]:
+    bits = [f"{bits:.1f}" if math.isfinite(bits) else "-" for bits in (row.headroom, row.fp16)]
+    shares = [f"{row.zeros:.1%}", f"{row.flushed:.2%}", f"{row.subnormal:.2%}"]
+    return [row.name, row.dtype, f"{row.largest:.3g}", *bits, *shares]
 
 
 def histogram(exponents: Exponents, scale: float) -> Iterator[str]:
@@ -177,11 +119,9 @@ def histogram(exponents: Exponents, scale: float) -> Iterator[str]:
 def compare_lines(made: Comparison) -> Iterator[str]:
     """Yield the lines of a comparison."""
     yield f"against {made.reference}, on the samples {', '.join(made.ids)}"
-    yield from table("l" + "r" * 10 + "l", comparison_rows(made))
+    yield from table("l" + "r" * 10 + "l", _mode_rows(made))
     yield ""
-    for result in made.results:
-        if result.why_not:
-            yield f"{result.mode} is left out: {result.why_not}"
+    yield from (f"{result.mode} is left out: {result.why_not}" for result in made.results if result.why_not)
     yield from made.reasons
     best = next((result for result in made.results if result.mode == made.recommended), None)
     if best is None:
@@ -190,32 +130,21 @@ def compare_lines(made: Comparison) -> Iterator[str]:
         yield f"recommended: precision.mode {best.mode}, {pace(best):.3g} s a step"
 
 
-def comparison_rows(made: Comparison) -> list[list[object]]:
+def _mode_rows(made: Comparison) -> list[list[str]]:
     """Return the table of a comparison, with its head."""
-    head = ["mode", "loss error", "gradient error", "cosine", "zeros", "flips", "lost updates", "scale", "halved"]
-    rows: list[list[object]] = [[*head, "s / step", f"loss after {made.steps}", "worst module"]]
-    return rows + [_row(result) for result in made.results if not result.why_not]
+    head = ["mode", "loss error", *ERRORS, "lost updates", "scale", "halved", "s / step"]
+    head += [f"loss after {made.steps}", "worst module"]
+    return [head, *(_mode_row(result) for result in made.results if not result.why_not)]
 
 
-def _row(result: ModeResult) -> list[object]:
-    errors, race = result.errors, result.race
-    shown = ["not finite", "-", "-", "-"]
-    if errors:
-        shown = [f"{errors.relative:.1e}", f"{errors.cosine:.6f}", f"{errors.zeros:.2%}", f"{errors.flips:.2%}"]
-    worst = result.worst or "-"
-    if errors and result.worst:
-        worst = f"{result.worst} {result.modules[result.worst].relative:.1e}"
-    return [
-        result.mode,
-        f"{result.loss_error:.1e}",
-        *shown,
-        f"{result.lost_updates:.1%}",
-        f"{result.scale:g}",
-        result.overflows,
-        f"{pace(result):.3g}",
-        f"{race.final:.4g}" if race else "-",
-        worst,
-    ]
+def _mode_row(result: ModeResult) -> list[str]:
+    errors, worst = ["not finite", "-", "-", "-"], result.worst or "-"
+    if own := result.errors:
+        errors = [f"{own.relative:.1e}", f"{own.cosine:.6f}", f"{own.zeros:.2%}", f"{own.flips:.2%}"]
+        worst += f" {result.modules[result.worst].relative:.1e}" if result.worst else ""
+    scale = [f"{result.lost_updates:.1%}", f"{result.scale:g}", str(result.overflows)]
+    final = f"{result.race.final:.4g}" if result.race else "-"
+    return [result.mode, f"{result.loss_error:.1e}", *errors, *scale, f"{pace(result):.3g}", final, worst]
 
 
 def write_html(file: Path, made: Comparison, model: str) -> None:
@@ -223,25 +152,21 @@ def write_html(file: Path, made: Comparison, model: str) -> None:
     from rawloop.report.page import Note, Section, Table, render, write_page
     from rawloop.report.plots import Line, draw_lines
 
-    head, *rows = comparison_rows(made)
+    head, *rows = _mode_rows(made)
     lead = [Note(made.recommended or "none", "good" if made.recommended else "alarm", "Recommended mode")]
     notes = [Note(reason) for reason in made.reasons]
-    notes += [
-        Note(result.why_not, "warning", f"{result.mode} is left out") for result in made.results if result.why_not
-    ]
-    curves = [(result.mode, result.race.losses) for result in made.results if result.race and result.race.losses]
-    lines = [Line(name, range(len(losses)), losses, color) for color, (name, losses) in enumerate(curves)]
+    notes += [Note(one.why_not, "warning", f"{one.mode} is left out") for one in made.results if one.why_not]
+    raced = [(one.mode, one.race.losses) for one in made.results if one.race and one.race.losses]
+    lines = [Line(mode, range(len(losses)), losses, color) for color, (mode, losses) in enumerate(raced)]
     modules = [
         [result.mode, name, errors.relative, errors.cosine, errors.zeros, errors.flips]
         for result in made.results
         for name, errors in sorted(result.modules.items(), key=lambda item: -item[1].relative)[:ROWS]
     ]
+    worst = Table(["mode", "module", *ERRORS], modules)
     sections = [
-        Section("Modes", notes, tables=[Table([str(cell) for cell in head], rows)]),
+        Section("Modes", notes, tables=[Table(head, rows)]),
         Section("Race", figures=[draw_lines("Loss", lines)] if lines else []),
-        Section(
-            "Worst modules",
-            tables=[Table(["mode", "module", "gradient error", "cosine", "zeros", "flips"], modules)],
-        ),
+        Section("Worst modules", tables=[worst]),
     ]
     write_page(file, render(f"Precision modes of {model}", sections, lead))

@@ -106,7 +106,7 @@ def facts(run: RunData) -> Table:
         "model": [of("model.path"), "" if of("model.family") == "auto" else of("model.family")],
         "adapter": [of("adapter.mode"), *(lora if of("adapter.mode") == "lora" else [])],
         "precision": [of("precision.mode"), modes[-1].get("reason") if modes else ""],
-        "learning rate": [of("optim.lr"), of("optim.schedule"), f"warm-up steps {warmup}" if warmup else ""],
+        "learning rate": [of("optim.lr"), of("optim.schedule"), f"{warmup} warm-up steps" if warmup else ""],
         "batch": [batch],
         "data": [of("data.train")],
         "device": [start.get("device"), *(f"{n} {start[n]}" for n in ("torch", "transformers", "peft") if n in start)],

@@ -91,7 +91,7 @@ def test_what_a_run_has_recorded_is_on_its_page(write_run: Write, words: Words) 
         "Incidents: 1 alarm among the findings; 30 updates skipped; fell back at step 40 (amp_fp16 -> bf16).",
         "Findings not_finite: module 'x' overflows. scale_start: ordinary: the scale falls.",
         "adapter lora, rank 8, alpha 16.0, dropout 0.0 precision amp_fp16, too many skips",
-        "learning rate 0.003, cosine, warm-up steps 5",
+        "learning rate 0.003, cosine, 5 warm-up steps",
         "batch 16 samples a step (4 per pass, accumulation 2, world size 2)",
         "Losses Loss, all streams loss eval_loss",
         "Loss of 'audio' loss/audio eval_loss/audio",
