@@ -3,12 +3,13 @@
 from rawloop.watch.batches import Batches
 from rawloop.watch.calls import Calls
 from rawloop.watch.changed import ChangedWeights
+from rawloop.watch.differing import RankWeights
 from rawloop.watch.gradients import Gradients
 from rawloop.watch.jumps import Jumps
 from rawloop.watch.leaks import Leaks
 from rawloop.watch.look import Look
 from rawloop.watch.misuse import Misuse
-from rawloop.watch.optimizer import OptimizerSettings, OptimizerState
+from rawloop.watch.optimizer import OptimizerState
 from rawloop.watch.rates import LearningRates
 from rawloop.watch.reach import Reach
 from rawloop.watch.scale import LossScale
@@ -19,7 +20,9 @@ from rawloop.watch.weights import UnsoundWeights
 
 def all_detectors() -> list[Detector]:
     """Return a new detector of every kind."""
-    optimizers = [LearningRates(), Updates(), OptimizerSettings(), OptimizerState()]
+    rates = LearningRates()  # shared: updates are judged by the learning rate's history
+    optimizers = [rates, Updates(rates), OptimizerState()]
     look = Look()  # shared, so that modules and gradients are measured once
     measured = [Gradients(look), Reach(look), LossScale(look)]
-    return [UnsoundWeights(), ChangedWeights(), Misuse(), *optimizers, Batches(), Calls(), Leaks(), *measured, Jumps()]
+    weights = [UnsoundWeights(), ChangedWeights(), RankWeights()]
+    return [*weights, Misuse(), *optimizers, Batches(), Calls(), Leaks(), *measured, Jumps()]

@@ -1,76 +1,67 @@
-"""Weights and buffers that differ between ranks, which data-parallel training keeps equal."""
+"""Weights that differ between ranks, which data-parallel training keeps equal."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from rawloop.errors import first_few
 from rawloop.watch.digests import Digests
-from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.held import Evidence, measurable, module_of
-from rawloop.watch.subject import Subject
-
-MASTER = "master of "  # before a weight's name: the optimizer's float32 parameter in its place
+from rawloop.watch.findings import Cause, Finding
+from rawloop.watch.held import Evidence, place_of, weights_of
+from rawloop.watch.subject import Detector, StepRecord, Subject
 
 
-class Ranks:
-    """Compares the digests of weights and buffers over the ranks. A single process compares nothing."""
+class RankWeights(Detector):
+    """Compares digests of the weights over the ranks: at the first two steps, and every `WatchConfig.every`th.
 
-    def __init__(self, digests: Digests) -> None:
-        self._digests = digests
-        self._equal: tuple[str, int] | None = None  # when the weights were equal last
+    All ranks call `batch` equally often. `end` would not do: a rank that skips an update alone does not come there.
 
-    def compare(self, subject: Subject, weights: Mapping[str, object], step: int, moment: str) -> Iterator[Finding]:
-        """Yield findings for weights and buffers that differ. All ranks call this together, and each gets them."""
-        if subject.world.size == 1:
+    A detector that fails is off from then on, and if it is so on one rank alone, the others wait for it without end.
+    So this one has nothing that can fail on one rank alone: an error of the digests is raised on all ranks.
+
+    Kind: `weights_differ_across_ranks`.
+    """
+
+    def __init__(self) -> None:
+        self._digests = Digests()
+        self._calls = 0
+        self._equal: int | None = None  # the step before which the weights were equal last
+
+    def batch(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
+        """Compare the weights before the forward pass, on all ranks together. Each rank gets the finding."""
+        world, due = subject.world, self._calls == 1 or self._calls % subject.config.every == 0
+        self._calls += 1
+        if world.size == 1 or not due:
             return
-        named = {f"buffer {name}": b for name, b in subject.model.named_buffers() if measurable(b)}
-        buffers = dict(zip(named, self._digests.of(list(named.values())), strict=True))
-        shares = subject.world.gather({name: str(value) for name, value in {**weights, **buffers}.items()})
+        shares = world.gather(world.on_all_ranks(lambda: self._digests_of(subject)) or {})
         if any(share.keys() != shares[0].keys() for share in shares):
             return  # other parts of a model on other ranks: not data-parallel
         odd = {name: ranks for name in shares[0] if (ranks := odd_ranks([share[name] for share in shares]))}
-        differing = [name for name in odd if name in weights]
-        if differing:
-            yield self._weights(subject, differing, odd[differing[0]], len(weights), step, moment)
+        if odd:
+            yield self._differ(subject, odd, len(shares[0]), record.step)
         else:
-            self._equal = moment, step
-        moving = [name.removeprefix("buffer ") for name in odd if name not in weights]
-        if moving:
-            yield buffers_differ(subject, moving, odd[f"buffer {moving[0]}"], len(named), step)
+            self._equal = record.step
 
-    def _weights(
-        self, subject: Subject, differing: list[str], ranks: list[int], total: int, step: int, moment: str
-    ) -> Finding:
-        name = differing[0].removeprefix(MASTER)
-        place = Place(phase="update", module=module_of(name), parameter=name, rank=ranks[0])
-        evidence: Evidence = {"differing": len(differing), "of": total}
+    def _digests_of(self, subject: Subject) -> dict[str, str]:
+        weights = weights_of(subject)
+        digests = self._digests.of([*weights.values()])
+        return {name: f"{w.dtype} {digest}" for (name, w), digest in zip(weights.items(), digests, strict=True)}
+
+    def _differ(self, subject: Subject, odd: dict[str, list[int]], total: int, step: int) -> Finding:
+        name, ranks = next(iter(odd.items()))
+        evidence: Evidence = {"differing": len(odd), "of": total}
         evidence |= {"ranks that differ from the others": first_few(ranks), "ranks": subject.world.size}
-        if self._equal is None:
-            what = "the ranks began with different weights, and nothing has made them equal"
-            advice = "Wrap the model in DistributedDataParallel, load the same file on all ranks, or seed them alike"
-        else:
-            what = f"the weights were equal {self._equal[0]}: since then the ranks got different gradients or updates"
-            advice = (
-                "Call the wrapped model, not model.module, so that gradients are averaged; let no rank skip, clip or "
-                "write weights alone"
-            )
-        cause = Cause("distributed", what, place, evidence, advice)
-        what = f"rank {first_few(ranks)} has other weights {moment}: {first_few(differing)}"
-        since = None if self._equal is None else self._equal[1]
-        return Finding("weights_differ_across_ranks", what, (cause,), step, subject.world.rank, since=since)
+        what = "the ranks began with different weights, and nothing has made them equal"
+        advice = "Wrap the model in DistributedDataParallel, load the same file on all ranks, or seed them alike"
+        if self._equal is not None:
+            what = f"they were equal before step {self._equal}: since then the ranks got different gradients or updates"
+            advice = "Call the wrapped model, not model.module, so that gradients are averaged; "
+            advice += "let no rank skip, clip or write weights alone"
+        cause = Cause("distributed", what, place_of(name, rank=ranks[0]), evidence, advice)
+        what = f"rank {first_few(ranks)} has other weights before step {step}: {first_few(odd)}"
+        return Finding("weights_differ_across_ranks", what, (cause,), step, subject.world.rank, since=self._equal)
 
 
 def odd_ranks(values: list[str]) -> list[int]:
     """Return the ranks whose value is not the most common one; of equally common ones, rank 0's or the lowest's."""
     usual = Counter(values).most_common(1)[0][0]
     return [rank for rank, value in enumerate(values) if value != usual]
-
-
-def buffers_differ(subject: Subject, moving: list[str], ranks: list[int], total: int, step: int) -> Finding:
-    """Return the finding for buffers that differ, as statistics of a batch do."""
-    place = Place(module=module_of(moving[0]), tensor=moving[0], rank=ranks[0])
-    evidence: Evidence = {"differing": len(moving), "of": total, "ranks that differ from the others": first_few(ranks)}
-    what = "each rank computes statistics of its own batches, and saved or evaluated are those of one rank"
-    cause = Cause("distributed", what, place, evidence, "SyncBatchNorm or world.make_equal keeps them equal")
-    what = f"buffers differ between ranks: {first_few(moving)}"
-    return Finding("buffers_differ_across_ranks", what, (cause,), step, subject.world.rank, ordinary=True)

@@ -27,38 +27,15 @@ class Digests:
 
     def of(self, tensors: Sequence[Tensor]) -> list[Digest]:
         """Return the digest of each tensor. It depends on the tensor's bytes alone."""
-        values: dict[int, Tensor] = {}
-        order: list[int] = []  # the tensor of each piece
-        pieces: list[Tensor] = []
-        for place, tensor in enumerate(tensors):
-            for piece in _pieces(tensor.detach()):
-                pieces.append(piece)
-                order.append(place)
-        for device in dict.fromkeys(piece.device for piece in pieces):
-            mine = [index for index, piece in enumerate(pieces) if piece.device == device]
-            for batch in _batches(mine, pieces):
-                values.update(zip(batch, self._sums([pieces[index] for index in batch]), strict=True))
-        found: list[list[int]] = [[] for _ in tensors]
-        for place, value in zip(order, read([values[index] for index in range(len(pieces))]), strict=True):
-            found[place].append(value)
-        return [tuple(numbers) for numbers in found]
+        sums = [[(piece * self._keys_for(piece)).sum() for piece in _pieces(tensor.detach())] for tensor in tensors]
+        numbers = iter(read([each for pieces in sums for each in pieces]))
+        return [tuple(next(numbers) for _ in pieces) for pieces in sums]
 
-    def _sums(self, pieces: list[Tensor]) -> list[Tensor]:
-        """Return the digests of pieces that together have at most `WORDS` words."""
-        keys = self._keys_on(pieces[0].device)
-        if len(pieces) == 1:
-            return [(pieces[0] * keys[: len(pieces[0])]).sum()]
-        words = torch.cat(pieces)
-        ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1
-        factors = torch.cat([keys[: len(piece)] for piece in pieces])
-        totals = (words * factors).cumsum(0)[ends.to(words.device)]  # the sums wrap around: differences hold
-        return list(torch.cat([totals[:1], totals.diff()]))
-
-    def _keys_on(self, device: torch.device) -> Tensor:
-        if device not in self._keys:
-            generator = torch.Generator().manual_seed(0)
-            self._keys[device] = torch.randint(-(2**62), 2**62, (WORDS,), generator=generator).mul(2).add(1).to(device)
-        return self._keys[device]
+    def _keys_for(self, piece: Tensor) -> Tensor:
+        if piece.device not in self._keys:
+            made = torch.randint(-(2**62), 2**62, (WORDS,), generator=torch.Generator().manual_seed(0))
+            self._keys[piece.device] = made.mul(2).add(1).to(piece.device)
+        return self._keys[piece.device][: len(piece)]
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -71,17 +48,3 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield from torch.split(raw[:whole].view(torch.int64), WORDS)
     if whole < len(raw):
         yield pad(raw[whole:], (0, BYTES - len(raw) + whole)).view(torch.int64)
-
-
-def _batches(places: list[int], pieces: list[Tensor]) -> Iterator[list[int]]:
-    """Yield groups of pieces that together have at most `WORDS` words."""
-    batch: list[int] = []
-    size = 0
-    for place in places:
-        if batch and size + len(pieces[place]) > WORDS:
-            yield batch
-            batch, size = [], 0
-        batch.append(place)
-        size += len(pieces[place])
-    if batch:
-        yield batch

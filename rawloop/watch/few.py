@@ -1,54 +1,54 @@
-"""A few numbers of each weight, kept on the device after each update: they tell whether later writes changed values."""
+"""A few numbers of a few weights, kept after each update: they tell whether anything else writes other values."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+WEIGHTS = 8  # of an optimizer: what writes weights between updates writes all of them, as load_state_dict does
 NUMBERS = 8  # of each weight
 EQUAL = 4  # comparisons without a change, after which writes are known to be of equal values
+WRITES = attrgetter("_version")  # how often torch has written a tensor in place
 
 
 class FewNumbers:
-    """Keeps numbers of weights with one call of the device in each step, and compares them with one read.
+    """Keeps numbers of an optimizer's weights with one call of the device in each step, and compares them if need be.
 
     A weight whose `.data` was replaced is compared with itself: it seems unchanged.
+
+    Args:
+        weights: by name. Some of them are chosen, evenly spread.
     """
 
-    def __init__(self) -> None:
-        self._views: dict[str, Tensor] = {}
-        self._kept: dict[torch.device, Tensor] = {}
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        device = next(iter(weights.values())).device
+        mine = [(name, weight) for name, weight in weights.items() if weight.device == device]
+        self._chosen = dict(mine[:: -(-len(mine) // WEIGHTS)])
+        self._views = [_few(weight) for weight in self._chosen.values()]
+        self._kept: Tensor | None = None
+        self._writes: list[int] = []
         self._equal = 0
 
-    def forget(self) -> None:
-        """Forget the weights, which may be others in the next step."""
-        self._views, self._kept = {}, {}
-
-    def keep(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep numbers of these weights, which are the same ones until `forget`."""
-        self._views = self._views or {name: _few(weight) for name, weight in weights.items()}
-        self._kept = self._now()
+    def keep(self) -> None:
+        """Keep the numbers, after an update."""
+        self._writes = [*map(WRITES, self._chosen.values())]
+        self._kept = torch.cat(self._views)
 
     def changed(self, probing: bool) -> list[str]:
-        """Return the names of weights whose numbers differ from those kept. It stops reading if they never do.
+        """Return the names of weights whose numbers differ from those kept. Nothing is read if torch wrote none.
 
         Args:
-            probing: read in any case.
+            probing: read even if all writes so far were of equal values.
         """
-        if not self._kept or (self._equal >= EQUAL and not probing):
+        if self._kept is None or self._writes == [*map(WRITES, self._chosen.values())]:
             return []
-        differ = {device: (now != self._kept[device]).cpu() for device, now in self._now().items()}
-        changed = []
-        for device, flags in differ.items():
-            mine = [(name, len(view)) for name, view in self._views.items() if view.device == device]
-            parts = torch.split(flags, [length for _, length in mine])
-            changed += [name for (name, _), part in zip(mine, parts, strict=True) if bool(part.any())]
+        if self._equal >= EQUAL and not probing:
+            return []
+        flags = torch.split((torch.cat(self._views) != self._kept).cpu(), [len(view) for view in self._views])
+        changed = [name for name, part in zip(self._chosen, flags, strict=True) if bool(part.any())]
         self._equal += not changed
         return changed
-
-    def _now(self) -> dict[torch.device, Tensor]:
-        devices = dict.fromkeys(view.device for view in self._views.values())
-        return {device: torch.cat([v for v in self._views.values() if v.device == device]) for device in devices}
 
 
 def _few(weight: Tensor) -> Tensor:

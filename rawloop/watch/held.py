@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rawloop.watch.findings import Place
 from rawloop.watch.subject import Subject
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
+MASTER = "master of "  # before a weight's name: the optimizer's float32 parameter in its place
 Evidence = dict[str, float | int | str]
 
 
@@ -35,6 +37,16 @@ class Held(NamedTuple):
     label: str
 
     @property
+    def key(self) -> str:
+        """A name that a master does not share with its weight."""
+        return self.name if self.weight is self.parameter else f"{MASTER}{self.name}"
+
+    @property
+    def place(self) -> Place:
+        """The place of a finding about it."""
+        return place_of(self.name, optimizer=self.label)
+
+    @property
     def state(self) -> dict[str, Any]:
         """The optimizer's state for it, empty before the first update."""
         return self.optimizer.state.get(self.parameter) or {}
@@ -50,10 +62,8 @@ def held_by_optimizers(subject: Subject) -> list[Held]:
     """Return the parameters that the optimizers hold and that can be measured here, in order."""
     names = {id(parameter): name for name, parameter in subject.named()}
     weights = dict(subject.model.named_parameters())
-    groups = [(one, index, group) for one in subject.optimizers for index, group in enumerate(one.param_groups)]
     found = []
-    for optimizer, index, group in groups:
-        label = label_of(subject, optimizer, index)
+    for label, optimizer, group in groups_of(subject):
         for position, parameter in enumerate(group["params"]):
             name = names.get(id(parameter), f"{label}, parameter {position}")
             if measurable(parameter):
@@ -61,10 +71,14 @@ def held_by_optimizers(subject: Subject) -> list[Held]:
     return found
 
 
-def label_of(subject: Subject, optimizer: Optimizer, group: int) -> str:
-    """Return a name for a group: `AdamW group 0`, or `AdamW[1] group 0` for the second of several optimizers."""
-    place = next(place for place, one in enumerate(subject.optimizers) if one is optimizer)
-    return f"{type(optimizer).__name__}{f'[{place}]' if len(subject.optimizers) > 1 else ''} group {group}"
+def groups_of(subject: Subject) -> list[tuple[str, Optimizer, dict[str, Any]]]:
+    """Return all parameter groups with a name: `AdamW group 0`, or `AdamW[1] group 0` of the second optimizer."""
+    several = len(subject.optimizers) > 1
+    return [
+        (f"{type(one).__name__}{f'[{place}]' if several else ''} group {index}", one, group)
+        for place, one in enumerate(subject.optimizers)
+        for index, group in enumerate(one.param_groups)
+    ]
 
 
 def by_label(held: Iterable[Held]) -> dict[str, list[Held]]:
@@ -75,16 +89,17 @@ def by_label(held: Iterable[Held]) -> dict[str, list[Held]]:
     return groups
 
 
+def weights_of(subject: Subject) -> dict[str, Tensor]:
+    """Return the model's weights, and the optimizers' parameters that are not among them (masters), by name."""
+    found: dict[str, Tensor] = {name: p for name, p in subject.model.named_parameters() if measurable(p)}
+    return found | {one.key: one.parameter for one in held_by_optimizers(subject)}
+
+
 def measurable(tensor: Tensor) -> bool:
     """Whether a tensor holds floats in ordinary memory of this rank: not quantised, sparse, on meta, or a shard."""
     sharded = hasattr(tensor, "placements") or getattr(tensor, "_is_flat_param", False)  # FSDP
     plain = tensor.layout is torch.strided and not tensor.is_meta and not sharded
     return plain and tensor.dtype in FLOATS and tensor.numel() > 0
-
-
-def number(value: Any) -> float:
-    """Return an option of a group as a number. A learning rate may be a tensor, on the device with CUDA graphs."""
-    return float(value)
 
 
 def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
@@ -98,6 +113,17 @@ def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     return [made[place] for place in range(len(tensors))]
 
 
+def largest(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the largest magnitude in each tensor; NaN if it has one."""
+    return read(norms(tensors, math.inf))
+
+
+def rms_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the root mean square of each tensor."""
+    pairs = zip(read(norms(tensors, 2)), tensors, strict=True)
+    return [norm / math.sqrt(tensor.numel()) for norm, tensor in pairs]
+
+
 def read(values: Sequence[Tensor]) -> list[Any]:
     """Read 0-dim or equally long tensors, with one wait for each device and dtype."""
     found: dict[int, Any] = {}
@@ -107,12 +133,12 @@ def read(values: Sequence[Tensor]) -> list[Any]:
     return [found[place] for place in range(len(values))]
 
 
-def rms_of(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the root mean square of each tensor."""
-    pairs = zip(read(norms(tensors, 2)), tensors, strict=True)
-    return [norm / math.sqrt(tensor.numel()) for norm, tensor in pairs]
+def place_of(name: str, **more: Any) -> Place:
+    """Return the place of a finding about a weight, or about the optimizer's master of it."""
+    name = name.removeprefix(MASTER)
+    return Place(phase="update", module=name.rpartition(".")[0], parameter=name, **more)
 
 
-def module_of(name: str) -> str:
-    """Return the module of a parameter's name."""
-    return name.rpartition(".")[0]
+def short(dtype: torch.dtype) -> str:
+    """Return a dtype as people write it, such as `float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -7,21 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from rawloop.watch.held import FLOATS, Held, number, read
+from rawloop.watch.held import FLOATS, Held, read
 
 SAMPLE = 2**14  # numbers of each tensor, evenly spread: a share is known to 0.01
-ROWS = (
-    "active",  # numbers with a first moment, which unused rows of embeddings do not have
-    "lost",  # of these: the update leaves the weight as it is
-    "zero",  # of these: the second moment is zero
-    "moving",  # numbers with a second moment
-    "still",  # of these: beta2 times the second moment rounds to itself
-    "drowned",  # of these: the root is below eps
-    "update2",  # squares
-    "weight2",
-    "moment2",
-    "pushed2",  # of the first moment without coupled weight decay
-)
 
 
 class Sample(NamedTuple):
@@ -30,37 +18,26 @@ class Sample(NamedTuple):
     Args:
         held: the tensors.
         lr: the learning rate of the update.
-        betas: of Adam; zeros for SGD.
-        eps: of Adam; 0 for SGD.
-        dtype: of the weights.
-        state_dtype: of the moments.
-        counts: of each tensor, in order of `ROWS`.
+        counts: of each tensor, by the names in `count`.
     """
 
     held: list[Held]
     lr: float
-    betas: tuple[float, float]
-    eps: float
-    dtype: torch.dtype
-    state_dtype: torch.dtype
-    counts: list[list[float]]
-
-    def total(self, row: str) -> float:
-        """Return a count over all tensors."""
-        return sum(self.counts[ROWS.index(row)])
+    counts: dict[str, list[float]]
 
     def share(self, row: str, of: str) -> float:
-        """Return the quotient of two counts; 0.0 if there are none."""
-        return self.total(row) / self.total(of) if self.total(of) else 0.0
+        """Return the quotient of two counts over all tensors; 0.0 if there are none."""
+        total = sum(self.counts[of])
+        return sum(self.counts[row]) / total if total else 0.0
 
-    def first(self, row: str, of: str, limit: float) -> int:
-        """Return the index of the first tensor whose own share is above the limit."""
-        pairs = zip(self.counts[ROWS.index(row)], self.counts[ROWS.index(of)], strict=True)
-        return next(place for place, (count, total) in enumerate(pairs) if total and count / total > limit)
+    def first(self, row: str, of: str, limit: float) -> Held:
+        """Return the first tensor whose own share is above the limit."""
+        rows = zip(self.held, self.counts[row], self.counts[of], strict=True)
+        return next(one for one, count, total in rows if total and count / total > limit)
 
     def ratio(self, place: int) -> float:
         """Return the rms of a tensor's update divided by that of its weights; 0.0 for zero weights."""
-        update, weight = (self.counts[ROWS.index(row)][place] for row in ("update2", "weight2"))
+        update, weight = self.counts["update squared"][place], self.counts["weight squared"][place]
         return float((update / weight) ** 0.5) if weight else 0.0
 
 
@@ -84,13 +61,13 @@ def sampled(held: list[Held], lr: float, scale: float) -> Iterator[Sample]:
         lr: the learning rate of the update.
         scale: the factor on the gradients of plain SGD.
     """
-    chosen: dict[tuple[object, ...], list[tuple[Held, Tensor]]] = {}
+    alike: dict[tuple[object, ...], list[tuple[Held, Tensor]]] = {}
     for one in held:
         moment = first_moment(one)
         if moment is not None:
             key = (one.parameter.dtype, moment.dtype, one.parameter.device, is_adam(one))
-            chosen.setdefault(key, []).append((one, moment))
-    for pairs in chosen.values():
+            alike.setdefault(key, []).append((one, moment))
+    for pairs in alike.values():
         yield count([one for one, _ in pairs], [moment for _, moment in pairs], lr, scale)
 
 
@@ -108,44 +85,39 @@ def first_moment(held: Held) -> Tensor | None:
 
 @torch.no_grad()
 def count(held: list[Held], moments: list[Tensor], lr: float, scale: float) -> Sample:
-    """Count what `ROWS` names in a sample of every tensor."""
-    dtype, state_dtype = held[0].parameter.dtype, moments[0].dtype
+    """Count numbers in a sample of every tensor."""
+    dtype, state_dtype, group = held[0].parameter.dtype, moments[0].dtype, held[0].group
     wide = torch.promote_types(dtype, torch.float32)
     weight, moment = chosen([one.parameter for one in held], wide), chosen(moments, wide) / scale
-    adam, group = is_adam(held[0]), held[0].group
     sizes = torch.tensor([len(spread(one.parameter)) for one in held], device=weight.device)
     owner = torch.repeat_interleave(torch.arange(len(held), device=weight.device), sizes)
-    betas, eps, second = (0.0, 0.0), 0.0, torch.zeros_like(weight)
-    direction = moment
-    if adam:
-        betas, eps = (number(group["betas"][0]), number(group["betas"][1])), number(group["eps"])
+    update, second, zero = lr * moment, torch.zeros_like(weight), torch.zeros_like(weight)
+    still = drowned = zero != 0
+    if is_adam(held[0]):
+        betas, eps = [float(beta) for beta in group["betas"]], float(group["eps"])
         name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
         second = chosen([one.state[name] for one in held], wide)
         steps = read([torch.as_tensor(one.state["step"], dtype=torch.float64).reshape(()) for one in held])
-        factors = torch.tensor([[1 - beta ** max(step, 1) for beta in betas] for step in steps], dtype=wide)
-        first, root = factors.to(weight.device).clamp(min=1e-12)[owner].unbind(1)
-        moment = moment / first
-        root = (second / root).sqrt()
-        direction = moment / (root + eps)
+        factors = torch.tensor([[1 - beta ** max(step, 1) for beta in betas[:2]] for step in steps], dtype=wide)
+        first_factor, second_factor = factors.to(weight.device).clamp(min=1e-12)[owner].unbind(1)
+        root = (second / second_factor).sqrt()
+        update = lr * moment / first_factor / (root + eps)
+        zero = (moment != 0) & (second == 0)
+        still = (second != 0) & ((second * betas[1]).to(state_dtype).to(wide) == second)
         drowned = (second != 0) & (root < eps)
-    else:
-        drowned = second != 0
-    update, active, moving = lr * direction, moment != 0, second != 0
-    rows = [
-        active,
-        active & ((weight - update).to(dtype).to(wide) == weight),
-        active & (second == 0) & adam,
-        moving,
-        moving & ((second * betas[1]).to(state_dtype).to(wide) == second),
-        drowned,
-        update.square(),
-        weight.square(),
-        moment.square(),
-        (moment - number(group.get("weight_decay", 0.0)) * weight).square(),
-    ]
+    rows = {
+        "active": moment != 0,  # numbers with a first moment, which unused rows of embeddings do not have
+        "lost": (moment != 0) & ((weight - update).to(dtype).to(wide) == weight),  # the weight stays as it is
+        "zero": zero,  # of the active ones: the second moment is zero
+        "moving": second != 0,
+        "still": still,  # of the moving ones: beta2 times the second moment rounds to itself
+        "drowned": drowned,  # of the moving ones: the root is below eps
+        "update squared": update.square(),
+        "weight squared": weight.square(),
+    }
     counts = torch.zeros(len(rows), len(held), dtype=wide, device=weight.device)
-    counts.index_add_(1, owner, torch.stack([row.to(wide) for row in rows]))
-    return Sample(held, lr, betas, eps, dtype, state_dtype, counts.tolist())
+    counts.index_add_(1, owner, torch.stack([row.to(wide) for row in rows.values()]))
+    return Sample(held, lr, dict(zip(rows, counts.tolist(), strict=True)))
 
 
 def spread(tensor: Tensor) -> Tensor:

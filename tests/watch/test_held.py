@@ -9,7 +9,7 @@ from rawloop.watch.changed import ChangedWeights
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding
 from rawloop.watch.held import held_by_optimizers
-from rawloop.watch.optimizer import OptimizerSettings, OptimizerState
+from rawloop.watch.optimizer import OptimizerState
 from rawloop.watch.rates import LearningRates
 from rawloop.watch.updates import Updates
 from rawloop.watch.watch import Watch
@@ -18,7 +18,8 @@ from tests.precision.conftest import Training
 
 
 def watched(training: Training, steps: int = 7, damage: Any = None) -> tuple[list[Finding], Watch]:
-    detectors = [UnsoundWeights(), ChangedWeights(), Updates(), LearningRates(), OptimizerSettings(), OptimizerState()]
+    rates = LearningRates()
+    detectors = [UnsoundWeights(), ChangedWeights(), rates, Updates(rates), OptimizerState()]
     policy, config = training.policy, WatchConfig(every=2)
     watch = Watch(training.model, training.optimizer, named=policy.named_parameters, config=config, detectors=detectors)
     with watch:

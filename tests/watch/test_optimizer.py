@@ -10,7 +10,7 @@ from torch import nn
 
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding
-from rawloop.watch.optimizer import OptimizerSettings, OptimizerState
+from rawloop.watch.optimizer import OptimizerState
 from rawloop.watch.watch import Watch
 
 
@@ -29,8 +29,7 @@ def updates(model: nn.Module, optimizer: torch.optim.Optimizer, number: int = 3)
 def watched(
     model: nn.Module, optimizer: Any, steps: int = 6, each: Callable[[], Any] | None = None, every: int = 2
 ) -> list[Finding]:
-    detectors = [OptimizerSettings(), OptimizerState()]
-    with Watch(model, optimizer, config=WatchConfig(every=every), detectors=detectors) as watch:
+    with Watch(model, optimizer, config=WatchConfig(every=every), detectors=[OptimizerState()]) as watch:
         for _ in range(steps):
             with watch.step():
                 if each:
@@ -91,7 +90,7 @@ def test_groups_without_state_and_parts_without_gradient_have_no_findings() -> N
     [
         (torch.float16, {}, "eps_rounds_to_zero", "precision"),
         (torch.float32, {"eps": 0.0}, "eps_rounds_to_zero", "optimizer"),
-        (torch.float32, {"betas": (0.999, 0.9)}, "betas_swapped", "optimizer"),
+        (torch.float32, {"betas": (0.999, 0.9)}, "betas_wrong", "optimizer"),
         (torch.float32, {"lr": 0.1, "weight_decay": 1.0}, "weight_decay_outweighs", "optimizer"),
     ],
 )
@@ -108,7 +107,7 @@ def test_a_beta_of_one_is_named() -> None:
     model = small()
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.param_groups[0]["betas"] = (0.9, 1.0)
-    assert alarms(watched(model, optimizer, 0)) == ["betas_out_of_range"]
+    assert alarms(watched(model, optimizer, 0)) == ["betas_wrong"]
 
 
 def test_an_optimizer_with_float32_state_for_float16_weights_is_judged_by_its_state() -> None:
@@ -154,30 +153,9 @@ def test_a_state_that_was_cast_is_named(dtype: torch.dtype, through: str) -> Non
     assert str(dtype).removeprefix("torch.") in cast.what
 
 
-def test_a_counter_that_begins_anew_is_named() -> None:
-    model = small()
-    optimizer = torch.optim.AdamW(model.parameters())
-    updates(model, optimizer)
-    for state in optimizer.state.values():
-        state["step"].zero_()
-    (found,) = watched(model, optimizer, 0)
-    assert (found.kind, found.cause.evidence["parameters"]) == ("optimizer_step_counter", 4)
-
-
 def test_a_state_that_is_cleared_in_every_step_is_named() -> None:
     model = small()
     optimizer = torch.optim.AdamW(model.parameters())
     (found,) = watched(model, optimizer, 8, optimizer.state.clear)
-    assert found.kind == "optimizer_step_counter"
+    assert found.kind == "optimizer_state_lost"
     assert found.cause.evidence["updates seen"] == 5
-
-
-def test_moments_that_a_load_has_lost_are_named() -> None:
-    model = small()
-    optimizer = torch.optim.AdamW(model.parameters())
-    updates(model, optimizer)
-    for state in optimizer.state.values():
-        state["exp_avg"].zero_()
-        state["exp_avg_sq"].zero_()
-    (found,) = watched(model, optimizer, 2)
-    assert (found.kind, found.step) == ("optimizer_state_empty", 0)

@@ -42,8 +42,8 @@ def setting(**at: float) -> Callable[[int, Any], None]:
     ("schedule", "steps", "kind", "step", "since"),
     [
         (setting(s20=LR * 100), 30, "lr_jump", 20, None),
-        (setting(s20=float("nan")), 30, "lr_not_a_number", 20, None),
-        (setting(s3=-LR), 6, "lr_negative", 3, None),
+        (setting(s20=float("nan")), 30, "lr_impossible", 20, None),
+        (setting(s3=-LR), 6, "lr_impossible", 3, None),
         (setting(s10=0.0), 40, "lr_zero", 29, 10),
         (setting(s0=0.0), 40, "lr_zero", 19, 0),
         (setting(s0=0.0), 6, "lr_zero", 5, 0),
@@ -89,4 +89,4 @@ def test_a_learning_rate_that_is_no_number_is_named_before_the_first_step() -> N
     optimizer.param_groups[0]["lr"] = torch.tensor(float("inf"))
     with Watch(nn.ParameterList([parameter]), optimizer, detectors=[LearningRates()]) as watch:
         pass
-    assert [f.kind for f in watch.findings] == ["lr_not_a_number"]
+    assert [f.kind for f in watch.findings] == ["lr_impossible"]
