@@ -163,7 +163,7 @@ def _prepare(
         )
     ready.module.train()
     trial = preflight(ready.policy, ready.first_loss)
-    say(f"precision: {ready.policy.name} ({ready.policy.reason})")
+    say(f"precision: {'; '.join([f'{ready.policy.name} ({ready.policy.reason})', *ready.policy.remedies])}")
     return ready, trial
 
 

@@ -152,7 +152,8 @@ def _open_records(run: Run, config: RunConfig, folder: Path, origin: Source | No
         at_step = "" if origin.step is None else f" (step {origin.step})"
         reason = f"started from the weights of {origin.slot or origin.folder}{at_step}"
         run.records.event("restore", step=step, reason=reason, init_from=origin.state_dict())
-    run.records.event("precision", step=step, reason=run.policy.reason, mode=run.policy.name)
+    policy = run.policy
+    run.records.event("precision", step=step, reason=policy.reason, mode=policy.name, remedies=policy.remedies)
     reason = f"training to step {run.total_steps}"
     if step >= run.total_steps:
         reason = f"nothing is left to train: {run.total_steps} steps are asked for, {step} are done"

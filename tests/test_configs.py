@@ -19,6 +19,8 @@ CONFIGS = [
     path for path in sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml")) if path.stem != AUDIO_CHAT
 ]
 
+IN_16_BITS = ("lora_amp_v100", "lora_bf16_h200", "lora_mps")  # many CPUs compute slowly in these dtypes
+
 
 @pytest.fixture
 def places(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Path]]:
@@ -37,7 +39,11 @@ def places(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Path]]:
     return find
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in IN_16_BITS else path for path in CONFIGS],
+    ids=lambda config: config.stem,
+)
 def test_two_steps(config: Path, places: Callable[[str], dict[str, Path]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shipped = parse(["--config", str(config)], "test")[0]

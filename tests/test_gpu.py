@@ -138,7 +138,7 @@ def test_cuda_trains_as_the_cpu_does_and_resumes(
     check_resumed(straight, go(replace(stopped, resume="latest"), STEPS), CUDA)
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_same_checks_pass_on_the_cpu(
     reference: Trained, demo_checkpoint: Path, demo_data: Path, tmp_path: Path, mode: Any
 ) -> None:
@@ -152,7 +152,7 @@ def test_the_same_checks_pass_on_the_cpu(
         check_resumed(straight, half, CUDA)
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.8])
+@pytest.mark.parametrize("factor", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_the_checks_fail_where_nothing_or_too_little_is_trained(
     reference: Trained, demo_checkpoint: Path, demo_data: Path, tmp_path: Path, factor: float
 ) -> None:

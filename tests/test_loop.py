@@ -288,6 +288,24 @@ def test_a_mode_that_cannot_run_the_model_is_found_before_training(base: RunConf
     assert line.startswith("precision: bf16 (fell back from native_fp16")
 
 
+@pytest.mark.parametrize(
+    ("precision", "masters", "scaled"),
+    [(PrecisionConfig("fp32"), False, False), (PrecisionConfig("native_fp16", trainable_dtype="fp16"), True, True)],
+    ids=["fp32", "native_fp16"],
+)
+def test_a_run_says_what_its_policy_does_by_itself(
+    base: RunConfig, tmp_path: Path, precision: PrecisionConfig, masters: bool, scaled: bool
+) -> None:
+    said: list[str] = []
+    run = build_run(replace(fallback_config(base, tmp_path), precision=precision), World(), said.append)
+    run.close()
+    (line,) = [line for line in said if line.startswith("precision: ")]
+    assert (f" {len(run.policy.trained.masters)} trained weights in torch.float16 have float32" in line) == masters
+    assert (f"; the loss is multiplied by a scale, now {2.0**15:g} and never below 1, because" in line) == scaled
+    (event,) = [event for event in read_events(tmp_path) if event["kind"] == "precision"]
+    assert len(event["remedies"]) == masters + scaled
+
+
 def fall_back_on_a_rank(world: World, config: RunConfig) -> tuple[str, dict[str, Tensor], bool]:
     """Losses of rank 1 alone are not finite; both fall back, and a DDP of the new mode trains on, the old one gone."""
     run = build_run(config, world, lambda line: None)

@@ -69,6 +69,23 @@ class PreparedModel:
         return self.chain.reason
 
     @property
+    def remedies(self) -> list[str]:
+        """What the policy does by itself so that the mode trains, a sentence each; for a prepared model."""
+        done = []
+        if self.trained.masters:
+            done.append(
+                f"{len(self.trained.masters)} trained weights in {self.trained.dtype} have float32 masters in the "
+                "optimizer, so that its eps and small updates act"
+            )
+        if self.scaler:
+            floor = self.scaler.config.floor
+            done.append(
+                f"the loss is multiplied by a scale, now {self.scaler.scale:g} and never below {floor:g}, because small "
+                "gradients round to zero in FP16"
+            )
+        return done
+
+    @property
     def mode(self) -> Mode:
         """The mode's row of the table.
 
