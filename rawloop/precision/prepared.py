@@ -80,8 +80,8 @@ class PreparedModel:
         if self.scaler:
             floor = self.scaler.config.floor
             done.append(
-                f"the loss is multiplied by a scale, now {self.scaler.scale:g} and never below {floor:g}, because small "
-                "gradients round to zero in FP16"
+                f"the loss is multiplied by a scale, now {self.scaler.scale:g} and never below {floor:g}, because "
+                "small gradients round to zero in FP16"
             )
         return done
 
