@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from statistics import fmean, median, pstdev
+from statistics import fmean, median
 
 from rawloop.watch.findings import Cause, Finding, Place
 from rawloop.watch.subject import StepRecord, Subject
@@ -45,13 +45,13 @@ class Drifts:
                 self._best, self._since = mean, record.step + 1
                 self._means.clear()
             self._means.append(mean)
-            self._noises.append(pstdev(self._block))
+            self._noises.append(math.dist(self._block, [mean] * BLOCK) / math.sqrt(BLOCK))
             self._block = []
             yield from self._find_divergence(subject, record, near)
 
     def _rose(self) -> bool:
-        start, now = max(self._first[:3]), self._first[-5:]
-        return min(now) > 3 * start and min(self._first) > 0 and min(now) > 2 * median(self._first)
+        start, now = max(self._first[:3]), min(self._first[-5:])
+        return now > 3 * start and min(self._first) > 0 and now > 2 * median(self._first)
 
     def _rising(self, subject: Subject, record: StepRecord, lr: float | None) -> Finding:
         what = (

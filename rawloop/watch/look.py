@@ -26,14 +26,12 @@ class Calls:
     """How a module was called in a look.
 
     Args:
-        order: its place among the modules of the forward pass.
         with_grad: whether autograd recorded a call.
         dtype: of its output.
         fed_without_graph: whether it was called with gradients, on floats that have no graph.
         cut_by: the module that got its output without the graph; empty if none did.
     """
 
-    order: int
     with_grad: bool = False
     dtype: torch.dtype = torch.float32
     fed_without_graph: bool = False
@@ -59,10 +57,10 @@ class ModuleHooks:
     def install(self) -> "ModuleHooks":
         """Put the hooks on."""
         for name, module in leaves(self.model):
-            self._handles.append(module.register_forward_hook(self._shield(self._look, name)))
+            self._handles.append(module.register_forward_hook(self._shielded(self._look, name)))
         return self
 
-    def _shield(self, hook: Callable[..., None], *args: str) -> Callable[..., None]:
+    def _shielded(self, hook: Callable[..., None], *args: str) -> Any:
         return self.guard.shield("the measurement of modules", partial(hook, *args))
 
     def remove(self) -> None:
@@ -72,7 +70,7 @@ class ModuleHooks:
         self._handles, self._made = [], {}
 
     def _look(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
-        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
+        if torch._C._functorch.maybe_current_level() is None:
             with torch._C.DisableTorchFunction():  # a loop that calls the model's parts has their operations recorded
                 self._see(name, inputs, output)
 
@@ -80,7 +78,7 @@ class ModuleHooks:
         tensors = list(floats_in(output))
         if not tensors:
             return
-        call = self.calls.setdefault(name, Calls(len(self.calls)))
+        call = self.calls.setdefault(name, Calls())
         call.dtype = tensors[0].dtype
         if torch.is_grad_enabled():
             self._find_cuts(name, call, inputs)
@@ -91,7 +89,7 @@ class ModuleHooks:
                 storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
                 self._made[storage.cdata] = storage, name
                 if self.thorough:
-                    hook: Any = self._shield(self._measure, "backward", name)
+                    hook = self._shielded(self._measure, "backward", name)
                     self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def _find_cuts(self, name: str, call: Calls, inputs: object) -> None:
@@ -140,7 +138,7 @@ class Seen:
 
     Args:
         step: the step.
-        calls: the modules that were called, by name.
+        calls: the modules that were called, by name, in the order of the forward pass.
         gradients: of the trainable parameters, by name; None for one without a gradient.
         outputs: of the modules, by name; only those that are finite.
         zero_weights: the trainable weights that are zero in every value, as LoRA's B is at the start; no biases, which
@@ -169,16 +167,6 @@ class Seen:
         call, grad = self.calls.get(parameter.rpartition(".")[0]), self.gradients[parameter]
         return (call is not None and call.dtype is torch.float16) or (grad is not None and grad.dtype is torch.float16)
 
-    def fill(self, read: dict[tuple[str, str], Amounts]) -> None:
-        """Add what was read from the device."""
-        for (kind, name), amounts in read.items():
-            if isinstance(amounts, GradientAmounts):
-                self.gradients[name] = amounts
-            elif kind == "forward" and amounts.finite:
-                self.outputs[name] = amounts
-            elif kind == "weight" and amounts.lowest == amounts.highest == 0:
-                self.zero_weights.add(name)
-
 
 class Look:
     """Takes a look at each probing step. Detectors that share it call the same methods; the first call acts."""
@@ -190,7 +178,7 @@ class Look:
         self._measured = -1  # backward passes before the gradients were measured
         self._record: StepRecord | None = None
         self._hooks: ModuleHooks | None = None
-        self._seen: Seen | None = None
+        self._seen = Seen(-1, {})
 
     def begin(self, subject: Subject, record: StepRecord) -> None:
         """Put hooks on before the forward pass of a probing step."""
@@ -199,15 +187,15 @@ class Look:
         self.stop()
         record.probing = record.probing or self.again
         if record.probing:
-            self.again = False
-            self._record, self._seen, self._measured = record, None, -1
+            self.again, self._record, self._measured = False, record, -1
             self._hooks = ModuleHooks(subject.model, Readings(), subject.guard, thorough=False)
+            self._seen = Seen(record.step, self._hooks.calls)
             if not subject.compiled:
                 self._hooks.install()
 
     def gradients(self, subject: Subject, record: StepRecord) -> None:
         """Measure the gradients before the update. With several optimizers those of the last one count."""
-        finite = record.grad_norm is None or math.isfinite(record.grad_norm)
+        seen, finite = self._seen, record.grad_norm is None or math.isfinite(record.grad_norm)
         if self._record is not record or self._hooks is None or not finite:
             return
         if self._measured == record.facts.backwards:  # for another detector
@@ -216,9 +204,8 @@ class Look:
         named = [(name, p) for name, p in subject.model.named_parameters() if p.requires_grad]
         if all(p.grad is None for _, p in named):
             named = [(name, p) for name, p in subject.named() if p.requires_grad]
-        scale = subject.loss_scale() if subject.is_scaled else record.scale
-        seen = Seen(record.step, self._hooks.calls, complete=True, loss_scale=scale, left=record.scale)
-        seen.gradients, self._seen = {name: None for name, _ in named}, seen
+        seen.complete, seen.left, seen.gradients = True, record.scale, {name: None for name, _ in named}
+        seen.loss_scale = subject.loss_scale() if subject.is_scaled else record.scale
         readings = self._hooks.readings
         readings.forget("gradient", "weight")
         for name, p in named:
@@ -232,15 +219,19 @@ class Look:
         """Return what was seen of a step, after its update; None if no look was taken. The first call reads it."""
         if self._record is not record:
             return None
-        if self._hooks is not None:
-            self._seen = self._seen or Seen(record.step, self._hooks.calls)
-            self._seen.fill(self._hooks.readings.read())
-            self._looks += self._seen.complete
-            for name, grad in self._seen.gradients.items():
-                if grad is not None:
-                    self.rows[name] = self.rows[name] | grad.alive if name in self.rows else grad.alive
+        seen, hooks = self._seen, self._hooks
+        if hooks is not None:
             self.stop()
-        return self._seen
+            self._looks += seen.complete
+            for (kind, name), amounts in hooks.readings.read().items():
+                if isinstance(amounts, GradientAmounts):
+                    seen.gradients[name] = amounts
+                    self.rows[name] = self.rows[name] | amounts.alive if name in self.rows else amounts.alive
+                elif kind == "forward" and amounts.finite:
+                    seen.outputs[name] = amounts
+                elif kind == "weight" and amounts.lowest == amounts.highest == 0:
+                    seen.zero_weights.add(name)
+        return seen
 
     def stop(self) -> None:
         """Take the hooks off."""

@@ -1,8 +1,7 @@
-"""What the loss reaches: parameters without a gradient, gradients that are exactly zero, a loss that stands still."""
+"""What the loss reaches: parameters without a gradient, gradients that are exactly zero, heads that are dead."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import nn
 
 from rawloop.watch.findings import Cause, Finding, Place
@@ -12,11 +11,10 @@ from rawloop.watch.unreached import module_of, unreached
 
 LOOKS = 3  # in which a parameter has no gradient before that counts
 MOST_LOOKS = 6  # in a row
-STILL, STILL_IN_BF16 = 5, 50  # updates over which a loss stands still to the bit
 
 
 class Reach(Looking):
-    """Looks at which parameters the loss reaches, and whether it moves."""
+    """Looks at which parameters the loss reaches."""
 
     def __init__(self, look: Look | None = None) -> None:
         super().__init__(look)
@@ -25,8 +23,6 @@ class Reach(Looking):
         self._looks = self._all_looks = 0  # those that count, and all
         self._first = 0  # the step of the first look
         self._nothing = 0  # steps in a row with a gradient of exactly zero
-        self._loss: float | None = None
-        self._same = 0  # updates in a row with this loss
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Measure, and count the steps in a row whose gradient is exactly zero."""
@@ -36,9 +32,7 @@ class Reach(Looking):
             yield from self._once(_nothing(subject, record))
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Judge what the look has seen, and whether the loss stands still."""
-        if record.applied:
-            yield from self._still(subject, record)
+        """Judge what the look has seen."""
         seen = self.look.seen(record)
         if seen is None or not seen.complete or not any(seen.gradients.values()) or record.grad_norm == 0:
             return
@@ -53,11 +47,9 @@ class Reach(Looking):
             yield from self._report(subject, self._last)
 
     def _gather(self, seen: Seen, waiting: set[str]) -> None:
-        """Keep the parameters that had no gradient in any look, and look again while there are some.
+        """Keep the parameters that had no gradient in any look, except those that wait for another update.
 
-        Args:
-            seen: the look.
-            waiting: the parameters that this update is not for.
+        Look again while there are some.
         """
         missing = {name for name, grad in seen.gradients.items() if grad is None or not grad.rows} - waiting
         self._first = seen.step if self._last is None else self._first
@@ -90,15 +82,6 @@ class Reach(Looking):
             self._told.add(parent)
             yield _dead(subject, seen, name, alive, block)
 
-    def _still(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
-        loss = record.loss if record.grad_norm else None
-        self._same = 0 if loss is None else self._same + 1 if loss == self._loss else 1
-        self._loss = loss
-        if loss is not None and self._same in (STILL, STILL_IN_BF16):
-            coarse = float(torch.tensor(loss).bfloat16()) == loss
-            if self._same == (STILL_IN_BF16 if coarse else STILL):
-                yield from self._once(_still(subject, record, self._same))
-
     def _once(self, finding: Finding) -> Iterator[Finding]:
         key = str(finding.key())
         if key not in self._told:
@@ -118,9 +101,8 @@ def without_graph(error: BaseException, subject: Subject, record: StepRecord, li
         what = "no parameter of the model requires a gradient, so the loss hangs on nothing"
     advice = "Compute the loss from the model's output with torch operations, without .detach(), .item() or no_grad"
     cause = Cause("loss", what, Place("backward", expression=line), {}, advice)
-    return Finding(
-        "loss_without_graph", "backward has nothing to go through", (cause,), record.step, subject.world.rank
-    )
+    symptom = "backward has nothing to go through"
+    return Finding("loss_without_graph", symptom, (cause,), record.step, subject.world.rank)
 
 
 def dead_block(alive: Sequence[bool], padded: bool = False) -> int:
@@ -171,20 +153,6 @@ def _nothing(subject: Subject, record: StepRecord) -> Finding:
     cause = Cause("loss", what, Place("backward"), evidence, advice)
     causes = (data, cause) if not absent and record.loss == 0 else (cause,)
     return Finding("no_gradient_at_all", "the gradient is exactly zero", causes, record.step, subject.world.rank)
-
-
-def _still(subject: Subject, record: StepRecord, updates: int) -> Finding:
-    cause = Cause(
-        "optimizer",
-        "the updates change nothing that the loss sees: a learning rate of zero, weights in 16 bits that round them "
-        "away, or an optimizer that holds other weights than the model",
-        Place("update"),
-        {"loss": record.loss or 0.0, "updates": updates, "gradient norm": record.grad_norm or 0.0},
-        "Compare a weight before and after an update",
-    )
-    data = Cause("data", "the batches are equal", Place("data"), {}, "Look at the loader")
-    what, since = f"the loss is the same to the bit over {updates} updates", record.step - updates + 1
-    return Finding("loss_stands_still", what, (cause, data), record.step, subject.world.rank, since=since)
 
 
 def _dead(subject: Subject, seen: Seen, name: str, alive: Sequence[bool], size: int) -> Finding:

@@ -1,6 +1,6 @@
 """Words for trained parts that the loss does not reach: why, and where their graph ends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -23,20 +23,20 @@ def unreached(subject: Subject, seen: Seen, names: Sequence[str], kind: str, sin
 
     The modules of all of them were called in the look, or of none; `since` is the step of the first of `looks` looks.
     """
-    order = {module_of(name): seen.calls[module_of(name)].order for name in names if module_of(name) in seen.calls}
-    last = max(order, key=lambda name: order[name], default=module_of(names[-1]))
+    modules = {module_of(name) for name in names}
+    called = [module for module in seen.calls if module in modules]
     sizes = {name: p.numel() for name, p in subject.model.named_parameters() if name in seen.gradients}
     share = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
-    alarm = _is_start(seen, order) or (share >= SMALL and len(order) > 1) or _has_equals(subject, seen, names)
+    alarm = _is_start(seen, called) or (share >= SMALL and len(called) > 1) or _has_equals(subject, seen, names)
     whose: Whose = "model"
-    if seen.calls and not order:
+    if seen.calls and not called:
         alarm, module, what = False, module_of(names[0]), f"the modules of {first_few(names)} were not called"
         advice = "This is usual for experts without tokens and for heads that this task does not use; else freeze them"
     elif kind == "no_gradient":
-        sure, module, what, advice = _why_absent(seen, order, last)
+        sure, module, what, advice = _why_absent(seen, called or [module_of(names[-1])])
         alarm = alarm or sure
     else:
-        alarm, (whose, module, what, advice) = True, _why_zero(seen, names[0], order, last)
+        alarm, (whose, module, what, advice) = True, _why_zero(seen, names[0], called or [module_of(names[-1])])
     place = Place("backward", module=module, optimizer=whole_group(subject, names))
     evidence = {"parameters": len(names), "share of the trained values": share, "looks": looks}
     cause = Cause(whose, what, place, evidence, advice)
@@ -57,19 +57,17 @@ def _has_equals(subject: Subject, seen: Seen, names: Sequence[str]) -> bool:
     return False
 
 
-def _why_absent(seen: Seen, order: Mapping[str, int], last: str) -> tuple[bool, str, str, str]:
+def _why_absent(seen: Seen, called: Sequence[str]) -> tuple[bool, str, str, str]:
     """Return whether a graph is surely cut, the module where, what has happened, and what to do."""
-    calls = {name: seen.calls[name] for name in order}
+    calls, last = {name: seen.calls[name] for name in called if name in seen.calls}, called[-1]
     if calls and not any(call.with_grad for call in calls.values()):
-        first = min(order, key=lambda name: order[name])
         advice = "Call it with gradients, or set requires_grad of its parameters to False"
-        return True, first, f"'{first}' was called under no_grad or inference_mode", advice
-    cut = max((name for name in order if calls[name].cut_by), key=lambda name: order[name], default="")
+        return True, called[0], f"'{called[0]}' was called under no_grad or inference_mode", advice
+    cut = next((name for name in reversed(calls) if calls[name].cut_by), "")
     reader = calls[cut].cut_by if cut else ""
-    if not cut and order:  # computed from the output, and detached then
-        later = [(call.order, name) for name, call in seen.calls.items() if call.order > order[last]]
-        after = next((name for _, name in sorted(later) if seen.calls[name].fed_without_graph), "")
-        cut, reader = (last, after) if _is_start(seen, order) else ("", "")
+    if not cut and _is_start(seen, called):  # computed from the output, and detached then
+        later = list(seen.calls)[list(seen.calls).index(last) :]
+        cut, reader = last, next((name for name in later[1:] if seen.calls[name].fed_without_graph), "")
     if reader:
         what = f"the graph is cut between '{cut}' and '{reader}', as by .detach(), .data or no_grad"
         return True, cut, what, "Pass the tensor on as it is, or freeze what comes before"
@@ -77,42 +75,41 @@ def _why_absent(seen: Seen, order: Mapping[str, int], last: str) -> tuple[bool, 
     return False, last, what, f"Look at what becomes of the output of '{last}', or freeze these parts"
 
 
-def _is_start(seen: Seen, order: Mapping[str, int]) -> bool:
+def _is_start(seen: Seen, called: Sequence[str]) -> bool:
     """Whether the first module of the forward pass that has trained parameters is among them."""
-    trained = [seen.calls[module_of(name)].order for name in seen.gradients if module_of(name) in seen.calls]
-    return bool(trained) and min(trained) in order.values()
+    trained = {module_of(name) for name in seen.gradients}
+    return next((name for name in seen.calls if name in trained), None) in called
 
 
-def _why_zero(seen: Seen, first: str, order: Mapping[str, int], last: str) -> tuple[Whose, str, str, str]:
+def _why_zero(seen: Seen, first: str, called: Sequence[str]) -> tuple[Whose, str, str, str]:
     """Return whose fault a gradient of zeros is, the module where, what has happened, and what to do."""
     if seen.in_fp16(first) and seen.loss_scale < 2**8:
         what = f"FP16 rounds gradients below 2^-25 to zero, and the loss scale is {seen.loss_scale:g}"
-        return "precision", last, what, "Raise the loss scale, or use bfloat16"
-    if dead := _dead(seen, order):
+        return "precision", called[-1], what, "Raise the loss scale, or use bfloat16"
+    if dead := _dead(seen, called):
         return "model", *dead
-    what = f"'{last}' is connected to the loss, and what comes after it multiplies its output by zero"
+    what = f"'{called[-1]}' is connected to the loss, and what comes after it multiplies its output by zero"
     advice = "Look for a gate, mask or weight of zeros, a saturated activation or a dead ReLU behind it"
-    return "model", last, what, advice
+    return "model", called[-1], what, advice
 
 
-def _dead(seen: Seen, order: Mapping[str, int]) -> tuple[str, str, str] | None:
+def _dead(seen: Seen, called: Sequence[str]) -> tuple[str, str, str] | None:
     """Return the module that passes nothing on, why, and what to do; None if the outputs show none.
 
     It is the first whose output is zero in every value after a module without a gradient. Without one, as an activation
     may be a function, it is the last module without a gradient whose outputs a ReLU turns into zeros.
     """
-    made = seen.outputs
-    negative = {name for name in order if name in made and made[name].highest <= 0 and made[name].lowest < 0}
-    trained, before = {module_of(name) for name in seen.gradients}, ""
+    made, trained, before = seen.outputs, {module_of(name) for name in seen.gradients}, ""
+    negative = [name for name in called if name in made and made[name].highest <= 0 and made[name].lowest < 0]
     advice = "Look at the weight and bias of '{}': a bias or a learning rate that is too large kills its units"
-    for name in sorted(seen.calls, key=lambda name: seen.calls[name].order):
-        if before in order and name in made and made[name].lowest == made[name].highest == 0:
+    for name in seen.calls:
+        if before in called and name in made and made[name].lowest == made[name].highest == 0:
             why = f": '{before}' gives it {_range(made[before])}" if before in negative else f", after '{before}'"
             return name, f"the output of '{name}' is zero in every value{why}", advice.format(before)
         before = name if name in trained else before
-    last = max(negative, key=lambda name: order[name], default="")
-    if not last:
+    if not negative:
         return None
+    last = negative[-1]
     return last, f"'{last}' gives {_range(made[last])}, of which a ReLU passes nothing on", advice.format(last)
 
 

@@ -1,4 +1,4 @@
-"""Magnitudes of a loop: head room, flushed gradients, gradients over depth, accumulation in 16 bits."""
+"""Magnitudes of a loop: head room, and gradients over depth."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.watch.findings import Finding
-from rawloop.watch.gradients import MANY_MICRO_STEPS, Gradients
-from rawloop.watch.subject import Pass, StepRecord, Subject
+from rawloop.watch.gradients import Gradients
+from rawloop.watch.subject import StepRecord, Subject
 from rawloop.watch.wrappers import is_compiled
 from tests.watch.loops import Model, watched
 
@@ -53,21 +53,6 @@ def test_gradients_that_change_over_depth_name_stack_and_layer(size: float, word
     for finding in found:
         assert f"the gradients {word} over the 8 layers of 'layers'" in finding.what
         assert finding.cause.place.module.startswith("layers.")
-
-
-def test_accumulation_in_16_bit_is_told_with_the_bits_that_are_left() -> None:
-    model = nn.Linear(2, 2).bfloat16()
-    model.weight.grad = torch.ones_like(model.weight)
-    subject = Subject(model, [], None, model.named_parameters)
-    passes = [Pass(None, lambda inputs: torch.zeros(()), {})] * MANY_MICRO_STEPS
-    detector = Gradients()
-    (found,) = detector.gradients(subject, StepRecord(0, passes=passes))
-    assert found.kind == "accumulation_in_16_bit"
-    assert (found.cause.place.parameter, found.cause.evidence["bits left"]) == ("weight", 3.0)
-    assert list(detector.gradients(subject, StepRecord(1, passes=passes))) == []  # once
-    assert list(Gradients().gradients(subject, StepRecord(0, passes=passes[:4]))) == []
-    model.float().weight.grad = torch.ones(2, 2)
-    assert list(Gradients().gradients(subject, StepRecord(0, passes=passes))) == []
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

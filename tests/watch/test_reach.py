@@ -1,4 +1,4 @@
-"""What the loss reaches: parts without a gradient, dead heads, losses that hang on nothing or stand still."""
+"""What the loss reaches: parts without a gradient, dead heads, losses that hang on nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -137,15 +137,6 @@ def test_a_loss_without_a_graph_names_the_line_of_backward() -> None:
     assert "test_reach.py" in found.cause.place.expression
     assert ".detach().backward()" in found.cause.place.expression
     assert without_graph(RuntimeError("out of memory"), watch.subject, StepRecord(3), "") is None
-
-
-def test_a_loss_that_stands_still_while_it_has_a_gradient() -> None:
-    def same(model: Any, ids: Tensor, step: int) -> Tensor:
-        return mean_loss(model, torch.ones_like(ids), step)
-
-    (found,) = found_in(Model(), loss=same, lr=0.0, steps=8)
-    assert (found.kind, found.since, found.step) == ("loss_stands_still", 0, 4)
-    assert found_in(Model(), loss=same, steps=8) == []
 
 
 class Experts(nn.Module):
