@@ -1,4 +1,4 @@
-"""Slow changes of the loss: it rises from the start, or over many steps."""
+"""Slow changes: a loss that rises over many steps."""
 
 import math
 from collections import deque
@@ -11,7 +11,6 @@ from rawloop.watch.subject import StepRecord, Subject
 
 BLOCK = 25  # steps of which one mean is made
 RISING, NOISES = 4, 100  # such means, that rise; standard deviations of blocks
-LEAST, EARLY = 20, 100  # steps in which a loss that rises from the start is told
 Near = Callable[[int], Sequence[Cause]]
 
 
@@ -19,63 +18,42 @@ class Drifts:
     """Follows the loss over many steps."""
 
     def __init__(self) -> None:
-        self._first: list[float] = []
-        self._first_norm = 0.0
         self._block: list[float] = []
         self._means: deque[float] = deque(maxlen=RISING)  # of the last blocks, from that of the lowest mean on
         self._noises: deque[float] = deque(maxlen=NOISES)
         self._best, self._since = math.inf, 0  # the lowest mean, and the first step after its block
         self._told = False
 
-    def find(self, subject: Subject, record: StepRecord, lr: float | None, near: Near) -> Iterator[Finding]:
-        """Look at the finite loss of an applied step; `near` returns the causes that have jumped before a step."""
-        assert record.loss is not None
-        if self._told:
+    def find(self, subject: Subject, record: StepRecord, loss: float, near: Near) -> Iterator[Finding]:
+        """Look at the finite loss of an applied step; `near` returns the causes that have jumped around a step."""
+        if not self._told:
+            self._block.append(loss)
+        if len(self._block) < BLOCK:
             return
-        if len(self._first) < EARLY:
-            self._first_norm = self._first_norm or record.grad_norm or 0.0
-            self._first.append(record.loss)
-            if len(self._first) >= LEAST and self._rose():
-                self._told = True
-                yield self._rising(subject, record, lr)
-        self._block.append(record.loss)
-        if len(self._block) == BLOCK:
-            mean = fmean(self._block)
-            if mean < self._best:
-                self._best, self._since = mean, record.step + 1
-                self._means.clear()
-            self._means.append(mean)
-            self._noises.append(math.dist(self._block, [mean] * BLOCK) / math.sqrt(BLOCK))
-            self._block = []
-            yield from self._find_divergence(subject, record, near)
-
-    def _rose(self) -> bool:
-        start, now = max(self._first[:3]), min(self._first[-5:])
-        return now > 3 * start and min(self._first) > 0 and now > 2 * median(self._first)
-
-    def _rising(self, subject: Subject, record: StepRecord, lr: float | None) -> Finding:
-        what = (
-            f"the loss rises from the start: {self._first[0]:.4g} at first, {self._first[-1]:.4g} at step {record.step}"
-        )
-        rate = "unknown" if lr is None else lr
-        evidence = {"first norm": self._first_norm, "norm": record.grad_norm or 0.0, "lr": rate}
-        steep = Cause("optimizer", "the learning rate is too high", Place("update"), evidence, "divide it by 10")
-        sign = Cause("loss", "the loss has the wrong sign", Place(), {}, "check the sign of each of its terms")
-        ordinary, rank = swings(subject, record), subject.world.rank
-        return Finding("loss_diverges", what, (steep, sign), record.step, rank, ordinary, since=0)
-
-    def _find_divergence(self, subject: Subject, record: StepRecord, near: Near) -> Iterator[Finding]:
-        best, now, since = self._best, self._means[-1], self._since
+        mean = fmean(self._block)
+        if mean < self._best:
+            self._best, self._since = mean, record.step + 1
+            self._means.clear()
+        self._means.append(mean)
+        self._noises.append(math.dist(self._block, [mean] * BLOCK) / math.sqrt(BLOCK))
+        self._block = []
         rising = len(self._means) == RISING and all(one < two for one, two in pairwise(self._means))
-        if not rising or now - best < max(2 * median(self._noises), 0.25 * abs(best)):
-            return
-        self._told = True
+        if rising and mean - self._best >= max(2 * median(self._noises), 0.25 * abs(self._best)):
+            self._told = True
+            yield self._finding(subject, record, near(self._since))
+
+    def _finding(self, subject: Subject, record: StepRecord, causes: Sequence[Cause]) -> Finding:
+        since, best, now = self._since, self._best, self._means[-1]
         what = f"the loss rises since about step {since}: its mean was {best:.4g} and is {now:.4g}"
+        if not causes and since <= BLOCK:
+            since, what = 0, f"the loss rises from the start: its mean was {best:.4g} and is {now:.4g}"
+            steep = Cause("optimizer", "the learning rate is too high", Place("update"), {}, "divide it by 10")
+            causes = steep, Cause("loss", "the loss has the wrong sign", advice="check the sign of each of its terms")
         evidence = {"best mean": best, "mean now": now, "steps": record.step - since + 1}
         advice = "lower the learning rate, or resume from before this step"
         unknown = Cause("not known", "no other number jumped when it began to rise", Place(), evidence, advice)
-        causes, rank = tuple(near(since)) or (unknown,), subject.world.rank
-        yield Finding("loss_diverges", what, causes, record.step, rank, swings(subject, record), since)
+        found, rank = tuple(causes) or (unknown,), subject.world.rank
+        return Finding("loss_diverges", what, found, record.step, rank, swings(subject, record), since)
 
 
 def swings(subject: Subject, record: StepRecord) -> bool:

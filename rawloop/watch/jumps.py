@@ -7,6 +7,7 @@ is its likeliest cause. A spike that recovers is ordinary.
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -40,18 +41,24 @@ class Event(NamedTuple):
     ids: tuple[str, ...] = ()
 
 
+@dataclass
+class Spike:
+    """A loss that stood out."""
+
+    event: Event
+    ceiling: float  # the largest of the losses before it
+    rise: Event | None  # of the learning rate before it
+    came_back: bool = False
+    after: list[float] = field(default_factory=list)  # the losses since then, or since it came back
+
+
 class Jumps(Detector):
     """Compares each step's numbers with their history, and says what jumped first."""
 
     def __init__(self) -> None:
         self._histories = {name: History(RECENT) for name in ("loss", "grad_norm", "lr", "scale")}
         self._events: deque[Event] = deque(maxlen=32)
-        self._spike: Event | None = None
-        self._after: list[float] = []
-        self._ceiling = math.inf
-        self._recovered: Event | None = None  # a spike, whose losses afterwards are `_later`
-        self._later: list[float] = []
-        self._rise: Event | None = None  # of the learning rate, which rose when the loss of the last spike did
+        self._spike: Spike | None = None
         self._lr: float | None = None
         self._drifts, self._times = Drifts(), Times()
 
@@ -69,73 +76,71 @@ class Jumps(Detector):
                 if history.is_known and _has_jumped(name, value, history):
                     self._events.append(Event(name, record.step, history.median, value, record.ids))
                 history.add(value)
-        if record.loss is not None and record.applied is not False:
-            yield from self._follow_loss(record.loss, record, subject)
-            if math.isfinite(record.loss):
-                yield from self._drifts.find(subject, record, lr, self._near)
+        loss = record.loss
+        if loss is not None and record.applied is not False:
+            yield from self._follow_loss(loss, record, subject)
+            if math.isfinite(loss):
+                yield from self._drifts.find(subject, record, loss, self._near)
         yield from self._times.find(subject, record)
 
     def finish(self, subject: Subject) -> Iterable[Finding]:
         """Tell a jump that had not recovered when the watch ended."""
-        if self._spike is not None and len(self._after) >= LEAST_AFTER:
-            yield from self._judge_spike(self._spike, subject, self._spike.step + len(self._after), ended=True)
+        spike = self._spike
+        if spike is not None and not spike.came_back and len(spike.after) >= LEAST_AFTER:
+            yield from self._judge(spike, subject, spike.event.step + len(spike.after), ended=True)
 
     def _follow_loss(self, loss: float, record: StepRecord, subject: Subject) -> Iterator[Finding]:
-        history = self._histories["loss"]
+        history, spike = self._histories["loss"], self._spike
+        event = Event("loss", record.step, history.median, loss, record.ids)
         if not math.isfinite(loss):
             near = [event for event in self._events if record.step - CASCADE <= event.step < record.step]
             if history.is_known and any(math.isfinite(event.after) for event in near):
-                event = Event("loss", record.step, history.median, loss, record.ids)
-                yield self._jump(event, subject, record.step, f"the loss became {loss} after a jump")
+                yield self._jump(event, None, subject, record.step, f"the loss became {loss} after a jump")
             return
-        if self._recovered is not None:
-            self._later.append(loss)
-            if len(self._later) == PATIENCE:
-                yield from self._judge_recovery(self._recovered, subject, record.step)
-        if self._spike is None:
-            if history.stands_out(loss) and not (swings(subject, record) and loss < _above(history)):
-                self._spike = Event("loss", record.step, history.median, loss, record.ids)
-                self._ceiling, self._rise = history.recent_largest, _rise(self._histories["lr"], record.step)
-            else:
-                history.add(loss)
+        waits = spike is not None and not spike.came_back
+        if not waits and history.stands_out(loss) and not (swings(subject, record) and loss < _above(history)):
+            self._spike = Spike(event, history.recent_largest, _rise(self._histories["lr"], record.step))
             return
-        self._after.append(loss)
-        yield from self._judge_spike(self._spike, subject, record.step)
+        if not waits:
+            history.add(loss)
+        if spike is not None:
+            spike.after.append(loss)
+            yield from self._judge(spike, subject, record.step)
 
-    def _judge_spike(self, spike: Event, subject: Subject, step: int, ended: bool = False) -> Iterator[Finding]:
+    def _judge(self, spike: Spike, subject: Subject, step: int, ended: bool = False) -> Iterator[Finding]:
         """Tell a spike when two losses in a row are as before, or a jump when that has not come in time."""
-        recovered = len(self._after) >= 2 and max(self._after[-2:]) <= self._ceiling
-        if not (recovered or ended or len(self._after) >= PATIENCE):
+        after, middle = spike.after, sorted(spike.after)[len(spike.after) // 2]
+        in_time = ended or len(after) >= PATIENCE
+        numbers = f"from {spike.event.before:.4g} to {spike.event.after:.4g}"
+        if spike.came_back:
+            if in_time and middle > spike.ceiling:
+                what = (
+                    f"the loss jumped {numbers}, came back, and is higher than before (at most {spike.ceiling:.4g} in "
+                )
+                what += f"the steps before, median {middle:.4g} in the last {PATIENCE})"
+                yield self._jump(spike.event, spike.rise, subject, step, what)
+            self._spike = None if in_time else spike
             return
-        after = sorted(self._after)[len(self._after) // 2]
-        if recovered or after <= self._ceiling:
-            what = f"the loss rose from {spike.before:.4g} to {spike.after:.4g} and recovered"
-            yield self._jump(spike, subject, step, what, ordinary=True)
-            self._recovered, self._later = spike, []
+        if not in_time and not (len(after) >= 2 and max(after[-2:]) <= spike.ceiling):
+            return
+        if max(after[-2:]) <= spike.ceiling or middle <= spike.ceiling:
+            what = f"the loss rose {numbers} and recovered"
+            yield self._jump(spike.event, None, subject, step, what, ordinary=True)
+            self._spike = Spike(spike.event, spike.ceiling, spike.rise, came_back=True)
         else:
-            what = f"the loss jumped from {spike.before:.4g} to {spike.after:.4g} and has not recovered"
-            what += f" after {len(self._after)} steps (median {after:.4g})"
-            yield self._jump(spike, subject, step, what)
-            self._histories["loss"] = History(RECENT)
-        for value in self._after:
+            what = f"the loss jumped {numbers} and has not recovered after {len(after)} steps (median {middle:.4g})"
+            yield self._jump(spike.event, spike.rise, subject, step, what)
+            self._histories["loss"], self._spike = History(RECENT), None
+        for value in after:
             self._histories["loss"].add(value)
-        self._spike, self._after = None, []
 
-    def _judge_recovery(self, spike: Event, subject: Subject, step: int) -> Iterator[Finding]:
-        """Tell a spike that has recovered, if the losses after it are above all those before it."""
-        later = sorted(self._later)[len(self._later) // 2]
-        if self._spike is None and later > self._ceiling:
-            what = f"the loss jumped from {spike.before:.4g} to {spike.after:.4g}, came back, and is higher than before"
-            what += f" (at most {self._ceiling:.4g} in the steps before, median {later:.4g} in the last {PATIENCE})"
-            yield self._jump(spike, subject, step, what)
-        self._recovered, self._later = None, []
-
-    def _jump(self, event: Event, subject: Subject, step: int, what: str, ordinary: bool = False) -> Finding:
-        kind = "loss_spiked" if ordinary else "loss_jumped"
+    def _jump(
+        self, event: Event, rise: Event | None, subject: Subject, step: int, what: str, ordinary: bool = False
+    ) -> Finding:
         causes = self._causes(event)
-        if self._rise is not None and not ordinary and causes[0][1].whose != "optimizer":
-            causes = [(event.step, _cause_of(self._rise)), *causes][:MOST_CAUSES]
-        since = min([event.step, *(cause_step for cause_step, _ in causes[:1])])
+        if rise is not None and causes[0][1].whose != "optimizer":
+            causes = [(event.step, _cause_of(rise)), *causes][:MOST_CAUSES]
+        kind, since = "loss_spiked" if ordinary else "loss_jumped", min(event.step, causes[0][0])
         return Finding(kind, what, tuple(cause for _, cause in causes), step, subject.world.rank, ordinary, since)
 
     def _causes(self, event: Event) -> list[tuple[int, Cause]]:
@@ -178,9 +183,8 @@ def _rise(rates: History, step: int) -> Event | None:
 
 def _cause_of(event: Event) -> Cause:
     whose, what, phase, advice = CAUSES[event.name]
-    numbers = (
-        f"from {event.before:.4g} to {event.after:.4g} {'until' if event.name == 'rise' else 'at'} step {event.step}"
-    )
+    when = "until" if event.name == "rise" else "at"
+    numbers = f"from {event.before:.4g} to {event.after:.4g} {when} step {event.step}"
     place = Place(phase, sample=", ".join(event.ids[:4]) if whose == "data" else "")
     evidence = {"before": event.before, "after": event.after, "at step": event.step}
     return Cause(whose, f"the {what} {numbers}", place, evidence, advice)

@@ -11,7 +11,7 @@ from rawloop.watch.nest import tensors_in
 from rawloop.watch.subject import StepRecord, Subject
 
 BLOCK, BLOCKS = 30, 8  # steps of which one median is made; such medians
-SLOW, GROWTH = 3.0, 2.0  # times the usual duration at once, or little by little
+SLOW, GROWTH = 3.0, 2.0  # times the duration of some blocks ago, at once or little by little
 LONGER = 1.2  # times the values in a batch: longer steps are then no wonder
 MOST = 0.5  # share of the time that is a wait for data
 LONG, LEAST = 10.0, 0.02  # times the usual wait; seconds, below which the scheduler of the host makes waits
@@ -66,27 +66,22 @@ class Times:
 
     def _find_slow(self, subject: Subject, record: StepRecord, share: float) -> Iterator[Finding]:
         times, sizes = zip(*self._blocks, strict=True)
-        now, first = times[-1], record.step - len(times) * BLOCK + 1
-        longer = sizes[-1] > LONGER * sizes[0]
         if share > MOST:
             what = f"{share:.0%} of the time is a wait for data"
             evidence = {"share of the time": share}
             cause = Cause("data", "the loader is slower than the model", Place("data"), evidence, "use more workers")
             yield from self._once(Finding("data_slow", what, (cause,), record.step, subject.world.rank, ordinary=True))
-        if len(times) > 1 and now > SLOW * median(times[:-1]) and not longer:
-            what = f"a step takes {now:.3g} s, and took {median(times[:-1]):.3g} s"
-            advice = "look at clocks and other processes"
-            cause = Cause("not known", "steps have become slower", Place(), {"seconds": now}, advice)
-            found = Finding("steps_slower", what, (cause,), record.step, subject.world.rank, ordinary=True)
-            yield from self._once(found)
         steady = len(times) == BLOCKS and all(two > 1.02 * one for one, two in pairwise(times))
-        if steady and now > GROWTH * times[0] and not longer:
-            what = f"steps take longer and longer: {times[0]:.3g} s at step {first}, and {now:.3g} s now"
-            advice = "look for losses kept with their graph (use .detach()), and for hooks that each step registers"
-            cause = Cause("not known", "something grows in each step", Place(), {"seconds": now}, advice)
-            yield from self._once(
-                Finding("steps_slower", what, (cause,), record.step, subject.world.rank, since=max(first, 0))
-            )
+        if times[-1] > (GROWTH if steady else SLOW) * times[0] and sizes[-1] <= LONGER * sizes[0]:
+            why, advice = "steps have become slower", "look at clocks and other processes"
+            if steady:
+                why = "something grows in each step"
+                advice = "look for losses kept with their graph (use .detach()), and for hooks that each step registers"
+            evidence = {"seconds before": times[0], "seconds now": times[-1]}
+            cause, first = Cause("not known", why, Place(), evidence, advice), record.step - len(times) * BLOCK + 1
+            what = f"a step takes {times[-1]:.3g} s, and took {times[0]:.3g} s in the steps after {first}"
+            rank, since = subject.world.rank, first if steady else None
+            yield from self._once(Finding("steps_slower", what, (cause,), record.step, rank, not steady, since))
 
     def _once(self, finding: Finding) -> Iterator[Finding]:
         if (finding.kind, finding.ordinary) not in self._told:

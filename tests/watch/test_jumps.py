@@ -138,7 +138,7 @@ def test_a_slow_divergence() -> None:
 
 
 def test_a_divergence_from_the_start() -> None:
-    (found,) = follow(40, lambda step: 2 * 1.1**step)
+    (found,) = follow(100, lambda step: 2 * 1.03**step)
     assert (found.kind, found.since, found.cause.whose) == ("loss_diverges", 0, "optimizer")
 
 
