@@ -23,6 +23,6 @@ def all_detectors() -> list[Detector]:
     rates = LearningRates()  # shared: updates are judged by the learning rate's history
     optimizers = [rates, Updates(rates), OptimizerState()]
     look = Look()  # shared, so that modules and gradients are measured once
-    measured = [Gradients(look), Reach(look), LossScale(look)]
+    measured = [look, Gradients(look), Reach(look), LossScale(look)]
     weights = [UnsoundWeights(), ChangedWeights(), RankWeights()]
     return [*weights, Misuse(), *optimizers, Batches(), Calls(), Leaks(), *measured, Jumps()]

@@ -8,16 +8,20 @@ import torch
 from torch import nn
 
 from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.look import Looking, Seen
-from rawloop.watch.subject import StepRecord, Subject
+from rawloop.watch.look import Look, Seen
+from rawloop.watch.subject import Detector, StepRecord, Subject
 
 LEAST_HEADROOM = 3.0  # bits between a module's outputs and the largest number of their dtype
 FEWEST_LAYERS = 4  # of a stack that is judged over depth
 MOST_CHANGE = 10.0  # of the largest gradient from one end of a stack to the other, in bits
 
 
-class Gradients(Looking):
-    """Looks at the magnitudes of outputs and gradients, module by module."""
+class Gradients(Detector):
+    """Judges the magnitudes of outputs and gradients, module by module."""
+
+    def __init__(self, look: Look) -> None:
+        self.look = look
+        self._told: set[str] = set()
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Judge what the look has seen."""

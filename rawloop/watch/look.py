@@ -168,39 +168,35 @@ class Seen:
         return (call is not None and call.dtype is torch.float16) or (grad is not None and grad.dtype is torch.float16)
 
 
-class Look:
-    """Takes a look at each probing step. Detectors that share it call the same methods; the first call acts."""
+class Look(Detector):
+    """Measures each probing step. It finds nothing itself: detectors that come after it judge what it has `seen`."""
 
     def __init__(self) -> None:
         self.again = False  # take a look at the next step too
         self.rows: dict[str, Tensor] = {}  # whether each row of a parameter has had a gradient in any look
         self._looks = 0
-        self._measured = -1  # backward passes before the gradients were measured
         self._record: StepRecord | None = None
         self._hooks: ModuleHooks | None = None
         self._seen = Seen(-1, {})
 
-    def begin(self, subject: Subject, record: StepRecord) -> None:
+    def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Put hooks on before the forward pass of a probing step."""
-        if self._record is record:
-            return
-        self.stop()
-        record.probing = record.probing or self.again
-        if record.probing:
-            self.again, self._record, self._measured = False, record, -1
-            self._hooks = ModuleHooks(subject.model, Readings(), subject.guard, thorough=False)
-            self._seen = Seen(record.step, self._hooks.calls)
-            if not subject.compiled:
-                self._hooks.install()
+        if self._record is not record:
+            self.finish(subject)
+            record.probing = record.probing or self.again
+            if record.probing:
+                self.again, self._record = False, record
+                self._hooks = ModuleHooks(subject.model, Readings(), subject.guard, thorough=False)
+                self._seen = Seen(record.step, self._hooks.calls)
+                if not subject.compiled:
+                    self._hooks.install()
+        return ()
 
-    def gradients(self, subject: Subject, record: StepRecord) -> None:
-        """Measure the gradients before the update. With several optimizers those of the last one count."""
+    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Measure the gradients before the update. With several optimizers the last call counts."""
         seen, finite = self._seen, record.grad_norm is None or math.isfinite(record.grad_norm)
         if self._record is not record or self._hooks is None or not finite:
-            return
-        if self._measured == record.facts.backwards:  # for another detector
-            return
-        self._measured = record.facts.backwards
+            return ()
         named = [(name, p) for name, p in subject.model.named_parameters() if p.requires_grad]
         if all(p.grad is None for _, p in named):
             named = [(name, p) for name, p in subject.named() if p.requires_grad]
@@ -214,14 +210,13 @@ class Look:
                 readings.add_gradient(name, grad, seen.in_fp16(name) or grad.dtype is torch.float16)
                 if self._looks < FIRST_LOOKS and not name.endswith("bias"):
                     readings.add("weight", name, _plain(p), exponents=False)
+        return ()
 
-    def seen(self, record: StepRecord) -> Seen | None:
-        """Return what was seen of a step, after its update; None if no look was taken. The first call reads it."""
-        if self._record is not record:
-            return None
+    def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
+        """Read what was measured."""
         seen, hooks = self._seen, self._hooks
-        if hooks is not None:
-            self.stop()
+        if self._record is record and hooks is not None:
+            self.finish(subject)
             self._looks += seen.complete
             for (kind, name), amounts in hooks.readings.read().items():
                 if isinstance(amounts, GradientAmounts):
@@ -231,33 +226,15 @@ class Look:
                     seen.outputs[name] = amounts
                 elif kind == "weight" and amounts.lowest == amounts.highest == 0:
                     seen.zero_weights.add(name)
-        return seen
-
-    def stop(self) -> None:
-        """Take the hooks off."""
-        if self._hooks is not None:
-            self._hooks.remove()
-        self._hooks = None
-
-
-class Looking(Detector):
-    """A detector that judges looks, which it may share with others."""
-
-    def __init__(self, look: Look | None = None) -> None:
-        self.look = look or Look()
-        self._told: set[str] = set()
-
-    def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Begin the look."""
-        self.look.begin(subject, record)
-        return ()
-
-    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Measure the gradients."""
-        self.look.gradients(subject, record)
         return ()
 
     def finish(self, subject: Subject) -> Iterable[Finding]:
         """Take the hooks off."""
-        self.look.stop()
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None
         return ()
+
+    def seen(self, record: StepRecord) -> Seen | None:
+        """Return what was seen of a step, after its end; None if no look was taken."""
+        return self._seen if self._record is record else None

@@ -5,19 +5,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.look import Look, Looking, Seen
-from rawloop.watch.subject import StepRecord, Subject
+from rawloop.watch.look import Look, Seen
+from rawloop.watch.subject import Detector, StepRecord, Subject
 from rawloop.watch.unreached import module_of, unreached
 
 LOOKS = 3  # in which a parameter has no gradient before that counts
 MOST_LOOKS = 6  # in a row
 
 
-class Reach(Looking):
+class Reach(Detector):
     """Looks at which parameters the loss reaches."""
 
-    def __init__(self, look: Look | None = None) -> None:
-        super().__init__(look)
+    def __init__(self, look: Look) -> None:
+        self.look = look
+        self._told: set[str] = set()
         self._last: Seen | None = None
         self._missing: set[str] = set()  # parameters that had no gradient, or one of zeros, in every look
         self._looks = self._all_looks = 0  # those that count, and all
@@ -25,8 +26,7 @@ class Reach(Looking):
         self._nothing = 0  # steps in a row with a gradient of exactly zero
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Measure, and count the steps in a row whose gradient is exactly zero."""
-        self.look.gradients(subject, record)
+        """Count the steps in a row whose gradient is exactly zero."""
         self._nothing = self._nothing + 1 if record.grad_norm == 0 else 0
         if self._nothing >= 2:
             yield from self._once(_nothing(subject, record))
@@ -42,7 +42,6 @@ class Reach(Looking):
 
     def finish(self, subject: Subject) -> Iterable[Finding]:
         """Report what fewer looks have seen, if the watch was short."""
-        self.look.stop()
         if self._last is not None and 0 < self._looks < LOOKS and not self._last.zero_weights:
             yield from self._report(subject, self._last)
 

@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from rawloop.watch.findings import Cause, Finding, Place, Whose
-from rawloop.watch.look import Look, Looking, Seen
+from rawloop.watch.look import Look, Seen
 from rawloop.watch.measure import MOST_FLUSHED, joined
-from rawloop.watch.subject import StepRecord, Subject
+from rawloop.watch.subject import Detector, StepRecord, Subject
 
 DENORMAL = 2.0**-126  # 1 / scale overflows float32 below it
 FIRST_STEPS = 100  # in which a scaler looks for its scale
@@ -22,11 +22,12 @@ ROOM = 4  # bits by which a scale must be able to grow before it is too low for 
 LARGE_LOSS = 1e3
 
 
-class LossScale(Looking):
+class LossScale(Detector):
     """Looks at the loss scale of a loop, in every skip and in every look."""
 
-    def __init__(self, look: Look | None = None) -> None:
-        super().__init__(look)
+    def __init__(self, look: Look) -> None:
+        self.look = look
+        self._told: set[str] = set()
         self._recent: deque[bool] = deque(maxlen=RECENT)  # the last steps, from the first update on: skipped?
         self._steps = self._skips = self._in_a_row = 0
         self._since = 0  # the first of the skips in a row

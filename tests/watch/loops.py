@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Finding
+from rawloop.watch.look import Look
 from rawloop.watch.subject import Detector
 from rawloop.watch.watch import Watch
 
@@ -47,6 +48,12 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x))
+
+
+def looking(kind: Callable[[Look], Detector]) -> list[Detector]:
+    """A detector of this kind, after the look that it judges."""
+    look = Look()
+    return [look, kind(look)]
 
 
 def mean_loss(model: nn.Module, ids: Tensor, step: int) -> Tensor:

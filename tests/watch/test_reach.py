@@ -14,11 +14,11 @@ from rawloop.watch.reach import Reach, dead_block, without_graph
 from rawloop.watch.subject import StepRecord, Subject
 from rawloop.watch.unreached import whole_group
 from rawloop.watch.watch import Watch
-from tests.watch.loops import WORDS, Model, mean_loss, watched
+from tests.watch.loops import WORDS, Model, looking, mean_loss, watched
 
 
 def found_in(model: nn.Module, **options: Any) -> list[Finding]:
-    return watched(model, [Reach()], **options)
+    return watched(model, looking(Reach), **options)
 
 
 class Towers(nn.Module):

@@ -10,9 +10,10 @@ from torch import Tensor
 from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.watch.findings import Finding, Findings
+from rawloop.watch.look import Look
 from rawloop.watch.scale import LossScale
 from rawloop.watch.subject import StepRecord, Subject
-from tests.watch.loops import Model, mean_loss, watched
+from tests.watch.loops import Model, looking, mean_loss, watched
 
 FP16 = torch.float16
 
@@ -29,7 +30,7 @@ class Scaler:
 
 def history(applied: str, scaler: Scaler, loss: float = 1.0, backoff: float = 0.5) -> list[Finding]:
     """Tell a detector of steps that were applied (`+`) or skipped (`-`)."""
-    detector, findings = LossScale(), Findings()
+    detector, findings = LossScale(Look()), Findings()
     subject = Subject(torch.nn.Linear(1, 1), [], scaler, lambda: [])
     detector.start(subject)
     for step, mark in enumerate(applied):
@@ -40,7 +41,7 @@ def history(applied: str, scaler: Scaler, loss: float = 1.0, backoff: float = 0.
 
 def test_the_first_skips_of_a_real_scaler_are_ordinary_and_counted() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    findings = watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, steps=12)
+    findings = watched(Model(), looking(LossScale), dtype=FP16, scaler=scaler, steps=12)
     assert all(finding.ordinary for finding in findings)
     (found,) = [finding for finding in findings if finding.kind == "scale_search"]
     assert found.times == found.cause.evidence["skips"]
@@ -94,24 +95,24 @@ def tiny(model: Any, ids: Tensor, step: int) -> Tensor:
     ],
 )
 def test_a_scale_that_lets_fp16_flush_gradients(scaler: Any, kind: str) -> None:
-    (found,) = watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, loss=tiny, steps=2)
+    (found,) = watched(Model(), looking(LossScale), dtype=FP16, scaler=scaler, loss=tiny, steps=2)
     assert (found.kind, found.cause.whose, found.ordinary) == (kind, "precision", False)
     assert float(found.cause.evidence["lost"]) + float(found.cause.evidence["subnormal"]) > 0.5
     assert float(found.cause.evidence["most lost"]) > 0.05
     assert found.cause.place.parameter in dict(Model().named_parameters())
     better = float(found.cause.advice.rpartition(" ")[2])
     scaler = torch.amp.GradScaler("cpu", init_scale=better)
-    assert watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, loss=tiny, steps=2) == []
+    assert watched(Model(), looking(LossScale), dtype=FP16, scaler=scaler, loss=tiny, steps=2) == []
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_without_fp16_no_scale_is_needed(dtype: torch.dtype | None) -> None:
-    assert watched(Model(), [LossScale()], dtype=dtype, loss=tiny) == []
+    assert watched(Model(), looking(LossScale), dtype=dtype, loss=tiny) == []
 
 
 def test_an_ordinary_scaler_is_quiet() -> None:
     scaler = torch.amp.GradScaler("cpu")
-    assert watched(Model(), [LossScale()], dtype=FP16, scaler=scaler, every=1) == []
+    assert watched(Model(), looking(LossScale), dtype=FP16, scaler=scaler, every=1) == []
 
 
 @pytest.mark.parametrize(("init", "kind"), [(2.0**15, None), (1.0, "scale_too_low")])
@@ -119,14 +120,14 @@ def test_a_scale_of_rawloops_own_policy_is_judged(init: float, kind: str | None)
     model = Model()
     policy = PrecisionPolicy(PrecisionConfig("amp_fp16", loss_scale=LossScaleConfig(init=init)), "cpu")
     policy.prepare(model)
-    detector, record = LossScale(), StepRecord(0, probing=True)
+    look, record = Look(), StepRecord(0, probing=True)
     subject = Subject(model, [], policy.scaler, policy.named_parameters)
-    list(detector.start(subject))
-    list(detector.batch(subject, record))
+    look.batch(subject, record)
     ids = torch.randint(29, (2, 9), generator=torch.Generator().manual_seed(0))
     with policy.autocast():
         loss = tiny(model, ids, 0)
     policy.backward(loss)
     record.scale = init
-    list(detector.gradients(subject, record))
-    assert [finding.kind for finding in detector.end(subject, record)] == ([kind] if kind else [])
+    look.gradients(subject, record)
+    look.end(subject, record)
+    assert [finding.kind for finding in LossScale(look).end(subject, record)] == ([kind] if kind else [])
