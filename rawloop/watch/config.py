@@ -5,6 +5,8 @@ from typing import Literal
 
 from rawloop.errors import UserError
 
+EARLY = (20, 100)  # most faults are there from the start
+
 
 @dataclass
 class WatchConfig:
@@ -12,7 +14,8 @@ class WatchConfig:
 
     Args:
         enabled: watch the run. The numbers that are read at every step have been measured anyway.
-        every: steps between the costly looks: gradients by module, and digests of the weights.
+        every: steps between the costly looks: gradients by module, and digests of the weights. A look takes as long as
+            one or two steps of a small model. The first ones come sooner: at the steps 0, 20 and 100.
         steps: the number of last steps that the flight recorder keeps.
         capsules: write at most this many capsules.
         capsule_mb: write no capsule that is larger, in megabytes (10^6 bytes); optimizer state is left out first.
@@ -23,7 +26,7 @@ class WatchConfig:
     """
 
     enabled: bool = True
-    every: int = 100
+    every: int = 500
     steps: int = 8
     capsules: int = 4
     capsule_mb: int = 2000
@@ -35,3 +38,7 @@ class WatchConfig:
             value = getattr(self, name)
             if value < (0 if name == "capsules" else 1):
                 raise UserError(f"watch.{name} is {value}: it must be 1 or more; watch.enabled false turns it off")
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a step, counted from 0, takes a look."""
+        return step % self.every == 0 or (step in EARLY and step < self.every)

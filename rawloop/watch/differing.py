@@ -11,7 +11,7 @@ from rawloop.watch.subject import Detector, StepRecord, Subject
 
 
 class RankWeights(Detector):
-    """Compares digests of the weights over the ranks: at the first two steps, and every `WatchConfig.every`th.
+    """Compares digests of the weights over the ranks: at the first two steps, and when `WatchConfig.is_due`.
 
     All ranks call `batch` equally often. `end` would not do: a rank that skips an update alone does not come there.
 
@@ -28,7 +28,7 @@ class RankWeights(Detector):
 
     def batch(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Compare the weights before the forward pass, on all ranks together. Each rank gets the finding."""
-        world, due = subject.world, self._calls == 1 or self._calls % subject.config.every == 0
+        world, due = subject.world, self._calls == 1 or subject.config.is_due(self._calls)
         self._calls += 1
         if world.size == 1 or not due:
             return

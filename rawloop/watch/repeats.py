@@ -35,7 +35,7 @@ class Repeats:
                 finding = look.finding("batch_repeated", what, _place(look), evidence, advice, ordinary=ordinary)
                 finding.since = self._since
                 yield finding
-        if not look.ours and look.subject.world.size > 1 and self._seen % look.subject.config.every == 0:
+        if not look.ours and look.subject.world.size > 1 and look.subject.config.is_due(self._seen):
             digests = look.subject.world.gather(digest)
             if digest is not None and len(set(digests)) == 1:
                 what = f"all {len(digests)} ranks train on the same batch: their loaders are alike"

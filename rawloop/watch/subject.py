@@ -114,7 +114,7 @@ class StepRecord:
     data_seconds: float | None = None  # the wait for data before it
     why_no_passes: str = ""  # why some of its backward passes cannot run again; empty if all can
     facts: Facts = field(default_factory=Facts)  # empty inside rawloop's own run
-    probing: bool = False  # it takes the costly looks: each `WatchConfig.every` steps, and after a skip
+    probing: bool = False  # it takes the costly looks: when `WatchConfig.is_due`, and after a skip
 
 
 class Detector:

@@ -168,7 +168,7 @@ class Watch:
         record.step, record.batch, record.ids = self._step, batch, tuple(ids)
         self._began = time.perf_counter()
         record.data_seconds = (record.data_seconds or 0.0) + self._began - self._left
-        record.probing = record.probing or self._streak > 0 or self._step % self.subject.config.every == 0
+        record.probing = record.probing or self._streak > 0 or self.subject.config.is_due(self._step)
         self._look("batch", record)
 
     def measured(
