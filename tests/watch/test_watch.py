@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rawloop import Watch
+from rawloop import Watch, WatchConfig
 
 F: Any = torch.nn.functional
 
@@ -105,3 +105,8 @@ def test_a_log_of_zero_in_the_loss_is_traced_to_its_line_and_sample() -> None:
     assert "torch.log(weight)" in finding.cause.place.expression
     assert finding.cause.place.sample == "s4"
     assert any("torch.log(weight)" in text for text in said)
+
+
+def test_looks_come_early_and_then_seldom() -> None:
+    assert [step for step in range(1200) if WatchConfig().is_due(step)] == [0, 20, 100, 500, 1000]
+    assert [step for step in range(30) if WatchConfig(every=10).is_due(step)] == [0, 10, 20]
