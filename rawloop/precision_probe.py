@@ -27,61 +27,37 @@ LARGEST_FP16 = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True)
 class Range:
-    """The magnitudes of a module's outputs or of their gradients, or of a parameter's gradient.
+    """The magnitudes of a module's outputs or of their gradients, or of a parameter's gradient."""
 
-    Args:
-        name: of the module or the parameter.
-        dtype: in which it was computed.
-        largest: the largest magnitude; that of a gradient is divided by the loss scale.
-        headroom: the bits between it and the limit of its dtype; of a gradient, with the loss scale of the pass.
-        fp16: the bits between it and FP16's limit; of a gradient, under `Probe.scale`.
-        zeros: the share of zeros.
-        flushed, subnormal: the shares of the others that FP16 rounds to zero, or holds with fewer digits.
-    """
-
-    name: str
-    dtype: str
-    largest: float
-    headroom: float
-    fp16: float
-    zeros: float
-    flushed: float
-    subnormal: float
+    name: str  # of the module or the parameter
+    dtype: str  # in which it was computed
+    largest: float  # the largest magnitude; that of a gradient is divided by the loss scale
+    headroom: float  # bits between it and the limit of its dtype; of a gradient, with the loss scale of the pass
+    fp16: float  # bits between it and FP16's limit; of a gradient, under `Probe.scale`
+    zeros: float  # the share of zeros
+    flushed: float  # the share of the others that FP16 rounds to zero, and
+    subnormal: float  # the share of them that it holds with fewer digits
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one micro-batch shows.
-
-    Args:
-        mode, reason: the precision mode, and why it was chosen.
-        ids, loss: the samples, and their loss.
-        pass_scale: the loss scale of the measured pass, 1.0 in modes without one.
-        scale: the loss scale that the shares are for: that of the pass, or the recommended one.
-        window: the loss scales that fit FP16; None if every gradient is zero.
-        exponents: of the parameters' gradients, unscaled.
-        outputs, output_gradients, gradients: by module, and by parameter.
-        lost_updates: the share of weights that an update of size `lr` does not change, by the dtype of the weights.
-        lr: the learning rate.
-        seconds: of the pass, measuring included.
-        measured_in_fp16: whether the pass was in FP16, so that the exponents do not show what it flushed.
-    """
+    """What one micro-batch shows."""
 
     mode: str
-    reason: str
+    reason: str  # why the mode was chosen
     ids: tuple[str, ...]
     loss: float
-    pass_scale: float
-    scale: float
-    window: Window | None
-    exponents: Exponents
+    pass_scale: float  # the loss scale of the measured pass; 1.0 in modes without one
+    scale: float  # the loss scale that the shares are for: that of the pass, or the recommended one
+    window: Window | None  # the loss scales that fit FP16; None if every gradient is zero
+    exponents: Exponents  # of the parameters' gradients, unscaled
     outputs: list[Range]
     output_gradients: list[Range]
-    gradients: list[Range]
-    lost_updates: dict[str, float]
+    gradients: list[Range]  # by parameter; the others are by module
+    lost_updates: dict[str, float]  # the share of weights that an update of size `lr` does not change, by their dtype
     lr: float
-    seconds: float
-    measured_in_fp16: bool
+    seconds: float  # of the pass, measuring included
+    measured_in_fp16: bool  # so the exponents do not show what the pass has flushed
 
 
 def probe(config: RunConfig, world: World) -> Probe:
@@ -92,9 +68,9 @@ def probe(config: RunConfig, world: World) -> Probe:
     """
     ready, lr = prepare(quiet(config), world), config.optim.lr
     policy, batch, start = ready.policy, first_batch(ready), time.perf_counter()
-    (loss, read), scale, finite = at_finite_scale(ready, lambda scale: _measured(ready, batch, scale))
+    (loss, read), scale, not_finite = at_finite_scale(ready, lambda scale: _measured(ready, batch, scale))
     seconds = time.perf_counter() - start
-    if not finite:
+    if not_finite:
         raise TrainingError(
             f"the gradients of the samples {', '.join(batch.ids)} are not finite in {policy.name} at a loss "
             f"scale of {scale:g}: a probe has nothing to measure; `rawloop doctor` searches for the cause"
@@ -105,21 +81,21 @@ def probe(config: RunConfig, world: World) -> Probe:
     wanted = scale if scale != 1.0 or window is None else window.recommended()
     weights = [weight.detach() for _, weight in policy.named_parameters()]
     return Probe(
-        policy.name,
-        policy.reason,
-        tuple(batch.ids),
-        loss,
-        scale,
-        wanted,
-        window,
-        exponents,
-        _ranges(read, "forward", 1.0, 1.0),
-        _ranges(read, "backward", scale, wanted),
-        _ranges(read, "gradient", scale, wanted),
-        {name: share_of_lost_updates((w.to(dtype) for w in weights), lr) for name, dtype in DTYPES.items()},
-        lr,
-        seconds,
-        any(amounts.dtype is torch.float16 for (kind, _), amounts in read.items() if kind == "backward"),
+        mode=policy.name,
+        reason=policy.reason,
+        ids=tuple(batch.ids),
+        loss=loss,
+        pass_scale=scale,
+        scale=wanted,
+        window=window,
+        exponents=exponents,
+        outputs=_ranges(read, "forward", 1.0, 1.0),
+        output_gradients=_ranges(read, "backward", scale, wanted),
+        gradients=_ranges(read, "gradient", scale, wanted),
+        lost_updates={n: share_of_lost_updates((w.to(dtype) for w in weights), lr) for n, dtype in DTYPES.items()},
+        lr=lr,
+        seconds=seconds,
+        measured_in_fp16=any(a.dtype is torch.float16 for (kind, _), a in read.items() if kind == "backward"),
     )
 
 
@@ -159,24 +135,19 @@ def gradients_of(ready: Ready) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in ready.policy.trained.weights.items() if weight.grad is not None}
 
 
-def first_nonfinite(gradients: Mapping[str, Tensor]) -> str:
-    """Return the name of the first gradient that is not finite; empty if all are."""
-    return next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), "")
-
-
-def at_finite_scale(ready: Ready, run: Callable[[float], T]) -> tuple[T, float, bool]:
+def at_finite_scale(ready: Ready, run: Callable[[float], T]) -> tuple[T, float, str]:
     """Run a backward pass at the loss scale of the mode, halved until the gradients are finite.
 
     Returns:
-        The result of the last pass, its scale, and whether its gradients are finite.
+        The result of the last pass, its scale, and the first gradient that is not finite; empty if all are.
     """
     scaler = ready.policy.scaler
     scale = scaler.scale if scaler else 1.0
     while True:
         made = run(scale)
-        finite = not first_nonfinite(gradients_of(ready))
-        if finite or scaler is None or scale <= scaler.config.floor:
-            return made, scale, finite
+        bad = next((name for name, g in gradients_of(ready).items() if not bool(g.isfinite().all())), "")
+        if not bad or scaler is None or scale <= scaler.config.floor:
+            return made, scale, bad
         ready.policy.zero_grad()
         scale /= 2
 

@@ -22,15 +22,7 @@ from rawloop.precision.advice import share_of_lost_updates
 from rawloop.precision.config import SCALED, LossScaleConfig
 from rawloop.precision.modes import MODES
 from rawloop.precision.preflight import is_lacking
-from rawloop.precision_probe import (
-    at_finite_scale,
-    backward,
-    first_batch,
-    first_nonfinite,
-    gradients_of,
-    loss_of,
-    quiet,
-)
+from rawloop.precision_probe import at_finite_scale, backward, first_batch, gradients_of, loss_of, quiet
 from rawloop.seed import seed_all
 
 BATCHES = 2  # micro-batches whose gradients are compared
@@ -42,36 +34,22 @@ LEAST_COSINE = 0.99
 
 @dataclass(frozen=True)
 class Errors:
-    """The gradients of a mode against those of the reference.
+    """The gradients of a mode against those of the reference."""
 
-    Args:
-        relative: the L2 norm of the difference over that of the reference.
-        cosine: between both.
-        zeros: the share of values that are zero, and not in the reference.
-        flips: the share of values with another sign.
-    """
-
-    relative: float
+    relative: float  # the L2 norm of the difference over that of the reference
     cosine: float
-    zeros: float
-    flips: float
+    zeros: float  # the share of values that are zero, and not in the reference
+    flips: float  # the share of values with another sign
 
 
 @dataclass
 class Race:
-    """The losses of some updates, from the weights that the config starts from.
-
-    Args:
-        losses: of each step.
-        skipped: updates that were not applied.
-        seconds: the median time of a step.
-        ended: why it ended early; empty if it did not.
-    """
+    """The losses of some updates, from the weights that the config starts from."""
 
     losses: list[float] = field(default_factory=list)
-    skipped: int = 0
-    seconds: float = math.nan
-    ended: str = ""
+    skipped: int = 0  # updates that were not applied
+    seconds: float = math.nan  # the median time of a step
+    ended: str = ""  # why it ended early
 
     @property
     def final(self) -> float:
@@ -145,13 +123,13 @@ def _reference(config: RunConfig, world: World, name: str) -> tuple[dict[str, Te
         if name == "fp64":
             ready.module.double()
             batches = [_in_double(batch) for batch in batches]
-        losses = [backward(ready, batch, 1.0) for batch in batches]
+        losses, _, not_finite = at_finite_scale(ready, lambda scale: [backward(ready, b, scale) for b in batches])
     except (RuntimeError, TypeError) as error:
         if name == "fp64" and (is_lacking(error) or world.device.type == "mps"):
             raise UserError(f"the model does not compute in float64 ({error}): use --reference fp32") from error
         raise
     found = {key: value.detach().cpu() for key, value in gradients_of(ready).items()}
-    if not found or first_nonfinite(found):
+    if not found or not_finite:
         raise TrainingError(f"the gradients are not finite in {name}: `rawloop doctor` searches for the cause")
     return found, statistics.fmean(losses), tuple(key for batch in batches for key in batch.ids)
 
@@ -167,24 +145,22 @@ def _in_double(batch: Batch) -> Batch:
 
 
 def _result(config: RunConfig, world: World, truth: Mapping[str, Tensor], loss: float, steps: int) -> ModeResult:
-    result = ModeResult(config.precision.mode)
     try:
-        _run(result, config, world, truth, loss, steps)
+        return _measure(config, world, truth, loss, steps)
     except RawloopError as error:
-        result.why_not = str(error)
+        why_not = str(error)
     except torch.OutOfMemoryError as error:
-        result.why_not = f"it does not fit into memory: {str(error).splitlines()[0]}"
-    gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return result
+        why_not = f"it does not fit into memory: {str(error).splitlines()[0]}"
+    finally:
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return ModeResult(config.precision.mode, why_not)
 
 
-def _run(
-    result: ModeResult, config: RunConfig, world: World, truth: Mapping[str, Tensor], loss: float, steps: int
-) -> None:
+def _measure(config: RunConfig, world: World, truth: Mapping[str, Tensor], loss: float, steps: int) -> ModeResult:
     """Measure the gradients of the batches, at a loss scale that is halved until they are finite, then race."""
-    ready = build_ready(config, world)
+    result, ready = ModeResult(config.precision.mode), build_ready(config, world)
     policy, batches = ready.policy, _batches(ready)
     ready.module.eval()
 
@@ -193,18 +169,18 @@ def _run(
         losses = [backward(ready, batch, scale) for batch in batches]
         return statistics.fmean(losses), (time.perf_counter() - start) / len(batches)
 
-    (result.loss, result.seconds), result.scale, finite = at_finite_scale(ready, passes)
+    (result.loss, result.seconds), result.scale, not_finite = at_finite_scale(ready, passes)
     result.overflows = round(math.log2(policy.scaler.scale / result.scale)) if policy.scaler else 0
     result.loss_error = abs(result.loss - loss) / max(abs(loss), 1e-12)
-    found = gradients_of(ready)
-    if finite:
-        _judge(result, {name: value.cpu().to(truth[name].dtype) / result.scale for name, value in found.items()}, truth)
-    else:
-        result.worst = first_nonfinite(found)
+    result.worst = not_finite
+    if not not_finite:
+        found = {name: g.cpu().to(truth[name].dtype) / result.scale for name, g in gradients_of(ready).items()}
+        _judge(result, found, truth)
     policy.zero_grad()
     weights = (weight.detach() for _, weight in policy.named_parameters())
     result.lost_updates = share_of_lost_updates(weights, config.optim.lr)
     result.race = race(ready, config, steps) if steps else None
+    return result
 
 
 def _judge(result: ModeResult, found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:

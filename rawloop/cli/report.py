@@ -31,17 +31,13 @@ def run(argv: list[str]) -> None:
     if values.output:
         check_output(output)
     running = [is_locked(folder) for folder in folders]
-    page = make(folders, running, is_comparison=bool(values.compare))
-    write_page(output, page)
-    print(f"wrote {output} ({readable(output.stat().st_size)})", flush=True)
-
-
-def make(folders: list[Path], running: list[bool | None], *, is_comparison: bool) -> str:
-    """Return the page."""
-    if is_comparison:
+    if values.compare:
         from rawloop.report.compare import compare
 
-        return compare(folders, running)
-    from rawloop.report.one import report
+        page = compare(folders, running)
+    else:
+        from rawloop.report.one import report
 
-    return report(folders[0], running[0])
+        page = report(folders[0], running[0])
+    write_page(output, page)
+    print(f"wrote {output} ({readable(output.stat().st_size)})", flush=True)

@@ -2,7 +2,6 @@
 
 import json
 from base64 import b64encode
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,54 +56,32 @@ def checks(run: RunData) -> Section:
     """Return the checks before step 0. A codebook is listed if its verdict differs from that of its stream."""
     events = run.of_kind("check")
     verdicts = [v for event in events for v in event.get("verdicts", ()) if isinstance(v, dict)]
-    kinds = {v.get("name"): v.get("kind") for v in verdicts}
-    rows = [
-        (name, v.get("kind"), v.get("loss"), v.get("chance"), v.get("mismatch") or v.get("why"))
-        for v in verdicts
-        if "/" not in (name := str(v.get("name")))
-        or v.get("kind") != kinds.get(name.split("/")[0])
-        or v.get("mismatch")
+    kinds = {str(v.get("name")): v.get("kind") for v in verdicts}
+    own = [
+        v for v in verdicts if v.get("mismatch") or v.get("kind") != kinds.get(str(v.get("name")).rpartition("/")[0])
     ]
-    table = Table(("stream", "verdict", "loss", "chance", "why"), rows, "First loss")
+    table = _table("First loss", own, "name", "kind", "loss", "chance", "why", "mismatch")
     return Section("Checks before step 0", [Note(str(event.get("reason"))) for event in events], tables=[table])
 
 
 def census(run: RunData) -> Section:
     """Return the label census as tables."""
-    title = "Label census"
-    try:
-        return _census(title, run.census) if run.census else Section(title)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return Section(title, [Note(f"census.json is not as rawloop writes it: {error!r}.", "warning")])
+    found, notes = run.census, []
+    if "samples" in found:
+        notes = [Note(f"Counted in {found['samples']} samples.")]
+    if isinstance(silent := found.get("without_targets"), list) and silent:
+        notes.append(Note(f"{len(silent)} samples have no target: {', '.join(map(str, silent[:MOST]))}", "warning"))
+    roles = _table("Targets by role", found.get("roles"), "role", "stream", "positions", "targets")
+    specials = _table("Special tokens", found.get("specials"), "name", "stream", "required", "targets")
+    return Section("Label census", notes, tables=[roles, specials])
 
 
-def _census(title: str, found: dict[str, Any]) -> Section:
-    notes = [Note(f"Counted in {found['samples']:,} samples.")]
-    silent, books = found["without_targets"], found["codebooks"]
-    if silent:
-        notes.append(Note(f"{len(silent)} samples have no target: {', '.join(silent[:MOST])}", "warning"))
-    roles = [
-        (one["role"], one["stream"], one["positions"], one["targets"], _share(one, books.get(one["stream"], 1)))
-        for one in found["roles"]
-    ]
-    specials = [
-        (one["name"], one["stream"], "yes" if one["required"] else "no", _counts(one["targets"]))
-        for one in found["specials"]
-    ]
-    role_table = Table(("role", "stream", "positions", "targets", "of positions"), roles, "Targets by role")
-    special_table = Table(("token", "stream", "required", "times a target"), specials, "Special tokens")
-    return Section(title, notes, tables=[role_table, special_table])
-
-
-def _share(one: dict[str, Any], codebooks: int) -> str:
-    positions = one["positions"] * codebooks
-    return f"{one['targets'] / positions:.1%}" if positions else "-"
-
-
-def _counts(counts: Sequence[int]) -> str:
-    if len(set(counts)) == 1:
-        return f"{counts[0]:,} in each of {len(counts)} codebooks" if len(counts) > 1 else f"{counts[0]:,}"
-    return ", ".join(f"{count:,}" for count in counts)
+def _table(title: str, objects: Any, *names: str) -> Table:
+    """Return a table of the values of these names in JSON objects. The numbers of a list are those of codebooks."""
+    found = [one for one in objects if isinstance(one, dict)] if isinstance(objects, list) else []
+    rows = [[one.get(name, "") for name in names] for one in found]
+    cells = [[", ".join(map(str, value)) if isinstance(value, list) else value for value in row] for row in rows]
+    return Table(names, cells, title)
 
 
 def capsules(run: RunData) -> Section:

@@ -30,27 +30,16 @@ class Series(NamedTuple):
 
 @dataclass
 class RunData:
-    """What a run has recorded.
-
-    Args:
-        folder: the run folder.
-        series: every metric that is a number, by name, in the order of first appearance.
-        events: the events of all ranks, by time.
-        config: the resolved config; empty if there is none.
-        census: the label census; empty if there is none.
-        best: the record of the best evaluation; empty if there is none.
-        last_step: the last step of which there is anything.
-        unreadable: a sentence for each file that cannot be read.
-    """
+    """What a run has recorded. What there is not is empty."""
 
     folder: Path
-    series: dict[str, Series] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    census: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
-    last_step: int = 0
-    unreadable: list[str] = field(default_factory=list)
+    series: dict[str, Series] = field(default_factory=dict)  # every metric that is a number, by first appearance
+    events: list[dict[str, Any]] = field(default_factory=list)  # of all ranks, by time
+    config: dict[str, Any] = field(default_factory=dict)  # resolved
+    census: dict[str, Any] = field(default_factory=dict)  # of the labels
+    best: dict[str, Any] = field(default_factory=dict)  # the record of the best evaluation
+    last_step: int = 0  # of which there is anything
+    unreadable: list[str] = field(default_factory=list)  # a sentence for each file that cannot be read
 
     @property
     def name(self) -> str:

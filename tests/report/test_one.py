@@ -104,8 +104,8 @@ def test_what_a_run_has_recorded_is_on_its_page(write_run: Write, words: Words) 
         "40 fallback 1 too many skips",
         "audio OK 5 6.9 better than guessing audio/1 DEAD 6 6.9 no gradient Label census",
         "1 samples have no target: lost <i>",
-        "assistant audio 100 150 50.0%",
-        "<|eos|> audio yes 4 in each of 3 codebooks",
+        "assistant audio 100 150 Special tokens",
+        "<|eos|> audio True 4, 4, 4",
         f"step-00000020-rank0 finding not_finite rawloop replay {kept}",
     ):
         assert said in text
@@ -193,7 +193,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(write_run: Write, wor
     (folder / "events.jsonl").write_text('{"step": 1}\n')
     assert "events.jsonl cannot be read: a line has no time" in words(report(folder))
     (folder / "census.json").write_text('{"samples": 3}')
-    assert "census.json is not as rawloop writes it: KeyError('without_targets')." in words(report(folder))
+    assert "Label census Counted in 3 samples." in words(report(folder))
 
 
 @pytest.mark.usefixtures("no_figures")
