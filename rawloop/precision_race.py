@@ -85,8 +85,8 @@ class Comparison:
     ids: tuple[str, ...]
     lr: float
     results: list[ModeResult]
-    recommended: str = ""
-    reasons: list[str] = field(default_factory=list)
+    recommended: str
+    reasons: list[str]
 
 
 def compare(config: RunConfig, world: World, reference: str = "fp32", steps: int = 20) -> Comparison:
@@ -99,9 +99,7 @@ def compare(config: RunConfig, world: World, reference: str = "fp32", steps: int
     config.adapter = replace(config.adapter, dropout=0.0)
     truth, loss, ids = _reference(in_mode(config, "fp32"), world, reference)
     results = [_result(in_mode(config, mode), world, truth, loss, steps) for mode in MODES]
-    made = Comparison(reference, steps, ids, config.optim.lr, results)
-    made.recommended, made.reasons = recommend(results)
-    return made
+    return Comparison(reference, steps, ids, config.optim.lr, results, *recommend(results))
 
 
 def in_mode(config: RunConfig, mode: str) -> RunConfig:
@@ -122,7 +120,8 @@ def _reference(config: RunConfig, world: World, name: str) -> tuple[dict[str, Te
     try:
         if name == "fp64":
             ready.module.double()
-            batches = [_in_double(batch) for batch in batches]
+            for batch in batches:
+                batch.inputs = {n: t.double() if t.is_floating_point() else t for n, t in batch.inputs.items()}
         losses, _, not_finite = at_finite_scale(ready, lambda scale: [backward(ready, b, scale) for b in batches])
     except (RuntimeError, TypeError) as error:
         if name == "fp64" and (is_lacking(error) or world.device.type == "mps"):
@@ -137,11 +136,6 @@ def _reference(config: RunConfig, world: World, name: str) -> tuple[dict[str, Te
 def _batches(ready: Ready) -> list[Batch]:
     windows = max(1, min(BATCHES, ready.plan.windows(1)))
     return [first_batch(ready, window) for window in range(windows)]
-
-
-def _in_double(batch: Batch) -> Batch:
-    given = {name: t.double() if t.is_floating_point() else t for name, t in batch.inputs.items()}
-    return replace(batch, inputs=given)
 
 
 def _result(config: RunConfig, world: World, truth: Mapping[str, Tensor], loss: float, steps: int) -> ModeResult:

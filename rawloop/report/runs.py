@@ -13,7 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from rawloop.errors import RawloopError, UserError
-from rawloop.files import read_text
+from rawloop.files import in_words, read_text
 from rawloop.records import EVENTS, METRICS, read_events, read_metrics
 from rawloop.report.plots import Span, span_of
 
@@ -114,12 +114,10 @@ def _read(run: RunData, name: str, read: Callable[[Path], T], empty: T) -> T:
         return read(path)
     except RawloopError as error:
         why = str(error)
-    except OSError as error:
-        why = f"{error.filename or path} cannot be read: {error.strerror}"
     except (KeyError, TypeError) as error:
         why = f"{path} cannot be read: a line has no time ({error!r})"
-    except (ValueError, OverflowError, yaml.YAMLError) as error:
-        why = f"{path} cannot be read: {' '.join(str(error).split())}"
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
+        why = f"{path} cannot be read: {' '.join(in_words(error).split())}"
     run.unreadable.append(why)
     return empty
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rawloop.errors import UserError
-from rawloop.report import details
+from rawloop.report import one
 from rawloop.report.one import report
 
 from .conftest import CONFIG, EVENTS, event, lines, metrics
@@ -151,8 +151,8 @@ def test_everything_from_outside_is_escaped(write_run: Write) -> None:
 @pytest.mark.usefixtures("no_figures")
 def test_sounds_are_embedded_up_to_a_limit(write_run: Write, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run()
-    monkeypatch.setattr(details, "CLIP_BYTES", 100)
-    monkeypatch.setattr(details, "ALL_CLIPS_BYTES", 150)
+    monkeypatch.setattr(one, "CLIP_BYTES", 100)
+    monkeypatch.setattr(one, "ALL_CLIPS_BYTES", 150)
     for name, size in (("audio/a.wav", 90), ("audio/step-5/b.FLAC", 60), ("audio/c.wav", 101), ("z.wav", 10)):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
