@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from os.path import commonpath
 from typing import Any, NamedTuple
 
@@ -11,38 +12,66 @@ from torch.optim import Optimizer
 
 from rawloop.errors import first_few
 from rawloop.watch.digests import Digest, Digests
-from rawloop.watch.few import WRITES, FewNumbers
 from rawloop.watch.findings import Cause, Finding
 from rawloop.watch.guard import part_of
-from rawloop.watch.held import Evidence, held_by_optimizers, place_of, weights_of
+from rawloop.watch.held import Evidence, held_by_optimizers, place_of, told, weights_of
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 COPY = 4  # a moving average of a module has at least so many tensors
+WEIGHTS = 8  # that are followed between looks: load_state_dict and the like write all of them
+NUMBERS = 8  # of each of these
+WRITES = attrgetter("_version")  # how often torch has written a tensor in place; writes through `.data` do not count
 
 
 class Look(NamedTuple):
-    """The digests at one moment.
+    """The digests at one moment."""
 
-    Args:
-        moment: for people, such as `before step 0`.
-        step: the step.
-        digests: the dtype and digest of each weight, and of the optimizers' parameters that are not the model's.
-        writes: how often torch has written them in place. Writes through `.data` do not count.
-        frozen: names of weights that no optimizer holds and that need no gradient.
-        updates: updates since the watch began.
-    """
-
-    moment: str
+    moment: str  # for people, such as `before step 0`
     step: int
-    digests: dict[str, tuple[torch.dtype, Digest]]
+    digests: dict[str, Digest]  # of each weight, and of the optimizers' parameters that are not the model's
     writes: dict[str, int]
-    frozen: set[str]
-    updates: int
+    frozen: set[str]  # names of weights that no optimizer holds and that need no gradient
 
     def changed_since(self, earlier: "Look", names: Iterable[str]) -> list[str]:
         """Return those of the names whose digests differ from an earlier look's. A cast is no change."""
         pairs = [(name, self.digests.get(name), earlier.digests.get(name)) for name in names]
-        return [name for name, now, then in pairs if now and then and now[0] == then[0] and now[1] != then[1]]
+        return [name for name, now, then in pairs if now and then and now.dtype == then.dtype and now != then]
+
+
+class FewNumbers:
+    """Keeps some numbers of some weights after each update, with one call of the device.
+
+    Args:
+        weights: by name; those on the device of the first are followed. One whose `.data` is replaced seems unchanged.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        device = next(iter(weights.values())).device
+        self._chosen = {name: weight for name, weight in weights.items() if weight.device == device}
+        self._views = [_few(weight) for weight in self._chosen.values()]
+        self._kept: Tensor | None = None
+        self._writes: list[int] = []
+
+    def keep(self) -> None:
+        """Keep the numbers, after an update."""
+        self._writes = [*map(WRITES, self._chosen.values())]
+        self._kept = torch.cat(self._views)
+
+    def changed(self) -> list[str]:
+        """Return the names of weights that have other numbers than those kept. It reads only if torch wrote some."""
+        if self._kept is None or self._writes == [*map(WRITES, self._chosen.values())]:
+            return []
+        flags = torch.split((torch.cat(self._views) != self._kept).cpu(), [len(view) for view in self._views])
+        return [name for name, part in zip(self._chosen, flags, strict=True) if bool(part.any())]
+
+
+def _few(weight: Tensor) -> Tensor:
+    """Return a view of some numbers in the middle of a weight."""
+    view = weight.detach()
+    view = view if view.dim() else view[None]
+    while view.dim() > 1:
+        view = view[len(view) // 2]
+    return view[:NUMBERS]
 
 
 class ChangedWeights(Detector):
@@ -59,9 +88,9 @@ class ChangedWeights(Detector):
         self._last: Look | None = None
         self._trained: dict[str, nn.Parameter] = {}
         self._few: dict[int, FewNumbers] = {}  # by the optimizer's id
-        self._updates = 0
+        self._fresh = False  # no update since the last look
         self._probing = False
-        self._updated: dict[str, tuple[torch.dtype, Digest]] = {}  # right after the probed update
+        self._updated: dict[str, Digest] = {}  # right after the probed update
         self._hooks: list[Any] = []
 
     def start(self, subject: Subject) -> Iterable[Finding]:
@@ -70,7 +99,7 @@ class ChangedWeights(Detector):
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if self._probing:  # an update with masters calls the optimizer several times, for some gradients each time
                 held = [one for one in held_by_optimizers(subject) if one.optimizer is optimizer]
-                self._updated |= self._digests_of({h.key: h.parameter for h in held if h.parameter.grad is not None})
+                self._updated |= self._digests.of({h.key: h.parameter for h in held if h.parameter.grad is not None})
             if few := self._few.get(id(optimizer)):
                 few.keep()
 
@@ -87,9 +116,8 @@ class ChangedWeights(Detector):
 
     def batch(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at the weights before the forward pass."""
-        last, self._probing, self._updated = self._last, record.probing, {}
-        fresh = last is not None and last.updates == self._updates
-        written = [] if fresh else [name for few in self._few.values() for name in few.changed(record.probing)]
+        last, fresh, self._probing, self._updated = self._last, self._fresh, record.probing, {}
+        written = [] if fresh else [name for few in self._few.values() for name in few.changed()]
         if last is None or record.probing or fresh:
             look = self._last = self._look(subject, f"before step {record.step}", record.step)
             if last is not None:
@@ -101,7 +129,7 @@ class ChangedWeights(Detector):
     def end(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at the weights after the update, or after a step without one."""
         before = self._last
-        self._updates += bool(record.applied)
+        self._fresh &= not record.applied
         if record.probing:
             look = self._last = self._look(subject, f"after step {record.step}", record.step)
             if before is not None:
@@ -111,22 +139,19 @@ class ChangedWeights(Detector):
                     before = before._replace(moment=update, digests=self._updated)
                 yield from changed_outside(subject, look, before, self._trained)
 
-    def _digests_of(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, Digest]]:
-        digests = self._digests.of(list(tensors.values()))
-        return {name: (t.dtype, digest) for (name, t), digest in zip(tensors.items(), digests, strict=True)}
-
     def _look(self, subject: Subject, moment: str, step: int) -> Look:
         held, by_optimizer = held_by_optimizers(subject), dict[int, dict[str, Tensor]]()
         trained = [one for one in held if "train_mode" not in one.group]  # schedule-free ones swap theirs between steps
         self._trained = {one.key: one.parameter for one in trained}
-        for one in trained:
+        for one in trained[:: -(-len(trained) // WEIGHTS) or 1]:  # evenly spread
             by_optimizer.setdefault(id(one.optimizer), {})[one.key] = one.parameter
         self._few = {key: FewNumbers(weights) for key, weights in by_optimizer.items()}
         ids = {id(one.parameter) for one in held}
         frozen = {n for n, p in subject.model.named_parameters() if not p.requires_grad and id(p) not in ids}
         tensors = weights_of(subject)
         writes = {name: WRITES(tensor) for name, tensor in tensors.items()}
-        return Look(moment, step, self._digests_of(tensors), writes, frozen & tensors.keys(), self._updates)
+        self._fresh = True
+        return Look(moment, step, self._digests.of(tensors), writes, frozen & tensors.keys())
 
 
 def frozen_changed(subject: Subject, look: Look, last: Look) -> Iterator[Finding]:
@@ -170,8 +195,8 @@ def changed_outside(subject: Subject, look: Look, last: Look, trained: Iterable[
 
 def changed_by(subject: Subject, step: int, moments: str, changed: list[str]) -> Finding:
     """Return the finding for trained weights that something other than the optimizer has changed."""
-    what = "something other than the optimizer has changed trained weights"
+    what = f"something other than the optimizer changed trained weights between {moments}: {first_few(changed)}"
     advice = "Look for load_state_dict, averaged weights that were not restored, clipping, or writes through .data"
-    cause = Cause("not known", what, place_of(changed[0]), {"seen to change": len(changed)}, advice)
-    what = f"trained weights changed between {moments}: {first_few(changed)}"
-    return Finding("weights_changed_outside_optimizer", what, (cause,), step, subject.world.rank)
+    evidence: Evidence = {"seen to change": len(changed)}
+    kind, place = "weights_changed_outside_optimizer", place_of(changed[0])
+    return told(subject, step, kind, "not known", what, place, evidence, advice)

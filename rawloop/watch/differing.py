@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from rawloop.errors import first_few
 from rawloop.watch.digests import Digests
-from rawloop.watch.findings import Cause, Finding
-from rawloop.watch.held import Evidence, place_of, weights_of
+from rawloop.watch.findings import Finding
+from rawloop.watch.held import Evidence, place_of, told, weights_of
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 
@@ -32,7 +32,8 @@ class RankWeights(Detector):
         self._calls += 1
         if world.size == 1 or not due:
             return
-        shares = world.gather(world.on_all_ranks(lambda: self._digests_of(subject)) or {})
+        digests = world.on_all_ranks(lambda: self._digests.of(weights_of(subject)))
+        shares = world.gather({name: str(digest) for name, digest in (digests or {}).items()})
         if any(share.keys() != shares[0].keys() for share in shares):
             return  # other parts of a model on other ranks: not data-parallel
         odd = {name: ranks for name in shares[0] if (ranks := odd_ranks([share[name] for share in shares]))}
@@ -41,24 +42,19 @@ class RankWeights(Detector):
         else:
             self._equal = record.step
 
-    def _digests_of(self, subject: Subject) -> dict[str, str]:
-        weights = weights_of(subject)
-        digests = self._digests.of([*weights.values()])
-        return {name: f"{w.dtype} {digest}" for (name, w), digest in zip(weights.items(), digests, strict=True)}
-
     def _differ(self, subject: Subject, odd: dict[str, list[int]], total: int, step: int) -> Finding:
         name, ranks = next(iter(odd.items()))
         evidence: Evidence = {"differing": len(odd), "of": total}
         evidence |= {"ranks that differ from the others": first_few(ranks), "ranks": subject.world.size}
-        what = "the ranks began with different weights, and nothing has made them equal"
+        why = "the ranks began with different weights, and nothing has made them equal"
         advice = "Wrap the model in DistributedDataParallel, load the same file on all ranks, or seed them alike"
         if self._equal is not None:
-            what = f"they were equal before step {self._equal}: since then the ranks got different gradients or updates"
+            why = f"they were equal before step {self._equal}, and the ranks got different gradients or updates since"
             advice = "Call the wrapped model, not model.module, so that gradients are averaged; "
             advice += "let no rank skip, clip or write weights alone"
-        cause = Cause("distributed", what, place_of(name, rank=ranks[0]), evidence, advice)
-        what = f"rank {first_few(ranks)} has other weights before step {step}: {first_few(odd)}"
-        return Finding("weights_differ_across_ranks", what, (cause,), step, subject.world.rank, since=self._equal)
+        what = f"rank {first_few(ranks)} has other weights before step {step} ({first_few(odd)}): {why}"
+        kind, place = "weights_differ_across_ranks", place_of(name, rank=ranks[0])
+        return told(subject, step, kind, "distributed", what, place, evidence, advice, since=self._equal)
 
 
 def odd_ranks(values: list[str]) -> list[int]:

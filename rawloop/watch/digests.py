@@ -6,7 +6,8 @@ which is not zero because k_i is odd: so every flipped bit is seen. Two words th
 (k_i - k_j) * (w_i - w_j), which is zero for about one in 2^32 pairs at most.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from rawloop.watch.held import read
 
 WORDS = 2**18  # 2 MB: the products stay in a cache of the CPU
 BYTES = 8
-Digest = tuple[int, ...]  # of a tensor's pieces
+Key = TypeVar("Key")
+
+
+class Digest(NamedTuple):
+    """The digests of a tensor's pieces, and its dtype."""
+
+    dtype: torch.dtype
+    pieces: tuple[int, ...]
 
 
 class Digests:
@@ -25,11 +33,12 @@ class Digests:
     def __init__(self) -> None:
         self._keys: dict[torch.device, Tensor] = {}
 
-    def of(self, tensors: Sequence[Tensor]) -> list[Digest]:
-        """Return the digest of each tensor. It depends on the tensor's bytes alone."""
-        sums = [[(piece * self._keys_for(piece)).sum() for piece in _pieces(tensor.detach())] for tensor in tensors]
+    def of(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Digest]:
+        """Return the digest of each tensor. It depends on the tensor's bytes and dtype alone."""
+        sums = [[(p * self._keys_for(p)).sum() for p in _pieces(tensor.detach())] for tensor in tensors.values()]
         numbers = iter(read([each for pieces in sums for each in pieces]))
-        return [tuple(next(numbers) for _ in pieces) for pieces in sums]
+        made = [tuple(next(numbers) for _ in pieces) for pieces in sums]
+        return {name: Digest(t.dtype, one) for (name, t), one in zip(tensors.items(), made, strict=True)}
 
     def _keys_for(self, piece: Tensor) -> Tensor:
         if piece.device not in self._keys:

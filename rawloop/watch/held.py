@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rawloop.watch.findings import Place
+from rawloop.watch.findings import Cause, Finding, Place, Whose
 from rawloop.watch.subject import Subject
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,23 +18,14 @@ Evidence = dict[str, float | int | str]
 
 
 class Held(NamedTuple):
-    """A parameter that an optimizer holds.
+    """A parameter that an optimizer holds."""
 
-    Args:
-        name: its name in `Subject.named`, or its place in the optimizer if it has none.
-        parameter: the parameter. With float32 masters it is not the model's.
-        weight: the model's weight of that name, on which backward puts the gradient; else the parameter.
-        optimizer: the optimizer.
-        group: its parameter group.
-        label: the optimizer and the group's index, such as `AdamW group 0`.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    weight: nn.Parameter
+    name: str  # in `Subject.named`, or its place in the optimizer if it has none
+    parameter: nn.Parameter  # with float32 masters it is not the model's
+    weight: nn.Parameter  # the model's of that name, on which backward puts the gradient; else the parameter
     optimizer: Optimizer
     group: dict[str, Any]
-    label: str
+    label: str  # the optimizer and the group's index, such as `AdamW group 0`
 
     @property
     def key(self) -> str:
@@ -102,26 +93,20 @@ def measurable(tensor: Tensor) -> bool:
     return plain and tensor.dtype in FLOATS and tensor.numel() > 0
 
 
-def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
-    """Return a norm of each tensor as a 0-dim tensor, computed in float32 or more."""
-    made: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        chosen = [(place, tensor.detach()) for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        wide = torch.promote_types(dtype, torch.float32)
-        values = torch._foreach_norm([tensor for _, tensor in chosen], order, dtype=wide)
-        made.update(zip([place for place, _ in chosen], values, strict=True))
-    return [made[place] for place in range(len(tensors))]
-
-
 def largest(tensors: Sequence[Tensor]) -> list[float]:
     """Return the largest magnitude in each tensor; NaN if it has one."""
-    return read(norms(tensors, math.inf))
+    return norms(tensors, math.inf)
 
 
 def rms_of(tensors: Sequence[Tensor]) -> list[float]:
     """Return the root mean square of each tensor."""
-    pairs = zip(read(norms(tensors, 2)), tensors, strict=True)
-    return [norm / math.sqrt(tensor.numel()) for norm, tensor in pairs]
+    return [norm / math.sqrt(tensor.numel()) for norm, tensor in zip(norms(tensors, 2), tensors, strict=True)]
+
+
+def norms(tensors: Sequence[Tensor], order: float) -> list[float]:
+    """Return a norm of each tensor, computed in float32 or more."""
+    pairs = [(tensor.detach(), torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    return read([torch.linalg.vector_norm(tensor, order, dtype=wide) for tensor, wide in pairs])
 
 
 def read(values: Sequence[Tensor]) -> list[Any]:
@@ -142,3 +127,12 @@ def place_of(name: str, **more: Any) -> Place:
 def short(dtype: torch.dtype) -> str:
     """Return a dtype as people write it, such as `float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def told(
+    subject: Subject, step: int, kind: str, whose: Whose, what: str, place: Place, evidence: Evidence, advice: str = "",
+    *, since: int | None = None, ordinary: bool = False,
+) -> Finding:  # fmt: skip
+    """Return a finding with one cause, which its own sentence tells."""
+    cause = Cause(whose, what, place, evidence, advice)
+    return Finding(kind, what, (cause,), step, subject.world.rank, ordinary, since)

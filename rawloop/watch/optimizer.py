@@ -4,14 +4,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
-from rawloop.watch.findings import Cause, Finding
-from rawloop.watch.held import HALF, Evidence, Held, by_label, held_by_optimizers, read, short
+from rawloop.watch.findings import Finding, Whose
+from rawloop.watch.held import HALF, Evidence, Held, by_label, held_by_optimizers, read, short, told
 from rawloop.watch.sample import spread
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
-DECAY = 0.01  # lr * weight_decay: the weights halve in 69 updates; usual are 1e-8 to 1e-4
 CAST = 0.99  # share of float32 moments that 16 bits hold exactly; of real ones 1 in 65536 (bfloat16)
 ENOUGH = 64  # moments that are not zero, to tell
 COUNTED = 4  # updates, to tell that a counter stands still
@@ -20,8 +18,8 @@ COUNTED = 4  # updates, to tell that a counter stands still
 class OptimizerState(Detector):
     """Looks at the options and at the dtype of the state: before step 0, and on probing steps with the step counters.
 
-    Kinds: `betas_wrong`, `eps_rounds_to_zero`, `weight_decay_outweighs`, `optimizer_state_16bit` (ordinary if bfloat16
-    weights have it), `optimizer_state_cast`, `optimizer_state_lost`.
+    Kinds: `betas_wrong`, `eps_rounds_to_zero`, `optimizer_state_16bit` (ordinary if bfloat16 weights have it),
+    `optimizer_state_cast`, `optimizer_state_lost`.
     """
 
     def __init__(self) -> None:
@@ -33,7 +31,6 @@ class OptimizerState(Detector):
         held = held_by_optimizers(subject)
         for mine in by_label(held).values():
             yield from wrong_betas(subject, mine[0])
-            yield from wrong_decay(subject, mine[0])
         yield from wrong_eps(subject, held, 0)
         yield from half_state(subject, held, 0)
         yield from once_cast(subject, held)
@@ -53,10 +50,8 @@ class OptimizerState(Detector):
             evidence["before the first"] = self._first
             what = "the step counter has not followed the updates: the state was cleared, or an old one was loaded"
             advice = "Build the optimizer and load its state once, before the loop"
-            one = next(one for one in held if moments(one))
-            cause = Cause("optimizer", what, one.place, evidence, advice)
-            what = f"the state of {one.label} is not that of its updates so far"
-            yield Finding("optimizer_state_lost", what, (cause,), record.step, subject.world.rank)
+            place = next(one.place for one in held if moments(one))
+            yield told(subject, record.step, "optimizer_state_lost", "optimizer", what, place, evidence, advice)
 
 
 def state_dtype(held: Held) -> torch.dtype | None:
@@ -89,57 +84,41 @@ def wrong_betas(subject: Subject, held: Held) -> Iterator[Finding]:
     else:
         return
     advice = "Usual are (0.9, 0.999); were they swapped?"
-    cause = Cause("optimizer", what, held.place, {"betas": str((*betas,))}, advice)
-    yield Finding("betas_wrong", f"{what} ({held.label})", (cause,), 0, subject.world.rank)
-
-
-def wrong_decay(subject: Subject, held: Held) -> Iterator[Finding]:
-    """Yield a finding for a weight decay that shrinks the weights in a few updates. Adam's is normalised."""
-    group = held.group
-    decoupled = group.get("decoupled_weight_decay", type(held.optimizer).__name__ == "AdamW")
-    lr, decay = max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr")), float(group.get("weight_decay") or 0)
-    if (decoupled or isinstance(held.optimizer, SGD)) and lr * decay >= DECAY:
-        what = "weight decay shrinks the weights faster than gradients can move them"
-        evidence: Evidence = {"lr": lr, "weight_decay": decay, "shrinks per update": lr * decay}
-        cause = Cause("optimizer", what, held.place, evidence, "Lower weight_decay; usual are 0.01 to 0.1")
-        yield Finding("weight_decay_outweighs", f"{what} ({held.label})", (cause,), 0, subject.world.rank)
+    yield told(subject, 0, "betas_wrong", "optimizer", what, held.place, {"betas": str((*betas,))}, advice)
 
 
 def wrong_eps(subject: Subject, held: list[Held], step: int) -> Iterator[Finding]:
     """Yield a finding for each group whose eps is zero in the dtype in which it is added."""
     adams = [one for one in held if "betas" in one.group and isinstance(one.group.get("eps"), float | int)]
-    for label, mine in by_label(adams).items():
-        eps = float(mine[0].group["eps"])
-        dtypes = [(one, dtype) for one in mine if (dtype := state_dtype(one)) is not None]
-        one, dtype = next(((one, dtype) for one, dtype in dtypes if torch.tensor(eps).to(dtype) == 0), (None, None))
-        if one is not None and dtype is not None:
+    for mine in by_label(adams).values():
+        eps, dtypes = float(mine[0].group["eps"]), [(one, state_dtype(one)) for one in mine]
+        lost = [(one, dtype) for one, dtype in dtypes if dtype is not None and torch.tensor(eps).to(dtype) == 0]
+        for one, dtype in lost[:1]:
             what = f"eps rounds to zero in {short(dtype)}: a second moment of zero gives an update that is not finite"
             smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
             evidence: Evidence = {"eps": eps, "dtype": short(dtype), "smallest number of it": smallest}
             advice = "Let the optimizer hold float32 weights (autocast, or masters)" if eps else "Set eps to 1e-8"
-            cause = Cause("precision" if eps else "optimizer", what, one.place, evidence, advice)
-            what = f"eps cannot act ({label})"
-            yield Finding("eps_rounds_to_zero", what, (cause,), step, subject.world.rank)
+            whose: Whose = "precision" if eps else "optimizer"
+            yield told(subject, step, "eps_rounds_to_zero", whose, what, one.place, evidence, advice)
 
 
 def half_state(subject: Subject, held: list[Held], step: int) -> Iterator[Finding]:
     """Yield findings for moments in 16 bits: of weights in more bits, of float16 weights, and of bfloat16 weights."""
     in_half = [(one, moment.dtype) for one in held for moment in moments(one) if moment.dtype in HALF]
     dtypes = {one.name: dtype for one, dtype in reversed(in_half)}
-    for label, mine in by_label(one for one in held if one.name in dtypes).items():
+    for mine in by_label(one for one in held if one.name in dtypes).values():
         weight, dtype = mine[0].parameter.dtype, dtypes[mine[0].name]
         evidence: Evidence = {"state dtype": short(dtype), "parameters": len(mine), "weights' dtype": short(weight)}
+        kind = "optimizer_state_cast"
+        what = f"the optimizer's state is in {short(dtype)}: it was cast when it was loaded, or before the weights were"
+        advice = "Load it after the weights have their dtype: load_state_dict casts the state to theirs"
         if weight in HALF:
-            kind, ordinary = "optimizer_state_16bit", dtype is torch.bfloat16
-            what = "torch makes the state in the weights' dtype: small squares are zero there, and averages stand still"
+            kind = "optimizer_state_16bit"
+            what = f"the optimizer's state is in {short(dtype)} like the weights: small squares are zero in it, and "
+            what += "averages stand still"
             advice = "Let the optimizer hold float32 weights (autocast, or masters)"
-        else:
-            kind, ordinary = "optimizer_state_cast", False
-            what = "the state has fewer bits than the weights: it was cast when it was loaded, or before they were"
-            advice = "Load it after the weights have their dtype: load_state_dict casts the state to theirs"
-        cause = Cause("precision", what, mine[0].place, evidence, advice)
-        what = f"the optimizer's state is in {short(dtype)} ({label})"
-        yield Finding(kind, what, (cause,), step, subject.world.rank, ordinary)
+        ordinary = weight in HALF and dtype is torch.bfloat16
+        yield told(subject, step, kind, "precision", what, mine[0].place, evidence, advice, ordinary=ordinary)
 
 
 @torch.no_grad()
@@ -149,17 +128,12 @@ def once_cast(subject: Subject, held: list[Held]) -> Iterator[Finding]:
     for dtype in (torch.bfloat16, torch.float16):  # float16 holds most numbers of bfloat16 too
         # numbers that the dtype holds exactly, and all, without zeros
         counts = read([torch.stack([((s.to(dtype) == s) & (s != 0)).sum(), (s != 0).sum()]) for _, s in pairs])
-        cast = [
-            (one, fit, of)
-            for (one, _), (fit, of) in zip(pairs, counts, strict=True)
-            if of >= ENOUGH and fit >= CAST * of
-        ]
+        rows = [(one, fit, of) for (one, _), (fit, of) in zip(pairs, counts, strict=True)]
+        cast = [row for row in rows if row[2] >= ENOUGH and row[1] >= CAST * row[2]]
         if cast:
             one, fit, of = cast[0]
             evidence: Evidence = {"moments that fit": fit, "of": of, "tensors": len(cast)}
-            what = f"the float32 state holds only numbers of {short(dtype)}: it was cast when it was saved or loaded"
+            what = f"the loaded float32 state was in {short(dtype)} before: it holds only numbers of that"
             advice = "Load the state after the weights are float32 (after adopt(), with a PrecisionPolicy)"
-            cause = Cause("precision", what, one.place, evidence, advice)
-            what = f"the loaded state of {len(cast)} tensors was in {short(dtype)} before"
-            yield Finding("optimizer_state_cast", what, (cause,), 0, subject.world.rank)
+            yield told(subject, 0, "optimizer_state_cast", "precision", what, one.place, evidence, advice)
             return

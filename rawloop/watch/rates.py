@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.held import Evidence, groups_of
+from rawloop.watch.findings import Finding, Place
+from rawloop.watch.held import Evidence, groups_of, told
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 JUMP = 10.0  # schedules rise by less from one update to the next, except in their first updates and at restarts
 ABOVE = 1.5  # a restart returns to a learning rate that there has been
 SHORT = 5  # updates; a warm-up may begin with jumps
 STUCK = 20  # updates without learning; warm-ups begin and schedules end with one or few
-FEW = 3  # updates; the same at the end of a watch that has seen no other learning rate
 
 
 @dataclass
@@ -66,13 +65,6 @@ class LearningRates(Detector):
             if history.zeros == STUCK:
                 yield stuck(subject, label, history, values)
 
-    def finish(self, subject: Subject) -> Iterator[Finding]:
-        """Look at groups that have never learned."""
-        values = rates(subject, reading=True)
-        for label, history in self.histories.items():
-            if history.largest == 0 and FEW <= history.zeros < STUCK and history.zeros == history.updates:
-                yield stuck(subject, label, history, values)
-
 
 def rates(subject: Subject, reading: bool) -> dict[str, float]:
     """Return the learning rate of each group that has one, by label. A tensor on a device is read only if `reading`."""
@@ -86,29 +78,30 @@ def rates(subject: Subject, reading: bool) -> dict[str, float]:
 
 def impossible(subject: Subject, label: str, value: float, step: int) -> Finding:
     """Return the finding for a learning rate that is negative or not finite."""
-    what = "a negative learning rate climbs the loss" if -math.inf < value < 0 else "the update destroys the weights"
-    cause = Cause("optimizer", what, Place(phase="update", optimizer=label), {"lr": value}, "Look at the schedule")
-    return Finding("lr_impossible", f"the learning rate of {label} is {value:g}", (cause,), step, subject.world.rank)
+    why = "it climbs the loss" if -math.inf < value < 0 else "the update destroys the weights"
+    what = f"the learning rate of {label} is {value:g}: {why}"
+    return told(subject, step, "lr_impossible", "optimizer", what, place(label), {"lr": value}, "Look at the schedule")
 
 
 def jumped(subject: Subject, label: str, value: float, step: int, history: Rate) -> Finding:
     """Return the finding for a learning rate far above all that came before."""
+    what = f"the learning rate of {label} rose {value / history.last:.3g} times from one update to the next"
     evidence: Evidence = {"lr": value, "lr of the update before": history.last, "largest lr before": history.largest}
-    what = f"the learning rate rose {value / history.last:.3g} times from one update to the next"
     advice = "Look at the schedule, and at code that sets lr: no restart leads above the largest lr so far"
-    cause = Cause("optimizer", what, Place(phase="update", optimizer=label), evidence, advice)
-    return Finding("lr_jump", f"the learning rate of {label} jumps", (cause,), step, subject.world.rank)
+    return told(subject, step, "lr_jump", "optimizer", what, place(label), evidence, advice)
 
 
 def stuck(subject: Subject, label: str, history: Rate, values: dict[str, float]) -> Finding:
     """Return the finding for a group whose learning rate stays at zero."""
+    what = f"the learning rate of {label} has been zero for {history.zeros} updates: its parameters are not trained"
     evidence: Evidence = {"updates at zero": history.zeros, "largest lr before": history.largest}
-    other = next((other for other, value in values.items() if other != label and value > 0), None)
-    if other is not None:
-        evidence[f"lr of {other}"] = values[other]
+    others = [f"{value:g} of {other}" for other, value in values.items() if value > 0]
+    evidence |= {"another lr": others[0]} if others else {}
     advice = "Look at the schedule: whole-number division, a horizon that is over, or a group without its own rate"
-    cause = Cause(
-        "optimizer", "its parameters are not trained", Place(phase="update", optimizer=label), evidence, advice
-    )
-    what = f"the learning rate of {label} has been zero for {history.zeros} updates"
-    return Finding("lr_zero", what, (cause,), history.step, subject.world.rank, since=history.zero_since)
+    since = history.zero_since
+    return told(subject, history.step, "lr_zero", "optimizer", what, place(label), evidence, advice, since=since)
+
+
+def place(label: str) -> Place:
+    """Return the place of a group."""
+    return Place(phase="update", optimizer=label)

@@ -13,17 +13,12 @@ SAMPLE = 2**14  # numbers of each tensor, evenly spread: a share is known to 0.0
 
 
 class Sample(NamedTuple):
-    """Counts for the tensors of one group, of one dtype.
-
-    Args:
-        held: the tensors.
-        lr: the learning rate of the update.
-        counts: of each tensor, by the names in `count`.
-    """
+    """Counts for the tensors of one group, of one dtype."""
 
     held: list[Held]
-    lr: float
-    counts: dict[str, list[float]]
+    lr: float  # of the update
+    state_dtype: torch.dtype
+    counts: dict[str, list[float]]  # of each tensor, by the names in `count`
 
     def share(self, row: str, of: str) -> float:
         """Return the quotient of two counts over all tensors; 0.0 if there are none."""
@@ -54,12 +49,9 @@ def is_plain_sgd(held: Held) -> bool:
 
 
 def sampled(held: list[Held], lr: float, scale: float) -> Iterator[Sample]:
-    """Yield samples of those tensors whose update can be computed, one for each dtype and device.
+    """Yield samples of those tensors of a group whose update can be computed, one for each dtype and device.
 
-    Args:
-        held: of one group.
-        lr: the learning rate of the update.
-        scale: the factor on the gradients of plain SGD.
+    `lr` is of the update, and `scale` the factor on the gradients of plain SGD.
     """
     alike: dict[tuple[object, ...], list[tuple[Held, Tensor]]] = {}
     for one in held:
@@ -117,7 +109,7 @@ def count(held: list[Held], moments: list[Tensor], lr: float, scale: float) -> S
     }
     counts = torch.zeros(len(rows), len(held), dtype=wide, device=weight.device)
     counts.index_add_(1, owner, torch.stack([row.to(wide) for row in rows.values()]))
-    return Sample(held, lr, dict(zip(rows, counts.tolist(), strict=True)))
+    return Sample(held, lr, state_dtype, dict(zip(rows, counts.tolist(), strict=True)))
 
 
 def spread(tensor: Tensor) -> Tensor:

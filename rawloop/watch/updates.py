@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from rawloop.watch.findings import Cause, Finding, Whose
-from rawloop.watch.held import HALF, Evidence, by_label, held_by_optimizers, rms_of, short
+from rawloop.watch.findings import Finding, Whose
+from rawloop.watch.held import HALF, Evidence, by_label, held_by_optimizers, rms_of, short, told
 from rawloop.watch.rates import LearningRates, Rate
-from rawloop.watch.sample import Sample, is_adam, is_plain_sgd, sampled
+from rawloop.watch.sample import Sample, is_plain_sgd, sampled
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 LOST = 0.5  # share; 16-bit weights lose a few small updates at any learning rate
@@ -20,6 +20,10 @@ STILL = 0.5  # share of second moments that cannot shrink
 DROWNED = 0.5  # share of second moments below eps^2
 TOO_FAST_ONCE, TOO_FAST = 1.0, 0.3  # update / weight: once, or at two probes in a row; usual are 1e-4 to 1e-2
 TINY = 1e-4  # rms of a matrix at the start: one that starts near zero moves fast by design
+WHOSE_ROUNDING: dict[bool, tuple[Whose, str]] = {  # by whether the weights are in 16 bits
+    False: ("optimizer", "Raise the learning rate"),
+    True: ("precision", "Train float32 weights under autocast, or let the optimizer hold float32 masters"),
+}
 
 
 class Rule(NamedTuple):
@@ -31,7 +35,6 @@ class Rule(NamedTuple):
     limit: float
     what: str
     whose: Whose
-    why: str
     advice: str
 
 
@@ -84,13 +87,13 @@ class Updates(Detector):
             mine = [one for one in held if is_plain_sgd(one) == sgd]
             scale = record.scales.get(id(held[0].optimizer), record.scale) if sgd else 1.0
             rate = self._rates.histories.get(label, Rate())
+            rising = rate.before is not None and rate.last > RISING * rate.before
+            usual = not rising and rate.last >= USUAL_LR * rate.largest > 0
             for sample in sampled(mine, rate.last, scale):
-                yield from judged(subject, record, sample, rules_of_moments(sample) if is_adam(sample.held[0]) else ())
+                found = list(judged(subject, record, sample))
+                self._waiting += [(rate, rate.last, one) for one in found if one.kind == "updates_lost" and usual]
+                yield from (one for one in found if one.kind != "updates_lost")
                 yield from self._too_large(subject, record, sample)
-                rising = rate.before is not None and rate.last > RISING * rate.before
-                if not rising and rate.last >= USUAL_LR * rate.largest > 0:
-                    lost = judged(subject, record, sample, [rule_of_rounding(sample.held[0].parameter.dtype)])
-                    self._waiting += [(rate, rate.last, finding) for finding in lost]
 
     def _too_large(self, subject: Subject, record: StepRecord, sample: Sample) -> Iterator[Finding]:
         for place, one in enumerate(sample.held):
@@ -100,51 +103,36 @@ class Updates(Detector):
             self._fast[one.name] = self._fast[one.name] + 1 if ratio > TOO_FAST else 0  # NaN is not fast
             if ratio > TOO_FAST_ONCE or self._fast[one.name] > 1:
                 evidence: Evidence = {"update / weight": ratio, "usual": "1e-4 to 1e-2", "lr": sample.lr}
-                what = "one update replaces a large part of the weights"
-                cause = Cause("optimizer", what, one.place, evidence, "Lower the learning rate, or warm it up")
-                what = f"an update is {ratio:.2g} times the weights ({one.label})"
-                yield Finding("update_too_large", what, (cause,), record.step, subject.world.rank)
+                what, advice = f"an update is {ratio:.2g} times the weights", "Lower the learning rate, or warm it up"
+                yield told(subject, record.step, "update_too_large", "optimizer", what, one.place, evidence, advice)
 
 
-def judged(subject: Subject, record: StepRecord, sample: Sample, rules: Iterable[Rule]) -> Iterator[Finding]:
+def judged(subject: Subject, record: StepRecord, sample: Sample) -> Iterator[Finding]:
     """Yield the findings of the rules that a sample breaks."""
     one = sample.held[0]
-    evidence: Evidence = {"lr": sample.lr, "weights' dtype": short(one.parameter.dtype)}
-    if is_adam(one):
-        evidence |= {"state dtype": short(one.state["exp_avg"].dtype), "eps": float(one.group["eps"])}
-        evidence["beta2"] = float(one.group["betas"][1])
-    for rule in rules:
+    dtype, state_dtype = one.parameter.dtype, sample.state_dtype
+    evidence: Evidence = {"lr": sample.lr, "weights' dtype": short(dtype), "state dtype": short(state_dtype)}
+    evidence |= {name: str(one.group[name]) for name in ("betas", "eps") if name in one.group}
+    for rule in rules_for(dtype, state_dtype):
         share = sample.share(rule.row, rule.of)
         if share > rule.limit:
-            place = sample.first(rule.row, rule.of, rule.limit).place
-            cause = Cause(rule.whose, rule.why, place, evidence | {"share": share}, rule.advice)
-            what = f"{share:.1%} of {rule.what} ({one.label})"
-            yield Finding(rule.kind, what, (cause,), record.step, subject.world.rank)
+            place, more = sample.first(rule.row, rule.of, rule.limit).place, evidence | {"share": share}
+            what = f"{share:.1%} of {rule.what}"
+            yield told(subject, record.step, rule.kind, rule.whose, what, place, more, rule.advice)
 
 
-def rules_of_moments(sample: Sample) -> Iterator[Rule]:
-    """Yield the rules of Adam's second moments."""
-    dtype = sample.held[0].state["exp_avg"].dtype
-    limit = ZERO_HALF if dtype in HALF else ZERO
-    what = "second moments are zero though their gradients are not"
-    why = "squares of small gradients round to zero in the state's dtype, and the update becomes m / eps"
+def rules_for(dtype: torch.dtype, state_dtype: torch.dtype) -> Iterator[Rule]:
+    """Yield the rules for weights and state of these dtypes."""
+    what = "second moments are zero though their gradients are not: small squares round to zero in the state's dtype"
     advice = "Keep float32 state: float32 weights under autocast, or float32 masters"
-    yield Rule("second_moment_zero", "zero", "active", limit, what, "precision", why, advice)
-    what = "second moments cannot shrink"
-    why = f"1 - beta2 is below half a unit in the last place of {short(dtype)}: they can rise and not fall"
+    limit = ZERO_HALF if state_dtype in HALF else ZERO
+    yield Rule("second_moment_zero", "zero", "active", limit, what, "precision", advice)
+    what = f"second moments cannot shrink: 1 - beta2 is below half a unit in the last place of {short(state_dtype)}"
     advice = "Keep float32 state, or lower beta2 (0.95)"
-    yield Rule("second_moment_cannot_move", "still", "moving", STILL, what, "precision", why, advice)
-    what = "second moments are below eps^2"
-    why = "eps is larger than their root, so updates follow the gradients' size as in SGD"
+    yield Rule("second_moment_cannot_move", "still", "moving", STILL, what, "precision", advice)
+    what = "second moments are below eps^2: updates follow the gradients' size as in SGD"
     advice = "Lower eps, or look why the gradients are so small (a loss divided twice)"
-    yield Rule("eps_dominates", "drowned", "moving", DROWNED, what, "optimizer", why, advice)
-
-
-def rule_of_rounding(dtype: torch.dtype) -> Rule:
-    """Return the rule of updates that weights of a dtype lose."""
-    whose: Whose = "precision" if dtype in HALF else "optimizer"
-    why = f"updates smaller than half a unit in the last place of {short(dtype)} leave the weight as it is"
-    advice = "Raise the learning rate"
-    if dtype in HALF:
-        advice = "Train float32 weights under autocast, or let the optimizer hold float32 masters"
-    return Rule("updates_lost", "lost", "active", LOST, "the updates are lost to rounding", whose, why, advice)
+    yield Rule("eps_dominates", "drowned", "moving", DROWNED, what, "optimizer", advice)
+    what = f"the updates are lost to rounding: they are below half a unit in the last place of {short(dtype)}"
+    whose, advice = WHOSE_ROUNDING[dtype in HALF]
+    yield Rule("updates_lost", "lost", "active", LOST, what, whose, advice)

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.errors import first_few
-from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.held import Evidence, held_by_optimizers, largest, measurable, place_of, read, rms_of
+from rawloop.watch.findings import Finding, Place, Whose
+from rawloop.watch.held import Evidence, held_by_optimizers, largest, measurable, place_of, read, rms_of, told
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 # Matrices of one kind and shape differ by less than 10 times between the layers of pretrained models.
@@ -62,11 +61,10 @@ class UnsoundWeights(Detector):
         sizes = [*map(Size, weights, tensors, rms_of(tensors), largest(tensors))]
         damaged = {size.name: size.tensor for size in sizes if not size.amax < math.inf} | damaged_buffers(subject)
         if damaged:
-            cause = Cause("model", "they were not finite when the watch began", advice=RELOAD)
-            yield not_finite(subject, damaged, 0, cause, "before step 0")
-        sizes = [size for size in sizes if size.amax < math.inf and is_matrix(size.tensor)]
-        yield from absurd(subject, [size for size in sizes if size.amax > 0])
-        yield from constant(subject, sizes)
+            yield not_finite(subject, damaged, StepRecord(0), "when the watch began", ("model", "", RELOAD))
+        matrices = [one for one in sizes if one.amax < math.inf and sum(n > 1 for n in one.tensor.shape) >= MATRIX]
+        yield from absurd(subject, [size for size in matrices if size.amax > 0])
+        yield from constant(subject, matrices)
 
     def end(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at the weights again, reading the device once."""
@@ -80,9 +78,8 @@ class UnsoundWeights(Detector):
             return
         good = self._finite_at
         when = "since the watch began" if good is None else f"between the ends of steps {good} and {record.step}"
-        finding = not_finite(subject, damaged, record.step, damaged_by(record), when)
-        finding.since = None if good is None else good + 1
-        yield finding
+        since = None if good is None else good + 1
+        yield not_finite(subject, damaged, record, f"{when}: ", damaged_by(record), since)
 
 
 def measurable_weights(subject: Subject) -> dict[str, Tensor]:
@@ -97,39 +94,36 @@ def damaged_buffers(subject: Subject) -> dict[str, Tensor]:
     return {f"{BUFFER}{name}": buffer for (name, buffer), flag in zip(named, flags, strict=True) if flag}
 
 
-def damaged_by(record: StepRecord) -> Cause:
-    """Return the likely cause of weights that are not finite after a step."""
-    norm = record.grad_norm
-    evidence: Evidence = {} if norm is None else {"grad_norm": norm}
-    if norm is None or not record.applied:
-        what = "an earlier update, or something else since the last look, has written them"
-        return Cause("not known", what, evidence=evidence, advice="Start from earlier weights, and probe more often")
-    if norm < math.inf:
-        what = "finite gradients were turned into weights that are not finite by the optimizer's update"
-        return Cause("optimizer", what, evidence=evidence, advice="Look at its eps, learning rate and state dtype")
-    what = "gradients that are not finite were given to the optimizer, which wrote them into the weights"
+def damaged_by(record: StepRecord) -> tuple[Whose, str, str]:
+    """Return who is likely to have written weights that are not finite in a step, how, and what to do."""
+    if record.grad_norm is None or not record.applied:
+        why = "an earlier update, or something else since the last look, has written them"
+        return "not known", why, "Start from earlier weights, and probe more often"
+    if record.grad_norm < math.inf:
+        why = "finite gradients were turned into weights that are not finite by the optimizer's update"
+        return "optimizer", why, "Look at its eps, learning rate and state dtype"
+    why = "gradients that are not finite were given to the optimizer, which wrote them into the weights"
     advice = "Skip such steps (a GradScaler does, or test the norm before step()), and start from earlier weights"
-    return Cause("optimizer", what, evidence=evidence, advice=advice)
+    return "optimizer", why, advice
 
 
-def not_finite(subject: Subject, damaged: Mapping[str, Tensor], step: int, cause: Cause, when: str) -> Finding:
+def not_finite(
+    subject: Subject, damaged: Mapping[str, Tensor], record: StepRecord, when: str, why: tuple[Whose, str, str],
+    since: int | None = None,
+) -> Finding:  # fmt: skip
     """Return the finding for weights or buffers that are not finite; its evidence is of the first one."""
     name, tensor = next(iter(damaged.items()))
     is_buffer = name.startswith(BUFFER)
     bad = tensor.isnan() | (tensor == math.inf) if is_buffer else ~tensor.isfinite()
     index = tuple(torch.nonzero(bad)[0].tolist())
-    evidence: Evidence = {"damaged numbers": int(bad.sum()), "of": tensor.numel()}
-    evidence |= {"first index": str([*index]), "value": str(float(tensor[index]))}
+    evidence: Evidence = {"damaged numbers": int(bad.sum()), "of": tensor.numel(), "first index": str([*index])}
+    evidence |= {"value": str(float(tensor[index]))}
+    evidence |= {} if record.grad_norm is None else {"grad_norm": record.grad_norm}
     place = Place(tensor=name.removeprefix(BUFFER)) if is_buffer else place_of(name)
-    cause = replace(cause, place=place, evidence={**evidence, **cause.evidence})
+    whose, how, advice = why
     number = len([*subject.model.parameters(), *subject.model.buffers()])
-    what = f"{len(damaged)} of {number} weights and buffers are not finite, {when}: {first_few(damaged)}"
-    return Finding("weights_not_finite", what, (cause,), step, subject.world.rank)
-
-
-def is_matrix(tensor: Tensor) -> bool:
-    """Whether at least two dimensions are larger than 1."""
-    return sum(length > 1 for length in tensor.shape) >= MATRIX
+    what = f"{len(damaged)} of {number} weights and buffers are not finite ({first_few(damaged)}) {when}{how}"
+    return told(subject, record.step, "weights_not_finite", whose, what, place, evidence, advice, since=since)
 
 
 def absurd(subject: Subject, matrices: list[Size]) -> Iterator[Finding]:
@@ -154,8 +148,7 @@ def absurd(subject: Subject, matrices: list[Size]) -> Iterator[Finding]:
         if wrong:
             what = f"the numbers of {size.name} have a size that no initialisation and no training gives"
             advice = "Compare it with its checkpoint: a scale was applied twice, or a number was damaged"
-            cause = Cause("model", what, place_of(size.name), evidence, advice)
-            yield Finding("weights_absurd", what, (cause,), 0, subject.world.rank)
+            yield told(subject, 0, "weights_absurd", "model", what, place_of(size.name), evidence, advice)
 
 
 def constant(subject: Subject, matrices: list[Size]) -> Iterator[Finding]:
@@ -174,18 +167,17 @@ def constant(subject: Subject, matrices: list[Size]) -> Iterator[Finding]:
     for name, size in equal.items():
         partner = equal.get(re.sub(r"lora_(embedding_)?A", r"lora_\1B", name))
         if size.amax > 0:
-            what = "all numbers of this matrix are equal, so its units get equal gradients and stay equal"
+            what = "has equal numbers only, so its units get equal gradients and stay equal"
             advice = "Initialise it at random"
         elif re.search(r"lora_(embedding_)?[AB]\b", name):
-            if partner is None or partner is size or partner.amax > 0:
+            if partner is None or partner is size or partner.amax > 0:  # one of the two starts at zero
                 continue
-            what = "both matrices of this adapter are zero, so neither ever gets a gradient"
+            what = "and the other matrix of this adapter are zero, so neither ever gets a gradient"
             advice = "Start A at random and B at zero"
         elif size.kind in alive:
-            what = "this matrix is all zero, and its siblings in other layers are not"
+            what = "is all zero, and its siblings in other layers are not"
             advice = "Look whether the checkpoint has this weight, and under which name"
         else:
             continue
         evidence: Evidence = {"value": size.amax, "numbers": size.tensor.numel()}
-        cause = Cause("model", what, place_of(name), evidence, advice)
-        yield Finding("weights_constant", f"{name} is constant", (cause,), 0, subject.world.rank)
+        yield told(subject, 0, "weights_constant", "model", f"{name} {what}", place_of(name), evidence, advice)

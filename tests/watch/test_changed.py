@@ -61,17 +61,21 @@ def test_a_digest_sees_one_bit_and_two_numbers_that_change_places(dtype: torch.d
     tensors = [torch.randn(s).to(dtype) for s in [(3,), (40, 50), (7, 11), (2 * WORDS + 13,), (1,)]]
     tensors.append(torch.randn(30).to(dtype)[3:10])  # not aligned to 8 bytes
     digests = Digests()
-    before = digests.of(tensors)
-    assert digests.of(tensors) == before
-    assert [digests.of([tensor])[0] for tensor in tensors] == before, "a digest depends on its tensor alone"
+
+    def of(tensors: list[torch.Tensor]) -> list[Any]:
+        return [*digests.of(dict(enumerate(tensors))).values()]
+
+    before = of(tensors)
+    assert of(tensors) == before
+    assert [of([tensor])[0] for tensor in tensors] == before, "a digest depends on its tensor alone"
     for place in range(len(tensors)):
         changed = [tensor.clone() for tensor in tensors]
         changed[place].reshape(-1).view(torch.uint8)[-1] ^= 1
-        assert [k for k, (a, b) in enumerate(zip(before, digests.of(changed))) if a != b] == [place]
+        assert [k for k, (a, b) in enumerate(zip(before, of(changed))) if a != b] == [place]
     changed = [tensor.clone() for tensor in tensors]
     changed[3][[5, -5]] = changed[3][[-5, 5]]
     changed[1][[0, 1]] = changed[1][[1, 0]]
-    assert [a == b for a, b in zip(before, digests.of(changed))] == [True, False, True, False, True, True]
+    assert [a == b for a, b in zip(before, of(changed))] == [True, False, True, False, True, True]
 
 
 def test_a_frozen_weight_that_changes_is_named_with_the_steps_between() -> None:

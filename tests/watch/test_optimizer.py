@@ -91,7 +91,6 @@ def test_groups_without_state_and_parts_without_gradient_have_no_findings() -> N
         (torch.float16, {}, "eps_rounds_to_zero", "precision"),
         (torch.float32, {"eps": 0.0}, "eps_rounds_to_zero", "optimizer"),
         (torch.float32, {"betas": (0.999, 0.9)}, "betas_wrong", "optimizer"),
-        (torch.float32, {"lr": 0.1, "weight_decay": 1.0}, "weight_decay_outweighs", "optimizer"),
     ],
 )
 def test_options_that_cannot_act_are_named_before_the_first_step(

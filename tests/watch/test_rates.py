@@ -46,7 +46,6 @@ def setting(**at: float) -> Callable[[int, Any], None]:
         (setting(s3=-LR), 6, "lr_impossible", 3, None),
         (setting(s10=0.0), 40, "lr_zero", 29, 10),
         (setting(s0=0.0), 40, "lr_zero", 19, 0),
-        (setting(s0=0.0), 6, "lr_zero", 5, 0),
     ],
 )
 def test_a_fault_is_named(schedule: Any, steps: int, kind: str, step: int, since: int | None) -> None:
