@@ -10,6 +10,13 @@ from rawloop.watch.nest import shown
 
 Whose = Literal["data", "model", "loss", "precision", "optimizer", "distributed", "hardware", "not known"]
 Evidence = Mapping[str, float | int | str]
+PLACES = {
+    "phase": "in {}",
+    "module": "module '{}'",
+    "parameter": "parameter '{}'",
+    "expression": "{}",
+    "tensor": "tensor '{}'",
+}
 MOST_CAUSES = 3
 MOST_ALIKE = 2  # findings of one kind that one look may tell apart
 
@@ -34,19 +41,12 @@ class Place:
     rank: int | None = None
 
     def __str__(self) -> str:
+        phase = self.phase if self.phase in ("forward", "backward") else ""
+        known = {**vars(self), "phase": phase, "tensor": shown(self.tensor)}
         parts = [
-            f"in {self.phase}" if self.phase in ("forward", "backward") else "",
-            f"module '{self.module}'" if self.module else "",
-            f"parameter '{self.parameter}'" if self.parameter else "",
-            self.expression,
-            f"optimizer {self.optimizer}" if self.optimizer else "",
-            f"tensor '{shown(self.tensor)}'" if self.tensor else "",
-            f"sample {self.sample}" if self.sample else "",
-            f"row {self.row}" if self.row is not None else "",
-            f"position {self.position}" if self.position is not None else "",
-            f"rank {self.rank}" if self.rank is not None else "",
+            PLACES.get(name, f"{name} {{}}").format(value) for name, value in known.items() if value not in ("", None)
         ]
-        return ", ".join(filter(None, parts)) or "place not known"
+        return ", ".join(parts) or "place not known"
 
 
 @dataclass(frozen=True)
@@ -63,45 +63,26 @@ class Cause:
         """Return the cause as a paragraph. It does not repeat what is `known`, nor the rank that has seen it."""
         place = replace(self.place, rank=None) if self.place.rank == rank else self.place
         numbers = ", ".join(f"{name} {_number(value)}" for name, value in self.evidence.items())
-        return " ".join(
-            filter(
-                None,
-                [
-                    f"[{self.whose}] {'' if self.what == known else f'{self.what} '}({place}).",
-                    f"Evidence: {numbers}." if numbers else "",
-                    f"{self.advice[0].upper()}{self.advice[1:]}." if self.advice else "",
-                ],
-            )
-        )
+        parts = [f"[{self.whose}] {'' if self.what == known else f'{self.what} '}({place})."]
+        parts += [f"Evidence: {numbers}."] if numbers else []
+        parts += [f"{self.advice[0].upper()}{self.advice[1:]}."] if self.advice else []
+        return " ".join(parts)
 
 
 @dataclass
 class Finding:
-    """Something that a watch has seen.
+    """Something that a watch has seen."""
 
-    Args:
-        kind: a stable name for scripts and tests, such as `weights_not_finite`.
-        what: the symptom in one sentence.
-        causes: the likeliest first, at most three.
-        step: the step at which it was seen first.
-        rank: the rank that has seen it.
-        ordinary: it belongs to healthy training, such as the first skips of a loss scaler.
-        since: the step since which it is so, if that is known to be an earlier one.
-        last: the step at which it was seen last.
-        times: how often it was seen.
-        world_size: the number of ranks. With one, texts leave the rank out.
-    """
-
-    kind: str
-    what: str
-    causes: tuple[Cause, ...]
-    step: int
-    rank: int = 0
-    ordinary: bool = False
-    since: int | None = None
-    last: int = -1
-    times: int = 1
-    world_size: int = 1
+    kind: str  # a stable name for scripts and tests, such as `weights_not_finite`
+    what: str  # the symptom in one sentence
+    causes: tuple[Cause, ...]  # one to three, the likeliest first
+    step: int  # at which it was seen first
+    rank: int = 0  # that has seen it
+    ordinary: bool = False  # it belongs to healthy training, such as the first skips of a loss scaler
+    since: int | None = None  # the step since which it is so, if that is known to be an earlier one
+    last: int = -1  # the step at which it was seen last
+    times: int = 1  # how often it was seen
+    world_size: int = 1  # with one rank, texts leave it out
 
     def __post_init__(self) -> None:
         assert 1 <= len(self.causes) <= MOST_CAUSES, "a finding has one to three causes, or one that is 'not known'"
@@ -114,16 +95,8 @@ class Finding:
 
     def key(self) -> tuple[object, ...]:
         """What makes two findings the same: it is then told once, and counted."""
-        place = self.cause.place
-        return (
-            self.kind,
-            self.ordinary,
-            place.module,
-            place.parameter,
-            place.expression,
-            place.optimizer,
-            place.tensor,
-        )
+        at = self.cause.place
+        return self.kind, self.ordinary, at.module, at.parameter, at.expression, at.optimizer, at.tensor
 
     def text(self) -> str:
         """Return the finding as a paragraph."""
@@ -142,16 +115,10 @@ class Finding:
 
     def as_json(self) -> dict[str, object]:
         """Return the finding as JSON values."""
-        causes = [
-            {
-                "whose": cause.whose,
-                "what": cause.what,
-                "place": {name: value for name, value in vars(cause.place).items() if value not in ("", None)},
-                "evidence": dict(cause.evidence),
-                "advice": cause.advice,
-            }
-            for cause in self.causes
-        ]
+        causes = []
+        for cause in self.causes:
+            place = {name: value for name, value in vars(cause.place).items() if value not in ("", None)}
+            causes.append({**vars(cause), "place": place, "evidence": dict(cause.evidence)})
         return {**vars(self), "causes": causes}
 
 

@@ -23,20 +23,20 @@ class Lines:
         frame: FrameType | None = sys._getframe(1)
         second: FrameType | None = None
         while frame is not None:
-            rank = self.rank(frame.f_code.co_filename)
+            file = frame.f_code.co_filename
+            rank = self.ranks[file] if file in self.ranks else self.rank(file)  # called for each operation
             if rank == 0:
-                return Line(frame.f_code.co_filename, frame.f_lineno)
-            second = second or (frame if rank == 1 else None)
+                return Line(file, frame.f_lineno)
+            if rank == 1 and second is None:
+                second = frame
             frame = frame.f_back
         return Line(second.f_code.co_filename, second.f_lineno) if second is not None else Line()
 
     def rank(self, file: str) -> int:
         """Return 0 for the user's files, 1 for those of libraries, 2 for those of torch and rawloop."""
-        rank = self.ranks.get(file)
-        if rank is None:
-            rank = 2 if file.startswith(self.own) else int(file.startswith(self.libraries))
-            self.ranks[file] = rank
-        return rank
+        if file not in self.ranks:
+            self.ranks[file] = 2 if file.startswith(self.own) else int(file.startswith(self.libraries))
+        return self.ranks[file]
 
     def in_traceback(self, traceback: TracebackType | None) -> Line:
         """Return the innermost line of the user's code in a traceback."""

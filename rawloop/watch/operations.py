@@ -143,8 +143,7 @@ class Operations(TorchFunctionMode):
         return after
 
     def _note_outputs(self, tape: Tape, result: Any) -> None:
-        tape.outputs(result)
-        for _, tensor in tensors_in(result):
+        for tensor in tape.outputs(result):
             if tensor.dim() == 0 and tensor.requires_grad and (ref := tape.known(tensor)) is not None:
                 self._scalar = tensor.detach(), ref
 

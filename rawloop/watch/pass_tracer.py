@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rawloop.errors import first_few
 from rawloop.origin import Origin, Reason, Rows, batch_size, find_origin, guilty_rows, is_finite, is_finite_in, reason
 from rawloop.seed import restore_rng
 from rawloop.watch.findings import MOST_CAUSES, Cause, Place, Whose, short
 from rawloop.watch.nest import map_tensors, shown, tensors_in
 from rawloop.watch.subject import Pass, StepRecord, Subject
 
-NAMED = 5  # samples in a sentence
 OUTSIDE = 100  # a sample is unlike the others if its largest value is this many times theirs
 
 
@@ -56,20 +56,13 @@ class PassTracer:
     def of_input(self, path: str, tensor: Tensor) -> Cause:
         """Return the cause of numbers in an input that are not finite."""
         wrong = ~tensor.isfinite()
-        first = wrong.nonzero()[0].tolist()
+        places = wrong.nonzero()
         batched = bool(self.size) and tensor.dim() > 0 and tensor.shape[0] == self.size
-        row = first[0] if batched else None
-        place = Place(
-            "data",
-            tensor=path,
-            sample=self.name(row),
-            row=row,
-            position=first[1] if batched and tensor.dim() > 1 else None,
-            rank=self.rank,
-        )
-        evidence: dict[str, float | int | str] = {"not finite": f"{int(wrong.sum()):,} of {tensor.numel():,}"}
+        row, position = [*places[0].tolist(), None, None][:2] if batched else (None, None)
+        place = Place("data", tensor=path, sample=self.name(row), row=row, position=position, rank=self.rank)
+        evidence: dict[str, float | int | str] = {"not finite": f"{len(places):,} of {tensor.numel():,}"}
         if batched:
-            evidence["samples"] = len(set(wrong.nonzero()[:, 0].tolist()))
+            evidence["samples"] = len(set(places[:, 0].tolist()))
         evidence |= self.passes()
         what = f"the input '{shown(path)}' contains {'NaN' if bool(tensor.isnan().any()) else 'infinity'}"
         return Cause("data", what, place, evidence, "Drop or repair this sample")
@@ -136,14 +129,11 @@ class PassTracer:
             return ""
         if not rows.guilty:
             return "; no sample alone causes it, only together" if rows.complete else ""
-        if len(rows.guilty) == rows.tried:
-            return "; every sample causes it alone" + ("" if rows.complete else f" ({rows.tried} of {rows.size} tried)")
-        names = ", ".join(self.name(row) or f"row {row}" for row in rows.guilty[:NAMED])
-        more = f" and {len(rows.guilty) - NAMED} more" if len(rows.guilty) > NAMED else ""
         tried = "" if rows.complete else f" ({rows.tried} of {rows.size} samples tried in {rows.runs} passes)"
-        which = (
-            f"the sample {names}{more} alone causes it" if len(rows.guilty) == 1 else f"{names}{more} cause it alone"
-        )
+        if len(rows.guilty) == rows.tried:
+            return f"; every sample causes it alone{tried}"
+        names = first_few(self.name(row) or f"row {row}" for row in rows.guilty)
+        which = f"the sample {names} alone causes it" if len(rows.guilty) == 1 else f"{names} cause it alone"
         return f"; {which}{tried}"
 
     def unlike_others(self, rows: Rows, place: Place) -> list[Cause]:

@@ -24,18 +24,22 @@ class Spans(ExitStack):
             self.outer = None
         if self.outer is None and ambience.autocast:
             self.outer = ambience
-            for context in _autocast(ambience):
-                self.enter_context(context)
+            _enter(self, ambience)
         with ExitStack() as inner:
             inner.enter_context(torch.set_grad_enabled(ambience.grad))
             if self.outer is not None and self.outer.autocast != ambience.autocast:
-                on = dict(ambience.autocast)
-                for device, dtype in self.outer.autocast:
-                    if device not in on:
-                        inner.enter_context(torch.autocast(device, dtype, enabled=False))
-                for context in _autocast(ambience):
-                    inner.enter_context(context)
+                _enter(inner, ambience, off=self.outer)
             yield
+
+
+def _enter(stack: ExitStack, ambience: Ambience, off: Ambience | None = None) -> None:
+    """Enter the autocast contexts, and switch off those of the devices that only `off` has."""
+    on = dict(ambience.autocast)
+    for device, dtype in off.autocast if off is not None else ():
+        if device not in on:
+            stack.enter_context(torch.autocast(device, dtype, enabled=False))
+    for device, dtype in ambience.autocast:
+        stack.enter_context(torch.autocast(device, dtype, cache_enabled=ambience.cache))
 
 
 @contextmanager
@@ -46,7 +50,3 @@ def running(line: Line) -> Iterator[None]:
         yield
     finally:
         current_line.reset(token)
-
-
-def _autocast(ambience: Ambience) -> list[torch.autocast]:
-    return [torch.autocast(device, dtype, cache_enabled=ambience.cache) for device, dtype in ambience.autocast]

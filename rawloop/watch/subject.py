@@ -16,27 +16,16 @@ from rawloop.watch.marks import Line
 
 @dataclass
 class Subject:
-    """The objects under watch.
+    """The objects under watch."""
 
-    Args:
-        model: the bare model, outside DDP and torch.compile.
-        optimizers: may be empty.
-        scaler: torch's GradScaler, rawloop's, or anything with `get_scale()`; None without one.
-        named: returns the parameters that the optimizers hold, by name. With float32 masters these are not the model's.
-        world: the ranks.
-        config: the settings.
-        compiled: torch.compile has compiled the model or a part of it. Hooks on its modules would compile it again.
-        guard: shields the user's calls from errors of a detector's hooks in them.
-    """
-
-    model: nn.Module
-    optimizers: Sequence[Optimizer]
-    scaler: Any
-    named: Callable[[], Iterable[tuple[str, nn.Parameter]]]
+    model: nn.Module  # the bare model, outside DDP and torch.compile
+    optimizers: Sequence[Optimizer]  # may be empty
+    scaler: Any  # torch's GradScaler, rawloop's, or anything with `get_scale()`; None without one
+    named: Callable[[], Iterable[tuple[str, nn.Parameter]]]  # those that the optimizers hold: may be float32 masters
     world: World = field(default_factory=World.current)
     config: WatchConfig = field(default_factory=WatchConfig)
-    compiled: bool = False
-    guard: Guard = field(default_factory=Guard)
+    compiled: bool = False  # torch.compile has compiled a part of the model, and would do so again for each hook on it
+    guard: Guard = field(default_factory=Guard)  # shields the user's calls from errors of hooks in them
 
     @property
     def is_scaled(self) -> bool:

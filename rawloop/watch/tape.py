@@ -73,11 +73,12 @@ class Tape:
         self.entries.append(entry)
         return entry
 
-    def outputs(self, result: Any) -> None:
-        """Note the tensors that the last entry returned."""
-        index = len(self.entries) - 1
-        for item, (_, tensor) in enumerate(tensors_in(result)):
+    def outputs(self, result: Any) -> list[Tensor]:
+        """Note the tensors that the last entry returned, and return them."""
+        index, tensors = len(self.entries) - 1, [tensor for _, tensor in tensors_in(result)]
+        for item, tensor in enumerate(tensors):
             self._know(tensor, Ref("entry", entry=index, item=item))
+        return tensors
 
     def mark(self, tensor: Tensor, kind: str) -> None:
         """Note that a tensor is of another kind, such as `gradient`: operations on it are not recorded."""

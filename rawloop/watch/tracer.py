@@ -50,10 +50,7 @@ def _causes(subject: Subject, record: StepRecord) -> tuple[list[Cause], bool]:
 
 def _of_damage(damage: Damage, subject: Subject) -> Cause:
     place = Place("update", parameter=damage.name, rank=subject.world.rank)
-    evidence: dict[str, float | int | str] = {
-        "not finite": f"{damage.wrong:,} of {damage.total:,}",
-        "first index": str(list(damage.first)),
-    }
+    evidence = {"not finite": f"{damage.wrong:,} of {damage.total:,}", "first index": str(list(damage.first))}
     advice = "Start from a checkpoint before it; the step that wrote it, or the file it was loaded from, is the cause"
     return Cause("optimizer" if damage.kind == "weight" else "model", str(damage), place, evidence, advice)
 
@@ -82,10 +79,8 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
     if wrong and record.loss is not None and math.isfinite(record.loss):
         return _changed(subject, sums.get(wrong[0]), place, evidence)
     what = "each pass is finite when it runs again, so the cause is not in its batch, weights or random streams"
-    advice = (
-        "Zero the gradients after each step; if they were, look for kernels that are not deterministic, or hardware"
-    )
-    return Cause("not known", what, place, evidence, advice)
+    advice = "Zero the gradients after each step; if they were, look for kernels that are not deterministic"
+    return Cause("not known", what, place, evidence, f"{advice}, or hardware")
 
 
 def _changed(subject: Subject, again: "_Sum | None", place: Place, evidence: dict[str, float | int | str]) -> Cause:
@@ -121,13 +116,9 @@ def _sums(subject: Subject, record: StepRecord) -> dict[str, _Sum]:
             found = gradients_of(root, subject.model)
         for leaf, gradient in found:
             if gradient is not None and (name := names.get(id(leaf))) is not None:
-                largest = float(gradient.detach().abs().amax())
-                known = sums.get(name)
-                sums[name] = (
-                    _Sum(gradient, largest)
-                    if known is None
-                    else _Sum(known.total + gradient, max(known.largest, largest))
-                )
+                known = sums.get(name, _Sum(torch.zeros_like(gradient), 0.0))
+                largest = max(known.largest, float(gradient.detach().abs().amax()))
+                sums[name] = _Sum(known.total + gradient, largest)
     return {name: sums[name] for name in names.values() if name in sums}
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from rawloop.dist import World
 from rawloop.errors import UserError
-from rawloop.origin import damaged
 from rawloop.records import json_value
+from rawloop.watch.bad_steps import KEEPING, BadSteps
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
 from rawloop.watch.findings import Cause, Finding, Findings, merged
@@ -33,19 +33,16 @@ from rawloop.watch.recorder import Recorder
 from rawloop.watch.scalars import Scalars
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 from rawloop.watch.tape import Replay
-from rawloop.watch.tracer import trace
 from rawloop.watch.wrappers import bare_model, bare_optimizer, is_compiled
 
 MOST_PASSES = 64  # of one update, that are kept to be run again
 FINDINGS = "findings.jsonl"
-KEEPING = "the flight recorder"
 
 
 class Watch:
     """Watches a loop and collects findings; it changes nothing that the loop computes.
 
-    A step whose loss or gradients are not finite is run again, from a tape of its operations, to find the place. With
-    torch.compile it is run again without compiling, and operations inside a compiled loss function are not recorded.
+    A step whose loss or gradients are not finite is run again, from a tape of its operations, to find the place.
 
     Args:
         model: the model that the loop calls: bare, in DDP, or compiled.
@@ -97,10 +94,8 @@ class Watch:
         self._keeper = Keeper(self.subject, self.out) if self.out is not None else None
         self._contexts = ExitStack()
         self._left = self._began = time.perf_counter()
-        self._damage = ""  # what is wrong with the weights after an update that was not finite
-        self._streak = 0  # steps in a row whose loss or gradients are not finite
-        self._row_is_kept = False  # there is a capsule of this row
-        self._step = self._traces = self._measured = 0
+        self._bad = BadSteps(self.subject, self._keeper, self._add, self._tell)
+        self._step = self._measured = 0
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(self._hooks.installed())
@@ -153,22 +148,19 @@ class Watch:
     def begin(self, batch: Any = None, ids: Sequence[str] = (), *, step: int | None = None) -> None:
         """Begin a step. Without `step`, continue one that has not made its update yet, with another micro-batch.
 
-        Args:
-            batch: a nest of tensors.
-            ids: the names of the samples, one for each row.
-            step: the number of applied updates before it. A loop that counts them itself adds its passes to the record.
+        A loop that counts its applied updates gives them as `step`, and adds its passes to the record.
         """
         if step is not None:
             self._step, self.record = step, StepRecord(step)
         elif self.record.applied is not None:
             self.end()
-        if self._damage:
-            self._look_for_damage()
+        if self._bad.damage:
+            self._bad.look_for_damage(self.record.step)
         record = self.record
         record.step, record.batch, record.ids = self._step, batch, tuple(ids)
         self._began = time.perf_counter()
         record.data_seconds = (record.data_seconds or 0.0) + self._began - self._left
-        record.probing = record.probing or self._streak > 0 or self.subject.config.is_due(self._step)
+        record.probing = record.probing or self._bad.streak > 0 or self.subject.config.is_due(self._step)
         self._look("batch", record)
 
     def measured(
@@ -184,18 +176,18 @@ class Watch:
         with self._recorder.silent(), torch.enable_grad():
             self._look("gradients", record)
             if all(number is None or math.isfinite(number) for number in (record.loss, record.grad_norm)):
-                self._streak = 0
+                self._bad.streak = 0
             else:
-                self._trace()
-            self._keep()
+                self._bad.trace(record)
+            self._bad.keep(record, self.findings.alarms, self._scalars.losses)
 
     def end(self) -> None:
         """Look at a step after its update, or after the decision to skip it, and count it."""
         record = self.record
         record.seconds = record.seconds or time.perf_counter() - self._began
         self._look("end", record)
-        if self._streak and record.applied:
-            self._look_for_damage()
+        if self._bad.streak and record.applied:
+            self._bad.look_for_damage(record.step)
         if self._keeper is not None:
             self.guard.call(KEEPING, self._keeper.ended, record)
         self._left = time.perf_counter()
@@ -218,55 +210,21 @@ class Watch:
             line = self._recorder.lines.in_traceback(error.__traceback__)
             self._add([left_by(self.subject, self.record, error, str(line))])
         if self.record.applied is None:
-            self._keep(failed=True)
+            self._bad.keep(self.record, self.findings.alarms, self._scalars.losses, failed=True)
 
     @guarded("the look at a step without a backward pass")
     def _without_backward(self) -> None:
         """Report a block that left before its backward pass, as a loop does that has its own test of the loss."""
-        record = self.record
-        scalar, line, replay = self._recorder.last_scalar()
-        value = None if scalar is None else float(scalar.detach())
+        record, (scalar, line, replay) = self.record, self._recorder.last_scalar()
+        value = None if scalar is None else float(scalar)
         self._add([without_backward(self.subject, record, value, str(line))])
         if value is not None and not math.isfinite(value) and replay is not None and not replay.why_not():
             before = record.loss, record.passes
             record.loss, record.passes = value, [Pass(replay.inputs, replay, replay.rng, record.ids)]
             with self._recorder.silent(), torch.enable_grad():
-                self._trace()
-                self._keep()
+                self._bad.trace(record)
+                self._bad.keep(record, self.findings.alarms, self._scalars.losses)
             record.loss, record.passes = before
-
-    @guarded("the look at damaged weights")
-    def _look_for_damage(self) -> None:
-        """Keep quiet while an update that was not finite has left weights that are not: all else follows from them."""
-        found, before, step = damaged(self.subject.model), self._damage, self.record.step
-        self._damage = str(found) if found is not None else ""
-        if found is not None and not before:
-            self._tell(f"step {step}: {found}; what follows from that is not told until the weights are finite again")
-        elif before and found is None:
-            self._tell(f"step {step}: the weights are finite again")
-
-    @guarded("the tracer of numbers that are not finite")
-    def _trace(self) -> None:
-        """Run the step again to find the place: the first two of a row of bad steps, and not too often."""
-        self._streak += 1
-        self._row_is_kept &= self._streak > 1
-        if not self._damage and self._streak <= 2 and self._traces < 4 + self._step // 500:
-            self._traces += 1
-            self._add(trace(self.subject, self.record))
-
-    @guarded(KEEPING)
-    def _keep(self, failed: bool = False) -> None:
-        """Write a capsule if an alarm asks for one, once in a row of bad steps. The update has not been made yet."""
-        if self._keeper is None or not self._keeper.why:
-            return
-        if self._streak and self._row_is_kept:
-            self._keeper.why = ""
-            return
-        roots = [root for root, _ in self._scalars.losses]
-        line = self._keeper.keep(self.record, self.findings.alarms, roots, failed)
-        self._row_is_kept = self._streak > 0
-        if line:
-            self._tell(line)
 
     def _called(self, training: bool) -> None:
         self.record.facts.calls += 1
@@ -310,12 +268,9 @@ class Watch:
         for detector in self.detectors:
             if getattr(type(detector), method) is getattr(Detector, method):
                 continue
-            found: list[Finding] = []
-            part = part_of(detector)
-            if not self.guard.is_off(part):
-                with self.guard.over(part):
-                    found += getattr(detector, method)(self.subject, *record)
-            if found and not self._damage:
+            found: list[Finding] = []  # has those before an error, too
+            self.guard.call(part_of(detector), _extend, found, getattr(detector, method), self.subject, *record)
+            if found and not self._bad.damage:
                 self._add(merged(found))
 
     def _failed(self, part: str, cause: Cause) -> None:
@@ -339,3 +294,7 @@ class Watch:
             file.write(json.dumps(json_value(finding.as_json()), allow_nan=False) + "\n")
         if self._keeper is not None:
             self._keeper.found(finding)
+
+
+def _extend(found: list[Finding], look: Callable[..., Iterable[Finding]], *args: Any) -> None:
+    found += look(*args)
