@@ -4,7 +4,7 @@ from rawloop.watch.batches import Batches
 from rawloop.watch.calls import Calls
 from rawloop.watch.changed import ChangedWeights
 from rawloop.watch.differing import RankWeights
-from rawloop.watch.gradients import Gradients
+from rawloop.watch.headroom import Headroom
 from rawloop.watch.jumps import Jumps
 from rawloop.watch.leaks import Leaks
 from rawloop.watch.look import Look
@@ -23,6 +23,6 @@ def all_detectors() -> list[Detector]:
     rates = LearningRates()  # shared: updates are judged by the learning rate's history
     optimizers = [rates, Updates(rates), OptimizerState()]
     look = Look()  # shared, so that modules and gradients are measured once
-    measured = [look, Gradients(look), Reach(look), LossScale(look)]
+    measured = [look, Headroom(look), Reach(look), LossScale(look)]
     weights = [UnsoundWeights(), ChangedWeights(), RankWeights()]
     return [*weights, Misuse(), *optimizers, Batches(), Calls(), Leaks(), *measured, Jumps()]

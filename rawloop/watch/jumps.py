@@ -95,10 +95,13 @@ class Jumps(Detector):
         if not math.isfinite(loss):
             near = [event for event in self._events if record.step - CASCADE <= event.step < record.step]
             if history.is_known and any(math.isfinite(event.after) for event in near):
-                yield self._jump(event, None, subject, record.step, f"the loss became {loss} after a jump")
+                yield self._jump(
+                    "loss_jumped", event, None, subject, record.step, f"the loss became {loss} after a jump"
+                )
             return
         waits = spike is not None and not spike.came_back
-        if not waits and history.stands_out(loss) and not (swings(subject, record) and loss < _above(history)):
+        may_swing = 2 * history.largest - history.smallest  # a loss that swings may leave its range by that range
+        if not waits and history.stands_out(loss) and not (swings(subject, record) and loss < may_swing):
             self._spike = Spike(event, history.recent_largest, _rise(self._histories["lr"], record.step))
             return
         if not waits:
@@ -114,33 +117,29 @@ class Jumps(Detector):
         numbers = f"from {spike.event.before:.4g} to {spike.event.after:.4g}"
         if spike.came_back:
             if in_time and middle > spike.ceiling:
-                what = (
-                    f"the loss jumped {numbers}, came back, and is higher than before (at most {spike.ceiling:.4g} in "
-                )
-                what += f"the steps before, median {middle:.4g} in the last {PATIENCE})"
-                yield self._jump(spike.event, spike.rise, subject, step, what)
+                what = f"the loss jumped {numbers}, came back, and is higher than before (at most {spike.ceiling:.4g} "
+                what += f"in the steps before, median {middle:.4g} in the last {PATIENCE})"
+                yield self._jump("loss_jumped", spike.event, spike.rise, subject, step, what)
             self._spike = None if in_time else spike
             return
         if not in_time and not (len(after) >= 2 and max(after[-2:]) <= spike.ceiling):
             return
         if max(after[-2:]) <= spike.ceiling or middle <= spike.ceiling:
             what = f"the loss rose {numbers} and recovered"
-            yield self._jump(spike.event, None, subject, step, what, ordinary=True)
+            yield self._jump("loss_spiked", spike.event, None, subject, step, what)
             self._spike = Spike(spike.event, spike.ceiling, spike.rise, came_back=True)
         else:
             what = f"the loss jumped {numbers} and has not recovered after {len(after)} steps (median {middle:.4g})"
-            yield self._jump(spike.event, spike.rise, subject, step, what)
+            yield self._jump("loss_jumped", spike.event, spike.rise, subject, step, what)
             self._histories["loss"], self._spike = History(RECENT), None
         for value in after:
             self._histories["loss"].add(value)
 
-    def _jump(
-        self, event: Event, rise: Event | None, subject: Subject, step: int, what: str, ordinary: bool = False
-    ) -> Finding:
+    def _jump(self, kind: str, event: Event, rise: Event | None, subject: Subject, step: int, what: str) -> Finding:
         causes = self._causes(event)
         if rise is not None and causes[0][1].whose != "optimizer":
             causes = [(event.step, _cause_of(rise)), *causes][:MOST_CAUSES]
-        kind, since = "loss_spiked" if ordinary else "loss_jumped", min(event.step, causes[0][0])
+        since, ordinary = min(event.step, causes[0][0]), kind == "loss_spiked"
         return Finding(kind, what, tuple(cause for _, cause in causes), step, subject.world.rank, ordinary, since)
 
     def _causes(self, event: Event) -> list[tuple[int, Cause]]:
@@ -167,11 +166,6 @@ def _has_jumped(name: str, value: float, history: History) -> bool:
     if name == "grad_norm" and not math.isfinite(value):
         return True
     return value > 2 * history.largest and (name == "lr" or history.zscore(value) > 8)
-
-
-def _above(history: History) -> float:
-    """Return what a loss must reach that swings: it may leave the range of its history by that range."""
-    return 2 * history.largest - history.smallest
 
 
 def _rise(rates: History, step: int) -> Event | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from rawloop.origin.tensors import floats_in
 from rawloop.watch.findings import Finding
 from rawloop.watch.guard import Guard
 from rawloop.watch.measure import Amounts, GradientAmounts, Readings
@@ -23,19 +24,12 @@ FIRST_LOOKS = 6  # in which weights of zeros are looked for
 
 @dataclass
 class Calls:
-    """How a module was called in a look.
+    """How a module was called in a look."""
 
-    Args:
-        with_grad: whether autograd recorded a call.
-        dtype: of its output.
-        fed_without_graph: whether it was called with gradients, on floats that have no graph.
-        cut_by: the module that got its output without the graph; empty if none did.
-    """
-
-    with_grad: bool = False
-    dtype: torch.dtype = torch.float32
-    fed_without_graph: bool = False
-    cut_by: str = ""
+    with_grad: bool = False  # autograd recorded a call
+    dtype: torch.dtype = torch.float32  # of its output
+    fed_without_graph: bool = False  # it was called with gradients, on floats that have no graph
+    cut_by: str = ""  # the module that got its output without the graph
 
 
 @dataclass
@@ -75,7 +69,7 @@ class ModuleHooks:
                 self._see(name, inputs, output)
 
     def _see(self, name: str, inputs: object, output: object) -> None:
-        tensors = list(floats_in(output))
+        tensors = [tensor for tensor in floats_in(output) if tensor.dtype in FLOATS]
         if not tensors:
             return
         call = self.calls.setdefault(name, Calls())
@@ -115,17 +109,6 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def floats_in(value: object) -> Iterator[Tensor]:
-    """Yield the float tensors among a module's inputs or outputs, one nest deep in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        if value.dtype in FLOATS and value.numel() and value.layout is torch.strided:
-            yield value
-        return
-    if isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from floats_in(item)
-
-
 def _plain(tensor: Tensor) -> Tensor:
     """Return a dense tensor of real numbers; the two parts of a complex one are its last dimension."""
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
@@ -134,28 +117,17 @@ def _plain(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Seen:
-    """What a look has seen.
-
-    Args:
-        step: the step.
-        calls: the modules that were called, by name, in the order of the forward pass.
-        gradients: of the trainable parameters, by name; None for one without a gradient.
-        outputs: of the modules, by name; only those that are finite.
-        zero_weights: the trainable weights that are zero in every value, as LoRA's B is at the start; no biases, which
-            block nothing. Only the first looks measure them.
-        complete: whether the gradients were measured: they are not in a skipped step.
-        loss_scale: the scale of the loss.
-        left: the scale that is left on the parameters' gradients; 1 after `unscale_`.
-    """
+    """What a look has seen: modules in the order of the forward pass, and trainable parameters."""
 
     step: int
     calls: dict[str, Calls]
-    gradients: dict[str, GradientAmounts | None] = field(default_factory=dict)
-    outputs: dict[str, Amounts] = field(default_factory=dict)
-    zero_weights: set[str] = field(default_factory=set)
-    complete: bool = False
+    gradients: dict[str, GradientAmounts | None] = field(default_factory=dict)  # None for one without a gradient
+    outputs: dict[str, Amounts] = field(default_factory=dict)  # of modules; only those that are finite
+    zero_weights: set[str] = field(default_factory=set)  # zero in every value, as LoRA's B is at the start; no biases,
+    # which block nothing. Only the first looks measure them.
+    complete: bool = False  # the gradients were measured: they are not in a skipped step
     loss_scale: float = 1.0
-    left: float = 1.0
+    left: float = 1.0  # the scale that is left on the gradients; 1 after `unscale_`
 
     @property
     def fp16(self) -> bool:

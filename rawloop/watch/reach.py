@@ -18,7 +18,9 @@ class Reach(Detector):
 
     def __init__(self, look: Look) -> None:
         self.look = look
-        self._told: set[str] = set()
+        self._dead: set[str] = (
+            set()
+        )  # modules whose dead heads are told: those of queries, keys and values are the same
         self._last: Seen | None = None
         self._missing: set[str] = set()  # parameters that had no gradient, or one of zeros, in every look
         self._looks = self._all_looks = 0  # those that count, and all
@@ -29,7 +31,7 @@ class Reach(Detector):
         """Count the steps in a row whose gradient is exactly zero."""
         self._nothing = self._nothing + 1 if record.grad_norm == 0 else 0
         if self._nothing >= 2:
-            yield from self._once(_nothing(subject, record))
+            yield _nothing(subject, record)
 
     def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Judge what the look has seen."""
@@ -66,26 +68,20 @@ class Reach(Detector):
         zero = [name for name in missing if name not in (*idle, *absent) and not _is_bias_of(name, seen)]
         for names, kind in ((idle, "no_gradient"), (absent, "no_gradient"), (zero, "gradient_zero")):
             if names:
-                yield from self._once(unreached(subject, seen, names, kind, self._first, self._looks))
+                yield unreached(subject, seen, names, kind, self._first, self._looks)
         for name in seen.gradients:
             yield from self._dead_rows(subject, seen, name)
 
     def _dead_rows(self, subject: Subject, seen: Seen, name: str) -> Iterator[Finding]:
         module = subject.model.get_submodule(module_of(name))
-        parent = module_of(module_of(name))  # heads are dead in the queries, keys and values at once
-        if not isinstance(module, nn.Linear) or not _some_rows(self.look, name, seen) or parent in self._told:
+        parent = module_of(module_of(name))
+        if not isinstance(module, nn.Linear) or not _some_rows(self.look, name, seen) or parent in self._dead:
             return
         alive: list[bool] = self.look.rows[name].tolist()
         block = dead_block(alive, padded=module.out_features > 2 * module.in_features)
         if block:
-            self._told.add(parent)
+            self._dead.add(parent)
             yield _dead(subject, seen, name, alive, block)
-
-    def _once(self, finding: Finding) -> Iterator[Finding]:
-        key = str(finding.key())
-        if key not in self._told:
-            self._told.add(key)
-            yield finding
 
 
 def without_graph(error: BaseException, subject: Subject, record: StepRecord, line: str) -> Finding | None:

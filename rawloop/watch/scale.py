@@ -20,6 +20,7 @@ MOST_SUBNORMAL = 0.5
 LEAST_LOST, LEAST_SUBNORMAL = 0.01, 0.05  # without a loss scale, smaller shares are harmless
 ROOM = 4  # bits by which a scale must be able to grow before it is too low for a single parameter
 LARGE_LOSS = 1e3
+USUAL = "scale_search"  # the kind of skips that are ordinary
 
 
 class LossScale(Detector):
@@ -75,15 +76,12 @@ class LossScale(Detector):
             what = f"the loss is {record.loss:.4g}, too large to be multiplied by any scale"
             advice = "Take the mean over targets in place of the sum"
             causes.insert(0, Cause("loss", what, Place("backward"), {"loss": record.loss, **evidence}, advice))
-        made = Finding(
-            kind,
+        what, rank, ordinary = (
             "updates were skipped, for their gradients are not finite",
-            tuple(causes),
-            record.step,
             subject.world.rank,
-            ordinary=kind == "scale_search",
-            since=self._since,
+            kind == USUAL,
         )
+        made = Finding(kind, what, tuple(causes), record.step, rank, ordinary, self._since)
         self._found.setdefault(kind, made).causes = made.causes  # told once, with the history of the last skip
         return made
 
@@ -111,7 +109,7 @@ class LossScale(Detector):
         what = "the scale had grown, and one step later it is halved again"
         if not begun or self._steps <= FIRST_STEPS:
             what = "a loss scaler starts high and halves its scale until the gradients are finite"
-        return "scale_search", "precision", what, ""
+        return USUAL, "precision", what, ""
 
     def _window(self, subject: Subject, seen: Seen) -> Iterator[Finding]:
         """Judge a scale that is below its window, or none."""

@@ -26,7 +26,6 @@ class Times:
         self._blocks: deque[tuple[float, int]] = deque(maxlen=BLOCKS)  # medians of seconds and values
         self._usual = History(least=10)  # waits
         self._long: list[float] = []
-        self._told: set[tuple[str, bool]] = set()
 
     def find(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at a step whose duration is known."""
@@ -70,7 +69,7 @@ class Times:
             what = f"{share:.0%} of the time is a wait for data"
             evidence = {"share of the time": share}
             cause = Cause("data", "the loader is slower than the model", Place("data"), evidence, "use more workers")
-            yield from self._once(Finding("data_slow", what, (cause,), record.step, subject.world.rank, ordinary=True))
+            yield Finding("data_slow", what, (cause,), record.step, subject.world.rank, ordinary=True)
         steady = len(times) == BLOCKS and all(two > 1.02 * one for one, two in pairwise(times))
         if times[-1] > (GROWTH if steady else SLOW) * times[0] and sizes[-1] <= LONGER * sizes[0]:
             why, advice = "steps have become slower", "look at clocks and other processes"
@@ -81,9 +80,4 @@ class Times:
             cause, first = Cause("not known", why, Place(), evidence, advice), record.step - len(times) * BLOCK + 1
             what = f"a step takes {times[-1]:.3g} s, and took {times[0]:.3g} s in the steps after {first}"
             rank, since = subject.world.rank, first if steady else None
-            yield from self._once(Finding("steps_slower", what, (cause,), record.step, rank, not steady, since))
-
-    def _once(self, finding: Finding) -> Iterator[Finding]:
-        if (finding.kind, finding.ordinary) not in self._told:
-            self._told.add((finding.kind, finding.ordinary))
-            yield finding
+            yield Finding("steps_slower", what, (cause,), record.step, rank, not steady, since)
