@@ -30,12 +30,9 @@ class Batches(Detector):
 
     def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Look at a batch, before its forward pass."""
-        self._look = None
-        if record.batch is None:
-            return
         look = self._look = Look(subject, record, record.probing or self._seen < FIRST)
         self._seen += 1
-        if not look.entries:
+        if not look.entries and record.batch is not None:
             yield _no_tensors(look)
         yield from find_masked(look)
         yield from self._features.find(look)
@@ -63,18 +60,18 @@ class Batches(Detector):
         return self._ids.failed()
 
     def finish(self, subject: Subject) -> Iterable[Finding]:
-        """Judge what is counted."""
-        self._ids.close()
+        """Yield what a step has found that did not come to its end, and judge what is counted."""
+        yield from self._ids.ended()
         yield from self._stops.judge()
 
 
 def _no_tensors(look: Look) -> Finding:
-    batch, kind = look.record.batch, type(look.record.batch).__name__
-    got = f"a {kind}" if batch else f"an empty {kind}"
-    if batch and hasattr(batch, "keys"):
-        got += f" with the keys {first_few(batch.keys())}"
-    elif batch and isinstance(batch, list | tuple):
-        got += f" of {len(batch)} values of type {first_few({type(item).__name__: 0 for item in batch})}"
+    batch = look.record.batch
+    got = f"a {type(batch).__name__}"
+    if hasattr(batch, "keys"):
+        got += f" with the keys {first_few([*batch.keys()] or ['none'])}"
+    elif isinstance(batch, list | tuple):
+        got += f" of {len(batch)} values of type {first_few({type(item).__name__: 0 for item in batch} or ['none'])}"
     what = f"the batch has no tensors that can be read: it is {got}"
     advice = "pass the tensors to watch.step, in dicts, lists or dataclasses, for looks at the data"
-    return look.finding("no_tensors", what, Place("data"), {"type": kind}, advice, ordinary=True)
+    return look.finding("no_tensors", what, Place("data"), {}, advice, ordinary=True)

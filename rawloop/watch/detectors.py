@@ -1,7 +1,6 @@
 """All kinds of detectors that a watch looks with."""
 
 from rawloop.watch.batches import Batches
-from rawloop.watch.calls import Calls
 from rawloop.watch.changed import ChangedWeights
 from rawloop.watch.differing import RankWeights
 from rawloop.watch.headroom import Headroom
@@ -12,6 +11,7 @@ from rawloop.watch.misuse import Misuse
 from rawloop.watch.optimizer import OptimizerState
 from rawloop.watch.rates import LearningRates
 from rawloop.watch.reach import Reach
+from rawloop.watch.repeats import RankBatches
 from rawloop.watch.scale import LossScale
 from rawloop.watch.subject import Detector
 from rawloop.watch.updates import Updates
@@ -25,4 +25,4 @@ def all_detectors() -> list[Detector]:
     look = Look()  # shared, so that modules and gradients are measured once
     measured = [look, Headroom(look), Reach(look), LossScale(look)]
     weights = [UnsoundWeights(), ChangedWeights(), RankWeights()]
-    return [*weights, Misuse(), *optimizers, Batches(), Calls(), Leaks(), *measured, Jumps()]
+    return [*weights, Misuse(), *optimizers, Batches(), RankBatches(), Leaks(), *measured, Jumps()]

@@ -13,6 +13,7 @@ from rawloop.watch.nest import shown, tensors_in
 from rawloop.watch.subject import StepRecord, Subject
 
 Kind = Literal["ids", "labels", "mask", "loss mask", "positions", "features", "other"]
+Evidence = Mapping[str, float | int | str]
 CHEAP = 1 << 16  # values of a host tensor that are read in every step: about 10 us
 LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks", "label_mask")
 TARGETS = ("target", "targets", "tgt")
@@ -80,15 +81,7 @@ class Look:
         return Place("data", module=module, tensor=entry.path, sample=sample, row=row, position=position)
 
     def finding(
-        self,
-        kind: str,
-        what: str,
-        place: Place,
-        evidence: Mapping[str, float | int | str],
-        advice: str,
-        *,
-        why: str = "",
-        ordinary: bool = False,
+        self, kind: str, what: str, place: Place, evidence: Evidence, advice: str, why: str = "", ordinary: bool = False
     ) -> Finding:
         """Return a finding about this batch, whose cause is in the data; `why` says it, or else `what`."""
         cause = Cause("data", why or what, place, evidence, advice)

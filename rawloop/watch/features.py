@@ -23,7 +23,9 @@ class Features:
             if not entry.is_float:
                 continue
             low, high = look.extremes(entry)
-            masks = entry.kind == "mask" or _is_mask(entry, low, high)
+            # a mask without a telling name has 0, and one value that hides
+            additive = low < -1e4 and high == 0 and bool(((entry.tensor == 0) | (entry.tensor == low)).all())
+            masks = entry.kind == "mask" or additive
             if not (high < INFINITE and (masks or low > -INFINITE)):
                 yield _not_finite(look, entry, masks)
             elif entry.kind == "features" and not masks:
@@ -42,13 +44,7 @@ class Features:
             what = f"'{entry.shown}' has the value {size:.4g} at row {row}, {size / usual:.0f} times its usual largest"
             advice = "correct or leave out the sample, or normalise the features"
             evidence = {"largest": size, "usual largest": usual}
-            place, why = look.place(entry, row, position), "a feature is absurdly large"
-            yield look.finding("features_absurd", what, place, evidence, advice, why=why)
-
-
-def _is_mask(entry: Entry, low: float, high: float) -> bool:
-    """Whether a tensor without a telling name is an additive mask: 0, and one value that hides."""
-    return low < -1e4 and high == 0 and bool(((entry.tensor == 0) | (entry.tensor == low)).all())
+            yield look.finding("features_absurd", what, look.place(entry, row, position), evidence, advice)
 
 
 def _not_finite(look: Look, entry: Entry, masks: bool) -> Finding:
@@ -58,5 +54,4 @@ def _not_finite(look: Look, entry: Entry, masks: bool) -> Finding:
     rows = int(bad.flatten(1).any(1).sum()) if bad.dim() > 1 else int(bad.sum())
     evidence = {"values": int(bad.sum()), "rows": rows, "of rows": len(bad)}
     advice = "correct the source of these numbers (a log of 0, a division by a zero deviation), or leave the sample out"
-    place, why = look.place(entry, row, position), "a feature is not finite"
-    return look.finding("features_not_finite", what, place, evidence, advice, why=why)
+    return look.finding("features_not_finite", what, look.place(entry, row, position), evidence, advice)

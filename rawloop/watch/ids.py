@@ -4,23 +4,24 @@ On the CPU torch raises an IndexError without a name, on a GPU a device-side ass
 share of its codebook in a joint embedding raises nothing: it reads another codebook's row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rawloop.contracts import IGNORE
+from rawloop.watch.calls import find_swallowed
 from rawloop.watch.entries import Entry, Look, config_value, first_place
 from rawloop.watch.findings import Finding
 
 MOST_CODEBOOKS = 64
 CLASS_NAMES = ("y", "class", "classes", "cls", "category")  # other integers, such as indices of samples, are no labels
-EXPLAINS = ("id_outside_embedding", "label_outside_head", "sequence_too_long")  # an IndexError, or a RuntimeError
+EXPLAINS = ("id_outside_embedding", "label_outside_head")  # an IndexError, or a RuntimeError
 TOKENIZER = "use the tokenizer or codec that belongs to the model, or resize the model's embeddings"
-PART = "the look at ids"
 
 
 class Codebook(NamedTuple):
@@ -42,13 +43,12 @@ class Table(NamedTuple):
 
 
 class Ids:
-    """Learns where ids go, by hooks on embeddings and on the model's output, and compares batches with their sizes."""
+    """Learns where ids go, by hooks on embeddings and on the model, and compares batches with their sizes."""
 
     def __init__(self) -> None:
         self._tables: dict[str, dict[Codebook, Table]] = {}  # by the path of a tensor
         self._heads: dict[str, tuple[int, bool]] = {}  # classes (0: none); whether -100 alone is ignored
         self._hooks = ExitStack()
-        self._look: Look | None = None
         self._seen: list[Finding] = []
         self._doubtful: list[Finding] = []
 
@@ -57,10 +57,8 @@ class Ids:
         for entry in look.readable("ids", "positions", "labels", "other"):
             if not entry.is_float:
                 yield from self._compare(look, entry)
-        self.close()
-        self._look = look
+        self._hooks.close()
         if look.full:
-            yield from _find_long(look)
             self._learn(look)
 
     def found(self) -> Iterator[Finding]:
@@ -70,10 +68,7 @@ class Ids:
 
     def failed(self) -> Iterator[Finding]:
         """Yield what explains a step that did not come to its end."""
-        if self._look is not None and not self._look.full:
-            yield from _find_long(self._look)
-        self._seen += self._doubtful
-        self._doubtful = []
+        self._seen, self._doubtful = self._seen + self._doubtful, []
         yield from self.found()
 
     def ended(self) -> Iterator[Finding]:
@@ -81,28 +76,31 @@ class Ids:
         for finding in self._doubtful:  # its label was no class, and nothing failed: as for a contrastive loss
             self._heads[finding.cause.place.tensor] = 0, False
         self._doubtful = []
-        self.close()
+        self._hooks.close()
         yield from self.found()
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        self._hooks.close()
-        self._look = None
-
     def _learn(self, look: Look) -> None:
-        model, shield = look.subject.model, look.subject.guard.shield
+        model = look.subject.model
+
+        def hook(register: Callable[..., RemovableHandle], function: Callable[..., None], **options: bool) -> None:
+            shielded = look.subject.guard.shield("the look at calls of the model", function)
+            self._hooks.callback(register(shielded, **options).remove)
+
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding):
-                hook = shield(PART, partial(self._on_embedding, name))
-                self._hooks.callback(module.register_forward_pre_hook(hook).remove)
-        self._hooks.callback(model.register_forward_hook(shield(PART, self._on_output)).remove)
+                hook(module.register_forward_pre_hook, partial(self._on_embedding, look, name))
+        hook(model.register_forward_pre_hook, partial(self._on_call, look), with_kwargs=True)
+        hook(model.register_forward_hook, partial(self._on_output, look))
+
+    def _on_call(self, look: Look, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._seen += find_swallowed(look, model, kwargs)
 
     @torch.no_grad()
-    def _on_embedding(self, name: str, module: nn.Embedding, given: tuple[Any, ...]) -> None:
+    def _on_embedding(self, look: Look, name: str, module: nn.Embedding, given: tuple[Any, ...]) -> None:
         ids = given[0] if given else None
-        if self._look is not None and isinstance(ids, Tensor) and ids.numel() and not ids.is_floating_point():
+        if isinstance(ids, Tensor) and ids.numel() and not ids.is_floating_point():
             with torch._C.DisableTorchFunction():  # a loop that calls the embedding itself has its operations recorded
-                self._learn_table(self._look, ids, Table(name, module.num_embeddings))
+                self._learn_table(look, ids, Table(name, module.num_embeddings))
 
     def _learn_table(self, look: Look, ids: Tensor, table: Table) -> None:
         for entry in look.entries:
@@ -115,15 +113,12 @@ class Ids:
         computed = Entry("", "", "ids", False, ids[None] if ids.dim() < 2 else ids)
         self._seen += _outside(look, computed, {Codebook(): table})
 
-    def _on_output(self, model: nn.Module, given: Any, output: Any) -> None:
-        look, logits = self._look, _logits(output)
-        if look is None or logits is None:
-            return
+    def _on_output(self, look: Look, model: nn.Module, given: Any, output: Any) -> None:
         labels = [entry for entry in look.entries if entry.kind == "labels"]
         unfed = [entry for entry in look.entries if entry.kind == "ids" and entry.path not in self._tables]
         labels = labels or [entry for entry in unfed if entry.name in CLASS_NAMES or entry.name.isdigit()][:1]
         for entry in labels:
-            if size := _classes(model, logits, entry.tensor):
+            if not entry.is_float and (size := _classes(model, output, entry.tensor)):
                 self._heads.setdefault(entry.path, (size, False))
                 self._doubtful += _outside_head(look, entry, *self._heads[entry.path])
 
@@ -183,22 +178,23 @@ def _outside(look: Look, entry: Entry, tables: dict[Codebook, Table]) -> Iterato
         row, position = first_place(bad)
         evidence = {"id": int(ids[bad][0]), "valid ids": size, "wrong ids": int(bad.sum())}
         evidence |= {} if codebook.dim is None else {"codebook": codebook.number}
-        what = f"'{entry.shown}' has" if entry.path else "the model computes"
-        what += f" the id {evidence['id']}" + ("" if codebook.dim is None else f" of codebook {codebook.number}")
-        what += f" at row {row}" + ("" if position is None else f", position {position}")
-        what += f", and the embedding '{module}' has {size} rows for it"
+        who = f"'{entry.shown}' has" if entry.path else "the model computes"
+        of = "" if codebook.dim is None else f" of codebook {codebook.number}"
+        at = f"row {row}" if position is None else f"row {row}, position {position}"
+        what = f"{who} the id {evidence['id']}{of} at {at}, and the embedding '{module}' has {size} rows for it"
         advice = TOKENIZER if entry.path else f"shorten the sequence if these are positions; otherwise {TOKENIZER}"
-        place, why = look.place(entry, row, position, module), "an id is outside the embedding"
-        yield look.finding("id_outside_embedding", what, place, evidence, advice, why=why)
+        place = look.place(entry, row, position, module)
+        yield look.finding("id_outside_embedding", what, place, evidence, advice)
         return
 
 
 def _outside_head(look: Look, entry: Entry, size: int, strict: bool) -> Iterator[Finding]:
     """Find labels that are no class. A loss of the user's own may ignore -1; `strict` is a loss that ignores -100."""
-    low, high = look.extremes(entry)
-    if not size or (high < size and (low >= 0 or low == IGNORE or (low == -1 and not strict))):
+    if not size:
         return
-    if low < 0 and high < size and "CTC" in type(look.subject.model).__name__:  # these ignore every negative label
+    low, high = look.extremes(entry)
+    ignores = "CTC" in type(look.subject.model).__name__  # every negative label
+    if high < size and (ignores or low >= 0 or low == IGNORE or (low == -1 and not strict)):
         return
     wrong = (entry.tensor >= size) | ((entry.tensor < 0) & (entry.tensor != IGNORE))
     row, position = first_place(wrong)
@@ -206,19 +202,7 @@ def _outside_head(look: Look, entry: Entry, size: int, strict: bool) -> Iterator
     what = f"'{entry.shown}' has the label {value} at row {row}, and the model's head has the classes 0 to {size - 1}"
     evidence = {"label": value, "classes": size, "wrong labels": int(wrong.sum())}
     advice = f"label positions without a target {IGNORE}; otherwise {TOKENIZER}"
-    place, why = look.place(entry, row, position), "a label is no class of the head"
-    yield look.finding("label_outside_head", what, place, evidence, advice, why=why)
-
-
-def _find_long(look: Look) -> Iterator[Finding]:
-    most = config_value(look.subject.model, "max_position_embeddings")
-    given = any(entry.name == "position_ids" for entry in look.entries)
-    for entry in (entry for entry in look.entries if entry.name == "input_ids"):
-        if isinstance(most, int) and entry.tensor.dim() == 2 and 0 < most < entry.tensor.shape[1] and not given:
-            evidence = {"positions": entry.tensor.shape[1], "max_position_embeddings": most}
-            what = f"'{entry.shown}' has more positions than the model's config knows"
-            advice = "shorten the samples, or extend the model's positions"
-            yield look.finding("sequence_too_long", what, look.place(entry, position=most), evidence, advice)
+    yield look.finding("label_outside_head", what, look.place(entry, row, position), evidence, advice)
 
 
 def _head_of(model: nn.Module, entry: Entry) -> int:
@@ -233,16 +217,12 @@ def _head_of(model: nn.Module, entry: Entry) -> int:
     return 0
 
 
-def _logits(output: Any) -> Tensor | None:
-    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", output)
-    return logits if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 else None
-
-
-def _classes(model: nn.Module, logits: Tensor, labels: Tensor) -> int:
+def _classes(model: nn.Module, output: Any, labels: Tensor) -> int:
     """Return the classes of logits that score these labels, if their number is that of a layer's outputs; or 0."""
-    if labels.is_floating_point() or labels.dim() != logits.dim() - 1:
+    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or labels.dim() != logits.dim() - 1:
         return 0
-    lengths = [abs(a - b) for a, b in zip(logits.shape[:-1], labels.shape, strict=True)]
+    lengths = [abs(a - b) for a, b in zip(logits.shape[:-1], labels.shape, strict=True)] or [1]
     if lengths[0] or sum(lengths) > 1 or logits.shape[-1] in labels.shape:
         return 0
     outputs = {module.out_features for module in model.modules() if isinstance(module, nn.Linear)}

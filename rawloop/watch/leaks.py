@@ -5,7 +5,9 @@ cross-entropy scores. The ids that the loss sees as labels stay the same.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from rawloop.contracts import Batch
 from rawloop.seed import preserved_rng
 from rawloop.watch.entries import first_place, micro_batches
 from rawloop.watch.findings import Cause, Finding, Place
-from rawloop.watch.mixing import Positions, first_mixer
+from rawloop.watch.mixing import at_positions, first_mixer
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 
@@ -102,14 +104,12 @@ class Spy(TorchFunctionMode):
     def run(self, change: slice | None = None) -> Scored | None:
         """Run the pass with other ids at these positions; return what its largest cross-entropy scores."""
         self._kept, self._change = [], change
-        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
-        hooks = [table.register_forward_pre_hook(self._embed) for table in tables]
-        try:
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, nn.Embedding):
+                    hooks.callback(module.register_forward_pre_hook(self._embed).remove)
             with preserved_rng(), self:
                 self.one.forward(self.one.inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         best = max(self._kept, key=lambda scored: scored.targets.numel(), default=None)
         return best if best is not None and bool(best.logits.isfinite().all()) else None
 
@@ -169,6 +169,6 @@ def _mixer(spy: Spy, earlier: Tensor, later: slice, tolerance: float) -> str:
     """Return the module that lets predictions see later tokens; empty if none shows it."""
     assert spy.ids is not None
     row, _ = first_place(earlier)
-    at = Positions(row, len(spy.ids), spy.ids.shape[1], earlier[row].nonzero().flatten().tolist())
+    pick = partial(at_positions, row, earlier[row].nonzero().flatten().tolist(), len(spy.ids), spy.ids.shape[1])
     with untouched(spy.model, training=False), torch.no_grad():
-        return first_mixer(spy.model, at, (spy.run, lambda: spy.run(later)), tolerance)
+        return first_mixer(spy.model, pick, (spy.run, lambda: spy.run(later)), tolerance)

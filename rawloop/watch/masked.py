@@ -1,7 +1,6 @@
 """Rows and batches of which nothing is seen or nothing is scored: their softmax or their mean is 0/0."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +48,12 @@ def _hidden(look: Look, entry: Entry) -> set[int]:
     if mask.dim() < 2:
         return set()
     if "key_padding_mask" in entry.name and mask.dtype == torch.bool:  # torch's own, which is true where it hides
-        return _rows(mask.flatten(1).all(1).tolist()) if high else set()
+        return {row for row, hides in enumerate(mask.flatten(1).all(1).tolist()) if hides} if high else set()
     # Of floats from 0 on, 0 hides if 1 shows; a mask of zeros alone may be an additive one that hides nothing.
     if low > 0 or (entry.is_float and not (low <= HIDDEN or low == 0 < high)):
         return set()
-    return _rows((_largest(mask) <= (HIDDEN if low <= HIDDEN else 0)).tolist())
+    hides = HIDDEN if low <= HIDDEN else 0
+    return {row for row, top in enumerate(_largest(mask)) if top <= hides}
 
 
 def _unscored(look: Look, labels: Sequence[Entry]) -> set[int] | None:
@@ -62,25 +62,21 @@ def _unscored(look: Look, labels: Sequence[Entry]) -> set[int] | None:
         return set(range(len(labels[0].tensor)))
     if not all(map(look.may_read, labels)) or any(_is_target(entry, look.extremes(entry)[0]) for entry in labels):
         return None
-    scored = [_is_target(entry, _largest(entry.tensor)).tolist() for entry in labels]
-    if not any(map(any, scored)):
-        return set(range(len(scored[0])))
-    if len({len(flags) for flags in scored}) > 1 or any(entry.tensor.dim() == 1 for entry in labels):
+    if not any(_is_target(entry, look.extremes(entry)[1]) for entry in labels):
+        return set(range(len(labels[0].tensor)))
+    if len({len(entry.tensor) for entry in labels}) > 1 or any(entry.tensor.dim() == 1 for entry in labels):
         return None
-    return _rows([not any(flags) for flags in zip(*scored, strict=True)]) or None
+    scored = [[_is_target(entry, top) for top in _largest(entry.tensor)] for entry in labels]
+    return {row for row, flags in enumerate(zip(*scored, strict=True)) if not any(flags)} or None
 
 
-def _is_target(entry: Entry, value: Any) -> Any:
-    return value > 0 if entry.kind == "loss mask" else value >= 0
+def _is_target(entry: Entry, value: float) -> bool:
+    return not (value <= 0 if entry.kind == "loss mask" else value < 0)  # NaN is no sign of a missing target
 
 
-def _largest(tensor: Tensor) -> Tensor:
+def _largest(tensor: Tensor) -> list[float]:
     """Return the largest value of each row."""
-    return tensor.amax(tuple(range(1, tensor.dim()))) if tensor.dim() > 1 else tensor
-
-
-def _rows(flags: Sequence[bool]) -> set[int]:
-    return {row for row, flag in enumerate(flags) if flag}
+    return list(tensor.amax(tuple(range(1, tensor.dim()))).tolist())
 
 
 def _hides(look: Look, mask: Entry, hidden: set[int], alarming: set[int]) -> Finding:

@@ -28,18 +28,21 @@ class Stops:
 
     def find(self, look: Look) -> Iterator[Finding]:
         """Count a batch, and judge after the last one that is counted."""
-        stops = _stop_tokens(look) if self._steps < STEPS else ()
-        # rawloop's own runs count their special tokens before step 0
-        if stops and not look.ours and callable(getattr(look.subject.model, "generate", None)):
-            self._steps += 1
-            for labels, ids, _ in _texts(look):
-                wanted = torch.tensor(stops, device=ids.device)
-                counts = torch.isin(ids, wanted), torch.isin(labels.tensor, wanted), labels.tensor >= 0
-                self._counts.append(torch.stack([count.sum() for count in counts]))
-                self._rows += len(ids)
-                self._last = look, labels
-            if self._steps == STEPS:
-                yield from self.judge()
+        if self._steps == STEPS:
+            return
+        stops = _stop_tokens(look) if callable(getattr(look.subject.model, "generate", None)) else ()
+        if look.ours or not stops:  # rawloop's own runs count their special tokens before step 0
+            self._steps = STEPS
+            return
+        self._steps += 1
+        for labels, ids, _ in _texts(look):
+            wanted = torch.tensor(stops, device=ids.device)
+            counts = torch.isin(ids, wanted), torch.isin(labels.tensor, wanted), labels.tensor >= 0
+            self._counts.append(torch.stack([count.sum() for count in counts]))
+            self._rows += len(ids)
+            self._last = look, labels
+        if self._steps == STEPS:
+            yield from self.judge()
 
     def judge(self) -> Iterator[Finding]:
         """Say once what the counts show."""
@@ -55,9 +58,7 @@ class Stops:
             advice = "mask padding by the attention mask, not by its id, or give padding a token of its own"
         else:
             why = "no sample ends with a stop token: the template leaves it out, or the samples are cut"
-            advice = (
-                "let the template or the tokenizer end each sample with the stop token, and raise the maximum length"
-            )
+            advice = "let the template or the tokenizer end each sample with it, and raise the maximum length"
         what = f"the stop token ({', '.join(map(str, _stop_tokens(look)))}) is never a target in {self._rows} samples"
         evidence = {"stop tokens in inputs": inputs, "as targets": 0, "targets": targets, "samples": self._rows}
         place = look.place(entry)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from rawloop.contracts import Batch, Labels
 from rawloop.dist import World
 from rawloop.watch.batches import Batches
 from rawloop.watch.findings import Finding
+from rawloop.watch.repeats import RankBatches
 from rawloop.watch.watch import Watch
 
 NAMES = ("a", "b", "c", "d")
@@ -202,12 +204,7 @@ def test_tensors_that_lack_most_operations_are_left_out(dtype: torch.dtype) -> N
     assert seen({"x": torch.ones(4, 2).to(dtype), "codes": torch.randint(0, 9, (4, 6))}) == {}
 
 
-def test_positions_beyond_the_model() -> None:
-    place = seen(texts(length=33), model=llama())["sequence_too_long"].cause.place
-    assert (place.tensor, place.position) == ("input_ids", 32)
-    packed = texts(length=40) | {"position_ids": torch.arange(40).remainder(20).expand(4, 40)}
-    assert seen(packed, model=llama()) == {}
-
+def test_learned_positions_beyond_the_model() -> None:
     class Learned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -287,22 +284,35 @@ def test_a_loader_that_stands_still() -> None:
     assert (found.kind, found.since, found.step, found.ordinary) == ("batch_repeated", 2, 6, False)
 
 
-def same_on_ranks(world: World, alike: bool) -> list[str]:
-    torch.manual_seed(0 if alike else world.rank)
-    with Watch(nn.Linear(2, 2), detectors=[Batches()]) as watch:
-        for _ in range(2):
-            with watch.step({"x": torch.randn(4, 6)}):
-                pass
-    return [finding.kind for finding in watch.findings]
+class Broken(dict[str, Tensor]):
+    """A batch that cannot be looked at."""
+
+    def items(self) -> Any:
+        """Fail."""
+        raise ValueError("no batch")
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_ranks_with_the_same_data(run_ranks: Callable[..., list[Any]], alike: bool) -> None:
-    for kinds in run_ranks(same_on_ranks, alike):
-        assert kinds == (["ranks_same_batch"] if alike else [])
+def same_on_ranks(world: World) -> list[list[str]]:
+    kinds = []
+    for case in ("alike", "different", "broken on one rank"):
+        torch.manual_seed(world.rank if case == "different" else 0)
+        with Watch(nn.Linear(2, 2), detectors=[RankBatches()]) as watch:
+            for _ in range(2):
+                batch = {"x": torch.randn(4, 6)}
+                with watch.step(Broken(batch) if case[:6] == "broken" and world.rank else batch):
+                    pass
+        kinds.append([finding.kind for finding in watch.findings])
+    return kinds
 
 
-@pytest.mark.parametrize(("batch", "words"), [({"text": ["a"], "id": 3}, "keys text, id"), (["a"], "values of type")])
+def test_ranks_with_the_same_data(run_ranks: Callable[..., list[Any]]) -> None:
+    assert run_ranks(same_on_ranks) == [[["ranks_same_batch"], [], ["watch_failed"]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [({"text": ["a"], "id": 3}, "keys text, id"), (["a"], "of type str"), (numpy.ones(3), "a ndarray")],
+)
 def test_no_tensors(batch: Any, words: str) -> None:
     found = seen(batch)["no_tensors"]
     assert words in found.what

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rawloop.watch.calls import Calls
+from rawloop.watch.batches import Batches
 from rawloop.watch.findings import Finding
 from rawloop.watch.watch import Watch
 
@@ -19,7 +19,7 @@ def llama() -> LlamaForCausalLM:
 
 def called(model: nn.Module, **inputs: Any) -> dict[str, Finding]:
     """The findings about one call of a model, by the keyword."""
-    with Watch(model, detectors=[Calls()]) as watch, watch.step(inputs):
+    with Watch(model, detectors=[Batches()]) as watch, watch.step(inputs):
         model(**inputs)
     swallowed = (finding for finding in watch.findings if finding.kind == "input_swallowed")
     return {finding.cause.place.tensor: finding for finding in swallowed}
@@ -62,7 +62,7 @@ def test_a_wrapper_that_passes_everything_on() -> None:
 
 def test_what_was_seen_before_the_loop_failed_is_told() -> None:
     ids, model = torch.randint(3, 32, (2, 6)), llama()
-    with pytest.raises(AttributeError), Watch(model, detectors=[Calls()]) as watch:  # noqa: SIM117
+    with pytest.raises(AttributeError), Watch(model, detectors=[Batches()]) as watch:  # noqa: SIM117
         with watch.step():
             torch.autograd.backward(model(input_ids=ids, label_ids=ids).loss.sum())
     assert "input_swallowed" in {finding.kind for finding in watch.findings}
