@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.origin import current_line, damaged, find_origin, guilty_rows, is_finite, is_finite_in, reason
-from rawloop.origin.find import Origin
+from rawloop.origin.spots import Origin
 
 Change = Callable[[Tensor], Tensor]
 

@@ -5,9 +5,10 @@
 in `current_line`.
 """
 
-from rawloop.origin.find import Damage, Origin, damaged, find_origin, gradients_of, is_finite, is_finite_in
+from rawloop.origin.find import Damage, damaged, find_origin, gradients_of, is_finite, is_finite_in
 from rawloop.origin.lines import current_line
 from rawloop.origin.rows import Rows, batch_size, guilty_rows
+from rawloop.origin.spots import Origin
 from rawloop.origin.words import Reason, reason
 
 __all__ = [

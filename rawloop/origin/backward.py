@@ -2,40 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rawloop.origin.forward import NOWHERE, Recorder, Spot
+from rawloop.origin.forward import Recorder
+from rawloop.origin.spots import NOWHERE, Origin, Spot
 from rawloop.origin.tensors import floats_in, largest, limit, trouble
 
-SUM = "the sum of gradients"
-CHANGED = "a change of the gradient"
-
-
-@dataclass(eq=False)
-class GradientSource:
-    """The node that makes gradients that are not finite from finite ones.
-
-    Args:
-        number: counts the nodes in the order in which they run.
-        operation: the name of the node without `Backward0`, `SUM` if gradients are finite one by one only, or `CHANGED`
-            if their sum is finite as well, so that a hook has changed it.
-        spot: the place in the forward pass that created the node.
-        largest: the largest finite magnitude of the gradient that the node received.
-        dtype: of the gradient that is not finite.
-        kind: `nan` or `inf`.
-    """
-
-    number: int
-    operation: str
-    spot: Spot | None
-    largest: float
-    dtype: torch.dtype
-    kind: str
+SUM = "the sum of gradients"  # of gradients that are finite one by one
+CHANGED = "a change of the gradient"  # their sum is finite as well, so that a hook has changed it
 
 
 def recomputes(node: Any) -> bool:
@@ -62,7 +40,7 @@ class Nodes:
         self.leaves: list[Tensor] = []
         self.seen: set[Any] = set()
         self._accumulators: dict[int, Any] = {}  # id of a leaf -> its node
-        self._sources: dict[Any, GradientSource] = {}  # by the node that receives the gradient
+        self._sources: dict[Any, Origin] = {}  # by the node that receives the gradient
         self._spots: dict[Any, Spot] = {}
         self._parts: dict[Any, float] = {}  # the sum of the largest magnitudes that a node was given
         self._hooks = ExitStack()
@@ -79,16 +57,18 @@ class Nodes:
             finally:
                 self.recorder.on_exit = None
 
-    def source(self, gradients: Sequence[Tensor | None]) -> tuple[GradientSource, Tensor] | None:
-        """Return the first source of the leaves' gradients that are not finite, and the leaf."""
+    def source(self, gradients: Sequence[Tensor | None]) -> Origin | None:
+        """Return the first source of the leaves' gradients that are not finite."""
         found = []
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             if gradient is not None and (kind := trouble(gradient)):
                 node = self._accumulators[id(leaf)]
                 size = self._parts.get(node, 0.0)
-                alone = GradientSource(self._ran + 1, _sum(size, gradient), None, size, gradient.dtype, kind)
-                found.append((self._sources.get(node, alone), leaf))
-        return min(found, key=lambda pair: pair[0].number, default=None)
+                alone = Origin("backward", _sum(size, gradient), NOWHERE, kind, gradient.dtype, order=self._ran + 1)
+                alone.gradient, alone.hook = size, hook_of(leaf) if alone.operation == CHANGED else ""
+                alone.parameter = self.recorder.weights.get(id(leaf), "a tensor outside the model")
+                found.append(self._sources.get(node, alone))
+        return min(found, key=lambda origin: origin.order, default=None)
 
     def _watch(self, starts: Iterable[Any], spot: Spot | None) -> None:
         for node in nodes_below(starts, self.seen):
@@ -119,15 +99,16 @@ class Nodes:
                 self._parts[following] = self._parts.get(following, 0.0) + _size(gradient)
                 continue
             if source is None and recomputes(node):  # its own backward pass has run already
-                source = min(self._sources.values(), key=lambda one: one.number, default=None)
+                source = min(self._sources.values(), key=lambda one: one.order, default=None)
             source = source or self._source(node, operation_of(node.name()), received, gradient)
             known = self._sources.get(following)
-            if known is None or source.number < known.number:
+            if known is None or source.order < known.order:
                 self._sources[following] = source
 
-    def _source(self, node: Any, operation: str, received: Any, wrong: Tensor) -> GradientSource:
-        size = largest(floats_in(received))
-        return GradientSource(self._ran, operation, self._spots[node], size, wrong.dtype, trouble(wrong))
+    def _source(self, node: Any, operation: str, received: Any, wrong: Tensor) -> Origin:
+        made = Origin("backward", operation, self._spots[node], trouble(wrong), wrong.dtype, order=self._ran)
+        made.gradient = largest(floats_in(received))
+        return made
 
 
 def _size(gradient: Any) -> float:

@@ -4,16 +4,17 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rawloop.buffers import untouched
-from rawloop.origin.backward import CHANGED, Nodes, hook_of, nodes_below, recomputes
-from rawloop.origin.forward import NOWHERE, Call, Recorder, Source, Spot
+from rawloop.origin.backward import Nodes, nodes_below, recomputes
+from rawloop.origin.forward import Recorder
+from rawloop.origin.spots import NOWHERE, Origin
 from rawloop.origin.tensors import first_wrong, trouble
 from rawloop.origin.twin import Wide
 
@@ -31,41 +32,6 @@ class Damage(NamedTuple):
 
     def __str__(self) -> str:
         return f"the {self.kind} '{self.name}' is not finite ({self.wrong:,} of {self.total:,} numbers)"
-
-
-@dataclass
-class Origin:
-    """The first place with finite inputs and an output or gradient that is not finite.
-
-    Args:
-        phase: forward or backward.
-        operation: `torch.log`; in backward the name of the autograd node, such as `sqrt`.
-        spot: the place in the forward pass.
-        kind: `nan` or `inf`.
-        dtype: of the tensor that is not finite.
-        given: the name of the input that is not finite, if that is the origin.
-        blocked: the operation makes it from the infinities of a mask.
-        gradient: the largest finite magnitude of the gradient that the operation received; NaN in forward.
-        parameter: the parameter whose gradient it is, if gradients are finite one by one and their sum is not.
-        narrow: a 16-bit dtype that an operation of the pass has made; None if there was none.
-        later: the operation that stumbles over the zero which a division has made of the infinity; empty without one.
-        hook: the function that changes a finite gradient to one that is not; empty if no hook is known.
-        call: the operation with its arguments, to run it again; None if it cannot be captured.
-    """
-
-    phase: Literal["forward", "backward"]
-    operation: str
-    spot: Spot
-    kind: str
-    dtype: torch.dtype
-    given: str = ""
-    blocked: bool = False
-    gradient: float = math.nan
-    parameter: str = ""
-    narrow: torch.dtype | None = None
-    later: str = ""
-    hook: str = ""
-    call: Call | None = None
 
 
 def damaged(model: nn.Module) -> Damage | None:
@@ -152,41 +118,14 @@ def _pass(run: Run, recorder: Recorder, model: nn.Module) -> Origin | None:
         root = run()
         with torch._C.DisableTorchFunction():
             if kind := trouble(root):
-                return _forward(recorder.source_of(root) or Source(NOWHERE, kind, root.dtype), recorder)
+                found = recorder.source_of(root) or Origin("forward", "", NOWHERE, kind, root.dtype)
+                return replace(found, blocked=found.mask or found.blocked, narrow=recorder.narrow)
             if root.grad_fn is None:
                 return None
             nodes = Nodes(recorder)
         with nodes.watching(root):
-            found = nodes.source(_gradients(root, nodes.leaves, any(map(recomputes, nodes.seen))))
-    if found is None:
-        return None
-    source, leaf = found
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return Origin(
-        "backward",
-        source.operation,
-        source.spot or NOWHERE,
-        source.kind,
-        source.dtype,
-        gradient=source.largest,
-        parameter=names.get(id(leaf), "a tensor outside the model") if source.spot is None else "",
-        narrow=recorder.narrow,
-        hook=hook_of(leaf) if source.operation == CHANGED else "",
-    )
-
-
-def _forward(source: Source, recorder: Recorder) -> Origin:
-    return Origin(
-        "forward",
-        source.spot.operation,
-        source.spot,
-        source.kind,
-        source.dtype,
-        source.given,
-        source.mask or source.blocked_by is not None,
-        narrow=recorder.narrow,
-        later=source.later,
-    )
+            source = nodes.source(_gradients(root, nodes.leaves, any(map(recomputes, nodes.seen))))
+    return source and replace(source, narrow=recorder.narrow)
 
 
 def _gradients(root: Tensor, leaves: Sequence[Tensor], recomputes: bool) -> Sequence[Tensor | None]:

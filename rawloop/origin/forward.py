@@ -2,87 +2,30 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from rawloop.origin.lines import current_line, line_of
+from rawloop.origin.spots import NOWHERE, Call, Origin, Spot
 from rawloop.origin.tensors import base_of, floats_in, limit, map_args, trouble
 
 # Operations whose result should not be infinite where a mask blocks some of their inputs.
 REDUCTIONS = ("sum", "mean", "logsumexp", "cross_entropy", "nll_loss", "kl_div", "gather", "take_along_dim")
 # Operations that take masks with minus infinity.
-MASKED = ("softmax", "log_softmax", "scaled_dot_product_attention", "logsumexp", "_safe_softmax")
+MASKED = ("softmax", "log_softmax", "scaled_dot_product_attention", "logsumexp", "safe_softmax")
 
 # Operations that make a zero of an infinity, those that keep a zero, and those whose result at a zero is not finite.
 HIDES = ("div", "rdiv", "true_divide", "divide", "reciprocal", "rsqrt")
 KEEPS_ZERO = (*HIDES, "mul", "rmul", "multiply", "neg", "abs", "sqrt", "square", "to", "float", "contiguous", "gather")
 BREAKS_AT_ZERO = (*HIDES, "log", "log2", "log10", "pow")
-
-
-class Spot(NamedTuple):
-    """A place in the forward pass.
-
-    Args:
-        number: counts the operations of the pass; -1 for a module whose own kernels are not operations of torch.
-        operation: such as `torch.log`, or the class of the module.
-        module: the path of the innermost module; empty for the model itself.
-        inside: whether a module of the model was running.
-        line: the line of code outside torch; empty if unknown.
-    """
-
-    number: int
-    operation: str
-    module: str
-    inside: bool
-    line: str
-
-
-NOWHERE = Spot(-1, "", "", False, "")
-
-
-@dataclass(eq=False)
-class Source:
-    """What made numbers that are not finite: an operation, or a tensor that was given (`given` is its name).
-
-    Args:
-        spot: the operation.
-        mask: it blocks positions with infinities, which is right unless something makes NaN from it.
-        blocked_by: the mask from which the operation makes NaN.
-        kind: `nan` or `inf`.
-        dtype: of the tensor that is not finite.
-        given: the name of a weight, buffer or input that contained them from the start.
-        later: the operation that stumbles over the zero which a division has made of the infinity; empty without one.
-    """
-
-    spot: Spot
-    kind: str
-    dtype: torch.dtype
-    mask: bool = False
-    blocked_by: "Source | None" = None
-    given: str = ""
-    later: str = ""
-
-
-@dataclass
-class Call:
-    """One operation with copies of its arguments, to run it again.
-
-    `gradients` are those of its outputs; `weights` names the arguments that are weights of the model, by their position
-    in `floats_in((args, kwargs))`.
-    """
-
-    func: Any
-    args: Any
-    kwargs: Any
-    weights: dict[int, str]
-    outputs: list[Tensor] = field(default_factory=list)
-    gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Recorder(TorchFunctionMode):
@@ -99,8 +42,8 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, given: Mapping[str, Tensor], wanted: int | None = None) -> None:
         super().__init__()
         self.stack: list[tuple[str, nn.Module]] = []
-        self.sources: dict[int, Source] = {}
-        self.hidden: dict[int, Source] = {}  # the infinities behind zeros
+        self.sources: dict[int, Origin] = {}
+        self.hidden: dict[int, Origin] = {}  # the infinities behind zeros
         self.spans: list[tuple[int, Spot]] = []  # the sequence number of autograd nodes after each place
         self.call: Call | None = None
         self.count, self.wanted = 0, wanted
@@ -111,7 +54,7 @@ class Recorder(TorchFunctionMode):
         for name, tensor in given.items():
             for one in floats_in(tensor):
                 if kind := trouble(one):
-                    self.sources[_key(one)] = Source(NOWHERE, kind, one.dtype, mask=not _not_a_mask(one), given=name)
+                    self.sources[_key(one)] = _origin(NOWHERE, kind, one, given=name, mask=not _not_a_mask(one))
 
     @contextmanager
     def watching(self) -> Iterator["Recorder"]:
@@ -123,17 +66,14 @@ class Recorder(TorchFunctionMode):
             with self:
                 yield self
 
-    def source_of(self, tensor: Tensor) -> Source | None:
+    def source_of(self, tensor: Tensor) -> Origin | None:
         """Return the source of a tensor that is not finite."""
         return self.sources.get(_key(tensor))
 
     def spot_of(self, sequence_number: int) -> Spot | None:
         """Return the place that created an autograd node."""
-        low, high = 0, len(self.spans)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.spans[middle][0] > sequence_number else (middle + 1, high)
-        return self.spans[low][1] if low < len(self.spans) else None
+        number = bisect_right(self.spans, sequence_number, key=itemgetter(0))
+        return self.spans[number][1] if number < len(self.spans) else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
@@ -147,10 +87,10 @@ class Recorder(TorchFunctionMode):
         before = [self._seen(tensor) for tensor in given] if in_place else []
         if number == self.wanted:
             self._capture(func, args, kwargs)
-        self._note(Spot(-1, "", self._module(), bool(self.stack), ""))  # nodes of kernels that torch does not show
+        self._note(self._spot())  # nodes of kernels that torch does not show
         result = func(*args, **kwargs)
         made = list(floats_in(result)) or (given[:1] if in_place else [])
-        spot = Spot(number, resolve_name(func) or name, self._module(), bool(self.stack), self._line())
+        spot = self._spot(number, resolve_name(func) or name, self._line())
         self._note(spot)
         for out in made:
             self.narrow = out.dtype if out.dtype.itemsize < 4 else self.narrow
@@ -161,60 +101,56 @@ class Recorder(TorchFunctionMode):
 
     def _settle(self, out: Tensor, spot: Spot, given: list[Tensor], before: Any, arguments: Any) -> None:
         """Remember the source of an output that is not finite."""
-        kind = trouble(out)
+        kind, base = trouble(out), base_of(spot.operation)
+        found = before if before is not None else [self._seen(one) for one in given] if kind or base in HIDES else []
+        sources = [source for source in found if source is not None]
         if not kind:
-            if all(_key(out) != _key(tensor) for tensor in given):
-                self.sources.pop(_key(out), None)  # the memory of another tensor, used again
-            self._hide(out, base_of(spot.operation), given, before)
+            self._hide(out, base, given, sources)
             return
         self.hidden.pop(_key(out), None)
-        sources = [s for s in (before if before is not None else map(self._seen, given)) if s is not None]
         real = [source for source in sources if not source.mask]
         if real:
             made = min(real, key=lambda source: source.spot.number)
-        elif sources and kind == "inf" and spot.operation.rpartition(".")[2] not in REDUCTIONS:
+        elif sources and kind == "inf" and base not in REDUCTIONS:
             made = sources[0]
-        elif sources and sources[0].given and spot.operation.rpartition(".")[2] not in MASKED:
+        elif sources and sources[0].given and base not in MASKED:
             made = replace(sources[0], mask=False)  # numbers that are no mask, such as the logarithm of silence
         elif sources:
-            made = Source(spot, kind, out.dtype, blocked_by=sources[0])
-        elif hidden := self._behind_zero(base_of(spot.operation), given):
+            made = _origin(spot, kind, out, blocked=True)
+        elif hidden := self._behind_zero(base, given):
             made = replace(hidden, later=spot.operation)
         else:
-            made = Source(spot, kind, out.dtype, mask=_has_infinity(arguments, out.dtype) and not _not_a_mask(out))
+            made = _origin(spot, kind, out, mask=_has_infinity(arguments, out.dtype) and not _not_a_mask(out))
         self.sources[_key(out)] = made
 
-    def _hide(self, out: Tensor, base: str, given: list[Tensor], before: list[Source | None] | None) -> None:
+    def _hide(self, out: Tensor, base: str, given: list[Tensor], sources: Sequence[Origin]) -> None:
         """Remember the infinity of which an operation has made a zero, as a division by it does."""
-        sources = before if before is not None else map(self._seen, given) if base in HIDES else ()
-        real = (source for source in sources if base in HIDES and source is not None and source.kind == "inf")
-        hidden = next((source for source in real if not source.mask and not source.given), None)
-        if hidden is None and base in KEEPS_ZERO:
-            hidden = next((self.hidden[_key(one)] for one in given if _key(one) in self.hidden), None)
+        others = all(_key(out) != _key(one) for one in given)
+        if others:
+            self.sources.pop(_key(out), None)  # the memory of another tensor, used again
+        real = (s for s in sources if base in HIDES and s.kind == "inf" and not s.mask and not s.given)
+        kept = (self.hidden[_key(one)] for one in given if base in KEEPS_ZERO and _key(one) in self.hidden)
+        hidden = next(real, None) or next(kept, None)
         if hidden is not None and bool((out.detach() == 0).any()):
             self.hidden[_key(out)] = hidden
-        elif all(_key(out) != _key(one) for one in given):
+        elif others:
             self.hidden.pop(_key(out), None)
 
-    def _behind_zero(self, base: str, given: list[Tensor]) -> Source | None:
+    def _behind_zero(self, base: str, given: list[Tensor]) -> Origin | None:
         """Return the infinity behind a zero among the inputs of an operation that is not finite at zero."""
-        if base not in BREAKS_AT_ZERO:
-            return None
         zeros = (one for one in given if _key(one) in self.hidden and bool((one.detach() == 0).any()))
-        return next((self.hidden[_key(one)] for one in zeros), None)
+        return next((self.hidden[_key(one)] for one in zeros), None) if base in BREAKS_AT_ZERO else None
 
-    def _seen(self, tensor: Tensor) -> Source | None:
+    def _seen(self, tensor: Tensor) -> Origin | None:
         """Return the source of an input; one that nobody has made comes from outside the pass."""
         kind = trouble(tensor)
-        if not kind:
-            return None
+        if not kind or _key(tensor) in self.sources:
+            return self.sources[_key(tensor)] if kind else None
         shape = f"a tensor {tuple(tensor.shape)} from outside the pass"
-        spot = Spot(-1, "", self._module(), bool(self.stack), self._line())
-        known = self.sources.get(_key(tensor))
-        return known or Source(spot, kind, tensor.dtype, mask=not _not_a_mask(tensor), given=shape)
+        return _origin(self._spot(line=self._line()), kind, tensor, given=shape, mask=not _not_a_mask(tensor))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self._note(Spot(-1, "", self._module(), bool(self.stack), ""))
+        self._note(self._spot())
         self.stack.append((self.names[module], module))
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, made: Any) -> None:
@@ -230,8 +166,8 @@ class Recorder(TorchFunctionMode):
         while self.stack and self.stack.pop()[1] is not module:
             pass
 
-    def _module(self) -> str:
-        return self.stack[-1][0] if self.stack else ""
+    def _spot(self, number: int = -1, operation: str = "", line: str = "") -> Spot:
+        return Spot(number, operation, self.stack[-1][0] if self.stack else "", bool(self.stack), line)
 
     def _note(self, spot: Spot) -> None:
         now = torch._C._autograd._get_sequence_nr()
@@ -246,8 +182,10 @@ class Recorder(TorchFunctionMode):
         return line_of(sys._getframe(1))
 
     def _capture(self, func: Any, args: Any, kwargs: Any) -> None:
-        def copied(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_floating_point())
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach().clone().requires_grad_(value.requires_grad and value.is_floating_point())
 
         given = enumerate(floats_in((args, kwargs)))
         weights = {n: self.weights[id(tensor)] for n, tensor in given if id(tensor) in self.weights}
@@ -260,6 +198,10 @@ class Recorder(TorchFunctionMode):
                 out.register_hook(  # type: ignore[no-untyped-call]
                     lambda gradient, index=index: call.gradients.__setitem__(index, gradient.detach().clone())
                 )
+
+
+def _origin(spot: Spot, kind: str, tensor: Tensor, **more: Any) -> Origin:
+    return Origin("forward", spot.operation, spot, kind, tensor.dtype, **more)
 
 
 def _key(tensor: Tensor) -> int:

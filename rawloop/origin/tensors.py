@@ -14,15 +14,15 @@ def floats_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if _readable(value):
             yield value
+        return
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from floats_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from floats_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from floats_in(getattr(value, field.name))
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for item in value:
+        yield from floats_in(item)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -51,19 +51,17 @@ def largest(tensors: Iterable[Tensor]) -> float:
 
 def first_wrong(tensor: Tensor) -> tuple[int, ...]:
     """Return the index of the first number that is not finite."""
-    flat = int((~tensor.detach().isfinite()).flatten().int().argmax())
-    return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), tensor.shape))
+    flat = (~tensor.detach().isfinite()).flatten().int().argmax()
+    return tuple(int(i) for i in torch.unravel_index(flat, tensor.shape))
 
 
-def map_args(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """Return arguments of an operation with each tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
+def map_args(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return arguments of an operation, in dicts, lists and tuples, with each one changed."""
     if isinstance(value, dict):
         return {name: map_args(change, item) for name, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map_args(change, item) for item in value)
-    return value
+    return change(value)
 
 
 def base_of(operation: str) -> str:

@@ -8,15 +8,46 @@ import torch
 from torch import Tensor
 
 from rawloop.origin.backward import CHANGED, SUM
-from rawloop.origin.find import Origin
-from rawloop.origin.forward import Call
+from rawloop.origin.spots import Call, Origin
 from rawloop.origin.tensors import base_of, dtype_name, first_wrong, floats_in, largest, limit, trouble
 from rawloop.origin.twin import run_again, wider
 
 Blamed = Literal["data", "code", "precision", "optimizer"]
-KEEP = "Keep its inputs in the range where its result is finite"
+Verdict = tuple[Blamed, str, str]  # whose fault it is, why, what to do
+
 ABSURD = 1e3  # weights of trained models are smaller
-RANGE = "Take bf16, or scale the input of this operation down"
+DIVISIONS = ("div", "rdiv", "true_divide", "divide", "reciprocal")
+ENTROPIES = ("cross_entropy", "nll_loss")
+PICKS = (*ENTROPIES, "gather", "take_along_dim", "kl_div", "getitem")
+
+# Why an operation is not finite in forward, and what to do.
+LOG = "Clamp the argument from below, as by 1e-6, or compute log-probabilities by log_softmax or logsigmoid"
+RANGE = "Clamp its argument to the range where it is finite"
+LARGE = "Subtract the maximum first (logsumexp, softmax), or clamp the argument"
+RULES = {
+    **dict.fromkeys(("log", "log2", "log10"), ("{base} of {value:.4g}", LOG)),
+    **dict.fromkeys(
+        ("sqrt", "rsqrt", "pow", "acos", "asin", "atanh", "log1p", "acosh", "logit"), ("{base} of {value:.4g}", RANGE)
+    ),
+    **dict.fromkeys(
+        ("exp", "exp2", "expm1", "sinh", "cosh"), ("{base} of {value:.4g}, which is too large for {dtype}", LARGE)
+    ),
+    **dict.fromkeys(
+        ENTROPIES,
+        ("{base} of a target whose logit is masked, or that overflows", "Do not mask classes that are targets"),
+    ),
+}
+# What to do if the gradient is not finite.
+EPS = "Add a small number before it, as sqrt(x + 1e-8)"
+BACKWARD = {
+    "sqrt": f"The derivative of a square root at 0 is infinite. {EPS}",
+    "pow": "The derivative of a power below 1 at 0 is infinite. Clamp its argument from below",
+    **dict.fromkeys(("linalg_vector_norm", "norm"), f"The derivative of a norm at 0 is not defined. {EPS}"),
+    "div": "Clamp the divisor from below before dividing",
+    "log": "Clamp its argument from below before it: a torch.where after it does not stop the gradient",
+    **dict.fromkeys(("acos", "asin"), "Clamp its argument to less than 1 in magnitude"),
+    "std": "The derivative of a standard deviation of equal numbers is infinite. Add a small number to the variance",
+}
 
 
 @dataclass
@@ -41,83 +72,87 @@ class Reason:
     shape: tuple[int, ...] = ()
     parameter: str = ""
 
+    def locate(self, wrong: Tensor) -> None:
+        """Take the first number of a tensor that is not finite, and how many are not."""
+        self.index, self.shape = first_wrong(wrong), tuple(wrong.shape)
+        self.evidence["not finite"] = f"{int((~wrong.isfinite()).sum()):,} of {wrong.numel():,}"
+
+    def decide(self, verdict: Verdict) -> None:
+        """Take whose fault it is, why, and what to do."""
+        self.blamed, self.what, self.advice = verdict
+
 
 def reason(origin: Origin) -> Reason:
     """Return why an origin is one, from its captured operation if there is one."""
-    if origin.given:
-        evidence: dict[str, float | int | str] = {"dtype": dtype_name(origin.dtype)}
-        return Reason("data", f"{origin.given} contains {_kind(origin.kind)}", "Drop or repair this sample", evidence)
     call = origin.call
-    if call is None:
-        return _unseen(origin)
+    if origin.given or call is None:
+        return Reason(*_unseen(origin), _magnitude(origin.gradient, origin.dtype))
     found = _forward(origin, call) if origin.phase == "forward" else _backward(origin, call)
     if origin.later:
         found.what += f"; a division by the infinity gives 0, which {origin.later} cannot take"
     return found
 
 
-def _unseen(origin: Origin) -> Reason:
-    """Return the reason of an origin whose operation is not captured."""
-    kind, size = _kind(origin.kind), origin.gradient
-    if origin.operation == CHANGED:
+def _unseen(origin: Origin) -> Verdict:
+    """Return what is known without the operation."""
+    kind, name = _kind(origin.kind), origin.operation or "an operation that torch does not show"
+    if origin.given:
+        return "data", f"{origin.given} contains {kind}", "Drop or repair this sample"
+    if name == CHANGED:
         of = f" of '{origin.parameter}'" if origin.parameter else ""
         what = f"backward computes a finite gradient{of}, and {origin.hook or 'a hook'} makes {kind} of it"
-        advice = "Guard the hook's divisions: a norm that it divides by may be zero"
-        return Reason("optimizer", what, advice, _magnitude(size, origin.dtype))
-    if origin.parameter:
-        what = f"the parts of the gradient of '{origin.parameter}' are finite, and their sum is not"
-        advice = "Lower the loss scale, or keep this weight in float32"
-        return Reason(_by_range(origin.dtype), what, advice, _magnitude(size, origin.dtype))
-    name = origin.operation or "an operation that torch does not show"
-    if origin.operation == SUM:
-        what = "gradients of a tensor that is used more than once are finite one by one, and their sum is not"
-        return Reason(_by_range(origin.dtype), what, "Lower the loss scale", _magnitude(size, origin.dtype))
-    if origin.phase == "backward":
-        what = f"the backward pass of {name} makes {kind} from finite gradients"
-        advice = f"Look at the divisions and roots in the backward method of {name}"
-        return Reason("code", what, advice, _magnitude(size, origin.dtype))
-    evidence: dict[str, float | int | str] = {"dtype": dtype_name(origin.dtype)}
-    return Reason("code", f"{name} makes {kind} from finite inputs", f"Look at the kernel of {name}", evidence)
-
-
-def _by_range(dtype: torch.dtype) -> Blamed:
-    return "precision" if dtype.itemsize < 4 else "code"
+        return "optimizer", what, "Guard the hook's divisions: a norm that it divides by may be zero"
+    if name == SUM:
+        whose = f"'{origin.parameter}'" if origin.parameter else "a tensor that is used more than once"
+        what = f"the parts of the gradient of {whose} are finite, and their sum is not"
+        blamed: Blamed = "precision" if origin.dtype.itemsize < 4 else "code"
+        return blamed, what, "Lower the loss scale, or compute this part in float32"
+    if origin.phase == "forward":
+        return "code", f"{name} makes {kind} from finite inputs", f"Look at the kernel of {name}"
+    what = f"the backward pass of {name} makes {kind} from finite gradients"
+    return "code", what, f"Look at the divisions and roots in the backward method of {name}"
 
 
 def _forward(origin: Origin, call: Call) -> Reason:
-    evidence = _magnitude(largest(floats_in((call.args, call.kwargs))), origin.dtype)
-    found = Reason("code", f"{origin.operation} makes {_kind(origin.kind)} from finite inputs", KEEP, evidence)
+    name, base = origin.operation, base_of(origin.operation)
+    found = Reason("code", f"{name} makes {_kind(origin.kind)} from finite inputs")
+    found.advice = "Keep its inputs in the range where its result is finite"
+    found.evidence = _magnitude(largest(floats_in((call.args, call.kwargs))), origin.dtype)
     wrong = next((out for out in call.outputs if trouble(out)), None)
     if wrong is not None:
-        found.index, found.shape = first_wrong(wrong), tuple(wrong.shape)
-        evidence["not finite"] = f"{int((~wrong.isfinite()).sum()):,} of {wrong.numel():,}"
-    base = base_of(origin.operation)
+        found.locate(wrong)
     if origin.blocked:
-        found.blamed, found.what, found.advice = _of_mask(origin, base)
+        found.decide(_of_mask(origin, base))
         return found
-    twin = _twin(call, wider(origin.dtype))
-    if twin is not None:
-        evidence[f"in {dtype_name(wider(origin.dtype))}"] = twin
-    if twin is not None and origin.dtype.itemsize < 4:
-        end = f"{dtype_name(origin.dtype)} ends at {limit(origin.dtype):.6g}"
-        found.blamed, found.advice = "precision", RANGE
-        found.what = f"{origin.operation} gives {twin:.4g} in float32, and {end}"
-        _add_weights(found, call)
+    twin, _ = run_again(call, wider(origin.dtype)) or ([], [])
+    size = largest(twin) if twin and not any(map(trouble, twin)) else None
+    if size is not None:
+        found.evidence[f"in {dtype_name(wider(origin.dtype))}"] = size
+    if size is not None and origin.dtype.itemsize < 4:
+        found.decide(_too_narrow(name, size, origin.dtype, "Take bf16, or scale the input of this operation down"))
+    elif (known := _explained(base, call, found.index, wrong)) is not None:
+        found.decide(known)
         return found
-    blamed, what, advice = _explained(base, call, found.index, wrong)
-    found.blamed, found.what, found.advice = blamed, what or found.what, advice or found.advice
-    if not what:
-        _add_weights(found, call)
+    _add_weights(found, call)
     return found
 
 
-def _of_mask(origin: Origin, base: str) -> tuple[Blamed, str, str]:
-    if base in ("cross_entropy", "nll_loss", "gather", "take_along_dim", "kl_div", "getitem"):
-        what = f"{origin.operation} scores a target whose class a mask blocks"
+def _too_narrow(name: str, size: float, dtype: torch.dtype, advice: str) -> Verdict:
+    return (
+        "precision",
+        f"{name} gives {size:.4g} in float32, and {dtype_name(dtype)} ends at {limit(dtype):.6g}",
+        advice,
+    )
+
+
+def _of_mask(origin: Origin, base: str) -> Verdict:
+    name = origin.operation
+    if base in PICKS:
+        what = f"{name} scores a target whose class a mask blocks"
         return "data", what, "Do not mask classes that are targets, or ignore these targets"
     if origin.kind == "inf":
-        return "code", f"infinities of a mask reach the loss through {origin.operation}", "Mask the result as well"
-    what = f"a mask blocks every position of a row, and {origin.operation} makes NaN from it"
+        return "code", f"infinities of a mask reach the loss through {name}", "Mask the result as well"
+    what = f"a mask blocks every position of a row, and {name} makes NaN from it"
     return "data", what, "Give every row at least one position that is not masked, or drop the sample"
 
 
@@ -132,50 +167,23 @@ def _add_weights(found: Reason, call: Call) -> None:
         found.advice = "Such weights come from a learning rate that is too high, or from a damaged file"
 
 
-def _twin(call: Call, dtype: torch.dtype) -> float | None:
-    """Return the largest magnitude of an operation's result in a wider dtype; None if that is not finite either."""
-    try:
-        made, _ = run_again(call, dtype)
-    except (RuntimeError, TypeError):  # a kernel without this dtype
-        return None
-    return None if any(map(trouble, made)) else largest(made)
-
-
-def _explained(base: str, call: Call, index: tuple[int, ...], wrong: Tensor | None) -> tuple[Blamed, str, str]:
-    """Return whose fault a result is, why it is not finite, and what to do; empty strings if the rule is not known."""
-    value = _value(call, 0, index, wrong)
-    if base in ("log", "log2", "log10"):
-        advice = "Clamp the argument from below, as by 1e-6, or compute log-probabilities by log_softmax or logsigmoid"
-        return "code", f"{base} of {value:.4g}", advice
-    if base in ("div", "rdiv", "true_divide", "divide", "reciprocal"):
+def _explained(base: str, call: Call, index: tuple[int, ...], wrong: Tensor | None) -> Verdict | None:
+    """Return whose fault a result is, why it is not finite, and what to do; None if no rule is known."""
+    if base in DIVISIONS:
         return _division(base, call, index, wrong)
     if base in ("mean", "nanmean", "std", "var") and (few := _too_few(base, call)):
         return "data", f"{base} of {few}", "Skip the term if nothing is left to average"
-    if base in ("cross_entropy", "nll_loss") and _all_ignored(call):
-        return (
-            "data",
-            f"{base} has no target: each one is ignored",
-            "Divide a sum by max(1, targets), or drop such batches",
-        )
-    if base in ("cross_entropy", "nll_loss"):
-        return (
-            "code",
-            f"{base} of a target whose logit is masked, or that overflows",
-            "Do not mask classes that are targets",
-        )
-    if base in ("sqrt", "rsqrt", "pow", "acos", "asin", "atanh", "log1p", "acosh", "logit"):
-        return "code", f"{base} of {value:.4g}", "Clamp its argument to the range where it is finite"
-    if base in ("exp", "exp2", "expm1", "sinh", "cosh"):
-        advice = "Subtract the maximum first (logsumexp, softmax), or clamp the argument"
-        return (
-            "code",
-            f"{base} of {value:.4g}, which is too large for {dtype_name(wrong.dtype) if wrong is not None else 'it'}",
-            advice,
-        )
-    return "code", "", ""
+    if base in ENTROPIES and _all_ignored(call):
+        what = f"{base} has no target: each one is ignored"
+        return "data", what, "Divide a sum by max(1, targets), or drop such batches"
+    if base not in RULES:
+        return None
+    what, advice = RULES[base]
+    value, dtype = _value(call, 0, index, wrong), dtype_name(wrong.dtype) if wrong is not None else "it"
+    return "code", what.format(base=base, value=value, dtype=dtype), advice
 
 
-def _division(base: str, call: Call, index: tuple[int, ...], wrong: Tensor | None) -> tuple[Blamed, str, str]:
+def _division(base: str, call: Call, index: tuple[int, ...], wrong: Tensor | None) -> Verdict:
     swapped = base in ("rdiv", "reciprocal")
     above, below = (_value(call, one, index, wrong) for one in ((1, 0) if swapped else (0, 1)))
     if below == 0 and above == 0 and wrong is not None and wrong.numel() == 1:
@@ -186,28 +194,21 @@ def _division(base: str, call: Call, index: tuple[int, ...], wrong: Tensor | Non
 
 def _value(call: Call, position: int, index: tuple[int, ...], wrong: Tensor | None) -> float:
     """Return the number of an argument that belongs to an index of the result; NaN if there is none."""
-    if position >= len(call.args):
-        return 1.0 if position == 1 else math.nan  # reciprocal
-    given = call.args[position]
+    given = call.args[position] if position < len(call.args) else 1 if position == 1 else None  # 1: of reciprocal
     if isinstance(given, int | float):
         return float(given)
-    if not isinstance(given, Tensor):
+    if not isinstance(given, Tensor) or wrong is None or given.dim() > wrong.dim():
         return math.nan
-    if wrong is None or given.dim() > wrong.dim() or not _fits(given, wrong):
-        return math.nan
-    return float(given.detach().expand(wrong.shape)[index])
-
-
-def _fits(given: Tensor, wrong: Tensor) -> bool:
-    pairs = zip(reversed(given.shape), reversed(wrong.shape), strict=False)
-    return all(one in (1, other) for one, other in pairs)
+    sizes = zip(reversed(given.shape), reversed(wrong.shape), strict=False)
+    fits = all(one in (1, other) for one, other in sizes)
+    return float(given.detach().expand(wrong.shape)[index]) if fits else math.nan
 
 
 def _too_few(base: str, call: Call) -> str:
     given = call.args[0] if call.args else None
     if not isinstance(given, Tensor) or given.numel() == 0:
         return "no number" if isinstance(given, Tensor) else ""
-    return "a single number" if base in ("std", "var") and not any(map(trouble, [given])) else ""
+    return "a single number" if base in ("std", "var") and not trouble(given) else ""
 
 
 def _all_ignored(call: Call) -> bool:
@@ -219,61 +220,35 @@ def _all_ignored(call: Call) -> bool:
 
 
 def _backward(origin: Origin, call: Call) -> Reason:
-    name, kind = f"the backward pass of {origin.operation}", _kind(origin.kind)
-    found = _unseen(origin)
-    gradients = _gradients(call)
-    at = next((n for n, gradient in enumerate(gradients) if gradient is not None and trouble(gradient)), None)
-    if at is None or origin.operation in (SUM, CHANGED):
+    found = Reason(*_unseen(origin), _magnitude(origin.gradient, origin.dtype))
+    _, gradients = (call.gradients and run_again(call)) or ([], [])
+    pairs = zip(floats_in((call.args, call.kwargs)), gradients, strict=False)
+    wrong = next(((given, one) for given, one in pairs if one is not None and trouble(one)), None)
+    if wrong is None or origin.operation in (SUM, CHANGED):
         return found
-    gradient = gradients[at]
-    assert gradient is not None
-    found.index, found.shape = first_wrong(gradient), tuple(gradient.shape)
-    value = float(list(floats_in((call.args, call.kwargs)))[at].detach()[found.index])
+    given, gradient = wrong
+    value = float(given.detach()[first_wrong(gradient)])
     found.evidence["input"] = value
-    found.evidence["not finite"] = f"{int((~gradient.isfinite()).sum()):,} of {gradient.numel():,}"
-    wide = [one for one in _gradients(call, wider(origin.dtype)) if one is not None]
+    found.locate(gradient)
+    name, dtype = f"the backward pass of {origin.operation}", dtype_name(origin.dtype)
+    _, twin = run_again(call, wider(origin.dtype)) or ([], [])
+    wide = [one for one in twin if one is not None]
     if wide and not any(map(trouble, wide)) and origin.dtype.itemsize < 4:
-        size = largest(wide)
-        found.evidence["in float32"] = size
-        end = f"{dtype_name(origin.dtype)} ends at {limit(origin.dtype):.6g}"
-        found.blamed, found.advice = "precision", "Lower the loss scale, or take bf16"
-        found.what = f"{name} gives {size:.4g} in float32, and {end}"
+        size = found.evidence["in float32"] = largest(wide)
+        found.decide(_too_narrow(name, size, origin.dtype, "Lower the loss scale, or take bf16"))
         return found
-    found.what = f"{name} at {value:.4g} makes {kind} from finite gradients"
-    found.advice = ROOTS.get(base_of(origin.operation), "Keep its argument away from this value")
+    found.what = f"{name} at {value:.4g} makes {_kind(origin.kind)} from finite gradients"
+    found.advice = BACKWARD.get(base_of(origin.operation), "Keep its argument away from this value")
     if abs(value) > 1 and any(map(trouble, call.outputs)):
-        found.what = f"{origin.operation} of {value:.4g} is too large for {dtype_name(origin.dtype)}, and {found.what}"
+        found.what = f"{origin.operation} of {value:.4g} is too large for {dtype}, and {found.what}"
         found.advice = "Scale its input down before, or compute this part in a wider dtype"
     return found
 
 
-def _gradients(call: Call, dtype: torch.dtype | None = None) -> list[Tensor | None]:
-    """Return the gradients of a captured operation's inputs; none if it does not run again."""
-    if not call.gradients:
-        return []
-    try:
-        return run_again(call, dtype)[1]
-    except (RuntimeError, TypeError):
-        return []
-
-
-EPS = "Add a small number before it, as sqrt(x + 1e-8)"
-ROOTS = {
-    "sqrt": f"The derivative of a square root at 0 is infinite. {EPS}",
-    "pow": "The derivative of a power below 1 at 0 is infinite. Clamp its argument from below",
-    "linalg_vector_norm": f"The derivative of a norm at 0 is not defined. {EPS}",
-    "norm": f"The derivative of a norm at 0 is not defined. {EPS}",
-    "div": "Clamp the divisor from below before dividing",
-    "log": "Clamp its argument from below before it: a torch.where after it does not stop the gradient",
-    "acos": "Clamp its argument to less than 1 in magnitude",
-    "asin": "Clamp its argument to less than 1 in magnitude",
-    "std": "The derivative of a standard deviation of equal numbers is infinite. Add a small number to the variance",
-}
-
-
 def _magnitude(size: float, dtype: torch.dtype) -> dict[str, float | int | str]:
-    """Return the largest magnitude, the dtype, its limit, and the head room in bits."""
-    found: dict[str, float | int | str] = {"largest before": size, "dtype": dtype_name(dtype), "limit": limit(dtype)}
+    """Return the largest magnitude if it is known, the dtype, its limit, and the head room in bits."""
+    found: dict[str, float | int | str] = {} if math.isnan(size) else {"largest before": size}
+    found |= {"dtype": dtype_name(dtype), "limit": limit(dtype)}
     if size > 0 and math.isfinite(size):
         found["head room in bits"] = round(math.log2(limit(dtype)) - math.log2(size), 2)
     return found
