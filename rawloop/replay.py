@@ -1,4 +1,4 @@
-"""Loads a capsule: builds its model, and makes its passes ready to run again in one process."""
+"""Loads a capsule of a run: builds its model, and makes its passes ready to run again in one process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,11 +52,9 @@ class Replay:
 
     @property
     def record(self) -> StepRecord:
-        """The step as a watch sees it."""
+        """The step as a watch sees it, without its numbers."""
         ids = tuple(name for one in self.passes for name in one.ids)
-        facts = self.facts
-        record = StepRecord(facts["step"], [one.inputs for one in self.passes], ids, self.passes, probing=True)
-        record.loss, record.grad_norm = _number(facts.get("loss")), _number(facts.get("grad_norm"))
+        record = StepRecord(self.facts["step"], [one.inputs for one in self.passes], ids, self.passes, probing=True)
         record.scale = self.passes[0].scale
         return record
 
@@ -65,10 +63,6 @@ class Replay:
         model = self.subject.model
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         return run_again(model, named, self.passes, buffers=self.buffers, before=self.before)
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def load_run(path: Path, facts: dict[str, Any], mode: str | None, world: World, say: Say) -> Replay:
@@ -86,36 +80,43 @@ def load_run(path: Path, facts: dict[str, Any], mode: str | None, world: World, 
         RawloopError: the capsule is damaged.
     """
     state = read_states(path, facts)
-    config, _ = parse(["--config", str(path / "config.yaml")], "rawloop replay")
-    config = replace(config, device=world.device.type)  # type: ignore[arg-type]
-    if mode is not None and mode != facts["precision"]:
-        config = replace(config, precision=PrecisionConfig(mode=mode))  # type: ignore[arg-type]
-    torch.set_num_threads(facts["threads"])  # sums on the CPU depend on it
-    kept, stored = state("weights"), state("passes")
+    stored, kept, base_state = state("passes"), state("weights"), state("base")
     if stored is None:
         raise UserError(f"the capsule {path} has no batches to replay: {left_out(facts)}")
+    config, _ = parse(["--config", str(path / "config.yaml")], "rawloop replay")
+    config = replace(config, device=world.device.type)  # type: ignore[arg-type]
+    same_mode = mode in (None, facts["precision"])
+    if not same_mode:
+        config = replace(config, precision=PrecisionConfig(mode=mode))  # type: ignore[arg-type]
+    torch.set_num_threads(facts["threads"])
     family = build_family(config)
-    slot = Path(facts["follows"]) if kept is None and facts["follows"] else None
-    policy_state = _policy_state(kept, slot)
-    same_mode = config.precision.mode == facts["precision"] or mode is None
-    model, policy, base = build_model(config, world, family, [], policy_state if same_mode else None)
-    base_state = state("base")
+    slot = Path(facts["follows"] or "")
+    from_slot = kept is None and bool(facts["follows"]) and slot.is_dir()
+    known = kept["policy"] if kept is not None else stored_part(slot, "precision") if from_slot else None
+    model, policy, base = build_model(config, world, family, [], known if same_mode else None)
     if base_state is not None:
         base.load_state_dict(base_state)
-    exact = _load_weights(kept, slot, policy_state, model, policy, family, facts, say)
-    module = LossModule(model, family.losses).train()
-    buffers, before = _buffers(model, kept, facts)
+    exact, buffers = True, None
+    if kept is not None:
+        _copy_weights(kept["trained"], kept["policy"], policy)
+        if kept["buffers"]:
+            buffers = MovingBuffers(model, list(kept["buffers"]), twice=facts["moves_twice"])
+    elif from_slot:
+        exact = _load_slot(slot, known, model, policy, family, facts, say)
+    else:
+        exact = False
+        at = f"it follows {slot}, which is not there" if facts["follows"] else "no checkpoint was written before it"
+        say(f"the capsule has no trained weights ({left_out(facts)}; {at}): the base model's are taken")
+    module, scale = LossModule(model, family.losses).train(), facts["scale"] if same_mode else 1.0
+    targets, ranks, weights = facts["targets"], facts["world_size"], family.stream_weights
     passes, roots = [], []
     for one in stored["passes"]:
         batch = batch_from(one["batch"])
-        scale = facts["scale"] if same_mode else 1.0
-        again = Again(
-            module, policy, family.stream_weights, facts["targets"], facts["world_size"], scale, batch.to(policy.device)
-        )
+        again = Again(module, policy, weights, targets, ranks, scale, batch.to(policy.device))
         passes.append(Pass(again.inputs, again, one["rng"], tuple(batch.ids), scale))
         roots.append(None if one["loss"] is None else one["loss"].float() * scale)
     subject = Subject(model, [], policy.scaler, policy.named_parameters, world, config.watch)
-    return Replay(facts, subject, passes, roots, buffers, before, exact)
+    return Replay(facts, subject, passes, roots, buffers, list(kept["buffers"].values()) if kept else (), exact)
 
 
 def left_out(facts: Mapping[str, Any]) -> str:
@@ -123,60 +124,36 @@ def left_out(facts: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} left out: {why}" for name, why in facts["left_out"].items()) or "nothing was left out"
 
 
-def _policy_state(kept: Any, slot: Path | None) -> dict[str, Any] | None:
-    if kept is not None:
-        state: dict[str, Any] = kept["policy"]
-        return state
-    return stored_part(slot, "precision") if slot is not None and slot.is_dir() else None
-
-
-def _load_weights(
-    kept: Any,
-    slot: Path | None,
-    policy_state: dict[str, Any] | None,
+def _load_slot(
+    slot: Path,
+    state: Mapping[str, Any] | None,
     model: nn.Module,
     policy: PrecisionPolicy,
     family: Family,
     facts: Mapping[str, Any],
     say: Say,
 ) -> bool:
-    """Load the trained weights, and return whether they are those that the step started from."""
-    if kept is not None:
-        _copy_weights(kept["trained"], policy_state, policy)
-        return True
-    if slot is None or not slot.is_dir():
-        at = f"it follows {slot}, which is not there" if slot else "no checkpoint was written before it"
-        say(f"the capsule has no trained weights ({left_out(facts)}; {at}): the base model's are taken")
-        return False
+    """Load the weights of the checkpoint before the step, and return whether they are those that it started from."""
     files = ModelFiles(model, family.load_model)
     files.load(slot / files.folder)
-    if policy_state is not None and policy_state["mode"] == policy.name:
-        policy.load_state_dict(policy_state)
+    if state is not None and state["mode"] == policy.name:
+        policy.load_state_dict(dict(state))
     behind = facts["step"] - read_manifest(slot).step
     if behind:
         say(f"the capsule has no trained weights: those of {slot} are taken, {behind} updates before its step")
     return not behind
 
 
-def _copy_weights(trained: Mapping[str, Tensor], state: Mapping[str, Any] | None, policy: PrecisionPolicy) -> None:
-    weights = policy.trained.weights
+def _copy_weights(trained: Mapping[str, Tensor], state: Mapping[str, Any], policy: PrecisionPolicy) -> None:
+    weights, masters = policy.trained.weights, policy.trained.masters
     if weights.keys() != trained.keys():
         names = first_few(sorted(weights.keys() ^ trained.keys()))
         raise UserError(f"the capsule's trained weights are not those of the model that its config builds: {names}")
-    exact = state["masters"]["kept"] if state is not None else {}
+    exact = {**trained, **state["masters"]["kept"]}
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(trained[name])
-            if name in policy.trained.masters:
-                policy.trained.masters[name].copy_(exact.get(name, trained[name]))
-            elif name in exact:
-                weight.copy_(exact[name])
-    if state is not None and policy.scaler and state["scaler"]:
+            weight.copy_(trained[name] if name in masters else exact[name])
+            if name in masters:
+                masters[name].copy_(exact[name])
+    if policy.scaler and state["scaler"]:
         policy.scaler.load_state_dict(state["scaler"])
-
-
-def _buffers(model: nn.Module, kept: Any, facts: Mapping[str, Any]) -> tuple[MovingBuffers | None, list[Tensor]]:
-    found = kept["buffers"] if kept is not None else {}
-    if not found:
-        return None, []
-    return MovingBuffers(model, list(found), twice=facts["moves_twice"]), list(found.values())

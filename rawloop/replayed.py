@@ -1,7 +1,6 @@
 """What a replay says: how its bits compare with the recorded ones, and which samples and parameters weigh most."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,64 +17,42 @@ from rawloop.watch.tracer import trace
 
 def compared(replay: Replay, again: Rerun) -> list[str]:
     """Return lines that say whether losses and gradients are those that were recorded, bit for bit, or how far off."""
+    facts = replay.facts
+    if not replay.passes:
+        return [f"nothing can run again: {facts.get('why_no_passes') or 'no backward pass was recorded'}"]
     lines, equal = [], True
     for number, (one, then, root) in enumerate(zip(replay.passes, replay.roots, again.roots, strict=True), start=1):
-        name = f"pass {number} of {len(replay.passes)} ({', '.join(one.ids)})"
-        now = root.item() / one.scale
+        name, now = f"pass {number} of {len(replay.passes)} ({', '.join(one.ids)})", root.item() / one.scale
         if then is None:
             lines.append(f"{name}: loss {now:.9g}; it was not recorded")
             continue
         same, before = digest(then) == digest(root), then.item() / one.scale
         equal = equal and same
-        off = "equal bit for bit" if same else f"off by {_off(now, before)}"
-        lines.append(f"{name}: loss {before:.9g} then, {now:.9g} now: {off}")
-    gradients = recorded_gradients(replay.facts)
-    if not replay.passes:
-        return [f"nothing can run again: {replay.facts.get('why_no_passes') or 'no backward pass was recorded'}"]
+        off = f"off by {abs(now - before):.3g} ({abs(_ratio(now, before)):.2g} of it)"
+        lines.append(f"{name}: loss {before:.9g} then, {now:.9g} now: {'equal bit for bit' if same else off}")
+    alone = facts["world_size"] == 1
+    gradients = facts.get("own_gradients") or (facts.get("gradients") if alone else None)
     if not gradients:
         return [*lines, "gradients: none were recorded"]
-    left = replay.facts["left_on_gradients"] if "own_gradients" not in replay.facts else replay.facts["scale"]
-    factor = left / replay.facts["scale"]
+    factor = 1.0 if "own_gradients" in facts else facts["left_on_gradients"] / facts["scale"]
     found = digests({name: g * factor if factor != 1 else g for name, g in again.gradients.items()})
     differ = [name for name in gradients if found.get(name, {}).get("sha256") != gradients[name]["sha256"]]
-    whose = (
-        f"gradients of rank {replay.facts['rank']} before they were averaged"
-        if replay.facts["world_size"] > 1
-        else "gradients"
-    )
+    whose = "gradients" if alone else f"gradients of rank {facts['rank']} before they were averaged"
     if not differ:
         lines.append(f"{whose}: all {len(gradients)} equal bit for bit")
-    else:
-        worst = max(differ, key=lambda name: abs(_ratio(found.get(name, {}).get("norm"), gradients[name]["norm"])))
-        then, now = gradients[worst]["norm"], found.get(worst, {}).get("norm")
-        lines.append(f"{whose}: {len(differ)} of {len(gradients)} differ, most {worst}: norm {then} then, {now} now")
-    return [*lines, _verdict(equal and not differ, replay)]
+        return [*lines, "the replay is equal, bit for bit" if equal else _why_not(replay)]
+    norms = {name: (found.get(name, {}).get("norm"), gradients[name]["norm"]) for name in differ}
+    worst = max(differ, key=lambda name: abs(_ratio(*norms[name])))
+    now, then = norms[worst]
+    lines.append(f"{whose}: {len(differ)} of {len(gradients)} differ, most {worst}: norm {then} then, {now} now")
+    return [*lines, _why_not(replay)]
 
 
-def recorded_gradients(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return digest and norm of each recorded gradient of this rank; empty if there are none."""
-    gradients: dict[str, Any] = facts.get("own_gradients") or (
-        facts.get("gradients", {}) if facts["world_size"] == 1 else {}
-    )
-    return gradients
-
-
-def _verdict(equal: bool, replay: Replay) -> str:
-    if equal:
-        return "the replay is equal, bit for bit"
-    facts = replay.facts
+def _why_not(replay: Replay) -> str:
     why = [] if replay.exact else ["its weights are not those of the step"]
-    why += [f"it was written by another version{changed}"] if (changed := versions_changed(facts)) else []
+    changed = changed_versions(replay.facts["versions"], installed_versions())
+    why += [f"it was written by another version{changed}"] if changed else []
     return f"the replay differs: {'; '.join(why) or 'other hardware, or kernels that are not deterministic'}"
-
-
-def versions_changed(facts: Mapping[str, Any]) -> str:
-    """Return a clause that names the packages with another version than when the capsule was written."""
-    return changed_versions(facts["versions"], installed_versions())
-
-
-def _off(now: float, then: float) -> str:
-    return f"{abs(now - then):.3g} ({abs(_ratio(now, then)):.2g} of it)"
 
 
 def _ratio(now: Any, then: Any) -> float:
@@ -85,48 +62,38 @@ def _ratio(now: Any, then: Any) -> float:
 
 def narrowed(replay: Replay) -> list[str]:
     """Return findings: the origin of what is not finite, or else the passes, samples and parameters that weigh most."""
-    record = replay.record
     again = replay.run()
-    roots = [root.item() for root in again.roots]
+    losses = [root.item() / one.scale for root, one in zip(again.roots, replay.passes, strict=True)]
     norms = {name: gradient.float().norm().item() for name, gradient in again.gradients.items()}
-    if not all(map(math.isfinite, [*roots, *norms.values()])):
-        record.loss = sum(root / one.scale for root, one in zip(roots, replay.passes, strict=True))
+    if not all(map(math.isfinite, [*losses, *norms.values()])):
+        record = replay.record
+        record.loss = sum(losses)
         return [finding.text() for finding in trace(replay.subject, record)]
-    return [*_by_pass(replay, roots), *_by_sample(replay, roots), *_by_parameter(norms)]
+    ordered = sorted(range(len(losses)), key=lambda number: -abs(losses[number]))
+    passes = (f"{losses[number]:.6g} ({', '.join(replay.passes[number].ids)})" for number in ordered)
+    total = math.sqrt(sum(norm * norm for norm in norms.values())) or 1.0
+    shares = (f"{name} {100 * (norm / total) ** 2:.3g}%" for name, norm in sorted(norms.items(), key=lambda i: -i[1]))
+    return [
+        f"all numbers are finite; losses by pass, the largest first: {first_few(passes, '; ')}",
+        _by_sample(replay, ordered[0]),
+        f"share of the squared gradient norm by parameter: {first_few(shares)}",
+    ]
 
 
-def _by_pass(replay: Replay, roots: list[float]) -> list[str]:
-    ordered = sorted(zip(roots, replay.passes, strict=True), key=lambda pair: -abs(pair[0] / pair[1].scale))
-    shown = [f"{root / one.scale:.6g} ({', '.join(one.ids)})" for root, one in ordered]
-    return [f"all numbers are finite; losses by pass, the largest first: {first_few(shown, '; ')}"]
-
-
-def _by_sample(replay: Replay, roots: list[float]) -> list[str]:
-    """Return the samples of the pass with the largest loss, by the loss of a batch of that sample alone."""
-    number = max(range(len(roots)), key=lambda n: abs(roots[n] / replay.passes[n].scale))
-    one = replay.passes[number]
+def _by_sample(replay: Replay, number: int) -> str:
+    """Return the samples of a pass, by the gradient of a batch of each sample alone."""
+    one, found = replay.passes[number], []
     size = len(one.ids)
-    found = []
-    for row in range(size):
+    for row, name in enumerate(one.ids):
 
         def pick(tensor: Tensor, row: int = row) -> Tensor:
             return tensor[[row] * size] if tensor.dim() and tensor.shape[0] == size else tensor
 
-        alone = one._replace(inputs=map_tensors(pick, one.inputs))
-        part = replace(replay, passes=[alone])
         try:
-            again = part.run()
+            again = replace(replay, passes=[one._replace(inputs=map_tensors(pick, one.inputs))]).run()
         except RuntimeError as error:
-            return [f"samples of pass {number + 1}: they cannot be run alone: {str(error).splitlines()[0]}"]
-        norm = torch.stack([g.float().norm() for g in again.gradients.values()]).norm().item()
-        found.append((again.roots[0].item() / one.scale, norm, one.ids[row]))
-    found.sort(key=lambda row: -row[1])
-    shown = [f"{name}: loss {loss:.6g}, gradient norm {norm / one.scale:.4g}" for loss, norm, name in found]
-    return [f"samples of pass {number + 1}, each alone, the largest gradient first: {first_few(shown, '; ')}"]
-
-
-def _by_parameter(norms: dict[str, float]) -> list[str]:
-    total = math.sqrt(sum(norm * norm for norm in norms.values())) or 1.0
-    ordered = sorted(norms, key=lambda name: -norms[name])
-    shown = [f"{name} {100 * (norms[name] / total) ** 2:.3g}%" for name in ordered]
-    return [f"share of the squared gradient norm by parameter: {first_few(shown)}"]
+            return f"samples of pass {number + 1}: they cannot be run alone: {str(error).splitlines()[0]}"
+        norm = torch.stack([g.float().norm() for g in again.gradients.values()]).norm().item() / one.scale
+        found.append((norm, f"{name}: loss {again.roots[0].item() / one.scale:.6g}, gradient norm {norm:.4g}"))
+    shown = (text for _, text in sorted(found, key=lambda pair: -pair[0]))
+    return f"samples of pass {number + 1}, each alone, the largest gradient first: {first_few(shown, '; ')}"

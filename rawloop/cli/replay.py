@@ -7,12 +7,12 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from rawloop.dist import open_world
+from rawloop.dist import World, open_world
 from rawloop.errors import UserError
 from rawloop.parser import Parser
 from rawloop.precision.modes import MODES
-from rawloop.replay import Replay
-from rawloop.replay_loop import load
+from rawloop.replay import Replay, load_run
+from rawloop.replay_loop import load_loop
 from rawloop.replayed import compared, narrowed
 from rawloop.watch.capsule import read_facts
 
@@ -27,34 +27,29 @@ def run(argv: list[str]) -> None:
     parser.add_argument(
         "--device", type=str, default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to run it"
     )
-    parser.add_argument("--bisect", type=bool, default=False, help="true: find the batch, sample, module and parameter")
-    parser.add_argument("--shell", type=bool, default=False, help="true: open a Python prompt with everything loaded")
+    parser.add_argument("--bisect", action="store_true", help="find the batch, sample, module and parameter")
+    parser.add_argument("--shell", action="store_true", help="open a Python prompt with everything loaded")
     parser.add_argument("--model", type=str, help="package.module:function that builds the model of a foreign loop")
-    options = parser.read_options(_flags(argv))
+    options = parser.read_options(argv)
     if options.precision is not None and options.precision not in MODES:
         raise UserError(f"--precision is '{options.precision}': it is one of {', '.join(MODES)}")
     path = Path(expanduser(options.capsule))
     facts = read_facts(path)
-    for line in about(facts):
-        print(line, flush=True)
+    show(*about(facts))
     with open_world(options.device) as world:
         if world.size > 1:
             raise UserError("rawloop replay runs in one process: start it without torchrun")
-        replay = load(path, facts, options.precision, options.model, world, tell)
-        again = replay.run()
-        for line in compared(replay, again):
-            print(line, flush=True)
+        replay = load(path, facts, options.precision, options.model, world)
+        show(*compared(replay, replay.run()))
         if options.bisect:
-            for text in narrowed(replay):
-                print(fill(text, 120), flush=True)
+            show(*(fill(text, 120) for text in narrowed(replay)))
         if options.shell:
             shell(replay)
 
 
-def _flags(argv: list[str]) -> list[str]:
-    """Let `--bisect` and `--shell` stand alone."""
-    alone = ("--bisect", "--shell")
-    return [f"{word}=true" if word in alone else word for word in argv]
+def show(*lines: str) -> None:
+    """Print lines, at once."""
+    print(*lines, sep="\n", flush=True)
 
 
 def tell(line: str) -> None:
@@ -64,27 +59,41 @@ def tell(line: str) -> None:
 
 def about(facts: dict[str, Any]) -> list[str]:
     """Return lines about a capsule, from its manifest alone."""
-    lines = [
-        f"step {facts['step']}, rank {facts['rank']} of {facts['world_size']}, {facts['precision']}, {facts['device']}"
+    rank, ranks = facts["rank"], facts["world_size"]
+    others = "the replay has this rank's batches only; the other ranks' are in capsules of their own, if they wrote any"
+    return [
+        f"step {facts['step']}, rank {rank} of {ranks}, {facts['precision']}, {facts['device']}",
+        f"kept because: {facts['why']}",
+        *(f"finding: {finding['what']}" for finding in facts["findings"]),
+        *([others] if ranks > 1 else []),
+        *(f"left out: {name}: {why}" for name, why in facts["left_out"].items()),
     ]
-    lines.append(f"kept because: {facts['why']}")
-    lines += [f"finding: {finding['what']}" for finding in facts["findings"]]
-    if facts["world_size"] > 1:
-        lines.append(
-            "the replay has this rank's batches only; the other ranks' are in capsules of their own, if they wrote any"
+
+
+def load(path: Path, facts: dict[str, Any], mode: str | None, function: str | None, world: World) -> Replay:
+    """Make a capsule ready to run.
+
+    Raises:
+        UserError: an option does not fit the kind of capsule, or the model is not the one of the capsule.
+        RawloopError: the capsule is damaged.
+    """
+    if facts["kind"] == "run":
+        if function is not None:
+            raise UserError("--model is for capsules of foreign loops: this one is of a run, whose config is in it")
+        return load_run(path, facts, mode, world, tell)
+    if mode is not None:
+        raise UserError("--precision is for capsules of runs: in a foreign loop, dtypes are the loop's own")
+    if function is None:
+        raise UserError(
+            f"{path} is a capsule of a foreign loop: name the function that builds its model ({facts['model']}), "
+            "with --model package.module:function"
         )
-    lines += [f"left out: {name}: {why}" for name, why in facts["left_out"].items()]
-    return lines
+    return load_loop(path, facts, function, world)
 
 
 def shell(replay: Replay) -> None:
     """Open a Python prompt with the capsule's objects."""
-    names = {
-        "replay": replay,
-        "facts": replay.facts,
-        "model": replay.subject.model,
-        "passes": replay.passes,
-        "again": replay.run,
-    }
+    model, passes = replay.subject.model, replay.passes
+    names = {"replay": replay, "facts": replay.facts, "model": model, "passes": passes, "again": replay.run}
     banner = f"{', '.join(names)} are loaded; again() runs the passes and returns roots and gradients"
     code.interact(banner=banner, local=names, exitmsg="")
