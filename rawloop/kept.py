@@ -22,14 +22,7 @@ from rawloop.watch.subject import Pass
 class Again:
     """The forward pass of one micro-batch, as training runs it, outside DDP.
 
-    Args:
-        module: the bare `LossModule`.
-        policy: has prepared its model.
-        weights: of the streams.
-        targets: of the window, over all ranks.
-        ranks: their number.
-        scale: the loss scale.
-        batch: the micro-batch, on any device.
+    `module` is the bare `LossModule`, whose model `policy` has prepared; `targets` counts the window over all ranks.
     """
 
     module: nn.Module
@@ -120,33 +113,23 @@ def contents(
         "targets": window.targets,
         "scale": run.policy.window.scale,
         "moves_twice": bool(run.buffers and run.buffers.twice),
-        "lr": max(float(group["lr"]) for group in run.optimizer.param_groups),
         "follows": slot and str(slot),
     }
     states: dict[str, Any] = {"passes": window.state(with_losses=not host_only)}
     if host_only:
         facts["left_out"] = {"weights": "the step had changed them in part, or the device could not be read"}
         return Capsule(facts, states)
-    trained = {name: weight.detach() for name, weight in run.policy.trained.weights.items()}
-    buffers = dict(zip(run.buffers.places, run.buffers.before(), strict=True)) if run.buffers else {}
-    states["weights"] = {"trained": trained, "buffers": buffers, "policy": run.policy.state_dict()}
+    trained, before = run.policy.trained.weights, run.buffers.before() if run.buffers else []
+    buffers = dict(zip(run.buffers.places, before, strict=True)) if run.buffers else {}
+    states["weights"] = {"trained": dict(trained), "buffers": buffers, "policy": run.policy.state_dict()}
     parts = run.checkpoints.parts.states if run.checkpoints else {}
     states |= {name: parts[name].state_dict() for name in ("base", "optimizer") if name in parts}
-    if found is not None:
-        facts |= gradients_of(run, passes, found)
-    return Capsule(facts, states)
-
-
-def gradients_of(run: Run, passes: Sequence[Pass], found: Measured) -> dict[str, Any]:
-    """Return the digests of the gradients; with several ranks also of this rank's, before they were averaged."""
-    trained = run.policy.trained.weights
-    facts: dict[str, Any] = {
-        "gradients": digests({name: w.grad for name, w in trained.items() if w.grad is not None}),
-        "left_on_gradients": found.scale,  # torch's scaler has divided them in place
-    }
-    if run.world.size > 1:
+    gradients = {name: weight.grad for name, weight in trained.items() if weight.grad is not None}
+    if found is not None and run.world.size == 1:
+        facts["left_on_gradients"] = found.scale  # torch's scaler has divided them in place
+        facts["gradients"] = digests(gradients)
+    elif found is not None:  # those of this rank, before they were averaged
         assert run.policy.model is not None
-        before = run.buffers.before() if run.buffers else []
         again = run_again(run.policy.model, trained.items(), passes, buffers=run.buffers, before=before)
-        facts["own_gradients"] = digests(again.gradients)
-    return facts
+        facts["gradients"] = digests(again.gradients)
+    return Capsule(facts, states)

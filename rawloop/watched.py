@@ -22,10 +22,9 @@ from rawloop.records import json_value, to_stderr
 from rawloop.run import Run
 from rawloop.seed import RngCapture
 from rawloop.waiting import is_lost_rank
-from rawloop.watch.capsule import Capsule, Capsules
+from rawloop.watch.capsule import Capsule, Capsules, FlightRecorder
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
-from rawloop.watch.flight import FlightRecorder
 from rawloop.watch.spikes import SpikeGuard, spiked
 from rawloop.watch.subject import Pass
 from rawloop.watch.watch import Watch

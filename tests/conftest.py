@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -217,6 +218,25 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records: list[dict[str, Any]] = [{"messages": [*asked, {"role": "assistant", "content": a}]} for a in answers]
         records += [{"text": f"{split} {k}: " + "la " * k} for k in range(number - len(answers))]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_run(text_checkpoint: Path, text_data: Path) -> Any:
+    """The `RunConfig` of `tests.kept_runs`, on the tiny Llama."""
+    from tests.kept_runs import config_of
+
+    return config_of(text_checkpoint, text_data)
+
+
+@pytest.fixture(scope="session")
+def kept_run(text_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of that run with a checkpoint at step 2, whose update is in the capsule of an alarm. Read it only."""
+    from rawloop.checkpoint.config import CheckpointConfig
+    from tests.kept_runs import alarm, go
+
+    folder = tmp_path_factory.mktemp("kept_run")
+    go(replace(text_run, output=str(folder), checkpoint=CheckpointConfig(save_every=2)), change=alarm)
     return folder
 
 

@@ -74,8 +74,6 @@ FLOORS = (
             "kept",
             "watched",
             "replay",
-            "replay_loop",
-            "replayed",
             "build",
             "precision_probe",
             "precision_race",

@@ -12,70 +12,21 @@ import pytest
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
-from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.cli.replay import run as replay_command
 from rawloop.config import RunConfig
-from rawloop.data import DataConfig
-from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError
-from rawloop.families import ModelConfig
 from rawloop.files import signed_json
-from rawloop.loop import TrainConfig, train
-from rawloop.optim import OptimConfig
+from rawloop.loop import train
 from rawloop.precision.config import PrecisionConfig
-from rawloop.settings import EvaluationConfig
 from rawloop.watch.capsule import Capsule, read_facts, read_states, write_capsule
-from rawloop.watch.findings import Cause, Finding
-from rawloop.watch.subject import Detector, StepRecord, Subject
-from rawloop.watched import RunWatch
+from tests.kept_runs import kept_by
 
 
-@pytest.fixture(scope="module")
-def base(text_checkpoint: Path, text_data: Path) -> RunConfig:
-    """A run of 3 steps on a tiny Llama, with LoRA, dropout and accumulation."""
-    return RunConfig(
-        device="cpu",
-        model=ModelConfig(family="causal_lm", path=str(text_checkpoint)),
-        adapter=AdapterConfig(rank=4, dropout=0.2),
-        data=DataConfig(train=str(text_data / "train.jsonl"), eval=str(text_data / "eval.jsonl")),
-        train=TrainConfig(batch_size=2, accumulation=2, max_steps=3, log_every=1),
-        optim=OptimConfig(lr=1e-2, warmup_steps=0),
-        precision=PrecisionConfig(mode="fp32"),
-        checks=ChecksConfig(enabled=False),
-        evaluation=EvaluationConfig(enabled=False),
-        checkpoint=CheckpointConfig(save_every=1000),
-    )
-
-
-class Alarmist(Detector):
-    """Finds something in the gradients of the last step."""
-
-    def gradients(self, subject: Subject, record: StepRecord) -> list[Finding]:
-        wrong = Finding("test", "something is wrong", (Cause("model", "the test says so"),), record.step)
-        return [wrong] if record.step == 2 else []
-
-
-def kept(config: RunConfig, world: World | None = None) -> Path:
-    """Train, and return the capsule of the last step."""
-    run = build_run(config, world or World(), lambda line: None)
-    assert isinstance(run.watch, RunWatch)
-    run.watch.watch.detectors.append(Alarmist())
-    try:
-        train(run)
-    finally:
-        run.close()
-    return Path(config.output) / "capsules" / f"step-00000002-rank{run.world.rank}"
-
-
-def kept_by(world: World, config: RunConfig) -> Path:
-    return kept(config, world)
-
-
-@pytest.fixture(scope="module")
-def capsule(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def capsule(kept_run: Path) -> Path:
     """A capsule of a healthy step of one rank. Read it only."""
-    return kept(replace(base, output=str(tmp_path_factory.mktemp("run"))))
+    return kept_run / "capsules" / "step-00000002-rank0"
 
 
 def test_a_fresh_process_gives_the_same_bits(capsule: Path, run_cli: Callable[..., Any]) -> None:
@@ -92,29 +43,29 @@ def test_a_fresh_process_gives_the_same_bits(capsule: Path, run_cli: Callable[..
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16", "full native_fp16", "full bf16"])
 def test_every_mode_gives_the_same_bits(
-    base: RunConfig,
+    text_run: RunConfig,
     tmp_path: Path,
-    run_cli: Callable[..., Any],
+    capsys: Any,
     run_ranks: Callable[..., list[Any]],
     mode: str,
     checkpointing: bool,
     ranks: int,
 ) -> None:
     how, name = mode.split() if " " in mode else ("lora", mode)
-    adapter = AdapterConfig(mode="full") if how == "full" else base.adapter
     config = replace(
-        base,
+        text_run,
         output=str(tmp_path),
-        adapter=adapter,
-        model=replace(base.model, activation_checkpointing=checkpointing),
+        adapter=AdapterConfig(mode="full") if how == "full" else text_run.adapter,
+        model=replace(text_run.model, activation_checkpointing=checkpointing),
+        optim=replace(text_run.optim, lr=1e-2),
         precision=PrecisionConfig(mode=name),  # type: ignore[arg-type]
-        train=replace(base.train, batch_size=2 // ranks),
+        train=replace(text_run.train, batch_size=2 // ranks),
     )
-    paths = [kept(config)] if ranks == 1 else run_ranks(kept_by, config)
+    paths = [kept_by(World(), config)] if ranks == 1 else run_ranks(kept_by, config)
     for path in paths:
-        done = run_cli("replay", path)
-        assert done.returncode == 0, done.stderr
-        assert "the replay is equal, bit for bit" in done.stdout, done.stdout
+        capsys.readouterr()
+        replay_command([str(path), "--device", "cpu"])
+        assert "the replay is equal, bit for bit" in capsys.readouterr().out
 
 
 def copied(capsule: Path, to: Path) -> Path:
@@ -181,7 +132,7 @@ def test_a_missing_base_model_is_named(capsule: Path, tmp_path: Path) -> None:
 
 def test_one_of_eight_ranks_is_replayed_alone(capsule: Path, tmp_path: Path, capsys: Any) -> None:
     facts = read_facts(capsule)
-    path = forged(copied(capsule, tmp_path), rank=5, world_size=8, own_gradients={})
+    path = forged(copied(capsule, tmp_path), rank=5, world_size=8, gradients={})
     assert facts["world_size"] == 1
     replay_command([str(path), "--device", "cpu"])
     out = capsys.readouterr().out
@@ -198,15 +149,13 @@ def test_another_mode_shows_how_much_the_mode_does(capsule: Path, capsys: Any) -
     assert "--precision is 'fp8'" in said(capsule, "--precision", "fp8")
 
 
-def test_a_capsule_without_weights_takes_those_of_its_checkpoint(base: RunConfig, tmp_path: Path, capsys: Any) -> None:
-    config = replace(base, output=str(tmp_path / "run"), checkpoint=CheckpointConfig(save_every=2))
-    path = kept(config)
-    facts = read_facts(path)
+def test_a_capsule_without_weights_takes_those_of_its_checkpoint(capsule: Path, tmp_path: Path, capsys: Any) -> None:
+    facts = read_facts(capsule)
     assert facts["follows"].endswith("step-00000002")
-    state = read_states(path, facts)
+    state = read_states(capsule, facts)
     small = Capsule({name: facts[name] for name in facts if name not in ("files", "left_out")})
     small.states = {name: state(name) for name in ("passes", "base")}
-    small.texts = {"config.yaml": (path / "config.yaml").read_text()}
+    small.texts = {"config.yaml": (capsule / "config.yaml").read_text()}
     replay_command([str(write_capsule(tmp_path / "small", small, 10**9)), "--device", "cpu"])
     assert "the replay is equal, bit for bit" in capsys.readouterr().out
     small.facts["follows"] = str(tmp_path / "gone")
@@ -216,9 +165,9 @@ def test_a_capsule_without_weights_takes_those_of_its_checkpoint(base: RunConfig
     assert "its weights are not those of the step" in caught.out
 
 
-def test_the_origin_of_what_is_not_finite_is_named(base: RunConfig, tmp_path: Path, capsys: Any) -> None:
+def test_the_origin_of_what_is_not_finite_is_named(text_run: RunConfig, tmp_path: Path, capsys: Any) -> None:
     precision = PrecisionConfig(mode="fp32", max_skips=1)
-    run = build_run(replace(base, output=str(tmp_path), precision=precision), World(), lambda line: None)
+    run = build_run(replace(text_run, output=str(tmp_path), precision=precision), World(), lambda line: None)
     name, weight = next(iter(run.policy.trained.weights.items()))
     weight.data[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="rawloop replay"):

@@ -13,67 +13,36 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rawloop.adapters.config import AdapterConfig
-from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
-from rawloop.data import DataConfig
-from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import LostRank, TrainingError
-from rawloop.families import ModelConfig
-from rawloop.loop import Run, TrainConfig, train
-from rawloop.optim import OptimConfig
+from rawloop.loop import Run
 from rawloop.precision.config import PrecisionConfig
 from rawloop.preempt import watch_signals
 from rawloop.records import read_events, read_metrics
-from rawloop.settings import EvaluationConfig
 from rawloop.watch.capsule import Capsule, read_facts, read_states, write_capsule
 from rawloop.watch.config import WatchConfig
-from rawloop.watch.findings import Cause, Finding
-from rawloop.watch.subject import Detector, StepRecord, Subject
 from rawloop.watched import RunWatch
+from tests.kept_runs import go, trained
 
 
-@pytest.fixture(scope="module")
-def base(text_checkpoint: Path, text_data: Path) -> RunConfig:
-    """A run of 4 steps on a tiny Llama, with LoRA, dropout and accumulation."""
-    return RunConfig(
-        device="cpu",
-        model=ModelConfig(family="causal_lm", path=str(text_checkpoint)),
-        adapter=AdapterConfig(rank=4, dropout=0.2),
-        data=DataConfig(train=str(text_data / "train.jsonl"), eval=str(text_data / "eval.jsonl")),
-        train=TrainConfig(batch_size=2, accumulation=2, max_steps=4, log_every=1),
-        optim=OptimConfig(lr=1e-3, warmup_steps=0),
-        precision=PrecisionConfig(mode="fp32"),
-        checks=ChecksConfig(enabled=False),
-        evaluation=EvaluationConfig(enabled=False),
-        checkpoint=CheckpointConfig(save_every=1000),
-    )
-
-
-def go(config: RunConfig, world: World | None = None, change: Callable[[Run], None] = lambda run: None) -> Run:
-    run = build_run(config, world or World(), lambda line: None)
-    try:
-        change(run)
-        train(run)
-    finally:
-        run.close()
-    return run
-
-
-def trained(run: Run) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
+@pytest.fixture
+def base(text_run: RunConfig) -> RunConfig:
+    """A run of 3 steps on a tiny Llama, with LoRA, dropout and accumulation."""
+    return text_run
 
 
 def trained_by(world: World, config: RunConfig) -> dict[str, Tensor]:
     return trained(go(config, world))
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+@pytest.mark.parametrize(
+    "mode", ["amp_fp16", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fp32", "bf16", "native_fp16"))]
+)
 def test_a_watched_run_trains_the_same_bits(base: RunConfig, tmp_path: Path, mode: Any) -> None:
-    config = replace(base, precision=PrecisionConfig(mode=mode), train=replace(base.train, max_steps=3))
+    config = replace(base, precision=PrecisionConfig(mode=mode))
     off = go(replace(config, output=str(tmp_path / "off"), watch=WatchConfig(enabled=False)))
     on = go(replace(config, output=str(tmp_path / "on"), watch=WatchConfig(every=1)))
     assert on.watch is not None
@@ -91,6 +60,7 @@ def test_a_watched_run_trains_the_same_bits(base: RunConfig, tmp_path: Path, mod
     ] == []
 
 
+@pytest.mark.slow
 def test_two_watched_ranks_train_the_same_bits(
     base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
@@ -113,16 +83,16 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def test_the_recorder_reads_nothing_from_the_device(base: RunConfig, tmp_path: Path) -> None:
+    def without_detectors(run: Run) -> None:
+        if isinstance(run.watch, RunWatch):
+            run.watch.watch.detectors.clear()
+        reads.count = 0
+
     counts = []
     for enabled in (False, True):
-        watch = WatchConfig(enabled=enabled)
-        run = build_run(replace(base, output=str(tmp_path / str(enabled)), watch=watch), World(), lambda line: None)
-        if enabled:
-            assert isinstance(run.watch, RunWatch)
-            run.watch.watch.detectors.clear()
+        config = replace(base, output=str(tmp_path / str(enabled)), watch=WatchConfig(enabled=enabled))
         with Reads() as reads:
-            train(run)
-        run.close()
+            go(config, change=without_detectors)
         counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 
@@ -149,36 +119,22 @@ def poison(passes: Iterable[int]) -> Callable[[Run], None]:
     return change
 
 
-class Alarmist(Detector):
-    """Finds something in the gradients of one step."""
-
-    def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        if record.step == 1:
-            yield Finding("test", "something is wrong", (Cause("model", "the test says so"),), record.step)
-
-
-def alarm(run: Run) -> None:
-    assert isinstance(run.watch, RunWatch)
-    run.watch.watch.detectors.append(Alarmist())
-
-
-def test_an_alarm_is_an_event_and_a_capsule(base: RunConfig, tmp_path: Path, capsys: Any) -> None:
-    go(replace(base, output=str(tmp_path)), change=alarm)
-    (event,) = [e for e in read_events(tmp_path) if e["kind"] == "finding" and not e["finding"]["ordinary"]]
-    assert (event["step"], event["finding"]["kind"]) == (1, "test")
+def test_an_alarm_is_an_event_and_a_capsule(kept_run: Path) -> None:
+    (event,) = [e for e in read_events(kept_run) if e["kind"] == "finding" and not e["finding"]["ordinary"]]
+    assert (event["step"], event["finding"]["kind"]) == (2, "test")
     assert "something is wrong" in event["reason"]
-    assert capsys.readouterr().err.count("something is wrong") >= 1
-    (path,) = (tmp_path / "capsules").iterdir()
-    assert path.name == "step-00000001-rank0"
+    (path,) = (kept_run / "capsules").iterdir()
+    assert path.name == "step-00000002-rank0"
     facts = read_facts(path)
     assert facts["why"].startswith("finding test")
     assert facts["findings"][0]["causes"][0]["what"] == "the test says so"
-    assert (facts["step"], facts["world_size"], facts["precision"]) == (1, 1, "fp32")
+    assert (facts["step"], facts["world_size"], facts["precision"]) == (2, 1, "fp32")
     state = read_states(path, facts)
     assert [len(one["batch"]["ids"]) for one in state("passes")["passes"]] == [2, 2]
     assert set(state("weights")["trained"]) == set(facts["gradients"])
     assert len(state("optimizer")["state"]) == len(facts["gradients"])
-    assert [kept["step"] for kept in facts["history"]] == [0]
+    assert [kept["step"] for kept in facts["history"]] == [0, 1]
+    assert [[len(one["ids"]) for one in kept["batch"]] for kept in state("earlier")["steps"]] == [[2, 2], [2, 2]]
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors", ".yaml"}
 
 
@@ -224,7 +180,7 @@ def test_a_capsule_is_written_on_request(base: RunConfig, tmp_path: Path) -> Non
         os.kill(os.getpid(), signal.SIGUSR2)
 
     with watch_signals() as preemption:
-        go(replace(base, output=str(tmp_path)), change=ask)
+        go(replace(base, output=str(tmp_path), train=replace(base.train, max_steps=1)), change=ask)
     (path,) = (tmp_path / "capsules").iterdir()
     assert (path.name, read_facts(path)["why"]) == ("step-00000000-rank0", "asked for by SIGUSR2")
 
@@ -246,12 +202,8 @@ def test_a_lost_rank_leaves_a_capsule_without_the_device(base: RunConfig, tmp_pa
     assert [kept["step"] for kept in facts["history"]] == [0, 1]
 
 
-def test_capsules_are_limited_in_number_and_size(base: RunConfig, tmp_path: Path) -> None:
-    small = replace(base, output=str(tmp_path / "one"), watch=WatchConfig(capsules=1))
-    go(small, change=alarm)
-    go(replace(small, output=str(tmp_path / "none"), watch=WatchConfig(capsules=0)), change=alarm)
-    assert not (tmp_path / "none" / "capsules").exists()
-    path = tmp_path / "one" / "capsules" / "step-00000001-rank0"
+def test_what_does_not_fit_is_left_out(kept_run: Path, tmp_path: Path) -> None:
+    path = kept_run / "capsules" / "step-00000002-rank0"
     facts = read_facts(path)
     assert facts["left_out"] == {}
     state = read_states(path, facts)
@@ -283,6 +235,9 @@ def spiky(windows: Iterable[int]) -> Callable[[Run], None]:
     def change(run: Run) -> None:
         module: Any = unwrap_ddp(run.module)
         module.losses = Spiky(module.losses, windows)
+        assert isinstance(run.watch, RunWatch)
+        for number in range(20):  # steps, from which on the guard knows what is usual
+            run.watch._guard.keep(6.8 + 0.05 * (number % 3), 8.0)
 
     return change
 
@@ -293,57 +248,55 @@ def findings(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def guarded(base: RunConfig, folder: Path, spikes: Any, **more: Any) -> RunConfig:
-    """A run of 30 steps with the guard."""
-    train = replace(base.train, accumulation=1, max_steps=30)
+    """A run of 4 steps with the guard."""
+    train = replace(base.train, accumulation=1, max_steps=4)
     return replace(base, output=str(folder), train=train, watch=WatchConfig(spikes=spikes, capsules=1, **more))
 
 
 def test_a_spike_is_warned_of_or_skipped(base: RunConfig, tmp_path: Path) -> None:
-    warned = go(guarded(base, tmp_path / "warn", "warn"), change=spiky([25]))
-    skipped = go(guarded(base, tmp_path / "skip", "skip"), change=spiky([25]))
-    off = go(guarded(base, tmp_path / "off", "off"), change=spiky([25]))
-    for name, run, count in (("warn", warned, 0), ("skip", skipped, 1)):
-        (finding,) = [
-            e for e in read_events(tmp_path / name) if e["kind"] == "finding" and e["finding"]["kind"] == "spike"
-        ]
-        assert finding["step"] == 25
-        assert "is a spike: the last 25 were" in finding["reason"]
+    runs = {name: go(guarded(base, tmp_path / name, name), change=spiky([2])) for name in ("warn", "skip", "off")}
+    for name, count in (("warn", 0), ("skip", 1)):
+        (finding,) = findings(tmp_path / name, "spike")
+        assert finding["step"] == 2
+        assert "is a spike: the last 22 were" in finding["reason"]
         assert "train.jsonl line" in finding["finding"]["causes"][0]["place"]["sample"]
-        assert run.state.skipped == count
-        assert (tmp_path / name / "capsules" / "step-00000025-rank0").is_dir()
+        assert runs[name].state.skipped == count
+        assert (tmp_path / name / "capsules" / "step-00000002-rank0").is_dir()
     (skip,) = [e for e in read_events(tmp_path / "skip") if e["kind"] == "skip"]
     assert "is a spike" in skip["reason"]
-    assert all(torch.equal(a, b) for a, b in zip(trained(warned).values(), trained(off).values(), strict=True))
-    assert (skipped.state.step, skipped.state.window) == (30, 31)
+    assert (runs["skip"].state.step, runs["skip"].state.window) == (4, 5)
+    assert findings(tmp_path / "off", "spike") == []
+    warned, off = trained(runs["warn"]), trained(runs["off"])
+    assert all(torch.equal(weight, off[name]) for name, weight in warned.items())
 
 
 def test_too_many_spikes_end_the_run(base: RunConfig, tmp_path: Path) -> None:
     config = guarded(base, tmp_path, "skip", max_spikes=2)
     with pytest.raises(TrainingError, match=r"3 steps were skipped as spikes, more than watch.max_spikes \(2\)"):
-        go(config, change=spiky(range(25, 100)))
+        go(config, change=spiky(range(100)))
 
 
 def test_a_run_goes_back_after_a_spike_and_leaves_its_samples_out(base: RunConfig, tmp_path: Path) -> None:
-    config = replace(guarded(base, tmp_path, "rollback"), checkpoint=CheckpointConfig(save_every=20))
-    run = go(config, change=spiky([25]))
-    assert (run.state.step, run.state.window, run.state.left_out) == (30, 31, [25])
+    config = replace(guarded(base, tmp_path, "rollback"), checkpoint=CheckpointConfig(save_every=2))
+    run = go(config, change=spiky([3]))
+    assert (run.state.step, run.state.window, run.state.left_out) == (4, 5, [3])
     restored = [e["reason"] for e in read_events(tmp_path) if e["kind"] == "restore"]
-    assert "went back from step 25 to step-00000020 after a spike; window 25 is left out" in restored
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 31))
+    assert "went back from step 3 to step-00000002 after a spike; window 3 is left out" in restored
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 5))
     assert not [e for e in read_events(tmp_path) if e["kind"] == "finding" and "outside" in e["finding"]["kind"]]
 
 
 def spiky_on_rank_1(world: World, config: RunConfig) -> tuple[dict[str, Tensor], list[int]]:
-    run = go(config, world, change=spiky([25] if world.rank else []))
+    run = go(config, world, change=spiky([3] if world.rank else []))
     return trained(run), run.state.left_out
 
 
 @pytest.mark.slow
 def test_two_ranks_agree_on_a_spike(base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     config = guarded(base, tmp_path, "rollback")
-    config = replace(config, train=replace(config.train, batch_size=1), checkpoint=CheckpointConfig(save_every=20))
+    config = replace(config, train=replace(config.train, batch_size=1), checkpoint=CheckpointConfig(save_every=2))
     (first, left_out), (second, _) = run_ranks(spiky_on_rank_1, config)
-    assert left_out == [25]
+    assert left_out == [3]
     assert all(torch.equal(first[name], second[name]) for name in first)
     (skip,) = [e for e in read_events(tmp_path) if e["kind"] == "skip"]
     assert "is a spike" in skip["reason"]

@@ -5,9 +5,18 @@
 in `current_line`.
 """
 
-from rawloop.origin.find import Damage, damaged, find_origin, gradients_of, is_finite, is_finite_in
-from rawloop.origin.lines import current_line
-from rawloop.origin.rows import Rows, batch_size, guilty_rows
+from rawloop.origin.find import (
+    Damage,
+    Rows,
+    batch_size,
+    damaged,
+    find_origin,
+    gradients_of,
+    guilty_rows,
+    is_finite,
+    is_finite_in,
+)
+from rawloop.origin.forward import current_line
 from rawloop.origin.spots import Origin
 from rawloop.origin.words import Reason, reason
 

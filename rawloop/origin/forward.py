@@ -1,21 +1,32 @@
 """Follows the numbers that are not finite through a forward pass: each operation and each module."""
 
+import linecache
 import math
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from operator import itemgetter
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from rawloop.origin.lines import current_line, line_of
 from rawloop.origin.spots import NOWHERE, Call, Origin, Spot
 from rawloop.origin.tensors import base_of, floats_in, limit, map_args, trouble
+
+# The line of the user's code whose operation runs, for code that runs operations which it has recorded, so that the
+# line is not on the stack: set it around each of them, as `train.py:41: loss = torch.log(p).mean()`. It is used for
+# operations outside the model's modules.
+current_line: ContextVar[str] = ContextVar("current_line", default="")
+
+OUR_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("origin", "watch", "diagnose"))
+NOT_THE_USERS = (str(Path(torch.__file__).parent), "<")  # torch, and generated code such as <frozen contextlib>
 
 # Operations whose result should not be infinite where a mask blocks some of their inputs.
 REDUCTIONS = ("sum", "mean", "logsumexp", "cross_entropy", "nll_loss", "kl_div", "gather", "take_along_dim")
@@ -227,3 +238,19 @@ def _has_infinity(arguments: Any, dtype: torch.dtype) -> bool:
     if isinstance(arguments, dict):
         return any(_has_infinity(item, dtype) for item in arguments.values())
     return isinstance(arguments, list | tuple) and any(_has_infinity(item, dtype) for item in arguments)
+
+
+def line_of(frame: FrameType | None) -> str:
+    """Return the innermost line outside torch and this package, up to the call that started the pass."""
+    left = False
+    while frame is not None:
+        file = frame.f_code.co_filename
+        ours = file.startswith(OUR_OWN[0])
+        if ours and left:
+            return ""
+        left = left or not ours
+        if not file.startswith((*OUR_OWN, *NOT_THE_USERS)) and "contextlib" not in file:
+            text = linecache.getline(file, frame.f_lineno).partition("  #")[0].strip()
+            return f"{Path(file).name}:{frame.f_lineno}: {text}".rstrip(": ")
+        frame = frame.f_back
+    return ""

@@ -1,26 +1,84 @@
 """Capsules: folders with what is needed to run one bad step again. Safetensors, JSON and YAML; no pickle.
 
+The flight recorder keeps the last steps by reference, so that a capsule can show how a bad step came about.
+
 A capsule is written under a temporary name and renamed, so one with its name is whole. Its manifest has the size and
 the digest of every file, and its own digest.
 """
 
 import json
+import platform
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
 from rawloop.files import FileRecord, in_words, readable, remove_tree, sha256_file, signed_json, sync_tree, write_file
 from rawloop.pack import pack, read_state, write_packed
 from rawloop.records import json_value
+from rawloop.versions import installed_versions
 from rawloop.watch.config import WatchConfig
+from rawloop.watch.findings import Finding
+from rawloop.watch.subject import StepRecord
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 FOLDER = "capsules"
 LEFT_OUT_FIRST = ("optimizer", "earlier", "weights", "passes")  # if a capsule would be too large
+SAID = ("step", "ids", "lr", "scale", "loss", "grad_norm", "applied")  # of each step before
+
+
+class Kept(NamedTuple):
+    """A step that has passed. `rng` are the random streams before it, `lr` is the largest learning rate."""
+
+    step: int
+    batch: Any
+    ids: tuple[str, ...]
+    rng: dict[str, Any]
+    lr: float
+    scale: float
+    loss: float | None
+    grad_norm: float | None
+    applied: bool | None
+
+
+class FlightRecorder:
+    """Keeps the last steps of a loop. Nothing is copied, and nothing is read from the device."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps: deque[Kept] = deque(maxlen=steps)
+
+    def keep(self, record: StepRecord, rng: dict[str, Any], lr: float) -> None:
+        """Keep a step that has ended, without its passes."""
+        numbers = (record.scale, record.loss, record.grad_norm, record.applied)
+        self.steps.append(Kept(record.step, record.batch, record.ids, rng, lr, *numbers))
+
+    def state(self, batch_state: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the steps as nested values that can be stored, each batch as `batch_state` makes it."""
+        return {"steps": [{"step": one.step, "rng": one.rng, "batch": batch_state(one.batch)} for one in self.steps]}
+
+    def facts(self, record: StepRecord, world: World, why: str, alarms: Iterable[Finding]) -> dict[str, Any]:
+        """Return what the manifest of every capsule says: of this step, why it is kept, and of the steps before."""
+        return {
+            "why": why,
+            "step": record.step,
+            "rank": world.rank,
+            "world_size": world.size,
+            "threads": torch.get_num_threads(),  # sums on the CPU depend on it
+            "scale": record.scale,
+            "versions": {**installed_versions(), "python": platform.python_version(), "platform": sys.platform},
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "findings": [finding.as_json() for finding in alarms],
+            "history": [{name: getattr(one, name) for name in SAID} for one in self.steps],
+        }
 
 
 @dataclass

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from rawloop.errors import RawloopError
-from rawloop.watch.capsule import Capsule, Capsules, read_facts
+from rawloop.watch.capsule import Capsule, Capsules, FlightRecorder, read_facts
 from rawloop.watch.findings import Finding
-from rawloop.watch.flight import FlightRecorder
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.rerun import digest, digests, run_again
 from rawloop.watch.subject import Pass, StepRecord, Subject
@@ -93,7 +92,7 @@ class Keeper:
             "optimizer": {"state": self._optimizer_state()},
         }
         if record.passes and not failed:
-            facts["own_gradients"] = digests(run_again(model, trained.items(), record.passes).gradients)
+            facts["gradients"] = digests(run_again(model, trained.items(), record.passes).gradients)
             facts["frozen"] = self._frozen()
         return Capsule(facts, states)
 
