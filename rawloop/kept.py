@@ -75,7 +75,7 @@ def batch_from(state: Mapping[str, Any]) -> Batch:
 
 @dataclass
 class Window:
-    """The window of a step as far as it has come: the random streams before each pass, and each pass's loss, unscaled.
+    """The window of a step as far as it has come, with the random streams before each pass and its unscaled loss.
 
     `targets` counts over all ranks.
     """
@@ -97,13 +97,8 @@ def contents(
 ) -> Capsule:
     """Return the contents of a capsule of a run's step, before its update.
 
-    Args:
-        run: the run.
-        facts: further facts.
-        window: of the step.
-        passes: those that have ended.
-        found: the measured gradients; None if the step has failed before.
-        host_only: read nothing from the device, and take no weights.
+    `passes` are those that have ended; `found` is None if the step has failed before its gradients were measured. With
+    `host_only` nothing is read from the device, and no weights are taken.
     """
     slot = run.checkpoints.newest() if run.checkpoints else None
     facts |= {

@@ -68,14 +68,10 @@ class Replay:
 
 
 def load_run(path: Path, facts: dict[str, Any], mode: str | None, world: World, say: Say) -> Replay:
-    """Build a run's model from its capsule.
+    """Build a run's model from its capsule, and make it ready to run.
 
-    Args:
-        path: the capsule.
-        facts: its manifest.
-        mode: a precision mode in place of the recorded one.
-        world: one process.
-        say: called with lines for the user.
+    `facts` is its manifest, `mode` a precision mode in place of the recorded one; `say` is called with lines for the
+    user.
 
     Raises:
         UserError: the base model is missing, or another one.
@@ -162,13 +158,7 @@ def _copy_weights(trained: Mapping[str, Tensor], state: Mapping[str, Any], polic
 
 
 def load_loop(path: Path, facts: dict[str, Any], function: str, world: World) -> Replay:
-    """Make a capsule ready to run.
-
-    Args:
-        path: the capsule.
-        facts: its manifest.
-        function: `package.module:function`, which builds the model.
-        world: one process.
+    """Make a capsule of a foreign loop ready to run, on the model that `function` (`package.module:function`) builds.
 
     Raises:
         UserError: the model is not the one of the loop.

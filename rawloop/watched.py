@@ -31,13 +31,7 @@ from rawloop.watch.watch import Watch
 
 
 class RunWatch:
-    """Shows a run's steps to a watch, and writes findings as events and bad steps as capsules.
-
-    Args:
-        watch: collects the findings.
-        capsules: writes capsules.
-        config: the run's config as YAML; empty without one.
-    """
+    """Shows a run's steps to a watch. Findings become events, and bad steps capsules, with the run's config as YAML."""
 
     def __init__(self, watch: Watch, capsules: Capsules, config: str = "") -> None:
         self.watch, self.capsules, self.config = watch, capsules, config

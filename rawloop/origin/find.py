@@ -58,12 +58,8 @@ def damaged(model: nn.Module) -> Damage | None:
 def find_origin(run: Run, model: nn.Module, given: Mapping[str, Tensor] | None = None) -> Origin | None:
     """Run a pass again, and return the place that makes its loss or its gradients not finite; None if all are finite.
 
-    The model, its gradients, buffers, modes and hooks, and the random streams are as before when it returns.
-
-    Args:
-        run: the forward pass.
-        model: the bare model.
-        given: the inputs, by name.
+    The model, its gradients, buffers, modes and hooks, and the random streams are as before when it returns. `model` is
+    the bare model, `given` are the inputs by name.
     """
     found = _pass(run, Recorder(model, given or {}), model)
     if found is None or found.spot.number < 0 or found.parameter:
@@ -75,21 +71,11 @@ def find_origin(run: Run, model: nn.Module, given: Mapping[str, Tensor] | None =
 
 
 def is_finite(run: Run, model: nn.Module, backward: bool = True, scale: float = 1.0) -> bool:
-    """Return whether a pass is finite: its loss and, with `backward`, its gradients.
-
-    Args:
-        run: the forward pass.
-        model: the bare model.
-        backward: run the backward pass too.
-        scale: multiplies the root of backward.
-    """
-    if not backward:
-        with _undone(model), torch.no_grad():
-            return not trouble(run())
-    with _undone(model):
+    """Return whether a pass is finite: its loss and, with `backward`, its gradients if `scale` multiplies the loss."""
+    with _undone(model), torch.set_grad_enabled(backward):
         root = run()
-        if trouble(root):
-            return False
+        if trouble(root) or not backward:
+            return not trouble(root)
         return not any(trouble(gradient) for _, gradient in gradients_of(root * scale, model) if gradient is not None)
 
 
@@ -151,9 +137,9 @@ def _gradients(root: Tensor, leaves: Sequence[Tensor], recomputes: bool) -> Sequ
 
 @contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    """Undo what passes inside do to the model, the random streams and autocast's cache. Compiled parts run eagerly.
+    """Undo what passes inside do to the model, the random streams and autocast's cache.
 
-    Hooks do not see into the graphs of compiled parts.
+    Compiled parts run eagerly, because hooks do not see into their graphs.
     """
     with ExitStack() as contexts:
         contexts.callback(torch.clear_autocast_cache)
@@ -166,13 +152,9 @@ def _undone(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Rows:
-    """Rows that alone make a pass not finite.
+    """The rows, of a batch of `size` (0 if unknown), that alone make a pass not finite.
 
-    Args:
-        size: rows in the batch; 0 if unknown.
-        guilty: those that do, in order.
-        tried: rows that were decided.
-        runs: passes that it took.
+    `tried` rows were decided, in `runs` passes.
     """
 
     size: int
@@ -186,19 +168,16 @@ class Rows:
         return self.tried == self.size
 
 
-def guilty_rows(size: int, finite: Callable[[Sequence[int]], bool], most: int = MOST_RUNS) -> Rows:
+def guilty_rows(size: int, finite: Callable[[Sequence[int]], bool]) -> Rows:
     """Return the rows that alone make a pass not finite. Halves that are finite are not divided further.
 
-    Args:
-        size: rows in the batch.
-        finite: runs the pass with the batch's rows replaced by the rows of these indices (as many as the batch has),
-            and returns whether it is finite.
-        most: passes to run at most.
+    `finite` runs the pass with the rows of these indices in place of the batch's `size` rows, and returns whether it is
+    finite.
     """
     found = Rows(size)
     ahead = [list(range(size))] if size > 1 else []
     known_bad = True  # the whole batch
-    while ahead and found.runs < most and (len(found.guilty) < MOST_GUILTY or found.tried > len(found.guilty)):
+    while ahead and found.runs < MOST_RUNS and (len(found.guilty) < MOST_GUILTY or found.tried > len(found.guilty)):
         part = ahead.pop()
         if not known_bad:
             found.runs += 1

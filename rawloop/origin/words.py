@@ -21,21 +21,27 @@ ENTROPIES = ("cross_entropy", "nll_loss")
 PICKS = (*ENTROPIES, "gather", "take_along_dim", "kl_div", "getitem")
 
 # Why an operation is not finite in forward, and what to do.
-LOG = "Clamp the argument from below, as by 1e-6, or compute log-probabilities by log_softmax or logsigmoid"
-RANGE = "Clamp its argument to the range where it is finite"
-LARGE = "Subtract the maximum first (logsumexp, softmax), or clamp the argument"
 RULES = {
-    **dict.fromkeys(("log", "log2", "log10"), ("{base} of {value:.4g}", LOG)),
-    **dict.fromkeys(
-        ("sqrt", "rsqrt", "pow", "acos", "asin", "atanh", "log1p", "acosh", "logit"), ("{base} of {value:.4g}", RANGE)
-    ),
-    **dict.fromkeys(
-        ("exp", "exp2", "expm1", "sinh", "cosh"), ("{base} of {value:.4g}, which is too large for {dtype}", LARGE)
-    ),
-    **dict.fromkeys(
-        ENTROPIES,
-        ("{base} of a target whose logit is masked, or that overflows", "Do not mask classes that are targets"),
-    ),
+    name: rule
+    for names, rule in {
+        ("log", "log2", "log10"): (
+            "{base} of {value:.4g}",
+            "Clamp the argument from below, as by 1e-6, or compute log-probabilities by log_softmax or logsigmoid",
+        ),
+        ("sqrt", "rsqrt", "pow", "acos", "asin", "atanh", "log1p", "acosh", "logit"): (
+            "{base} of {value:.4g}",
+            "Clamp its argument to the range where it is finite",
+        ),
+        ("exp", "exp2", "expm1", "sinh", "cosh"): (
+            "{base} of {value:.4g}, which is too large for {dtype}",
+            "Subtract the maximum first (logsumexp, softmax), or clamp the argument",
+        ),
+        ENTROPIES: (
+            "{base} of a target whose logit is masked, or that overflows",
+            "Do not mask classes that are targets",
+        ),
+    }.items()
+    for name in names
 }
 # What to do if the gradient is not finite.
 EPS = "Add a small number before it, as sqrt(x + 1e-8)"
@@ -52,15 +58,11 @@ BACKWARD = {
 
 @dataclass
 class Reason:
-    """Why an operation makes numbers that are not finite.
+    """Why an operation makes numbers that are not finite, and what to do.
 
     Args:
         blamed: `code` is the model or the loss, `optimizer` what changes gradients between backward and the update.
-        what: one sentence.
-        advice: what to do.
-        evidence: numbers.
-        index: of the first number in the operation's output that is not finite; empty if unknown.
-        shape: of that output.
+        index: of the first number in a tensor of this `shape` that is not finite; empty if unknown.
         parameter: the name of a weight whose magnitude is absurd.
     """
 

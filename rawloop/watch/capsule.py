@@ -83,13 +83,7 @@ class FlightRecorder:
 
 @dataclass
 class Capsule:
-    """The contents of a capsule.
-
-    Args:
-        facts: JSON values: step, rank, why it was written, numbers, findings, digests of gradients, versions.
-        states: nested states of tensors and JSON values, by the name of their files.
-        texts: text files by name.
-    """
+    """The contents of a capsule: JSON values, nested states by the name of their files, and text files by name."""
 
     facts: dict[str, Any]
     states: dict[str, Any] = field(default_factory=dict)

@@ -19,12 +19,7 @@ FUNCTION = "package.module:function"
 
 
 class Keeper:
-    """Keeps the last steps by reference, and writes a capsule of a step if there is a reason.
-
-    Args:
-        subject: the loop's objects.
-        out: the folder of the watch.
-    """
+    """Keeps the last steps by reference, and writes a capsule of a step into the folder `out` if there is a reason."""
 
     def __init__(self, subject: Subject, out: Path) -> None:
         self.subject = subject
@@ -43,16 +38,10 @@ class Keeper:
         self.flight.keep(record, record.passes[0].rng if record.passes else {}, max(rates, default=0.0))
 
     def keep(self, record: StepRecord, alarms: Iterable[Finding], roots: Sequence[Tensor], failed: bool) -> str:
-        """Write a capsule if there is a reason and room for it. The weights must be those that the step started from.
+        """Write a capsule if there is a reason and room for it, and return a line for the user, or "".
 
-        Args:
-            record: the step.
-            alarms: so far.
-            roots: of the backward passes.
-            failed: the step has failed: its passes are not run again, as DDP may be waiting for gradients.
-
-        Returns:
-            a line for the user, or "".
+        The weights must be those that the step started from. `roots` are those of its backward passes. If the step has
+        failed, its passes are not run again: DDP may be waiting for gradients.
         """
         why, self.why = self.why, ""
         if not why or not self.capsules.has_room():

@@ -11,12 +11,11 @@ NORM_FACTOR, NORM_Z = 2.0, 8.0  # of the largest norm; robust standard deviation
 class SpikeGuard:
     """Compares a step's numbers with those of the last applied steps. Steps that stand out do not join the history.
 
-    Args:
-        window: the number of steps in the history. Before there are 20, nothing stands out.
+    Before there are 20, nothing stands out.
     """
 
-    def __init__(self, window: int = 100) -> None:
-        self.loss, self.norm = History(window), History(window)
+    def __init__(self) -> None:
+        self.loss, self.norm = History(), History()
 
     def objection(self, loss: float, grad_norm: float) -> str | None:
         """Return why a step with these finite numbers stands out, or None."""
