@@ -19,8 +19,7 @@ from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr
 from rawloop.precision.gradients import ELSEWHERE, StepResult
 from rawloop.preempt import first_reason
-from rawloop.rebuild import find_buffers, rebuild_ddp
-from rawloop.rollback import roll_back
+from rawloop.rebuild import find_buffers, rebuild_ddp, roll_back
 from rawloop.run import Run as Run
 from rawloop.run import TrainState, evaluate_and_save, raise_if, stop_early
 from rawloop.settings import TrainConfig as TrainConfig

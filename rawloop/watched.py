@@ -62,7 +62,7 @@ class RunWatch:
 
     def fields(self) -> dict[str, Any]:
         """Return the loss scales of the last steps, for the event of a skip."""
-        return {"last_scales": [kept.scale for kept in self.recorder.steps]}
+        return {"last_scales": [kept.record.scale for kept in self.recorder.steps]}
 
     @contextmanager
     def running(self, run: Run) -> Iterator[None]:

@@ -60,7 +60,7 @@ FLOORS = (
             "demo",
         ),
     ),
-    ("frame", ("run", "loop", "rebuild", "rollback")),
+    ("frame", ("run", "loop", "rebuild")),
     (
         "assembly",
         (

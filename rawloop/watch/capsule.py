@@ -12,7 +12,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,21 +32,15 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 FOLDER = "capsules"
 LEFT_OUT_FIRST = ("optimizer", "earlier", "weights", "passes")  # if a capsule would be too large
-SAID = ("step", "ids", "lr", "scale", "loss", "grad_norm", "applied")  # of each step before
+SAID = ("step", "ids", "scale", "loss", "grad_norm", "applied")  # of each step before
 
 
 class Kept(NamedTuple):
-    """A step that has passed. `rng` are the random streams before it, `lr` is the largest learning rate."""
+    """A step that has passed, without its passes; the random streams before it, and its largest learning rate."""
 
-    step: int
-    batch: Any
-    ids: tuple[str, ...]
+    record: StepRecord
     rng: dict[str, Any]
     lr: float
-    scale: float
-    loss: float | None
-    grad_norm: float | None
-    applied: bool | None
 
 
 class FlightRecorder:
@@ -56,13 +50,14 @@ class FlightRecorder:
         self.steps: deque[Kept] = deque(maxlen=steps)
 
     def keep(self, record: StepRecord, rng: dict[str, Any], lr: float) -> None:
-        """Keep a step that has ended, without its passes."""
-        numbers = (record.scale, record.loss, record.grad_norm, record.applied)
-        self.steps.append(Kept(record.step, record.batch, record.ids, rng, lr, *numbers))
+        """Keep a step that has ended."""
+        self.steps.append(Kept(replace(record, passes=[]), rng, lr))
 
     def state(self, batch_state: Callable[[Any], Any]) -> dict[str, Any]:
         """Return the steps as nested values that can be stored, each batch as `batch_state` makes it."""
-        return {"steps": [{"step": one.step, "rng": one.rng, "batch": batch_state(one.batch)} for one in self.steps]}
+        return {
+            "steps": [{"step": one.step, "rng": rng, "batch": batch_state(one.batch)} for one, rng, _ in self.steps]
+        }
 
     def facts(self, record: StepRecord, world: World, why: str, alarms: Iterable[Finding]) -> dict[str, Any]:
         """Return what the manifest of every capsule says: of this step, why it is kept, and of the steps before."""
@@ -77,7 +72,7 @@ class FlightRecorder:
             "loss": record.loss,
             "grad_norm": record.grad_norm,
             "findings": [finding.as_json() for finding in alarms],
-            "history": [{name: getattr(one, name) for name in SAID} for one in self.steps],
+            "history": [{"lr": lr, **{name: getattr(one, name) for name in SAID}} for one, _, lr in self.steps],
         }
 
 
