@@ -50,8 +50,7 @@ class RankWeights(Detector):
         advice = "Wrap the model in DistributedDataParallel, load the same file on all ranks, or seed them alike"
         if self._equal is not None:
             why = f"they were equal before step {self._equal}, and the ranks got different gradients or updates since"
-            advice = "Call the wrapped model, not model.module, so that gradients are averaged; "
-            advice += "let no rank skip, clip or write weights alone"
+            advice = "Call the wrapped model, not model.module, so that gradients are averaged; let no rank skip alone"
         what = f"rank {first_few(ranks)} has other weights before step {step} ({first_few(odd)}): {why}"
         kind, place = "weights_differ_across_ranks", place_of(name, rank=ranks[0])
         return told(subject, step, kind, "distributed", what, place, evidence, advice, since=self._equal)

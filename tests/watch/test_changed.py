@@ -159,6 +159,22 @@ def test_other_values_that_stay_in_trained_weights_are_an_alarm_without_a_probe(
     assert found.cause.evidence == {"seen to change": 6}
 
 
+@pytest.mark.parametrize("meddles", [False, True])
+def test_weights_with_an_optimizer_each_are_followed_between_looks(meddles: bool) -> None:
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(10)])
+    optimizers = [torch.optim.SGD([weight], lr=0.1) for weight in model.parameters()]
+    with Watch(model, optimizers, config=WatchConfig(every=50), detectors=[ChangedWeights()]) as watch:
+        for step in range(5):
+            with watch.step():
+                model(torch.randn(4, 6)).square().mean().backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if meddles and step == 3:
+                model.load_state_dict(average_of(model))
+    assert [(f.kind, f.step) for f in watch.findings] == [("weights_changed_outside_optimizer", 4)] * meddles
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
 def test_healthy_training_has_no_findings(fused: bool, every: int) -> None:
