@@ -143,7 +143,7 @@ def _undone(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as contexts:
         contexts.callback(torch.clear_autocast_cache)
-        contexts.enter_context(untouched(model))
+        contexts.enter_context(untouched(model, weights=True))
         if "torch._dynamo" in sys.modules:
             contexts.enter_context(torch.compiler.set_stance("force_eager"))
         contexts.enter_context(torch.enable_grad())

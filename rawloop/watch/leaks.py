@@ -53,7 +53,10 @@ class Leaks(Detector):
 
 def probe(subject: Subject, record: StepRecord, one: Pass) -> Iterator[Finding]:
     """Look whether predictions move with their own and later tokens. The model does not change."""
-    with untouched(subject.model, training=False), torch.enable_grad():  # the pass may differentiate on its way
+    with (
+        untouched(subject.model, training=False, weights=True),
+        torch.enable_grad(),
+    ):  # the pass may differentiate on its way
         spy = Spy(subject.model, one)
         before, ids = spy.run(), spy.ids
         if before is None or ids is None or (shift := _shift(before.targets, ids)) is None:
@@ -170,5 +173,5 @@ def _mixer(spy: Spy, earlier: Tensor, later: slice, tolerance: float) -> str:
     assert spy.ids is not None
     row, _ = first_place(earlier)
     pick = partial(at_positions, row, earlier[row].nonzero().flatten().tolist(), len(spy.ids), spy.ids.shape[1])
-    with untouched(spy.model, training=False), torch.no_grad():
+    with untouched(spy.model, training=False, weights=True), torch.no_grad():
         return first_mixer(spy.model, pick, (spy.run, lambda: spy.run(later)), tolerance)

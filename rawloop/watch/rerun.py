@@ -39,7 +39,7 @@ def run_again(
         seen: called with each pass's number and root, before its backward pass.
     """
     roots: list[Tensor] = []
-    with untouched(model):
+    with untouched(model, weights=True):
         if buffers and before:
             buffers.write(before)
         for number, one in enumerate(passes):

@@ -138,7 +138,7 @@ def _scores(subject: Subject, one: Pass, labels: Tensor, where: Tensor) -> bool:
     changed = labels.clone()
     changed[where] = (changed[where] == 0).to(changed.dtype)  # another class, which every head has
     inputs = map_tensors(lambda tensor: changed if next(places) == number else tensor, one.inputs)
-    with untouched(subject.model), torch.no_grad(), preserved_rng():
+    with untouched(subject.model, weights=True), torch.no_grad(), preserved_rng():
         first, again, other = (_loss(one, given) for given in (one.inputs, one.inputs, inputs))
     return abs(other - first) > NOISE * abs(again - first)
 

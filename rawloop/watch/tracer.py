@@ -111,7 +111,7 @@ def _sums(subject: Subject, record: StepRecord) -> dict[str, _Sum]:
     names = {id(weight): name for name, weight in subject.model.named_parameters()}
     sums: dict[str, _Sum] = {}
     for number, one in enumerate(record.passes):
-        with untouched(subject.model), torch.enable_grad():
+        with untouched(subject.model, weights=True), torch.enable_grad():
             root = PassTracer(subject, record, number, one).run()
             found = gradients_of(root, subject.model)
         for leaf, gradient in found:

@@ -110,3 +110,53 @@ def test_a_log_of_zero_in_the_loss_is_traced_to_its_line_and_sample() -> None:
 def test_looks_come_early_and_then_seldom() -> None:
     assert [step for step in range(1200) if WatchConfig().is_due(step)] == [0, 20, 100, 500, 1000]
     assert [step for step in range(30) if WatchConfig(every=10).is_due(step)] == [0, 10, 20]
+
+
+WRITES: dict[str, Any] = {
+    "in place": lambda key, query: key.mul_(0.9).add_(query, alpha=0.1),
+    "data in place": lambda key, query: key.data.mul_(0.9).add_(query.data, alpha=0.1),
+    "other data": lambda key, query: setattr(key, "data", key.data * 0.9 + query.data * 0.1),
+    "several at once": lambda key, query: torch._foreach_mul_([key], 0.9),
+    "out": lambda key, query: torch.add(query, 0.5, out=key),
+}
+
+
+class Momentum(nn.Module):
+    """A query encoder, and a key encoder that each forward pass moves after it, as in MoCo."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.query, self.key, self.write = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False), write
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                self.write(key, query)
+            keys = self.key(x)
+        return (self.query(x) - keys - 1).square().mean()
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_weights_that_a_forward_pass_writes_are_as_without_a_watch(write: Any) -> None:
+    def train(every: int) -> tuple[list[Tensor], list[int]]:
+        torch.manual_seed(0)
+        model = Momentum(write)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        batches = [torch.randn(8, 4) for _ in range(6)]
+        if not every:
+            for x in batches:
+                model(x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        else:
+            with Watch(model, optimizer, config=WatchConfig(every=every), say=lambda text: None) as watch:
+                for x in batches:
+                    with watch.step(x):
+                        model(x).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+        return [w.detach().clone() for w in model.parameters()], [w._version for w in model.key.parameters()]
+
+    (plain, versions), (watched, versions_watched) = train(0), train(1)
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
+    assert versions == versions_watched
