@@ -68,7 +68,7 @@ class Limits:
                 rows = max(embedding.num_embeddings, int(whole[name].max()) + 1)
                 ids[name] = min(ids.get(name, rows), rows)
 
-        with untouched(model, training=False), torch.no_grad(), autocast(), ExitStack() as hooks:
+        with untouched(model, training=False, weights=True), torch.no_grad(), autocast(), ExitStack() as hooks:
             for part in model.modules():
                 if isinstance(part, nn.Embedding):
                     hooks.callback(part.register_forward_pre_hook(record).remove)

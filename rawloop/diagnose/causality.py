@@ -87,7 +87,7 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
         with looking_at(one.ids), preserved_rng(), autocast():
             return family.logits(model, one)
 
-    with untouched(model, training=False), torch.no_grad():
+    with untouched(model, training=False, weights=True), torch.no_grad():
         before, again, after = logits(batch), logits(batch), logits(perturbed.batch)
         others = {what: logits(context.batch) for what, context in perturbed.contexts.items()}
     rounding = _rounding(model, autocast)

@@ -119,7 +119,7 @@ def read_losses(
     readings = {stream: Reading() for stream in family.streams}
     passes = Passes(family, module, autocast, {id(batch): group for batch, group in zip(batches, groups, strict=False)})
     scored: dict[int, dict[str, StreamLoss]] = {}
-    with untouched(module, training=False), torch.no_grad():
+    with untouched(module, training=False, weights=True), torch.no_grad():
         for batch in batches:
             scored[id(batch)], measured = _scored(passes, batch, readings)
             for name, reading in measured.items():
@@ -135,7 +135,7 @@ def read_losses(
             eps = coarsest_eps(module.model, autocast)
             for name, said in find_mismatches(scored[id(batch)], logits, batch, eps).items():
                 readings[name].mismatch = said
-    with untouched(module, training=True):
+    with untouched(module, training=True, weights=True):
         for stream, seen in [(s, b) for s, b in first.items() if b is not None and not readings[s].not_finite]:
             with looking_at(seen.ids):
                 none, not_finite = passes.gradient(seen, stream)

@@ -77,7 +77,7 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Ex
     assert policy.model is not None
     trial = Trial([], Moves([], {}, [], []))
     try:
-        with untouched(policy.model) as trace:
+        with untouched(policy.model, weights=True) as trace:
             with policy.autocast():
                 loss = loss_of()
             forward = Trace(policy.model)

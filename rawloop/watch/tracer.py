@@ -14,6 +14,7 @@ from rawloop.watch.pass_tracer import PassTracer
 from rawloop.watch.subject import StepRecord, Subject
 
 KIND = "not_finite"
+LARGEST = "largest gradient"
 
 
 def trace(subject: Subject, record: StepRecord) -> Iterable[Finding]:
@@ -26,7 +27,8 @@ def trace(subject: Subject, record: StepRecord) -> Iterable[Finding]:
     causes, ordinary = _causes(subject, record)
     forward = record.loss is None and causes[0].place.phase == "forward"
     lost = forward or (record.loss is not None and not math.isfinite(record.loss))
-    what = "the loss is not finite" if lost else "the gradients are not finite"
+    gradients = "the norm of the gradients is" if LARGEST in causes[0].evidence else "the gradients are"
+    what = f"{'the loss is' if lost else gradients} not finite"
     return [Finding(KIND, what, tuple(causes[:MOST_CAUSES]), record.step, subject.world.rank, ordinary)]
 
 
@@ -69,6 +71,14 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
         evidence |= {"largest of one pass": one.largest, "dtype": str(one.total.dtype).removeprefix("torch.")}
         advice = "Lower the loss scale, divide the loss by the number of passes, or accumulate in float32"
         return Cause("precision", what, Place("backward", parameter=name, rank=rank), evidence, advice)
+    if not wrong and record.loss is not None and math.isfinite(record.loss) and (large := _largest(subject)):
+        name, size_of = large
+        what = (
+            f"all gradients are finite, and their norm is not: squares of numbers like {size_of:.3g} overflow float32"
+        )
+        advice = "Look at what makes the gradient so large; `clip_grad_norm_` would multiply all gradients by zero"
+        evidence[LARGEST] = size_of
+        return Cause("loss", what, Place("backward", parameter=name, rank=rank), evidence, advice)
     if not record.passes:
         why = f" ({record.why_no_passes})" if record.why_no_passes else ""
         what = f"the step has no pass that can run again{why}; the weights are finite"
@@ -81,6 +91,13 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
     what = "each pass is finite when it runs again, so the cause is not in its batch, weights or random streams"
     advice = "Zero the gradients after each step; if they were, look for kernels that are not deterministic"
     return Cause("not known", what, place, evidence, f"{advice}, or hardware")
+
+
+def _largest(subject: Subject) -> tuple[str, float] | None:
+    """Return the largest magnitude of a gradient and the parameter, if its square overflows float32."""
+    found = [(float(w.grad.abs().amax()), name) for name, w in subject.model.named_parameters() if w.grad is not None]
+    size, name = max(found, default=(0.0, ""))
+    return (name, size) if size > 1e15 else None
 
 
 def _changed(subject: Subject, again: "_Sum | None", place: Place, evidence: dict[str, float | int | str]) -> Cause:

@@ -291,6 +291,15 @@ def test_a_gradient_that_is_changed_after_backward() -> None:
     assert "by a hook that runs after accumulation" in found(net, loss=1.0).cause.what
 
 
+def test_finite_gradients_whose_norm_overflows() -> None:
+    net = Net()
+    net.head.bias.grad = torch.full_like(net.head.bias, 1e25)
+    finding = found(net, loss=1.0)
+    assert finding.what == "the norm of the gradients is not finite"
+    assert (finding.cause.whose, finding.cause.place.parameter) == ("loss", "head.bias")
+    assert "squares of numbers like 1e+25 overflow float32" in finding.cause.what
+
+
 def test_random_streams_are_those_of_the_pass() -> None:
     torch.manual_seed(5)
     stream = capture_rng()
