@@ -188,6 +188,7 @@ class Hooks:
             if on:
                 self.recorder.resume()
 
+    @guarded(PART)
     def _clip(self, *args: Any, **kwargs: Any) -> Callable[[bool, Any], None]:
         facts, line, scalars = self.facts, self.recorder.line(), self.scalars
         if facts.is_scaled:

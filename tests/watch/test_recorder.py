@@ -184,7 +184,7 @@ class Caster(nn.Module):
             return self.module(x).float()
 
 
-@pytest.mark.parametrize("backend", ["", "eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_passes_run_again_inside_wrappers_and_outside_a_compiler(backend: str) -> None:
     reruns = Reruns()
     model: Any = torch.compile(small().eval(), backend=backend) if backend else Caster(small())
@@ -235,11 +235,15 @@ def train_on_rank(world: World, ill: bool, watched: bool) -> tuple[list[Any], fl
     return found, float(sum(weight.detach().double().sum() for weight in model.parameters()))
 
 
+def train_three_times(world: World) -> list[tuple[list[Any], float]]:
+    return [train_on_rank(world, ill, watched) for ill, watched in ((False, False), (False, True), (True, True))]
+
+
 def test_ranks_of_which_one_has_a_bad_sample(run_ranks: Any) -> None:
-    bare, watched = (run_ranks(train_on_rank, False, on) for on in (False, True))
+    bare, watched, ill = zip(*run_ranks(train_three_times), strict=True)
     assert [weights for _, weights in bare] == [weights for _, weights in watched]
     assert [found for found, _ in watched] == [[], []]
-    (first, _), (second, _) = run_ranks(train_on_rank, True, True)
+    (first, _), (second, _) = ill
     assert ("not_finite", "data", "r1s1n2") in second
     assert [whose for kind, whose, _ in first if kind == "not_finite"] == ["distributed"]
 
