@@ -109,12 +109,15 @@ class Operations(TorchFunctionMode):
     def _apply(self, function: Any, call: Any, args: Any, kwargs: Any) -> Any:
         """Run and record the user's own `torch.autograd.Function`, as one operation."""
         tape = self.tape
-        if not self.recording or tape is None or tape.broken or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.recording or tape is None or tape.broken or looking.get():
             return call(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        self.pause()
+        try:
             result = call(*args, **kwargs)
             if any(tensors_in(result)):
                 self._after_operation(lambda made: self._record(tape, function.apply, args, kwargs, made), result)
+        finally:
+            self.resume()
         return result
 
     def _write(self, tape: Tape, func: Any, args: Any, kwargs: Any) -> After | None:

@@ -161,6 +161,22 @@ def test_the_default_device_may_change_inside_a_block() -> None:
     assert modes() == []
 
 
+class Halve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * torch.full((), 0.5)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+
+def test_the_users_mode_is_on_in_a_function_of_the_users_own() -> None:
+    model = small()
+    with Own(), Watch(model, detectors=[]) as watch, watch.step():
+        assert Halve.apply(model(torch.randn(3, 4)).sum()).dtype == torch.float64  # type: ignore[no-untyped-call]
+
+
 def test_operations_are_recorded_as_a_mode_of_the_users_makes_them() -> None:
     model, reruns = small(), Reruns()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
