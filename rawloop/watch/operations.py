@@ -162,7 +162,7 @@ class Operations(TorchFunctionMode):
 def _put_below(mode: TorchFunctionMode) -> None:
     """Put a mode at the bottom of the stack, above torch's own for `torch.set_default_device`, which must be there."""
     above = [_pop() for _ in range(torch._C._len_torch_function_stack())]
-    default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    default = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
     if above and above[-1] is default:
         _push(above.pop())
     _push(mode)

@@ -65,7 +65,7 @@ class Recorder(Operations):
     def block(self, batch: Any) -> Iterator[None]:
         """Record what runs inside the context."""
         with ExitStack() as stack:
-            stack.enter_context(listening(torch.Tensor, "backward", self._before_method))
+            stack.enter_context(listening(torch.Tensor, "backward", lambda *args, **kwargs: self.pause()))
             stack.enter_context(listening(torch.autograd, "backward", self._before_backward))
             stack.enter_context(listening(torch, "clear_autocast_cache", self._left_autocast))
             stack.enter_context(applied(self._apply))
@@ -170,10 +170,6 @@ class Recorder(Operations):
     @guarded(PART)
     def _left_autocast(self) -> None:
         self._span += 1
-
-    @guarded(PART)
-    def _before_method(self, *args: Any, **kwargs: Any) -> None:
-        self.pause()
 
     @guarded(PART)
     def _before_backward(
