@@ -57,10 +57,7 @@ class History:
         return self._sorted[0] if self._sorted else math.inf
 
     def zscore(self, value: float) -> float:
-        """Return how many robust standard deviations a value is above the median.
-
-        The deviation is at least 0.1% of the median, so that a constant history makes no noise into an outlier.
-        """
+        """Return how many robust standard deviations (each at least 0.1% of the median) a value is above the median."""
         median = self.median
         deviation = _middle(sorted(abs(each - median) for each in self._sorted))
         return (value - median) / max(SIGMA * deviation, 1e-3 * abs(median), 1e-12)

@@ -82,10 +82,7 @@ NOTHING = Exponents([0.0] * (BINS - 1), 0.0)
 
 @dataclass(frozen=True)
 class Amounts:
-    """The magnitudes of a tensor, or of several of one dtype.
-
-    `lowest` and `highest` are over all values. `exponents` may be of a sample, and is empty if it was not asked for.
-    """
+    """The magnitudes of a tensor, or of several of one dtype. `exponents` may be of a sample, or empty."""
 
     dtype: torch.dtype
     lowest: float
@@ -123,17 +120,14 @@ class Amounts:
 
 @dataclass(frozen=True)
 class GradientAmounts(Amounts):
-    """The magnitudes of a parameter's gradient.
+    """The magnitudes of a parameter's gradient. Its rows are the slices of the first dimension.
 
-    Args:
-        alive: which of its rows (slices of the first dimension) have a value that is not zero: bool, on the host.
-        rows: how many rows these are.
-        lost: the share of zeros among its rows and columns that have other values: in a dense layer these were flushed.
-            0.0 without `exponents`.
+    `lost` is the share of zeros among rows and columns that have other values: in a dense layer these were flushed. It
+    is 0.0 without `exponents`.
     """
 
-    alive: Tensor
-    rows: int
+    alive: Tensor  # bool (rows,), on the host: which have a value that is not zero
+    rows: int  # how many these are
     lost: float
 
 

@@ -48,10 +48,7 @@ class Reach(Detector):
             yield from self._report(subject, self._last)
 
     def _gather(self, seen: Seen, waiting: set[str]) -> None:
-        """Keep the parameters that had no gradient in any look, except those that wait for another update.
-
-        Look again while there are some.
-        """
+        """Keep the parameters that had no gradient in any look and wait for no other update. If any, look again."""
         missing = {name for name, grad in seen.gradients.items() if grad is None or not grad.rows} - waiting
         self._first = seen.step if self._last is None else self._first
         self._missing = missing if self._last is None else self._missing & missing
@@ -85,10 +82,7 @@ class Reach(Detector):
 
 
 def without_graph(error: BaseException, subject: Subject, record: StepRecord, line: str) -> Finding | None:
-    """Return the finding for the error that `backward` raises on a loss without a graph, or None for another error.
-
-    `line` is the line of the user's code that called `backward`.
-    """
+    """Return the finding for the error of `backward`, called in `line`, on a loss without a graph; None for others."""
     if "does not require grad and does not have a grad_fn" not in str(error):
         return None
     what = "the loss hangs on no trainable parameter: it was detached, made from numbers, or computed under no_grad"

@@ -133,8 +133,8 @@ class LossScale(Detector):
             return
         self._told.add(kind)
         scales = str(window) if lost < MOST_FLUSHED else f"up to 2^{window.high}"  # what is flushed is not seen
-        start = f"start at {window.recommended():.9g}"
-        start = start if room >= 1 else "a larger one would overflow: use bfloat16 or float32"
+        larger = "a larger one would overflow: use bfloat16 or float32"
+        start = f"start at {window.recommended():.9g}" if room >= 1 else larger
         what, symptom, advice = _words(subject, seen.loss_scale, unscaled)
         what += f": FP16 rounds {lost:.1%} of the gradients to zero, and {small:.1%} of the others are subnormal"
         evidence = {"lost": lost, "most lost": most, "subnormal": small, "loss scale": seen.loss_scale}

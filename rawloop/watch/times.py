@@ -46,17 +46,15 @@ class Times:
     def _find_long(self, subject: Subject, record: StepRecord, wait: float, share: float) -> Iterator[Finding]:
         usual = self._usual.median if self._usual.is_known else float("inf")
         if share > MOST and wait >= max(LONG * usual, LEAST):
-            self._long.append(wait)
+            self._long = [*self._long[:WAITS], wait]
         else:
-            self._long.clear()
+            self._long = []
             self._usual.add(wait)
         if len(self._long) == WAITS:
             what = f"the wait for data has grown from {usual:.3g} s to {min(self._long):.3g} s and more"
             place = Place("data", sample=", ".join(record.ids[:4]))
             evidence = {"usual seconds": usual, "seconds": wait, "share of the time": share}
-            advice = (
-                "look at what the loader reads since then: another file, disk or network, or a worker that has ended"
-            )
+            advice = "look at what the loader reads now: another file, disk or network, or a worker that has ended"
             slow = Cause("data", "reading or preparing a batch has become slow", place, evidence, advice)
             advice = "look at the load of disk, network and CPU, and at the code between two steps"
             other = Cause("hardware", "something else uses the disk, the network or the CPU", Place("data"), {}, advice)
