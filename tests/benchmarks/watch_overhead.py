@@ -5,7 +5,8 @@
 
 Both loops train a model of their own with the same weights on the same batches, and take turns of one step, in an
 order that changes. The ratio is taken within each pair of steps; the table shows the median, its middle half, and the
-difference in microseconds. Steps that take the costly looks (`WatchConfig.every`) are shown on their own line; the last
+difference in microseconds. On the CPU it is that of the processor's time, which other work disturbs less; on a GPU that
+of the wall's. Steps that take the costly looks (`WatchConfig.every`) are shown on their own line; the last
 line of a mode is the mean step of a loop that takes a look as often as the default says.
 
 `rawloop` takes the same watch's part of a step in its own loop: tests/benchmarks/loop_overhead.py, peer "rawloop
@@ -125,14 +126,15 @@ class Peer:
 
     def timed(self, ids: Tensor) -> tuple[float, float]:
         """Return the seconds of a step, and its loss."""
-        start = time.perf_counter()
+        clock = time.thread_time if self.work.device == CPU else time.perf_counter
+        start = clock()
         if self.watch is None:
             loss = self.step(ids)
         else:
             with self.watch.step({"input_ids": ids}):
                 loss = self.step(ids)
         value = float(loss)  # waits for the device, as a loop does that logs
-        return time.perf_counter() - start, value
+        return clock() - start, value
 
 
 def batches(work: Work, steps: int) -> Iterator[Tensor]:
