@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from rawloop.origin.tensors import floats_in
-from rawloop.watch.findings import Finding
+from rawloop.watch.findings import Cause, Finding
 from rawloop.watch.guard import Guard
 from rawloop.watch.measure import Amounts, GradientAmounts, Readings
 from rawloop.watch.subject import Detector, StepRecord, Subject
@@ -141,7 +141,10 @@ class Seen:
 
 
 class Look(Detector):
-    """Measures each probing step. It finds nothing itself: detectors that come after it judge what it has `seen`."""
+    """Measures each probing step. Detectors that come after it judge what it has `seen`.
+
+    Kind: `modules_not_seen`, ordinary: a compiled model.
+    """
 
     def __init__(self) -> None:
         self.again = False  # take a look at the next step too
@@ -150,6 +153,15 @@ class Look(Detector):
         self._record: StepRecord | None = None
         self._hooks: ModuleHooks | None = None
         self._seen = Seen(-1, {})
+
+    def start(self, subject: Subject) -> Iterable[Finding]:
+        """Say that a compiled model gets no hooks."""
+        if not subject.compiled:
+            return []
+        what = "the modules of a compiled model are not measured: hooks on them would compile it again"
+        advice = "Gradients of parameters are measured; watch the model before torch.compile to measure its modules"
+        cause = Cause("not known", "torch.compile was called on the model, or on a part of it", advice=advice)
+        return [Finding("modules_not_seen", what, (cause,), 0, subject.world.rank, ordinary=True)]
 
     def batch(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
         """Put hooks on before the forward pass of a probing step."""

@@ -36,8 +36,12 @@ def test_a_healthy_loop_is_quiet_and_keeps_no_hooks(dtype: torch.dtype | None) -
 def test_a_compiled_model_gets_no_hooks() -> None:
     model = Model()
     subject = Subject(model, [], None, model.named_parameters, compiled=True)
-    Look().batch(subject, StepRecord(0, probing=True))
+    look = Look()
+    (finding,) = look.start(subject)
+    assert (finding.kind, finding.ordinary) == ("modules_not_seen", True)
+    look.batch(subject, StepRecord(0, probing=True))
     assert not any(module._forward_hooks for module in model.modules())
+    assert list(look.start(Subject(model, [], None, model.named_parameters))) == []
     assert not is_compiled(model)
     model.layers[0]._compiled_call_impl = print  # as Module.compile does
     assert is_compiled(model)
