@@ -72,6 +72,6 @@ class BadSteps:
         found, before = damaged(self.subject.model), self.damage
         self.damage = str(found) if found is not None else ""
         if found is not None and not before:
-            self.tell(f"step {step}: {found}; what follows from that is not told until the weights are finite again")
+            self.tell(f"step {step}: {found}. No other finding is told until the weights are finite again")
         elif before and found is None:
             self.tell(f"step {step}: the weights are finite again")

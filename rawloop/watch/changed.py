@@ -18,6 +18,7 @@ from rawloop.watch.held import Evidence, held_by_optimizers, place_of, told, wei
 from rawloop.watch.subject import Detector, StepRecord, Subject
 
 COPY = 4  # a moving average of a module has at least so many tensors
+NEAR = 0.5  # relative distance of a smaller one from the trained weights; that of random ones is about 1.4
 WEIGHTS = 8  # that are followed between looks: load_state_dict and the like write all of them
 NUMBERS = 8  # of each of these
 WRITES = attrgetter("_version")  # how often torch has written a tensor in place; writes through `.data` do not count
@@ -184,7 +185,15 @@ def is_copy_of_trained(subject: Subject, changed: list[str], frozen: set[str]) -
     weights = dict(subject.model.named_parameters())
     copies = Counter(weights[name].shape for name in changed)
     trained = Counter(weight.shape for weight in weights.values() if weight.requires_grad)
-    return bool(prefix) and within == {*changed} and len(changed) >= COPY and copies <= trained
+    many = len(changed) >= COPY and copies <= trained
+    return bool(prefix) and within == {*changed} and (many or all(is_near_trained(weights, name) for name in changed))
+
+
+def is_near_trained(weights: Mapping[str, nn.Parameter], name: str) -> bool:
+    """Whether a trained weight with the last name and the shape of this one has nearly the same numbers."""
+    one, last = weights[name].detach(), name.rpartition(".")[2]
+    alike = [w for n, w in weights.items() if w.requires_grad and n.endswith(f".{last}") and w.shape == one.shape]
+    return any(float((w.detach() - one).norm()) <= NEAR * float(one.norm()) for w in alike)
 
 
 def changed_outside(subject: Subject, look: Look, last: Look, trained: Iterable[str]) -> Iterator[Finding]:

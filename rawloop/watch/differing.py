@@ -49,7 +49,8 @@ class RankWeights(Detector):
         why = "the ranks began with different weights, and nothing has made them equal"
         advice = "Wrap the model in DistributedDataParallel, load the same file on all ranks, or seed them alike"
         if self._equal is not None:
-            why = f"they were equal before step {self._equal}, and the ranks got different gradients or updates since"
+            why = f"they were equal before step {self._equal}; since then the ranks got different gradients or "
+            why += "updates, or code outside the optimizer wrote to weights on one rank"
             advice = "Call the wrapped model, not model.module, so that gradients are averaged; let no rank skip alone"
         what = f"rank {first_few(ranks)} has other weights before step {step} ({first_few(odd)}): {why}"
         kind, place = "weights_differ_across_ranks", place_of(name, rank=ranks[0])

@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from rawloop.errors import LostRank
+from rawloop.waiting import is_lost_rank
 from rawloop.watch.findings import Cause, Place, short
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -76,6 +78,10 @@ def guarded(part: str) -> Callable[[Method], Method]:
 
 def cause_of(error: Exception) -> Cause:
     """Return the cause of a finding for an error of the watch, with the last line of its traceback."""
+    if isinstance(error, LostRank) or is_lost_rank(error):
+        what = f"another rank did not come to this step: {short(error)}"
+        advice = "Look at the messages of the other ranks: one has ended, has left the loop early, or has fewer batches"
+        return Cause("distributed", what, Place(), {}, advice)
     frame = extract_tb(error.__traceback__)[-1]
     name = frame.filename.rpartition("/")[2]
     return Cause(

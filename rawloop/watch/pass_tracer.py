@@ -196,7 +196,9 @@ class PassTracer:
     @property
     def size(self) -> int:
         """The number of samples; 0 if unknown."""
-        return batch_size((tensor for _, tensor in tensors_in(self.one.inputs)), self.one.ids)
+        inputs, named = dict(tensors_in(self.one.inputs)), {path for path, _ in tensors_in(self.record.batch)}
+        mine = [tensor for path, tensor in inputs.items() if path in named and tensor.dim()]
+        return batch_size(mine or inputs.values(), self.one.ids)
 
     @property
     def rank(self) -> int:

@@ -31,7 +31,7 @@ class Sample(NamedTuple):
         return next(one for one, count, total in rows if total and count / total > limit)
 
     def ratio(self, place: int) -> float:
-        """Return the rms of a tensor's update divided by that of its weights; 0.0 for zero weights."""
+        """Return the rms of a tensor's update divided by that of its weights before it; 0.0 for zero weights."""
         update, weight = self.counts["update squared"][place], self.counts["weight squared"][place]
         return float((update / weight) ** 0.5) if weight else 0.0
 
@@ -105,7 +105,7 @@ def count(held: list[Held], moments: list[Tensor], lr: float, scale: float) -> S
         "still": still,  # of the moving ones: beta2 times the second moment rounds to itself
         "drowned": drowned,  # of the moving ones: the root is below eps
         "update squared": update.square(),
-        "weight squared": weight.square(),
+        "weight squared": (weight if is_plain_sgd(held[0]) else weight + update).square(),  # before the update
     }
     counts = torch.zeros(len(rows), len(held), dtype=wide, device=weight.device)
     counts.index_add_(1, owner, torch.stack([row.to(wide) for row in rows.values()]))

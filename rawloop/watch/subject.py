@@ -26,6 +26,16 @@ class Subject:
     config: WatchConfig = field(default_factory=WatchConfig)
     compiled: bool = False  # torch.compile has compiled a part of the model, and would do so again for each hook on it
     guard: Guard = field(default_factory=Guard)  # shields the user's calls from errors of hooks in them
+    writes: dict[int, int] = field(default_factory=dict)  # of the weights when they were last updated, by id
+
+    def note_writes(self) -> None:
+        """Note how often torch has written each weight that an optimizer holds."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.writes = {id(weight): weight._version for group in groups for weight in group["params"]}
+
+    def written_outside(self, weight: Tensor) -> bool:
+        """Whether torch has written a weight since the last update. It does not count writes through `.data`."""
+        return self.writes.get(id(weight), weight._version) != weight._version
 
     @property
     def is_scaled(self) -> bool:

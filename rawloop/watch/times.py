@@ -14,7 +14,7 @@ BLOCK, BLOCKS = 30, 8  # steps of which one median is made; such medians
 SLOW, GROWTH = 3.0, 2.0  # times the duration of some blocks ago, at once or little by little
 LONGER = 1.2  # times the values in a batch: longer steps are then no wonder
 MOST = 0.5  # share of the time that is a wait for data
-LONG, LEAST = 10.0, 0.02  # times the usual wait; seconds, below which the scheduler of the host makes waits
+LONG, LEAST = 10.0, 0.1  # times the usual wait; seconds, below which a wait is nobody's concern
 WAITS = 3  # one after the other: an evaluation, a checkpoint or the begin of an epoch is one long wait
 
 

@@ -54,7 +54,13 @@ def _of_damage(damage: Damage, subject: Subject) -> Cause:
     place = Place("update", parameter=damage.name, rank=subject.world.rank)
     evidence = {"not finite": f"{damage.wrong:,} of {damage.total:,}", "first index": str(list(damage.first))}
     advice = "Start from a checkpoint before it; the step that wrote it, or the file it was loaded from, is the cause"
-    return Cause("optimizer" if damage.kind == "weight" else "model", str(damage), place, evidence, advice)
+    if damage.kind != "weight":
+        return Cause("model", str(damage), place, evidence, advice)
+    if not subject.written_outside(subject.model.get_parameter(damage.name)):
+        return Cause("optimizer", str(damage), place, evidence, advice)
+    what = f"{damage}: code outside the optimizer has written to it since the last update"
+    advice = "Look for what writes weights between two updates: copy_, load_state_dict, clamping, averages"
+    return Cause("not known", what, place, evidence, advice)
 
 
 def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
@@ -63,7 +69,7 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
     wrong = [name for name, one in subject.model.named_parameters() if one.grad is not None and not _finite(one.grad)]
     evidence: dict[str, float | int | str] = {"passes": len(record.passes), "gradients not finite": len(wrong)}
     place = Place(parameter=wrong[0] if wrong else "", rank=rank)
-    sums = _sums(subject, record) if len(record.passes) > 1 or wrong else {}
+    sums = _sums(subject, record)
     total = next(((name, one) for name, one in sums.items() if not _finite(one.total)), None)
     if total is not None:
         name, one = total
@@ -71,7 +77,7 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
         evidence |= {"largest of one pass": one.largest, "dtype": str(one.total.dtype).removeprefix("torch.")}
         advice = "Lower the loss scale, divide the loss by the number of passes, or accumulate in float32"
         return Cause("precision", what, Place("backward", parameter=name, rank=rank), evidence, advice)
-    if not wrong and record.loss is not None and math.isfinite(record.loss) and (large := _largest(subject)):
+    if not wrong and record.loss is not None and math.isfinite(record.loss) and (large := _largest(subject, sums)):
         name, size_of = large
         what = (
             f"all gradients are finite, and their norm is not: squares of numbers like {size_of:.3g} overflow float32"
@@ -93,10 +99,11 @@ def _elsewhere(subject: Subject, record: StepRecord) -> Cause:
     return Cause("not known", what, place, evidence, f"{advice}, or hardware")
 
 
-def _largest(subject: Subject) -> tuple[str, float] | None:
-    """Return the largest magnitude of a gradient and the parameter, if its square overflows float32."""
-    found = [(float(w.grad.abs().amax()), name) for name, w in subject.model.named_parameters() if w.grad is not None]
-    size, name = max(found, default=(0.0, ""))
+def _largest(subject: Subject, sums: dict[str, "_Sum"]) -> tuple[str, float] | None:
+    """Return the parameter of the largest gradient, also of one before clipping, if its square overflows float32."""
+    grads = [(w.grad, name) for name, w in subject.model.named_parameters() if w.grad is not None]
+    grads += [(one.total, name) for name, one in sums.items()]
+    size, name = max(((float(grad.abs().amax()), name) for grad, name in grads), default=(0.0, ""))
     return (name, size) if size > 1e15 else None
 
 

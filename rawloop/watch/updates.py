@@ -17,7 +17,7 @@ USUAL_LR = 0.5  # times the largest so far: below, a schedule ends, and its upda
 RISING = 1.01  # from one update to the next: a warm-up, whose first updates may be lost
 ZERO_HALF, ZERO = 1e-3, 0.5  # share of second moments; each such number gets an update of m / eps
 STILL = 0.5  # share of second moments that cannot shrink
-DROWNED = 0.5  # share of second moments below eps^2
+DROWNED = 0.9  # share of second moments below eps^2, after the first update: those of unused inputs may be
 TOO_FAST_ONCE, TOO_FAST = 1.0, 0.3  # update / weight: once, or at two probes in a row; usual are 1e-4 to 1e-2
 TINY = 1e-4  # rms of a matrix at the start: one that starts near zero moves fast by design
 WHOSE_ROUNDING: dict[bool, tuple[Whose, str]] = {  # by whether the weights are in 16 bits
@@ -92,7 +92,8 @@ class Updates(Detector):
             for sample in sampled(mine, rate.last, scale):
                 found = list(judged(subject, record, sample))
                 self._waiting += [(rate, rate.last, one) for one in found if one.kind == "updates_lost" and usual]
-                yield from (one for one in found if one.kind != "updates_lost")
+                quiet = {"updates_lost"} | ({"eps_dominates"} if rate.updates <= 1 else set())
+                yield from (one for one in found if one.kind not in quiet)
                 yield from self._too_large(subject, record, sample)
 
     def _too_large(self, subject: Subject, record: StepRecord, sample: Sample) -> Iterator[Finding]:
@@ -103,7 +104,8 @@ class Updates(Detector):
             self._fast[one.name] = self._fast[one.name] + 1 if ratio > TOO_FAST else 0  # NaN is not fast
             if ratio > TOO_FAST_ONCE or self._fast[one.name] > 1:
                 evidence: Evidence = {"update / weight": ratio, "usual": "1e-4 to 1e-2", "lr": sample.lr}
-                what, advice = f"an update is {ratio:.2g} times the weights", "Lower the learning rate, or warm it up"
+                what = f"the learning rate {sample.lr:g} of {one.label} is too high: an update is {ratio:.3g} times "
+                what, advice = f"{what}as large as the weights", "Lower the learning rate, or warm it up"
                 yield told(subject, record.step, "update_too_large", "optimizer", what, one.place, evidence, advice)
 
 

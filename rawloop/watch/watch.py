@@ -101,6 +101,7 @@ class Watch:
         self._contexts.enter_context(self._hooks.installed())
         self._contexts.enter_context(self._recorder.installed())
         self.start()
+        self.subject.note_writes()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -204,7 +205,7 @@ class Watch:
 
     @guarded("the look at an exception")
     def _ended_by(self, error: Exception) -> None:
-        if isinstance(error, StopIteration):  # that is how a loader ends
+        if isinstance(error, StopIteration) or self._bad.damage:  # the end of a loader; known
             return
         if not self.explain(error):
             line = self._recorder.lines.in_traceback(error.__traceback__)
@@ -261,6 +262,7 @@ class Watch:
     def _after(self, applied: bool) -> None:
         self.record.applied = applied or bool(self.record.applied)
         if applied:
+            self.subject.note_writes()
             self._replays.clear()  # the weights have changed: the passes so far cannot run again
             self._recorder.after_update()
 
@@ -274,7 +276,8 @@ class Watch:
                 self._add(merged(found))
 
     def _failed(self, part: str, cause: Cause) -> None:
-        what = f"{part} failed and is off from here on; the other parts of the watch go on"
+        verb = "cannot compare the ranks" if cause.whose == "distributed" else "failed"
+        what = f"{part} {verb} and is off from here on; the other parts of the watch go on"
         self._add([Finding("watch_failed", what, (cause,), self.record.step, self.subject.world.rank)])
 
     def _add(self, findings: Iterable[Finding]) -> None:

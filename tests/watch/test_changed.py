@@ -102,8 +102,10 @@ def test_a_frozen_weight_that_changes_after_the_last_probe_is_seen_at_the_end() 
     assert found.cause.place.parameter == "2.bias"
 
 
-def test_a_moving_average_of_the_trained_weights_is_ordinary() -> None:
-    model: Any = nn.ModuleDict({"student": small(), "teacher": small().requires_grad_(False)})
+@pytest.mark.parametrize("single", [False, True])
+def test_a_moving_average_of_the_trained_weights_is_ordinary(single: bool) -> None:
+    student = nn.Linear(6, 6) if single else small()
+    model: Any = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)})
 
     def follow() -> None:
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """An error of the watch becomes a finding; the loop goes on as without a watch. The user's errors pass."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from rawloop.errors import LostRank
 from rawloop.watch.findings import Cause, Finding, Findings, Place, merged
-from rawloop.watch.guard import Guard
+from rawloop.watch.guard import Guard, cause_of
 from rawloop.watch.subject import Detector, StepRecord, Subject
 from rawloop.watch.watch import Watch
 
@@ -125,6 +127,46 @@ def test_without_a_report_an_error_is_raised() -> None:
         raise KeyError
 
 
+def test_a_rank_that_did_not_come_is_no_error_of_the_watch() -> None:
+    cause = cause_of(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2137"))
+    assert (cause.whose, str(cause.place)) == ("distributed", "place not known")
+    assert "another rank did not come to this step" in cause.what
+    assert "has left the loop early" in cause.advice
+    assert cause_of(LostRank("rank 1 did not come in time")).whose == "distributed"
+
+
+def test_an_exception_after_damaged_weights_is_not_told() -> None:
+    model, optimizer = made()
+    with Watch(model, optimizer, detectors=[], say=lambda text: None) as watch:
+        for step in range(2):
+            x = torch.full((2, 3), float("nan"))
+            with pytest.raises(ValueError) if step else nullcontext(), watch.step(x):
+                if step:
+                    torch.distributions.Categorical(logits=model(x))
+                optimizer.zero_grad()
+                F.mse_loss(model(x), x[:, :1]).backward()
+                optimizer.step()
+    assert [finding.kind for finding in watch.findings] == ["not_finite"]
+
+
+def test_weights_that_are_written_between_micro_batches_are_not_blamed_on_the_optimizer() -> None:
+    model, optimizer = made()
+    with Watch(model, optimizer, detectors=[], say=lambda text: None) as watch:
+        for number in range(6):
+            x = torch.randn(2, 3)
+            if number == 5:
+                with torch.no_grad():
+                    model.weight[0, 0] = torch.inf
+            with watch.step(x):
+                F.mse_loss(model(x), x[:, :1]).backward()
+                if number % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    (finding,) = watch.findings
+    assert (finding.kind, finding.step, finding.cause.whose) == ("not_finite", 2, "not known")
+    assert "code outside the optimizer has written to it since the last update" in finding.cause.what
+
+
 def test_after_damaged_weights_nothing_is_told_until_they_are_finite() -> None:
     class EachStep(Detector):
         def end(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
@@ -143,8 +185,8 @@ def test_after_damaged_weights_nothing_is_told_until_they_are_finite() -> None:
                 optimizer.step()
     assert [finding.step for finding in watch.findings if finding.kind == "step"] == [0, 1, 4, 5]
     assert [finding.step for finding in watch.findings if finding.kind == "not_finite"] == [1]
-    lines = [text for text in said if "the weights" in text or "what follows" in text]
-    assert "is not told until" in lines[0]
+    lines = [text for text in said if "the weights" in text]
+    assert "No other finding is told until the weights are finite again" in lines[0]
     assert "finite again" in lines[1]
     assert len(lines) == 2
 

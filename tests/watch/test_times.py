@@ -23,4 +23,5 @@ def test_single_long_waits_small_ones_and_those_that_the_step_outweighs_are_quie
     assert followed([5.0] + [0.001] * 14 + [5.0, 5.0] + [0.001] * 10) == []
     assert followed([0.00001] * 20 + [0.001] * 6, seconds=0.0001) == []
     assert followed([0.001] * 20 + [0.2] * 6, seconds=0.5) == []
+    assert followed([0.0001] * 20 + [0.0365] * 6, seconds=0.001) == []
     assert [finding.ordinary for finding in followed([0.2] * 30)] == [True]  # the loader was always slow

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rawloop.dist import World
 from rawloop.seed import capture_rng
 from rawloop.watch.findings import Finding
+from rawloop.watch.pass_tracer import PassTracer
 from rawloop.watch.subject import Pass, StepRecord, Subject
 from rawloop.watch.tracer import trace
 
@@ -360,3 +361,13 @@ def test_nothing_changes() -> None:
     assert all(bool((weight.grad == 1).all()) for weight in net.parameters() if weight.grad is not None)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert all(module.training for module in net.modules())
+
+
+def test_the_samples_are_those_of_the_batch_and_not_the_rows_of_a_table() -> None:
+    net = Net()
+    inputs = batch()
+    rows = len(next(iter(inputs.values())))
+    record = StepRecord(0, inputs)
+    tables = {name: torch.zeros(rows + 2) for name in "abc"}
+    one = Pass({**inputs, **tables}, lambda given: cross_entropy(net, given), {})
+    assert PassTracer(subject(net), record, 0, one).size == rows

@@ -153,6 +153,7 @@ def test_second_moments_that_float16_rounds_to_zero_are_named() -> None:
         (lambda p: torch.optim.AdamW(p, 1e-3), 1e-9, "eps_dominates"),
         (lambda p: torch.optim.AdamW(p, 1e-3, eps=0.5), 1.0, "eps_dominates"),
         (lambda p: torch.optim.AdamW(p, 1.0), 1.0, "update_too_large"),
+        (lambda p: torch.optim.AdamW(p, 1e3), 1.0, "update_too_large"),
         (lambda p: torch.optim.SGD(p, 1e4), 1.0, "update_too_large"),
         (lambda p: torch.optim.AdamW(p, 1e-11), 1.0, "updates_lost"),
         (lambda p: torch.optim.SGD(p, 1e-9), 1.0, "updates_lost"),
@@ -165,3 +166,31 @@ def test_a_fault_is_named(build: Callable[[Any], torch.optim.Optimizer], scale: 
     assert found[0].cause.whose == "optimizer"
     assert found[0].cause.place.optimizer.endswith("group 0")
     assert found[0].cause.place.parameter
+
+
+@pytest.mark.parametrize("build", [torch.optim.Adam, torch.optim.AdamW])
+def test_an_absurd_learning_rate_is_named_at_the_first_update(build: Callable[..., torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 1))
+    optimizer = build(model.parameters(), lr=1000.0)
+    with Watch(model, optimizer) as watch, watch.step(x := torch.randn(8, 4)):
+        model(x).square().mean().backward()
+        optimizer.step()
+    first, second = watch.findings.alarms
+    assert (first.kind, first.step, second.kind) == ("update_too_large", 0, "update_too_large")
+    assert f"the learning rate 1000 of {build.__name__} group 0 is too high" in first.text()
+    assert float(first.cause.evidence["update / weight"]) > 100
+
+
+def test_second_moments_below_eps_of_half_the_weights_or_at_the_first_update_are_healthy() -> None:
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, eps=1e-5)
+    known = LearningRates()
+    with Watch(model, optimizer, config=WatchConfig(every=1), detectors=[known, Updates(known)]) as watch:
+        for step in range(4):
+            with watch.step():
+                optimizer.zero_grad()
+                small = 1e-9 if step == 0 else torch.where(torch.arange(64) < 40, 1e-9, 1.0)
+                (model(torch.randn(8, 64)) * small).sum().backward()
+                optimizer.step()
+    assert list(watch.findings) == []
