@@ -67,6 +67,7 @@ class Hooks:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the hooks inside the context."""
+        self.subject.note_writes()
         with ExitStack() as stack:
             for optimizer in self.subject.optimizers:
                 before: Any = self._before_step
@@ -166,6 +167,7 @@ class Hooks:
         if not self.scalars.skips_inside:
             held = ((w, w.grad) for group in optimizer.param_groups for w in group["params"] if w.grad is not None)
             self._applied[id(optimizer)] = [_Gradient(w, weakref.ref(g), g._version) for w, g in islice(held, 2)]
+        self.subject.note_writes()
         self.after(not self.scalars.skips_inside)
 
     def _name(self, optimizer: Optimizer) -> str:

@@ -101,7 +101,6 @@ class Watch:
         self._contexts.enter_context(self._hooks.installed())
         self._contexts.enter_context(self._recorder.installed())
         self.start()
-        self.subject.note_writes()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -262,7 +261,6 @@ class Watch:
     def _after(self, applied: bool) -> None:
         self.record.applied = applied or bool(self.record.applied)
         if applied:
-            self.subject.note_writes()
             self._replays.clear()  # the weights have changed: the passes so far cannot run again
             self._recorder.after_update()
 
@@ -276,8 +274,7 @@ class Watch:
                 self._add(merged(found))
 
     def _failed(self, part: str, cause: Cause) -> None:
-        verb = "cannot compare the ranks" if cause.whose == "distributed" else "failed"
-        what = f"{part} {verb} and is off from here on; the other parts of the watch go on"
+        what = f"{part} failed and is off from here on; the other parts of the watch go on"
         self._add([Finding("watch_failed", what, (cause,), self.record.step, self.subject.world.rank)])
 
     def _add(self, findings: Iterable[Finding]) -> None:
