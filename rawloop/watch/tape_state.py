@@ -86,9 +86,9 @@ def _entry(state: Mapping[str, Any]) -> Entry:
 
 
 def _name_of(function: Callable[..., Any], line: Line) -> str:
-    name = resolve_name(function)
-    if name is None or _functions().get(name) != function:
-        raise RawloopError(f"the tape cannot be stored: {line} calls {function}, which has no public name in torch")
+    name = resolve_name(function) or f"torch.{getattr(function, '__name__', '')}"
+    if _functions().get(name) != function:
+        raise RawloopError(f"the tape cannot be stored: {line} calls {function}, which has no name in torch")
     return str(name)
 
 
@@ -100,10 +100,20 @@ def _function(name: str) -> Callable[..., Any]:
 
 @lru_cache(maxsize=1)
 def _functions() -> dict[str, Callable[..., Any]]:
-    """Return torch's overridable functions by name, and those that make tensors. No other function is looked up."""
+    """Return torch's overridable functions, operators and makers of tensors by name. No other function is looked up."""
     found = [function for group in get_overridable_functions().values() for function in group]
     found += [getattr(torch, name) for name in FACTORIES.split()]
-    return {name: function for function in found if (name := resolve_name(function)) is not None}
+    operators = torch._C._VariableFunctions
+    named = {f"torch.{name}": getattr(operators, name) for name in dir(operators) if _takes_tensors(name)}
+    return named | {name: function for function in found if (name := resolve_name(function)) is not None}
+
+
+def _takes_tensors(operator: str) -> bool:
+    """Whether all forms of an operator work on tensors that they are given: not on addresses, files or unsafe ids."""
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{operator}")
+    firsts = [str(schema.arguments[0].type) if schema.arguments else "" for schema in schemas]
+    checked = not any("unsafe" in str(schema) for schema in schemas)
+    return bool(firsts) and checked and all(first in ("Tensor", "List[Tensor]") for first in firsts)
 
 
 def _encoded(value: Any, line: str) -> Any:
