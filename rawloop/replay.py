@@ -166,13 +166,13 @@ def load_loop(path: Path, facts: dict[str, Any], function: str, world: World) ->
     """
     state = read_states(path, facts)
     torch.set_num_threads(facts["threads"])
-    stored, weights = state("passes"), state("weights")
+    stored, weights, frozen = state("passes"), state("weights"), state("frozen") or {}
     if stored is None or weights is None:
         raise UserError(f"the capsule {path} cannot be replayed: {left_out(facts)}")
     model = imported(function, "--model")()
     if not isinstance(model, nn.Module):
         raise UserError(f"--model is '{function}', which returned a {type(model).__name__}, not an nn.Module")
-    _load_model(model, weights, facts, function)
+    _load_model(model, {**weights, "frozen": frozen}, facts, function)
     model.to(world.device)
     tapes = [tape_from_state(_moved(tape, facts["device"], world.device), model) for tape in stored["tapes"]]
     for tape, devices in zip(tapes, stored.get("devices", []), strict=True):
@@ -191,7 +191,7 @@ def load_loop(path: Path, facts: dict[str, Any], function: str, world: World) ->
 def _load_model(model: nn.Module, stored: Mapping[str, Any], facts: Mapping[str, Any], function: str) -> None:
     named, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     pairs: list[tuple[str, str, Tensor | None, Tensor]] = [
-        ("weight", name, named.get(name), tensor) for name, tensor in stored["trained"].items()
+        ("weight", name, named.get(name), tensor) for name, tensor in (stored["trained"] | stored["frozen"]).items()
     ]
     pairs += [("buffer", name, buffers.get(name), tensor) for name, tensor in stored["buffers"].items()]
     for kind, name, found, tensor in pairs:
@@ -200,7 +200,8 @@ def _load_model(model: nn.Module, stored: Mapping[str, Any], facts: Mapping[str,
                 f"the model of --model {function} is not that of the loop: the {kind} {name} was {_form(tensor)}, and "
                 f"is {_form(found)}; build and cast it as the loop does"
             )
-    other = [name for name, sha in facts.get("frozen", {}).items() if name in named and digest(named[name]) != sha]
+    shas = {name: sha for name, sha in facts.get("frozen", {}).items() if name in named.keys() - stored["frozen"]}
+    other = [name for name, sha in shas.items() if digest(named[name]) != sha]
     if other:
         raise UserError(
             f"{len(other)} frozen weights of --model {function} are not those of the loop ({first_few(other)}): load "

@@ -1,6 +1,7 @@
 """Capsules of foreign loops: kept by a watch, and replayed bit for bit on the model that a function builds."""
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from rawloop.cli.replay import run as replay_command
-from rawloop.errors import RawloopError
+from rawloop.errors import RawloopError, UserError
 from rawloop.watch.capsule import read_facts
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Cause, Finding
@@ -27,6 +28,25 @@ def build():
     model[4].bias.requires_grad_(False).zero_()
     return model
 
+class Teacher(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher, self.inside = nn.Linear(3, 1), nn.Linear(3, 1).requires_grad_(False), False
+
+    def move(self):
+        for slow, fast in zip(self.teacher.parameters(), self.student.parameters()):
+            slow.data.mul_(0.5).add_(fast.data, alpha=0.5)  # a write that torch does not count
+
+    def forward(self, x):
+        if self.inside:
+            self.move()
+        return (self.student(x) - self.teacher(x)).square().mean()
+
+def inside():
+    model = Teacher()
+    model.inside = True
+    return model
+
 def other():
     return nn.Linear(3, 1)
 
@@ -35,11 +55,10 @@ def none():
 """
 
 
-def build() -> nn.Sequential:
+def build(function: str = "build") -> Any:
     space: dict[str, Any] = {}
     exec(BUILDER, space)
-    model: nn.Sequential = space["build"]()
-    return model
+    return space[function]()
 
 
 class Alarmist(Detector):
@@ -113,7 +132,63 @@ def test_a_crash_keeps_the_batch(tmp_path: Path, module: str, capsys: Any) -> No
         loop(tmp_path / "out", break_at=2)
     path = tmp_path / "out" / "capsules" / "step-00000002-rank0"
     replay_command([str(path), "--model", f"{module}:build", "--device", "cpu"])
-    assert "nothing can run again" in capsys.readouterr().out
+    why = "nothing can run again: an exception left the step before its backward pass; the capsule has the batch, the "
+    assert why in capsys.readouterr().out
+    with pytest.raises(UserError, match=why):
+        replay_command([str(path), "--model", f"{module}:build", "--device", "cpu", "--bisect"])
+
+
+def taught(folder: Path, function: str, *, poison: bool = False) -> Path:
+    """Train with a frozen moving average of the weights, without names of samples; `poison` writes to a weight."""
+    torch.manual_seed(0)
+    model = build(function)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    with Watch(model, optimizer, out=folder, detectors=[Alarmist()], say=lambda text: None) as watch:
+        for step in range(3):
+            for half in range(2):
+                with watch.step(x := torch.randn(4, 3)):
+                    model(x).backward()
+                    if poison and (step, half) == (2, 0):
+                        model.student.weight.data[0, 1] = math.inf
+                    if half:
+                        optimizer.step()
+                        optimizer.zero_grad()
+            if function == "Teacher":
+                model.move()
+    return folder / "capsules" / "step-00000002-rank0"
+
+
+def test_frozen_weights_that_the_loop_moves_come_from_the_capsule(tmp_path: Path, module: str, capsys: Any) -> None:
+    path = taught(tmp_path / "out", "Teacher")
+    replay_command([str(path), "--model", f"{module}:Teacher", "--device", "cpu", "--bisect"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "pass 1 of 2: loss" in out
+    assert "the replay is equal, bit for bit" in out
+    assert re.search("each alone, the largest gradient first: row [0-3]: loss", out)
+
+
+def test_a_forward_pass_that_moves_frozen_weights_is_told(tmp_path: Path, module: str, capsys: Any) -> None:
+    path = taught(tmp_path / "out", "inside")
+    replay_command([str(path), "--model", f"{module}:inside", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "weights or buffers had changed since they ran first" in out
+    assert "hardware" not in out
+
+
+def test_a_comparison_with_nan_names_what_is_not_finite(tmp_path: Path, module: str, capsys: Any) -> None:
+    path = taught(tmp_path / "out", "Teacher", poison=True)
+    replay_command([str(path), "--model", f"{module}:Teacher", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert re.search(r"pass 1 of 2: loss 0\.\d+ then, (nan|inf) now: not finite now", out)
+    assert "the weight 'student.weight' is not finite (1 of 3 numbers): NaN cannot be compared" in out
+    assert "had changed since they ran first, by a forward pass or by code beside the optimizer (pass 1)" in out
+    assert "hardware" not in out
+
+
+def test_the_help_names_types(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        replay_command(["--help"])
+    assert "lambda" not in capsys.readouterr().out
 
 
 class Double(torch.autograd.Function):

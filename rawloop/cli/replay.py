@@ -7,21 +7,35 @@ from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rawloop.dist import World, open_world
 from rawloop.errors import UserError, first_few
+from rawloop.origin import batch_size, damaged
 from rawloop.parser import Parser
 from rawloop.precision.modes import MODES
 from rawloop.replay import Replay, load_loop, load_run
 from rawloop.versions import changed_versions, installed_versions
 from rawloop.watch.capsule import read_facts
-from rawloop.watch.nest import map_tensors
+from rawloop.watch.nest import map_tensors, tensors_in
 from rawloop.watch.rerun import Rerun, digest, digests
 from rawloop.watch.tracer import trace
+
+NO_BACKWARD = "no backward pass was recorded"
+HELD = {  # in a capsule, by the name of the state
+    "passes": "the batch",
+    "weights": "the weights before the step",
+    "frozen": "the frozen weights that had changed",
+    "optimizer": "the optimizer's state",
+    "earlier": "the batches of the steps before",
+}
+MOVED = (
+    "the loop gave the same as now when it ran the passes again: weights or buffers had changed since they ran first, "
+    "by a forward pass or by code beside the optimizer"
+)
 
 
 def run(argv: list[str]) -> None:
@@ -31,9 +45,8 @@ def run(argv: list[str]) -> None:
     parser.add_argument(
         "--precision", type=str, help=f"another mode, to see whether the mode is to blame: {', '.join(MODES)}"
     )
-    parser.add_argument(
-        "--device", type=str, default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to run it"
-    )
+    devices = Literal["auto", "cuda", "mps", "cpu"]
+    parser.add_argument("--device", type=devices, default="auto", help="where to run it")
     parser.add_argument("--bisect", action="store_true", help="find the batch, sample, module and parameter")
     parser.add_argument("--shell", action="store_true", help="open a Python prompt with everything loaded")
     parser.add_argument("--model", type=str, help="package.module:function that builds the model of a foreign loop")
@@ -47,6 +60,8 @@ def run(argv: list[str]) -> None:
         if world.size > 1:
             raise UserError("rawloop replay runs in one process: start it without torchrun")
         replay = load(path, facts, options.precision, options.model, world)
+        if options.bisect and not replay.passes:
+            raise UserError(nothing_runs(facts))
         show(*compared(replay, replay.run()))
         if options.bisect:
             show(*(fill(text, 120) for text in narrowed(replay)))
@@ -106,20 +121,27 @@ def shell(replay: Replay) -> None:
     code.interact(banner=banner, local=names, exitmsg="")
 
 
+def nothing_runs(facts: dict[str, Any]) -> str:
+    """Return why a capsule has no pass to run again, and what it has."""
+    held = [text for name, text in HELD.items() if f"{name}.json" in facts["files"]]
+    return f"nothing can run again: {facts.get('why_no_passes') or NO_BACKWARD}; the capsule has {', '.join(held)}"
+
+
 def compared(replay: Replay, again: Rerun) -> list[str]:
     """Return lines that say whether losses and gradients are those that were recorded, bit for bit, or how far off."""
     facts = replay.facts
     if not replay.passes:
-        return [f"nothing can run again: {facts.get('why_no_passes') or 'no backward pass was recorded'}"]
-    lines, equal = [], True
+        return [nothing_runs(facts)]
+    lines, unequal, size = list[str](), list[int](), len(replay.passes)
     for number, (one, then, root) in enumerate(zip(replay.passes, replay.roots, again.roots, strict=True), start=1):
-        name, now = f"pass {number} of {len(replay.passes)} ({', '.join(one.ids)})", root.item() / one.scale
+        ids = f" ({', '.join(one.ids)})" if one.ids else ""
+        name, now = f"pass {number} of {size}{ids}", root.item() / one.scale
         if then is None:
             lines.append(f"{name}: loss {now:.9g}; it was not recorded")
             continue
         same, before = digest(then) == digest(root), then.item() / one.scale
-        equal = equal and same
-        off = f"off by {abs(now - before):.3g} ({abs(_ratio(now, before)):.2g} of it)"
+        unequal += [] if same else [number]
+        off = _not_finite(before, now) or f"off by {abs(now - before):.3g} ({abs(_ratio(now, before)):.2g} of it)"
         lines.append(f"{name}: loss {before:.9g} then, {now:.9g} now: {'equal bit for bit' if same else off}")
     gradients = facts.get("gradients")
     if not gradients:
@@ -132,19 +154,36 @@ def compared(replay: Replay, again: Rerun) -> list[str]:
         whose += f" of rank {facts['rank']} before they were averaged"
     if not differ:
         lines.append(f"{whose}: all {len(gradients)} equal bit for bit")
-        return [*lines, "the replay is equal, bit for bit" if equal else _why_not(replay)]
+        return [*lines, _why_not(replay, again, unequal) if unequal else "the replay is equal, bit for bit"]
     norms = {name: (found.get(name, {}).get("norm"), gradients[name]["norm"]) for name in differ}
     worst = max(differ, key=lambda name: abs(_ratio(*norms[name])))
     now, then = norms[worst]
     lines.append(f"{whose}: {len(differ)} of {len(gradients)} differ, most {worst}: norm {then} then, {now} now")
-    return [*lines, _why_not(replay)]
+    return [*lines, _why_not(replay, again, unequal)]
 
 
-def _why_not(replay: Replay) -> str:
+def _why_not(replay: Replay, again: Rerun, unequal: list[int]) -> str:
+    """Return why a replay differs; `unequal` are the numbers of the passes with another loss, from 1."""
     why = [] if replay.exact else ["its weights are not those of the step"]
     changed = changed_versions(replay.facts["versions"], installed_versions())
     why += [f"it was written by another version{changed}"] if changed else []
+    shas = replay.facts.get("again", ())  # of the losses that the loop gave when it ran the passes again
+    moved = [
+        number for number in unequal if number <= len(shas) and shas[number - 1] == digest(again.roots[number - 1])
+    ]
+    if moved:
+        why.append(f"{MOVED} (pass {', '.join(map(str, moved))})")
+    wrong = [f"the loss of pass {n}" for n, root in enumerate(again.roots, start=1) if not bool(root.isfinite().all())]
+    wrong += [f"the gradient of {name}" for name, g in again.gradients.items() if not bool(g.isfinite().all())]
+    if wrong:
+        damage = damaged(replay.subject.model)
+        why.append(f"{damage or first_few(wrong, most=3)}{'' if damage else ' not finite'}: NaN cannot be compared")
     return f"the replay differs: {'; '.join(why) or 'other hardware, or kernels that are not deterministic'}"
+
+
+def _not_finite(then: float, now: float) -> str:
+    times = [name for name, value in (("then", then), ("now", now)) if not math.isfinite(value)]
+    return f"not finite {' and '.join(times)}" if times else ""
 
 
 def _ratio(now: Any, then: Any) -> float:
@@ -162,7 +201,8 @@ def narrowed(replay: Replay) -> list[str]:
         record.loss = sum(losses)
         return [finding.text() for finding in trace(replay.subject, record)]
     ordered = sorted(range(len(losses)), key=lambda number: -abs(losses[number]))
-    passes = (f"{losses[number]:.6g} ({', '.join(replay.passes[number].ids)})" for number in ordered)
+    names = [", ".join(one.ids) or f"pass {number}" for number, one in enumerate(replay.passes, start=1)]
+    passes = (f"{losses[number]:.6g} ({names[number]})" for number in ordered)
     total = math.sqrt(sum(norm * norm for norm in norms.values())) or 1.0
     shares = (f"{name} {100 * (norm / total) ** 2:.3g}%" for name, norm in sorted(norms.items(), key=lambda i: -i[1]))
     return [
@@ -175,8 +215,10 @@ def narrowed(replay: Replay) -> list[str]:
 def _by_sample(replay: Replay, number: int) -> str:
     """Return the samples of a pass, by the gradient of a batch of each sample alone."""
     one, found = replay.passes[number], []
-    size = len(one.ids)
-    for row, name in enumerate(one.ids):
+    size = batch_size((tensor for _, tensor in tensors_in(one.inputs)), one.ids)
+    if not size:
+        return f"samples of pass {number + 1}: none of its tensors has rows"
+    for row, name in enumerate(one.ids or [f"row {row}" for row in range(size)]):
 
         def pick(tensor: Tensor, row: int = row) -> Tensor:
             return tensor[[row] * size] if tensor.dim() and tensor.shape[0] == size else tensor

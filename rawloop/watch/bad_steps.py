@@ -42,6 +42,18 @@ class BadSteps:
         """Keeps errors from the loop."""
         return self.subject.guard
 
+    @guarded(KEEPING)
+    def start(self) -> None:
+        """Start the flight recorder."""
+        if self.keeper is not None:
+            self.keeper.start()
+
+    @guarded(KEEPING)
+    def ended(self, record: StepRecord) -> None:
+        """Remember a step that has ended."""
+        if self.keeper is not None:
+            self.keeper.ended(record)
+
     @guarded("the tracer of numbers that are not finite")
     def trace(self, record: StepRecord) -> None:
         """Run a step again to find the place: the first two of a row, and not too often."""

@@ -31,7 +31,7 @@ from rawloop.watch.subject import StepRecord
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 FOLDER = "capsules"
-LEFT_OUT_FIRST = ("optimizer", "earlier", "weights", "passes")  # if a capsule would be too large
+LEFT_OUT_FIRST = ("optimizer", "earlier", "frozen", "weights", "passes")  # if a capsule would be too large
 SAID = ("step", "ids", "scale", "loss", "grad_norm", "applied")  # of each step before
 
 

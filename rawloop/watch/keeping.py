@@ -8,7 +8,9 @@ from torch import Tensor
 
 from rawloop.errors import RawloopError
 from rawloop.watch.capsule import Capsule, Capsules, FlightRecorder, read_facts
+from rawloop.watch.digests import Digest, Digests
 from rawloop.watch.findings import Finding
+from rawloop.watch.held import measurable
 from rawloop.watch.nest import tensors_in
 from rawloop.watch.rerun import digest, digests, run_again
 from rawloop.watch.subject import Pass, StepRecord, Subject
@@ -26,6 +28,12 @@ class Keeper:
         self.flight = FlightRecorder(subject.config.steps)
         self.capsules = Capsules(out, subject.config, subject.world.rank)
         self.why = ""
+        self._digests = Digests()
+        self._at_start: dict[str, Digest] = {}
+
+    def start(self) -> None:
+        """Remember the frozen weights, by their digests: a capsule has those that have changed."""
+        self._at_start = self._digests.of(self._frozen())
 
     def found(self, finding: Finding) -> None:
         """Keep the step of an alarm; the next one, if the update of its own has been made."""
@@ -74,15 +82,23 @@ class Keeper:
         except RawloopError as error:
             facts["why_no_passes"] = str(error)
         facts["passes"] = len(passes["passes"])
+        frozen = self._frozen()
+        now = self._digests.of(frozen)
+        moved = {name: frozen[name] for name in now if now[name] != self._at_start.get(name)}
         states = {
             "passes": passes,
             "earlier": self.flight.state(_batch_state),
             "weights": {"trained": trained, "buffers": dict(model.named_buffers())},
             "optimizer": {"state": self._optimizer_state()},
+            **({"frozen": moved} if moved else {}),
         }
+        if failed and not record.passes:
+            facts["why_no_passes"] = facts["why_no_passes"] or "an exception left the step before its backward pass"
         if record.passes and not failed:
-            facts["gradients"] = digests(run_again(model, trained.items(), record.passes).gradients)
-            facts["frozen"] = self._frozen()
+            again = run_again(model, trained.items(), record.passes)
+            facts["gradients"] = digests(again.gradients)
+            facts["again"] = [digest(root) for root in again.roots]
+            facts["frozen"] = self._frozen_digests()
         return Capsule(facts, states)
 
     def _optimizer_state(self) -> dict[str, Any]:
@@ -94,7 +110,11 @@ class Keeper:
                 state[names[id(parameter)]] = kept
         return state
 
-    def _frozen(self) -> dict[str, str]:
+    def _frozen(self) -> dict[str, Tensor]:
+        named = self.subject.model.named_parameters()
+        return {name: weight for name, weight in named if not weight.requires_grad and measurable(weight)}
+
+    def _frozen_digests(self) -> dict[str, str]:
         """Return the digests of the weights that do not train; none if reading them takes long."""
         frozen = {name: weight for name, weight in self.subject.model.named_parameters() if not weight.requires_grad}
         small = sum(weight.nbytes for weight in frozen.values()) <= self.subject.config.capsule_mb * 10**6

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.records import json_value
-from rawloop.watch.bad_steps import KEEPING, BadSteps
+from rawloop.watch.bad_steps import BadSteps
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
 from rawloop.watch.findings import Cause, Finding, Findings, merged
@@ -112,6 +112,7 @@ class Watch:
     def start(self) -> None:
         """Look before the first step. A loop without `with` calls this, `begin`, `measured`, ... and `finish`."""
         self._look("start")
+        self._bad.start()
         self._left = time.perf_counter()
 
     def finish(self) -> None:
@@ -188,8 +189,7 @@ class Watch:
         self._look("end", record)
         if self._bad.streak and record.applied:
             self._bad.look_for_damage(record.step)
-        if self._keeper is not None:
-            self.guard.call(KEEPING, self._keeper.ended, record)
+        self._bad.ended(record)
         self._left = time.perf_counter()
         self._step += record.applied is not False
         self._replays.clear()
