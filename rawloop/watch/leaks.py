@@ -4,6 +4,7 @@ It runs the first pass again with other ids in the input embedding, and compares
 cross-entropy scores. The ids that the loss sees as labels stay the same.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +27,9 @@ from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 
 ALIGNED = 0.9  # of the targets must be the ids at one distance
 SHORTEST = 6  # positions
+AGAIN = (
+    8  # the step from which it looks a second time: in a model whose last layer starts at zero, nothing moves before
+)
 
 
 class Scored(NamedTuple):
@@ -36,19 +40,21 @@ class Scored(NamedTuple):
 
 
 class Leaks(Detector):
-    """Probes the first pass that can be run again: three forward passes, once."""
+    """Probes the first pass that can be run again, and a later one if it finds nothing: three forward passes each."""
 
     def __init__(self) -> None:
-        self._done = False
+        self._next = 0.0  # the step of the next probe
 
     def gradients(self, subject: Subject, record: StepRecord) -> Iterable[Finding]:
-        """Probe the first pass."""
-        if self._done or not record.passes:
+        """Probe the first pass of a step."""
+        if record.step < self._next or not record.passes:
             return
-        self._done = True
+        self._next = AGAIN if self._next < AGAIN else math.inf
         ours = any(isinstance(part, Batch) for part in micro_batches(record.batch))
         if not ours and "MaskedLM" not in type(subject.model).__name__:  # rawloop's own runs are probed before step 0
-            yield from probe(subject, record, record.passes[0])
+            for finding in probe(subject, record, record.passes[0]):
+                self._next = math.inf
+                yield finding
 
 
 def probe(subject: Subject, record: StepRecord, one: Pass) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from rawloop.contracts import Batch
-from rawloop.errors import first_few
 from rawloop.watch.entries import Look, micro_batches
 from rawloop.watch.findings import Finding, Place
 from rawloop.watch.subject import Detector, StepRecord, Subject
@@ -68,7 +67,7 @@ class RankBatches(Detector):
 
 
 def _place(look: Look) -> Place:
-    return Place("data", tensor=first_few([entry.path for entry in look.entries], most=2))
+    return Place("data", tensor=next((entry.path for entry in look.entries), ""))
 
 
 def _extremes(look: Look) -> tuple[tuple[float, float], ...]:

@@ -128,3 +128,20 @@ def test_passes_without_ids_or_cross_entropy_are_left_alone() -> None:
     assert probed(model, lambda x: model(x["ids"]).square().mean()) == []
     linear = nn.Linear(4, 4)
     assert probed(linear, lambda x: linear(x["x"]).sum(), x=torch.randn(3, 4)) == []
+
+
+def test_labels_that_are_not_shifted_are_found_in_a_model_whose_head_starts_at_zero() -> None:
+    model, detector = Tiny(), Leaks()
+    ids = torch.randint(3, 32, (3, 12))
+    one = Pass({"ids": ids}, lambda x: cross_entropy(model(x["ids"]), x["ids"]), {}, NAMES)
+    found = []
+    with torch.no_grad():
+        head = model.head.weight.clone()
+        model.head.weight.zero_()
+    for step in range(12):
+        found += list(
+            detector.gradients(Subject(model, [], None, model.named_parameters), StepRecord(step, passes=[one]))
+        )
+        with torch.no_grad():
+            model.head.weight.copy_(head)
+    assert [(finding.kind, finding.step) for finding in found] == [("target_visible", 8)]
