@@ -27,9 +27,7 @@ from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
 
 ALIGNED = 0.9  # of the targets must be the ids at one distance
 SHORTEST = 6  # positions
-AGAIN = (
-    8  # the step from which it looks a second time: in a model whose last layer starts at zero, nothing moves before
-)
+AGAIN = 8  # the step of a second look: in a model whose last layer starts at zero, nothing moves at first
 
 
 class Scored(NamedTuple):
