@@ -34,6 +34,7 @@ FLOORS = (
             "versions",
             "sinks",
             "seed",
+            "kept_weights",
             "buffers",
             "losses",
             "origin",
