@@ -422,6 +422,7 @@ print("stuck", stuck)
 """
 
 
+@pytest.mark.slow
 def test_a_ddp_module_that_outlives_its_group_does_not_hang() -> None:
     """Without the cure in `open_world` more than half of the turns hang; the last turn leaves the interpreter."""
     done = subprocess.run([sys.executable, "-c", LEAVING, "7"], timeout=100, capture_output=True, text=True)
@@ -518,7 +519,9 @@ with open_world("cpu", timeout=5.0) as world:
 """
 
 
-@pytest.mark.parametrize("how", ["works", "dies", "is silent"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("works", marks=pytest.mark.slow), "dies", pytest.param("is silent", marks=pytest.mark.slow)]
+)
 def test_ranks_wait_for_one_that_works_and_for_no_other(tmp_path: Path, how: str) -> None:
     first, second = run_scripts(tmp_path, WORKING, how)
     if how == "works":
@@ -561,7 +564,10 @@ with open_world("cpu") as world:
 """
 
 
-@pytest.mark.parametrize(("how", "blocks"), [("agreed", "ends"), ("backward", "ends"), ("backward", "blocks")])
+@pytest.mark.parametrize(
+    ("how", "blocks"),
+    [("agreed", "ends"), ("backward", "ends"), pytest.param("backward", "blocks", marks=pytest.mark.slow)],
+)
 def test_a_rank_that_fails_tells_first_and_the_others_end(tmp_path: Path, how: str, blocks: str) -> None:
     start = time.monotonic()
     first, second = run_scripts(tmp_path, FAILING, how, blocks)

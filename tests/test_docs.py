@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -30,7 +30,13 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page.name, block) for page in PAGES for block in fence.findall(page.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def python_blocks() -> list[Any]:
+    """The blocks of all pages; those of embedding.md train for some seconds each and are slow tests."""
+    slow = pytest.mark.slow
+    return [pytest.param(*one, marks=slow if one[0] == "embedding.md" else ()) for one in blocks("python")]
+
+
+@pytest.mark.parametrize(("page", "code"), python_blocks())
 def test_python_blocks_run(page: str, code: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

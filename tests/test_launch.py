@@ -176,6 +176,7 @@ def config(tmp_path: Path, demo_checkpoint: Path, demo_data: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together(config: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

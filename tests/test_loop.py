@@ -87,7 +87,9 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 # FP16 autocast is slow on the CPU, and tests/test_resume.py has the mode too
-@pytest.mark.parametrize("mode", ["fp32", "bf16", pytest.param("amp_fp16", marks=pytest.mark.slow), "native_fp16"])
+@pytest.mark.parametrize(
+    "mode", ["fp32", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("bf16", "amp_fp16")), "native_fp16"]
+)
 def test_resume_equals_uninterrupted_bit_for_bit(base: RunConfig, tmp_path: Path, mode: Any) -> None:
     total, stops = (6, (2, 4)) if mode == "fp32" else (4, (2,))  # FP16 products are slow on a CPU
     straight = replace(base, output=str(tmp_path / "straight"), precision=PrecisionConfig(mode=mode))
@@ -111,7 +113,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(base: RunConfig, tmp_path: Path
             assert losses(folder, key) == losses(tmp_path / "straight", key)
 
 
-@pytest.mark.parametrize("mode", ["fp32", "native_fp16"])
+@pytest.mark.parametrize("mode", ["fp32", pytest.param("native_fp16", marks=pytest.mark.slow)])
 def test_full_fine_tuning_resumes_bit_for_bit(base: RunConfig, tmp_path: Path, mode: Any) -> None:
     base = replace(base, precision=PrecisionConfig(mode=mode))
     full = replace(
@@ -521,6 +523,7 @@ def train_variants(world: World, configs: list[RunConfig]) -> None:
         go(config, world)
 
 
+@pytest.mark.slow
 def test_switches_of_ddp_and_activation_checkpointing_change_no_loss(
     base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:

@@ -275,7 +275,7 @@ def compare(case: Case, base: RunConfig, folder: Path, run_ranks: Callable[..., 
     return resumes
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[7], marks=pytest.mark.slow)], ids=str)
 def test_stopped_after_each_of_some_steps(
     base: RunConfig, folder: Path, run_ranks: Callable[..., list[Any]], case: Case
 ) -> None:

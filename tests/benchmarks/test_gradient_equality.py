@@ -52,7 +52,7 @@ def check(benchmark: Any, cells: list[Any]) -> None:
         assert max(padding) > 0.25
 
 
-@pytest.mark.parametrize("family", ["higgs_audio_v2", "causal_lm", "audio_chat"])
+@pytest.mark.parametrize("family", [pytest.param("higgs_audio_v2", marks=pytest.mark.slow), "causal_lm", "audio_chat"])
 def test_one_process(benchmark: Any, runs: dict[str, RunConfig], few: dict[str, list[Any]], family: str) -> None:
     cells = benchmark.measure_all(World(), {family: runs[family]}, few)
     assert len(cells) == 2 * len(few[family])

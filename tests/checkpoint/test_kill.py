@@ -30,7 +30,7 @@ def kill(folder: Path, *arguments: str, timeout: float = 110.0) -> dict[str, Any
     return result
 
 
-@pytest.mark.parametrize("when", ["now", "later"])
+@pytest.mark.parametrize("when", [pytest.param("now", marks=pytest.mark.slow), "later"])
 def test_killed_before_every_file_operation_of_a_save(folder: Path, when: str) -> None:
     counted = kill(folder, when, "everywhere")
     assert counted["operations"] > 70

@@ -381,11 +381,12 @@ def test_only_rank_0_sees_that_the_output_is_taken(ranks: Ranks, config: Path, t
     assert (taken / "metrics.jsonl").read_text() == "theirs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["--adapter.target_modules", "[qproj]"], "adapter.target_modules has 'qproj', which matches no layer of the"),
-        pytest.param(["--optim.lrr", "1"], "unknown key 'optim.lrr' on the command line", marks=pytest.mark.slow),
+        (["--optim.lrr", "1"], "unknown key 'optim.lrr' on the command line"),
     ],
 )
 def test_under_torchrun(config: Path, arguments: list[str], line: str) -> None:

@@ -381,7 +381,7 @@ def assert_same_run(killed: Path, whole: Path, last: int) -> None:
         verify(slot)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     ranks: Ranks, write_config: Write, tmp_path: Path, size: int
 ) -> None:
@@ -644,6 +644,7 @@ class Broken(HiggsAudioV2):
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_has_the_first_word(config: Path, tmp_path: Path) -> None:
     (tmp_path / "broken_family.py").write_text(BROKEN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -48,6 +48,7 @@ def check(text_checkpoint: Path, tmp_path: Path) -> Check:
     return lambda seed: check_run(replace(config, seed=seed), World())
 
 
+@pytest.mark.slow
 def test_no_seed_refuses_chats_mixed_with_texts(check: Check) -> None:
     reports = [check(seed) for seed in range(20)]
     assert [report.problems() + report.warnings() for report in reports] == [[]] * 20

@@ -142,7 +142,7 @@ def test_an_exception_after_damaged_weights_is_not_told() -> None:
             x = torch.full((2, 3), float("nan"))
             with pytest.raises(ValueError) if step else nullcontext(), watch.step(x):
                 if step:
-                    torch.distributions.Categorical(logits=model(x))
+                    torch.distributions.Categorical(logits=model(x), validate_args=True)
                 optimizer.zero_grad()
                 F.mse_loss(model(x), x[:, :1]).backward()
                 optimizer.step()
