@@ -231,13 +231,15 @@ class Spiky:
         return found
 
 
-def spiky(windows: Iterable[int]) -> Callable[[Run], None]:
+def spiky(windows: Iterable[int], spread: float = 0.05) -> Callable[[Run], None]:
+    """Make these windows spikes, for a guard that has seen losses from 6.8 on, and norms from 8 on."""
+
     def change(run: Run) -> None:
         module: Any = unwrap_ddp(run.module)
         module.losses = Spiky(module.losses, windows)
         assert isinstance(run.watch, RunWatch)
         for number in range(20):  # steps, from which on the guard knows what is usual
-            run.watch._guard.keep(6.8 + 0.05 * (number % 3), 8.0)
+            run.watch._guard.keep(6.8 + spread * (number % 3), 8.0 + spread * (number % 3))
 
     return change
 
@@ -287,7 +289,7 @@ def test_a_run_goes_back_after_a_spike_and_leaves_its_samples_out(base: RunConfi
 
 
 def spiky_on_rank_1(world: World, config: RunConfig) -> tuple[dict[str, Tensor], list[int]]:
-    run = go(config, world, change=spiky([3] if world.rank else []))
+    run = go(config, world, change=spiky([3] if world.rank else [], spread=3.0))  # one sample a rank
     return trained(run), run.state.left_out
 
 
