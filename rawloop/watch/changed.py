@@ -125,7 +125,7 @@ class ChangedWeights(Detector):
                 yield from frozen_changed(subject, look, last)
                 yield from changed_outside(subject, look, last, self._trained if fresh else ())
         if written:
-            yield changed_by(subject, record.step, f"the last update and step {record.step}", written)
+            yield changed_by(subject, record.step, f"before step {record.step} than after the last update", written)
 
     def end(self, subject: Subject, record: StepRecord) -> Iterator[Finding]:
         """Look at the weights after the update, or after a step without one."""
@@ -172,7 +172,7 @@ def frozen_changed(subject: Subject, look: Look, last: Look) -> Iterator[Finding
     if averaged:
         what = "a frozen part with the shapes of a trained one changes as a whole, as a moving average of it would"
         causes = [Cause("model", what, place, evidence, "Nothing to do if it is one")]
-    what = f"frozen weights changed between {last.moment} and {look.moment}: {first_few(changed)}"
+    what = f"frozen weights are others {look.moment} than {last.moment}: {first_few(changed)}"
     since = last.step if look.moment.startswith("before") or last.moment.startswith("before") else last.step + 1
     since, rank = min(since, look.step), subject.world.rank
     yield Finding("frozen_weights_changed", what, tuple(causes), look.step, rank, averaged, since)
@@ -199,12 +199,12 @@ def is_near_trained(weights: Mapping[str, nn.Parameter], name: str) -> bool:
 def changed_outside(subject: Subject, look: Look, last: Look, trained: Iterable[str]) -> Iterator[Finding]:
     """Yield a finding if trained weights have changed between two looks without an update between them."""
     if changed := look.changed_since(last, trained):
-        yield changed_by(subject, look.step, f"{last.moment} and {look.moment}", changed)
+        yield changed_by(subject, look.step, f"{look.moment} than {last.moment}", changed)
 
 
 def changed_by(subject: Subject, step: int, moments: str, changed: list[str]) -> Finding:
     """Return the finding for trained weights that something other than the optimizer has changed."""
-    what = f"something other than the optimizer changed trained weights between {moments}: {first_few(changed)}"
+    what = f"trained weights are others {moments}, without an update between: {first_few(changed)}"
     advice = "Look for load_state_dict, averaged weights that were not restored, clipping, or writes through .data"
     evidence: Evidence = {"seen to change": len(changed)}
     kind, place = "weights_changed_outside_optimizer", place_of(changed[0])
