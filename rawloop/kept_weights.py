@@ -27,12 +27,9 @@ class KeptWeights(TorchDispatchMode):
         """Run an operation, after a copy of the weights that it writes."""
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args):  # kwargs follow: they have names
+            for number, argument in enumerate(func._schema.arguments):
                 if argument.is_write:
-                    self._keep(value)
-            for argument in func._schema.arguments:
-                if argument.is_write and argument.name in kwargs:
-                    self._keep(kwargs[argument.name])
+                    self._keep(args[number] if number < len(args) else kwargs.get(argument.name))
         return func(*args, **kwargs)
 
     def _keep(self, value: Any) -> None:
@@ -46,7 +43,7 @@ class KeptWeights(TorchDispatchMode):
         for data, copy in self._copies:
             data.copy_(copy)
         for weight, data, version in self._weights:
-            if weight.data_ptr() != data.data_ptr():
+            if weight.data_ptr() != data.data_ptr() or weight.shape != data.shape:
                 weight.data = data
             if weight._version != version:
                 torch._C._autograd._unsafe_set_version_counter((weight,), (version,))

@@ -37,6 +37,7 @@ from rawloop.precision.config import PrecisionConfig
 from rawloop.records import read_events, read_metrics
 from rawloop.settings import DDPConfig
 from rawloop.watch.config import WatchConfig
+from tests.kept_runs import go
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +59,6 @@ def base(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         evaluation=EvaluationConfig(every=2),
         checkpoint=CheckpointConfig(save_every=2, keep_last=0),
     )
-
-
-def go(config: RunConfig, world: World | None = None, change: Callable[[Run], None] | None = None) -> Run:
-    """What `rawloop train` does, in this process."""
-    run = build_run(config, world or World(), lambda line: None)
-    try:
-        if change:
-            change(run)
-        train(run)
-    finally:
-        run.close()
-    return run
 
 
 def weights(folder: Path, slot: str = "checkpoints/step-00000006") -> dict[str, Tensor]:

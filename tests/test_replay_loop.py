@@ -19,6 +19,7 @@ from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Cause, Finding
 from rawloop.watch.subject import Detector, StepRecord, Subject
 from rawloop.watch.watch import Watch
+from tests.watch.loops import Double
 
 BUILDER = """
 from torch import nn
@@ -189,16 +190,6 @@ def test_the_help_names_types(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         replay_command(["--help"])
     assert "lambda" not in capsys.readouterr().out
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 2
 
 
 def test_a_capsule_that_cannot_be_replayed_is_told_as_such(tmp_path: Path) -> None:

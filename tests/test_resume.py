@@ -55,6 +55,7 @@ from rawloop.preempt import Preemption
 from rawloop.records import read_events, read_metrics
 from rawloop.run import TrainState
 from rawloop.seed import RngState
+from tests import kept_runs
 
 STEPS = 40
 POISON = frozenset({2, 3, 11, 12, 13, 20, 31, 32})  # windows whose gradient is infinite
@@ -513,13 +514,7 @@ def short(base: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def finished(config: RunConfig, change: Callable[[Run], None] = lambda run: None) -> Run:
-    run = build_run(config, World(), lambda line: None)
-    try:
-        change(run)
-        train(run)
-    finally:
-        run.close()
-    return run
+    return kept_runs.go(config, change=change)
 
 
 def flip(path: Path) -> None:

@@ -35,9 +35,11 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "steps", "capsules", "capsule_mb", "max_spikes"):
-            value = getattr(self, name)
-            if value < (0 if name == "capsules" else 1):
-                raise UserError(f"watch.{name} is {value}: it must be 1 or more; watch.enabled false turns it off")
+            value, least = getattr(self, name), 0 if name == "capsules" else 1
+            if value < least:
+                raise UserError(
+                    f"watch.{name} is {value}: it must be {least} or more; watch.enabled false turns it off"
+                )
 
     def is_due(self, step: int) -> bool:
         """Return whether a step, counted from 0, takes a look."""

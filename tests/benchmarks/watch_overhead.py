@@ -9,8 +9,8 @@ difference in microseconds. On the CPU it is that of the processor's time, which
 of the wall's. Steps that take the costly looks (`WatchConfig.every`) are shown on their own line; the last
 line of a mode is the mean step of a loop that takes a look as often as the default says.
 
-`rawloop` takes the same watch's part of a step in its own loop: tests/benchmarks/loop_overhead.py, peer "rawloop
-unwatched".
+What the watch costs in rawloop's own loop is measured by tests/benchmarks/loop_overhead.py, peers "rawloop" and
+"rawloop unwatched".
 
 A step of this model takes more than 100 ms on one thread. The watch does the same work for a larger model, except that
 its norm of the gradients reads them all.

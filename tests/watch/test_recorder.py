@@ -15,6 +15,7 @@ from rawloop import Watch
 from rawloop.dist import World
 from rawloop.watch.rerun import run_again
 from rawloop.watch.subject import Detector, Pass, StepRecord, Subject
+from tests.watch.loops import Double
 
 
 class Reruns(Detector):
@@ -35,16 +36,6 @@ class Reruns(Detector):
         self.norms.append(record.grad_norm)
         self.reasons.append(record.why_no_passes)
         return ()
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 2
 
 
 def small() -> Any:
