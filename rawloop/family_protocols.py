@@ -1,11 +1,15 @@
 """Optional protocols of a family. The part of rawloop that needs one asks for it with `isinstance`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rawloop.contracts import Sample
+from rawloop.settings import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,55 @@ class PackingFamily(Protocol):
     """
 
     packing: bool
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model has generated for one sample: `codes` (frames, codebooks) int64 on the CPU, or `text`.
+
+    `stopped` says whether the model ended by itself, with its stop token, and not at the limit. `length` is the number
+    of frames or tokens, without stop tokens.
+    """
+
+    id: str
+    stopped: bool
+    length: int
+    codes: Tensor | None = None
+    text: str | None = None
+
+
+@runtime_checkable
+class GeneratingFamily(Protocol):
+    """A family that generates the last trained turn of a sample, in place of what the sample has there.
+
+    The turns before it are the prompt, in the very tokens that training has.
+    """
+
+    def generate(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        codes: Callable[[Path], Tensor],
+        limits: Sequence[int],
+        sampling: SamplingConfig,
+    ) -> list[Generated]:
+        """Generate one turn for each sample, with a model in evaluation mode, from torch's global generators.
+
+        Args:
+            model: the model, with or without an adapter.
+            samples: samples that `check` accepts.
+            codes: returns a clip's (frames, codebooks) int64 codes; called for the clips of the prompt.
+            limits: the most frames or tokens of each turn.
+            sampling: settings that override those of the model.
+
+        Raises:
+            UserError: a prompt leaves no room for a turn.
+        """
+
+
+@runtime_checkable
+class SpeakingFamily(Protocol):
+    """A `GeneratingFamily` whose turns are codes of a codec."""
+
+    def load_decoder(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
+        """Load the codec: its description, and its decoder, (frames, codebooks) -> (samples,) float32 on the CPU."""

@@ -82,6 +82,38 @@ class EvaluationConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """How tokens are drawn when a model generates. What is left out is the model's own setting.
+
+    The model's own is that of its generation_config.json, else what its authors generate with.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token (greedy).
+        top_k: draw from the k most likely tokens only; 0 does not limit them.
+        top_p: draw from the most likely tokens that have this probability together; 1 does not limit them.
+        ras_window: Higgs Audio v2 draws a code again if it was already drawn often in so many frames before
+            (repetition-aware sampling); 0 never does.
+        ras_repeats: how often is often.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    ras_window: int | None = None
+    ras_repeats: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "ras_window"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"sampling.{name} is {value}: it must be a number, and not below 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.ras_repeats is not None and self.ras_repeats < 1:
+            raise UserError(f"sampling.ras_repeats is {self.ras_repeats}: it must be 1 or more")
+
+
+@dataclass
 class OptimConfig:
     """AdamW and its schedule.
 

@@ -30,6 +30,15 @@ def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
     assert "--optim.lr" in done.stdout
 
 
+def test_the_help_of_generate_imports_no_torch() -> None:
+    check = (
+        "import sys; from rawloop.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass\n"
+        f"loaded = [name for name in {HEAVY[:4]} if name in sys.modules]; assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert "--sampling.temperature" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["-c", IMPORT], ["-m", "rawloop", "--help"]])
 def test_it_takes_less_than_the_limit(arguments: list[str]) -> None:
     assert min(seconds(arguments) for _ in range(5)) < LIMIT  # the least: other processes only ever add

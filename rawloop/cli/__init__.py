@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "show a batch as the model reads it: turns, codes, and which of them are learnt",
     "train": "fine-tune a model; start it with torchrun for several processes",
     "evaluate": "evaluate a model or a checkpoint of a run",
+    "generate": "hear what a trained model says, as wav files; or read what it writes",
     "merge": "merge a LoRA adapter into its base model",
     "report": "show what a run has recorded, or several runs, as one HTML page",
     "verify": "check every file of a run's checkpoints against its digest",

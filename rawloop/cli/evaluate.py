@@ -11,19 +11,19 @@ from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.changes import Contents, check_reading, check_settings_of_ranks, stored_settings
 from rawloop.checkpoint.reader import check_same, stored_part
-from rawloop.checkpoint.slots import MANIFEST, is_slot_name, read_manifest, verify
+from rawloop.checkpoint.slots import read_manifest
 from rawloop.cli import read_config
 from rawloop.components import build_evaluator, build_family, build_loader, build_model, read_data
 from rawloop.config import RunConfig, moved_run
 from rawloop.data.limits import Limits
 from rawloop.dist import World, open_world
-from rawloop.errors import CheckpointError, RawloopError, UserError
+from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families.chat_template import clock_notice
 from rawloop.losses import LossModule
 from rawloop.precision.modes import OtherMode
 from rawloop.records import json_value
-from rawloop.weights import resolve
+from rawloop.trained import slot_of
 
 
 def run(argv: list[str]) -> None:
@@ -70,7 +70,9 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     data = read_data(config, build_family(config), "eval")
     for line in data.notices:
         _tell(line, world)
-    slot = None if checkpoint is None else slot_of(Path(expanduser(config.output)), checkpoint)
+    slot = None
+    if checkpoint is not None:
+        slot = slot_of(Path(expanduser(config.output)), checkpoint, partial(_tell, world=world))
     family, contents = data.family, data.contents()
     notices, step = [clock_notice(family)], None
     if slot is not None:
@@ -99,24 +101,3 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     loader = build_loader(config, data, "data.eval", limits, world)
     evaluator = build_evaluator(config, data, loader, LossModule(model, family.losses), policy, world)
     return Built(slot, step, evaluator, base, contents, notices)
-
-
-def slot_of(run_folder: Path, checkpoint: str) -> Path:
-    """Return the folder of `best`, `latest` or a named checkpoint, and verify all its files."""
-    by_role = checkpoint in ("best", "latest")
-    slot, damage = resolve(run_folder / checkpoint if by_role else Path(expanduser(checkpoint)))
-    if slot is None and damage:
-        raise CheckpointError(f"no checkpoint of {run_folder} is whole: {damage}")
-    if slot is None or (by_role and not slot.is_dir()):
-        raise UserError(
-            f"--checkpoint is '{checkpoint}', and there is none in {run_folder}: is --output that of the run?"
-        )
-    if damage:
-        print(f"rawloop evaluate: skipped a damaged checkpoint: {damage}", file=sys.stderr, flush=True)
-    if not (slot / MANIFEST).is_file() and not (slot.is_dir() and is_slot_name(slot)):
-        raise UserError(
-            f"--checkpoint is '{checkpoint}', which is no checkpoint's folder (it has no {MANIFEST}): pass best, "
-            "latest, or a folder such as runs/x/checkpoints/step-00000500"
-        )
-    verify(slot)
-    return slot

@@ -23,9 +23,12 @@ from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, S
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, shared
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
+from rawloop.families.generating import generate_text
 from rawloop.families.loading import load_weights
 from rawloop.families.sample_checks import Letters, check_control, check_conversation, check_no_tools, control_pattern
 from rawloop.families.shared import TextFamily, check_length, labels_of, load_parts, padded, text_batch
+from rawloop.family_protocols import Generated
+from rawloop.settings import SamplingConfig
 
 SHORTEST = 0.1  # seconds: a shorter clip takes no position, or so few that models take them for unexpanded ones
 ROLES = ("system", "user", "assistant")
@@ -140,14 +143,21 @@ class ChatEncoder:
         labels = labels_of(inputs, [self.template.span(messages, index, ids) for index in trained])
         return Example(sample.id, inputs, labels, encoded, messages)
 
-    def _encoded(self, messages: Messages, waveforms: Sequence[Tensor]) -> dict[str, Any]:
+    def prompt(self, sample: Sample) -> dict[str, Tensor]:
+        """Encode what comes before the last trained answer; its tokens are those that `example` has there."""
+        last = max(index for index, turn in enumerate(sample.turns) if turn.trained)
+        turns = sample.turns[:last]
+        waveforms = [self._waveform(clip.path) for turn in turns for clip in turn.clips]
+        return self._encoded(_messages(replace(sample, turns=turns)), waveforms, add_generation_prompt=True)
+
+    def _encoded(self, messages: Messages, waveforms: Sequence[Tensor], **options: Any) -> dict[str, Any]:
         """Return the processor's `input_ids` (1, sequence), masks and features of a conversation."""
         clips = iter(waveforms)
         heard = [
             {**m, "content": [{**p, "audio": next(clips).numpy()} if "audio" in p else p for p in m["content"]]}
             for m in messages
         ]
-        return dict(self.template.run(heard, tokenize=True, return_dict=True, return_tensors="pt"))
+        return dict(self.template.run(heard, tokenize=True, return_dict=True, return_tensors="pt", **options))
 
 
 def _messages(sample: Sample) -> Messages:
@@ -198,6 +208,19 @@ class AudioChat(TextFamily):
         sample = Sample("probe", (question, Turn("assistant", (Text("Four five six."),), trained=True)))
         noise = 0.1 * torch.randn(self.encoder.sample_rate, generator=torch.Generator().manual_seed(0))
         return self.collate([self.encoder.encode(sample, [noise])])
+
+    def generate(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        codes: Callable[[Path], Tensor],
+        limits: Sequence[int],
+        sampling: SamplingConfig,
+    ) -> list[Generated]:
+        """Generate the last trained answer of each sample; see `GeneratingFamily.generate`. `codes` is not used."""
+        encoder, tokenizer = self.encoder, self.processor.tokenizer
+        stops = [encoder.end_of_turn]
+        return generate_text(model, samples, encoder.prompt, tokenizer, stops, encoder.max_positions, limits, sampling)
 
     def special_targets(self) -> Sequence[Special]:
         """The token that ends a turn. Without it as a target, a model forgets how to stop."""

@@ -20,9 +20,12 @@ from rawloop.contracts import IGNORE, Batch, Piece, Sample, Special
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, shared
 from rawloop.families.chat_template import ChatTemplate, Messages, control_tokens
+from rawloop.families.generating import generate_text
 from rawloop.families.loading import load_weights
 from rawloop.families.sample_checks import Letters, check_control, check_conversation, control_pattern
 from rawloop.families.shared import TextFamily, check_length, labels_of, load_parts, padded, text_batch
+from rawloop.family_protocols import Generated
+from rawloop.settings import SamplingConfig
 
 ROLES = ("system", "user", "assistant", "tool")
 EXTRA = 8  # more special tokens than any tokenizer adds to a text
@@ -121,6 +124,21 @@ class TextEncoder:
         inputs = torch.tensor(ids)
         return Example(sample.id, inputs, labels_of(inputs, spans), _runs(sample, spans, len(ids)))
 
+    def prompt(self, sample: Sample) -> list[int]:
+        """Return the tokens before the last trained answer, as `example` has them; a plain text is all prompt."""
+        if sample.is_text:
+            ids = self._text_ids(sample.turns[0].words)
+            return ids[:-1]
+        messages, text, trained = self._chat(sample)
+        ids = self.template.ids(text)
+        return ids[: self.template.span(messages, trained[-1], ids, sample.tools)[0]]
+
+    def stops(self, samples: Sequence[Sample]) -> list[int]:
+        """Return the tokens that end a text, and a turn if a sample is a chat."""
+        ends = {self.tokenizer.eos_token_id} - {None}
+        chat = not all(sample.is_text for sample in samples)
+        return sorted(ends | ({self.template.end_of_turn} if chat else set()))
+
     def _text_ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
@@ -195,6 +213,27 @@ class CausalLM(TextFamily):
             labels = labels_of(ids, [(0, len(ids))])
             examples.append(Example(f"probe {index}", ids, labels, (("text", len(ids)),)))
         return self.collate(examples)
+
+    def generate(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        codes: Callable[[Path], Tensor],
+        limits: Sequence[int],
+        sampling: SamplingConfig,
+    ) -> list[Generated]:
+        """Generate the last trained answer of each sample; see `GeneratingFamily.generate`. `codes` is not used."""
+        encoder = self.encoder
+        return generate_text(
+            model,
+            samples,
+            lambda sample: {"input_ids": torch.tensor([encoder.prompt(sample)])},
+            self.tokenizer,
+            encoder.stops(samples),
+            encoder.limit,
+            limits,
+            sampling,
+        )
 
     def special_targets(self) -> Sequence[Special]:
         """End of text and end of turn. Each is required if the encoder has seen a sample that ends with it."""

@@ -21,11 +21,13 @@ from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sa
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, check_path, local_folder, read_json
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
+from rawloop.families.higgs_audio_v2.speaking import speak
 from rawloop.families.loading import library_errors, load_from, load_weights
 from rawloop.families.shared import BaseFamily, load_parts, perturbed, rows_of
-from rawloop.family_protocols import CodecInfo
+from rawloop.family_protocols import CodecInfo, Generated
 from rawloop.files import hash_folder
 from rawloop.losses import exact, without_adapter
+from rawloop.settings import SamplingConfig
 
 STREAMS = ("audio", "text")
 INPUTS = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
@@ -92,14 +94,47 @@ class HiggsAudioV2(BaseFamily):
             its description, and its encoder: (samples,) float32 at `sample_rate` -> (frames, codebooks) int64 on the
             CPU.
         """
+        codec, info = self._codec(device)
+        with library_errors(self.config.path, "processor_config.json"):
+            extractor: Any = DacFeatureExtractor.from_pretrained(self.config.path, revision=self.config.revision)
+
+        @torch.no_grad()
+        def encode(waveform: Tensor) -> Tensor:
+            inputs = extractor(waveform.numpy(), sampling_rate=info.sample_rate, return_tensors="pt")
+            codes: Tensor = codec.encode(inputs["input_values"].to(device)).audio_codes
+            return codes[0].T.cpu()
+
+        with library_errors(codec.name_or_path, "config.json", CODEC):  # a wrong config fails only when the codec runs
+            encode(torch.zeros(info.sample_rate))
+        return info, encode
+
+    def load_decoder(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
+        """Load the codec in float32.
+
+        Returns:
+            its description, and its decoder: (frames, codebooks) int64 -> (samples,) float32 at `sample_rate` on the
+            CPU.
+        """
+        codec, info = self._codec(device)
+
+        @torch.no_grad()
+        def decode(codes: Tensor) -> Tensor:
+            if not len(codes):
+                return torch.zeros(0)
+            values: Tensor = codec.decode(codes.T[None].to(device)).audio_values
+            return values.flatten().float().cpu()
+
+        with library_errors(codec.name_or_path, "config.json", CODEC):
+            decode(torch.zeros(1, info.codebooks, dtype=torch.int64))
+        return info, decode
+
+    def _codec(self, device: torch.device) -> tuple[Any, CodecInfo]:
         folder = self._codec_folder()
         kind = read_json(folder / "config.json").get("model_type")
         if kind != HiggsAudioV2TokenizerModel.config_class.model_type:
             raise UserError(f"{CODEC} is '{folder}', a model of type '{kind}': give the folder of the codec")
         codec: Any = load_from(HiggsAudioV2TokenizerModel, str(folder), None, CODEC, dtype=torch.float32)
         codec.eval().to(device)
-        with library_errors(self.config.path, "processor_config.json"):
-            extractor: Any = DacFeatureExtractor.from_pretrained(self.config.path, revision=self.config.revision)
         settings = codec.config
         info = CodecInfo(
             hash=hash_folder(folder),
@@ -108,16 +143,7 @@ class HiggsAudioV2(BaseFamily):
             codebook_size=settings.codebook_size,
             frame_rate=settings.sample_rate / settings.hop_length,
         )
-
-        @torch.no_grad()
-        def encode(waveform: Tensor) -> Tensor:
-            inputs = extractor(waveform.numpy(), sampling_rate=info.sample_rate, return_tensors="pt")
-            codes: Tensor = codec.encode(inputs["input_values"].to(device)).audio_codes
-            return codes[0].T.cpu()
-
-        with library_errors(str(folder), "config.json", CODEC):  # a wrong config fails only when the codec runs
-            encode(torch.zeros(info.sample_rate))
-        return info, encode
+        return codec, info
 
     def collate(self, examples: list[Example]) -> Batch:
         """Make a micro-batch, padded on the right. Under a causal mask this needs no attention mask."""
@@ -168,6 +194,17 @@ class HiggsAudioV2(BaseFamily):
         generator = torch.Generator().manual_seed(0)
         codes = torch.randint(self.settings.audio_stream_bos_id, (25, self.settings.num_codebooks), generator=generator)
         return self.collate([self.example(Sample("probe", turns), lambda _: codes)])
+
+    def generate(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        codes: Callable[[Path], Tensor],
+        limits: Sequence[int],
+        sampling: SamplingConfig,
+    ) -> list[Generated]:
+        """Generate the last trained clip of each sample; see `GeneratingFamily.generate`."""
+        return speak(self.encoder, model, samples, codes, limits, sampling)
 
     def special_targets(self) -> Sequence[Special]:
         """The stop tokens, which must be learnt, and tokens that must not be, for the census to show."""

@@ -5,7 +5,7 @@ prompts. Our labels come from cached codes, with one EOS target per codebook, an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,20 @@ class HiggsEncoder:
             check_length(len(pieces), self.settings.max_position_embeddings)
         inputs, audio_labels = (torch.cat(rows) for rows in zip(*blocks, strict=True))
         return Example(sample.id, torch.tensor(pieces), torch.tensor(labels), inputs, audio_labels)
+
+    def prompt(self, sample: Sample, codes: Callable[[Path], Tensor]) -> Example:
+        """Encode what comes before the last trained clip of a sample; its tokens are those that `example` has there."""
+        last = max(index for index, turn in enumerate(sample.turns) if turn.trained)
+        sample = replace(sample, turns=sample.turns[: last + 1])
+        clips = [codes(path) for path in sample.audio_paths()[:-1]]
+        ids = self.template.ids(self._text(sample))
+        blank = torch.zeros(1, self.settings.num_codebooks, dtype=torch.int64)
+        self._check_clips(sample, [*clips, blank], ids)
+        ids = ids[: max(place for place, token in enumerate(ids) if token == self.settings.audio_token_id)]
+        blocks = [self.delayed(clip, trained=False)[0] for clip in clips]
+        pieces, labels = self._expand(ids, [len(block) for block in blocks], [False] * len(blocks))
+        frames = torch.cat([*blocks, blank[:0]])
+        return Example(sample.id, torch.tensor(pieces), torch.tensor(labels), frames, torch.full_like(frames, IGNORE))
 
     def _expand(self, ids: list[int], lengths: list[int], trained: list[bool]) -> tuple[list[int], list[int]]:
         """Repeat each audio placeholder for the frames of its clip, and label the text to be learnt.

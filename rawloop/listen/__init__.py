@@ -1,0 +1,1 @@
+"""Listening: what a model says, as files, and measures of it."""
