@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a fine-tuned model: installs rawloop, builds the demo checkpoint, encodes the bundled speech, and
-# fine-tunes on it with LoRA, on all GPUs or in 2 processes on the CPU. A second call reuses .venv and .demo, and trains
-# in a new run folder.
+# From nothing to a fine-tuned model and its voice: installs rawloop, builds the demo checkpoint, encodes the bundled
+# speech, fine-tunes on it with LoRA, on all GPUs or in 2 processes on the CPU, and writes a clip of the result, which is
+# noise: the demo's weights are random. A second call reuses .venv and .demo, and trains in a new run folder.
 #
 #   bash launch/quickstart.sh [OVERRIDES...]     for example --optim.lr 1e-3
 set -euo pipefail
@@ -17,3 +17,4 @@ fi
 [ "$gpus" -gt 0 ] || export NPROC=2 # to show that processes share the work
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 bash launch/single_node.sh configs/demo.yaml --output "$run" "$@"
+.venv/bin/python -m rawloop generate "$run" --text "Hello from the demo." --output "$run/hello.wav" --max_seconds 5

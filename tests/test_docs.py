@@ -86,6 +86,7 @@ def test_the_readmes_recipe_runs(demo_checkpoint: Path, tmp_path: Path) -> None:
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "eval_loss" in done.stdout
+    assert (tmp_path / "hello.wav").stat().st_size > 44  # a wav's header
     assert (tmp_path / "models" / "voice" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "voice" / "best" / "adapter" / "adapter_model.safetensors").is_file()
 

@@ -73,6 +73,8 @@ FLOORS = (
             "trained",
             "prompts",
             "generation",
+            "exporting",
+            "card",
             "components",
             "checkpoints",
             "resume",

@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "fine-tune a model; start it with torchrun for several processes",
     "evaluate": "evaluate a model or a checkpoint of a run",
     "generate": "hear what a trained model says, as wav files; or read what it writes",
+    "export": "write a trained model as a folder that transformers opens, with a model card",
     "merge": "merge a LoRA adapter into its base model",
     "report": "show what a run has recorded, or several runs, as one HTML page",
     "verify": "check every file of a run's checkpoints against its digest",

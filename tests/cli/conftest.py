@@ -54,6 +54,14 @@ def write_config(demo_checkpoint: Path, demo_data: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Path:
+    """The folder of a finished run of 3 steps, with a scene of its own. Read it only."""
+    config = write_config(tmp_path_factory.mktemp("demo_run"), data={"default_scene": "A small room."})
+    assert main(["train", "--config", str(config)]) == 0
+    return config.parent / "run"
+
+
 @pytest.fixture
 def config(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
     """The config of a run of 3 steps on the demo checkpoint, into `tmp_path / "run"`."""

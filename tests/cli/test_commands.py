@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
+from rawloop import trained as trained_model
 from rawloop.checkpoint.slots import find_slots, verify
-from rawloop.cli import main, merge
+from rawloop.cli import main
 from rawloop.families import ModelConfig, load_family
 from rawloop.files import replace_file
 from rawloop.loop import train
@@ -289,7 +290,7 @@ def test_merge_writes_a_model_that_plain_transformers_loads(
 def test_merge_writes_nothing_when_the_logits_differ(
     door: Door, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "BOUND", 0.0)  # no float32 arithmetic is that exact
+    monkeypatch.setattr(trained_model, "BOUND", 0.0)  # no float32 arithmetic is that exact
     done = door("merge", "--adapter", trained / "run" / "best" / "adapter", "--output", tmp_path / "merged")
     assert done.code == 1
     assert "more than 0e+00: nothing was written" in done.err

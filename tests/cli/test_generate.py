@@ -9,22 +9,12 @@ from typing import Any
 import pytest
 import soundfile
 
-from rawloop.cli import main
 from rawloop.demo import SPEECH
 
 Door = Callable[..., Any]
 Refusal = Callable[..., str]
 CLIP = SPEECH / "eval" / "eval-en-02.flac"
 SHORT = ("--max_seconds", "0.4", "--device", "cpu", "--sampling.temperature", "0")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Path:
-    """The folder of a finished run of 3 steps. Read it only."""
-    folder = tmp_path_factory.mktemp("heard")
-    config = write_config(folder, data={"default_scene": "A small room."})
-    assert main(["train", "--config", str(config)]) == 0
-    return folder / "run"
 
 
 def heard(path: Path) -> bytes:
@@ -34,13 +24,13 @@ def heard(path: Path) -> bytes:
     return bytes(sound.tobytes())
 
 
-def test_every_name_of_a_trained_model_is_heard_the_same(door: Door, run: Path, tmp_path: Path) -> None:
-    (slot,) = (path for path in (run / "checkpoints").iterdir() if path.name.endswith("3"))
+def test_every_name_of_a_trained_model_is_heard_the_same(door: Door, demo_run: Path, tmp_path: Path) -> None:
+    (slot,) = (path for path in (demo_run / "checkpoints").iterdir() if path.name.endswith("3"))
     names = {
-        "run": (run,),
-        "slot": ("--checkpoint", slot, run),
-        "adapter": ("--adapter", run / "best" / "adapter"),
-        "copied": (shutil.copytree(run / "best" / "adapter", tmp_path / "adapter"), "--scene", "A small room."),
+        "run": (demo_run,),
+        "slot": ("--checkpoint", slot, demo_run),
+        "adapter": ("--adapter", demo_run / "best" / "adapter"),
+        "copied": (shutil.copytree(demo_run / "best" / "adapter", tmp_path / "adapter"), "--scene", "A small room."),
     }
     clips = {}
     for name, words in names.items():
@@ -51,13 +41,15 @@ def test_every_name_of_a_trained_model_is_heard_the_same(door: Door, run: Path, 
         assert "expect noise" in done.err
         clips[name] = heard(tmp_path / f"{name}.wav")
     assert len(set(clips.values())) == 1, {name: len(clip) for name, clip in clips.items()}
-    other = door("generate", run, "--text", "Hello.", "--scene", "A street.", "--output", tmp_path / "o.wav", *SHORT)
+    other = door(
+        "generate", demo_run, "--text", "Hello.", "--scene", "A street.", "--output", tmp_path / "o.wav", *SHORT
+    )
     assert other.code == 0
     assert heard(tmp_path / "o.wav") != clips["run"]  # the scene of the training is in the prompt
 
 
 def test_lines_references_and_records_are_spoken_and_a_seed_repeats_them(
-    door: Door, run: Path, demo_checkpoint: Path, tmp_path: Path
+    door: Door, demo_run: Path, demo_checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "lines.txt").write_text("One.\n\nTwo, three.\n", encoding="utf-8")
     model = demo_checkpoint / "model"  # of no run
@@ -102,5 +94,5 @@ def test_a_model_of_text_prints_what_it_writes(door: Door, text_checkpoint: Path
         (("nothing", "--text", "x", "--output", "x.wav"), "model.path is 'nothing': no such folder"),
     ],
 )
-def test_a_mistake_is_one_line(refusal: Refusal, run: Path, words: tuple[str, ...], said: str) -> None:
-    assert said in refusal("generate", *(run if word == "RUN" else word for word in words))
+def test_a_mistake_is_one_line(refusal: Refusal, demo_run: Path, words: tuple[str, ...], said: str) -> None:
+    assert said in refusal("generate", *(demo_run if word == "RUN" else word for word in words))

@@ -162,7 +162,7 @@ def test_what_the_base_model_lacks_is_drawn_as_it_was(
     (work / "adapter").mkdir()
     base = BaseFingerprint(model, str(work / "base"), seed=7)
     ModelFiles(model, family.load_model, base=base).snapshot(copy=False)(work / "adapter")
-    monkeypatch.setattr("rawloop.cli.merge.load_family", WithNewHead)
+    monkeypatch.setattr("rawloop.exporting.load_family", WithNewHead)
     assert door(*merge()).code == 0
     shutil.rmtree(work / "merged")
     file = work / "adapter" / "base.json"
