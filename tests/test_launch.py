@@ -476,7 +476,7 @@ def test_an_installation_in_a_fresh_clone(clone: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "trained 4 steps" in done.stdout
     (run,) = (clone / "runs").iterdir()
-    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "best"} <= {
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "best", "hello.wav"} <= {
         file.name for file in run.iterdir()
     }
 
