@@ -4,7 +4,7 @@ The order matters twice. The precision policy casts the weights before DDP and t
 restored last, because building draws from them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from os.path import expanduser
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.buffers import MovingBuffers, buffer_notices, find_moving_buffers
+from rawloop.cadences import cadence_notices
 from rawloop.changes import PART, Contents, SettingsState, check_settings_of_ranks
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
@@ -193,7 +194,10 @@ def _prepare_rank(
         shuffle=config.data.shuffle,
     )
     total = config.train.max_steps or plan.windows(config.train.epochs)
-    for line in [*data.notices, *beyond_the_end(config, total)]:  # loading the model may take minutes
+    for line in [
+        *data.notices,
+        *cadence_notices(config, total, plan.num_samples, plan.window_size),
+    ]:  # loading the model may take minutes
         say(line)
     notices: list[str] = []
     model, policy, base = build_model(config, world, family, notices, precision, source)
@@ -208,21 +212,6 @@ def _prepare_rank(
     if isinstance(first, RawloopError):
         raise first
     return Ready(data, data.contents(), model, policy, module, base, plan, loaders, evaluator, limits, total)
-
-
-def beyond_the_end(config: RunConfig, total: int) -> Iterator[str]:
-    """Yield a line for each setting that has no effect because the run ends earlier, as in a short trial."""
-    optim, evaluation = config.optim, config.evaluation
-    if optim.warmup_steps > total:
-        yield (
-            f"optim.warmup_steps is {optim.warmup_steps}, and the run ends at step {total}: the learning rate comes to "
-            f"{lr_at(total - 1, total, optim):.3g} and never to optim.lr, {optim.lr:.3g}"
-        )
-    if evaluation.enabled and evaluation.every > total:
-        yield (
-            f"evaluation.every is {evaluation.every}, and the run ends at step {total}: it is evaluated at step 0 and "
-            "at the end only"
-        )
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:

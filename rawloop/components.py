@@ -137,6 +137,7 @@ def build_evaluator(
         world=world,
         weights=data.family.stream_weights,
         every=config.evaluation.every,
+        bar=config.records.progress,
     )
 
 

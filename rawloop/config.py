@@ -82,7 +82,6 @@ NO_COUNTERPART = MappingProxyType(
         "report_to": "'records.tensorboard' and 'records.wandb' are true or false",
         "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
         "save_strategy": "'checkpoint.save_every' is a number of steps",
-        "warmup_ratio": "'optim.warmup_steps' is a number of steps",
     }
 )
 

@@ -21,6 +21,7 @@ from rawloop.errors import Preempted, UserError, happening, nearest
 from rawloop.inputs import moved
 from rawloop.losses import as_stream_losses, joined, not_weighable, sums_by_name
 from rawloop.preempt import first_reason
+from rawloop.progress import slow_bar
 from rawloop.settings import EvaluationConfig as EvaluationConfig
 
 Pairs = dict[str, tuple[Any, int]]  # name -> sum and count
@@ -80,6 +81,7 @@ class Evaluator:
             model that the policy has prepared.
         metrics: called on rank 0 with the gathered values of all ranks, a list for each name; returns more metrics.
         every: steps between two evaluations, for `due`.
+        bar: show a bar on a terminal if the evaluation takes long, on rank 0.
 
     Raises:
         UserError: there is no model, the batches can be iterated only once, a weight is negative or not finite, or all
@@ -97,11 +99,13 @@ class Evaluator:
         model: nn.Module | None = None,
         metrics: Callable[[dict[str, list[Any]]], Mapping[str, float]] | None = None,
         every: int = 500,
+        bar: bool = False,
     ) -> None:
         model = model if model is not None else getattr(policy, "model", None)
         self.loss_fn, self.batches, self.policy = loss_fn, batches, policy
         self.world: World = world or getattr(policy, "world", None) or World.current()
         self.weights, self.metrics, self.every = weights, metrics, every
+        self.bar = bar and self.world.is_main
         self._num_batches = 0  # in this rank's last evaluation
         if not isinstance(model, nn.Module):
             raise UserError(
@@ -160,7 +164,8 @@ class Evaluator:
         autocast = self.policy.autocast if self.policy is not None else nullcontext
         measured: list[tuple[Pairs, list[str]]] = []
         values: dict[str, list[Any]] = {}
-        for number, batch in enumerate(self.batches() if callable(self.batches) else self.batches):
+        batches = self.batches() if callable(self.batches) else self.batches
+        for number, batch in enumerate(slow_bar(batches, "evaluating", self.bar)):
             stopped = wanted()
             if stopped is not None:
                 return Share({}, {}, number, [], stopped)

@@ -15,10 +15,11 @@ from rawloop.buffers import MovingBuffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place
-from rawloop.losses import LossModule, weighted_mean
+from rawloop.losses import LossModule, Meter, weighted_mean
 from rawloop.optim import set_lr
 from rawloop.precision.gradients import ELSEWHERE, StepResult
 from rawloop.preempt import first_reason
+from rawloop.progress import Progress
 from rawloop.rebuild import find_buffers, rebuild_ddp, roll_back
 from rawloop.run import Run as Run
 from rawloop.run import TrainState, evaluate_and_save, raise_if, stop_early
@@ -44,20 +45,21 @@ def train(run: Run) -> TrainState:
     state = run.state
     check_training_mode(run)
     windows, fetched = start_windows(run), None
-    run.meter.restart_clock(state.samples)
+    run.meter.restart_clock(state.step, state.samples)
     stopped = stop_early(run)  # the patience may have been used up before this resume
     watched = run.watch.running(run) if run.watch else nullcontext()
-    with watched, run.records.progress(run.total_steps, state.step) as progress:
+    every = run.evaluator.every if run.evaluator else None
+    with watched, run.records.progress(run.total_steps, state.step, every) as progress:
         while True:
             last = state.step >= run.total_steps or stopped
             if state.step != state.visited:
                 last = evaluate_and_save(run, last)
-                run.meter.restart_clock(state.samples)
+                run.meter.restart_clock(state.step, state.samples)
             if last:
                 run.finish()
                 return state
 
-            fetched = fetched or fetch(windows)
+            fetched = fetched or fetch(windows, run.meter)
             if state.window in state.left_out:
                 state.window, fetched = state.window + 1, None
                 continue
@@ -67,7 +69,7 @@ def train(run: Run) -> TrainState:
             with run.watch.step(run, window, targets) if run.watch else nullcontext():
                 accumulate(run, window, targets)
                 # The device is busy until `update` waits for it. The last window has no successor.
-                fetched = fetch(windows) if state.step + 1 < run.total_steps else None
+                fetched = fetch(windows, run.meter) if state.step + 1 < run.total_steps else None
                 result = update(run, window)
 
             if run.checkpoints:
@@ -80,7 +82,7 @@ def train(run: Run) -> TrainState:
             if result.objected and run.watch and run.watch.rolls_back and roll_back(run):
                 windows.close()
                 windows, fetched = start_windows(run), None
-                progress.n = state.step
+                progress.move_to(state.step)
 
 
 def check_training_mode(run: Run) -> None:
@@ -100,12 +102,13 @@ def start_windows(run: Run) -> Generator[list[Batch]]:
     yield from run.windows(run.state.window)
 
 
-def fetch(windows: Iterator[list[Batch]]) -> Fetched:
+def fetch(windows: Iterator[list[Batch]], meter: Meter) -> Fetched:
     """Return the next window, or the error of the data, which `agree_on_window` raises on all ranks."""
-    try:
-        return Fetched(next(windows, None))
-    except Exception as error:
-        return Fetched(None, error)
+    with meter.waiting():
+        try:
+            return Fetched(next(windows, None))
+        except Exception as error:
+            return Fetched(None, error)
 
 
 def agree_on_window(run: Run, fetched: Fetched) -> tuple[list[Batch], dict[str, int]]:
@@ -230,17 +233,17 @@ def sync_buffers(run: Run, buffers: MovingBuffers, result: StepResult) -> None:
         run.deferred_error = run.deferred_error or TrainingError(f"window {run.state.window} {problem}")
 
 
-def advance(run: Run, result: StepResult, window: list[Batch], progress: Any) -> None:
+def advance(run: Run, result: StepResult, window: list[Batch], progress: Progress) -> None:
     """Count an applied update, and log if it is due."""
     state = run.state
     state.step += 1
     state.samples += sum(len(batch.ids) for batch in window) * run.world.size
-    progress.update(1)
+    progress.move_to(state.step)
     if state.step % run.log_every == 0 or state.step >= run.total_steps:
-        log(run, result, progress)
+        log(run, result)
 
 
-def log(run: Run, result: StepResult, progress: Any) -> None:
+def log(run: Run, result: StepResult) -> None:
     """Write the mean losses since the last line, over all ranks."""
     state = run.state
     means = run.meter.take(run.world)
@@ -254,11 +257,10 @@ def log(run: Run, result: StepResult, progress: Any) -> None:
         "skipped": float(state.skipped),
         "precision": run.policy.name,
         **({"loss_scale": run.policy.scaler.scale} if run.policy.scaler else {}),
-        "samples_per_second": run.meter.speed(state.samples),
+        **run.meter.speed(state.step, state.samples),
     }
     run.record_or_defer(lambda: run.records.metrics(state.step, values))
-    progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-    run.meter.restart_clock(state.samples)
+    run.meter.restart_clock(state.step, state.samples)
 
 
 def skip(run: Run, result: StepResult, window: list[Batch]) -> None:

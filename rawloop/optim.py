@@ -32,11 +32,12 @@ def lr_at(step: int, total: int, config: OptimConfig) -> float:
     Warm-up is linear, and its last step has the rate `lr`. The decay over the remaining steps would reach 0 one step
     after the last.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    warmup = config.warmup(total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     if config.schedule == "linear":
         return config.lr * (1.0 - progress)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))

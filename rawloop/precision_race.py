@@ -212,7 +212,7 @@ def race(ready: Ready, config: RunConfig, steps: int) -> Race:
     policy.adopt(optimizer)
     ready.module.train()
     seed_all(config.seed, 0)
-    plan = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 4))
+    plan = replace(config.optim, warmup_steps=min(config.optim.warmup(steps), steps // 4), warmup_ratio=0.0)
     for step in range(steps):
         batch = first_batch(ready, step)
         start = time.perf_counter()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from rawloop.dist import World
 from rawloop.errors import RawloopError
 from rawloop.files import replace_file
+from rawloop.progress import Progress
 from rawloop.settings import RecordsConfig as RecordsConfig
 from rawloop.sinks import Sinks, Value, check_packages
 
@@ -41,14 +42,7 @@ Log = Callable[[str], object] | None
 METRICS, EVENTS, DISCARDED = "metrics.jsonl", "events.jsonl", "metrics.discarded.jsonl"
 MEND = "rawloop writes no such line: mend it, or move the file aside"
 NOT_FINITE = ("nan", "inf", "-inf")
-# The metrics in a line of progress, and their format. Metrics without one of the two losses make no line.
-SHOWN = {
-    "loss": "loss {:.4f}",
-    "eval_loss": "eval_loss {:.4f}",
-    "grad_norm": "grad_norm {:.3g}",
-    "lr": "lr {:.3g}",
-    "samples_per_second": "{:.1f} samples/s",
-}
+TIMES = ("eval_seconds", "samples_per_second", "step_seconds", "data_wait")  # metrics that no two runs have in common
 
 
 def json_value(value: Any) -> Any:
@@ -135,9 +129,7 @@ class Records:
         self._log = log if world.is_main else None
         self._files: dict[str, FileIO] = {}
         self._sinks: Sinks | None = None
-        self._bar: tqdm[Any] | None = None
-        self._total: int | None = None
-        self._shows_lines = False  # in place of the bar, which would be one endless line in a log file
+        self._progress: Progress | None = None
         self._purge_step: int | None = None
         world.on_all_ranks(self._start, only_main=True)
 
@@ -182,10 +174,8 @@ class Records:
         if not self.world.is_main:
             return
         self._append(METRICS, {"step": step, **json_value(values)})
-        if self._log and self._shows_lines and {"loss", "eval_loss"} & values.keys():
-            shown = [text.format(values[n]) for n, text in SHOWN.items() if isinstance(values.get(n), float | int)]
-            place = f"step {step}" if self._total is None else f"step {step}/{self._total}"
-            self._log("  ".join([place, *shown]))  # step 120/60000  loss 4.3520  lr 1.2e-05
+        if self._progress is not None:
+            self._progress.show(step, values)
         self._sinks = self._sinks or Sinks(self.folder, self.config, self._purge_step)
         self._sinks.write(step, values)
 
@@ -235,15 +225,17 @@ class Records:
         where = where if step >= 0 else "of a start that came to no checkpoint"
         self.event("restore", step=step, reason=f"moved {len(later)} line(s) of metrics {where} to {DISCARDED}")
 
-    def progress(self, total: int | None, initial: int = 0) -> "tqdm[Any]":
-        """Return a progress bar over optimizer steps.
-
-        It shows nothing on other ranks, or if stderr is no terminal: then `metrics` logs lines instead.
-        """
-        shown, terminal = self.world.is_main and self.config.progress, sys.stderr.isatty()
-        self._total, self._shows_lines = total, shown and not terminal
-        self._bar = tqdm(total=total, initial=initial, disable=not (shown and terminal), mininterval=0.5, unit="step")
-        return self._bar
+    def progress(self, total: int | None, initial: int = 0, evaluate_every: int | None = None) -> Progress:
+        """Return the progress over optimizer steps, to which `metrics` gives what it writes. Other ranks show none."""
+        shown = self.world.is_main and self.config.progress
+        self._progress = Progress(
+            total,
+            initial,
+            log=self._log if shown else None,
+            bar=shown and sys.stderr.isatty(),
+            evaluate_every=evaluate_every,
+        )
+        return self._progress
 
     def __enter__(self) -> Self:
         return self
@@ -253,8 +245,8 @@ class Records:
 
     def close(self) -> None:
         """Close the files and the sinks; nothing can be written afterwards."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
         self._close_sinks()
         for file in self._files.values():
             file.close()

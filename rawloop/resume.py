@@ -153,7 +153,8 @@ def _open_records(run: Run, config: RunConfig, folder: Path, origin: Source | No
         reason = f"started from the weights of {origin.slot or origin.folder}{at_step}"
         run.records.event("restore", step=step, reason=reason, init_from=origin.state_dict())
     policy = run.policy
-    run.records.event("precision", step=step, reason=policy.reason, mode=policy.name, remedies=policy.remedies)
+    fields: dict[str, Any] = {"mode": policy.name, "remedies": policy.remedies}
+    run.records.event("precision", step=step, reason=policy.reason, show=False, **fields)  # shown before the checks
     reason = f"training to step {run.total_steps}"
     if step >= run.total_steps:
         reason = f"nothing is left to train: {run.total_steps} steps are asked for, {step} are done"

@@ -125,6 +125,7 @@ class OptimConfig:
         eps: added to the root of the running mean square.
         schedule: after warm-up: constant, linear to 0, or cosine to 0.
         warmup_steps: steps over which the learning rate rises linearly from 0 to lr.
+        warmup_ratio: the same as a share of all steps, in place of warmup_steps.
         max_norm: clip the global gradient norm to this; 0 clips nothing.
     """
 
@@ -135,6 +136,7 @@ class OptimConfig:
     eps: float = 1e-8
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
     max_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -144,9 +146,21 @@ class OptimConfig:
         for name in ("warmup_steps", "max_norm", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"optim.{name} is {getattr(self, name)}: it must be a number, and not below 0")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(
+                f"optim.warmup_ratio is {self.warmup_ratio}: it must lie between 0 and 1, a share of all steps"
+            )
+        if self.warmup_steps and self.warmup_ratio:
+            raise UserError(
+                f"optim.warmup_steps is {self.warmup_steps} and optim.warmup_ratio {self.warmup_ratio}: set one to 0"
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+
+    def warmup(self, total: int) -> int:
+        """Return the steps of the warm-up in a run of `total` steps."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total)
 
 
 @dataclass

@@ -18,7 +18,7 @@ output resume init_from device
 model: attention activation_checkpointing trust_remote_code
 data: eval allow_outside on_bad_sample num_workers strict
 train: epochs max_steps log_every
-optim: lr weight_decay beta1 beta2 eps schedule warmup_steps max_norm
+optim: lr weight_decay beta1 beta2 eps schedule warmup_steps warmup_ratio max_norm
 precision: fallback tf32 max_skips max_nonfinite_losses
 precision.loss_scale: init floor ceiling growth_interval hysteresis
 checks: enabled batches expect_chance allow_missing_targets allow

@@ -201,7 +201,6 @@ def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], g
         ("disable_tqdm", "HF Trainer's disable_tqdm: 'records.progress' set to false is that"),
         ("save_strategy", "HF Trainer's save_strategy: 'checkpoint.save_every' is a number of steps"),
         ("report_to", "HF Trainer's report_to: 'records.tensorboard' and 'records.wandb' are true or false"),
-        ("warmup_ratio", "HF Trainer's warmup_ratio: 'optim.warmup_steps' is a number of steps"),
         ("load_best_model_at_end", "HF Trainer's load_best_model_at_end: there is none; the best model is always kept"),
         ("deepspeed", "HF Trainer's deepspeed: there is none; several processes train by DDP"),
         ("deepspeed.stage", "HF Trainer's deepspeed: there is none; several processes train by DDP"),

@@ -30,6 +30,7 @@ FLOORS = (
             "pack",
             "dist",
             "preempt",
+            "progress",
             "records",
             "versions",
             "sinks",
@@ -68,6 +69,7 @@ FLOORS = (
         (
             "config",
             "parser",
+            "cadences",
             "changes",
             "weights",
             "trained",

@@ -25,6 +25,11 @@ def test_schedules(schedule: str) -> None:
     assert lr_at(100, 24, config) == pytest.approx(2.0 if schedule == "constant" else 0.0)
 
 
+def test_a_warm_up_by_ratio_has_as_many_steps_as_it_says() -> None:
+    by_ratio, by_steps = OptimConfig(warmup_ratio=0.15), OptimConfig(warmup_steps=4)
+    assert [lr_at(k, 24, by_ratio) for k in range(24)] == [lr_at(k, 24, by_steps) for k in range(24)]
+
+
 def test_only_matrices_decay_and_only_trainables_are_held() -> None:
     net = model()
     net.get_submodule("2").requires_grad_(False)

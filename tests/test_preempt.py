@@ -35,9 +35,8 @@ from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.optim import OptimConfig
 from rawloop.preempt import SIGNALS, STOP_FILE, first_reason, watch_signals
-from rawloop.records import read_events, read_metrics
+from rawloop.records import TIMES, read_events, read_metrics
 
-TIMES = ("eval_seconds", "samples_per_second")
 Change = Callable[[Run], None]
 
 

@@ -105,7 +105,7 @@ def test_other_ranks_write_events_of_their_own_and_no_metrics(tmp_path: Path) ->
         main.event("skip", step=2, reason="second")
         other.event("warning", step=3, reason="third")
         other.metrics(1, {"loss": 1.0})
-        assert not other.progress(3).update()
+        other.progress(3).move_to(1)
     assert [(event["rank"], event["reason"]) for event in read_events(tmp_path)] == [
         (1, "first"),
         (0, "second"),
@@ -226,10 +226,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
 
 @contextmanager
-def terminal() -> Iterator[Callable[[], str]]:
+def terminal(columns: int = 80) -> Iterator[Callable[[], str]]:
     """Make stderr a terminal; gives a function that returns what it has shown since."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
+    termios.tcsetwinsize(theirs, (24, columns))
     with open(theirs, "w") as stderr, open(ours, "rb", buffering=0) as screen, redirect_stderr(stderr):
 
         def shown() -> str:
@@ -242,24 +242,35 @@ def terminal() -> Iterator[Callable[[], str]]:
         yield shown
 
 
-VALUES = {"loss": 4.352, "loss/text": 1.0, "grad_norm": 0.83, "lr": 1.2e-5, "samples_per_second": 12.34}
+VALUES = {
+    "loss": 4.352,
+    "loss/text": 1.0,
+    "grad_norm": 0.83,
+    "lr": 1.2e-5,
+    "samples_per_second": 12.34,
+    "data_wait": 0.04,
+}
 
 
 def test_a_terminal_has_a_bar_on_rank_0_that_ends_with_the_records(tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    with terminal() as shown:
+    with terminal(140) as shown:
         with make(tmp_path) as records:
             bar = records.progress(10, initial=4)
-            bar.update(6)
-            records.metrics(10, VALUES)
-            assert bar.n == 10
+            bar.move_to(9)
+            records.metrics(9, VALUES)
+            records.metrics(9, {"eval_loss": 5.098, "eval_seconds": 1.0})
+            bar.move_to(10)
         said = shown()
-        assert "10/10" in said
-        assert "step 10/10" not in said
+        assert "9/10" in said
+        assert "loss 4.3520, eval_loss 5.0980, lr 1.2e-05, grad_norm 0.83, 12.3 samples/s, data 4%" in said
+        assert "step 9/10  eval_loss 5.0980" in said
+        assert "step 9/10  loss" not in said
         assert set(threading.enumerate()) <= before
         with make(tmp_path, progress=False) as records, make(tmp_path, rank=1) as other:
-            records.progress(10).update(10)
-            other.progress(10).update(10)
+            for each in (records, other):
+                each.progress(10).move_to(10)
+                each.metrics(10, VALUES)
         assert shown() == ""
 
 
@@ -270,14 +281,13 @@ def test_a_log_file_has_a_line_per_log_step_and_evaluation_and_no_bar(
         for each in (records, other):
             each.metrics(1, VALUES)  # before there is any progress
             with each.progress(60000, initial=110) as bar:
-                bar.update(10)
-                bar.set_postfix(loss="4.3520", refresh=False)
+                bar.move_to(120)
                 each.metrics(120, VALUES)
                 each.metrics(120, {"eval_loss": 5.098, "eval_loss/text": 5.098, "eval_seconds": 1.0})
                 each.metrics(120, {"precision": "fp32", "fallback": "amp_fp16 -> fp32"})
                 each.metrics(121, {"loss": math.nan, "grad_norm": math.inf})
     assert capfd.readouterr().err.splitlines() == [
-        "step 120/60000  loss 4.3520  grad_norm 0.83  lr 1.2e-05  12.3 samples/s",
+        "step 120/60000  loss 4.3520  lr 1.2e-05  grad_norm 0.83  12.3 samples/s  data 4%",
         "step 120/60000  eval_loss 5.0980",
         "step 121/60000  loss nan  grad_norm inf",
     ]

@@ -52,7 +52,7 @@ from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.precision.masters import TrainedWeights
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption
-from rawloop.records import read_events, read_metrics
+from rawloop.records import TIMES, read_events, read_metrics
 from rawloop.run import TrainState
 from rawloop.seed import RngState
 from tests import kept_runs
@@ -176,8 +176,7 @@ def content(run: Path) -> dict[str, bytes]:
 
 def numbers(run: Path) -> list[str]:
     """The lines of metrics.jsonl, without the times taken."""
-    times = ("samples_per_second", "eval_seconds")
-    return [repr({key: line[key] for key in line if key not in times}) for line in read_metrics(run)]
+    return [repr({key: line[key] for key in line if key not in TIMES}) for line in read_metrics(run)]
 
 
 def skips(run: Path) -> list[tuple[Any, ...]]:

@@ -210,5 +210,8 @@ class EvalBatches:
         self.loader = loader
         self.draws = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
 
+    def __len__(self) -> int:
+        return len(self.draws)
+
     def __iter__(self) -> Iterator[Batch]:
         return self.loader.iterate(self.draws)

@@ -160,10 +160,10 @@ class Report:
         replace_file(folder / "census.json", json.dumps(self.census.as_json(), indent=1) + "\n")
 
     def record(self, records: Records) -> None:
-        """Write census.json, and an event for each check and each warning."""
+        """Write census.json, and an event for each check and each warning. `text` has shown the checks."""
         self.write_census(records.folder)
         for check in self.checks():
-            records.event("check", step=0, reason=check.summary, **check.fields)
+            records.event("check", step=0, reason=check.summary, show=False, **check.fields)
         for reason in self.warnings():
             records.event("warning", step=0, reason=reason)
 

@@ -98,7 +98,8 @@ def facts(run: RunData) -> Table:
     of, modes = run.settings().get, run.of_kind("precision", "fallback")
     start: dict[str, Any] = next(iter(run.of_kind("start")[::-1]), {})
     lora = [f"{name} {of(f'adapter.{name}')}" for name in ("rank", "alpha", "dropout")]
-    warmup = of("optim.warmup_steps")
+    steps, ratio = of("optim.warmup_steps"), of("optim.warmup_ratio")
+    warmup = f"{steps} warm-up steps" if steps else f"warm-up over {ratio:.1%} of the steps" if ratio else ""
     sizes: list[Any] = [of("train.batch_size"), of("train.accumulation"), start.get("world_size")]
     parts = "{} per pass, accumulation {}, world size {}".format(*sizes)
     batch = f"{math.prod(sizes):,} samples a step ({parts})" if all(isinstance(n, int) for n in sizes) else ""
@@ -106,7 +107,7 @@ def facts(run: RunData) -> Table:
         "model": [of("model.path"), "" if of("model.family") == "auto" else of("model.family")],
         "adapter": [of("adapter.mode"), *(lora if of("adapter.mode") == "lora" else [])],
         "precision": [of("precision.mode"), modes[-1].get("reason") if modes else ""],
-        "learning rate": [of("optim.lr"), of("optim.schedule"), f"{warmup} warm-up steps" if warmup else ""],
+        "learning rate": [of("optim.lr"), of("optim.schedule"), warmup],
         "batch": [batch],
         "data": [of("data.train")],
         "device": [start.get("device"), *(f"{n} {start[n]}" for n in ("torch", "transformers", "peft") if n in start)],

@@ -28,12 +28,11 @@ from rawloop.cli import main
 from rawloop.families import ModelConfig, load_family
 from rawloop.files import replace_file
 from rawloop.loop import train
-from rawloop.records import read_events, read_metrics
+from rawloop.records import TIMES, read_events, read_metrics
 
 Door = Callable[..., Any]
 Ranks = Callable[..., list[Any]]
 Write = Callable[..., Path]
-TIMES = ("eval_seconds", "samples_per_second")
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

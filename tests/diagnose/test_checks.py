@@ -31,7 +31,7 @@ from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy
-from rawloop.records import read_events, read_metrics
+from rawloop.records import TIMES, read_events, read_metrics
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def checks_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in read_metrics(folder)]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder)]
 
 
 def test_a_right_run_is_checked_and_trains_as_if_it_were_not(config: RunConfig, tmp_path: Path) -> None:
