@@ -49,7 +49,7 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
                 "- seed",
                 "model family revision stream_weights template_date",
                 "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze unfreeze",
-                "data task refs_in_scene default_scene max_seconds min_seconds packing shuffle",
+                "data task refs_in_scene default_scene train_turns max_seconds min_seconds packing shuffle",
                 "precision trainable_dtype",
                 "evaluation best_metric best_mode",
             ),

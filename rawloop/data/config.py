@@ -28,7 +28,10 @@ class DataConfig:
             messages (a clip, then its words) are reversed: the clip speaks the words.
         refs_in_scene: put reference clips into the scene, where they need no words, instead of into separate turns.
             Clips of chat messages in the user turn before a spoken answer are reference clips, too.
-        default_scene: scene of the samples of a metadata.json without a scene; null for no scene.
+        default_scene: scene of the samples without a scene: those of a metadata.json, and spoken chat messages without
+            a system turn. null for no scene.
+        train_turns: which assistant turns of chat messages are trained: the last one, or all. A record's `start_index`,
+            and the marks of its messages, have precedence.
         strict: refuse a record with an unknown key. Default: count such keys and print the counts.
         allow_outside: allow audio files outside the folder of the data.
         on_bad_sample: what to do about clips that cannot be used, and samples that are too long for the model or have
@@ -49,6 +52,7 @@ class DataConfig:
     task: str | None = None
     refs_in_scene: bool = False
     default_scene: str | None = "Audio is recorded from a quiet room."
+    train_turns: Literal["last", "all"] = "last"
     strict: bool = False
     allow_outside: bool = False
     on_bad_sample: Literal["stop", "skip"] = "stop"

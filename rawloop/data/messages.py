@@ -1,9 +1,9 @@
 """Chat messages as JSON records: HF style content lists, boson's ChatML samples, and ms-swift's `audios`.
 
-A record is a conversation, and its turns are kept, including a system turn. By default the last assistant turn is
-trained. Speech samples of other trainers become conversations for a speech model: the user gives the words, the
-assistant's clip speaks them, and a reference clip is a separate turn or part of the scene. Nothing is invented: a clip
-without words is left unchanged, and the family refuses it.
+A record is a conversation, and its turns are kept, including a system turn. `data.train_turns` says which of the
+assistant's turns are trained. Speech samples of other trainers become conversations for a speech model: the user gives
+the words, the assistant's clip speaks them, and a reference clip is a separate turn or part of the scene. Nothing is
+invented: a clip without words is left unchanged, and the family refuses it.
 """
 
 import json
@@ -52,7 +52,7 @@ class MessagesReader:
         if markers != len(audios):
             record.fail(f"{markers} {MARKER} marker(s) for {len(audios)} file(s) in 'audios': give one marker per file")
         clips = (Audio(self.files.resolve(path, record)) for path in audios)
-        trained = _trained(record, messages)
+        trained = _trained(record, messages, self.config.train_turns == "all")
         turns: Turns = ()
         for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
             parts = tuple(next(clips) if part is None else part for part in content)
@@ -68,7 +68,8 @@ class MessagesReader:
         if not any(turn.clips for turn in turns):
             return turns
         turns = scene_from_system(words_before_clip(turns, self.config.task in (SINGLE, MULTI)))
-        return clips_into_scene(turns, self.config.default_scene) if self.config.refs_in_scene else turns
+        turns = clips_into_scene(turns, self.config.default_scene) if self.config.refs_in_scene else turns
+        return with_default_scene(turns, self.config.default_scene)
 
     def _parts(self, message: dict[str, Any], record: Record, place: str) -> Iterator[Text | Audio | None]:
         """Yield the parts of a message, with None for each marker of a clip."""
@@ -195,11 +196,11 @@ def _tools(record: Record) -> list[dict[str, Any]]:
     return tools
 
 
-def _trained(record: Record, messages: list[dict[str, Any]]) -> set[int]:
+def _trained(record: Record, messages: list[dict[str, Any]], every: bool) -> set[int]:
     assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     start = record.values.get("start_index")
     if start is None:
-        trained = set(assistants[-1:])
+        trained = set(assistants if every else assistants[-1:])
     elif isinstance(start, int) and not isinstance(start, bool):
         trained = {index for index in assistants if index >= start}
     else:
@@ -282,6 +283,14 @@ def clips_into_scene(turns: Turns, default_scene: str | None) -> Turns:
     for number, clip in enumerate(moved, len(scene.clips)):
         parts += [Text(f"SPEAKER{number}:"), clip]
     return (*before, Turn("scene", tuple(parts)), *after)
+
+
+def with_default_scene(turns: Turns, default_scene: str | None) -> Turns:
+    """Give a spoken conversation without instructions of its own the scene that a metadata.json's samples get."""
+    spoken = any(turn.trained and turn.clips for turn in turns)
+    if not spoken or default_scene is None or turns[0].role in ("system", "scene"):
+        return turns
+    return (Turn("scene", (Text(default_scene),)), *turns)
 
 
 def _around_scene(turns: Sequence[Turn], default_scene: str | None) -> tuple[Sequence[Turn], Turn, Sequence[Turn]]:

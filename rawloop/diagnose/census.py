@@ -3,8 +3,10 @@
 No loss shows a stop token that is masked out of the labels: the loss is as good, and the model forgets how to stop.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from rawloop.contracts import Batch, Family, Special, has
 from rawloop.diagnose.shared import looking_at, table
 
 GIVEN = frozenset(("system", "scene", "user"))
+INSTRUCTIONS = frozenset(("system", "scene"))  # before the conversation; generation has to repeat them
+MOST_SHOWN, WIDTH = 3, 160  # instructions; characters of each
 
 
 @dataclass
@@ -20,7 +24,8 @@ class Census:
     """Counts over some samples.
 
     `roles` maps (role, stream) to positions and targets, `codebooks` a stream to the targets that a position can have,
-    and `specials` a special token to how often it is a target, per codebook. `silent` has samples without any target.
+    and `specials` a special token to how often it is a target, per codebook. `silent` has samples without any target,
+    `instructions` how many samples begin with each text of system and scene.
     """
 
     samples: int = 0
@@ -28,6 +33,7 @@ class Census:
     codebooks: dict[str, int] = field(default_factory=dict)
     specials: dict[Special, list[int]] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    instructions: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: "Census") -> "Census":
         """Join the counts of two ranks."""
@@ -40,6 +46,7 @@ class Census:
             known_counts = total.specials.get(special, [0] * len(counts))
             total.specials[special] = [a + b for a, b in zip(known_counts, counts, strict=True)]
         total.silent = [*self.silent, *other.silent]
+        total.instructions = self.instructions + other.instructions
         return total
 
     def missing(self) -> list[str]:
@@ -84,8 +91,14 @@ class Census:
             specials.append([special.name, special.stream, special.id, _short(counts), wanted])
         head = f"label census of {self.samples} samples"
         silent = [f"no target in any stream: {', '.join(self.silent)}"] if self.silent else []
-        tables = [*(table("llrrr", roles) if self.roles else []), *silent]
+        tables = [*(table("llrrr", roles) if self.roles else []), *silent, *self._instructions()]
         return [head, *tables, *(["", *table("llrll", specials)] if self.specials else [])]
+
+    def _instructions(self) -> list[str]:
+        shown = self.instructions.most_common(MOST_SHOWN)
+        lines = [f"{count} of {self.samples} samples begin with: {_cut(text)}" for text, count in shown]
+        more = len(self.instructions) - len(shown)
+        return [*lines, f"{more} other beginnings"] if more else lines
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of census.json."""
@@ -97,6 +110,7 @@ class Census:
         return {
             "samples": self.samples,
             "without_targets": self.silent,
+            "instructions": dict(self.instructions),
             "codebooks": self.codebooks,
             "roles": roles,
             "specials": specials,
@@ -135,7 +149,15 @@ def _count_roles(census: Census, family: Family, example: Any) -> int:
         positions, targets = census.roles.get((piece.role, piece.stream), (0, 0))
         census.roles[piece.role, piece.stream] = (positions + piece.positions, targets + piece.targets)
         census.codebooks.setdefault(piece.stream, 1)  # a stream without weight has positions and no labels
+    text = "".join(piece.text for piece in takewhile(lambda piece: piece.role in INSTRUCTIONS, pieces))
+    if text:
+        census.instructions[text] += 1
     return sum(piece.targets for piece in pieces)
+
+
+def _cut(text: str) -> str:
+    text = text.strip().replace("\n", "↵")
+    return text if len(text) <= WIDTH else f"{text[:WIDTH]} ... ({len(text):,} characters)"
 
 
 def _named(special: Special) -> str:

@@ -1,5 +1,6 @@
 """Chat messages: HF content lists, boson's samples and ms-swift's markers, and which turns are trained."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from rawloop.contracts import Audio, Sample, Text, Turn
+from rawloop.data.config import DataConfig
 from rawloop.data.samples import read_samples
 from rawloop.errors import UserError
 
@@ -28,7 +30,11 @@ def one(path: Path) -> Sample:
 
 
 def trained(sample: Sample) -> list[bool]:
-    return [turn.trained for turn in sample.turns]
+    """Which turns of the conversation are trained; a scene before it is not counted."""
+    return [turn.trained for turn in sample.turns if turn.role != "scene"]
+
+
+SCENE = Turn("scene", (Text("Audio is recorded from a quiet room."),))
 
 
 def test_chat(jsonl: Write, clip: Path) -> None:
@@ -69,8 +75,8 @@ def test_an_answer_of_a_clip_and_its_words_is_asked_for_by_the_words(
 ) -> None:
     told = {"role": "assistant", "content": "<audio> Hello. "}
     sample = one(jsonl({"messages": [*before, told], "audios": "a.wav"}))
-    system = [Turn("system", (Text("Be kind."),)) for _ in before]
-    assert sample.turns == (*system, Turn("user", (Text("Hello."),)), Turn("assistant", (Audio(clip),), trained=True))
+    first = Turn("system", (Text("Be kind."),)) if before else SCENE
+    assert sample.turns == (first, Turn("user", (Text("Hello."),)), Turn("assistant", (Audio(clip),), trained=True))
 
 
 def test_json_list(tmp_path: Path, jsonl: Write) -> None:
@@ -83,6 +89,35 @@ def test_json_list(tmp_path: Path, jsonl: Write) -> None:
 
 def test_last_assistant_turn_is_trained(jsonl: Write) -> None:
     assert trained(one(jsonl({"messages": [ASK, TOLD, ASK, TOLD, ASK]}))) == [False, False, False, True, False]
+
+
+def test_all_assistant_turns_are_trained_if_asked_for(jsonl: Write) -> None:
+    messages = [ASK, TOLD, ASK, {**TOLD, "loss": False}, ASK, TOLD]
+    path, config = jsonl({"messages": messages}), DataConfig(train_turns="all")
+    assert [trained(sample) for sample in read_samples(path, config)] == [[False, True, False, False, False, True]]
+    path = jsonl({"messages": messages, "start_index": 4})
+    assert [trained(sample) for sample in read_samples(path, config)] == [[False] * 5 + [True]]
+
+
+def test_the_same_clip_has_the_same_prompt_in_all_formats(tmp_path: Path, clip: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"audio_file": "a.wav", "transcript": "Hello."},
+        {"messages": [{"role": "user", "content": "Hello."}, TOLD]},
+        {"messages": [{"role": "assistant", "content": "<audio>Hello."}], "audios": ["a.wav"]},
+        {"messages": [{"role": "user", "content": "Write: <audio>"}, {"role": "assistant", "content": "Hello."}],
+         "audios": ["a.wav"]},
+    ]  # fmt: skip
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"id": n, **record}) + "\n" for n, record in enumerate(records)))
+    for scene in ("Audio is recorded from a quiet room.", None):
+        config = DataConfig(task="single_speaker_smart_voice", default_scene=scene)
+        first, *others = [sample.turns for sample in read_samples(path, config)]
+        assert first[-1].clips == [Audio(clip)]
+        assert [turn.role for turn in first] == [*(["scene"] if scene else []), "user", "assistant"]
+        assert all(turns == first for turns in others)
+    heard = {"messages": [{"role": "user", "content": "<audio>"}, {"role": "assistant", "content": "Hello."}]}
+    path.write_text(json.dumps({**heard, "audios": ["a.wav"]}) + "\n")
+    assert [turn.role for turn in read_samples(path)[0].turns] == ["user", "assistant"]  # no voice is asked for
 
 
 def test_start_index(jsonl: Write) -> None:

@@ -44,6 +44,9 @@ def test_what_is_learnt_of_whom(family: HiggsAudioV2, examples: list[Any]) -> No
     assert census.missing() == []
     lines = census.lines()
     assert lines[0] == "label census of 8 samples"
+    (begin,) = census.instructions
+    assert begin.split("<|scene_desc_start|>")[0].strip().endswith("Generate audio following instruction.")
+    assert any(line.startswith("8 of 8 samples begin with: <|begin_of_text|>") and "↵" in line for line in lines)
     assert [line.split() for line in lines if line.startswith("EOS")] == [
         ["EOS", "audio", "1025", "8", "in", "each", "of", "8", "required"]
     ]
