@@ -399,3 +399,11 @@ def test_the_page_has_a_short_glossary_and_twenty_answers() -> None:
     words, answers = (PAGE.partition(head)[2].partition("\n## ")[0] for head in ("## Words", "## To change X"))
     assert 10 < words.count("\n| ") - 1 <= 20
     assert answers.count("\n| ") - 1 == 20
+
+
+@pytest.mark.skipif(not (PACKAGE.parent / ".git").exists(), reason="this is no clone")
+def test_nothing_else_lies_at_the_top_of_the_repository() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=PACKAGE.parent, check=True, capture_output=True, text=True).stdout
+    folders = {".ci", "configs", "docs", "launch", "rawloop", "tests"}
+    files = {".gitignore", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg"}
+    assert {path.split("/")[0] for path in listed.splitlines()} == folders | files
