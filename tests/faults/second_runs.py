@@ -50,7 +50,7 @@ class CutTrunk(InRun):
 
 
 class WarmsUpTooFar(InRun):
-    """Warm-up to a rate 100 times too large: the loss falls, jumps in step 23, and rises on."""
+    """Warm-up to a rate 100 times too large: the loss falls, then jumps in step 23 on one CPU, 35 on another."""
 
     settings = FULL | {"precision": {"mode": "fp32"}, "optim": {"lr": 0.3, "warmup_steps": 40, "schedule": "constant"}}
     steps = 40
@@ -88,6 +88,6 @@ FAULTS = (
         WarmsUpTooFar,
         ("optimizer",),
         r"loss|norm|\blr\b|learning rate|diverg|rate",
-        lambda f: within(f, 13, 32),
+        lambda f: within(f, 13, 40),  # the rest of the warm-up
     ),
 )
