@@ -4,7 +4,7 @@ import json
 import os
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -111,6 +111,11 @@ def quoted(value: object) -> str:
     """Return the repr of a value, without its middle if it is longer than a path."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
+
+
+def key_names(keys: Iterable[str]) -> str:
+    """Return the first keys of an object in a line. Keys that would break the line are quoted."""
+    return first_few((key if key.isprintable() and key.strip() else quoted(key) for key in keys), most=12)
 
 
 def show(value: object) -> str:

@@ -19,7 +19,7 @@ from rawloop.data.config import DataConfig
 from rawloop.data.keys import METADATA_FILE, OTHER_CLIPS, PLAIN, KeyCheck, trained_mark
 from rawloop.data.messages import MessagesReader
 from rawloop.data.metadata import MetadataReader
-from rawloop.data.record import DECODER, DoubledKey, Files, Record, parse_json, show
+from rawloop.data.record import DECODER, DoubledKey, Files, Record, key_names, parse_json, show
 from rawloop.errors import BadSample, UserError, first_few, nearest
 from rawloop.files import read_text
 
@@ -269,7 +269,7 @@ def _listed(values: Any, file: Path, name: str) -> Iterator[Record]:
 def _samples(value: Any, file: Path) -> Any:
     if isinstance(value, dict) and "samples" in value:
         return value["samples"]
-    keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) and value else f"it has {show(value)}"
+    keys = f"it has the keys {key_names(value)}" if isinstance(value, dict) and value else f"it has {show(value)}"
     other = _other_record(value) if isinstance(value, dict) else ""
     alone = file.suffix == ".jsonl"
     fix = other or ("this is no sample" if alone else "metadata.json needs a list of samples under that key")
@@ -289,7 +289,7 @@ def _record(value: Any, file: Path, place: str) -> Record:
     record = Record(value, file, place)
     if value.keys().isdisjoint(SAMPLE_KEYS):
         record.fail(
-            f"none of 'messages', 'audio_file' and 'text' (it has the keys {', '.join(value) or 'none'}): "
+            f"none of 'messages', 'audio_file' and 'text' (it has the keys {key_names(value) or 'none'}): "
             f"{_other_record(value) or 'this is no sample'}"
         )
     return record
