@@ -502,6 +502,16 @@ def test_nothing_changes() -> None:
     assert torch.equal(stream, torch.get_rng_state())
 
 
+def test_asking_why_draws_no_random_numbers() -> None:
+    net, inputs = nn.Sequential(nn.Dropout(0.5)), torch.full((64,), 60000.0, dtype=torch.float16)
+    before = torch.get_rng_state()
+    origin = find_origin(lambda: net(inputs).sum(), net)
+    assert origin is not None
+    assert "dropout" in origin.operation
+    assert reason(origin).blamed == "precision"  # it was run again in float32
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_hooks_go_when_the_pass_raises() -> None:
     def change(hidden: Tensor) -> Tensor:
         raise KeyError("lost")

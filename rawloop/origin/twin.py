@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from rawloop.origin.spots import Call
 from rawloop.origin.tensors import floats_in, map_args
+from rawloop.seed import preserved_rng
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 CASTS = ("half", "bfloat16", "float")
@@ -48,7 +49,7 @@ class Wide(TorchFunctionMode):
 
 
 def run_again(call: Call, dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor | None]] | None:
-    """Run a captured operation, in a wider dtype if one is given.
+    """Run a captured operation, in a wider dtype if one is given. The random streams are as before when it returns.
 
     Returns:
         its floating-point outputs; and, if gradients of its outputs were captured, those of its inputs, in the order of
@@ -67,7 +68,7 @@ def run_again(call: Call, dtype: torch.dtype | None = None) -> tuple[list[Tensor
         return copies[-1].view_as(copies[-1]) if copies[-1].requires_grad else copies[-1]  # in-place: no leaves
 
     try:
-        with torch.set_grad_enabled(learning):
+        with preserved_rng(), torch.set_grad_enabled(learning):  # dropout draws
             args, kwargs = map_args(copied, (call.args, call.kwargs))
             with wide or nullcontext():
                 result = call.func(*args, **kwargs)
