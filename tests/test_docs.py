@@ -77,7 +77,7 @@ def test_the_readmes_recipe_runs(demo_checkpoint: Path, tmp_path: Path) -> None:
     recipe["device"] = "cpu"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "higgs_lora.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    shutil.copytree(SPEECH, tmp_path / "data")
+    shutil.copytree(SPEECH / "train", tmp_path / "my_recordings")
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     _, commands = (code for _, code in blocks("bash"))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "demo": "build the demo checkpoint and encode the bundled speech",
+    "import": "write data files from recordings and chats in the layouts of others",
     "prepare": "encode the audio of a data set once, into a cache of codes",
     "inspect": "show a batch as the model reads it: turns, codes, and which of them are learnt",
     "train": "fine-tune a model; start it with torchrun for several processes",

@@ -32,6 +32,9 @@ class DataConfig:
             a system turn. null for no scene.
         train_turns: which assistant turns of chat messages are trained: the last one, or all. A record's `start_index`,
             and the marks of its messages, have precedence.
+        eval_share: share of the samples of `train` that are evaluated and not trained, in place of `eval`.
+        eval_by: how `eval_share` divides: whole speakers, if the data have several, or single samples.
+        eval_seed: another number chooses other samples for `eval_share`.
         strict: refuse a record with an unknown key. Default: count such keys and print the counts.
         allow_outside: allow audio files outside the folder of the data.
         on_bad_sample: what to do about clips that cannot be used, and samples that are too long for the model or have
@@ -53,6 +56,9 @@ class DataConfig:
     refs_in_scene: bool = False
     default_scene: str | None = "Audio is recorded from a quiet room."
     train_turns: Literal["last", "all"] = "last"
+    eval_share: float | None = None
+    eval_by: Literal["speaker", "sample"] = "speaker"
+    eval_seed: int = 0
     strict: bool = False
     allow_outside: bool = False
     on_bad_sample: Literal["stop", "skip"] = "stop"
@@ -68,6 +74,13 @@ class DataConfig:
                 f"data.min_seconds is {self.min_seconds} and data.max_seconds is {self.max_seconds}: "
                 "they need 0 <= min_seconds < max_seconds"
             )
+        if self.eval_share is not None and self.eval is not None:
+            raise UserError(
+                f"data.eval_share is {self.eval_share:g} and data.eval is '{self.eval}': set one of them; "
+                "data.eval_share takes the evaluation samples out of data.train"
+            )
+        if self.eval_share is not None and not 0 < self.eval_share < 1:
+            raise UserError(f"data.eval_share is {self.eval_share:g}: it must lie between 0 and 1, such as 0.05")
         cores = os.cpu_count() or 1
         if not 0 <= self.num_workers <= max(MOST_WORKERS, 4 * cores):
             raise UserError(

@@ -13,6 +13,7 @@ from rawloop.audio import import_torchaudio
 from rawloop.contracts import Family, Sample
 from rawloop.data.codes import CodeCache
 from rawloop.data.config import DataConfig, codes_folder
+from rawloop.data.eval_share import choose
 from rawloop.data.prepare import BadClips, prepare
 from rawloop.data.samples import named, read_samples, usable
 from rawloop.data.shards import CODEC_FILE, codec_folder, heard_at
@@ -20,6 +21,7 @@ from rawloop.errors import BadSample, UserError
 from rawloop.family_protocols import CodecFamily, HearingFamily
 from rawloop.preempt import Preemption
 
+SPEAKER_KEYS = ("speaker_id", "speaker", "client_id", "speaker_name")
 HEARD_RATE = 16_000  # Hz, to decode clips for a family without `sample_rate`
 
 
@@ -61,12 +63,15 @@ def load_samples(
     config: DataConfig, family: Family, cache: CodeCache | None, split: str, say: Callable[[str], None]
 ) -> list[Sample]:
     """Read one split of the data, and check every sample and that all clips are encoded."""
-    path = getattr(config, split)
+    path = config.train if config.eval_share else getattr(config, split)
     if not path:
-        off = ", or switch evaluation off with --evaluation.enabled false" if split == "eval" else ""
+        off = ", or data.eval_share, or switch evaluation off with --evaluation.enabled false"
+        off = off if split == "eval" else ""
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
     # With codes, training needs no audio.
     samples = read_samples(path, config, check_files=cache is None, notice=say)
+    if config.eval_share:
+        samples = share_of(samples, config, split, say)
     number, frames = len(samples), None
     left_out: dict[str, str] = {}
     if cache is None and any(sample.audio_paths() for sample in samples):
@@ -91,6 +96,23 @@ def load_samples(
             f"`rawloop prepare`: {named(left_out)}"
         )
     return samples
+
+
+def share_of(samples: Sequence[Sample], config: DataConfig, split: str, say: Callable[[str], None]) -> list[Sample]:
+    """Return the samples of a split of `data.train`, which `data.eval_share` divides."""
+    assert config.eval_share, "data.eval_share is set"
+    pairs = [(one.id, speaker_of(one)) for one in samples]
+    choice = choose(pairs, config.eval_share, config.eval_by, config.eval_seed)
+    advice = choice.advice(len(samples), config.eval_share, "--data.eval_by")
+    if advice and split == "eval":
+        say(advice)
+    return [one for index, one in enumerate(samples) if (index in choice.chosen) == (split == "eval")]
+
+
+def speaker_of(sample: Sample) -> str | None:
+    """Return the speaker that a sample's record names, or None."""
+    values = (sample.extra.get(key) for key in SPEAKER_KEYS)
+    return next((str(value) for value in values if isinstance(value, str | int) and str(value).strip()), None)
 
 
 def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, config: DataConfig) -> CodeCache:

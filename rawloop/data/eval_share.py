@@ -1,0 +1,64 @@
+"""Which samples are kept for the evaluation: whole speakers where there are several, else single samples.
+
+The choice depends only on ids, speakers, share and seed, so all ranks, a resumed run and another machine choose alike.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Literal, NamedTuple
+
+from rawloop.errors import UserError
+
+SplitBy = Literal["speaker", "sample"]
+TOO_MUCH = 2.0  # times the share: whole speakers that take more are worth a line
+
+
+class Choice(NamedTuple):
+    """The indices of the samples for the evaluation, whether they are whole speakers, and how many speakers."""
+
+    chosen: frozenset[int]
+    by: SplitBy
+    speakers: int
+
+    def advice(self, samples: int, share: float, key: str) -> str | None:
+        """Return a line if whole speakers take much more than the share, or None. `key` is the option to change it."""
+        got = len(self.chosen) / samples
+        if self.by == "sample" or got <= TOO_MUCH * share:
+            return None
+        return (
+            f"the evaluation has {got:.0%} of the samples instead of {share:.0%}, since no speaker has so few: "
+            f"{key} sample takes single samples of all speakers"
+        )
+
+
+def choose(samples: Sequence[tuple[str, str | None]], share: float, by: SplitBy = "speaker", seed: int = 0) -> Choice:
+    """Choose the samples for the evaluation.
+
+    Args:
+        samples: id and speaker of each sample.
+        share: of the samples, between 0 and 1; at least one is chosen, and at least one is left.
+        by: `speaker` takes whole speakers, in a random order, as long as they fit into the share; if none fits, the
+            one with the fewest samples. A sample without a speaker counts as a speaker. `sample`, or data of a single
+            speaker, takes single samples.
+        seed: of the random order.
+
+    Raises:
+        UserError: there are fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise UserError(f"{len(samples)} sample(s) cannot be divided into training and evaluation: add more")
+    speakers = {speaker for _, speaker in samples if speaker is not None}
+    by = by if len(speakers) > 1 else "sample"
+    groups: dict[str, list[int]] = {}
+    for index, (identity, speaker) in enumerate(samples):
+        whole = by == "speaker" and speaker is not None
+        groups.setdefault(f"speaker {speaker}" if whole else f"sample {identity}", []).append(index)
+    order = sorted(groups, key=lambda name: sha256(f"{seed}\0{name}".encode(errors="surrogatepass")).digest())
+    wanted = min(max(1, round(share * len(samples))), len(samples) - 1)
+    chosen: list[int] = []
+    for name in order:
+        if len(chosen) + len(groups[name]) <= wanted:
+            chosen += groups[name]
+    if not chosen:
+        chosen = min((groups[name] for name in order), key=len)
+    return Choice(frozenset(chosen), by, len(speakers))
