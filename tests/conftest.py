@@ -146,7 +146,6 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_data(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a part of the bundled speech, 8 clips in `train` and 5 in `eval`, and its `codes`. Read it only."""
-    import torch
 
     from rawloop.data import DataConfig
     from rawloop.data.splits import prepare_codes
@@ -156,7 +155,7 @@ def demo_data(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     for split, number in (("train", 8), ("eval", 5)):
         copy_speech(ROOT / "rawloop" / "demo" / "speech" / split, folder / split, number)
     data = DataConfig(train=str(folder / "train"), eval=str(folder / "eval"), codes=str(folder / "codes"))
-    prepare_codes(data, load_family(ModelConfig(path=str(demo_checkpoint / "model"))), torch.device("cpu"))
+    prepare_codes(data, load_family(ModelConfig(path=str(demo_checkpoint / "model"))))
     return folder
 
 

@@ -46,7 +46,7 @@ def base(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
     codes = tmp_path_factory.mktemp("codes")
     data = DataConfig(train=str(SPEECH / "train"), eval=str(SPEECH / "eval"), codes=str(codes))
     model = ModelConfig(path=str(demo_checkpoint / "model"))
-    prepare_codes(data, load_family(model), torch.device("cpu"))
+    prepare_codes(data, load_family(model))
     return RunConfig(
         device="cpu",
         model=model,

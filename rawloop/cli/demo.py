@@ -7,8 +7,6 @@ import shutil
 from os.path import expanduser
 from pathlib import Path
 
-import torch
-
 from rawloop.audio import import_torchaudio
 from rawloop.data import DataConfig
 from rawloop.data.splits import prepare_codes
@@ -31,5 +29,5 @@ def run(argv: list[str]) -> None:
         build_demo_checkpoint(folder, speech)
     data = DataConfig(train=str(speech / "train"), eval=str(speech / "eval"), codes=str(folder / "codes"))
     family = load_family(ModelConfig(path=str(folder / "model")))
-    print(prepare_codes(data, family, torch.device("cpu")), flush=True)
+    print(prepare_codes(data, family), flush=True)
     print(f"model:  {folder / 'model'}\ncodec:  {folder / 'codec'}\nspeech: {speech}\ncodes:  {folder / 'codes'}")

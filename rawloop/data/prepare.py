@@ -1,44 +1,38 @@
 """Encodes every clip of a data set once, so that training never runs the codec.
 
 A clip in the cache is not encoded again, even under another path or in another data set. Clips are encoded one at a
-time, since padding a batch of them would change their codes; threads decode the next clips meanwhile. A run may be
-stopped at any moment; the next run continues.
+time: padding a batch of them changes most of their codes. Several processes share the shards of a plan, see
+`shard_plan`. A run may be stopped at any moment; the next run continues.
 """
 
 import json
-import os
 import signal
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import takewhile
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from rawloop.audio import BadAudio, content_hash, load_audio, segment_of
 from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
-from rawloop.data.shards import Row, ShardWriter, open_writer, write_file
+from rawloop.data.encoding import Encode, Encoder
+from rawloop.data.shard_plan import Plan, end_plan, start_plan
+from rawloop.data.shards import Index, Row, ShardWriter, codec_folder, open_cache, read_rows, write_file
+from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError
 from rawloop.family_protocols import CodecInfo
-from rawloop.preempt import Preemption, watch_signals
+from rawloop.preempt import Preemption, first_reason, watch_signals
 
-T = TypeVar("T")
-Encode = Callable[[Tensor], Tensor]
 REPORT = "report.json"
-DECODERS = 4  # threads that hash and decode ahead of the codec
-AHEAD = 16  # clips decoded ahead: at most 50 MB of waveforms
 LOG_SECONDS = 60.0  # between two lines of the progress bar if stderr is no terminal
+KEEP_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,8 @@ class BadClip:
 class PrepareReport:
     """The results of `prepare`, which are written to `report.json` in the cache folder.
 
-    `encoded` clips were encoded now; `reused` clips had codes, or the content of another clip. `left_out` has the ids
-    of the samples that need a bad clip.
+    `encoded` clips were encoded now, `hours` of audio in `seconds` of time; `reused` clips had codes, or the content of
+    another clip. `left_out` has the ids of the samples that need a bad clip.
     """
 
     folder: str
@@ -64,9 +58,16 @@ class PrepareReport:
     samples: int = 0
     clips: int = 0
     encoded: int = 0
+    hours: float = 0.0
+    seconds: float = 0.0
     reused: int = 0
     bad: list[BadClip] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def speed(self) -> str:
+        """The speed in words; empty if nothing was encoded."""
+        return f"; {self.hours:.3g} h of audio at {_per_minute(self.hours, self.seconds)}" if self.encoded else ""
 
 
 class BadClips(RawloopError):
@@ -90,10 +91,11 @@ def prepare(
     config: DataConfig | None = None,
     *,
     progress: bool = True,
-    shard_clips: int = 4096,
-    shard_seconds: float = 120.0,
+    shard_clips: int | None = None,
+    keep_seconds: float = KEEP_SECONDS,
     preemption: Preemption | None = None,
     wait: bool = False,
+    world: World | None = None,
 ) -> PrepareReport:
     """Encode every distinct clip of `samples` and cache its codes in `folder`.
 
@@ -105,10 +107,11 @@ def prepare(
         folder: of the cache.
         config: `on_bad_sample`, `max_seconds` and `min_seconds` are read from it.
         progress: show a progress bar and bad clips on stderr.
-        shard_clips: write a shard after this number of clips,
-        shard_seconds: or after this number of seconds, so that a kill loses little.
+        shard_clips: clips of a shard. Default: 16 to 4096, so that there are about 256 shards.
+        keep_seconds: keep the beginning of a shard after so many seconds, so that a kill loses little.
         preemption: says when to stop. Default: this function watches for SIGTERM and SIGUSR1.
         wait: wait for another process that writes to the folder, instead of raising.
+        world: the processes that share the work, all of which call this with the same samples. Default: this one.
 
     Returns the report, which is also written to `folder/report.json`.
 
@@ -116,7 +119,7 @@ def prepare(
         BadClips: some clips cannot be used and `on_bad_sample` is `stop`; all others are encoded.
         Preempted: on SIGTERM or SIGUSR1; encoded clips are kept. Likewise KeyboardInterrupt on SIGINT.
     """
-    config = config or DataConfig()
+    config, world = config or DataConfig(), world or World()
     folder = Path(expanduser(folder))
     samples = list(samples)
     clips: dict[str, str] = {}  # path -> the first sample that needs it
@@ -124,124 +127,98 @@ def prepare(
         for path in sample.audio_paths():
             clips.setdefault(str(path.absolute()), sample.id)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
-    with _deferred_signals(preemption) as signalled:
+    paths, inside = list(clips), codec_folder(folder, codec)
+    with _deferred_signals(preemption) as signalled, ExitStack() as stack:
         waiting = partial(_give_up, signalled) if wait else None
-        with open_writer(folder, codec, shard_clips, shard_seconds, waiting) as writer:
-            done = _encode_all(list(clips), writer, config, encode, report, signalled, progress)
-    if done < len(clips):
-        raise Preempted(f"stopped by {signalled()}; encoded clips are kept: run `rawloop prepare` again to go on")
-    rows = [(writer.rows[path], sample) for path, sample in clips.items()]
-    report.bad = [BadClip(row.path, row.bad, sample) for row, sample in rows if row.bad]
+
+        def begin() -> Plan:
+            stack.enter_context(open_cache(folder, codec, waiting))
+            return start_plan(inside, paths, codec, config, shard_clips)
+
+        plan = world.from_main(world.on_all_ranks(begin, only_main=True))
+        assert plan is not None, "rank 0 has made it"
+        bar = _Bar(plan, len(paths), encode is None, progress, world)
+        encoder = Encoder(encode, config, keep_seconds, signalled, bar.show)
+        complete = _make_shards(inside, codec, plan, paths, encoder, world, bar)
+        report.encoded, report.hours, report.seconds = _totals(encoder, bar, world)
+        reason = first_reason(world.gather(signalled()))
+        if complete and world.is_main:
+            end_plan(inside)
+    if not complete:
+        stopped = f"stopped by {reason}; encoded clips are kept: run `rawloop prepare` again to go on"
+        raise world.raised_on_all(Preempted(stopped))
+    rows = read_rows(inside)
+    found = [(rows[path], sample) for path, sample in clips.items()]
+    report.bad = [BadClip(row.path, row.bad, sample) for row, sample in found if row.bad]
     bad = {clip.path for clip in report.bad}
+    report.reused = len(clips) - report.encoded - len(bad)
     report.left_out = [sample.id for sample in samples if not bad.isdisjoint(map(str, sample.audio_paths()))]
-    write_file(folder / REPORT, json.dumps(asdict(report), indent=1).encode())
+    if world.is_main:
+        write_file(folder / REPORT, json.dumps(asdict(report), indent=1).encode())
     if report.bad and config.on_bad_sample == "stop":
-        raise BadClips(report)
+        raise world.raised_on_all(BadClips(report))
     return report
 
 
-def _look_up(writer: ShardWriter, config: DataConfig, path: str) -> tuple[Row, Tensor | None]:
-    """Return a clip's row, and its waveform if it must be encoded. Runs in threads, which only read the index."""
+def _make_shards(
+    folder: Path, codec: CodecInfo, plan: Plan, paths: Sequence[str], encoder: Encoder, world: World, bar: "_Bar"
+) -> bool:
+    """Make this rank's shards. The others wait for it, however long it takes. Return whether all ranks made theirs."""
 
-    def bad(row: Row, reason: str) -> tuple[Row, None]:
-        return row._replace(bad=reason, skip=config.on_bad_sample == "skip"), None
+    def work() -> bool:
+        index = Index(folder, plan.first)
+        with bar:
+            for number, clips in plan.shards()[world.rank :: world.size]:
+                writer = ShardWriter(folder, codec, number, index)
+                if encoder.stopped() or not encoder.make_shard(writer, [paths[place] for place in clips]):
+                    return False
+        return True
 
-    old = writer.rows.get(path)
-    try:
-        now = os.stat(segment_of(path).file)
-        same = old is not None and (old.size, old.mtime_ns) == (now.st_size, now.st_mtime_ns)
-        sha256 = old.sha256 if old is not None and same and writer.find(old.sha256) else content_hash(path)
-    except OSError as error:
-        return bad(Row(path, -1, -1), f"cannot be opened: {error.strerror}")
-    row, codec = Row(path, now.st_size, now.st_mtime_ns, sha256), writer.codec
-    twin = writer.find(sha256)
-    if twin is not None:
-        row = row.like(twin)
-        fault = config.fault_of_length(row.frames, codec.frame_rate)
-        return bad(row, fault) if fault else (row, None)
-    ends: list[str] = []
-    limits = (config.min_seconds, config.max_seconds)
-    try:
-        audio = load_audio(Path(path), codec.sample_rate, *limits, codec.frame_rate, lambda: ends.append(path))
-    except BadAudio as error:
-        return bad(row, str(error))
-    return row._replace(open_end=bool(ends)), audio
+    return all(world.gather(world.on_all_ranks(work)))
 
 
-def _encode_all(
-    paths: list[str],
-    writer: ShardWriter,
-    config: DataConfig,
-    encode: Encode | None,
-    report: PrepareReport,
-    signalled: Callable[[], str | None],
-    progress: bool,
-) -> int:
-    """Encode the clips without codes until all are done or a signal arrives. Return the number of clips done."""
-    done, every = 0, 0.1 if sys.stderr.isatty() else LOG_SECONDS
-    what = "decoding" if encode is None else "encoding"
-    bar = tqdm(
-        total=len(paths), desc=what, unit="clip", disable=not progress, mininterval=every, maxinterval=max(every, 10.0)
-    )
-    with bar, closing(_ahead(partial(_look_up, writer, config), paths)) as clips:
-        for row, waveform in takewhile(lambda clip: not signalled(), clips):
-            _add(row, waveform, encode, writer, report)
-            done += 1
-            if row.bad and progress:
-                bar.write(f"{row.path}: {row.bad}", file=sys.stderr)
-            bar.update()
-    return done
+def _totals(encoder: Encoder, bar: "_Bar", world: World) -> tuple[int, float, float]:
+    """Return how many clips all ranks have encoded, their hours of audio, and the seconds it took."""
+    shares = world.gather((encoder.encoded, encoder.seconds, bar.elapsed))
+    return sum(s[0] for s in shares), sum(s[1] for s in shares) / 3600, max(s[2] for s in shares)
 
 
-def _add(row: Row, waveform: Tensor | None, encode: Encode | None, writer: ShardWriter, report: PrepareReport) -> None:
-    """Encode a clip without codes, and put its row into the index."""
-    twin = writer.find(row.sha256)
-    if not row.bad and twin is None:
-        assert waveform is not None, "a clip is either cached or decoded"
-        codes = _codes(waveform, encode, writer.codec, row.path) if encode else None
-        writer.add(row._replace(frames=len(waveform)), codes)
-        report.encoded += 1
-        return
-    if not row.bad and twin is not None:
-        report.reused += 1
-        row = row.like(twin)
-    if writer.rows.get(row.path) != row:
-        writer.add(row)
+def _per_minute(hours: float, seconds: float) -> str:
+    return f"{60 * hours / max(seconds, 1e-9):.3g} h a minute"
 
 
-def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Tensor:
-    """Run the codec, and refuse codes that do not fit uint16 or the codec's description."""
-    try:
-        with torch.inference_mode():
-            codes = encode(waveform).cpu()
-    except torch.OutOfMemoryError as error:
-        seconds = len(waveform) / codec.sample_rate
-        raise RawloopError(f"out of memory while encoding {path} ({seconds:.1f} s): lower data.max_seconds") from error
-    limit = min(codec.codebook_size, 2**16)
-    if codes.ndim != 2 or codes.shape[1] != codec.codebooks or len(codes) == 0 or codes.is_floating_point():
-        raise RawloopError(
-            f"the codec gave {codes.dtype} of shape {tuple(codes.shape)} for {path}: "
-            f"codes must be integers of shape (frames, {codec.codebooks})"
-        )
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or high >= limit:
-        raise RawloopError(f"the codec gave codes from {low} to {high} for {path}: they must lie in 0 to {limit - 1}")
-    return codes
+class _Bar:
+    """The progress bar of rank 0, over its own share of the clips, with the speed in hours of audio."""
 
+    def __init__(self, plan: Plan, clips: int, decodes: bool, progress: bool, world: World) -> None:
+        missing = sum(len(share) for _, share in plan.shards()[world.rank :: world.size])
+        several = f" (process 1 of {world.size})" if world.size > 1 else ""
+        every = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+        self.progress, self.elapsed, self.seconds = progress, 0.0, 0.0
+        self.what = ("decoding" if decodes else "encoding") + several
+        there = 0 if world.size > 1 else clips - missing
+        shown = progress and world.is_main
+        self.bar = tqdm(
+            total=missing + there, initial=there, desc=self.what, unit="clip", disable=not shown, mininterval=every,
+            maxinterval=max(every, 10.0),
+        )  # fmt: skip
+        self.start = time.monotonic()
 
-def _ahead(load: Callable[[str], T], paths: list[str]) -> Generator[T, None, None]:
-    """Yield `load(path)` for each path in order. Threads run a few clips ahead."""
-    pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-    waiting: deque[Future[T]] = deque()
-    try:
-        for path in paths:
-            waiting.append(pool.submit(load, path))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.elapsed = time.monotonic() - self.start
+        self.bar.close()
+
+    def show(self, row: Row, seconds: float) -> None:
+        """Count a clip, and name a bad one."""
+        self.seconds += seconds
+        if row.bad and self.progress:
+            self.bar.write(f"{row.path}: {row.bad}", file=sys.stderr)
+        speed = _per_minute(self.seconds / 3600, time.monotonic() - self.start)
+        self.bar.set_postfix_str(speed if self.seconds else "", refresh=False)
+        self.bar.update()
 
 
 def _give_up(signalled: Callable[[], str | None]) -> None:

@@ -6,10 +6,12 @@
 
 For models without codes, clips are only decoded and have rows without shards; see `heard_at`.
 
-The name of a clip's tensor is the SHA-256 of its audio file. Files are written under a temporary name and renamed, the
-codes before the rows that refer to them, so a kill loses only what is not yet written. Later rows replace earlier rows
-of the same path. Paths in the parent folder of the cache, or in that folder's parent, are stored relative, so data and
-cache can be moved together.
+While clips are encoded, the folder also has plan.json (see `shard_plan`) and part-00000.safetensors, the beginning of a
+shard. The name of a clip's tensor is the SHA-256 of its audio file.
+
+Files are written under a temporary name and renamed, the codes before the rows that refer to them, so a kill loses only
+what is not yet written. Later rows replace earlier rows of the same path. Paths in the parent folder of the cache, or
+in that folder's parent, are stored relative, so data and cache can be moved together.
 """
 
 import json
@@ -18,13 +20,14 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, get_args, get_type_hints
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -35,6 +38,7 @@ from rawloop.files import replace_file
 FORMAT = 1
 CODEC_FILE = "codec.json"
 HEARD = "heard-"
+PART = "part-"  # the beginning of an unfinished shard
 BESIDE = ".." + os.sep
 NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 
@@ -82,6 +86,11 @@ def shard_file(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
+def rows_file(folder: Path, number: int) -> Path:
+    """Return the path of the rows of a shard's clips."""
+    return folder / f"files-{number:05d}.jsonl"
+
+
 def read_codec(folder: Path) -> CodecInfo:
     """Return the codec of the codes in `folder`. Raises RawloopError if codec.json is damaged."""
     file = folder / CODEC_FILE
@@ -102,8 +111,11 @@ def read_codec(folder: Path) -> CodecInfo:
         raise RawloopError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def read_rows(folder: Path) -> dict[str, Row]:
-    """Return the newest row of every audio file, by absolute path. Raises RawloopError if the index is damaged."""
+def read_rows(folder: Path, before: int | None = None) -> dict[str, Row]:
+    """Return the newest row of every audio file, by absolute path; only rows of shards `before` a number, if given.
+
+    Raises RawloopError if the index is damaged.
+    """
     base = os.path.realpath(folder.parent.parent)
     above = os.path.dirname(base)
 
@@ -112,6 +124,8 @@ def read_rows(folder: Path) -> dict[str, Row]:
 
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("files-*.jsonl")):
+        if before is not None and file.name >= rows_file(folder, before).name:
+            continue
         try:
             # Parsed in one call, 600,000 rows take about two seconds.
             read = json.loads(f"[{','.join(file.read_text(encoding='utf-8').splitlines())}]")
@@ -144,56 +158,64 @@ def write_file(file: Path, content: bytes) -> None:
         raise RawloopError(f"{file} cannot be written: {error.strerror}") from error
 
 
-@dataclass
-class ShardWriter:
-    """Collects codes and index rows, and writes them shard by shard; see `open_writer`.
+class Index:
+    """The rows that a cache had before the shards that are written now. Threads may read it.
 
-    A shard is written after `shard_clips` clips or `shard_seconds` seconds, so that a kill loses little.
+    Args:
+        folder: of the codec.
+        before: number of the first shard that is written now.
     """
 
-    folder: Path
-    codec: CodecInfo
-    rows: dict[str, Row]
-    shard_clips: int
-    shard_seconds: float
-    _codes: dict[str, Tensor] = field(default_factory=dict)
-    _fresh: list[Row] = field(default_factory=list)
-    _opened: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self._base = os.path.realpath(self.folder.parent.parent) + os.sep
-        self._above = os.path.dirname(self._base[:-1]) + os.sep
-        written = (NUMBERED.match(file.name) for file in self.folder.iterdir())
-        self._number = 1 + max((int(found[1]) for found in written if found), default=-1)
+    def __init__(self, folder: Path, before: int) -> None:
+        self.rows = read_rows(folder, before)
         shards = {row.shard for row in self.rows.values() if row.shard >= 0}
-        lost = {number for number in shards if not shard_file(self.folder, number).is_file()}
-        self._contents = {row.sha256: row for row in self.rows.values() if row.frames and row.shard not in lost}
+        lost = {number for number in shards if not shard_file(folder, number).is_file()}
+        self.contents = {row.sha256: row for row in self.rows.values() if row.frames and row.shard not in lost}
+
+
+class ShardWriter:
+    """Collects the codes and rows of one shard and writes them at its end, so that the shard has all of its clips.
+
+    What is there before the end can be kept in a part. `kept` is what an earlier process has kept, by content.
+    """
+
+    def __init__(self, folder: Path, codec: CodecInfo, number: int, index: Index) -> None:
+        self.folder, self.codec, self.number, self.index = folder, codec, number, index
+        self._base = os.path.realpath(folder.parent.parent) + os.sep
+        self._above = os.path.dirname(self._base[:-1]) + os.sep
+        self._codes: dict[str, Tensor] = {}
+        self._fresh: list[Row] = []
+        self._own: dict[str, Row] = {}  # by content
+        self._part = folder / f"{PART}{number:05d}.safetensors"
+        self.kept: Mapping[str, tuple[Row, Tensor | None]] = _read_part(self._part)
 
     def find(self, sha256: str) -> Row | None:
         """Return a row with the codes of this content, or None. Other threads may call this."""
-        return self._contents.get(sha256)
+        return self._own.get(sha256) or self.index.contents.get(sha256)
 
     def add(self, row: Row, codes: Tensor | None = None) -> None:
         """Add the row of an audio file, with its codes (frames, codebooks) int64 if they are not in the cache."""
         if codes is not None:
             self._codes[row.sha256] = codes = codes.to(torch.uint16).contiguous()
-            row = row._replace(shard=self._number, frames=len(codes), crc=zlib.crc32(codes.numpy().data))
+            row = row._replace(shard=self.number, frames=len(codes), crc=zlib.crc32(codes.numpy().data))
         if row.frames:
-            self._contents[row.sha256] = row
-        self.rows[row.path] = row
+            self._own[row.sha256] = row
         self._fresh.append(row)
-        if len(self._fresh) >= self.shard_clips or time.monotonic() - self._opened > self.shard_seconds:
-            self.flush()
 
-    def flush(self) -> None:
-        """Write everything that was added: first the codes, then the rows."""
+    def keep(self) -> None:
+        """Write the codes and rows so far into a part, for the next process that makes this shard."""
+        if self._own:
+            rows = {"rows": json.dumps(list(self._own.values()))}
+            write_file(self._part, save(self._codes, metadata=rows))
+
+    def write(self) -> None:
+        """Write the shard: first the codes, then the rows."""
         if self._codes:
-            write_file(shard_file(self.folder, self._number), save(self._codes))
+            write_file(shard_file(self.folder, self.number), save(self._codes))
         if self._fresh:
             lines = [json.dumps(self._stored(row), separators=(",", ":")) for row in self._fresh]
-            write_file(self.folder / f"files-{self._number:05d}.jsonl", "\n".join(lines).encode())
-            self._number += 1
-        self._codes, self._fresh, self._opened = {}, [], time.monotonic()
+            write_file(rows_file(self.folder, self.number), "\n".join(lines).encode())
+        self._part.unlink(missing_ok=True)
 
     def _stored(self, row: Row) -> list[Any]:
         path = row.path.removeprefix(self._base)
@@ -202,15 +224,30 @@ class ShardWriter:
         return [path, *row[1:]]
 
 
+def _read_part(file: Path) -> dict[str, tuple[Row, Tensor | None]]:
+    """Return row and codes of each content in a part. A part that is damaged has nothing: it only saves time."""
+    try:
+        with safe_open(file, "pt") as part:
+            names, rows = set(part.keys()), [Row(*row) for row in json.loads(part.metadata()["rows"])]
+            kept = {row.sha256: (row, part.get_tensor(row.sha256) if row.sha256 in names else None) for row in rows}
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return {}
+    return {name: (row, codes) for name, (row, codes) in kept.items() if codes is None or _crc(codes) == row.crc}
+
+
+def _crc(codes: Tensor) -> int:
+    return zlib.crc32(codes.numpy().data)
+
+
+def next_number(folder: Path) -> int:
+    """Return the number of the next shard."""
+    written = (NUMBERED.match(file.name) for file in folder.iterdir())
+    return 1 + max((int(found[1]) for found in written if found), default=-1)
+
+
 @contextmanager
-def open_writer(
-    cache: Path,
-    codec: CodecInfo,
-    shard_clips: int,
-    shard_seconds: float,
-    waiting: Callable[[], None] | None = None,
-) -> Iterator[ShardWriter]:
-    """Open the codes of one codec for writing. They are flushed at the end, also after an exception.
+def open_cache(cache: Path, codec: CodecInfo, waiting: Callable[[], None] | None = None) -> Iterator[Path]:
+    """Lock the folder of a codec for writing, and yield it.
 
     While another process writes to the folder, `waiting` is called repeatedly; it raises to give up. Without `waiting`,
     another process is a UserError.
@@ -223,11 +260,7 @@ def open_writer(
             write_file(folder / CODEC_FILE, json.dumps({"format": FORMAT, **asdict(codec)}, indent=1).encode())
         elif read_codec(folder) != codec:
             raise RawloopError(f"{folder} has codes of {read_codec(folder)}, not of {codec}: delete it")
-        writer = ShardWriter(folder, codec, read_rows(folder), shard_clips, shard_seconds)
-        try:
-            yield writer
-        finally:
-            writer.flush()
+        yield folder
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rawloop.audio import import_torchaudio
@@ -17,8 +16,9 @@ from rawloop.data.eval_share import choose
 from rawloop.data.prepare import BadClips, prepare
 from rawloop.data.samples import named, read_samples, usable
 from rawloop.data.shards import CODEC_FILE, codec_folder, heard_at
+from rawloop.dist import World
 from rawloop.errors import BadSample, UserError
-from rawloop.family_protocols import CodecFamily, HearingFamily
+from rawloop.family_protocols import CodecFamily, CodecInfo, HearingFamily
 from rawloop.preempt import Preemption
 
 SPEAKER_KEYS = ("speaker_id", "speaker", "client_id", "speaker_name")
@@ -26,30 +26,45 @@ HEARD_RATE = 16_000  # Hz, to decode clips for a family without `sample_rate`
 
 
 def prepare_codes(
-    config: DataConfig, family: Family, device: torch.device, preemption: Preemption | None = None
+    config: DataConfig, family: Family, world: World | None = None, preemption: Preemption | None = None
 ) -> str:
     """Encode the clips of both splits that are not in the cache, and return a line about it.
 
-    For a model without codes, clips are decoded once. Raises like `prepare`.
+    For a model without codes, clips are decoded once. All ranks of a world share the work. Raises like `prepare`.
     """
     import_torchaudio()
+    world = world or World()
     if not isinstance(family, CodecFamily | HearingFamily):
         raise UserError(f"models of the family {type(family).__name__} need no codes: train without `rawloop prepare`")
-    splits = [path for path in (config.train, config.eval) if path is not None]
-    warn = partial(print, file=sys.stderr, flush=True)
-    samples = [sample for path in splits for sample in read_samples(path, config, notice=warn)]
-    skip = config.on_bad_sample == "skip"
-    samples, bad = usable(samples, family.check, skip)
-    codec, encode = (
-        family.load_codec(device) if isinstance(family, CodecFamily) else (heard_at(family.sample_rate), None)
-    )
-    report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption)
-    cache = CodeCache(codes_folder(config), codec.hash, config)
-    if line := cache.open_ends(samples):
-        warn(line)
-    bad |= usable(cache.usable(samples)[0], partial(family.check, frames=cache.frames), skip)[1]
+
+    def warn(line: str) -> None:
+        if world.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def read() -> tuple[list[Sample], dict[str, str]]:
+        splits = [path for path in (config.train, config.eval) if path is not None]
+        samples = [sample for path in splits for sample in read_samples(path, config, notice=warn)]
+        return usable(samples, family.check, config.on_bad_sample == "skip")
+
+    def load() -> tuple[CodecInfo, Callable[[Tensor], Tensor] | None]:
+        return (
+            family.load_codec(world.device) if isinstance(family, CodecFamily) else (heard_at(family.sample_rate), None)
+        )
+
+    samples, bad = world.on_all_ranks(read) or ([], {})
+    codec, encode = world.on_all_ranks(load) or (heard_at(HEARD_RATE), None)
+    report = prepare(samples, encode, codec, codes_folder(config), config, preemption=preemption, world=world)
+
+    def check() -> dict[str, str]:
+        cache = CodeCache(codes_folder(config), codec.hash, config)
+        if line := cache.open_ends(samples):
+            warn(line)
+        left, skip = cache.usable(samples)[0], config.on_bad_sample == "skip"
+        return usable(left, partial(family.check, frames=cache.frames), skip)[1]
+
+    bad |= world.on_all_ranks(check, only_main=True) or {}
     what, done = ("codes of ", "encoded") if encode else ("", "decoded")
-    counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out"
+    counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out{report.speed}"
     others = f"; {len(bad)} samples that the model cannot take are left out: {named(bad)}" if bad else ""
     return f"{what}{report.clips} clips in {report.folder}: {counts}{others}"
 

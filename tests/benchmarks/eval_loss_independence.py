@@ -94,7 +94,7 @@ def make_scene(demo: Path, folder: Path, steps: int) -> Scene:
         evaluation=EvaluationConfig(enabled=False),
         checkpoint=CheckpointConfig(save_every=steps),
     )
-    prepare_codes(data, load_family(config.model), torch.device("cpu"))
+    prepare_codes(data, load_family(config.model))
     run = build_run(config, World(), lambda line: None)
     try:
         train(run)

@@ -114,7 +114,7 @@ def make_runs(demo: Path, folder: Path) -> dict[str, RunConfig]:
     build_text_model(demo / "model", models["causal_lm"])
     build_audio_chat(demo / "model", models["audio_chat"])
     runs = {family: run_config(models[family], data[family], folder / family / "runs") for family in FAMILIES}
-    prepare_codes(runs["higgs_audio_v2"].data, load_family(runs["higgs_audio_v2"].model), torch.device("cpu"))
+    prepare_codes(runs["higgs_audio_v2"].data, load_family(runs["higgs_audio_v2"].model))
     return runs
 
 

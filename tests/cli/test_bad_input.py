@@ -311,14 +311,12 @@ def test_prepare_without_the_codec(refusal: Refusal, config: Path) -> None:
     assert said.endswith("where there is a network, `hf download owner/none`, and set model.codec to its folder")
 
 
-def test_prepare_under_torchrun(refusal: Refusal, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_ranks_without_a_launcher(
+    refusal: Refusal, config: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refusal("prepare", "--config", config) == "rawloop prepare is one process: start it without torchrun"
-
-
-def test_ranks_without_a_launcher(refusal: Refusal, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refusal("train", "--config", config)
+    said = refusal(command, "--config", config)
     assert said.startswith("RANK and WORLD_SIZE are set, but no group: ")
     assert said.endswith("start with torchrun")
 

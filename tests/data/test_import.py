@@ -64,7 +64,10 @@ def write_lines(file: Path, *rows: object) -> Path:
     return file
 
 
-def test_a_folder_with_words_beside_the_clips(source: Path, wavs: Callable[..., None], take: Any) -> None:
+def test_a_folder_with_words_beside_the_clips(
+    source: Path, wavs: Callable[..., None], take: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)  # a relative path is named
     wavs("ann/a.wav", "ann/b.wav", "bob/c.wav", "bob/d.wav", "bob/e.wav", "bob/f.wav", "bob/.hidden.wav")
     (source / "ann" / "a.txt").write_text(f"\ufeff{NASTY}\n", encoding="utf-8")
     (source / "ann" / "b.lab").write_text("Words.", encoding="utf-8")
@@ -73,7 +76,7 @@ def test_a_folder_with_words_beside_the_clips(source: Path, wavs: Callable[..., 
     (source / "bob" / "e.txt").write_text("One.", encoding="utf-8")
     (source / "bob" / "e.lab").write_text("Two.", encoding="utf-8")
     (source / "README.txt").write_text("About.", encoding="utf-8")
-    done = take(source)
+    done = take(Path("source"))
     assert [(r["id"], r["transcript"], r["speaker_id"]) for r in lines(done.output / "train.jsonl")] == [
         ("ann/a.wav", NASTY, "ann"),
         ("ann/b.wav", "Words.", "ann"),

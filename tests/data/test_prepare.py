@@ -23,8 +23,9 @@ from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data import DataConfig
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import BadClips, PrepareReport, prepare
-from rawloop.data.shards import codec_folder, heard_at, open_writer
+from rawloop.data.shards import codec_folder, heard_at, open_cache
 from rawloop.data.splits import decode_once
+from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError
 from rawloop.family_protocols import CodecInfo
 
@@ -50,7 +51,7 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(encode: Encode, info: CodecInfo, cache: Path) -> Run:
     def go(samples: list[Sample], encode: Encode = encode, info: CodecInfo = info, **options: Any) -> PrepareReport:
-        limits = {key: options.pop(key) for key in ("shard_clips", "shard_seconds") if key in options}
+        limits = {key: options.pop(key) for key in ("shard_clips", "keep_seconds") if key in options}
         return prepare(samples, encode, info, cache, DataConfig(**options), progress=False, **limits)
 
     return go
@@ -308,10 +309,91 @@ def test_an_error_of_the_codec_loses_nothing(run: Run, clips: list[Path], encode
     assert run(samples_of(clips)).encoded == 2
 
 
-def test_shards_are_closed_by_time(run: Run, clips: list[Path], cache: Path) -> None:
-    run(samples_of(clips), shard_seconds=0.0)
-    assert len(shards(cache)) == 5
-    CodeCache(cache).check(samples_of(clips))
+def test_the_beginning_of_a_shard_is_kept(run: Run, clips: list[Path], encode: Encode, cache: Path) -> None:
+    """A codec that fails at the third clip stands for a kill at that moment; what was kept before is used."""
+    run(samples_of(clips))
+    expected = contents(cache)
+    shutil.rmtree(cache)
+    for number in (1, 2):
+
+        def failing(waveform: Tensor, number: int = number) -> Tensor:
+            if float(waveform.max()) > 0.15 + 0.1 * number:
+                raise SystemExit
+            return encode(waveform)
+
+        with pytest.raises(SystemExit):
+            run(samples_of(clips), encode=failing, keep_seconds=0.0)
+        assert [path.name for path in cache.glob("*/part-*")] == ["part-00000.safetensors"]
+        assert shards(cache) == []
+    report = run(samples_of(clips))
+    assert (report.encoded, report.reused) == (2, 3)
+    assert contents(cache) == expected
+
+
+def test_a_damaged_part_or_plan_only_costs_time(run: Run, clips: list[Path], encode: Encode, cache: Path) -> None:
+    def failing(waveform: Tensor) -> Tensor:
+        if float(waveform.max()) > 0.35:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(waveform)
+
+    for name in ("part-00000.safetensors", "plan.json"):
+        with pytest.raises(RawloopError, match="out of memory"):
+            run(samples_of(clips), encode=failing)
+        (path,) = cache.glob(f"*/{name}")
+        path.write_bytes(path.read_bytes()[:-9])
+        assert run(samples_of(clips)).encoded == 5
+        CodeCache(cache).check(samples_of(clips))
+        shutil.rmtree(cache)
+
+
+def test_clips_that_were_changed_between_two_starts_get_another_plan(
+    run: Run, clips: list[Path], encode: Encode, cache: Path, tone: Tone
+) -> None:
+    def failing(waveform: Tensor) -> Tensor:
+        if float(waveform.max()) > 0.45:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(waveform)
+
+    with pytest.raises(RawloopError, match="out of memory"):
+        run(samples_of(clips), encode=failing, shard_clips=2)
+    assert len(shards(cache)) == 2
+    tone("0.wav", hertz=700, seconds=0.8)
+    added = tone("added.wav", hertz=800).resolve()
+    report = run(samples_of([added, *clips]))
+    assert (report.encoded, report.reused) == (3, 3)
+    codes = CodeCache(cache)
+    assert all(torch.equal(codes(path), encode(load_audio(path, 24000))) for path in [added, *clips])
+    assert not list(cache.glob("*/plan.json"))
+    assert not list(cache.glob("*/part-*"))
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """The files of the cache's codes, by name."""
+    return {path.name: path.read_bytes() for path in cache.glob("*/*") if path.is_file()}
+
+
+def prepare_share(world: World, clips: list[Path], cache: Path, info: CodecInfo) -> tuple[int, int]:
+    def encode(waveform: Tensor) -> Tensor:
+        frames = waveform[: len(waveform) // 960 * 960].reshape(-1, 8, 120)
+        return (frames.abs().mean(dim=-1) * 1023).long()
+
+    report = prepare(samples_of(clips), encode, info, cache, DataConfig(), progress=False, shard_clips=2, world=world)
+    return report.encoded, report.reused
+
+
+def test_two_processes_write_what_one_does(
+    tone: Tone, info: CodecInfo, cache: Path, run: Run, run_ranks: Callable[..., list[Any]]
+) -> None:
+    clips = [
+        tone(f"{index:02}.wav", level=0.1, hertz=200 + index % 9).resolve() for index in range(11)
+    ]  # two are equal
+    run(samples_of(clips), shard_clips=2)
+    expected = contents(cache)
+    shutil.rmtree(cache)
+    assert run_ranks(prepare_share, clips, cache, info) == [(11, 0)] * 2
+    assert contents(cache) == expected
+    assert run_ranks(prepare_share, clips, cache, info) == [(0, 11)] * 2
+    assert contents(cache) == expected
 
 
 def test_a_lost_shard_is_encoded_again(run: Run, clips: list[Path], cache: Path) -> None:
@@ -324,7 +406,7 @@ def test_a_lost_shard_is_encoded_again(run: Run, clips: list[Path], cache: Path)
 
 
 def test_two_writers_at_once(run: Run, clips: list[Path], info: CodecInfo, cache: Path) -> None:
-    with open_writer(cache, info, 10, 10.0), pytest.raises(UserError, match=r"another `rawloop prepare` writes to"):
+    with open_cache(cache, info), pytest.raises(UserError, match=r"another `rawloop prepare` writes to"):
         run(samples_of(clips))
     run(samples_of(clips))
 
@@ -381,7 +463,7 @@ def test_codes_and_decoded_clips_lie_side_by_side(run: Run, clips: list[Path], c
 
 
 def test_one_process_decodes_and_the_others_wait(clips: list[Path], cache: Path) -> None:
-    with ThreadPoolExecutor(1) as pool, open_writer(cache, heard_at(16000), 10, 10.0):
+    with ThreadPoolExecutor(1) as pool, open_cache(cache, heard_at(16000)):
         waiting = pool.submit(decode_once, samples_of(clips), cache, 16000, DataConfig())
         time.sleep(0.2)
         assert not waiting.done()

@@ -51,7 +51,7 @@ def read_folder(folder: Path) -> Iterator[Found]:
             words = _words_beside(path)
             taken |= {path.with_suffix(suffix) for suffix in WORDS}
             speaker = place.split("/")[0] if "/" in place else None
-            yield Entry(place, place, {"transcript": words}, str(path), speaker)
+            yield Entry(place, place, {"transcript": words}, str(path.absolute()), speaker)
         except Unusable as error:
             taken |= {path.with_suffix(suffix) for suffix in WORDS}
             yield LeftOut(place, error.reason, error.detail)
