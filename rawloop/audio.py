@@ -3,7 +3,7 @@
 A segment is named by its path with its times in seconds, `talk.flac#t=1.5,3`, as in W3C media fragments. So everything
 that names a clip by its path (samples, the cache of codes, messages) distinguishes the segments of one recording.
 
-libsndfile decodes (wav, flac, ogg, mp3), torchaudio resamples. `torchaudio.load` is not used: it needs FFmpeg.
+libsndfile decodes wav, flac, ogg and mp3; the program ffmpeg, if it is installed, others. torchaudio resamples.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from torch import Tensor
 from rawloop.containers import STREAMED, Extent, cut_short
 from rawloop.containers import BadAudio as BadAudio
 from rawloop.errors import UserError
+from rawloop.ffmpeg import can_convert, converted
 from rawloop.files import open_regular, sha256_file
 from rawloop.frames import measure
 
@@ -105,7 +106,8 @@ def load_audio(
     """Decode a clip, mix it to mono and resample it.
 
     Args:
-        path: wav, flac, ogg or mp3 file with any sample rate and number of channels, or a segment of it.
+        path: wav, flac, ogg or mp3 file, or one that ffmpeg reads, with any sample rate and number of channels; or a
+            segment of it.
         sample_rate: of the result, in Hz.
         min_seconds: shorter clips are bad.
         max_seconds: longer clips are bad; the header is read before anything is decoded.
@@ -141,22 +143,31 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with open_regular(path) as stream:
             yield stream
     except soundfile.LibsndfileError as error:
-        raise BadAudio(f"cannot be decoded: {_other_format(path) or _reason(error)}") from error
+        raise BadAudio(f"cannot be decoded: {_unreadable(path) or _reason(error)}") from error
     except OSError as error:
         raise BadAudio(f"cannot be opened: {error.strerror}") from error
 
 
-def _other_format(path: Path) -> str | None:
-    """Return the format of a file that libsndfile cannot read, by its first bytes, and the fix."""
+def _unreadable(path: Path) -> str | None:
+    """Return why libsndfile cannot read a file, and the fix, by its first bytes."""
     with open(path, "rb") as stream:
-        head = stream.read(16)
-    if head.startswith(b"version https://"):
-        return "it is the pointer of a Git LFS file: fetch the file itself with `git lfs pull`"
+        if stream.read(16).startswith(b"version https://"):
+            return "it is the pointer of a Git LFS file: fetch the file itself with `git lfs pull`"
+    kind = _other_format(path)
+    return kind and f"it is {kind}, which is read if the program ffmpeg is installed (`apt-get install ffmpeg`)"
+
+
+def _other_format(path: Path) -> str | None:
+    """Return the format of a regular file that only ffmpeg reads, by its first bytes."""
+    try:
+        with open_regular(path) as stream:
+            head = stream.read(16)
+    except OSError:
+        return None  # decoding it says why
     name = next((name for begin, name in OTHER_FORMATS.items() if head.startswith(begin)), None)
     if head[4:8] == b"ftyp":
-        name = "MPEG-4 (m4a, mp4)"
-    convert = f"`ffmpeg -i {shlex.quote(path.name)} {shlex.quote(path.stem + '.flac')}`"
-    return name and f"it is {name}, and wav, flac, ogg and mp3 are read: convert it, as with {convert}"
+        name = "MPEG-4"
+    return name
 
 
 def _reason(error: Any) -> str:
@@ -186,7 +197,10 @@ def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> 
 
     Channels are mixed block by block, as a small file can decode to a huge one.
     """
-    segment = segment_of(path)
+    segment, kind = segment_of(path), _other_format(segment_of(path).file)
+    if kind is not None and can_convert(kind):
+        with converted(segment.file, kind) as wav:
+            return _decode(Segment(wav, segment.start, segment.end).path(), max_seconds, on_open_end)
     with _opened(segment.file) as stream:
         found = measure(stream)
         if found.open_end:

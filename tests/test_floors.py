@@ -41,6 +41,7 @@ FLOORS = (
             "origin",
             "inputs",
             "containers",
+            "ffmpeg",
             "frames",
             "audio",
         ),

@@ -65,7 +65,7 @@ def speech(tmp_path: Path) -> Path:
 def test_killed_twenty_times_the_cache_is_that_of_an_undisturbed_run(
     ranks: Ranks, write_config: Callable[..., Path], speech: Path, tmp_path: Path
 ) -> None:
-    """All processes are killed at a random moment, one, two and four of them in turn; then the command is let finish."""
+    """One, two or four processes are killed at a random moment, twenty times; then the command is let finish."""
     data = {"train": str(speech), "eval": None, "codes": None, "on_bad_sample": "skip"}
     command = ("prepare", "--config", write_config(tmp_path, data=data), "--data.codes")
     started = time.monotonic()
