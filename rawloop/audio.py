@@ -117,7 +117,7 @@ def load_audio(
     Returns the waveform, (samples,) float32. Raises BadAudio if the clip cannot be decoded to its end, or is silent,
     too loud or not finite; the message is the reason.
     """
-    waveform, rate = _decode(path, max_seconds, on_open_end)
+    waveform, rate = decode(path, max_seconds, on_open_end)
     shortest = max(min_seconds, 1 / frame_rate if frame_rate else 0.0)
     if len(waveform) < shortest * rate:
         what = "data.min_seconds" if shortest == min_seconds else "one frame of the codec"
@@ -192,7 +192,7 @@ def _sound(stream: BinaryIO, found: Extent) -> tuple[Any, int]:
     return file, found.samples or int(file.frames)
 
 
-def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> tuple[Tensor, int]:
+def decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> tuple[Tensor, int]:
     """Return a clip as mono, (samples,) float32, and its sample rate in Hz.
 
     Channels are mixed block by block, as a small file can decode to a huge one.
@@ -200,7 +200,7 @@ def _decode(path: Path, max_seconds: float, on_open_end: Callable[[], None]) -> 
     segment, kind = segment_of(path), _other_format(segment_of(path).file)
     if kind is not None and can_convert(kind):
         with converted(segment.file, kind) as wav:
-            return _decode(Segment(wav, segment.start, segment.end).path(), max_seconds, on_open_end)
+            return decode(Segment(wav, segment.start, segment.end).path(), max_seconds, on_open_end)
     with _opened(segment.file) as stream:
         found = measure(stream)
         if found.open_end:

@@ -39,7 +39,10 @@ COMMANDS = {
 }
 # The commands that read a run's config, and their options besides its keys.
 OPTIONS: dict[str, dict[str, str]] = {
-    "prepare": {},
+    "prepare": {
+        "report": "also measure every clip, and write a page of the data into this file, with a .json beside it; needs "
+        "`rawloop[report]`"
+    },
     "inspect": {
         "split": "train or eval: of which data (default: train)",
         "sample": "the id of a sample: only that one (default: the first batch, of train as it is shuffled)",

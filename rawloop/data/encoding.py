@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from rawloop.data.shards import Row, ShardWriter
 from rawloop.errors import RawloopError
 from rawloop.family_protocols import CodecInfo
 
+S = TypeVar("S")
 T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]
 DECODERS = 4  # threads that hash and decode ahead of the codec
@@ -53,7 +54,7 @@ class Encoder:
         """
         done = 0
         try:
-            with closing(_ahead(partial(self._look_up, writer), paths)) as clips:
+            with closing(ahead(partial(self._look_up, writer), paths)) as clips:
                 last = time.monotonic()
                 for row, waveform in clips:
                     if self.stopped():
@@ -140,7 +141,7 @@ def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Ten
     return codes
 
 
-def _ahead(load: Callable[[str], T], paths: Sequence[str]) -> Generator[T, None, None]:
+def ahead(load: Callable[[S], T], paths: Iterable[S]) -> Generator[T, None, None]:
     """Yield `load(path)` for each path in order. Threads run a few clips ahead."""
     pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
     waiting: deque[Future[T]] = deque()

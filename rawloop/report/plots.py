@@ -42,6 +42,7 @@ WIDTH, HEIGHT, RIGHT, TOP = 5.0, 2.5, 0.14, 0.1
 LEFT, BOTTOM = 0.8, 0.36
 ROW, MAP_LEFT, MAP_BOTTOM, NAMES_LEFT = 0.3, 1.0, 0.9, 1.6  # of maps and time lines
 PIXELS = 400  # a line has at most twice as many points
+BARS = 40  # of a histogram, at most
 FEW = 60  # every point of a line with fewer is a dot
 HUGE = 1e150  # beyond it, the scale of an axis overflows
 SPIKE = 20.0  # if the greatest value is so many times the median, the axis is logarithmic
@@ -172,6 +173,21 @@ def envelope(steps: Any, values: Any, span: Span) -> tuple[Any, Any, Any, Any]:
     mean = np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
     low, high = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
     return np.add.reduceat(steps, starts) / sizes, low, mean, high
+
+
+def draw_histogram(title: str, values: Sequence[float], unit: str) -> Figure:
+    """Draw how often values occur, (values,) and all finite. The caption has the least, the median and the greatest."""
+    array = np.asarray(values, float)
+    counts, edges = np.histogram(array, bins=min(BARS, max(5, len(np.unique(array)))))
+    low, high = float(edges[0]), float(edges[-1])
+    with _drawing((low, high)) as (drawing, axes):
+        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLORS[0], edgecolor="none")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        svg = _as_svg(drawing)
+    three = (array.min(), float(np.median(array)), array.max())
+    least, middle, greatest = (f"{value:.4g}" for value in three)
+    return Figure(title, svg, caption=f"{unit}: least {least}, median {middle}, greatest {greatest}")
 
 
 def draw_map(title: str, rows: Mapping[str, tuple[Any, Any]], span: Span) -> Figure:

@@ -44,20 +44,34 @@ def test_a_mistake_is_told_once(ranks: Ranks, config: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def speech(tmp_path: Path) -> Path:
-    """The bundled speech of the training split at 20 levels each, 960 clips, and one that cannot be used."""
+    """The bundled speech of the training split at 8 levels each, 384 clips, and one that cannot be used."""
     folder = tmp_path / "speech"
     folder.mkdir()
     samples = []
     for path in sorted((SPEECH / "train").glob("*.flac")):
         wave, rate = soundfile.read(path, dtype="float32")
-        for level in range(20):
+        for level in range(8):
             name = f"{path.stem}-{level:02}.wav"
             soundfile.write(folder / name, wave * (1 - 0.03 * level), rate)
             samples.append({"audio_file": name, "transcript": "Words."})
     (folder / "bad.wav").write_text("no audio", encoding="utf-8")
-    samples.insert(500, {"audio_file": "bad.wav", "transcript": "Words."})
+    samples.insert(200, {"audio_file": "bad.wav", "transcript": "Words."})
     (folder / "metadata.json").write_text(json.dumps({"samples": samples}), encoding="utf-8")
     return folder
+
+
+def kill(cache: Path, generator: random.Random) -> Callable[[list[int]], None]:
+    """Give a function that kills processes at once, or after they have written a shard, and a random moment more."""
+
+    def wait_and_kill(children: list[int]) -> None:
+        before, deadline = len(list(cache.glob("*/files-*"))), time.monotonic() + generator.choice((0, 60))
+        while len(list(cache.glob("*/files-*"))) == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0.0, 0.5))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+    return wait_and_kill
 
 
 @pytest.mark.slow
@@ -65,30 +79,23 @@ def speech(tmp_path: Path) -> Path:
 def test_killed_twenty_times_the_cache_is_that_of_an_undisturbed_run(
     ranks: Ranks, write_config: Callable[..., Path], speech: Path, tmp_path: Path
 ) -> None:
-    """One, two or four processes are killed at a random moment, twenty times; then the command is let finish."""
+    """One, two or four processes are killed twenty times, half of the times after a new shard; then they may finish."""
     data = {"train": str(speech), "eval": None, "codes": None, "on_bad_sample": "skip"}
     command = ("prepare", "--config", write_config(tmp_path, data=data), "--data.codes")
-    started = time.monotonic()
     (done,) = ranks(*command, tmp_path / "whole", size=1, seconds=300)
-    took = time.monotonic() - started
-    assert "960 encoded now" in done.out, done
+    assert "384 encoded now" in done.out, done
     expected = contents(tmp_path / "whole")
-    assert len([name for name in expected if "shard-" in name]) == 61
+    assert len([name for name in expected if "shard-" in name]) == 25
     for size in (2, 4):
         assert [one.code for one in ranks(*command, tmp_path / f"by{size}", size=size, seconds=300)] == [0] * size
         assert contents(tmp_path / f"by{size}") == expected
     seed = int.from_bytes(os.urandom(4))
     generator = random.Random(seed)
     cache, grown = tmp_path / "killed", 0
-    for kill in range(KILLS):
+    for number in range(KILLS):
         before = len(list(cache.glob("*/files-*")))
 
-        def then(children: list[int]) -> None:
-            time.sleep(generator.uniform(0.0, took))
-            for child in children:
-                os.kill(child, signal.SIGKILL)
-
-        codes = [one.code for one in ranks(*command, cache, size=(1, 2, 4)[kill % 3], then=then)]
+        codes = [one.code for one in ranks(*command, cache, size=(1, 2, 4)[number % 3], then=kill(cache, generator))]
         grown += len(list(cache.glob("*/files-*"))) > before
         if set(codes) == {0}:  # it was faster than the kill: begin again
             assert contents(cache) == expected, seed
@@ -99,4 +106,18 @@ def test_killed_twenty_times_the_cache_is_that_of_an_undisturbed_run(
     assert contents(cache) == expected, seed
     assert clips_of(cache) == clips_of(tmp_path / "whole")
     assert grown >= 3, f"only {grown} of the kills came while clips were encoded (seed {seed})"
-    print(f"{KILLS} kills, {grown} while clips were encoded; seed {seed}; undisturbed {took:.1f} s")
+    print(f"{KILLS} kills, {grown} while clips were encoded; seed {seed}")
+
+
+def test_a_report_is_written_before_the_codec_runs(
+    door: Callable[..., Any], refusal: Callable[..., str], config: Path, tmp_path: Path
+) -> None:
+    page, codes = tmp_path / "report.html", ("--data.codes", str(tmp_path / "codes"))
+    assert refusal("prepare", "--config", config, *codes, "--report", tmp_path / "report.txt").startswith(
+        f"the page's file is '{tmp_path}/report.txt'"
+    )
+    done = door("prepare", "--config", config, *codes, "--report", page)
+    assert done.code == 0, done
+    assert re.match(r"report: \d+ of 13 clips are unusual: ", done.out), done
+    assert page.read_text(encoding="utf-8").count("<svg") == 4
+    assert len(json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["clips"]) == 13
