@@ -54,3 +54,19 @@ def test_a_mistake_is_one_line(refusal: Callable[..., str], recordings: Path) ->
     assert refusal("import", recordings, "--output", "out", "--eval", "2").startswith("--eval is 2: it is a share")
     assert refusal("import", recordings, "--output", "recordings/metadata.csv").endswith("a file: name a folder")
     assert not Path("out").exists()
+
+
+def test_a_share_of_the_training_data_is_evaluated(
+    door: Door, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, data={"eval": None, "eval_share": 0.25})
+    done = door("train", "--config", config)
+    assert done.code == 0, done
+    assert "trained 3 steps" in done.out
+    resumed = door("train", "--config", config, "--resume", "latest", "--data.eval_share", "0.5")
+    assert resumed.code == 2
+    assert "other samples" in resumed.err
+    done = door("evaluate", "--config", config, "--checkpoint", "latest")
+    assert done.code == 0, done
+    (refused,) = [line for line in door("train", "--config", config, "--data.eval", "x").err.splitlines() if line]
+    assert refused.startswith("rawloop train: data.eval_share is 0.25 and data.eval is 'x': set one of them")

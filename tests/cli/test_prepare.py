@@ -64,7 +64,7 @@ def kill(cache: Path, generator: random.Random) -> Callable[[list[int]], None]:
     """Give a function that kills processes at once, or after they have written a shard, and a random moment more."""
 
     def wait_and_kill(children: list[int]) -> None:
-        before, deadline = len(list(cache.glob("*/files-*"))), time.monotonic() + generator.choice((0, 60))
+        before, deadline = len(list(cache.glob("*/files-*"))), time.monotonic() + generator.choice((0, 60, 60))
         while len(list(cache.glob("*/files-*"))) == before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(generator.uniform(0.0, 0.5))
