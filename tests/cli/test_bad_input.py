@@ -329,7 +329,7 @@ def test_ranks_without_a_launcher(
     [
         (
             ["trian"],
-            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, prepare, inspect, train, eva",
+            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, import, prepare, inspect, train, eva",
         ),
         pytest.param(
             ["merge", "--adapter", "x"],
