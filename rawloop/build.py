@@ -41,6 +41,8 @@ from rawloop.dist import World
 from rawloop.errors import LibraryError, RawloopError, UserError
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.families.chat_template import clock_notice
+from rawloop.listen.listener import Listener
+from rawloop.listening import build_listener
 from rawloop.loop import Run
 from rawloop.losses import LossModule, Meter
 from rawloop.optim import build_optimizer, lr_at
@@ -123,6 +125,7 @@ class Ready:
     evaluator: Evaluator | None
     limits: Limits
     total_steps: int
+    listener: Listener | None
 
     @property
     def train(self) -> Loader:
@@ -211,7 +214,9 @@ def _prepare_rank(
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
-    return Ready(data, data.contents(), model, policy, module, base, plan, loaders, evaluator, limits, total)
+    listener = build_listener(config, data, model, policy, world)
+    contents = data.contents()
+    return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener)
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
@@ -281,6 +286,7 @@ def _assemble(
         meter=meter,
         buffers=buffers,
         evaluator=ready.evaluator,
+        listener=ready.listener,
         checkpoints=CheckpointManager(folder, config.checkpoint, world, records, parts, start.lock),
         best=best,
         max_norm=config.optim.max_norm,

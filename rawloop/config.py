@@ -21,6 +21,7 @@ from rawloop.data import DataConfig
 from rawloop.diagnose.config import ChecksConfig
 from rawloop.errors import UserError, nearest
 from rawloop.families.config import ModelConfig
+from rawloop.listen.config import ListenConfig
 from rawloop.parser import Parser, add_options, flattened, read_yaml
 from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
@@ -110,6 +111,7 @@ class RunConfig:
         checkpoint: saving.
         records: where metrics go.
         watch: looking for numbers that go wrong.
+        listen: hearing the model while it trains.
     """
 
     output: str = "runs/run"
@@ -129,6 +131,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     records: RecordsConfig = field(default_factory=RecordsConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    listen: ListenConfig = field(default_factory=ListenConfig)
 
     def __post_init__(self) -> None:
         if self.init_from == "":

@@ -34,6 +34,8 @@ def check_best_metric(metric: str, streams: Iterable[str]) -> None:
     losses = [f"eval_loss/{stream}" for stream in streams]
     known = ["eval_loss", *losses, *(f"eval_targets/{stream}" for stream in streams), "eval_seconds"]
     whole, _, part = metric.rpartition("/")
+    if metric.startswith("listen/"):
+        return  # `build_listener` checks it
     if metric not in known and not (whole in losses and part.isdecimal()):
         raise UserError(
             f"evaluation.best_metric is '{metric}', which the evaluation does not measure{nearest(metric, known)}: it "

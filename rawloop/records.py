@@ -179,6 +179,12 @@ class Records:
         self._sinks = self._sinks or Sinks(self.folder, self.config, self._purge_step)
         self._sinks.write(step, values)
 
+    def sounds(self, step: int, wavs: Mapping[str, bytes]) -> None:
+        """Send clips, the contents of wav files by name, to the sinks, on rank 0."""
+        if self.world.is_main:
+            self._sinks = self._sinks or Sinks(self.folder, self.config, self._purge_step)
+            self._sinks.sounds(step, wavs)
+
     def event(self, kind: EventKind, *, step: int, reason: str, show: bool = True, **fields: Any) -> None:
         """Record a decision or an incident, on any rank; rank 0 logs it too, if it is to `show`.
 

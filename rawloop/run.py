@@ -16,6 +16,8 @@ from rawloop.data.batches import Loader
 from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError, nearest
 from rawloop.evaluate import Evaluation, Evaluator
+from rawloop.listen.files import write_heard
+from rawloop.listen.listener import Listener
 from rawloop.losses import Meter
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption
@@ -102,6 +104,7 @@ class Run:
         deferred_error: an error in writing records on this rank, until it is raised on all ranks.
         loaders: `close` ends their workers.
         watch: sees every step.
+        listener: hears the model at evaluations.
     """
 
     module: nn.Module
@@ -127,6 +130,7 @@ class Run:
     deferred_error: Exception | None = None
     loaders: Sequence[Loader] = ()
     watch: Watcher | None = None
+    listener: Listener | None = None
 
     def record_or_defer(self, write: Callable[[], None]) -> None:
         """Write a record. An error on one rank is raised on all ranks in the next step."""
@@ -211,10 +215,24 @@ def evaluate(run: Run, last: bool) -> Evaluation | None:
     if run.evaluator is None or not run.evaluator.due(run.state.step, last):
         return None
     run.wait_until_written()  # data workers are forked, and would inherit the locks of a thread that is writing
+    wanted = run.preemption.wanted if run.preemption else lambda: None
     try:
-        return run.evaluator.run(run.preemption.wanted if run.preemption else lambda: None)
+        evaluation = run.evaluator.run(wanted)
+        if run.listener is None or not run.listener.due(run.state.step, last):
+            return evaluation
+        return evaluation._replace(metrics=evaluation.metrics | listen(run, run.listener, wanted))
     except Preempted as stop:
         run.save_and_stop(str(stop))
+
+
+def listen(run: Run, listener: Listener, wanted: Callable[[], str | None]) -> dict[str, float]:
+    """Hear the model, record the clips on rank 0, and return the metrics."""
+    metrics, heard = listener.listen(wanted)
+    if run.world.is_main:
+        step, wavs = run.state.step, {f"listen/{one.name}": one.wav for one in heard if one.wav}
+        run.record_or_defer(lambda: run.records.sounds(step, wavs))
+        run.record_or_defer(lambda: write_heard(run.records.folder, step, heard))
+    return metrics
 
 
 def best_so_far(run: Run, evaluation: Evaluation) -> BestRecord | None:

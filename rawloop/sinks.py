@@ -1,10 +1,13 @@
 """TensorBoard and Weights & Biases, which receive copies of a run's metrics."""
 
+import io
 import secrets
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+
+import soundfile
 
 from rawloop.errors import UserError
 from rawloop.settings import RecordsConfig
@@ -47,6 +50,15 @@ class Sinks:
                 self._tensorboard.add_scalar(name, values[name], step)
         if self._wandb:
             self._wandb.log({"step": step, **values})
+
+    def sounds(self, step: int, wavs: Mapping[str, bytes]) -> None:
+        """Write clips, the contents of wav files by name, of one step."""
+        for name, wav in wavs.items() if self._tensorboard or self._wandb else ():
+            sound, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
+            if self._tensorboard and len(sound):
+                self._tensorboard.add_audio(name, sound[None], step, rate)
+            if self._wandb and len(sound):
+                self._wandb.log({"step": step, name: import_module("wandb").Audio(sound, sample_rate=rate)})
 
     def close(self) -> None:
         """Flush both, and end their threads."""

@@ -27,6 +27,8 @@ evaluation: enabled every batch_size patience
 checkpoint: save_every keep_last keep_every save_at_end asynchronous max_failures
 records: tensorboard wandb wandb_project progress
 watch: enabled every steps capsules capsule_mb spikes max_spikes
+listen: samples prompts every longest max_seconds max_tokens seed transcriber similarity
+listen.sampling: temperature top_k top_p ras_window ras_repeats
 """
 
 

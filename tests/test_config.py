@@ -27,6 +27,7 @@ from rawloop.config import (
 from rawloop.errors import UserError
 from rawloop.parser import Parser, add_options, field_help
 from rawloop.precision.config import LossScaleConfig
+from rawloop.settings import SamplingConfig
 
 
 @pytest.fixture
@@ -275,9 +276,10 @@ def test_a_group_given_as_a_value_is_refused_with_its_keys(write: Callable[..., 
     assert "'optim' on the command line is a group" in refusal("--optim", "3")
 
 
+NESTED = (("precision.loss_scale", LossScaleConfig), ("listen.sampling", SamplingConfig))
 KEYS = {
     (f"{group}.{item.name}" if group else item.name): hints[item.name]
-    for group, owner in (("", RunConfig), ("precision.loss_scale", LossScaleConfig), *groups())
+    for group, owner in (("", RunConfig), *NESTED, *groups())
     for hints in (get_type_hints(owner),)
     for item in dataclasses.fields(owner)
     if not dataclasses.is_dataclass(hints[item.name])

@@ -78,6 +78,7 @@ FLOORS = (
             "generation",
             "exporting",
             "card",
+            "listening",
             "components",
             "checkpoints",
             "resume",

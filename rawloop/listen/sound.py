@@ -19,13 +19,18 @@ def write_wav(path: Path, waveform: Tensor, sample_rate: int) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    buffer = io.BytesIO()
-    soundfile.write(buffer, waveform.clamp(-1, 1).numpy(), sample_rate, format="WAV", subtype="PCM_16")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, buffer.getvalue())
+        replace_file(path, wav_bytes(waveform, sample_rate))
     except OSError as error:
         raise UserError(f"'{path}' cannot be written: {in_words(error)}") from error
+
+
+def wav_bytes(waveform: Tensor, sample_rate: int) -> bytes:
+    """Return (samples,) float32 as the content of a wav file of 16 bits."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform.clamp(-1, 1).numpy(), sample_rate, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
 
 
 def silence(waveform: Tensor, sample_rate: int) -> float:

@@ -1,4 +1,7 @@
-"""The page of one run: its outcome, findings, settings, figures, events, checks, census, capsules and sounds."""
+"""The page of one run: its outcome, findings, settings, figures, events, checks, census, capsules and sounds.
+
+What was said while it trained is in `heard.py`.
+"""
 
 import json
 from base64 import b64encode
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rawloop.files import readable
+from rawloop.report.heard import heard
 from rawloop.report.outcome import facts, is_ordinary, outcome
 from rawloop.report.page import Clip, Note, Section, Table, render
 from rawloop.report.panels import figures
@@ -28,7 +32,7 @@ def report(folder: Path, is_running: bool | None = None) -> str:
         UserError: the folder is no run, or has neither metrics nor events.
     """
     run = read_run(folder)
-    sections = [_findings(run), Section("Settings", tables=[facts(run)]), *figures({run.name: run})]
+    sections = [_findings(run), heard(run), Section("Settings", tables=[facts(run)]), *figures({run.name: run})]
     sections += [part(run) for part in (_incidents, _checks, _census, _capsules, _sounds)]
     return render(run.name, sections, outcome(run, is_running))
 
@@ -120,7 +124,7 @@ def _sounds(run: RunData) -> Section:
     clips, large, room = [], [], ALL_CLIPS_BYTES
     for path in sorted(run.folder.rglob("*")):
         kind, name = SOUNDS.get(path.suffix.lower()), path.relative_to(run.folder)
-        if kind is None or name.parts[0] in ("checkpoints", "best") or not path.is_file():
+        if kind is None or name.parts[0] in ("checkpoints", "best", "listen") or not path.is_file():
             continue
         size = path.stat().st_size
         if size > min(CLIP_BYTES, room):

@@ -45,6 +45,21 @@ class Clip(NamedTuple):
     uri: str
 
 
+class Cell(NamedTuple):
+    """A text, and a sound and a picture above it, as data: URIs, or ""."""
+
+    text: str
+    audio: str = ""
+    picture: str = ""
+
+
+class Grid(NamedTuple):
+    """Cells in rows, each with a name, below the names of the columns."""
+
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
 class Section(NamedTuple):
     """A part of a page. What it has is shown in this order."""
 
@@ -53,6 +68,7 @@ class Section(NamedTuple):
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     clips: Sequence[Clip] = ()
+    grid: Grid = Grid((), ())
 
 
 def check_packages() -> None:
@@ -90,7 +106,7 @@ def render(title: str, sections: Iterable[Section], lead: Sequence[Note] = ()) -
     )
     environment.filters["cell"] = _cell
     environment.tests["a_number"] = _is_number
-    shown = [s for s in sections if s.notes or s.figures or s.clips or any(table.rows for table in s.tables)]
+    shown = [s for s in sections if s.notes or s.figures or s.clips or s.grid.rows or any(t.rows for t in s.tables)]
     return environment.get_template("page.jinja").render(title=title, sections=shown, lead=lead)
 
 
