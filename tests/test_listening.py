@@ -21,7 +21,7 @@ from rawloop.run import Run
 from rawloop.settings import EvaluationConfig, SamplingConfig
 from tests.kept_runs import go, trained
 
-TIMES = ("eval_seconds", "listen/seconds", "samples_per_second")
+TIMES = ("eval_seconds", "samples_per_second", "step_seconds", "data_wait")
 
 
 @pytest.fixture
