@@ -330,6 +330,23 @@ def test_the_beginning_of_a_shard_is_kept(run: Run, clips: list[Path], encode: E
     assert contents(cache) == expected
 
 
+def test_a_run_that_has_failed_goes_on_with_its_plan(run: Run, clips: list[Path], encode: Encode, cache: Path) -> None:
+    run(samples_of(clips), shard_clips=2)
+    expected = contents(cache)
+    shutil.rmtree(cache)
+
+    def failing(waveform: Tensor) -> Tensor:
+        if float(waveform.max()) > 0.35:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(waveform)
+
+    with pytest.raises(RawloopError, match="out of memory"):
+        run(samples_of(clips), encode=failing, shard_clips=2)
+    assert len(shards(cache)) == 1
+    assert run(samples_of(clips)).encoded == 2
+    assert contents(cache) == expected
+
+
 def test_a_damaged_part_or_plan_only_costs_time(run: Run, clips: list[Path], encode: Encode, cache: Path) -> None:
     def failing(waveform: Tensor) -> Tensor:
         if float(waveform.max()) > 0.35:

@@ -9,7 +9,7 @@ from typing import Any
 from rawloop.data.foreign.entries import BROKEN_LINE, Entry, Found, Unusable, each, json_lines, name_of
 from rawloop.data.record import DoubledKey, parse_json, show
 from rawloop.errors import UserError
-from rawloop.files import read_text
+from rawloop.files import open_regular, read_text
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -40,9 +40,12 @@ def chat_rows(file: Path) -> Rows:
 
 
 def first_letter(file: Path) -> str:
-    """Return the first character of a file that is not blank, or an empty string."""
-    with open(file, "rb") as stream:
-        return stream.read(4096).decode("utf-8-sig", errors="replace").lstrip()[:1]
+    """Return the first character of a file that is not blank, or an empty string. Raises UserError."""
+    try:
+        with open_regular(file) as stream:
+            return stream.read(4096).decode("utf-8-sig", errors="replace").lstrip()[:1]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def read_sharegpt(rows: Rows) -> Iterator[Found]:
