@@ -33,12 +33,12 @@ from rawloop.components import (
     read_data,
 )
 from rawloop.config import RunConfig, to_yaml
-from rawloop.data.batches import BatchPlan, Loader, TrainWindows
+from rawloop.data.batches import Loader, Plan, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.data.workers import SPARE, check_descriptors
 from rawloop.diagnose.checks import Report, run_checks
 from rawloop.dist import World
-from rawloop.errors import LibraryError, RawloopError, UserError
+from rawloop.errors import LibraryError, RawloopError, UserError, first_few
 from rawloop.evaluate import Evaluator, check_best_metric
 from rawloop.families.chat_template import clock_notice
 from rawloop.listen.listener import Listener
@@ -47,6 +47,7 @@ from rawloop.loop import Run
 from rawloop.losses import LossModule, Meter
 from rawloop.optim import build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
+from rawloop.planning import advice, build_plan, evaluation_groups, plan_lines, rehearse, within_memory
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import Trial, preflight
 from rawloop.rebuild import trial_loss
@@ -90,6 +91,8 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
+    if config.train.rehearse:
+        rehearse(config, ready.data, ready.train.batches, ready.plan, ready.module, ready.policy, say)
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, ddp, start, buffers)
@@ -120,7 +123,7 @@ class Ready:
     policy: PrecisionPolicy
     module: LossModule
     base: BaseFingerprint
-    plan: BatchPlan
+    plan: Plan
     loaders: dict[str, Loader]  # by split
     evaluator: Evaluator | None
     limits: Limits
@@ -140,6 +143,11 @@ class Ready:
             draws = [draw for draw in self.plan.micro_batches(window)[micro] if not draw.epoch]
             groups += [self.train.batches.made(draws)[0]] if draws else []
         return groups
+
+    def first_ids(self) -> str:
+        """Return the ids of the samples of the first micro-batch."""
+        samples = self.data.samples["data.train"]
+        return first_few(samples[draw.sample].id for draw in self.plan.micro_batches(0)[0])
 
     def first_loss(self) -> Tensor:
         """Check the first micro-batch's ids and return the sum of its losses, for the trial of the precision mode."""
@@ -166,7 +174,8 @@ def _prepare(
             "one mode for all"
         )
     ready.module.train()
-    trial = preflight(ready.policy, ready.first_loss)
+    first = f"a micro-batch of the samples {ready.first_ids()}"
+    trial = within_memory(partial(preflight, ready.policy, ready.first_loss), world, first, advice(config))
     say(f"precision: {'; '.join([f'{ready.policy.name} ({ready.policy.reason})', *ready.policy.remedies])}")
     return ready, trial
 
@@ -187,18 +196,12 @@ def _prepare_rank(
     if evaluates:
         check_best_metric(config.evaluation.best_metric, list(family.streams))
     data = read_data(config, family, "train", *(["eval"] if evaluates else []))
-    plan = BatchPlan(
-        num_samples=len(data.samples["data.train"]),
-        batch_size=config.train.batch_size,
-        accumulation=config.train.accumulation,
-        world_size=world.size,
-        rank=world.rank,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
+    plan = build_plan(config, data, world)
+    groups = evaluation_groups(config, data) if evaluates else None
     total = config.train.max_steps or plan.windows(config.train.epochs)
     for line in [
         *data.notices,
+        *plan_lines(config, plan),
         *cadence_notices(config, total, plan.num_samples, plan.window_size),
     ]:  # loading the model may take minutes
         say(line)
@@ -209,13 +212,16 @@ def _prepare_rank(
     module = LossModule(model, family.losses)
     limits = Limits.of(family, model)
     loaders = {split: build_loader(config, data, split, limits, world) for split in data.samples}
-    evaluator = build_evaluator(config, data, loaders["data.eval"], module, policy, world) if evaluates else None
+    evaluator = None
+    if evaluates:
+        evaluator = build_evaluator(config, data, loaders["data.eval"], module, policy, world, groups)
     train = loaders["data.train"]
     first = train.batches[plan.micro_batches(0)[0]]
     if isinstance(first, RawloopError):
         raise first
     listener = build_listener(config, data, model, policy, world)
     contents = data.contents()
+    contents.reading |= plan.facts()
     return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener)
 
 

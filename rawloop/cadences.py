@@ -8,17 +8,18 @@ from rawloop.optim import lr_at
 LONG_WARMUP = 0.5  # of the run
 
 
-def cadence_notices(config: RunConfig, total: int, num_samples: int, window: int) -> Iterator[str]:
+def cadence_notices(config: RunConfig, total: int, num_samples: int, window: float) -> Iterator[str]:
     """Yield a line about the length of the run, and one for each setting that cannot have the effect it is set for.
 
     Args:
         total: steps of the run.
         num_samples: samples of the training set.
-        window: samples of a step, over all ranks.
+        window: samples of a step, over all ranks; a mean if it is no int.
     """
     epochs = total * window / num_samples
     limit = "train.max_steps" if config.train.max_steps else f"train.epochs {config.train.epochs:g}"
-    yield f"{total} steps of {window} samples ({limit}): {epochs:.3g} epochs of {num_samples:,} samples"
+    size = window if isinstance(window, int) else f"about {window:.0f}"
+    yield f"{total} steps of {size} samples ({limit}): {epochs:.3g} epochs of {num_samples:,} samples"
     yield from _of_warmup(config, total)
     evaluation, save_every = config.evaluation, config.checkpoint.save_every
     if evaluation.enabled and evaluation.every > total:

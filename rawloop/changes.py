@@ -61,6 +61,7 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
         "data.codes": "the digests of samples and clips",
         "train.batch_size": "the samples of a step over all ranks",
         "train.accumulation": "the samples of a step over all ranks",
+        "train.max_frames": "the micro-batches of a step over all ranks",
         WORLD_SIZE: "the samples of a step over all ranks",
         "precision.mode": "the mode in which training goes on (part `precision`)",
         "precision.masters": "the masters (part `precision`)",
@@ -68,6 +69,7 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
 )
 WINDOW = (WORLD_SIZE, "train.batch_size", "train.accumulation")  # their product is the number of samples in a step
 # keys that no checkpoint holds, so that equal runs in different folders have equal checkpoints
+FRAMES = "train.max_frames"
 NOT_KEPT = frozenset({"output", "resume", "init_from"})
 WAY_ON = "start another run from these weights with --init_from CHECKPOINT --output NEW"
 SAME = "(the same samples)"
@@ -82,6 +84,8 @@ OTHER_CONTENTS = MappingProxyType(
         "data.eval": "the run was evaluated on other samples ({then} then, {now} in data.eval now; texts, order, "
         "further keys and clips count), so its losses could not be compared: put them back, or give the new samples "
         "another path",
+        FRAMES: "the samples have other lengths than in the checkpoint's run ({then} then, {now} now), in another data "
+        f"order: put the code of the model's family back, or {WAY_ON}",
     }
 )
 OTHER_READING = (
@@ -196,19 +200,23 @@ def _check_origin(stored: Mapping[str, Any] | None, given: str | None) -> None:
 
 
 def _check_window(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse another number of samples in a step: it changes the data order."""
-    had, has = (math.prod(values[key] for key in WINDOW) for values in (then, now))
-    if had == has:
+    """Refuse a step of another number of samples, or with `FRAMES` of micro-batches: it changes the data order."""
+    frames = (then[FRAMES], now[FRAMES])
+    keys, unit = ((WINDOW[0], WINDOW[2]), "micro-batches") if any(frames) else (WINDOW, "samples")
+    had, has = (math.prod(values[key] for key in keys) for values in (then, now))
+    if had == has and frames[0] == frames[1]:
         return
     sizes = [
-        f"{values[WORLD_SIZE]} process(es) x train.batch_size {values['train.batch_size']} x train.accumulation "
-        f"{values['train.accumulation']}"
+        " x ".join([f"{values[WORLD_SIZE]} process(es)", *(f"{key} {values[key]}" for key in keys[1:])])
+        + (f", {FRAMES} {values[FRAMES]}" if any(frames) else "")
         for values in (then, now)
     ]
-    rest = now[WORLD_SIZE] * now["train.batch_size"]
+    rest = math.prod(now[key] for key in keys if key != WINDOW[2])
     fix = f"set train.accumulation to {had // rest}" if had % rest == 0 else f"choose them so that it is {had} again"
+    if frames[0] != frames[1]:
+        fix = f"set {FRAMES} to {frames[0]}"
     raise UserError(
-        f"a step of the checkpoint's run took {had} samples ({sizes[0]}), and would now take {has} ({sizes[1]}), in "
+        f"a step of the checkpoint's run took {had} {unit} ({sizes[0]}), and would now take {has} ({sizes[1]}), in "
         f"another data order: {fix}, or {WAY_ON}"
     )
 

@@ -124,11 +124,20 @@ def build_model(
 
 
 def build_evaluator(
-    config: RunConfig, data: Data, loader: Loader, module: LossModule, policy: PrecisionPolicy, world: World
+    config: RunConfig,
+    data: Data,
+    loader: Loader,
+    module: LossModule,
+    policy: PrecisionPolicy,
+    world: World,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> Evaluator:
-    """Build the evaluator over this rank's share of `data.eval`, whose micro-batches the loader makes."""
+    """Build the evaluator over this rank's share of `data.eval`, whose micro-batches the loader makes.
+
+    `groups` are the samples of each micro-batch, instead of `evaluation.batch_size`.
+    """
     size, count = config.evaluation.batch_size, len(data.samples["data.eval"])
-    batches = EvalBatches(loader, count, size, rank=world.rank, world_size=world.size)
+    batches = EvalBatches(loader, count, size, rank=world.rank, world_size=world.size, groups=groups)
     return Evaluator(
         operator.call,  # a LossModule computes the losses itself
         batches,

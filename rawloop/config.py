@@ -48,6 +48,7 @@ HF_NAMES = MappingProxyType(
         "fp16": "precision.mode",
         "gradient_accumulation_steps": "train.accumulation",
         "gradient_checkpointing": "model.activation_checkpointing",
+        "group_by_length": "train.max_frames",
         "greater_is_better": "evaluation.best_mode",
         "learning_rate": "optim.lr",
         "logging_steps": "train.log_every",

@@ -119,3 +119,14 @@ class SpeakingFamily(Protocol):
 
     def load_decoder(self, device: torch.device) -> tuple[CodecInfo, Callable[[Tensor], Tensor]]:
         """Load the codec: its description, and its decoder, (frames, codebooks) -> (samples,) float32 on the CPU."""
+
+
+@runtime_checkable
+class LengthFamily(Protocol):
+    """A family that counts a sample's positions without making its example. For others each example is made once."""
+
+    def length(self, sample: Sample, frames: Callable[[Path], int]) -> int:
+        """Return how many positions a sample takes, or one more per clip; `frames` gives a clip's length as in `check`.
+
+        It must be a function of the sample: `train.max_frames` groups samples by it.
+        """

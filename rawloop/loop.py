@@ -63,7 +63,7 @@ def train(run: Run) -> TrainState:
             if state.window in state.left_out:
                 state.window, fetched = state.window + 1, None
                 continue
-            window, targets = agree_on_window(run, fetched)
+            window, targets, samples = agree_on_window(run, fetched)
             run.buffers = find_buffers(run, window[0]) if run.buffers is None else run.buffers
             set_lr(run.optimizer, run.lr(state.step))
             with run.watch.step(run, window, targets) if run.watch else nullcontext():
@@ -76,7 +76,7 @@ def train(run: Run) -> TrainState:
                 run.record_or_defer(run.checkpoints.poll)
             state.window += 1
             if result.applied:
-                advance(run, result, window, progress)
+                advance(run, result, samples, progress)
             else:
                 skip(run, result, window)
             if result.objected and run.watch and run.watch.rolls_back and roll_back(run):
@@ -111,11 +111,11 @@ def fetch(windows: Iterator[list[Batch]], meter: Meter) -> Fetched:
             return Fetched(None, error)
 
 
-def agree_on_window(run: Run, fetched: Fetched) -> tuple[list[Batch], dict[str, int]]:
+def agree_on_window(run: Run, fetched: Fetched) -> tuple[list[Batch], dict[str, int], int]:
     """Sum the target counts of the window over all ranks; in the same reduction, learn whether a rank must stop.
 
     Returns:
-        the window, and the counts by stream.
+        the window, the counts by stream, and the number of samples over all ranks.
 
     Raises:
         Preempted: a rank was asked to stop; raised on every rank, before the window is used.
@@ -131,7 +131,8 @@ def agree_on_window(run: Run, fetched: Fetched) -> tuple[list[Batch], dict[str, 
         ended = f"the training data ended before window {run.state.window}, and the run has {run.total_steps} steps"
         error = UserError(f"{ended}: `windows` must never end, on any rank; start over at the end of the data")
     here = [float(sum(batch.targets.get(stream, 0) for batch in window)) for stream in run.weights]
-    failed, stopping, *counts = run.world.sum([float(error is not None), float(stop is not None), *here])
+    here.append(float(sum(len(batch.ids) for batch in window)))
+    failed, stopping, *counts, samples = run.world.sum([float(error is not None), float(stop is not None), *here])
     if failed:
         run.world.on_all_ranks(lambda: raise_if(error))
     if stopping:
@@ -145,7 +146,7 @@ def agree_on_window(run: Run, fetched: Fetched) -> tuple[list[Batch], dict[str, 
                 "`rawloop inspect --sample ID`, mend their labels, or leave them out"
             )
         )
-    return window, targets
+    return window, targets, int(samples)
 
 
 def samples_of_all_ranks(run: Run, window: list[Batch]) -> list[str]:
@@ -199,8 +200,8 @@ def memory_advice(batches: list[Batch]) -> str:
     largest = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.inputs.values()))
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in largest.inputs.items())
     return (
-        f"its inputs have the shapes {shapes}; lower train.batch_size and raise train.accumulation by the same factor, "
-        "which changes no gradient, or set model.activation_checkpointing"
+        f"its inputs have the shapes {shapes}; lower train.batch_size or train.max_frames and raise "
+        "train.accumulation by the same factor, or set model.activation_checkpointing"
     )
 
 
@@ -233,11 +234,11 @@ def sync_buffers(run: Run, buffers: MovingBuffers, result: StepResult) -> None:
         run.deferred_error = run.deferred_error or TrainingError(f"window {run.state.window} {problem}")
 
 
-def advance(run: Run, result: StepResult, window: list[Batch], progress: Progress) -> None:
-    """Count an applied update, and log if it is due."""
+def advance(run: Run, result: StepResult, samples: int, progress: Progress) -> None:
+    """Count an applied update of so many samples, and log if it is due."""
     state = run.state
     state.step += 1
-    state.samples += sum(len(batch.ids) for batch in window) * run.world.size
+    state.samples += samples
     progress.move_to(state.step)
     if state.step % run.log_every == 0 or state.step >= run.total_steps:
         log(run, result)

@@ -57,7 +57,8 @@ class EvaluationConfig:
     Args:
         enabled: whether to evaluate at all. Without evaluation there is no best model; nothing else changes.
         every: evaluate after this many steps, besides at step 0 and at the end.
-        batch_size: samples per batch and process. The result does not depend on it beyond rounding.
+        batch_size: samples per batch and process, where train.max_frames is 0. The result does not depend on it beyond
+            rounding.
         best_metric: the metric that decides which model is the best, such as eval_loss/audio.
         best_mode: whether the best value is the smallest (min) or the largest (max).
         patience: stop after this many evaluations in a row that were not the best; 0 never stops early.
@@ -168,11 +169,14 @@ class TrainConfig:
     """Length of the training, batch size and accumulation.
 
     Args:
-        batch_size: samples per micro-batch and process.
+        batch_size: samples per micro-batch and process, where max_frames is 0.
         accumulation: micro-batches per optimizer step and process.
         epochs: passes over the training set, if max_steps is 0.
         max_steps: number of optimizer steps; 0 trains for `epochs`.
         log_every: steps between lines in metrics.jsonl; only then losses are read from the device.
+        max_frames: positions per micro-batch and process, padding included: samples of similar length are batched
+            together, as many as fit. Also for the evaluation. 0: batch_size decides.
+        rehearse: run the costliest micro-batch forward and backward before step 0, to see whether memory suffices.
     """
 
     batch_size: int = 1
@@ -180,8 +184,15 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int = 0
     log_every: int = 10
+    max_frames: int = 0
+    rehearse: bool = True
 
     def __post_init__(self) -> None:
+        if self.max_frames < 0 or self.accumulation < 1:
+            raise UserError(
+                f"train.max_frames ({self.max_frames}) must not be below 0, and train.accumulation "
+                f"({self.accumulation}) must be 1 or more"
+            )
         endless = self.max_steps == 0 and not 0 < self.epochs < 1e9
         if self.max_steps < 0 or self.log_every < 1 or endless:
             raise UserError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rawloop.changes import FIXED, NOT_FREE, NOT_KEPT, WINDOW, WORLD_SIZE, SettingsState, compare, flat
+from rawloop.changes import FIXED, FRAMES, NOT_FREE, NOT_KEPT, WINDOW, WORLD_SIZE, SettingsState, compare, flat
 from rawloop.config import RunConfig, known_keys
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
@@ -17,7 +17,7 @@ FREE = """
 output resume init_from device
 model: attention activation_checkpointing trust_remote_code
 data: eval allow_outside on_bad_sample num_workers strict
-train: epochs max_steps log_every
+train: epochs max_steps log_every rehearse
 optim: lr weight_decay beta1 beta2 eps schedule warmup_steps warmup_ratio max_norm
 precision: fallback tf32 max_skips max_nonfinite_losses
 precision.loss_scale: init floor ceiling growth_interval hysteresis
@@ -53,7 +53,7 @@ def changed(key: str) -> dict[str, Any]:
     place = state if key == WORLD_SIZE else state["config"]
     for group in groups:
         place = place[group]
-    place[name] = "another" if key not in WINDOW else 7
+    place[name] = "another" if key not in (*WINDOW, FRAMES) else 7
     return state
 
 
@@ -65,6 +65,11 @@ def test_each_key_is_taken_or_refused_as_the_table_says(key: str) -> None:
         assert compare(stored, RunConfig(), 2) == []
     elif key in WINDOW:
         with pytest.raises(UserError, match=rf"run took \d+ samples .*in another data order: .*, {way_on}"):
+            compare(stored, RunConfig(), 2)
+    elif key == FRAMES:
+        with pytest.raises(
+            UserError, match=rf"took 2 micro-batches .*in another data order: set {FRAMES} to 7, {way_on}"
+        ):
             compare(stored, RunConfig(), 2)
     elif NOT_FREE.get(key) == FIXED:
         with pytest.raises(UserError, match=rf"must not change within a run: {key} another -> .*: set .*, {way_on}"):
@@ -97,6 +102,25 @@ def test_a_step_of_another_number_of_samples_is_told_in_numbers() -> None:
     )
     with pytest.raises(UserError, match="choose them so that it is 16 again, or start another"):
         compare(stored, replace(RunConfig(), train=TrainConfig(3, 1, max_steps=1)), 1)
+
+
+def test_with_max_frames_the_product_of_processes_and_accumulation_must_stay() -> None:
+    def config(accumulation: int, frames: int = 99, size: int = 1) -> RunConfig:
+        return replace(RunConfig(), train=TrainConfig(size, accumulation, max_steps=1, max_frames=frames))
+
+    stored = SettingsState(config(2), 2).state_dict()
+    assert compare(stored, config(4, size=3), 1) == [
+        "train.batch_size 1 -> 3",
+        "train.accumulation 2 -> 4",
+        "world_size 2 -> 1",
+    ]
+    with pytest.raises(UserError) as told:
+        compare(stored, config(2), 1)
+    assert str(told.value) == (
+        "a step of the checkpoint's run took 4 micro-batches (2 process(es) x train.accumulation 2, train.max_frames "
+        "99), and would now take 2 (1 process(es) x train.accumulation 2, train.max_frames 99), in another data order: "
+        "set train.accumulation to 4, or start another run from these weights with --init_from CHECKPOINT --output NEW"
+    )
 
 
 def test_weights_of_streams_are_one_value() -> None:

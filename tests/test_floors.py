@@ -80,6 +80,7 @@ FLOORS = (
             "card",
             "listening",
             "components",
+            "planning",
             "checkpoints",
             "resume",
             "kept",

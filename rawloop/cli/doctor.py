@@ -189,7 +189,15 @@ def small(config: RunConfig, output: Path, batch_size: int, accumulation: int) -
         output=str(output),
         resume=None,
         adapter=replace(config.adapter, dropout=0.0),
-        train=replace(config.train, batch_size=batch_size, accumulation=accumulation, max_steps=STEPS, log_every=1),
+        train=replace(
+            config.train,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            max_steps=STEPS,
+            log_every=1,
+            max_frames=0,
+            rehearse=False,
+        ),
         checks=replace(config.checks, enabled=False),  # they have their own rows
         evaluation=replace(config.evaluation, every=10**9, patience=0),
         checkpoint=replace(config.checkpoint, save_every=STEPS // 2, keep_last=0),
@@ -218,7 +226,7 @@ def measure(config: RunConfig, world: World) -> Measured:
 
 def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
     """Return the gradients of the first window over all ranks, without dropout, and this rank's samples."""
-    window, targets = agree_on_window(built, fetch(iter(built.windows(0)), built.meter))
+    window, targets, _ = agree_on_window(built, fetch(iter(built.windows(0)), built.meter))
     built.module.eval()
     scaler = built.policy.scaler
     while True:

@@ -21,6 +21,7 @@ from rawloop.errors import RawloopError, UserError
 from rawloop.evaluate import Evaluator
 from rawloop.families.chat_template import clock_notice
 from rawloop.losses import LossModule
+from rawloop.planning import evaluation_groups
 from rawloop.precision.modes import OtherMode
 from rawloop.records import json_value
 from rawloop.trained import slot_of
@@ -99,5 +100,6 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     limits = Limits.of(family, model)
     limits.learn(family, model, policy.device, policy.autocast)
     loader = build_loader(config, data, "data.eval", limits, world)
-    evaluator = build_evaluator(config, data, loader, LossModule(model, family.losses), policy, world)
+    module, groups = LossModule(model, family.losses), evaluation_groups(config, data)
+    evaluator = build_evaluator(config, data, loader, module, policy, world, groups)
     return Built(slot, step, evaluator, base, contents, notices)

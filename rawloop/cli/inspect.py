@@ -6,20 +6,23 @@ Targets are in brackets; on a terminal everything else is dimmed.
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from rawloop.cli import read_config
-from rawloop.components import build_family
+from rawloop.components import Data, build_family
 from rawloop.config import RunConfig
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample, has
-from rawloop.data.batches import BatchPlan, Draw, MicroBatches
+from rawloop.data.batches import Draw, MicroBatches
+from rawloop.data.lengths import shape_of
 from rawloop.data.splits import load_samples, no_codes, open_codes
 from rawloop.diagnose.shared import table
+from rawloop.dist import World
 from rawloop.errors import UserError, nearest
+from rawloop.planning import build_plan
 
 WIDTH = 100  # characters of text in a line
 HEAD, TAIL = 9, 9  # first and last frames of a clip that are shown: the delay of eight codebooks and one more
@@ -35,7 +38,7 @@ def run(argv: list[str]) -> None:
     family = build_family(config)
     cache = open_codes(config.data, family)
     samples = load_samples(config.data, family, cache, split, partial(print, file=sys.stderr, flush=True))
-    draws = chosen(samples, config, split, options["sample"])
+    draws = chosen(Data(family, cache, {f"data.{split}": samples}, []), config, split, options["sample"])
     batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, seed=config.seed)
     examples, batch = batches.made(draws)
     color = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
@@ -43,8 +46,9 @@ def run(argv: list[str]) -> None:
     print("\n".join(view.lines()), flush=True)
 
 
-def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | None) -> list[Draw]:
+def chosen(data: Data, config: RunConfig, split: str, name: str | None) -> list[Draw]:
     """Return the draw of the sample with that id, or the draws of the first batch of the split."""
+    samples = data.samples[f"data.{split}"]
     if name is not None:
         found = [Draw(index, epoch=0) for index, sample in enumerate(samples) if sample.id == name]
         if not found:
@@ -56,8 +60,8 @@ def chosen(samples: list[Sample], config: RunConfig, split: str, name: str | Non
         return found
     if split == "eval":
         return [Draw(index, epoch=0) for index in range(min(len(samples), config.evaluation.batch_size))]
-    plan = BatchPlan(len(samples), config.train.batch_size, seed=config.seed, shuffle=config.data.shuffle)
-    return plan.micro_batches(0)[0]
+    config = replace(config, train=replace(config.train, accumulation=1))
+    return build_plan(config, data, World()).micro_batches(0)[0]
 
 
 @dataclass
@@ -160,13 +164,6 @@ class View:
         labels = targets.new_full((piece.positions, targets.shape[1]), IGNORE)
         labels[frames[inside]] = targets[inside]
         return labels
-
-
-def shape_of(batch: Batch) -> tuple[int, int]:
-    """Return the rows and positions of the model's ids, whatever their name."""
-    named = (batch.inputs.get("input_ids"), *batch.inputs.values())
-    rows, width = next(t.shape for t in named if t is not None and t.dim() == 2 and not t.is_floating_point())
-    return rows, width
 
 
 def _cell(code: int, label: int, names: dict[int, str]) -> str:

@@ -1,5 +1,7 @@
 """Which samples are in which micro-batch, a pure function of (seed, window), and the loaders that make the batches.
 
+`data/buckets.py` has the plan for `train.max_frames`.
+
 A *window* is the accumulation group of one optimizer step. Since its contents depend only on (seed, window), a resume
 is O(1), and neither the number of workers nor the world size changes a window. The random numbers that a family draws
 for an example depend only on (seed, epoch, index of the sample).
@@ -9,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from itertools import chain, count
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -25,6 +28,31 @@ class Draw(NamedTuple):
 
     sample: int
     epoch: int
+
+
+class Plan(Protocol):
+    """Which samples a rank takes in each window, as a function of the seed. `num_samples` are those of an epoch."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples in an epoch."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a rank in a window."""
+
+    @property
+    def window_size(self) -> float:
+        """Samples per optimizer step over all ranks; a mean if steps have different numbers."""
+
+    def windows(self, epochs: float) -> int:
+        """Return the number of windows of `epochs` epochs, rounded up."""
+
+    def micro_batches(self, window: int) -> list[list[Draw]]:
+        """Return this rank's samples of one window, one list per micro-batch."""
+
+    def facts(self) -> dict[str, str]:
+        """Return what the plan depends on besides settings and samples; see `changes.Contents`."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +100,9 @@ class BatchPlan:
         firsts = [start + micro * stride + self.rank * self.batch_size for micro in range(self.accumulation)]
         return [[self._sample(first + i) for i in range(self.batch_size)] for first in firsts]
 
-    def stream(self, window: int) -> Iterator[list[Draw]]:
-        """Yield this rank's samples of each micro-batch from `window` on, forever."""
-        while True:
-            yield from self.micro_batches(window)
-            window += 1
+    def facts(self) -> dict[str, str]:
+        """Return nothing: this plan depends on the number of samples alone."""
+        return {}
 
     def _sample(self, position: int) -> Draw:
         epoch, offset = divmod(position, self.num_samples)
@@ -187,12 +213,12 @@ class Loader:
 class TrainWindows:
     """The training data: a call yields the windows (lists of micro-batches) from a number on."""
 
-    def __init__(self, loader: Loader, plan: BatchPlan) -> None:
+    def __init__(self, loader: Loader, plan: Plan) -> None:
         self.loader, self.plan = loader, plan
 
     def __call__(self, window: int) -> Iterator[list[Batch]]:
         """Yield this rank's windows from number `window` on, forever."""
-        stream = self.loader.iterate(self.plan.stream(window))
+        stream = self.loader.iterate(chain.from_iterable(map(self.plan.micro_batches, count(window))))
         while True:
             yield [next(stream) for _ in range(self.plan.accumulation)]
 
@@ -200,15 +226,28 @@ class TrainWindows:
 class EvalBatches:
     """One rank's share of the evaluation set, in a fixed order. Each sample is in exactly one share.
 
-    Every evaluation is epoch 0, so its random numbers are the same each time.
+    Every evaluation is epoch 0, so its random numbers are the same each time. `groups` are the samples of each
+    micro-batch, if it is not `batch_size` that decides.
     """
 
-    def __init__(self, loader: Loader, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         if num_samples < 1:
             raise UserError("the evaluation set is empty: give data.eval samples, or set evaluation.enabled to false")
-        share = [Draw(index, epoch=0) for index in range(rank, num_samples, world_size)]
         self.loader = loader
-        self.draws = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+        if groups is None:
+            share = range(rank, num_samples, world_size)
+            groups = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+        else:
+            groups = groups[rank::world_size]
+        self.draws = [[Draw(index, epoch=0) for index in group] for group in groups]
 
     def __len__(self) -> int:
         return len(self.draws)

@@ -104,6 +104,13 @@ class ChatEncoder:
             exact = text - len(clips) + sum(self._positions(length) for _, length in clips)
             check_length(exact, self.max_positions)
 
+    def length(self, sample: Sample, frames: Callable[[Path], int]) -> int:
+        """Return how many positions a sample takes. Clips are rounded up to 0.04 s: then few lengths are measured."""
+        text = len(self.template.ids(self.template.render(_messages(sample))))
+        unit, most = self.sample_rate // 25, int(self.longest * self.sample_rate)
+        lengths = [frames(path) for path in sample.audio_paths()]
+        return text + sum(self._positions(min(-(-length // unit) * unit, most)) - 1 for length in lengths)
+
     def _positions(self, length: int) -> int:
         """Return how many positions a clip of `length` samples takes."""
         if length not in self._known:

@@ -139,6 +139,12 @@ class TextEncoder:
         chat = not all(sample.is_text for sample in samples)
         return sorted(ends | ({self.template.end_of_turn} if chat else set()))
 
+    def length(self, sample: Sample, frames: Callable[[Path], int] | None = None) -> int:
+        """Return the number of tokens of a sample."""
+        if sample.is_text:
+            return len(self._text_ids(sample.turns[0].words))
+        return len(self.template.ids(self._chat(sample)[1]))
+
     def _text_ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id

@@ -56,6 +56,11 @@ class BaseFamily:
         """Encode one sample; see `example` of the encoder."""
         return self.encoder.example(sample, codes)
 
+    def length(self, sample: Sample, frames: Callable[[Path], int]) -> int:
+        """Return how many positions a sample takes; see `length` of the encoder."""
+        length: int = self.encoder.length(sample, frames)
+        return length
+
     def check_forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         """Refuse inputs that are no parameters of the model's forward. Each set of names is checked once."""
         if tuple(inputs) not in self._checked:

@@ -103,6 +103,8 @@ def facts(run: RunData) -> Table:
     sizes: list[Any] = [of("train.batch_size"), of("train.accumulation"), start.get("world_size")]
     parts = "{} per pass, accumulation {}, world size {}".format(*sizes)
     batch = f"{math.prod(sizes):,} samples a step ({parts})" if all(isinstance(n, int) for n in sizes) else ""
+    if most := of("train.max_frames"):
+        batch = "up to {:,} positions per pass, accumulation {}, world size {}".format(most, *sizes[1:])
     rows: dict[str, list[object]] = {
         "model": [of("model.path"), "" if of("model.family") == "auto" else of("model.family")],
         "adapter": [of("adapter.mode"), *(lora if of("adapter.mode") == "lora" else [])],

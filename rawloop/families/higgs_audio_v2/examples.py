@@ -84,15 +84,22 @@ class HiggsEncoder:
 
     def _measure(self, sample: Sample, frames: Callable[[Path], int]) -> None:
         """Refuse a sample that is too long. A token has at least one byte, so most samples need not be rendered."""
-        paths = sample.audio_paths()
-        clips = sum(frames(path) + self.settings.num_codebooks + 1 for path in paths)
+        clips = self._clips(sample, frames)
         fits = clips + self._most_text(sample) <= self.settings.max_position_embeddings
         if fits and self.tokenizer.unk_token_id is None:
             return
         text = self._text(sample)
         ids = self.template.ids(text)
         self.letters.check_tokens(ids, text)
-        check_length(clips + len(ids) - len(paths), self.settings.max_position_embeddings)
+        check_length(clips + len(ids) - len(sample.audio_paths()), self.settings.max_position_embeddings)
+
+    def length(self, sample: Sample, frames: Callable[[Path], int]) -> int:
+        """Return how many positions a sample takes, from the frames of its clips and the tokens of its text."""
+        tokens = len(self.template.ids(self.template.render(self.conversation(sample))))
+        return self._clips(sample, frames) + tokens - len(sample.audio_paths())
+
+    def _clips(self, sample: Sample, frames: Callable[[Path], int]) -> int:
+        return sum(frames(path) + self.settings.num_codebooks + 1 for path in sample.audio_paths())
 
     def _most_text(self, sample: Sample) -> int:
         """Return an upper bound of the positions of a sample's text.

@@ -1,0 +1,69 @@
+"""How many positions of the model each sample takes, measured once before training."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rawloop.contracts import Batch, Family, Sample
+from rawloop.data.batches import Draw, MicroBatches
+from rawloop.data.buckets import Array, cut
+from rawloop.errors import UserError
+from rawloop.family_protocols import LengthFamily
+
+
+class Lengths:
+    """Measures samples: `lengths(index)` are the positions of a sample.
+
+    Args:
+        family: counts them, or else makes the example.
+        batches: the samples, and how their examples are made.
+        frames: the length of a clip, for a `LengthFamily`.
+    """
+
+    def __init__(self, family: Family, batches: MicroBatches, frames: Callable[[Path], int]) -> None:
+        self.family, self.batches, self.frames = family, batches, frames
+
+    def __call__(self, index: int) -> int:
+        """Return the positions of a sample."""
+        if isinstance(self.family, LengthFamily):
+            sample = self.batches.samples[index]
+            with sample.named_in_errors():
+                return self.family.length(sample, self.frames)
+        return shape_of(self.batches.made([Draw(index, epoch=0)])[1])[1]
+
+    def of(self, indices: Iterable[int]) -> Array:
+        """Return the positions of some samples, int64."""
+        return np.fromiter(map(self, indices), dtype=np.int64)
+
+    def longest(self, number: int) -> list[int]:
+        """Return the longest samples. Only those with most frames and bytes are measured."""
+        samples = self.batches.samples
+        size = np.fromiter((self._size(sample) for sample in samples), dtype=np.int64, count=len(samples))
+        candidates = np.argsort(-size, kind="stable")[: 4 * number + 12]
+        ranked = candidates[np.argsort(-self.of(candidates.tolist()), kind="stable")]
+        return [int(index) for index in ranked[:number]]
+
+    def _size(self, sample: Sample) -> int:
+        clips = sum(self.frames(path) for path in sample.audio_paths())
+        return clips + sum(len(turn.words.encode()) for turn in sample.turns)
+
+
+def shape_of(batch: Batch) -> tuple[int, int]:
+    """Return the rows and positions of the model's ids, whatever their name."""
+    named = (batch.inputs.get("input_ids"), *batch.inputs.values())
+    shapes = (t.shape for t in named if t is not None and t.dim() == 2 and not t.is_floating_point())
+    shape = next(shapes, None)
+    if shape is None:
+        raise UserError(
+            "the model's inputs have no ids (batch, positions), so the lengths of samples are not known: give the "
+            "family a method `length`, or set train.max_frames to 0"
+        )
+    return shape[0], shape[1]
+
+
+def groups_of(lengths: Array, most: int, packed: bool) -> Sequence[Sequence[int]]:
+    """Return the samples of each micro-batch, longest first; a sample longer than `most` is alone."""
+    order = np.argsort(-lengths, kind="stable")
+    starts = cut(lengths[order], most, packed)
+    return [group.tolist() for group in np.split(order, starts[1:])]

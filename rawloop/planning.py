@@ -1,0 +1,217 @@
+"""Plans the micro-batches of a run from its config, and rehearses the costliest one before step 0.
+
+Memory trouble then shows in the first minute, on all ranks together, and not in the hour in which the longest samples
+happen to meet.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from rawloop.components import Data
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch
+from rawloop.data.batches import BatchPlan, Draw, MicroBatches, Plan
+from rawloop.data.buckets import Array, FramePlan
+from rawloop.data.config import codes_folder
+from rawloop.data.lengths import Lengths, groups_of
+from rawloop.data.samples import named
+from rawloop.data.splits import HEARD_RATE, decode_once, no_codes
+from rawloop.dist import World
+from rawloop.errors import UserError, first_few
+from rawloop.family_protocols import HearingFamily
+from rawloop.losses import LossModule
+from rawloop.precision.policy import PrecisionPolicy
+from rawloop.precision.preflight import preflight
+from rawloop.rebuild import trial_loss
+from rawloop.settings import TrainConfig
+
+T = TypeVar("T")
+FULL = ("not enough memory", "can't allocate memory", "out of memory")  # in RuntimeErrors of the CPU and of MPS
+GB = 1e9
+
+
+def build_plan(config: RunConfig, data: Data, world: World) -> Plan:
+    """Return the plan of the training set's micro-batches. Measures all samples for `train.max_frames`.
+
+    Raises:
+        UserError: a sample is longer than `train.max_frames`, or there are too few samples for a step.
+    """
+    train, samples = config.train, data.samples["data.train"]
+    if train.max_frames:
+        return FramePlan(
+            _fitting(config, data),
+            train.max_frames,
+            accumulation=train.accumulation,
+            world_size=world.size,
+            rank=world.rank,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            packed=config.data.packing,
+        )
+    return BatchPlan(
+        num_samples=len(samples),
+        batch_size=train.batch_size,
+        accumulation=train.accumulation,
+        world_size=world.size,
+        rank=world.rank,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def measurer(config: RunConfig, data: Data, split: str) -> Lengths:
+    """Return what measures the samples of a split."""
+    samples, family = data.samples[split], data.family
+    cache = data.cache
+    if cache is None and any(sample.audio_paths() for sample in samples):
+        rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
+        cache = decode_once(samples, codes_folder(config.data), rate, config.data)
+    batches = MicroBatches(
+        samples, partial(family.example, codes=data.cache or no_codes), family.collate, seed=config.seed
+    )
+    return Lengths(family, batches, cache.frames if cache else _no_frames)
+
+
+def _no_frames(path: Path) -> int:
+    raise AssertionError(f"{path} has no length")
+
+
+def _fitting(config: RunConfig, data: Data) -> Array:
+    """Return the lengths of the training samples. One above `train.max_frames` is refused, or is to be left out."""
+    samples, most = data.samples["data.train"], config.train.max_frames
+    lengths = measurer(config, data, "data.train").of(range(len(samples)))
+    long = {
+        samples[index].id: f"sample '{samples[index].id}' ({samples[index].source}) takes {lengths[index]}"
+        for index in np.flatnonzero(lengths > most).tolist()
+    }
+    if not long:
+        return lengths
+    what = f"{len(long)} of {len(samples)} samples of data.train take more positions than train.max_frames ({most})"
+    if config.data.on_bad_sample == "stop" or len(long) == len(samples):
+        raise UserError(
+            f"{what}: {named(long)}: set train.max_frames to {lengths.max()} or more, or leave them out: "
+            "--data.on_bad_sample skip"
+        )
+    data.notices.append(f"{what}; they are left out, since data.on_bad_sample is skip: {named(long)}")
+    return lengths
+
+
+def evaluation_groups(config: RunConfig, data: Data) -> Sequence[Sequence[int]] | None:
+    """Return the evaluation samples by micro-batch, if `train.max_frames` decides."""
+    if not config.train.max_frames:
+        return None
+    lengths = measurer(config, data, "data.eval").of(range(len(data.samples["data.eval"])))
+    return groups_of(lengths, config.train.max_frames, config.data.packing)
+
+
+def plan_lines(config: RunConfig, plan: Plan) -> Iterator[str]:
+    """Yield lines about a plan by positions, and that `train.batch_size` has no effect then."""
+    train = config.train
+    if isinstance(plan, FramePlan):
+        yield plan.text()
+        if train.batch_size != TrainConfig.batch_size:
+            yield (
+                f"train.max_frames is {train.max_frames} and train.batch_size {train.batch_size}: max_frames decides, "
+                "batch_size has no effect"
+            )
+
+
+def rehearse(
+    config: RunConfig,
+    data: Data,
+    batches: MicroBatches,
+    plan: Plan,
+    module: LossModule,
+    policy: PrecisionPolicy,
+    say: Callable[[str], None],
+) -> None:
+    """Run the costliest micro-batch forward and backward, and undo its changes. All ranks call this.
+
+    On a GPU, memory for the optimizer's state is held meanwhile, and the peak is told.
+
+    Raises:
+        UserError: on all ranks, if the memory of one of them does not suffice.
+    """
+    world, device = policy.world, policy.device
+    draws = world.on_all_ranks(partial(_costliest, config, data, plan)) or []
+    on_gpu = device.type == "cuda"
+    weights = [weight for _, weight in policy.named_parameters()] if on_gpu else []
+    peaks = []
+    for chosen in draws:
+        batch = world.on_all_ranks(lambda chosen=chosen: batches.made(chosen)[1])  # type: ignore[misc]
+        assert batch is not None
+        what = _named(batch)
+
+        def go(batch: Batch = batch) -> None:
+            held = [torch.empty_like(weight) for weight in weights for _ in range(2)]  # AdamW's two means
+            preflight(policy, partial(trial_loss, module, batch, device))
+            del held
+
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        within_memory(go, world, f"the costliest micro-batch has {what}", advice(config))
+        peaks.append((torch.cuda.max_memory_allocated(device) / GB if on_gpu else 0.0, what))
+    if on_gpu:
+        most, what = max(world.gather(max(peaks)))
+        total = torch.cuda.get_device_properties(device).total_memory / GB
+        say(f"rehearsal: the costliest micro-batch ({what}) takes {most:.1f} of {total:.1f} GB at its peak")
+
+
+def _costliest(config: RunConfig, data: Data, plan: Plan) -> list[list[Draw]]:
+    """Return the micro-batches to rehearse: with `train.batch_size`, the longest samples, should they ever meet."""
+    if isinstance(plan, FramePlan):
+        return plan.costliest()
+    number = min(config.train.batch_size, len(data.samples["data.train"]))
+    return [[Draw(index, epoch=0) for index in measurer(config, data, "data.train").longest(number)]]
+
+
+def _named(batch: Batch) -> str:
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.inputs.items())
+    return f"{shapes} of the samples {first_few(batch.ids)}"
+
+
+def advice(config: RunConfig) -> str:
+    """Return the settings that need less memory."""
+    train = config.train
+    key = "train.max_frames" if train.max_frames else "train.batch_size"
+    ways = ["leave out the longest samples (data.max_seconds)", "train less of the model"]
+    if not config.model.activation_checkpointing:
+        ways.insert(0, "set model.activation_checkpointing")
+    if train.max_frames or train.batch_size > 1:
+        value = train.max_frames or train.batch_size
+        ways.insert(0, f"lower {key} ({value}) and raise train.accumulation by the same factor")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
+
+
+def within_memory(work: Callable[[], T], world: World, what: str, fix: str) -> T:
+    """Run what all ranks run together, and what raises on all of them if it raises on one.
+
+    Raises:
+        UserError: on all ranks, if one of them ran out of memory.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    full = error is not None and is_out_of_memory(error)
+    shares = world.gather(f"({str(error).strip().splitlines()[0]}): {what}" if full else None)
+    rank = next((rank for rank, share in enumerate(shares) if share is not None), None)
+    if rank is not None:
+        where = f" of rank {rank}" if world.size > 1 else ""
+        raise world.raised_on_all(UserError(f"the memory{where} does not suffice {shares[rank]}: {fix}")) from error
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that the memory of the device, or of the machine, is used up."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
