@@ -94,7 +94,7 @@ def test_a_run_takes_every_sample_once_an_epoch_and_says_so(by_frames: RunConfig
     assert (state.step, state.samples) == (steps, 16)
     assert sorted(ids[:8]) == sorted(ids[8:]) == sorted(set(ids))
     found = read_metrics(Path(by_frames.output))
-    assert max(line.get("epoch", 0.0) for line in found) == 2.0
+    assert max(float(line.get("epoch") or 0.0) for line in found) == 2.0
     by_size = replace(by_frames, output=f"{by_frames.output}-2", train=replace(BY_FRAMES, max_frames=0))
     whole = build_run(by_size, World(), lines.append)
     try:
@@ -137,12 +137,10 @@ def test_longer_samples_are_refused_by_name_or_left_out(by_frames: RunConfig) ->
 
 
 def losses_of(world: World, config: RunConfig) -> list[tuple[float, float]]:
-    run = go(config, world)
-    return (
-        [(line["loss"], line["epoch"]) for line in read_metrics(Path(config.output))]
-        if world.is_main
-        else [(0.0, float(run.state.samples))]
-    )
+    """The loss and the epoch of each line on rank 0, and the samples that were counted."""
+    samples = float(go(config, world).state.samples)
+    lines = read_metrics(Path(config.output)) if world.is_main else []
+    return [*((float(line["loss"] or 0), float(line["epoch"] or 0)) for line in lines), (0.0, samples)]
 
 
 @pytest.mark.slow
@@ -151,7 +149,7 @@ def test_two_ranks_train_as_one(by_frames: RunConfig, run_ranks: Ranks) -> None:
     one = losses_of(World(), by_frames)
     split = replace(by_frames, output=f"{by_frames.output}-2", train=replace(BY_FRAMES, accumulation=1))
     first, second = run_ranks(losses_of, split)
-    assert second == [(0.0, 16.0)]
+    assert second == [(0.0, 16.0)] == one[-1:] == first[-1:]
     assert [epoch for _, epoch in first] == [epoch for _, epoch in one]
     assert [loss for loss, _ in first] == pytest.approx([loss for loss, _ in one], rel=1e-5)
 
@@ -205,7 +203,7 @@ ORIGINAL = CausalLM.losses
 def told_of_memory(world: World, config: RunConfig, only: int = 0) -> str:
     """What a run says whose memory does not suffice on one rank."""
     if world.rank == only:
-        CausalLM.losses = greedy  # type: ignore[method-assign]
+        CausalLM.losses = greedy  # type: ignore[method-assign, assignment]
     try:
         run = build_run(config, world, lambda line: None)
     except UserError as error:
