@@ -18,6 +18,7 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.data.batches import MicroBatches
+from rawloop.data.lengths import Lengths
 from rawloop.data.splits import no_codes
 from rawloop.dist import World
 from rawloop.errors import UserError
@@ -64,7 +65,7 @@ def test_a_family_that_does_not_count_is_measured_by_its_examples(by_frames: Run
         collate, example = data.family.collate, data.family.example
 
     batches = MicroBatches(data.samples["data.train"], partial(data.family.example, codes=no_codes), Uncounted.collate)
-    own = planning.Lengths(Uncounted(), batches, no_codes)  # type: ignore[arg-type]
+    own = Lengths(Uncounted(), batches, no_codes)  # type: ignore[arg-type]
     assert own.of(range(8)).tolist() == planning.measurer(by_frames, data, "data.train").of(range(8)).tolist()
 
 
@@ -73,7 +74,8 @@ def test_a_run_takes_every_sample_once_an_epoch_and_says_so(by_frames: RunConfig
     ids: list[str] = []
     by_frames.evaluation = EvaluationConfig(batch_size=1)
     run = build_run(by_frames, World(), lines.append)
-    losses = run.module.losses
+    module: Any = run.module
+    losses = module.losses
 
     def spy(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
         assert batch.inputs["input_ids"].numel() <= 100 or len(batch.ids) == 1
@@ -82,7 +84,7 @@ def test_a_run_takes_every_sample_once_an_epoch_and_says_so(by_frames: RunConfig
         found: dict[str, StreamLoss] = losses(model, batch)
         return found
 
-    run.module.losses = spy
+    module.losses = spy
     try:
         state = train(run)
     finally:

@@ -224,7 +224,7 @@ def rawloop(model: Any, rows: Rows, folder: Path, by_frames: bool = True) -> Non
     model = policy.prepare(model)
     plan: Plan = FramePlan(rows.lengths, rows.most) if by_frames else BatchPlan(len(rows), rows.work.batch)
     total, samples = plan.windows(1), rows
-    loader = Loader(MicroBatches(samples, lambda row: row, to_batch))  # type: ignore[arg-type, return-value]
+    loader = Loader(MicroBatches(samples, lambda row: row, to_batch))  # type: ignore[arg-type]
     with Records(folder, world, RecordsConfig()) as records:
         run = Run(
             module=LossModule(model, losses),
