@@ -31,7 +31,7 @@ from rawloop.diagnose.checks import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
 from rawloop.files import readable
-from rawloop.loop import Run, accumulate, agree_on_window, fetch
+from rawloop.loop import Run, TrainConfig, accumulate, agree_on_window, fetch
 
 FIRST_ROW = "data, model, first pass"
 CHECKS = ("label census", "first loss", "causality probe")  # in the order of `Report.checks`
@@ -189,15 +189,7 @@ def small(config: RunConfig, output: Path, batch_size: int, accumulation: int) -
         output=str(output),
         resume=None,
         adapter=replace(config.adapter, dropout=0.0),
-        train=replace(
-            config.train,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            max_steps=STEPS,
-            log_every=1,
-            max_frames=0,
-            rehearse=False,
-        ),
+        train=TrainConfig(batch_size, accumulation, max_steps=STEPS, log_every=1, rehearse=False),
         checks=replace(config.checks, enabled=False),  # they have their own rows
         evaluation=replace(config.evaluation, every=10**9, patience=0),
         checkpoint=replace(config.checkpoint, save_every=STEPS // 2, keep_last=0),

@@ -128,6 +128,16 @@ def test_lengths_do_not_foretell_those_of_the_next_batch(world: int, accumulatio
     assert abs(np.mean(found)) < 0.2, found
 
 
+def test_long_samples_come_anywhere_in_an_epoch() -> None:
+    lengths, places = speech(), []
+    for seed in range(20):
+        plan = FramePlan(lengths, MOST, seed=seed)
+        batches = [m for window in range(plan.windows_per_epoch) for m in plan.micro_batches(window)]
+        longest = np.array([lengths[[draw.sample for draw in samples]].max() for samples in batches])
+        places.append(np.argsort(-longest)[:40].mean() / len(batches))
+    assert abs(np.mean(places) - 0.5) < 0.05
+
+
 @pytest.mark.parametrize(("number", "most"), [(20_000, 0.25), (500, 0.75)])
 def test_epochs_put_other_samples_together(number: int, most: float) -> None:
     plan = FramePlan(speech(number), MOST // 2)

@@ -504,6 +504,15 @@ def test_a_sample_is_measured_whole_before_training(family: AudioChat, monkeypat
             family.check(one, length)
 
 
+def test_lengths_are_those_of_the_examples_or_one_more_for_a_clip(family: AudioChat) -> None:
+    def length(path: Path) -> int:
+        return len(load_audio(path, 16000))
+
+    for one in (said(CLIPS[0]), said(*CLIPS[3:6]), said(), sample(*TALK)):
+        exact = len(family.example(one, no_codes).input_ids)
+        assert exact <= family.length(one, length) <= exact + len(one.audio_paths())
+
+
 def with_template(family: AudioChat, change: Callable[[str], str]) -> ChatEncoder:
     processor = copy.copy(family.processor)
     processor.chat_template = change(processor.chat_template)
