@@ -196,8 +196,9 @@ def _prepare_rank(
     if evaluates:
         check_best_metric(config.evaluation.best_metric, list(family.streams))
     data = read_data(config, family, "train", *(["eval"] if evaluates else []))
-    plan = build_plan(config, data, world)
-    groups = evaluation_groups(config, data) if evaluates else None
+    contents = data.contents()
+    plan = build_plan(config, data, world, contents)
+    groups = evaluation_groups(config, data, contents) if evaluates else None
     total = config.train.max_steps or plan.windows(config.train.epochs)
     for line in [
         *data.notices,
@@ -220,7 +221,8 @@ def _prepare_rank(
     if isinstance(first, RawloopError):
         raise first
     listener = build_listener(config, data, model, policy, world)
-    contents = data.contents()
+    contents.reading |= plan.facts()
+    return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener)
     contents.reading |= plan.facts()
     return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener)
 

@@ -4,14 +4,18 @@ Memory trouble then shows in the first minute, on all ranks together, and not in
 happen to meet.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from rawloop.changes import Contents
 from rawloop.components import Data
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
@@ -24,18 +28,21 @@ from rawloop.data.splits import HEARD_RATE, decode_once, no_codes
 from rawloop.dist import World
 from rawloop.errors import UserError, first_few
 from rawloop.family_protocols import HearingFamily
+from rawloop.files import replace_file
 from rawloop.losses import LossModule
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.rebuild import trial_loss
 from rawloop.settings import TrainConfig
+from rawloop.versions import installed_versions
 
 T = TypeVar("T")
 FULL = ("not enough memory", "can't allocate memory", "out of memory")  # in RuntimeErrors of the CPU and of MPS
 GB = 1e9
+MANY = 20_000  # samples whose lengths are stored: to measure them takes some seconds
 
 
-def build_plan(config: RunConfig, data: Data, world: World) -> Plan:
+def build_plan(config: RunConfig, data: Data, world: World, contents: Contents) -> Plan:
     """Return the plan of the training set's micro-batches. Measures all samples for `train.max_frames`.
 
     Raises:
@@ -44,7 +51,7 @@ def build_plan(config: RunConfig, data: Data, world: World) -> Plan:
     train, samples = config.train, data.samples["data.train"]
     if train.max_frames:
         return FramePlan(
-            _fitting(config, data),
+            _fitting(config, data, contents),
             train.max_frames,
             accumulation=train.accumulation,
             world_size=world.size,
@@ -77,14 +84,38 @@ def measurer(config: RunConfig, data: Data, split: str) -> Lengths:
     return Lengths(family, batches, cache.frames if cache else _no_frames)
 
 
+def all_lengths(config: RunConfig, data: Data, contents: Contents, split: str) -> Array:
+    """Return the positions of all samples of a split, int64.
+
+    Of many samples they are stored beside the codes, by everything that they depend on. A file that is damaged or
+    cannot be written is no error: they are measured again.
+    """
+    number = len(data.samples[split])
+    key = repr((contents.reading, contents.source, contents.samples[split], installed_versions()))
+    file = codes_folder(config.data) / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    if number >= MANY:
+        with suppress(OSError, ValueError, EOFError):
+            found: Array = np.load(file, allow_pickle=False).astype(np.int64)
+            if found.shape == (number,):
+                return found
+    lengths = measurer(config, data, split).of(range(number))
+    if number >= MANY:
+        stream = BytesIO()
+        np.save(stream, lengths.astype(np.int32))
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, stream.getvalue())
+    return lengths
+
+
 def _no_frames(path: Path) -> int:
     raise AssertionError(f"{path} has no length")
 
 
-def _fitting(config: RunConfig, data: Data) -> Array:
+def _fitting(config: RunConfig, data: Data, contents: Contents) -> Array:
     """Return the lengths of the training samples. One above `train.max_frames` is refused, or is to be left out."""
     samples, most = data.samples["data.train"], config.train.max_frames
-    lengths = measurer(config, data, "data.train").of(range(len(samples)))
+    lengths = all_lengths(config, data, contents, "data.train")
     long = {
         samples[index].id: f"sample '{samples[index].id}' ({samples[index].source}) takes {lengths[index]}"
         for index in np.flatnonzero(lengths > most).tolist()
@@ -101,11 +132,11 @@ def _fitting(config: RunConfig, data: Data) -> Array:
     return lengths
 
 
-def evaluation_groups(config: RunConfig, data: Data) -> Sequence[Sequence[int]] | None:
+def evaluation_groups(config: RunConfig, data: Data, contents: Contents) -> Sequence[Sequence[int]] | None:
     """Return the evaluation samples by micro-batch, if `train.max_frames` decides."""
     if not config.train.max_frames:
         return None
-    lengths = measurer(config, data, "data.eval").of(range(len(data.samples["data.eval"])))
+    lengths = all_lengths(config, data, contents, "data.eval")
     return groups_of(lengths, config.train.max_frames, config.data.packing)
 
 

@@ -69,6 +69,26 @@ def test_a_family_that_does_not_count_is_measured_by_its_examples(by_frames: Run
     assert own.of(range(8)).tolist() == planning.measurer(by_frames, data, "data.train").of(range(8)).tolist()
 
 
+def test_lengths_of_many_samples_are_measured_once(
+    text_run: RunConfig, text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MANY", 8)
+    config = replace(text_run, data=replace(text_run.data, codes=str(tmp_path / "codes")), train=BY_FRAMES)
+    data = read_data(config, build_family(config), "train")
+    contents = data.contents()
+    first = planning.all_lengths(config, data, contents, "data.train")
+    (file,) = (tmp_path / "codes").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "length", None)
+        assert planning.all_lengths(config, data, contents, "data.train").tolist() == first.tolist()
+    contents.samples["data.train"][0] = "another"
+    planning.all_lengths(config, data, contents, "data.train")
+    assert len(list((tmp_path / "codes").iterdir())) == 2
+    file.write_bytes(file.read_bytes()[:-3])
+    again = planning.all_lengths(config, data, data.contents(), "data.train")
+    assert again.tolist() == first.tolist()
+
+
 def test_a_run_takes_every_sample_once_an_epoch_and_says_so(by_frames: RunConfig) -> None:
     lines: list[str] = []
     ids: list[str] = []

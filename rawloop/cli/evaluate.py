@@ -100,6 +100,6 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
     limits = Limits.of(family, model)
     limits.learn(family, model, policy.device, policy.autocast)
     loader = build_loader(config, data, "data.eval", limits, world)
-    module, groups = LossModule(model, family.losses), evaluation_groups(config, data)
+    module, groups = LossModule(model, family.losses), evaluation_groups(config, data, contents)
     evaluator = build_evaluator(config, data, loader, module, policy, world, groups)
     return Built(slot, step, evaluator, base, contents, notices)

@@ -61,7 +61,7 @@ def chosen(data: Data, config: RunConfig, split: str, name: str | None) -> list[
     if split == "eval":
         return [Draw(index, epoch=0) for index in range(min(len(samples), config.evaluation.batch_size))]
     config = replace(config, train=replace(config.train, accumulation=1))
-    return build_plan(config, data, World()).micro_batches(0)[0]
+    return build_plan(config, data, World(), data.contents()).micro_batches(0)[0]
 
 
 @dataclass

@@ -188,8 +188,6 @@ class FramePlan:
         ties = torch.randperm(self.num_batches, generator=generator).numpy()
         ranked = np.lexsort((ties, positions * CLASSES // self.max_frames)).reshape(-1, self.per_window)
         ranked = ranked[torch.randperm(len(ranked), generator=generator).numpy()]
-        turns = torch.rand(ranked.shape, generator=generator).argsort(1).numpy()
-        ranked = np.take_along_axis(ranked, turns, axis=1)
         padding = 1 - float(add.sum() / positions.sum())
         return Grouping(order, spans[ranked], positions[ranked], padding)
 
