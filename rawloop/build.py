@@ -200,11 +200,8 @@ def _prepare_rank(
     plan = build_plan(config, data, world, contents)
     groups = evaluation_groups(config, data, contents) if evaluates else None
     total = config.train.max_steps or plan.windows(config.train.epochs)
-    for line in [
-        *data.notices,
-        *plan_lines(config, plan),
-        *cadence_notices(config, total, plan.num_samples, plan.window_size),
-    ]:  # loading the model may take minutes
+    lines = [*plan_lines(config, plan), *cadence_notices(config, total, plan.num_samples, plan.window_size)]
+    for line in [*data.notices, *lines]:  # loading the model may take minutes
         say(line)
     notices: list[str] = []
     model, policy, base = build_model(config, world, family, notices, precision, source)
@@ -221,8 +218,6 @@ def _prepare_rank(
     if isinstance(first, RawloopError):
         raise first
     listener = build_listener(config, data, model, policy, world)
-    contents.reading |= plan.facts()
-    return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener)
     contents.reading |= plan.facts()
     return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener)
 
