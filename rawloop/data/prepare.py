@@ -122,42 +122,70 @@ def prepare(
     config, world = config or DataConfig(), world or World()
     folder = Path(expanduser(folder))
     samples = list(samples)
-    clips: dict[str, str] = {}  # path -> the first sample that needs it
-    for sample in samples:
-        for path in sample.audio_paths():
-            clips.setdefault(str(path.absolute()), sample.id)
+    clips = _needed(samples)
     report = PrepareReport(str(folder), codec, config.on_bad_sample, len(samples), len(clips))
-    paths, inside = list(clips), codec_folder(folder, codec)
-    with _deferred_signals(preemption) as signalled, ExitStack() as stack:
-        waiting = partial(_give_up, signalled) if wait else None
-
-        def begin() -> Plan:
-            stack.enter_context(open_cache(folder, codec, waiting))
-            return start_plan(inside, paths, codec, config, shard_clips)
-
-        plan = world.from_main(world.on_all_ranks(begin, only_main=True))
-        assert plan is not None, "rank 0 has made it"
-        bar = _Bar(plan, len(paths), encode is None, progress, world)
-        encoder = Encoder(encode, config, keep_seconds, signalled, bar.show)
-        complete = _make_shards(inside, codec, plan, paths, encoder, world, bar)
-        report.encoded, report.hours, report.seconds = _totals(encoder, bar, world)
-        reason = first_reason(world.gather(signalled()))
-        if complete and world.is_main:
-            end_plan(inside)
-    if not complete:
-        stopped = f"stopped by {reason}; encoded clips are kept: run `rawloop prepare` again to go on"
+    how = (progress, shard_clips, keep_seconds, preemption, wait)
+    if stopped := _encode_missing(report, list(clips), encode, config, world, *how):
         raise world.raised_on_all(Preempted(stopped))
-    rows = read_rows(inside)
-    found = [(rows[path], sample) for path, sample in clips.items()]
-    report.bad = [BadClip(row.path, row.bad, sample) for row, sample in found if row.bad]
-    bad = {clip.path for clip in report.bad}
-    report.reused = len(clips) - report.encoded - len(bad)
-    report.left_out = [sample.id for sample in samples if not bad.isdisjoint(map(str, sample.audio_paths()))]
+    rows = read_rows(codec_folder(folder, codec))
+    _name_bad_clips(report, samples, [(rows[path], sample) for path, sample in clips.items()])
     if world.is_main:
         write_file(folder / REPORT, json.dumps(asdict(report), indent=1).encode())
     if report.bad and config.on_bad_sample == "stop":
         raise world.raised_on_all(BadClips(report))
     return report
+
+
+def _encode_missing(
+    report: PrepareReport,
+    paths: Sequence[str],
+    encode: Encode | None,
+    config: DataConfig,
+    world: World,
+    progress: bool,
+    shard_clips: int | None,
+    keep_seconds: float,
+    preemption: Preemption | None,
+    wait: bool,
+) -> str | None:
+    """Encode the clips without codes, and count them in the report. Return None, or what to say if it was stopped."""
+    cache, codec = Path(report.folder), report.codec
+    folder = codec_folder(cache, codec)
+    with _deferred_signals(preemption) as signalled, ExitStack() as stack:
+        waiting = partial(_give_up, signalled) if wait else None
+
+        def begin() -> Plan:
+            stack.enter_context(open_cache(cache, codec, waiting))
+            return start_plan(folder, paths, codec, config, shard_clips)
+
+        plan = world.from_main(world.on_all_ranks(begin, only_main=True))
+        assert plan is not None, "rank 0 has made it"
+        bar = _Bar(plan, len(paths), encode is None, progress, world)
+        encoder = Encoder(encode, config, keep_seconds, signalled, bar.show)
+        complete = _make_shards(folder, codec, plan, paths, encoder, world, bar)
+        report.encoded, report.hours, report.seconds = _totals(encoder, bar, world)
+        reason = first_reason(world.gather(signalled()))
+        if complete and world.is_main:
+            end_plan(folder)
+    again = "encoded clips are kept: run `rawloop prepare` again to go on"
+    return None if complete else f"stopped by {reason}; {again}"
+
+
+def _needed(samples: Iterable[Sample]) -> dict[str, str]:
+    """Return the absolute path of each clip, and the first sample that needs it."""
+    clips: dict[str, str] = {}
+    for sample in samples:
+        for path in sample.audio_paths():
+            clips.setdefault(str(path.absolute()), sample.id)
+    return clips
+
+
+def _name_bad_clips(report: PrepareReport, samples: Iterable[Sample], rows: Iterable[tuple[Row, str]]) -> None:
+    """Put the bad clips into the report, and the samples that need them; `rows` have the first sample of each clip."""
+    report.bad = [BadClip(row.path, row.bad, sample) for row, sample in rows if row.bad]
+    bad = {clip.path for clip in report.bad}
+    report.reused = report.clips - report.encoded - len(bad)
+    report.left_out = [sample.id for sample in samples if not bad.isdisjoint(map(str, sample.audio_paths()))]
 
 
 def _make_shards(
