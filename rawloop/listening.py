@@ -84,11 +84,16 @@ def _ears(config: ListenConfig, family: Family, device: torch.device) -> Ears:
         return Ears()
     codec, decode = family.load_decoder(device)
     compare = imported(config.similarity, "listen.similarity") if config.similarity else None
-    recognise = _recogniser(config.transcriber, device) if config.transcriber else None
+    recognise = recogniser(config.transcriber, device) if config.transcriber else None
     return Ears(decode, codec.sample_rate, codec.frame_rate, recognise, compare)
 
 
-def _recogniser(name: str, device: torch.device) -> Recognise:
+def recogniser(name: str, device: torch.device) -> Recognise:
+    """Return the user's function, or one that runs a model of transformers; see `ListenConfig.transcriber`.
+
+    Raises:
+        UserError: there is no such function or model.
+    """
     if ":" in name:
         recognise: Recognise = imported(name, "listen.transcriber")
         return recognise

@@ -1,5 +1,6 @@
 """Listening while it trains: it changes nothing of the training, measures what it hears, and no rank waits for ever."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+)
 
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
@@ -15,6 +23,7 @@ from rawloop.config import RunConfig
 from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError
 from rawloop.listen.config import ListenConfig
+from rawloop.listening import recogniser
 from rawloop.records import read_metrics
 from rawloop.report import one
 from rawloop.run import Run
@@ -122,3 +131,18 @@ def test_ranks_share_the_prompts_and_no_rank_waits_for_one_that_fails(
     # greedy, as the model's own settings are: the same on any number of ranks
     assert whole == {**first, "listen/seconds": pytest.approx(whole["listen/seconds"])}
     assert math.isfinite(whole["listen/length_ratio"])
+
+
+def test_a_model_of_transformers_transcribes_and_another_is_refused(text_checkpoint: Path, tmp_path: Path) -> None:
+    """A tiny recogniser with random weights, which hears 16 kHz: the clip is resampled to that."""
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: k for k, letter in enumerate(["<pad>", "|", *"abc"])}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), unk_token="<pad>")
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Wav2Vec2Config(vocab_size=5, conv_dim=[8] * 7, num_conv_pos_embeddings=4, pad_token_id=0, **sizes)
+    config.num_conv_pos_embedding_groups = 2
+    Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
+    recognised = recogniser(str(tmp_path), torch.device("cpu"))
+    assert set(recognised(torch.randn(24_000), 24_000)) <= {*"abc "}
+    with pytest.raises(UserError, match=r"listen\.transcriber is '.*', whose model cannot be loaded"):
+        recogniser(str(text_checkpoint), torch.device("cpu"))

@@ -65,9 +65,24 @@ def test_a_dry_run_shows_what_a_push_would_upload_and_a_push_needs_the_hub(
     assert "pushed" not in done.out
     named = json.loads((tmp_path / "b" / "processor_config.json").read_text())["audio_tokenizer"]
     assert named["audio_tokenizer_name_or_path"] == "owner/codec"
-    said = refusal(*asked, *codec, "--output", tmp_path / "c", code=1)
+    said = refusal(*asked, *codec, "--output", tmp_path / "c", code=1)  # offline, as all tests are
     assert said.startswith("--push owner/voice: the hub did not take it (")
     assert (tmp_path / "c" / "model.safetensors").is_file()
+
+
+def test_a_hub_that_is_not_reached_is_told_in_a_line(
+    run_cli: Callable[..., Any], text_checkpoint: Path, tmp_path: Path
+) -> None:
+    nobody = {
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_TOKEN": "none",
+    }
+    done = run_cli("export", text_checkpoint, "--output", tmp_path / "out", "--push", "owner/x", env=nobody)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("rawloop export: --push owner/x: the hub did not take it (")
+    assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_a_model_that_was_trained_in_full_is_exported_with_its_tokenizer(

@@ -44,7 +44,7 @@ from rawloop.families.audio_chat import AudioChat, ChatEncoder, Example
 from rawloop.families.sample_checks import Letters, check_repeatable
 from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics
-from rawloop.settings import DDPConfig
+from rawloop.settings import DDPConfig, SamplingConfig
 
 CLIPS = sorted((SPEECH / "eval").glob("*.flac"))
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|pad|>")
@@ -732,3 +732,26 @@ def test_what_only_decoding_shows_is_found_before_training_and_once(
     prepared = ["prepare", f"--model.path={checkpoint}", "--device=cpu", *start[5:7]]
     assert main([*prepared, "--data.on_bad_sample=skip"]) == 0
     assert " 0 decoded now, " in capsys.readouterr().out
+
+
+def test_what_is_generated_is_prompted_as_in_training_and_stops_where_it_was_taught(family: AudioChat) -> None:
+    talk = replace(sample(*TALK), id="talk")
+    whole, prompt = family.example(talk, no_codes), family.encoder.prompt(talk)
+    start = prompt["input_ids"].shape[1]
+    assert torch.equal(prompt["input_ids"][0], whole.input_ids[:start])
+    assert (whole.labels[start:] != IGNORE).any()
+    assert whole.labels[start - 1] == IGNORE
+    model: Any = family.load_model()
+    learnt = said(CLIPS[0], answer="No, two.")
+    batch = family.collate([family.example(learnt, no_codes)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        torch.autograd.backward(family.losses(model, batch)["text"].total)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    for limit, text in ((20, "No, two."), (3, "No")):
+        (found,) = family.generate(model, [learnt], no_codes, [limit], SamplingConfig(temperature=0.0))
+        assert str(found.text).startswith(text)
+        assert found.stopped == (found.text == "No, two.")
+        assert found.length <= limit
