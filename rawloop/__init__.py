@@ -26,6 +26,8 @@ _HOME = {
         "errors": "BadSample CheckpointError InterruptedUpdate LostRank Preempted RawloopError TrainingError UserError",
         "evaluate": "Evaluation Evaluator",
         "inputs": "call",
+        "listen.config": "ListenConfig",
+        "listen.listener": "Ears Listener Prompt",
         "loop": "train",
         "run": "Run TrainState",
         "losses": "LossModule as_stream_losses",
@@ -76,6 +78,10 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from rawloop.evaluate import Evaluation as Evaluation
     from rawloop.evaluate import Evaluator as Evaluator
     from rawloop.inputs import call as call
+    from rawloop.listen.config import ListenConfig as ListenConfig
+    from rawloop.listen.listener import Ears as Ears
+    from rawloop.listen.listener import Listener as Listener
+    from rawloop.listen.listener import Prompt as Prompt
     from rawloop.loop import train as train
     from rawloop.losses import LossModule as LossModule
     from rawloop.losses import as_stream_losses as as_stream_losses

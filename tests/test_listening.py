@@ -146,3 +146,34 @@ def test_a_model_of_transformers_transcribes_and_another_is_refused(text_checkpo
     assert set(recognised(torch.randn(24_000), 24_000)) <= {*"abc "}
     with pytest.raises(UserError, match=r"listen\.transcriber is '.*', whose model cannot be loaded"):
         recogniser(str(text_checkpoint), torch.device("cpu"))
+
+
+class StopsWhileListening:
+    """Asks to stop at the first batch of prompts: after the two batches of the evaluation."""
+
+    calls = 0
+
+    def wanted(self) -> str | None:
+        self.calls += 1
+        return "a signal" if self.calls == 3 else None
+
+
+def test_a_stop_while_listening_saves_and_the_resumed_run_listens_again(base: RunConfig, tmp_path: Path) -> None:
+    config = replace(base, listen=ListenConfig(samples=2), checkpoint=CheckpointConfig(save_every=1000))
+    whole = go(replace(config, output=str(tmp_path / "whole")))
+
+    def stop(run: Run) -> None:
+        run.preemption = StopsWhileListening()  # type: ignore[assignment]
+
+    with pytest.raises(Preempted, match=r"stopped by a signal at step 0; checkpoint: .*step-00000000"):
+        go(config, change=stop)
+    assert not heard_in(tmp_path / "run")
+    resumed = go(replace(config, resume="latest"))
+    times = ("listen/seconds",)
+    first, second = (heard_in(tmp_path / name) for name in ("run", "whole"))
+    assert list(first) == [0, 3]
+    for step, metrics in first.items():
+        assert {k: v for k, v in metrics.items() if k not in times} == {
+            k: v for k, v in second[step].items() if k not in times
+        }
+    assert all(torch.equal(weight, trained(resumed)[name]) for name, weight in trained(whole).items())
