@@ -134,7 +134,8 @@ def measure_pairs(samples: Iterable[Sample], on_pair: Callable[[], object] = lam
     usual = {key: median(values) for key in ("seconds", "rms", "silence", "speed") if (values := _values(clips, key))}
     for language in {clip["language"] for clip in clips}:  # languages have different speeds
         alike = [clip for clip in clips if clip["language"] == language]
-        spread = _spread([math.log(speed) for speed in _values(alike, "speed")])
+        speeds = _values(alike if len(alike) >= ENOUGH else clips, "speed")
+        spread = _spread([math.log(speed) for speed in speeds])
         for clip in alike:
             clip["flags"] = list(_flags(clip, usual, spread))
     letters: Counter[str] = Counter()

@@ -73,6 +73,12 @@ def test_unusual_pairs_are_flagged(tone: Tone, tmp_path: Path) -> None:
     json.dumps(report, allow_nan=False)
 
 
+def test_a_language_of_few_pairs_is_compared_with_all(tone: Tone) -> None:
+    samples = [pair(f"{n}", tone(f"{n}.wav", seconds=1.0), "x" * 15, language=f"l{n % 3}") for n in range(30)]
+    odd = pair("odd", tone("odd.wav", seconds=0.3), "x" * 15, language="l0")
+    assert [clip["id"] for clip in measure_pairs([*samples, odd])["clips"] if clip["flags"]] == ["odd"]
+
+
 def test_few_pairs_have_no_usual_speed(tone: Tone) -> None:
     report = measure_pairs([pair(f"{n}", tone(f"{n}.wav", seconds=1.0), "x" * 5 * 4**n) for n in range(4)])
     assert not any(clip["flags"] for clip in report["clips"])
