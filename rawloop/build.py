@@ -195,7 +195,7 @@ def _prepare_rank(
     family = build_family(config)
     if evaluates:
         check_best_metric(config.evaluation.best_metric, list(family.streams))
-    data = read_data(config, family, "train", *(["eval"] if evaluates else []))
+    data = read_data(config, family, "train", *(["eval"] if evaluates else []), say=say)
     contents = data.contents()
     plan = build_plan(config, data, world, contents)
     groups = evaluation_groups(config, data, contents) if evaluates else None

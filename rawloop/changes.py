@@ -6,11 +6,10 @@ they would make it another run, and are refused before anything is written. A fa
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from os.path import expanduser
 from pathlib import Path
@@ -23,6 +22,8 @@ from rawloop.checkpoint.reader import stored_part
 from rawloop.config import RunConfig
 from rawloop.contracts import Family, Sample
 from rawloop.data.codes import CodeCache
+from rawloop.data.digests import Digests, digests_of
+from rawloop.data.index import SampleIndex
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families import reading_of, source_of
@@ -241,28 +242,31 @@ def check_settings_of_ranks(config: RunConfig, world: World) -> None:
 
 @dataclasses.dataclass
 class Contents:
-    """The facts of one rank's data: how it reads samples, and the digest and place of each sample."""
+    """The facts of one rank's data: how it reads samples, the samples, and the digest of each."""
 
     reading: dict[str, str]
     source: str
-    samples: Mapping[str, list[str]]
-    places: Mapping[str, list[str]]
+    digests: Mapping[str, Digests]
+    samples: Mapping[str, Sequence[Sample]]
 
     def of_run(self) -> dict[str, str]:
         """Return the facts that a resumed run must have again."""
-        samples = {key: f"{len(digests)} samples, digest {_digest(*digests)}" for key, digests in self.samples.items()}
+        samples = {
+            key: f"{len(digests)} samples, digest {digests.together(0, len(digests))}"
+            for key, digests in self.digests.items()
+        }
         return {**self.reading, **samples}
 
     def check_ranks(self, base: BaseFingerprint | None, world: World) -> None:
         """Raise UserError on all ranks if their samples, tokenizers, templates or weights differ."""
         facts = {**self.reading, "the source of the model's family": self.source}
-        for split, digests in self.samples.items():
+        for split, digests in self.digests.items():
             size = -(-len(digests) // BLOCKS) or 1
             facts[f"number of samples of {split}"] = str(len(digests))
             for start in range(0, len(digests), size):
                 end = min(start + size, len(digests))
                 name = f"samples[{start}{f':{end}' if size > 1 else ''}] of {split}"
-                facts[name] = f"{_digest(*digests[start:end])[:8]} (from {self.places[split][start]} on)"
+                facts[name] = f"{digests.together(start, end)[:8]} (from {self.samples[split][start].source} on)"
         if base is not None:
             base.share_sums(world)
             facts["the model's config"] = str(base.origin["config"])[:12]
@@ -276,24 +280,8 @@ def contents_of(family: Family, cache: CodeCache | None, samples: Mapping[str, S
     def clip(path: Path) -> str:
         return sketch_file(segment_of(path).file) if cache is None else cache.identity(path)
 
-    digests = {key: digests_of(given, clip) for key, given in samples.items()}
-    places = {key: [sample.source for sample in given] for key, given in samples.items()}
-    return Contents(reading_of(family), source_of(family), digests, places)
-
-
-def digests_of(samples: Iterable[Sample], clip: Callable[[Path], str]) -> list[str]:
-    """Return a digest of each sample without its id and source. A clip counts with its name and `clip(path)`."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return [value.name, clip(value)]
-        if not dataclasses.is_dataclass(value):
-            return repr(value)
-        return {name: item for name, item in vars(value).items() if item and name not in ("id", "source")}
-
-    encode = json.JSONEncoder(default=plain).encode
-    return [_digest(encode(sample)) for sample in samples]
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    digests = {
+        key: given.digests if isinstance(given, SampleIndex) else Digests.of(digests_of(given, clip))
+        for key, given in samples.items()
+    }
+    return Contents(reading_of(family), source_of(family), digests, samples)

@@ -3,8 +3,8 @@
 import operator
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,17 @@ from rawloop.adapters.lora import add_adapter
 from rawloop.audio import import_torchaudio
 from rawloop.changes import Contents, contents_of
 from rawloop.config import RunConfig
-from rawloop.contracts import Family, Sample
+from rawloop.contracts import Family
 from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
+from rawloop.data.digests import shared
+from rawloop.data.index import SampleIndex
 from rawloop.data.limits import Limits
-from rawloop.data.samples import shared
-from rawloop.data.splits import load_samples, no_codes, open_codes
+from rawloop.data.splits import data_path, load_samples, no_codes, open_codes
 from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import RawloopError, UserError, first_few
 from rawloop.evaluate import Evaluator
-from rawloop.families import load_family
+from rawloop.families import config_digest, load_family, reading_of, source_of
 from rawloop.families.sample_checks import check_repeatable
 from rawloop.family_protocols import PackingFamily
 from rawloop.losses import LossModule
@@ -70,7 +71,7 @@ class Data:
 
     family: Family
     cache: CodeCache | None
-    samples: dict[str, list[Sample]]
+    samples: dict[str, SampleIndex]
     notices: list[str]
 
     def contents(self) -> Contents:
@@ -78,17 +79,39 @@ class Data:
         return contents_of(self.family, self.cache, self.samples)
 
 
-def read_data(config: RunConfig, family: Family, *splits: str) -> Data:
-    """Read the samples of some splits. Refuse a split that is not configured, is empty or has a wrong sample."""
-    cache = open_codes(config.data, family)
-    notices: list[str] = []
-    samples = {f"data.{split}": load_samples(config.data, family, cache, split, notices.append) for split in splits}
-    if same := shared(samples.get("data.train", []), samples.get("data.eval", [])):
-        notices.append(
-            f"data.eval: {same} of its {len(samples['data.eval'])} samples are also trained on: for these eval_loss "
+def read_data(config: RunConfig, family: Family, *splits: str, say: Callable[[str], None] = lambda line: None) -> Data:
+    """Read the samples of some splits, the evaluation first. `say` gets lines about progress.
+
+    Raises UserError for a split that is not configured, is empty or has a wrong sample.
+    """
+    for split in splits:
+        data_path(config.data, split)
+    cache = open_codes(config.data, family, say)
+    about = checked_with(config, family)
+    notices: dict[str, list[str]] = {split: [] for split in splits}
+    read = {
+        split: load_samples(config.data, family, cache, split, notices[split].append, about, say)
+        for split in sorted(splits)
+    }
+    samples = {f"data.{split}": read[split] for split in splits}
+    lines = [line for split in splits for line in notices[split]]
+    if len(read) > 1 and (same := shared(read["train"].contents, read["eval"].contents)):
+        lines.append(
+            f"data.eval: {same} of its {len(read['eval'])} samples are also trained on: for these eval_loss "
             "does not measure unseen data; keep the two sets apart"
         )
-    return Data(family, cache, samples, notices)
+    return Data(family, cache, samples, lines)
+
+
+def checked_with(config: RunConfig, family: Family) -> dict[str, Any]:
+    """Return facts on which the family's checks of samples depend."""
+    return {
+        "model": asdict(config.model),
+        "config": config_digest(config.model),
+        "family": f"{type(family).__module__}:{type(family).__qualname__}",
+        "reading": reading_of(family),
+        "source": source_of(family),
+    }
 
 
 def build_model(

@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from rawloop.errors import UserError
 
@@ -113,13 +114,21 @@ def replace_file(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the disk is full or refuses.
     """
+    with replacing(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a stream whose content replaces a file atomically at the end of the block; see `replace_file`."""
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         temporary.unlink(missing_ok=True)
-        write_file(temporary, [content.encode() if isinstance(content, str) else content])
+        with open(temporary, "xb") as stream:
+            yield stream
         sync(temporary)
         temporary.rename(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)

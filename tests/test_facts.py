@@ -17,10 +17,11 @@ from torch import Tensor
 from rawloop.adapters.fingerprint import BaseFingerprint, checksum
 from rawloop.audio import Segment
 from rawloop.build import build_run, check_run
-from rawloop.changes import MAY_DIFFER, SettingsState, compare, contents_of, digests_of, flat
+from rawloop.changes import MAY_DIFFER, SettingsState, compare, contents_of, flat
 from rawloop.cli import main
 from rawloop.config import RunConfig, parse
 from rawloop.contracts import Audio, Sample, Turn
+from rawloop.data.digests import digests_of
 from rawloop.data.samples import read_samples
 from rawloop.dist import World
 from rawloop.errors import UserError
@@ -269,7 +270,7 @@ def test_segments_of_clips_without_codes_are_told_apart_by_file_and_times(
     def digests() -> list[str]:
         paths = [Segment(tmp_path / "a.wav", start, 2.0).path() for start in (0.0, 1.0)]
         samples = [Sample("s", (Turn("user", (Audio(path),)),)) for path in paths]
-        return contents_of(family, None, {"data.train": samples}).samples["data.train"]
+        return list(contents_of(family, None, {"data.train": samples}).digests["data.train"])
 
     (tmp_path / "a.wav").write_bytes(b"a" * 1000)
     before = digests()

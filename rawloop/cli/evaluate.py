@@ -68,7 +68,7 @@ class Built(NamedTuple):
 
 
 def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
-    data = read_data(config, build_family(config), "eval")
+    data = read_data(config, build_family(config), "eval", say=partial(_tell, world=world))
     for line in data.notices:
         _tell(line, world)
     slot = None

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rawloop.cli import read_config
-from rawloop.components import Data, build_family
+from rawloop.components import Data, build_family, checked_with
 from rawloop.config import RunConfig
 from rawloop.contracts import IGNORE, Batch, Family, Piece, Sample, has
 from rawloop.data.batches import Draw, MicroBatches
@@ -36,8 +36,9 @@ def run(argv: list[str]) -> None:
     if split not in ("train", "eval"):
         raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")
     family = build_family(config)
-    cache = open_codes(config.data, family)
-    samples = load_samples(config.data, family, cache, split, partial(print, file=sys.stderr, flush=True))
+    tell = partial(print, file=sys.stderr, flush=True)
+    cache = open_codes(config.data, family, tell)
+    samples = load_samples(config.data, family, cache, split, tell, checked_with(config, family), tell)
     draws = chosen(Data(family, cache, {f"data.{split}": samples}, []), config, split, options["sample"])
     batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, seed=config.seed)
     examples, batch = batches.made(draws)

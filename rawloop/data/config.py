@@ -36,6 +36,8 @@ class DataConfig:
         eval_by: how `eval_share` divides: whole speakers, if the data have several, or single samples.
         eval_seed: another number chooses other samples for `eval_share`.
         strict: refuse a record with an unknown key. Default: count such keys and print the counts.
+        verify: check all samples and audio files again at each start, instead of taking the result of the first start
+            with the same data, settings, tokenizer and codes.
         allow_outside: allow audio files outside the folder of the data.
         on_bad_sample: what to do about clips that cannot be used, and samples that are too long for the model or have
             letters that its tokenizer does not know: stop (`rawloop prepare` encodes all other clips and ends with
@@ -60,6 +62,7 @@ class DataConfig:
     eval_by: Literal["speaker", "sample"] = "speaker"
     eval_seed: int = 0
     strict: bool = False
+    verify: bool = False
     allow_outside: bool = False
     on_bad_sample: Literal["stop", "skip"] = "stop"
     max_seconds: float = 30.0

@@ -3,12 +3,15 @@
 The choice depends only on ids, speakers, share and seed, so all ranks, a resumed run and another machine choose alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from typing import Literal, NamedTuple
 
+from rawloop.contracts import Sample
+from rawloop.data.config import DataConfig
 from rawloop.errors import UserError
 
+SPEAKER_KEYS = ("speaker_id", "speaker", "client_id", "speaker_name")
 SplitBy = Literal["speaker", "sample"]
 TOO_MUCH = 2.0  # times the share: whole speakers that take more are worth a line
 
@@ -62,3 +65,20 @@ def choose(samples: Sequence[tuple[str, str | None]], share: float, by: SplitBy 
     if not chosen:
         chosen = min((groups[name] for name in order), key=len)
     return Choice(frozenset(chosen), by, len(speakers))
+
+
+def share_of(samples: Iterable[Sample], config: DataConfig, split: str, say: Callable[[str], None]) -> list[int]:
+    """Return the indices of the samples of a split of `data.train`, which `data.eval_share` divides."""
+    assert config.eval_share, "data.eval_share is set"
+    pairs = [(one.id, speaker_of(one)) for one in samples]
+    choice = choose(pairs, config.eval_share, config.eval_by, config.eval_seed)
+    advice = choice.advice(len(pairs), config.eval_share, "--data.eval_by")
+    if advice and split == "eval":
+        say(advice)
+    return [index for index in range(len(pairs)) if (index in choice.chosen) == (split == "eval")]
+
+
+def speaker_of(sample: Sample) -> str | None:
+    """Return the speaker that a sample's record names, or None."""
+    values = (sample.extra.get(key) for key in SPEAKER_KEYS)
+    return next((str(value) for value in values if isinstance(value, str | int) and str(value).strip()), None)

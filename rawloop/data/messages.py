@@ -185,7 +185,7 @@ def _parsed(text: str, record: Record, what: str) -> Any:
         record.fail(f"{what} is {show(text)}, which is no JSON ({error}): mend it")
 
 
-def _tools(record: Record) -> list[dict[str, Any]]:
+def _tools(record: Record) -> Sequence[dict[str, Any]]:
     tools = record.values.get("tools") or []
     if isinstance(tools, str):  # ms-swift and others write JSON text inside the JSON
         tools = _parsed(tools, record, "'tools'")
@@ -193,7 +193,7 @@ def _tools(record: Record) -> list[dict[str, Any]]:
         record.fail(f"'tools' is {show(tools)}: it must be a list of functions, each an object")
     if tools:
         record.speakable(json.dumps(tools, ensure_ascii=False))
-    return tools
+    return tools or ()
 
 
 def _trained(record: Record, messages: list[dict[str, Any]], every: bool) -> set[int]:

@@ -159,7 +159,9 @@ def _transcript(record: Record, files: Files) -> str:
     if name is None:
         record.fail("the transcript is missing or empty: give 'transcript' or 'transcript_file'")
     try:
-        text = read_text(files.resolve(name, record)).strip()
+        file = files.resolve(name, record)
+        files.looked_up[str(file)] = None
+        text = read_text(file).strip()
     except UnicodeDecodeError as error:
         record.fail(f"transcript_file {quoted(name)} is not UTF-8 (byte {error.start}): convert it to UTF-8")
     except OSError as error:

@@ -140,6 +140,7 @@ class Files:
     allow_outside: bool = False
     check: bool = True
     missing: list[tuple[str, Record]] = field(default_factory=list)
+    looked_up: dict[str, None] = field(default_factory=dict)  # the paths of files that the samples depend on
     _folders: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -166,6 +167,8 @@ class Files:
             self._folders[folder] = real, self._inside(real)
         folder, inside = self._folders[folder]
         path = os.path.join(folder, name)
+        if self.check:
+            self.looked_up[path] = None
         if self.check and self._is_link(path, value, record):
             path = os.path.realpath(path)
             inside = self._inside(path)

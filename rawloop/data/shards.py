@@ -40,6 +40,7 @@ CODEC_FILE = "codec.json"
 HEARD = "heard-"
 PART = "part-"  # the beginning of an unfinished shard
 BESIDE = ".." + os.sep
+MOST = 2**31  # frames and shards are fewer
 NUMBERED = re.compile(r"(?:shard|files)-(\d+)\.")
 
 
@@ -111,31 +112,39 @@ def read_codec(folder: Path) -> CodecInfo:
         raise RawloopError(f"{file} cannot be read: {error.strerror}") from error
 
 
+def row_files(folder: Path) -> list[Path]:
+    """Return the files of the index, the oldest first."""
+    return sorted(folder.glob("files-*.jsonl"))
+
+
 def read_rows(folder: Path, before: int | None = None) -> dict[str, Row]:
     """Return the newest row of every audio file, by absolute path; only rows of shards `before` a number, if given.
 
     Raises RawloopError if the index is damaged.
     """
+    files = row_files(folder)
+    if before is not None:
+        files = [file for file in files if file.name < rows_file(folder, before).name]
+    return {row.path: row for file in files for row in read_index_file(file, folder)}
+
+
+def read_index_file(file: Path, folder: Path) -> list[Row]:
+    """Return the rows of one file of the index, with absolute paths. Raises RawloopError if it is damaged."""
     base = os.path.realpath(folder.parent.parent)
     above = os.path.dirname(base)
 
     def absolute(path: str) -> str:
         return os.path.join(above, path[len(BESIDE) :]) if path.startswith(BESIDE) else os.path.join(base, path)
 
-    rows: dict[str, Row] = {}
-    for file in sorted(folder.glob("files-*.jsonl")):
-        if before is not None and file.name >= rows_file(folder, before).name:
-            continue
-        try:
-            # Parsed in one call, 600,000 rows take about two seconds.
-            read = json.loads(f"[{','.join(file.read_text(encoding='utf-8').splitlines())}]")
-            new = {(full := absolute(path)): Row(full, *rest) for path, *rest in read}
-            _check_types(list(new.values()))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise RawloopError(f"{file} is damaged ({error}): delete it and run `rawloop prepare` again") from error
-        except OSError as error:
-            raise RawloopError(f"{file} cannot be read: {error.strerror}") from error
-        rows.update(new)
+    try:
+        # Parsed in one call, 600,000 rows take about two seconds.
+        read = json.loads(f"[{','.join(file.read_text(encoding='utf-8').splitlines())}]")
+        rows = [Row(absolute(path), *rest) for path, *rest in read]
+        _check_types(rows)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RawloopError(f"{file} is damaged ({error}): delete it and run `rawloop prepare` again") from error
+    except OSError as error:
+        raise RawloopError(f"{file} cannot be read: {error.strerror}") from error
     return rows
 
 
@@ -148,6 +157,8 @@ def _check_types(rows: list[Row]) -> None:
     for row in rows:
         if "\0" in row.path or not (row.path.isascii() or os.fsencode(row.path)):
             raise ValueError(f"{row.path!r} is no path")
+        if not (-1 <= row.shard < MOST and 0 <= row.frames < MOST):
+            raise ValueError(f"{row.path!r} has {row.frames} frames in shard {row.shard}")
 
 
 def write_file(file: Path, content: bytes) -> None:
@@ -253,7 +264,7 @@ def open_cache(cache: Path, codec: CodecInfo, waiting: Callable[[], None] | None
     another process is a UserError.
     """
     folder = codec_folder(cache, codec)
-    with _locked(folder, waiting):
+    with locked(folder, waiting):
         for part in (*folder.glob(".tmp-*"), *folder.glob("*.part")):  # of a killed writer; *.part of older versions
             part.unlink()
         if not (folder / CODEC_FILE).exists():
@@ -264,10 +275,11 @@ def open_cache(cache: Path, codec: CodecInfo, waiting: Callable[[], None] | None
 
 
 @contextmanager
-def _locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+def locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[TextIO]:
+    """Hold the lock of a folder, whose file this gives; see `open_writer`. The system frees it if the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115 - closed below, and by the system if the process is killed
+        lock = open(folder / "lock", "a+")  # noqa: SIM115 - closed below, and by the system if the process is killed
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): set --data.codes to another folder") from error
     with lock:
@@ -276,7 +288,7 @@ def _locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
                 raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended")
             waiting()
             time.sleep(0.05)
-        yield
+        yield lock
 
 
 def _try_lock(lock: TextIO) -> bool:

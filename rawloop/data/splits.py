@@ -1,28 +1,28 @@
 """The two splits of a run's data: encodes their clips, reads them, and checks every sample before step 0."""
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from rawloop.audio import import_torchaudio
 from rawloop.contracts import Family, Sample
+from rawloop.data.accept import HEARD_RATE, Acceptance
 from rawloop.data.codes import CodeCache
 from rawloop.data.config import DataConfig, codes_folder
-from rawloop.data.eval_share import choose
-from rawloop.data.prepare import BadClips, prepare
+from rawloop.data.index import SampleIndex, open_samples
+from rawloop.data.mapped import Say
+from rawloop.data.prepare import prepare
 from rawloop.data.samples import named, read_samples, usable
-from rawloop.data.shards import CODEC_FILE, codec_folder, heard_at
+from rawloop.data.shards import heard_at
 from rawloop.dist import World
-from rawloop.errors import BadSample, UserError
+from rawloop.errors import UserError
 from rawloop.family_protocols import CodecFamily, CodecInfo, HearingFamily
 from rawloop.preempt import Preemption
-
-SPEAKER_KEYS = ("speaker_id", "speaker", "client_id", "speaker_name")
-HEARD_RATE = 16_000  # Hz, to decode clips for a family without `sample_rate`
 
 
 def prepare_codes(
@@ -69,81 +69,54 @@ def prepare_codes(
     return f"{what}{report.clips} clips in {report.folder}: {counts}{others}"
 
 
-def open_codes(config: DataConfig, family: Family) -> CodeCache | None:
+def open_codes(config: DataConfig, family: Family, say: Say = lambda line: None) -> CodeCache | None:
     """Open the cache of codes that `rawloop prepare` wrote. Returns None for a family without codes."""
-    return CodeCache(codes_folder(config), family.codec_hash(), config) if isinstance(family, CodecFamily) else None
+    if not isinstance(family, CodecFamily):
+        return None
+    return CodeCache(codes_folder(config), family.codec_hash(), config, say)
 
 
-def load_samples(
-    config: DataConfig, family: Family, cache: CodeCache | None, split: str, say: Callable[[str], None]
-) -> list[Sample]:
-    """Read one split of the data, and check every sample and that all clips are encoded."""
-    path = config.train if config.eval_share else getattr(config, split)
+def data_path(config: DataConfig, split: str) -> str:
+    """Return the configured path of a split. Raises UserError if there is none."""
+    path: str | None = config.train if config.eval_share else getattr(config, split)
     if not path:
         off = ", or data.eval_share, or switch evaluation off with --evaluation.enabled false"
         off = off if split == "eval" else ""
         raise UserError(f"data.{split} is not set: give a folder with metadata.json or a JSONL file{off}")
-    # With codes, training needs no audio.
-    samples = read_samples(path, config, check_files=cache is None, notice=say)
-    if config.eval_share:
-        samples = share_of(samples, config, split, say)
-    number, frames = len(samples), None
-    left_out: dict[str, str] = {}
-    if cache is None and any(sample.audio_paths() for sample in samples):
-        for sample in samples:
-            with suppress(BadSample):  # checked again with the lengths of clips
-                family.check(sample)
-        rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
-        cache = decode_once(samples, codes_folder(config), rate, config)
-    if cache is not None:
-        samples, left_out = cache.usable(samples)
-        cache.check(samples)
-        if line := cache.open_ends(samples):
-            say(f"data.{split}: {line}")
-        frames = cache.frames if isinstance(family, CodecFamily | HearingFamily) else None
-    samples, bad = usable(samples, lambda one: family.check(one, frames), config.on_bad_sample == "skip")
-    left_out |= bad
-    if not samples:
-        raise UserError(f"data.{split} is '{path}', and no sample of it can be used: {named(left_out)}")
-    if left_out:
-        say(
-            f"data.{split}: {len(left_out)} of {number} samples left out, since data.on_bad_sample is skip, here or in "
-            f"`rawloop prepare`: {named(left_out)}"
-        )
-    return samples
+    return path
 
 
-def share_of(samples: Sequence[Sample], config: DataConfig, split: str, say: Callable[[str], None]) -> list[Sample]:
-    """Return the samples of a split of `data.train`, which `data.eval_share` divides."""
-    assert config.eval_share, "data.eval_share is set"
-    pairs = [(one.id, speaker_of(one)) for one in samples]
-    choice = choose(pairs, config.eval_share, config.eval_by, config.eval_seed)
-    advice = choice.advice(len(samples), config.eval_share, "--data.eval_by")
-    if advice and split == "eval":
-        say(advice)
-    return [one for index, one in enumerate(samples) if (index in choice.chosen) == (split == "eval")]
+def load_samples(
+    config: DataConfig,
+    family: Family,
+    cache: CodeCache | None,
+    split: str,
+    notice: Say,
+    about: Mapping[str, Any] = MappingProxyType({}),
+    say: Say = lambda line: None,
+) -> SampleIndex:
+    """Return the samples of one split that are used. The first call reads and checks every sample and all clips.
 
+    Later calls with the same data, settings, family and codes take the result from the cache folder, and look up no
+    audio file if there are codes. `data.verify` checks everything but the records again.
 
-def speaker_of(sample: Sample) -> str | None:
-    """Return the speaker that a sample's record names, or None."""
-    values = (sample.extra.get(key) for key in SPEAKER_KEYS)
-    return next((str(value) for value in values if isinstance(value, str | int) and str(value).strip()), None)
+    Args:
+        config: the settings of the data.
+        family: checks each sample.
+        cache: of the family's codes, or None.
+        split: train or eval.
+        notice: gets a line about everything that may be a mistake.
+        about: facts on which the family's checks depend.
+        say: gets lines about progress.
 
-
-def decode_once(samples: Sequence[Sample], folder: Path, sample_rate: int, config: DataConfig) -> CodeCache:
-    """Decode every clip that was not decoded before. Return a cache with their lengths in samples at `sample_rate`.
-
-    So a bad clip is found before training. Several processes may call this: one decodes, the others wait.
+    Raises:
+        UserError: a mistake in the data, or clips without codes.
     """
-    codec = heard_at(sample_rate)
-    exists = (codec_folder(folder, codec) / CODEC_FILE).is_file()
-    known = CodeCache(folder, codec.hash, config) if exists else None
-    new = [sample for sample in samples if known is None or not known.knows(sample)]
-    if new or known is None:
-        with suppress(BadClips):
-            prepare(new, None, codec, folder, config, wait=True)
-        known = CodeCache(folder, codec.hash, config)
-    return known
+    # With codes, training needs no audio.
+    index = open_samples(data_path(config, split), config, cache is None, codes_folder(config), say)
+    for line in index.notices:
+        notice(line)
+    return Acceptance(config, family, cache, split, about, say).samples(index, notice)
 
 
 def no_codes(path: Path) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rawloop.errors import RawloopError, UserError, nearest
 from rawloop.families.config import ModelConfig as ModelConfig
-from rawloop.files import sha256_files
+from rawloop.files import sha256_file, sha256_files
 
 if TYPE_CHECKING:
     from rawloop.contracts import Family
@@ -197,6 +197,16 @@ def _not_given(key: str, path: str, error: Exception) -> UserError:
         f"{key} is '{path}': no such folder, and the hub gave no such model ({reason}): mend the name, or fetch it "
         f"where there is a network, `hf download {path}`, and set {key} to its folder"
     )
+
+
+def config_digest(config: ModelConfig) -> str | None:
+    """Return a digest of a checkpoint's config.json, in its folder or in the hub's cache; None without one."""
+    file: Any = Path(expanduser(config.path)) / "config.json"
+    if not file.is_file() and HUB_ID.fullmatch(config.path):
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return sha256_file(Path(file)) if isinstance(file, str | Path) and Path(file).is_file() else None
 
 
 def reading_of(family: "Family") -> dict[str, str]:

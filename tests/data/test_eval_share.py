@@ -7,9 +7,8 @@ import pytest
 
 from rawloop.contracts import Sample
 from rawloop.data import DataConfig
-from rawloop.data.eval_share import choose
+from rawloop.data.eval_share import choose, share_of
 from rawloop.data.samples import read_samples
-from rawloop.data.splits import share_of
 from rawloop.errors import UserError
 
 Pairs = list[tuple[str, str | None]]
@@ -69,7 +68,9 @@ def test_a_run_trains_on_what_it_does_not_evaluate(tmp_path: Path, jsonl: Callab
     config = DataConfig(train=str(jsonl(*records)), eval_share=0.25)
     samples = read_samples(str(config.train), config, check_files=False)
     said: list[str] = []
-    train, held = (share_of(samples, config, split, said.append) for split in ("train", "eval"))
+    train, held = (
+        [samples[index] for index in share_of(samples, config, split, said.append)] for split in ("train", "eval")
+    )
 
     def voices(part: list[Sample]) -> set[object]:
         return {sample.extra[key] for sample in part}

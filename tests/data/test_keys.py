@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from rawloop.audio import Segment
-from rawloop.changes import digests_of
 from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data import DataConfig, keys
+from rawloop.data.digests import digests_of
 from rawloop.data.samples import read_samples
 from rawloop.errors import UserError
 

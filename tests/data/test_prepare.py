@@ -21,10 +21,10 @@ from torch import Tensor
 from rawloop.audio import load_audio
 from rawloop.contracts import Audio, Sample, Turn
 from rawloop.data import DataConfig
+from rawloop.data.accept import decode_once
 from rawloop.data.codes import CodeCache
 from rawloop.data.prepare import BadClips, PrepareReport, prepare
 from rawloop.data.shards import codec_folder, heard_at, open_cache
-from rawloop.data.splits import decode_once
 from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError
 from rawloop.family_protocols import CodecInfo
