@@ -71,13 +71,13 @@ class Mapped:
         self._stream = os.open(file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._stream)
         size = os.fstat(self._stream).st_size
-        try:
-            length, crc, mark = TAIL.unpack(os.pread(self._stream, TAIL.size, max(0, size - TAIL.size)))
-            text = os.pread(self._stream, length, size - TAIL.size - length)
-        except (struct.error, OSError, OverflowError) as error:
-            raise ValueError(f"its end cannot be read: {error}") from error
-        if mark != MARK or zlib.crc32(text) != crc:
+        end = os.pread(self._stream, TAIL.size, max(0, size - TAIL.size))
+        length, crc, mark = TAIL.unpack(end) if len(end) == TAIL.size else (0, 0, b"")
+        if mark != MARK or length > size - TAIL.size:
             raise ValueError("its end is missing")
+        text = os.pread(self._stream, length, size - TAIL.size - length)
+        if zlib.crc32(text) != crc:
+            raise ValueError("its end is not what was written")
         described = json.loads(text)
         if described["end"] + length + TAIL.size != size:
             raise ValueError(f"it has {size} bytes, and was written with {described['end'] + length + TAIL.size}")
@@ -162,7 +162,7 @@ def open_or_build(
 def _opened(file: Path, key: str, say: Say) -> Mapped | None:
     try:
         return Mapped(file, key)
-    except (FileNotFoundError, OtherKey):
+    except (FileNotFoundError, NotADirectoryError, OtherKey):
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         say(f"{file} is damaged ({error}): it is not used, and built again")

@@ -15,6 +15,7 @@ from rawloop.files import open_regular
 
 CHUNK = 2**20  # characters that are read at once
 LONGEST = 2**25  # characters in which a value must end; the first line of JSONL must end within `CHUNK`
+NUMBER = 64  # characters after a number without which it may be cut
 BLANKS = " \t\n\r"
 SAMPLES = "samples"
 
@@ -141,8 +142,8 @@ class _Scanner:
                 if len(self.text) - self.place > LONGEST or not self._more():
                     raise
                 continue
-            if end == len(self.text) and self._more():  # a number may go on
-                continue
+            if not isinstance(value, dict | list | str) and len(self.text) - end < NUMBER and self._more():
+                continue  # the number may go on
             self.place = end
             return value
 
