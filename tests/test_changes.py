@@ -16,7 +16,7 @@ from rawloop.loop import TrainConfig
 FREE = """
 output resume init_from device
 model: attention activation_checkpointing trust_remote_code
-data: eval allow_outside on_bad_sample num_workers strict
+data: eval allow_outside on_bad_sample num_workers strict verify
 train: epochs max_steps log_every rehearse
 optim: lr weight_decay beta1 beta2 eps schedule warmup_steps warmup_ratio max_norm
 precision: fallback tf32 max_skips max_nonfinite_losses

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rawloop.cli import read_config
+from rawloop.components import checked_with
 from rawloop.data import DataConfig
 from rawloop.data.measure import excerpt, measure_pairs, pairs_of
 from rawloop.data.samples import read_samples
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> None:
             world.on_all_ranks(lambda: print(write_report(config.data, page), flush=True), only_main=True)
         family = world.on_all_ranks(lambda: load_family(config.model))
         assert family is not None, "it is loaded on every rank"
-        line = prepare_codes(config.data, family, world, preemption)
+        line = prepare_codes(config.data, family, world, preemption, checked_with(config, family))
         if world.is_main:
             print(line, flush=True)
 

@@ -16,7 +16,7 @@ import numpy as np
 from rawloop.audio import segment_of
 from rawloop.contracts import Family, Sample
 from rawloop.data.codes import ClipCheck, CodeCache
-from rawloop.data.config import DataConfig, codes_folder
+from rawloop.data.config import NO_MATTER, DataConfig, codes_folder
 from rawloop.data.digests import Digests, content_hash, digester
 from rawloop.data.eval_share import share_of
 from rawloop.data.index import SampleIndex, digest
@@ -29,7 +29,6 @@ from rawloop.family_protocols import CodecFamily, HearingFamily
 from rawloop.files import sketch_file
 
 HEARD_RATE = 16_000  # Hz, to decode clips for a family without `sample_rate`
-ELSEWHERE = ("train", "eval", "codes", "num_workers", "shuffle", "verify")  # keys that decide nothing here
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Acceptance:
         if self.config.verify:
             arrays, meta = self._judge(index, self.say)
         else:
-            settings = {name: value for name, value in asdict(self.config).items() if name not in ELSEWHERE}
+            settings = {name: value for name, value in asdict(self.config).items() if name not in NO_MATTER}
             name = digest([index.file.file.name, self.split, settings, self.about.get("model")])
             key = digest([index.key, name, self.about, self.cache.key if self.cache else None])
             file = open_or_build(

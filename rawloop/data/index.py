@@ -18,14 +18,13 @@ from typing import Any, overload
 import numpy as np
 
 from rawloop.contracts import Audio, Sample, Text, Turn
-from rawloop.data.config import DataConfig
+from rawloop.data.config import CHECKED_BY, NO_MATTER, DataConfig
 from rawloop.data.digests import Digests
 from rawloop.data.mapped import Mapped, Say, Writer, open_or_build, told
 from rawloop.data.samples import SampleReader
 from rawloop.errors import UserError
 from rawloop.files import sha256_file, sha256_files
 
-READ_BY = ("task", "refs_in_scene", "default_scene", "strict", "allow_outside")  # keys that decide on samples
 JSON = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -104,8 +103,8 @@ def open_samples(path: str, config: DataConfig, check_files: bool, folder: Path,
     The index of another version of the data file, of rawloop's code or of the settings is never used.
     """
     reader = SampleReader(path, config, check_files)
-    values = asdict(config)
-    settings = [check_files, os.path.abspath(reader.file), {name: values[name] for name in READ_BY}]
+    read_by = {name: value for name, value in asdict(config).items() if name not in CHECKED_BY | NO_MATTER}
+    settings = [check_files, os.path.abspath(reader.file), read_by]
     code = sha256_files([*Path(__file__).parent.rglob("*.py"), Path(__file__).parents[1] / "contracts.py"])
     content = sha256_file(reader.file)
     key = digest([content, code, settings])

@@ -26,11 +26,16 @@ from rawloop.preempt import Preemption
 
 
 def prepare_codes(
-    config: DataConfig, family: Family, world: World | None = None, preemption: Preemption | None = None
+    config: DataConfig,
+    family: Family,
+    world: World | None = None,
+    preemption: Preemption | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> str:
     """Encode the clips of both splits that are not in the cache, and return a line about it.
 
-    For a model without codes, clips are decoded once. All ranks of a world share the work. Raises like `prepare`.
+    For a model without codes, clips are decoded once. All ranks of a world share the work. With `about`, the facts of a
+    training with this model, the index of the samples is built too. Raises like `prepare`.
     """
     import_torchaudio()
     world = world or World()
@@ -60,13 +65,24 @@ def prepare_codes(
         if line := cache.open_ends(samples):
             warn(line)
         left, skip = cache.usable(samples)[0], config.on_bad_sample == "skip"
-        return usable(left, partial(family.check, frames=cache.frames), skip)[1]
+        unfit = usable(left, partial(family.check, frames=cache.frames), skip)[1]
+        if about is not None:
+            build_index(config, family, about, warn)
+        return unfit
 
     bad |= world.on_all_ranks(check, only_main=True) or {}
     what, done = ("codes of ", "encoded") if encode else ("", "decoded")
     counts = f"{report.encoded} {done} now, {report.reused} already there, {len(report.bad)} left out{report.speed}"
     others = f"; {len(bad)} samples that the model cannot take are left out: {named(bad)}" if bad else ""
     return f"{what}{report.clips} clips in {report.folder}: {counts}{others}"
+
+
+def build_index(config: DataConfig, family: Family, about: Mapping[str, Any], say: Say) -> None:
+    """Build what the next start of a training reads; see `load_samples`."""
+    cache = open_codes(config, family, say)
+    for split in ("train", "eval"):
+        if getattr(config, split) or (split == "eval" and config.eval_share):
+            load_samples(config, family, cache, split, lambda line: None, about, say)
 
 
 def open_codes(config: DataConfig, family: Family, say: Say = lambda line: None) -> CodeCache | None:

@@ -25,7 +25,7 @@ from rawloop.data.keys import KeyCheck
 from rawloop.data.mapped import Mapped, Writer, open_or_build
 from rawloop.data.reading import _whole, read_records
 from rawloop.data.samples import SampleReader, read_samples
-from rawloop.data.splits import load_samples, open_codes
+from rawloop.data.splits import load_samples, open_codes, prepare_codes
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import ModelConfig, load_family
 
@@ -144,7 +144,7 @@ def test_notices_are_told_at_every_start(jsonl: Callable[..., Path]) -> None:
 def test_a_damaged_index_is_told_and_built_again(damage: str, texts: Path) -> None:
     expected = list(opened(texts))
     (file,) = (texts.parent / "codes" / "index").glob("*.samples")
-    content = bytearray(file.read_bytes())
+    content: Any = bytearray(file.read_bytes())
     if damage == "array":
         content[content.index(opened(texts).file.arrays["crcs"].tobytes())] ^= 1
     elif damage == "end":
@@ -212,6 +212,19 @@ def test_a_folder_that_cannot_be_written(texts: Path, monkeypatch: pytest.Monkey
     assert [len(opened(texts, said=said)) for _ in range(2)] == [5, 5]
     assert len(read) == len(said) == 1
     assert "cannot be written: the index is built in" in said[0]
+
+
+def test_prepare_builds_it(
+    demo_checkpoint: Path, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = shutil.copytree(demo_data, tmp_path / "data")
+    config = DataConfig(str(data / "train"), str(data / "eval"), str(data / "codes"))
+    family: Any = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
+    prepare_codes(config, family, torch.device("cpu"), about={"model": "demo"})
+    read = reads(monkeypatch)
+    for split, number in (("train", 8), ("eval", 5)):
+        assert len(load_samples(config, family, open_codes(config, family), split, print, {"model": "demo"})) == number
+    assert read == []
 
 
 # -- what is looked up when the samples were checked before -----------------------------------------------------------
