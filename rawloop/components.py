@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from rawloop.evaluate import Evaluator
 from rawloop.families import config_digest, load_family, reading_of, source_of
 from rawloop.families.sample_checks import check_repeatable
 from rawloop.family_protocols import PackingFamily
+from rawloop.files import sha256_files
 from rawloop.losses import LossModule
 from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy
@@ -104,13 +106,15 @@ def read_data(config: RunConfig, family: Family, *splits: str, say: Callable[[st
 
 
 def checked_with(config: RunConfig, family: Family) -> dict[str, Any]:
-    """Return facts on which the family's checks of samples depend."""
+    """Return facts on which the family's checks of samples depend. They are the same in every command."""
+    own = not type(family).__module__.startswith("rawloop.")
     return {
         "model": asdict(config.model),
         "config": config_digest(config.model),
         "family": f"{type(family).__module__}:{type(family).__qualname__}",
         "reading": reading_of(family),
-        "source": source_of(family),
+        "rawloop": sha256_files(Path(__file__).parent.rglob("*.py")),
+        "source": source_of(family) if own else None,  # of the modules that were imported, which commands differ in
     }
 
 

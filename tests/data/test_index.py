@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ import pytest
 import torch
 
 from rawloop.changes import contents_of
+from rawloop.components import checked_with
+from rawloop.config import RunConfig
 from rawloop.data import DataConfig
 from rawloop.data import mapped as mapped_module
 from rawloop.data.batches import BatchPlan, MicroBatches
@@ -27,7 +31,7 @@ from rawloop.data.reading import _whole, read_records
 from rawloop.data.samples import SampleReader, read_samples
 from rawloop.data.splits import load_samples, open_codes, prepare_codes
 from rawloop.errors import RawloopError, UserError
-from rawloop.families import ModelConfig, load_family
+from rawloop.families import ModelConfig, load_family, source_of
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "loss": True}]
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": [1.5, None]}}]}
@@ -225,6 +229,18 @@ def test_prepare_builds_it(
     for split, number in (("train", 8), ("eval", 5)):
         assert len(load_samples(config, family, open_codes(config, family), split, print, {"model": "demo"})) == number
     assert read == []
+
+
+def test_all_commands_use_the_same_file(demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They import different modules of rawloop."""
+    config = RunConfig(model=ModelConfig(path=str(demo_checkpoint / "model")))
+    family = load_family(config.model)
+    before, source = checked_with(config, family), source_of(family)
+    other = ModuleType("rawloop.other")
+    other.__file__ = __file__
+    monkeypatch.setitem(sys.modules, "rawloop.other", other)
+    assert source_of(family) != source
+    assert checked_with(config, family) == before
 
 
 # -- what is looked up when the samples were checked before -----------------------------------------------------------
