@@ -148,14 +148,14 @@ def open_or_build(
         # It may have been built meanwhile, by the process that held the lock.
         if (found := _opened(place / name, key, lambda line: None)) and is_current(found):
             return found
-        start = time.monotonic()
+        start, tell = time.monotonic(), _Telling(lock, say)
         try:
             with replacing(place / name) as stream:
-                build(Writer(stream), _also_into(lock, say))
+                build(Writer(stream), tell)
         except OSError as error:
             raise RawloopError(f"{place / name} cannot be written: {in_words(error)}") from error
-        if (seconds := time.monotonic() - start) > EVERY:
-            say(f"{place / name} was built in {seconds:.0f} s; later starts use it")
+        if tell.lines:
+            say(f"{place / name} was built in {time.monotonic() - start:.0f} s; later starts use it")
         return Mapped(place / name, key)
 
 
@@ -201,15 +201,19 @@ class _Waiting:
         self.say(f"waiting for the process that builds the index: {self.lock.read_text() or self.name}")
 
 
-def _also_into(lock: TextIO, say: Say) -> Say:
-    def both(line: str) -> None:
-        say(line)
-        lock.seek(0)
-        lock.truncate()
-        lock.write(line)
-        lock.flush()
+class _Telling:
+    """Says lines, and writes the last one into the lock's file, for the processes that wait."""
 
-    return both
+    def __init__(self, lock: TextIO, say: Say) -> None:
+        self.lock, self.say, self.lines = lock, say, 0
+        lock.truncate(0)
+
+    def __call__(self, line: str) -> None:
+        self.say(line)
+        self.lines += 1
+        self.lock.truncate(0)  # it is open for appending
+        self.lock.write(line)
+        self.lock.flush()
 
 
 def told(things: Iterable[T], what: str, total: int | None, say: Say) -> Iterator[T]:
