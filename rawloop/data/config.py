@@ -14,7 +14,7 @@ CACHE_NAME = ".rawloop-codes"
 # Keys that decide neither how a record is read nor which samples are used; and those that decide only on the latter.
 # The index of a data set is built anew if any other key changes.
 NO_MATTER = frozenset({"train", "eval", "codes", "num_workers", "shuffle", "verify"})
-CHECKED_BY = frozenset({"on_bad_sample", "max_seconds", "min_seconds", "packing"})
+CHECKED_BY = frozenset({"on_bad_sample", "max_seconds", "min_seconds", "packing", "eval_share", "eval_by", "eval_seed"})
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 
 import numpy as np
 
-from rawloop.data.shards import locked
+from rawloop.data.locking import locked
 from rawloop.errors import RawloopError
 from rawloop.files import in_words, replacing
 

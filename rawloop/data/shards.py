@@ -18,20 +18,20 @@ import json
 import math
 import os
 import re
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rawloop.errors import RawloopError, UserError
+from rawloop.data.locking import locked
+from rawloop.errors import RawloopError
 from rawloop.family_protocols import CodecInfo
 from rawloop.files import replace_file
 
@@ -272,32 +272,3 @@ def open_cache(cache: Path, codec: CodecInfo, waiting: Callable[[], None] | None
         elif read_codec(folder) != codec:
             raise RawloopError(f"{folder} has codes of {read_codec(folder)}, not of {codec}: delete it")
         yield folder
-
-
-@contextmanager
-def locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[TextIO]:
-    """Hold the lock of a folder, whose file this gives; see `open_writer`. The system frees it if the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 - closed below, and by the system if the process is killed
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): set --data.codes to another folder") from error
-    with lock:
-        while not _try_lock(lock):
-            if waiting is None:
-                raise UserError(f"another `rawloop prepare` writes to {folder}: wait until it has ended")
-            waiting()
-            time.sleep(0.05)
-        yield lock
-
-
-def _try_lock(lock: TextIO) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise RawloopError(f"{lock.name} cannot be locked: {error.strerror}") from error
-    return True

@@ -80,19 +80,25 @@ def write_codes(folder: Path, clips: int) -> None:
     """Fill the cache of codes through the writer that `rawloop prepare` uses."""
     import torch
 
-    from rawloop.data.shards import Row, open_writer
+    from rawloop.data.shards import Index, Row, ShardWriter, open_cache
     from rawloop.families import ModelConfig, load_family
 
     family: Any = load_family(ModelConfig(path=str(folder.parent / "demo" / "model")))
     codec = family.load_codec(torch.device("cpu"))[0]
     pool = torch.randint(codec.codebook_size, (997, FRAMES, codec.codebooks))
-    with open_writer(folder / "codes", codec, SHARD, 1e9) as writer:
-        for split, number in (("train", clips), ("eval", EVAL)):
-            base = os.path.realpath(folder / split)
-            for place, record in enumerate(records(number, split)):
-                path = f"{base}/{record['audio_file']}"
+    paths = [
+        f"{os.path.realpath(folder / split)}/{record['audio_file']}"
+        for split, number in (("train", clips), ("eval", EVAL))
+        for record in records(number, split)
+    ]
+    with open_cache(folder / "codes", codec) as inside:
+        index = Index(inside, 0)
+        for shard, first in enumerate(range(0, len(paths), SHARD)):
+            writer = ShardWriter(inside, codec, shard, index)
+            for place, path in enumerate(paths[first : first + SHARD], first):
                 sha256 = f"{zlib.crc32(path.encode()):08x}{place:056x}"
                 writer.add(Row(path, 192_044, 1_700_000_000_000_000_000 + place, sha256), pool[place % len(pool)])
+            writer.write()
 
 
 def run_config(folder: Path, workers: int, output: Path) -> Any:

@@ -224,7 +224,7 @@ def test_prepare_builds_it(
     data = shutil.copytree(demo_data, tmp_path / "data")
     config = DataConfig(str(data / "train"), str(data / "eval"), str(data / "codes"))
     family: Any = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
-    prepare_codes(config, family, torch.device("cpu"), about={"model": "demo"})
+    prepare_codes(config, family, about={"model": "demo"})
     read = reads(monkeypatch)
     for split, number in (("train", 8), ("eval", 5)):
         assert len(load_samples(config, family, open_codes(config, family), split, print, {"model": "demo"})) == number
