@@ -19,12 +19,13 @@ from rawloop.changes import Contents
 from rawloop.components import Data
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
+from rawloop.data.accept import HEARD_RATE, decode_once
 from rawloop.data.batches import BatchPlan, Draw, MicroBatches, Plan
 from rawloop.data.buckets import Array, FramePlan
 from rawloop.data.config import codes_folder
 from rawloop.data.lengths import Lengths, groups_of
 from rawloop.data.samples import named
-from rawloop.data.splits import HEARD_RATE, decode_once, no_codes
+from rawloop.data.splits import no_codes
 from rawloop.dist import World
 from rawloop.errors import UserError, first_few
 from rawloop.family_protocols import HearingFamily
@@ -75,7 +76,7 @@ def measurer(config: RunConfig, data: Data, split: str) -> Lengths:
     """Return what measures the samples of a split."""
     samples, family = data.samples[split], data.family
     cache = data.cache
-    if cache is None and any(sample.audio_paths() for sample in samples):
+    if cache is None and samples.has_clips:
         rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
         cache = decode_once(samples, codes_folder(config.data), rate, config.data)
     batches = MicroBatches(
@@ -91,7 +92,8 @@ def all_lengths(config: RunConfig, data: Data, contents: Contents, split: str) -
     cannot be written is no error: they are measured again.
     """
     number = len(data.samples[split])
-    key = repr((contents.reading, contents.source, contents.samples[split], installed_versions()))
+    digest = contents.digests[split].together(0, number)
+    key = repr((contents.reading, contents.source, digest, installed_versions()))
     file = codes_folder(config.data) / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if number >= MANY:
         with suppress(OSError, ValueError, EOFError):

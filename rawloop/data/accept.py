@@ -19,7 +19,7 @@ from rawloop.data.codes import ClipCheck, CodeCache
 from rawloop.data.config import NO_MATTER, DataConfig, codes_folder
 from rawloop.data.digests import Digests, content_hash, digester
 from rawloop.data.eval_share import share_of
-from rawloop.data.index import SampleIndex, digest
+from rawloop.data.index import SampleIndex, digest, size_of
 from rawloop.data.mapped import Say, open_or_build, told
 from rawloop.data.prepare import BadClips, prepare
 from rawloop.data.samples import named, refuse
@@ -151,8 +151,7 @@ class _Used:
         self.rows.append(row)
         self.digests.append(self.digest(sample))
         self.contents.append(content_hash(sample))
-        clips = sum(self.frames(path) for path in sample.audio_paths()) if self.frames else 0
-        self.sizes.append(clips + sum(len(turn.words.encode()) for turn in sample.turns))
+        self.sizes.append(size_of(sample, self.frames))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays."""

@@ -9,7 +9,7 @@ import os
 import stat
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -153,6 +153,12 @@ def _state(paths: Iterator[str] | Sequence[str]) -> str:
         except OSError:
             state.update(b"gone\n")
     return state.hexdigest()
+
+
+def size_of(sample: Sample, frames: Callable[[Path], int] | None) -> int:
+    """Return the frames of a sample's clips, if `frames` gives them, and the bytes of its words."""
+    clips = sum(map(frames, sample.audio_paths())) if frames else 0
+    return clips + sum(len(turn.words.encode()) for turn in sample.turns)
 
 
 def digest(facts: Any) -> str:

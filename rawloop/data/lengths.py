@@ -8,6 +8,7 @@ import numpy as np
 from rawloop.contracts import Batch, Family, Sample
 from rawloop.data.batches import Draw, MicroBatches
 from rawloop.data.buckets import Array, cut
+from rawloop.data.index import SampleIndex, size_of
 from rawloop.errors import UserError
 from rawloop.family_protocols import LengthFamily
 
@@ -39,14 +40,13 @@ class Lengths:
     def longest(self, number: int) -> list[int]:
         """Return the longest samples. Only those with most frames and bytes are measured."""
         samples = self.batches.samples
-        size = np.fromiter((self._size(sample) for sample in samples), dtype=np.int64, count=len(samples))
+        size = samples.sizes if isinstance(samples, SampleIndex) else self._sizes(samples)
         candidates = np.argsort(-size, kind="stable")[: 4 * number + 12]
         ranked = candidates[np.argsort(-self.of(candidates.tolist()), kind="stable")]
         return [int(index) for index in ranked[:number]]
 
-    def _size(self, sample: Sample) -> int:
-        clips = sum(self.frames(path) for path in sample.audio_paths())
-        return clips + sum(len(turn.words.encode()) for turn in sample.turns)
+    def _sizes(self, samples: Sequence[Sample]) -> Array:
+        return np.fromiter((size_of(sample, self.frames) for sample in samples), dtype=np.int64, count=len(samples))
 
 
 def shape_of(batch: Batch) -> tuple[int, int]:
