@@ -60,6 +60,7 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
         "model.codec": "the hash of the codec in the cache of codes",
         "data.train": "the digest of its samples and clips",
         "data.codes": "the digests of samples and clips",
+        **dict.fromkeys(_keys("data eval_share eval_by eval_seed"), "the digests of the samples of both splits"),
         "train.batch_size": "the samples of a step over all ranks",
         "train.accumulation": "the samples of a step over all ranks",
         "train.max_frames": "the micro-batches of a step over all ranks",
