@@ -142,12 +142,15 @@ def test_a_recognition_sample_is_turned_round_when_asked_to(jsonl: Write, clip: 
     path = jsonl({"messages": [ask, answer], "audios": ["a.wav"]})
     assert [turn.role for turn in one(path).turns] == ["user", "assistant"]
     assert one(path).turns[1].parts == (Text("Hello."),)
-    assert one(path, task="single_speaker_smart_voice").turns == spoken(clip)
+    assert one(path, task="single_speaker_smart_voice").turns == (SCENE, *spoken(clip))
 
 
 def test_what_has_no_words_or_other_turns_stays_as_it_is(jsonl: Write, clip: Path) -> None:
     ask = {"role": "user", "content": "Say it."}
-    alone = one(jsonl({"messages": [{"role": "assistant", "content": "<audio>"}], "audios": ["a.wav"]}))
+    alone = one(
+        jsonl({"messages": [{"role": "assistant", "content": "<audio>"}], "audios": ["a.wav"]}), default_scene=None
+    )
     assert alone.turns == (Turn("assistant", (Audio(clip),), trained=True),)
-    asked = one(jsonl({"messages": [ask, {"role": "assistant", "content": "<audio>Hi."}], "audios": ["a.wav"]}))
+    answer = {"role": "assistant", "content": "<audio>Hi."}
+    asked = one(jsonl({"messages": [ask, answer], "audios": ["a.wav"]}), default_scene=None)
     assert asked.turns[1].parts == (Audio(clip), Text("Hi."))
