@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rawloop.changes import Contents
 from rawloop.components import Data
@@ -165,34 +166,43 @@ def rehearse(
 ) -> None:
     """Run the costliest micro-batch forward and backward, and undo its changes. All ranks call this.
 
-    On a GPU, memory for the optimizer's state is held meanwhile, and the peak is told.
+    On a GPU the peak is told.
 
     Raises:
         UserError: on all ranks, if the memory of one of them does not suffice.
     """
     world, device = policy.world, policy.device
-    draws = world.on_all_ranks(partial(_costliest, config, data, plan)) or []
     on_gpu = device.type == "cuda"
-    weights = [weight for _, weight in policy.named_parameters()] if on_gpu else []
+    keeps_gradients = config.train.accumulation > 1 or world.size > 1
     peaks = []
-    for chosen in draws:
-        batch = world.on_all_ranks(lambda chosen=chosen: batches.made(chosen)[1])  # type: ignore[misc]
-        assert batch is not None
-        what = _named(batch)
-
-        def go(batch: Batch = batch) -> None:
-            held = [torch.empty_like(weight) for weight in weights for _ in range(2)]  # AdamW's two means
-            preflight(policy, partial(trial_loss, module, batch, device))
-            del held
-
+    for chosen in world.on_all_ranks(partial(_costliest, config, data, plan)) or []:
+        made = world.on_all_ranks(partial(batches.made, chosen))
+        assert made is not None
+        what = _named(made[1])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        within_memory(go, world, f"the costliest micro-batch has {what}", advice(config))
+        run = partial(_run_once, made[1], module, policy, keeps_gradients)
+        within_memory(run, world, f"the costliest micro-batch has {what}", advice(config))
         peaks.append((torch.cuda.max_memory_allocated(device) / GB if on_gpu else 0.0, what))
     if on_gpu:
         most, what = max(world.gather(max(peaks)))
         total = torch.cuda.get_device_properties(device).total_memory / GB
         say(f"rehearsal: the costliest micro-batch ({what}) takes {most:.1f} of {total:.1f} GB at its peak")
+
+
+def _run_once(batch: Batch, module: LossModule, policy: PrecisionPolicy, keeps_gradients: bool) -> None:
+    """Run one pass beside what training holds by then: AdamW's two means, and gradients of earlier micro-batches."""
+    weights = [weight for _, weight in policy.named_parameters()]
+    means = [torch.empty_like(weight) for weight in weights for _ in range(2)]
+    gradients = [torch.empty_like(weight) for weight in weights] if keeps_gradients else []
+
+    def loss() -> Tensor:
+        found = trial_loss(module, batch, policy.device)
+        gradients.clear()  # backward makes its own
+        return found
+
+    preflight(policy, loss)
+    del means
 
 
 def _costliest(config: RunConfig, data: Data, plan: Plan) -> list[list[Draw]]:
