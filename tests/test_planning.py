@@ -68,6 +68,10 @@ def test_a_family_that_does_not_count_is_measured_by_its_examples(by_frames: Run
     batches = MicroBatches(data.samples["data.train"], partial(data.family.example, codes=no_codes), Uncounted.collate)
     own = Lengths(Uncounted(), batches, no_codes)  # type: ignore[arg-type]
     assert own.of(range(8)).tolist() == planning.measurer(by_frames, data, "data.train").of(range(8)).tolist()
+    batches.collate = lambda examples: Batch({"x": torch.ones(3)}, {}, {}, [])  # without ids (batch, positions)
+    with pytest.raises(UserError, match=r"give the family a method `length`, or set train.max_frames to 0"):
+        own(0)
+    assert len(own.longest(3)) == 3  # a rehearsal needs no lengths
 
 
 def test_lengths_of_many_samples_are_measured_once(

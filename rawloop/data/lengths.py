@@ -38,11 +38,12 @@ class Lengths:
         return np.fromiter(map(self, indices), dtype=np.int64)
 
     def longest(self, number: int) -> list[int]:
-        """Return the longest samples. Only those with most frames and bytes are measured."""
+        """Return the longest samples. Only those with most frames and bytes are measured, without making examples."""
         samples = self.batches.samples
         size = samples.sizes if isinstance(samples, SampleIndex) else self._sizes(samples)
-        candidates = np.argsort(-size, kind="stable")[: 4 * number + 12]
-        ranked = candidates[np.argsort(-self.of(candidates.tolist()), kind="stable")]
+        ranked = np.argsort(-size, kind="stable")[: 4 * number + 12]
+        if isinstance(self.family, LengthFamily):
+            ranked = ranked[np.argsort(-self.of(ranked.tolist()), kind="stable")]
         return [int(index) for index in ranked[:number]]
 
     def _sizes(self, samples: Sequence[Sample]) -> Array:
