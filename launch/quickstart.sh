@@ -17,4 +17,5 @@ fi
 [ "$gpus" -gt 0 ] || export NPROC=2 # to show that processes share the work
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 bash launch/single_node.sh configs/demo.yaml --output "$run" "$@"
+[ -d "$run" ] || exit 0 # another --output was given
 .venv/bin/python -m rawloop generate "$run" --text "Hello from the demo." --output "$run/hello.wav" --max_seconds 5
