@@ -93,11 +93,14 @@ class Progress:
 
     def _costs(self, step: int) -> str:
         assert self.total is not None
-        steps = f"{self.total - step} steps of {self._last['step_seconds']:.3g} s"
-        evaluations = self._evaluations_left(step)
-        if not evaluations or "eval_seconds" not in self._last:
-            return steps
-        return f"{steps}, {evaluations} evaluations of {self._last['eval_seconds']:.3g} s"
+        parts = [_times(self.total - step, "step", self._last["step_seconds"])]
+        if "eval_seconds" in self._last and (evaluations := self._evaluations_left(step)):
+            parts.append(_times(evaluations, "evaluation", self._last["eval_seconds"]))
+        return ", ".join(parts)
+
+
+def _times(number: int, what: str, seconds: float) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'} of {seconds:.3g} s"
 
 
 def _shown(values: Mapping[str, Any]) -> list[str]:

@@ -192,7 +192,7 @@ class _Waiting:
     """Says every few seconds that another process builds, and what that process has said last."""
 
     def __init__(self, name: str, lock: Path, say: Say) -> None:
-        self.name, self.lock, self.say, self.next = name, lock, say, 0.0
+        self.name, self.lock, self.say, self.next = name, lock, say, time.monotonic() + EVERY
 
     def __call__(self) -> None:
         if time.monotonic() < self.next:
