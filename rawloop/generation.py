@@ -106,7 +106,8 @@ def _speak(request: Request, family: Any, model: Any, samples: list[Sample], dev
         spoken = family.generate(model, batch, codes, [limit] * len(batch), request.sampling)
         for one, file in zip(spoken, files[start:], strict=False):
             write_wav(file, decode(one.codes), codec.sample_rate)
-            end = "stopped by itself" if one.stopped else f"did not stop (--max_seconds {request.max_seconds:g})"
+            end = "stopped by itself" if one.length else "stopped at once, before any sound"
+            end = end if one.stopped else f"did not stop (--max_seconds {request.max_seconds:g})"
             yield f"{file}: {one.length / codec.frame_rate:.2f} s, {end}"
 
 
