@@ -16,6 +16,9 @@ KNOWN = {
     "grad_norm": "Gradient norm",
     "loss_scale": "Loss scale",
     "samples_per_second": "Samples per second",
+    "step_seconds": "Seconds per step",
+    "data_wait": "Share of time waiting for data",
+    "eval_seconds": "Seconds per evaluation",
 }
 LOGARITHMIC = ("grad_norm", "loss_scale")
 EVENTS = ("start", "restore", "fallback", "skip", "finding", "capsule", "bad_sample", "warning", "save", "best", "stop")
