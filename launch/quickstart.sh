@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a fine-tuned model and its voice: installs rawloop, builds the demo checkpoint, encodes the bundled
-# speech, fine-tunes on it with LoRA, on all GPUs or in 2 processes on the CPU, and writes a clip of the result, which is
+# speech, fine-tunes on it with LoRA, on all GPUs or in 2 processes on the CPU, and writes a clip of the result. It is
 # noise: the demo's weights are random. A second call reuses .venv and .demo, and trains in a new run folder.
 #
 #   bash launch/quickstart.sh [OVERRIDES...]     for example --optim.lr 1e-3

@@ -1,4 +1,4 @@
-"""The lock of a folder, by which processes agree who writes into it."""
+"""A lock, by which processes agree who writes a folder or a file."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +10,15 @@ from rawloop.errors import RawloopError, UserError
 
 
 @contextmanager
-def locked(folder: Path, waiting: Callable[[], None] | None) -> Iterator[TextIO]:
-    """Hold the lock of a folder, whose file this gives; see `open_cache`. The system frees it if the process ends."""
+def locked(file: Path, waiting: Callable[[], None] | None) -> Iterator[TextIO]:
+    """Hold a lock, whose file this gives; see `open_cache`. The system frees it if the process ends.
+
+    A process that takes the same lock a second time waits for itself.
+    """
+    folder = file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 - closed below, and by the system if the process is killed
+        lock = open(file, "a+")  # noqa: SIM115 - closed below, and by the system if the process is killed
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): set --data.codes to another folder") from error
     with lock:

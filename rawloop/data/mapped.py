@@ -144,7 +144,8 @@ def open_or_build(
             return found
     if place != folder / FOLDER:
         say(f"{folder / FOLDER} cannot be written: the index is built in {place}, and again on the next machine")
-    with locked(place, _Waiting(name, place / "lock", say)) as lock:
+    file = place / f"{name}.lock"  # one for each file: to build one of them may need another
+    with locked(file, _Waiting(name, file, say)) as lock:
         # It may have been built meanwhile, by the process that held the lock.
         if (found := _opened(place / name, key, lambda line: None)) and is_current(found):
             return found

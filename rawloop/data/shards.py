@@ -264,7 +264,7 @@ def open_cache(cache: Path, codec: CodecInfo, waiting: Callable[[], None] | None
     another process is a UserError.
     """
     folder = codec_folder(cache, codec)
-    with locked(folder, waiting):
+    with locked(folder / "lock", waiting):
         for part in (*folder.glob(".tmp-*"), *folder.glob("*.part")):  # of a killed writer; *.part of older versions
             part.unlink()
         if not (folder / CODEC_FILE).exists():
