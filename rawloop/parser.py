@@ -36,10 +36,12 @@ class Parser(ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         required = re.match(r"the following arguments are required: (.*)", message)
         if required:
-            missing = [f"--{name.strip()}" for name in required[1].split(",")]
+            places = {action.dest for action in self._actions if not action.option_strings}
+            names = [name.strip() for name in required[1].split(",")]
+            missing = [name.upper() if name in places else f"--{name}" for name in names]
             raise UserError(f"{' and '.join(missing)} must be given; `{self.prog} --help` lists all options")
-        names = [name for action in self._actions for name in action.option_strings]
-        hint = nearest(self.meant.get(unknown[1], unknown[1]), names) if unknown else ""
+        options = [name for action in self._actions for name in action.option_strings]
+        hint = nearest(self.meant.get(unknown[1], unknown[1]), options) if unknown else ""
         raise UserError(explain(message, self.origin, self.hints) + hint)
 
     def read_settings(self, values: Mapping[str, Any], before: Any = None) -> Any:

@@ -51,6 +51,7 @@ def test_the_printed_command_works(door: Door, recordings: Path, config: Path, o
 def test_a_mistake_is_one_line(refusal: Callable[..., str], recordings: Path) -> None:
     assert refusal("import", "gone", "--output", "out").startswith("gone does not exist: name a folder or file")
     assert refusal("import", recordings) == "--output must be given; `rawloop import --help` lists all options"
+    assert refusal("import") == "SOURCE and --output must be given; `rawloop import --help` lists all options"
     assert refusal("import", recordings, "--output", "out", "--eval", "2").startswith("--eval is 2: it is a share")
     assert refusal("import", recordings, "--output", "recordings/metadata.csv").endswith("a file: name a folder")
     assert not Path("out").exists()
