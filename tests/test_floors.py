@@ -360,7 +360,7 @@ HELP = "sys.argv = ['rawloop', '--help']; runpy.run_module('rawloop', run_name='
 @pytest.mark.parametrize("code", ["import rawloop", HELP, "import rawloop.errors"])
 def test_import_and_help_load_nothing_heavy(code: str) -> None:
     command = [sys.executable, "-c", START.format(code=code)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert "loaded: []" in run.stdout
 

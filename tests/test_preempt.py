@@ -261,7 +261,7 @@ sys.exit(code)
             assert process.stdout
             assert process.stdout.readline() == awaited
             process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=30)[1]
+        error = process.communicate(timeout=240)[1]
     finally:
         process.kill()
     assert (process.returncode, error) == (75, "rawloop train: stopped\n")

@@ -153,14 +153,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield server
     assert server.process.stdin is not None
     server.process.stdin.close()
-    assert server.process.wait(timeout=30) == 0
+    assert server.process.wait(timeout=240) == 0
     assert server.process.stdout is not None
     server.process.stdout.close()
 
 
 @pytest.fixture
 def ranks(server: Server) -> Callable[..., list[Done]]:
-    """Give `ranks(*arguments, size=2, seconds=60, then=None, last=())`: a command in forked processes, a result a rank.
+    """Give `ranks(*arguments, size=2, seconds=240, then=None, last=())`: a command in forked processes; a result each.
 
     `then(process ids)` is called after they have started; `last` are further arguments of the last rank.
     """
@@ -168,7 +168,7 @@ def ranks(server: Server) -> Callable[..., list[Done]]:
     def run(
         *arguments: str | Path,
         size: int = 2,
-        seconds: float = 60.0,
+        seconds: float = 240.0,
         then: Callable[[list[int]], None] | None = None,
         last: Sequence[str | Path] = (),
     ) -> list[Done]:

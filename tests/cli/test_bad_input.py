@@ -365,7 +365,7 @@ def test_on_two_ranks(ranks: Ranks, config: Path, arguments: list[str], line: st
     assert [done.code for done in results] == [2, 2]
     assert f"rawloop train: {line}" in results[0].err
     assert not any("Traceback" in done.err for done in results)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 240
 
 
 def test_only_rank_0_sees_that_the_output_is_taken(ranks: Ranks, config: Path, tmp_path: Path) -> None:

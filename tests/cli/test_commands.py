@@ -612,7 +612,7 @@ def test_two_processes_under_torchrun_killed_and_resumed(write_config: Write, tm
     kill_after(tmp_path / "run" / "checkpoints" / "step-00000003")([])
     for process in [started, *started.children(recursive=True)]:
         process.kill()
-    assert started.wait(timeout=30) == -signal.SIGKILL
+    assert started.wait(timeout=240) == -signal.SIGKILL
     subprocess.run([*command, "--resume", "latest"], timeout=110, check=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole", 10)
 
