@@ -18,6 +18,7 @@ import pytest
 
 from rawloop.cli import main
 from rawloop.errors import LostRank, UserError
+from rawloop.records import TIMES
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -394,7 +395,7 @@ def wait_for_step(output: Path, step: int) -> None:
 
 def metrics_of(output: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 @pytest.mark.slow

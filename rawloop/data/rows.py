@@ -13,7 +13,7 @@ import numpy as np
 from rawloop.data.mapped import Mapped, Say, Writer, hash64, open_or_build
 from rawloop.data.shards import Row, read_index_file, row_files, shard_file
 from rawloop.errors import RawloopError
-from rawloop.files import sha256_file
+from rawloop.files import in_words, sha256_file
 
 LAYOUT = 1
 NOT_WRITTEN = -1  # the place of codes that are not in their shard, or have another shape than their row says
@@ -90,8 +90,12 @@ def _key(folder: Path, codebooks: int) -> str:
     facts: list[Any] = [LAYOUT, codebooks, os.path.realpath(folder)]
     facts += [(file.name, sha256_file(file)) for file in row_files(folder)]
     for file in sorted(folder.glob("shard-*")):
-        status = file.stat()
-        facts.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
+        try:
+            status = file.stat()
+        except OSError as error:  # told where its codes are asked for
+            facts.append((file.name, error.errno))
+        else:
+            facts.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
     return sha256(json.dumps(facts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -132,8 +136,8 @@ def _places(
         except FileNotFoundError:
             faults[number] = "the file is gone"
             continue
-        except ValueError as error:
-            faults[number] = str(error)
+        except (OSError, ValueError) as error:
+            faults[number] = in_words(error) if isinstance(error, OSError) else str(error)
             continue
         for row in rows.tolist():
             place = known.get(int(contents[row]))

@@ -50,7 +50,7 @@ class ListenConfig:
                 "1 and above 0"
             )
         if self.similarity and ":" not in self.similarity:
-            raise UserError(f"listen.similarity is '{self.similarity}': name a function, package.module:function")
+            raise UserError(f"listen.similarity is '{self.similarity[:100]}': name a function, package.module:function")
 
     @property
     def enabled(self) -> bool:
