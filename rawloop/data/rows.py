@@ -88,15 +88,20 @@ class Rows:
 def _key(folder: Path, codebooks: int) -> str:
     """Return a digest of the index files, and of the size and time of each shard. Raises RawloopError."""
     facts: list[Any] = [LAYOUT, codebooks, os.path.realpath(folder)]
-    facts += [(file.name, sha256_file(file)) for file in row_files(folder)]
-    for file in sorted(folder.glob("shard-*")):
+    for file in [*row_files(folder), *sorted(folder.glob("shard-*"))]:
         try:
-            status = file.stat()
-        except OSError as error:  # told where its codes are asked for
+            facts.append((file.name, _state(file)))
+        except OSError as error:  # told by what reads it
             facts.append((file.name, error.errno))
-        else:
-            facts.append((file.name, status.st_size, status.st_mtime_ns, status.st_ino))
     return sha256(json.dumps(facts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _state(file: Path) -> Any:
+    """Return what identifies the content of a file: of a large one, size and time."""
+    if not file.name.startswith("shard-"):
+        return sha256_file(file)
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _build(folder: Path, codebooks: int, key: str, writer: Writer, say: Say) -> None:
