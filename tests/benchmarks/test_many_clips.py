@@ -32,9 +32,8 @@ def test_the_data_are_valid_and_their_codes_complete(
     (clip,) = data.samples["data.train"][29].audio_paths()
     assert data.cache is not None
     assert data.cache(clip).shape == (benchmark.FRAMES, 8)
-    assert sorted(file.suffix for file in (folder / "codes" / "index").iterdir()) == [
-        *("", ".accepted", ".accepted", ".rows", ".samples", ".samples")
-    ]
+    built = sorted(file.suffix for file in (folder / "codes" / "index").iterdir() if file.suffix != ".lock")
+    assert built == [".accepted", ".accepted", ".rows", ".samples", ".samples"]
 
 
 @pytest.mark.slow
