@@ -14,7 +14,7 @@ from rawloop.audio import import_torchaudio
 from rawloop.errors import RawloopError, UserError
 from rawloop.families import load_family, local_folder, read_json
 from rawloop.families.config import ModelConfig
-from rawloop.files import in_words
+from rawloop.files import in_words, unfinished_folder
 from rawloop.trained import BOUND, DTYPES, Say, Trained, load_trained, probe_logits
 
 KEPT = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -71,18 +71,11 @@ def export_model(
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
     """Yield a folder with a temporary name, so nobody finds an incomplete one; it is removed if it was not renamed."""
-    partial = output.with_name(f".tmp-{output.name}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output is '{output}', which cannot be created: {error.strerror}") from error
-    try:
-        yield partial
-    except (OSError, SafetensorError) as error:
-        raise RawloopError(f"--output is '{output}', which cannot be written: {in_words(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with unfinished_folder(output) as partial:
+        try:
+            yield partial
+        except (OSError, SafetensorError) as error:
+            raise RawloopError(f"--output is '{output}', which cannot be written: {in_words(error)}") from error
 
 
 def _copy_others(partial: Path, config: ModelConfig) -> None:

@@ -119,6 +119,26 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
+def unfinished_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder with a temporary name beside `output`; it is removed if it was not renamed.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    folder = Path(os.path.realpath(output))
+    folder = folder.with_name(f".tmp-{folder.name}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output is '{output}', which cannot be created: {error.strerror}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a stream whose content replaces a file atomically at the end of the block; see `replace_file`."""
     temporary = path.with_name(f".tmp-{path.name}")

@@ -6,7 +6,7 @@ happen to meet.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -96,19 +96,29 @@ def all_lengths(config: RunConfig, data: Data, contents: Contents, split: str) -
     digest = contents.digests[split].together(0, number)
     key = repr((contents.reading, contents.source, digest, installed_versions()))
     file = codes_folder(config.data) / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if number >= MANY:
-        with suppress(OSError, ValueError, EOFError):
+    if number >= MANY and file.exists():
+        with _told(data, f"{file} cannot be used, and the lengths are measured again"):
             found: Array = np.load(file, allow_pickle=False).astype(np.int64)
-            if found.shape == (number,):
-                return found
+            if found.shape != (number,):
+                raise ValueError(f"it has {found.shape} lengths for {number} samples")
+            return found
     lengths = measurer(config, data, split).of(range(number))
     if number >= MANY:
         stream = BytesIO()
         np.save(stream, lengths.astype(np.int32))
-        with suppress(OSError):
+        with _told(data, f"{file} cannot be written, and the lengths are measured at each start"):
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, stream.getvalue())
     return lengths
+
+
+@contextmanager
+def _told(data: Data, what: str) -> Iterator[None]:
+    """Make a notice of an error of the file with lengths."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError) as error:
+        data.notices.append(f"{what}: {error}")
 
 
 def _no_frames(path: Path) -> int:

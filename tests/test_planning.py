@@ -92,6 +92,8 @@ def test_lengths_of_many_samples_are_measured_once(
     file.write_bytes(file.read_bytes()[:-3])
     again = planning.all_lengths(config, data, data.contents(), "data.train")
     assert again.tolist() == first.tolist()
+    (line,) = data.notices
+    assert line.startswith(f"{file} cannot be used, and the lengths are measured again: ")
 
 
 def test_a_run_takes_every_sample_once_an_epoch_and_says_so(by_frames: RunConfig) -> None:

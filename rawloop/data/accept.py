@@ -86,11 +86,8 @@ class Acceptance:
         for row in told(rows, f"data.{self.split}: samples checked", len(rows), say):
             sample = index[row]
             try:
-                if cache and clips:
-                    cache.refuse_left_out(sample)
-                    clips.note_open_ends(sample)
-                    if not clips.add(sample):
-                        continue
+                if clips and not clips.accepts(sample):
+                    continue
             except BadSample as reason:
                 left_out[sample.id] = str(reason)
                 continue

@@ -219,6 +219,12 @@ class ClipCheck:
                 fine = False
         return fine
 
+    def accepts(self, sample: Sample) -> bool:
+        """Check a sample, note its open ends, and return like `add`. Raises BadSample for one that is left out."""
+        self.cache.refuse_left_out(sample)
+        self.note_open_ends(sample)
+        return self.add(sample)
+
     def note_open_ends(self, sample: Sample) -> None:
         """Remember the clips of a sample that do not say where they end."""
         for path in map(str, sample.audio_paths()):

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,9 +57,7 @@ class Encoder:
         try:
             with closing(ahead(partial(self._look_up, writer), paths)) as clips:
                 last = time.monotonic()
-                for row, waveform in clips:
-                    if self.stopped():
-                        break
+                for row, waveform in takewhile(lambda _: not self.stopped(), clips):
                     self._add(writer, row, waveform)
                     done += 1
                     if time.monotonic() - last > self.keep_seconds and done < len(paths):

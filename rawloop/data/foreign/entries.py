@@ -84,18 +84,20 @@ def text_lines(file: Path) -> Iterator[tuple[str, str | Unusable]]:
         with open_regular(file) as raw:
             lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             for number, line in enumerate(lines, 1):
-                place = f"{file.name} line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    yield place, Unusable(BROKEN_LINE, f"it is not UTF-8 (byte {error.start} of the line)")
-                    continue
-                if text.strip():
-                    yield place, text
+                text = _decoded(line, "utf-8-sig" if number == 1 else "utf-8")
+                if isinstance(text, Unusable) or text.strip():
+                    yield f"{file.name} line {number}", text
     except (EOFError, zlib.error) as error:
         raise UserError(f"{file} is damaged ({error}): fetch it again") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _decoded(line: bytes, encoding: str) -> str | Unusable:
+    try:
+        return line.decode(encoding).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return Unusable(BROKEN_LINE, f"it is not UTF-8 (byte {error.start} of the line)")
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any] | Unusable]]:

@@ -7,8 +7,7 @@ at all, and never a mixture of two imports, in which a sample could be trained a
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rawloop.data.eval_share import Choice, SplitBy, choose
 from rawloop.data.foreign.detect import detect
 from rawloop.data.foreign.gather import Gathered, Item, gather, speakers_of
 from rawloop.errors import UserError
-from rawloop.files import remove_tree, sync_tree
+from rawloop.files import remove_tree, sync_tree, unfinished_folder
 
 TRAIN, EVAL, REPORT, CLIPS = "train.jsonl", "eval.jsonl", "import.json", "clips"
 WRITTEN = (TRAIN, EVAL, CLIPS, REPORT)
@@ -81,7 +80,7 @@ def import_data(config: ImportConfig) -> Imported:
     gathered = gather(detect(source), root)
     pairs = list(speakers_of(gathered.items))
     choice = choose(pairs, config.eval, config.split, config.seed) if config.eval else None
-    with _unfinished(output) as folder:
+    with unfinished_folder(output) as folder:
         lines = [_line(item, folder, output, gathered.root, config.copy) for item in gathered.items]
         chosen = choice.chosen if choice else frozenset()
         _write_lines(folder / TRAIN, [line for index, line in enumerate(lines) if index not in chosen])
@@ -136,22 +135,6 @@ def _report(config: ImportConfig, gathered: Gathered, choice: Choice | None) -> 
         "left_out": {reason: len(places) for reason, places in gathered.reasons().items()},
         "left_out_entries": [asdict(one) for one in gathered.left_out],
     }
-
-
-@contextmanager
-def _unfinished(output: Path) -> Iterator[Path]:
-    """Yield an empty folder with a temporary name beside the output; it is removed if it was not moved."""
-    folder = Path(os.path.realpath(output))
-    folder = folder.with_name(f".tmp-{folder.name}")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output is '{output}', which cannot be created: {error.strerror}") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_in_place(folder: Path, output: Path) -> None:
