@@ -181,7 +181,8 @@ def build_loader(config: RunConfig, data: Data, split: str, limits: Limits, worl
     """Build the loader of a split's micro-batches. Refuse a family whose batches differ from one time to the next."""
     samples = data.samples[split]
     example = partial(data.family.example, codes=data.cache or no_codes)
-    batches = MicroBatches(samples, example, data.family.collate, limits.fault, config.seed)
+    pick = samples.references(config.data, config.seed)
+    batches = MicroBatches(samples, example, data.family.collate, limits.fault, config.seed, pick)
     firsts = [Draw(index, epoch=0) for index in range(min(2, len(samples)))]
     check_repeatable(lambda: batches.made(firsts)[1])
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rawloop.components import Data
 from rawloop.config import RunConfig
 from rawloop.contracts import Family, Sample, Text
+from rawloop.data.batches import Draw
 from rawloop.dist import World
 from rawloop.errors import UserError, nearest
 from rawloop.families import imported
@@ -113,7 +114,9 @@ def _prompts(
 ) -> tuple[list[Prompt], Callable[[Path], Tensor]]:
     """Return the prompts, those of data.eval first, and a function that returns the codes of their clips."""
     listen, cache = config.listen, data.cache
-    own = data.samples["data.eval"][: listen.samples]
+    samples = data.samples["data.eval"]
+    pick = samples.references(config.data, config.seed)
+    own = [pick(Draw(index, epoch=0)) if pick else samples[index] for index in range(min(listen.samples, len(samples)))]
     known = {path for sample in own for path in sample.audio_paths()}
     encode = encoder_of(family, device)
     speaks = isinstance(family, SpeakingFamily)

@@ -81,7 +81,11 @@ def measurer(config: RunConfig, data: Data, split: str) -> Lengths:
         rate = family.sample_rate if isinstance(family, HearingFamily) else HEARD_RATE
         cache = decode_once(samples, codes_folder(config.data), rate, config.data)
     batches = MicroBatches(
-        samples, partial(family.example, codes=data.cache or no_codes), family.collate, seed=config.seed
+        samples,
+        partial(family.example, codes=data.cache or no_codes),
+        family.collate,
+        seed=config.seed,
+        pick=samples.references(config.data, config.seed),
     )
     return Lengths(family, batches, cache.frames if cache else _no_frames)
 
@@ -185,6 +189,8 @@ def rehearse(
     on_gpu = device.type == "cuda"
     keeps_gradients = config.train.accumulation > 1 or world.size > 1
     peaks = []
+    if data.samples["data.train"].references(config.data, config.seed):
+        batches = measurer(config, data, "data.train").batches
     for chosen in world.on_all_ranks(partial(_costliest, config, data, plan)) or []:
         made = world.on_all_ranks(partial(batches.made, chosen))
         assert made is not None

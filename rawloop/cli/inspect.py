@@ -40,10 +40,11 @@ def run(argv: list[str]) -> None:
     cache = open_codes(config.data, family, tell)
     samples = load_samples(config.data, family, cache, split, tell, checked_with(config, family), tell)
     draws = chosen(Data(family, cache, {f"data.{split}": samples}, []), config, split, options["sample"])
-    batches = MicroBatches(samples, partial(family.example, codes=cache or no_codes), family.collate, seed=config.seed)
+    example, pick = partial(family.example, codes=cache or no_codes), samples.references(config.data, config.seed)
+    batches = MicroBatches(samples, example, family.collate, seed=config.seed, pick=pick)
     examples, batch = batches.made(draws)
     color = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
-    view = View(family, [samples[draw.sample] for draw in draws], examples, batch, color)
+    view = View(family, [batches.pick(draw) for draw in draws], examples, batch, color)
     print("\n".join(view.lines()), flush=True)
 
 

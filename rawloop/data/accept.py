@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rawloop.data.eval_share import share_of
 from rawloop.data.index import SampleIndex, digest, size_of
 from rawloop.data.mapped import Say, open_or_build, told
 from rawloop.data.prepare import BadClips, prepare
+from rawloop.data.references import Voices
 from rawloop.data.samples import named, refuse
 from rawloop.data.shards import CODEC_FILE, codec_folder, heard_at
 from rawloop.errors import BadSample, UserError
@@ -82,6 +84,7 @@ class Acceptance:
         clips = ClipCheck(cache) if cache else None
         frames = cache.frames if cache and isinstance(self.family, CodecFamily | HearingFamily) else None
         used, left_out, bad = _Used(frames, self._clip_digest()), dict[str, str](), dict[str, str]()
+        voices = self._voices()
         mistake: UserError | None = None
         for row in told(rows, f"data.{self.split}: samples checked", len(rows), say):
             sample = index[row]
@@ -95,6 +98,8 @@ class Acceptance:
                 if mistake is None:
                     self.family.check(sample, frames)
                     used.add(row, sample)
+                    if voices:
+                        voices.add(row, sample)
             except BadSample as reason:
                 bad[sample.id] = str(reason)
             except UserError as caught:  # clips without codes come first
@@ -105,7 +110,25 @@ class Acceptance:
             lines += [f"data.{self.split}: {ends}"] if ends else []
         if mistake is not None:
             raise mistake
-        return used.arrays(), {"lines": [*lines, *self._left_out(left_out, bad, len(rows))]}
+        lines += self._left_out(left_out, bad, len(rows))
+        arrays = used.arrays()
+        if voices:
+            chosen, line = voices.choose(index.__getitem__, partial(self.family.check, frames=frames))
+            arrays |= chosen
+            lines.append(line)
+        return arrays, {"lines": lines}
+
+    def _voices(self) -> Voices | None:
+        """Return what chooses references, if they are drawn."""
+        if self.config.references == "given":
+            return None
+        if self.cache is None:
+            raise UserError(
+                f"data.references is drawn, and the family {type(self.family).__name__} learns no voices: set it to "
+                "given"
+            )
+        longest = round(self.config.reference_seconds * self.cache.codec.frame_rate)
+        return Voices(self.split, self.config, self.cache.frames, self.cache.identity, longest)
 
     def _left_out(self, left_out: Mapping[str, str], bad: Mapping[str, str], number: int) -> list[str]:
         """Return a line about the samples that are left out. Raise UserError if they must not be, or are all."""

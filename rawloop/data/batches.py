@@ -126,6 +126,7 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         collate: pads examples to a micro-batch. Its random numbers continue those of the last sample.
         fault: returns the fault of a micro-batch, or None; see `Limits.fault`.
         seed: of the run.
+        pick: returns the sample at a place of the data order, if it depends on the epoch.
     """
 
     def __init__(
@@ -135,9 +136,10 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         collate: Callable[[list[Any]], Batch],
         fault: Callable[[Batch], str | None] = lambda batch: None,
         seed: int = 0,
+        pick: Callable[[Draw], Sample] | None = None,
     ) -> None:
         self.samples, self.example, self.collate, self.fault = samples, example, collate, fault
-        self.seed, self.streams = seed, SampleStreams()
+        self.seed, self.streams, self.pick = seed, SampleStreams(), pick or self._given
 
     def __getitem__(self, draws: list[Draw]) -> Batch | RawloopError:
         """Return the micro-batch, or the error: torch would add a traceback to the message of an error in a worker."""
@@ -167,15 +169,18 @@ class MicroBatches(Dataset[Batch | RawloopError]):
         for draw in draws:
             if seed is not None:
                 seed(derive_seed("sample", self.seed, draw.epoch, draw.sample))
-            examples.append(self.example(self.samples[draw.sample]))
+            examples.append(self.example(self.pick(draw)))
         return examples, self.collate(examples)
+
+    def _given(self, draw: Draw) -> Sample:
+        return self.samples[draw.sample]
 
     def _blame(self, draws: list[Draw], examples: list[Any], fault: str) -> str:
         """Return a message that names the first sample with a fault when it is batched alone."""
         for draw, example in zip(draws, examples, strict=True):
             alone = self.fault(self.collate([example]))
             if alone is not None:
-                sample = self.samples[draw.sample]
+                sample = self.pick(draw)
                 return f"sample '{sample.id}' ({sample.source}): {alone}"
         return f"the batch of the samples {self._names(draws)}: {fault}"
 

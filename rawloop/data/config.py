@@ -14,7 +14,10 @@ CACHE_NAME = ".rawloop-codes"
 # Keys that decide neither how a record is read nor which samples are used; and those that decide only on the latter.
 # The index of a data set is built anew if any other key changes.
 NO_MATTER = frozenset({"train", "eval", "codes", "num_workers", "shuffle", "verify"})
-CHECKED_BY = frozenset({"on_bad_sample", "max_seconds", "min_seconds", "packing", "eval_share", "eval_by", "eval_seed"})
+CHECKED_BY = frozenset(
+    {"on_bad_sample", "max_seconds", "min_seconds", "packing"}
+    | {"eval_share", "eval_by", "eval_seed", "reference_seconds"}
+)
 
 
 @dataclass
@@ -32,6 +35,9 @@ class DataConfig:
             messages (a clip, then its words) are reversed: the clip speaks the words.
         refs_in_scene: put reference clips into the scene, where they need no words, instead of into separate turns.
             Clips of chat messages in the user turn before a spoken answer are reference clips, too.
+        references: reference clips of samples of one voice: those that their records name (given), or, for samples
+            without, another clip of the same speaker in each epoch (drawn). The record names the speaker.
+        reference_seconds: longer clips are not drawn as references.
         default_scene: scene of the samples without a scene: those of a metadata.json, and spoken chat messages without
             a system turn. null for no scene.
         train_turns: which assistant turns of chat messages are trained: the last one, or all. A record's `start_index`,
@@ -60,6 +66,8 @@ class DataConfig:
     codes: str | None = None
     task: str | None = None
     refs_in_scene: bool = False
+    references: Literal["given", "drawn"] = "given"
+    reference_seconds: float = 15.0
     default_scene: str | None = "Audio is recorded from a quiet room."
     train_turns: Literal["last", "all"] = "last"
     eval_share: float | None = None
@@ -81,6 +89,8 @@ class DataConfig:
                 f"data.min_seconds is {self.min_seconds} and data.max_seconds is {self.max_seconds}: "
                 "they need 0 <= min_seconds < max_seconds"
             )
+        if not self.reference_seconds > 0:
+            raise UserError(f"data.reference_seconds is {self.reference_seconds:g}: it must be above 0")
         if self.eval_share is not None and self.eval is not None:
             raise UserError(
                 f"data.eval_share is {self.eval_share:g} and data.eval is '{self.eval}': set one of them; "

@@ -21,6 +21,7 @@ from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data.config import CHECKED_BY, NO_MATTER, DataConfig
 from rawloop.data.digests import Digests
 from rawloop.data.mapped import Mapped, Say, Writer, open_or_build, told
+from rawloop.data.references import References
 from rawloop.data.samples import SampleReader
 from rawloop.errors import UserError
 from rawloop.files import sha256_file, sha256_files
@@ -35,7 +36,8 @@ class SampleIndex(Sequence[Sample]):
         file: the records.
         kept: arrays about the samples that are used: `rows` (samples,) uint32 are their places in `file`, `digests`
             their digests, `contents` uint64 hashes of their words and clips, `sizes` int32 the frames of their clips
-            and the bytes of their words. Without them, these are all samples of the file.
+            and the bytes of their words; and those of `References`, if they are drawn. Without `kept`, these are all
+            samples of the file.
     """
 
     def __init__(self, file: Mapped, kept: Mapping[str, np.ndarray] | None = None) -> None:
@@ -89,6 +91,12 @@ class SampleIndex(Sequence[Sample]):
         """A hash of the words and clips of each used sample, uint64."""
         assert self._kept is not None, "only used samples have hashes"
         return self._kept["contents"]
+
+    def references(self, config: DataConfig, seed: int) -> References | None:
+        """Return what gives each used sample its reference, if they are drawn."""
+        if self._kept is None or "references" not in self._kept:
+            return None
+        return References(self, SampleIndex(self.file), self._kept, config, seed)
 
     @property
     def sizes(self) -> np.ndarray:

@@ -1,6 +1,8 @@
 """How many positions of the model each sample takes, measured once before training."""
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from rawloop.contracts import Batch, Family, Sample
 from rawloop.data.batches import Draw, MicroBatches
 from rawloop.data.buckets import Array, cut
 from rawloop.data.index import SampleIndex, size_of
+from rawloop.data.references import References
 from rawloop.errors import UserError
 from rawloop.family_protocols import LengthFamily
 
@@ -16,22 +19,34 @@ from rawloop.family_protocols import LengthFamily
 class Lengths:
     """Measures samples: `lengths(index)` are the positions of a sample.
 
+    If references are drawn, a sample is measured with the one that makes it longest, and `batches` has it so.
+
     Args:
         family: counts them, or else makes the example.
         batches: the samples, and how their examples are made.
-        frames: the length of a clip, for a `LengthFamily`.
+        frames: the length of a clip.
     """
 
     def __init__(self, family: Family, batches: MicroBatches, frames: Callable[[Path], int]) -> None:
         self.family, self.batches, self.frames = family, batches, frames
+        if isinstance(batches.pick, References):
+            self.batches = copy(batches)
+            self.batches.pick = partial(self._costliest, batches.pick)
 
     def __call__(self, index: int) -> int:
         """Return the positions of a sample."""
         if isinstance(self.family, LengthFamily):
-            sample = self.batches.samples[index]
-            with sample.named_in_errors():
-                return self.family.length(sample, self.frames)
+            return self._length(self.batches.pick(Draw(index, epoch=0)))
         return shape_of(self.batches.made([Draw(index, epoch=0)])[1])[1]
+
+    def _length(self, sample: Sample) -> int:
+        if not isinstance(self.family, LengthFamily):
+            return size_of(sample, self.frames)
+        with sample.named_in_errors():
+            return self.family.length(sample, self.frames)
+
+    def _costliest(self, references: References, draw: Draw) -> Sample:
+        return references.costliest(draw.sample, self._length)
 
     def of(self, indices: Iterable[int]) -> Array:
         """Return the positions of some samples, int64."""

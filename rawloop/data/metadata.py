@@ -82,6 +82,8 @@ class MetadataReader:
 
     def _references(self, record: Record, task: str, text: str) -> list[Reference]:
         if task == CLONING:
+            if self.config.references == "drawn" and record.text(*REFERENCE_AUDIO) is None:
+                return []
             return [self._reference(record, "SPEAKER0" if self.config.refs_in_scene else None)]
         if task == MULTI_CLONING:
             return self._speaker_references(record, text)

@@ -70,7 +70,7 @@ def clips_into_scene(turns: Turns, default_scene: str | None) -> Turns:
             kept.append(turn)
     if not moved:
         return turns
-    before, scene, after = _around_scene(kept, default_scene)
+    before, scene, after = around_scene(kept, default_scene)
     parts = list(scene.parts)
     for number, clip in enumerate(moved, len(scene.clips)):
         parts += [Text(f"SPEAKER{number}:"), clip]
@@ -85,7 +85,7 @@ def with_default_scene(turns: Turns, default_scene: str | None) -> Turns:
     return (Turn("scene", (Text(default_scene),)), *turns)
 
 
-def _around_scene(turns: Sequence[Turn], default_scene: str | None) -> tuple[Sequence[Turn], Turn, Sequence[Turn]]:
+def around_scene(turns: Sequence[Turn], default_scene: str | None) -> tuple[Sequence[Turn], Turn, Sequence[Turn]]:
     """Split a conversation at its scene: a turn, a part of the system text, or else the default scene."""
     at = 1 if turns[0].role == "system" else 0
     if turns[at].role == "scene":
