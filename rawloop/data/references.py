@@ -154,13 +154,14 @@ class Voices:
         self.speakers = array("i")  # a number for each speaker; -1 for a sample whose clip cannot be a reference
         self.wants = bytearray()  # whether the sample may get a reference
         self.names: dict[str, int] = {}
-        self.unnamed = self.given = 0
+        self.unnamed = self.given = self.others = 0
 
     def add(self, row: int, sample: Sample) -> None:
         """Add a used sample and its place in the index."""
         voice, speaker = spoken(sample), speaker_of(sample)
         own = len(sample.audio_paths()) > 1
         self.given += own
+        self.others += voice is None and not own
         self.unnamed += voice is not None and not own and speaker is None
         self.rows.append(row)
         usable = voice is not None and speaker is not None
@@ -256,4 +257,6 @@ class Voices:
             parts.append(f"{self.unnamed} name no speaker, and are used without a reference")
         if self.given:
             parts.append(f"{self.given} keep the references of their records")
+        if self.others:
+            parts.append(f"{self.others} are not one clip of one voice, and stay as they are")
         return "; ".join(parts)
