@@ -16,8 +16,6 @@ import yaml
 from rawloop.cli import COMMANDS, main
 from rawloop.config import (
     ALIASES,
-    HF_NAMES,
-    NO_COUNTERPART,
     RunConfig,
     known_keys,
     moved_run,
@@ -28,6 +26,7 @@ from rawloop.errors import UserError
 from rawloop.parser import Parser, add_options, field_help
 from rawloop.precision.config import LossScaleConfig
 from rawloop.settings import SamplingConfig
+from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ FLOORS = (
         (
             "config",
             "parser",
+            "trainer_names",
             "cadences",
             "changes",
             "weights",
