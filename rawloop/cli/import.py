@@ -39,7 +39,7 @@ def told(done: Imported) -> Iterator[str]:
     yield f"imported {number} {unit}{of} from {gathered.layout.title}"
     yield f"  {number - kept} for training: {output / TRAIN}"
     if choice:
-        how = "whole speakers" if choice.by == "speaker" else "single samples"
+        how = "whole speakers or recordings" if choice.by == "speaker" else "single samples"
         yield f"  {kept} for evaluation, {how}: {output / EVAL}"
         if advice := choice.advice(number, done.share, "--split"):
             yield f"  {advice}"

@@ -1,4 +1,4 @@
-"""Which samples are kept for the evaluation: whole speakers where there are several, else single samples.
+"""Which samples are kept for the evaluation: whole speakers or recordings where there are several, else single ones.
 
 The choice depends only on ids, speakers, share and seed, so all ranks, a resumed run and another machine choose alike.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from typing import Literal, NamedTuple
 
+from rawloop.audio import segment_of
 from rawloop.contracts import Sample
 from rawloop.data.config import DataConfig
 from rawloop.errors import UserError
@@ -38,7 +39,7 @@ def choose(samples: Sequence[tuple[str, str | None]], share: float, by: SplitBy 
     """Choose the samples for the evaluation.
 
     Args:
-        samples: id and speaker of each sample.
+        samples: id of each sample, and its speaker or recording.
         share: of the samples, between 0 and 1; at least one is chosen, and at least one is left.
         by: `speaker` takes whole speakers, in a random order, as long as they fit into the share; if none fits, the
             one with the fewest samples. A sample without a speaker counts as a speaker. `sample`, or data of a single
@@ -70,7 +71,7 @@ def choose(samples: Sequence[tuple[str, str | None]], share: float, by: SplitBy 
 def share_of(samples: Iterable[Sample], config: DataConfig, split: str, say: Callable[[str], None]) -> list[int]:
     """Return the indices of the samples of a split of `data.train`, which `data.eval_share` divides."""
     assert config.eval_share, "data.eval_share is set"
-    pairs = [(one.id, speaker_of(one)) for one in samples]
+    pairs = [(one.id, speaker_of(one) or _recording_of(one)) for one in samples]
     choice = choose(pairs, config.eval_share, config.eval_by, config.eval_seed)
     advice = choice.advice(len(pairs), config.eval_share, "--data.eval_by")
     if advice and split == "eval":
@@ -82,3 +83,10 @@ def speaker_of(sample: Sample) -> str | None:
     """Return the speaker that a sample's record names, or None."""
     values = (sample.extra.get(key) for key in SPEAKER_KEYS)
     return next((str(value) for value in values if isinstance(value, str | int) and str(value).strip()), None)
+
+
+def _recording_of(sample: Sample) -> str | None:
+    """Return the file of a sample's last clip if that is a segment, since others of its speaker may be beside it."""
+    clips = sample.audio_paths()
+    segment = segment_of(clips[-1]) if clips else None
+    return None if segment is None or segment.whole else str(segment.file)

@@ -86,3 +86,16 @@ def test_a_share_beside_an_evaluation_set_is_refused() -> None:
     for share in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match=r"data.eval_share is .*: it must lie between 0 and 1"):
             DataConfig(train="a", eval_share=share)
+
+
+def test_segments_without_a_speaker_stay_with_their_recording(jsonl: Callable[..., Path]) -> None:
+    records = [
+        {"audio_file": f"{n % 4}.wav", "transcript": "W.", "id": str(n), "offset": n, "duration": 1} for n in range(12)
+    ]
+    config = DataConfig(train=str(jsonl(*records)), eval_share=0.25)
+    samples = read_samples(str(config.train), config, check_files=False)
+    held = share_of(samples, config, "eval", lambda line: None)
+    assert len(held) == 3
+    assert len({records[index]["audio_file"] for index in held}) == 1
+    single = share_of(samples, DataConfig(train=config.train, eval_share=0.25, eval_by="sample"), "eval", print)
+    assert len({records[index]["audio_file"] for index in single}) > 1

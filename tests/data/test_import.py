@@ -176,6 +176,20 @@ def spoken(name: str, start: float = 0.0, duration: float = 0.1, **changes: Any)
     return {**row, "text": "Words.", "speaker": "ann", "language": "en", **changes}
 
 
+def test_segments_of_a_recording_stay_together(source: Path, wavs: Callable[..., None], take: Any) -> None:
+    wavs("a.wav", "b.wav", "c.wav")
+    rows = [
+        {"audio_filepath": f"{name}.wav", "text": "W.", "offset": 0.02 * k, "duration": 0.02}
+        for k in range(4)
+        for name in "abc"
+    ]
+    write_lines(source / "manifest.jsonl", *rows)
+    done = take(source, eval=0.34)
+    held = lines(done.output / "eval.jsonl")
+    assert len(held) == 4
+    assert len({r["audio_file"] for r in held}) == 1
+
+
 def test_lhotse_supervisions(source: Path, wavs: Callable[..., None], take: Any) -> None:
     wavs("a.wav", "b.wav", "c.wav")
     two = recording("c.wav", channel_ids=[0, 1])

@@ -9,7 +9,7 @@ from typing import Any
 
 from rawloop.data.config import DataConfig
 from rawloop.data.foreign.entries import Entry, Layout, LeftOut, Unusable
-from rawloop.data.keys import KeyCheck
+from rawloop.data.keys import TIMES, KeyCheck
 from rawloop.data.messages import MessagesReader
 from rawloop.data.metadata import MetadataReader
 from rawloop.data.record import Files, Record
@@ -132,5 +132,7 @@ def locate(root: Path, value: str) -> Path:
 
 
 def speakers_of(items: list[Item]) -> Iterator[tuple[str, str | None]]:
-    """Yield id and speaker of each item."""
-    return ((item.id, item.speaker) for item in items)
+    """Yield id and speaker of each item; without a speaker, the recording that it is a segment of."""
+    for item in items:
+        recording = None if item.values.keys().isdisjoint(TIMES) else str(item.audio)
+        yield item.id, item.speaker or recording
