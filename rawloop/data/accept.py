@@ -113,7 +113,7 @@ class Acceptance:
         lines += self._left_out(left_out, bad, len(rows))
         arrays = used.arrays()
         if voices:
-            chosen, line = voices.choose(index.__getitem__, partial(self.family.check, frames=frames))
+            chosen, line = voices.choose(index.__getitem__, partial(self.family.check, frames=frames), say)
             arrays |= chosen
             lines.append(line)
         return arrays, {"lines": lines}

@@ -20,7 +20,7 @@ from rawloop.contracts import Audio, Sample, Text, Turn
 from rawloop.data.batches import Draw
 from rawloop.data.config import DataConfig
 from rawloop.data.eval_share import SPEAKER_KEYS, speaker_of
-from rawloop.data.mapped import hash64
+from rawloop.data.mapped import Say, hash64, told
 from rawloop.data.metadata import CLONING, MULTI, MULTI_CLONING, TAG
 from rawloop.data.spoken import around_scene
 from rawloop.errors import BadSample, UserError, first_few
@@ -171,11 +171,12 @@ class Voices:
         self.contents.append(hash64(self.identity(voice.clip.path)) if voice else 0)
 
     def choose(
-        self, read: Callable[[int], Sample], check: Callable[[Sample], None]
+        self, read: Callable[[int], Sample], check: Callable[[Sample], None], say: Say = lambda line: None
     ) -> tuple[dict[str, np.ndarray], str]:
         """Return the arrays of `References`, and a line about them.
 
-        `read` returns the sample in a row of the index. `check` raises BadSample for a sample that is too long.
+        `read` returns the sample in a row of the index. `check` raises BadSample for a sample that is too long. `say`
+        gets lines about progress.
 
         Raises:
             UserError: no sample of the training set can have a reference.
@@ -186,7 +187,8 @@ class Voices:
         own = np.array([place_of.get(content, -1) for content in self.contents], np.int32)
         first, number = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
         alone, turns = list[str](), Counter[int]()
-        for index in np.flatnonzero(np.frombuffer(self.wants, np.uint8)).tolist():
+        wanting = np.flatnonzero(np.frombuffer(self.wants, np.uint8)).tolist()
+        for index in told(wanting, f"data.{self.split}: references chosen", len(wanting), say):
             sample = read(int(rows[index]))
             speaker = self.speakers[index]
             groups = groups_of.get(speaker, range(0))
