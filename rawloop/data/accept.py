@@ -83,8 +83,8 @@ class Acceptance:
         cache = self.cache or (self._decoded(index) if index.has_clips else None)
         clips = ClipCheck(cache) if cache else None
         frames = cache.frames if cache and isinstance(self.family, CodecFamily | HearingFamily) else None
-        used, left_out, bad = _Used(frames, self._clip_digest()), dict[str, str](), dict[str, str]()
         voices = self._voices()
+        used, left_out, bad = _Used(frames, self._clip_digest(), voices), dict[str, str](), dict[str, str]()
         mistake: UserError | None = None
         for row in told(rows, f"data.{self.split}: samples checked", len(rows), say):
             sample = index[row]
@@ -98,8 +98,6 @@ class Acceptance:
                 if mistake is None:
                     self.family.check(sample, frames)
                     used.add(row, sample)
-                    if voices:
-                        voices.add(row, sample)
             except BadSample as reason:
                 bad[sample.id] = str(reason)
             except UserError as caught:  # clips without codes come first
@@ -161,8 +159,10 @@ class Acceptance:
 class _Used:
     """Collects the arrays about samples that are used; see `SampleIndex`."""
 
-    def __init__(self, frames: Callable[[Path], int] | None, clip: Callable[[Path], str]) -> None:
-        self.frames, self.digest = frames, digester(clip)
+    def __init__(
+        self, frames: Callable[[Path], int] | None, clip: Callable[[Path], str], voices: Voices | None
+    ) -> None:
+        self.frames, self.digest, self.voices = frames, digester(clip), voices
         self.rows, self.sizes, self.contents = array("I"), array("i"), array("Q")
         self.digests: list[str] = []
 
@@ -172,6 +172,8 @@ class _Used:
         self.digests.append(self.digest(sample))
         self.contents.append(content_hash(sample))
         self.sizes.append(size_of(sample, self.frames))
+        if self.voices:
+            self.voices.add(row, sample)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays."""
