@@ -1,6 +1,5 @@
 """The benchmark of cached codes runs, and both ways make the same batches."""
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,6 @@ import pytest
 import torch
 
 from rawloop.data.batches import Draw, MicroBatches
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("cached_codes", Path(__file__).with_name("cached_codes.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow

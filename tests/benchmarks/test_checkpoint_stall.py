@@ -1,20 +1,9 @@
 """The stall benchmark runs, and every way of saving leaves its files."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("checkpoint_stall", Path(__file__).with_name("checkpoint_stall.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_way_is_measured(benchmark: Any, tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """However a window is cut up, its gradient is the same to rounding: most of the table, and slowly all of it."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,19 +9,6 @@ import pytest
 from rawloop.config import RunConfig
 from rawloop.dist import World
 from rawloop.loop import accumulate
-
-SCRIPT = Path(__file__).parent / "gradient_equality.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gradient_equality", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its types come back from other processes by pickle
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,9 @@
 """The benchmark itself: rawloop does the bare loop's work, and other work is found out."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("loop_overhead", Path(__file__).with_name("loop_overhead.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_rawloop_does_the_work_of_the_bare_loop(benchmark: Any, tmp_path: Path) -> None:

@@ -1,20 +1,9 @@
 """The benchmark of many clips runs: batches come from an index that was built once, whatever starts later."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("many_clips", Path(__file__).with_name("many_clips.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("form", ["metadata", "jsonl"])

@@ -1,23 +1,8 @@
 """The convergence benchmark runs, and tells a mode that learns something else."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-SCRIPT = Path(__file__).parent / "precision_convergence.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("precision_convergence", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 SMALL = ["--seeds", "1", "--tunings", "full", "--models", "Llama", "--divisors", "16384"]
 

@@ -1,22 +1,8 @@
 """The overhead benchmark: both sides do the same work, and other work is found out."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "precision_overhead", Path(__file__).with_name("precision_overhead.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_both_sides_do_the_same_work(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,20 +1,7 @@
 """The benchmark itself: all peers train every token once, and one that does not is found out."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
-
-import pytest
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("variable_length", Path(__file__).with_name("variable_length.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_all_peers_train_every_token_once(benchmark: Any, tmp_path: Path) -> None:

@@ -1,24 +1,10 @@
 """The benchmark itself: both loops do the same work, and each mode has its rows."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rawloop import WatchConfig
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("watch_overhead", Path(__file__).with_name("watch_overhead.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["watch_overhead"] = module  # dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
