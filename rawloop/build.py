@@ -5,7 +5,7 @@ restored last, because building draws from them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
@@ -56,7 +56,7 @@ from rawloop.resume import Start, choose_start, goes_back, restore
 from rawloop.run import TrainState
 from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
-from rawloop.sinks import check_packages
+from rawloop.sinks import check_packages, check_sinks
 from rawloop.watched import build_watch
 from rawloop.weights import Source, find_source
 
@@ -87,6 +87,8 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
 
 def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: Start) -> Run:
     precision = world.from_main(stored_part(start.slot, "precision", tensors=False) if start.slot else None)
+    # A resumed run goes on without its sinks: the server may be away.
+    world.on_all_ranks(partial(check_packages if start.slot else check_sinks, config.records), only_main=True)
     ready, trial = _prepare(config, world, say, precision, start.source)
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
@@ -188,7 +190,6 @@ def _prepare_rank(
             f"ddp.static_graph is true and train.accumulation is {config.train.accumulation}: DDP fails on a static "
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
-    check_packages(config.records)
     evaluates = config.evaluation.enabled
     if config.data.num_workers:
         check_descriptors(config.data.num_workers * (2 if evaluates else 1), SPARE)
@@ -254,7 +255,7 @@ def _assemble(
 ) -> Run:
     # Before the records, which make a run of the folder: it may refuse the model.
     model = ModelFiles(ready.model, ready.data.family.load_model, ready.base, buffers.places)
-    policy, records = ready.policy, Records(folder, world, config.records)
+    policy, records = ready.policy, Records(folder, world, config.records, settings=asdict(config))
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)

@@ -28,6 +28,7 @@ from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families import reading_of, source_of
 from rawloop.files import sha256_files, sketch_file
+from rawloop.settings import read_older_records
 from rawloop.versions import installed_versions
 
 WORLD_SIZE = "world_size"  # not a key of the config, but compared like one
@@ -145,6 +146,7 @@ def compare(
         UserError: a setting or fact has changed that must stay the same.
     """
     then = {**flat(stored["config"]), WORLD_SIZE: stored[WORLD_SIZE]}
+    read_older_records(then, "the checkpoint")
     now = {**flat(dataclasses.asdict(config)), WORLD_SIZE: world_size}
     if now.keys() - then.keys() - NOT_KEPT:
         then = {**flat(dataclasses.asdict(RunConfig())), **then}

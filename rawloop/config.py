@@ -24,7 +24,15 @@ from rawloop.families.config import ModelConfig
 from rawloop.listen.config import ListenConfig
 from rawloop.parser import Parser, add_options, flattened, read_yaml
 from rawloop.precision.config import PrecisionConfig
-from rawloop.settings import DDPConfig, EvaluationConfig, OptimConfig, RecordsConfig, TrainConfig
+from rawloop.settings import (
+    OLDER_RECORDS,
+    DDPConfig,
+    EvaluationConfig,
+    OptimConfig,
+    RecordsConfig,
+    TrainConfig,
+    read_older_records,
+)
 from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART
 from rawloop.watch.config import WatchConfig
 
@@ -191,6 +199,7 @@ def _option_keys(arguments: list[str], known: set[str], prog: str) -> list[str]:
 def _file_settings(path: Path, known: set[str]) -> dict[str, Any]:
     """Return the values in a file by dotted keys. Refuse an unknown key."""
     settings = read_yaml(path)
+    read_older_records(settings, str(path))
     for key in [key for key in settings if key in GONE]:
         unused, way_on = GONE[key]
         if settings.pop(key) != unused:
@@ -212,6 +221,8 @@ def _check_key(key: str, known: set[str], place: str, more: str = "") -> None:
 
 def _suggest(key: str, known: set[str]) -> str:
     """Return a clause: the key for a name of HF Trainer, or keys of this name in other groups, or the nearest key."""
+    if key in OLDER_RECORDS:
+        return f" (it is '{OLDER_RECORDS[key]}' now)"
     for name in reversed(key.split(".")):
         if name in HF_NAMES:
             whose = "PEFT" if name.startswith("lora_") else "HF Trainer"

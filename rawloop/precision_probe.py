@@ -106,7 +106,7 @@ def quiet(config: RunConfig) -> RunConfig:
         data=replace(config.data, num_workers=0),
         evaluation=replace(config.evaluation, enabled=False),
         checks=replace(config.checks, enabled=False),
-        records=replace(config.records, tensorboard=False, wandb=False, progress=False),
+        records=replace(config.records, report_to=[], progress=False),
     )
 
 

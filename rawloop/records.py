@@ -1,6 +1,6 @@
 """The files that a run writes for people: metrics, events and lines of progress.
 
-`metrics.jsonl` and `events.jsonl` are the truth; TensorBoard and W&B receive copies. Each line is passed to the
+`metrics.jsonl` and `events.jsonl` are the truth; sinks such as TensorBoard receive copies. Each line is passed to the
 operating system before the call returns. A resumed run cuts off, and reports, a line that a crash left incomplete.
 """
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from tqdm import tqdm
@@ -116,6 +117,9 @@ class Records:
         config: sinks and progress.
         log: called with each event of rank 0 and each line of progress, for example `logging.getLogger("run").info`;
             None prints nothing. The files are written in any case.
+        settings: the settings of the run, nested dicts of JSON values, which sinks show.
+
+    `is_complete` is to be set when the run has reached its end, so that sinks do not show it as broken off.
 
     Raises:
         UserError: a sink needs a package that is not installed.
@@ -123,9 +127,16 @@ class Records:
     """
 
     def __init__(
-        self, folder: str | Path, world: World, config: RecordsConfig | None = None, *, log: Log = to_stderr
+        self,
+        folder: str | Path,
+        world: World,
+        config: RecordsConfig | None = None,
+        *,
+        log: Log = to_stderr,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.folder, self.world, self.config = Path(folder), world, config or RecordsConfig()
+        self.settings, self.is_complete = dict(settings), False
         self._log = log if world.is_main else None
         self._files: dict[str, FileIO] = {}
         self._sinks: Sinks | None = None
@@ -176,14 +187,24 @@ class Records:
         self._append(METRICS, {"step": step, **json_value(values)})
         if self._progress is not None:
             self._progress.show(step, values)
-        self._sinks = self._sinks or Sinks(self.folder, self.config, self._purge_step)
-        self._sinks.write(step, values)
+        self._open_sinks().write(step, values)
+        self._report(step)
 
-    def sounds(self, step: int, wavs: Mapping[str, bytes]) -> None:
-        """Send clips, the contents of wav files by name, to the sinks, on rank 0."""
-        if self.world.is_main:
-            self._sinks = self._sinks or Sinks(self.folder, self.config, self._purge_step)
-            self._sinks.sounds(step, wavs)
+    def sounds(self, step: int, wavs: Mapping[str, Path]) -> None:
+        """Send clips, wav files by name, to the sinks, on rank 0."""
+        if self.world.is_main and wavs:
+            self._open_sinks().sounds(step, wavs)
+
+    def _open_sinks(self) -> Sinks:
+        self._sinks = self._sinks or Sinks(self.folder, self.config, self.settings, self._purge_step)
+        return self._sinks
+
+    def _report(self, step: int, ending: bool = False) -> None:
+        """Record what sinks could not do. Training goes on."""
+        if self._sinks is None:
+            return
+        for problem in self._sinks.close(self.is_complete) if ending else self._sinks.problems():
+            self.event("warning", step=step, reason=f"{problem} ({METRICS} has every line)")
 
     def event(self, kind: EventKind, *, step: int, reason: str, show: bool = True, **fields: Any) -> None:
         """Record a decision or an incident, on any rank; rank 0 logs it too, if it is to `show`.
@@ -217,8 +238,9 @@ class Records:
             repeated = "fallback" in line and line["precision"] not in entered
             return not repeated and (evaluated or "eval_loss" not in line)
 
-        self._close_sinks()
         self._purge_step = step + 1
+        if self._sinks is not None:
+            self._sinks.rewind(self._purge_step)
         lines = list(_read_lines(self.folder / METRICS))
         later = [line for line in lines if not stays(line)]
         if not later:
@@ -246,18 +268,17 @@ class Records:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.is_complete = self.is_complete or kind is None
         self.close()
 
     def close(self) -> None:
         """Close the files and the sinks; nothing can be written afterwards."""
         if self._progress is not None:
             self._progress.close()
-        self._close_sinks()
-        for file in self._files.values():
-            file.close()
-
-    def _close_sinks(self) -> None:
-        if self._sinks:
-            self._sinks.close()
-        self._sinks = None
+        try:
+            self._report(step=-1, ending=True)
+        finally:
+            self._sinks = None
+            for file in self._files.values():
+                file.close()

@@ -172,6 +172,7 @@ class Run:
         self.raise_deferred()
         if self.checkpoints:
             self.checkpoints.finish()
+        self.records.is_complete = True
 
     def close(self) -> None:
         """End the data workers, wait for a running save, unlock the folder and close the records."""
@@ -229,9 +230,8 @@ def listen(run: Run, listener: Listener, wanted: Callable[[], str | None]) -> di
     """Hear the model, record the clips on rank 0, and return the metrics."""
     metrics, heard = listener.listen(wanted)
     if run.world.is_main:
-        step, wavs = run.state.step, {f"listen/{one.name}": one.wav for one in heard if one.wav}
-        run.record_or_defer(lambda: run.records.sounds(step, wavs))
-        run.record_or_defer(lambda: write_heard(run.records.folder, step, heard))
+        step = run.state.step
+        run.record_or_defer(lambda: run.records.sounds(step, write_heard(run.records.folder, step, heard)))
     return metrics
 
 

@@ -1,8 +1,10 @@
 """The config dataclasses of the parts that are one file. Those of a package are in its config.py. None needs torch."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
 
 from rawloop.errors import UserError
 
@@ -38,16 +40,49 @@ class RecordsConfig:
     """Sinks of the metrics besides `metrics.jsonl`, which is always written.
 
     Args:
-        tensorboard: also write TensorBoard files into the run folder (needs the package tensorboard).
-        wandb: also send metrics to Weights & Biases (needs the package wandb).
-        wandb_project: the project on Weights & Biases.
+        report_to: send copies of the metrics to tensorboard (files in the run folder), wandb, mlflow, trackio; each
+            needs the package of its name.
+        project: the project of wandb and trackio, and the experiment of mlflow.
         progress: show a progress bar on rank 0; if stderr is no terminal, a line per log step and per evaluation.
     """
 
-    tensorboard: bool = False
-    wandb: bool = False
-    wandb_project: str = "rawloop"
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
+    project: str = "rawloop"
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        twice = [name for name in self.report_to if self.report_to.count(name) > 1]
+        if twice:
+            raise UserError(f"records.report_to names {twice[0]} {len(twice)} times: name it once")
+        if not self.project:
+            raise UserError("records.project is empty: name a project")
+
+
+OLDER_RECORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "records.tensorboard": "records.report_to",
+        "records.wandb": "records.report_to",
+        "records.wandb_project": "records.project",
+    }
+)
+
+
+def read_older_records(settings: dict[str, Any], source: str) -> None:
+    """Replace `OLDER_RECORDS`, which configs of older runs have, in settings by dotted keys.
+
+    Raises:
+        UserError: they stand beside the keys that replaced them.
+    """
+    values = {key: settings.pop(key) for key in OLDER_RECORDS if key in settings}
+    for key in values:
+        if OLDER_RECORDS[key] in settings:
+            raise UserError(f"{source} has '{key}' beside '{OLDER_RECORDS[key]}', which replaced it: take '{key}' out")
+        if not isinstance(values[key], str if key.endswith("project") else bool):
+            raise UserError(f"'{key}' in {source} is {values[key]!r}; it is '{OLDER_RECORDS[key]}' now: take it out")
+    if "records.wandb_project" in values:
+        settings["records.project"] = values.pop("records.wandb_project")
+    if values:
+        settings["records.report_to"] = [key.rpartition(".")[2] for key, value in values.items() if value is True]
 
 
 @dataclass

@@ -46,7 +46,6 @@ NO_COUNTERPART = MappingProxyType(
         "logging_dir": "there is none; TensorBoard's files lie in tensorboard/ of the run's folder, 'output'",
         "logging_strategy": "'train.log_every' is a number of steps",
         "overwrite_output_dir": "there is none; continue the run in a folder with --resume auto, or delete the folder",
-        "report_to": "'records.tensorboard' and 'records.wandb' are true or false",
         "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
         "save_strategy": "'checkpoint.save_every' is a number of steps",
     }

@@ -10,6 +10,7 @@ from rawloop.config import RunConfig, known_keys
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig
 from rawloop.loop import TrainConfig
+from rawloop.settings import RecordsConfig
 
 # A key that is added to the config is free on a resume, unless `NOT_FREE` lists it. Decide which, and list it here or
 # there: a key is free if no weight, sample or number of the finished steps depends on it.
@@ -25,7 +26,7 @@ checks: enabled batches expect_chance allow_missing_targets allow
 ddp: find_unused_parameters broadcast_buffers gradient_as_bucket_view static_graph timeout
 evaluation: enabled every batch_size patience
 checkpoint: save_every keep_last keep_every save_at_end asynchronous max_failures
-records: tensorboard wandb wandb_project progress
+records: report_to project progress
 watch: enabled every steps capsules capsule_mb spikes max_spikes
 listen: samples prompts every longest max_seconds max_tokens seed transcriber similarity
 listen.sampling: temperature top_k top_p ras_window ras_repeats
@@ -88,6 +89,14 @@ def test_equal_settings_and_keys_of_other_versions_are_no_change() -> None:
     later = RunConfig()
     later.optim.warmup_steps = 5
     assert compare(state, later, 2) == ["optim.warmup_steps 0 -> 5"]
+
+
+def test_the_sinks_of_an_older_run_are_no_change() -> None:
+    state = SettingsState(RunConfig(), 2).state_dict()
+    state["config"]["records"] = {"tensorboard": True, "wandb": False, "wandb_project": "rawloop", "progress": True}
+    config = replace(RunConfig(), records=RecordsConfig(["tensorboard"]))
+    assert compare(state, config, 2) == []
+    assert compare(state, RunConfig(), 2) == ['records.report_to ["tensorboard"] -> []']
 
 
 def test_a_step_of_another_number_of_samples_is_told_in_numbers() -> None:

@@ -25,7 +25,7 @@ from rawloop.config import (
 from rawloop.errors import UserError
 from rawloop.parser import Parser, add_options, field_help
 from rawloop.precision.config import LossScaleConfig
-from rawloop.settings import SamplingConfig
+from rawloop.settings import RecordsConfig, SamplingConfig
 from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART
 
 
@@ -200,7 +200,6 @@ def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], g
         ("do_eval", "what HF Trainer calls do_eval is 'evaluation.enabled' here"),
         ("disable_tqdm", "HF Trainer's disable_tqdm: 'records.progress' set to false is that"),
         ("save_strategy", "HF Trainer's save_strategy: 'checkpoint.save_every' is a number of steps"),
-        ("report_to", "HF Trainer's report_to: 'records.tensorboard' and 'records.wandb' are true or false"),
         ("load_best_model_at_end", "HF Trainer's load_best_model_at_end: there is none; the best model is always kept"),
         ("deepspeed", "HF Trainer's deepspeed: there is none; several processes train by DDP"),
         ("deepspeed.stage", "HF Trainer's deepspeed: there is none; several processes train by DDP"),
@@ -481,6 +480,17 @@ def test_the_config_of_an_older_run_is_read(write: Callable[..., Path]) -> None:
         "is no key any more: take it out, and start another run from the checkpoint's weights with "
         "--init_from CHECKPOINT"
     )
+
+
+def test_the_sinks_of_an_older_run_are_read(write: Callable[..., Path], tmp_path: Path) -> None:
+    older = "records: {tensorboard: true, wandb: true, wandb_project: voices, progress: false}\n"
+    records = read("--config", write(older)).records
+    assert (records.report_to, records.project, records.progress) == (["tensorboard", "wandb"], "voices", False)
+    assert read("--config", write("records: {tensorboard: false, wandb: false}\n")).records == RecordsConfig()
+    said = refusal("--config", write("records: {tensorboard: true, report_to: [mlflow]}\n"))
+    assert f"{tmp_path / 'run.yaml'} has 'records.tensorboard' beside 'records.report_to', which replaced it" in said
+    assert "'records.wandb' in" in refusal("--config", write("records: {wandb: 1}\n"))
+    assert "(it is 'records.report_to' now)" in refusal("--records.wandb", "true")
 
 
 def test_the_config_is_there_without_torch() -> None:

@@ -34,6 +34,8 @@ FLOORS = (
             "records",
             "versions",
             "sinks",
+            "sink_process",
+            "sink_libraries",
             "seed",
             "kept_weights",
             "buffers",

@@ -193,7 +193,7 @@ def small(config: RunConfig, output: Path, batch_size: int, accumulation: int) -
         checks=replace(config.checks, enabled=False),  # they have their own rows
         evaluation=replace(config.evaluation, every=10**9, patience=0),
         checkpoint=replace(config.checkpoint, save_every=STEPS // 2, keep_last=0),
-        records=replace(config.records, tensorboard=False, wandb=False, progress=False),
+        records=replace(config.records, report_to=[], progress=False),
     )
 
 

@@ -12,13 +12,17 @@ from rawloop.listen.listener import Heard
 LISTEN, HEARD = "listen", "heard.json"
 
 
-def write_heard(run: Path, step: int, heard: Sequence[Heard]) -> None:
-    """Write what was heard at a step. What an earlier process has heard there is deleted."""
+def write_heard(run: Path, step: int, heard: Sequence[Heard]) -> dict[str, Path]:
+    """Write what was heard at a step. What an earlier process has heard there is deleted.
+
+    Returns the wav files by a name for each prompt, such as `listen/line 1`, which is the same at all steps.
+    """
     folder = run / LISTEN / f"step-{step:08d}"
     if folder.exists():
         remove_tree(folder)
     folder.mkdir(parents=True)
     lines: list[dict[str, Any]] = []
+    wavs: dict[str, Path] = {}
     for one in heard:
         stem = f"{one.place + 1:02d}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', one.name)[:60]}"
         line = {"name": one.name, **one.facts}
@@ -28,5 +32,7 @@ def write_heard(run: Path, step: int, heard: Sequence[Heard]) -> None:
             replace_file(folder / f"{stem}.wav", one.wav)
             replace_file(folder / f"{stem}.png", one.picture)
             line["wav"] = f"{stem}.wav"
+            wavs[f"{LISTEN}/{one.name}"] = folder / line["wav"]
         lines.append(line)
     replace_file(folder / HEARD, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+    return wavs

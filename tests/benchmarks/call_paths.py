@@ -76,7 +76,7 @@ def _files(frame: FrameType | None) -> Iterator[str]:
 def build(output: Path, *more: str) -> Any:
     """A run of the demo in one process, without evaluation and without a save of its own."""
     arguments = ["--config", "configs/demo.yaml", "--output", str(output), "--train.max_steps", str(STEPS)]
-    arguments += ["--train.log_every", "1", "--evaluation.enabled", "false", "--records.tensorboard", "false"]
+    arguments += ["--train.log_every", "1", "--evaluation.enabled", "false", "--records.report_to", "[]"]
     arguments += ["--checkpoint.save_at_end", "false"]
     config, _ = parse([*arguments, "--device", "cpu", *more], "call_paths")
     return build_run(config, World(), lambda line: None)

@@ -46,7 +46,7 @@ if world > 1:
 """
 WITHOUT = ["--checks.enabled", "false", "--train.rehearse", "false"]
 STEP = ["--train.max_steps", "1", "--train.log_every", "1"]
-OPTIONS = [*STEP, "--evaluation.enabled", "false", "--records.tensorboard", "false"]
+OPTIONS = [*STEP, "--evaluation.enabled", "false", "--records.report_to", "[]"]
 
 
 def commands(demo: Path, folder: Path) -> dict[str, list[str]]:

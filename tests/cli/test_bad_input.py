@@ -88,7 +88,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         ),
         (["--checks.batches", "0"], r"checks\.batches is 0: it must be 1 or more; set checks\.enabled to false"),
         (["--checks.allow", "[chance]"], r"checks\.allow is 'chance' .*: it must be one of 'leak', 'dead', 'bl"),
-        (["--records.wandb", "true"], r"records\.wandb is true, but the package wandb is not installed"),
+        (["--records.report_to", "[wandb,wandb]"], r"records\.report_to names wandb 2 times: name it once"),
         (["--resume", "latest"], r"resume is 'latest', but '.*/run' has no checkpoint: start without --resume"),
         (["--resume", "TMP/none"], r"resume is '.*/none', which is no folder: name a checkpoint's folder, such as"),
         (["--resume", ""], r"resume is empty: say 'latest' or 'auto', or name a checkpoint's folder"),

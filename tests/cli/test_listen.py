@@ -39,7 +39,7 @@ def test_a_voice_is_heard_measured_and_shown(door: Door, write_config: Callable[
     listen = {"samples": 2, "prompts": str(tmp_path / "lines.txt"), "longest": 1.0, "max_seconds": 0.4}
     listen |= {"transcriber": f"{MODULE}:words_of", "similarity": f"{MODULE}:length_alike"}
     best = {"every": 3, "best_metric": "listen/length_ratio", "best_mode": "max"}
-    config = write_config(tmp_path, listen=listen, evaluation=best, records={"tensorboard": True})
+    config = write_config(tmp_path, listen=listen, evaluation=best, records={"report_to": ["tensorboard"]})
     CALLS.clear()
     done = door("train", "--config", config)
     assert done.code == 0, done.err

@@ -71,6 +71,38 @@ def test_a_run_is_resumed_evaluated_and_merged(door: Door, config: Path, tmp_pat
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
 
 
+def test_a_run_of_an_older_version_is_resumed_with_its_sinks(door: Door, config: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert door("train", "--config", config, "--records.report_to", "[tensorboard]").code == 0
+    run, older = tmp_path / "run", tmp_path / "older"
+    shutil.copytree(run, older, symlinks=True)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["records"] = {"tensorboard": True, "wandb": False, "wandb_project": "rawloop", "progress": False}
+    (older / "config.yaml").write_text(yaml.safe_dump(settings))
+    more = ["--output", older, "--resume", "latest", "--train.max_steps", "3"]
+    done = door("train", "--config", older / "config.yaml", *more)
+    assert done.code == 0, done.err
+    assert "records." not in done.out
+    assert yaml.safe_load((older / "config.yaml").read_text())["records"]["report_to"] == ["tensorboard"]
+    events = EventAccumulator(str(older / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("loss/text")] == [1, 2, 3]
+    (first, last) = [text.tensor_proto.string_val[0].decode() for text in events.Tensors("config/text_summary")]
+    assert "max_steps: 2" in first
+    assert "max_steps: 3" in last
+
+
+def test_a_missing_package_is_told_before_anything_is_read(
+    door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rawloop.sinks.find_spec", lambda package: None)
+    done = door("train", "--config", config, "--data.train", tmp_path / "none", "--records.report_to", "[mlflow]")
+    assert done.code == 2
+    assert "run `pip install 'rawloop[mlflow]'`, or take it out" in done.err
+    assert not [*(tmp_path / "run").iterdir()]
+
+
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_the_family_is_told_to_pack(config: Path, packing: str) -> None:
     settings, _ = parse(["--config", str(config), "--data.packing", packing], "test")
@@ -172,7 +204,6 @@ def test_every_path_may_begin_with_the_home_folder(
             "it measures eval_loss, eval_loss/text, eval_targets/text, ev",
         ),
         (["--evaluation.best_metric", "eval_loss/text/x"], "and parts such as eval_loss/text/0"),
-        (["--records.wandb", "true"], "records.wandb is true, but the package wandb is not installed"),
         (
             ["--optim.warmup_steps", "3"],
             "optim.warmup_steps is 3, and the run ends at step 2: the learning rate comes to",

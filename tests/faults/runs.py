@@ -61,7 +61,7 @@ class InRun(Loop):
             "checks": {"enabled": False},
             "evaluation": {"enabled": False},
             "checkpoint": {"save_at_end": False},
-            "records": {"progress": False, "tensorboard": False},
+            "records": {"progress": False},
             "watch": {"every": watch.every},
             **self.settings,
         }
