@@ -6,7 +6,6 @@ also starts and ends the process group.
 
 import atexit
 import gc
-import json
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawloop.errors import RawloopError, UserError
-from rawloop.launcher import abort_groups, choose_device, join_group, read_launch, read_ranks
+from rawloop.facts import as_text, differences, in_words
+from rawloop.launcher import RESTARTS, abort_groups, choose_device, join_group, read_launch, read_ranks
 from rawloop.settings import DDPConfig
 from rawloop.waiting import Waiting, is_lost_rank, nccl_advice
 
@@ -176,16 +176,8 @@ class World:
         Raises:
             UserError: on all ranks, with the first three differences.
         """
-        shares = self.gather({name: v if isinstance(v, str) else json.dumps(v) for name, v in facts.items()})
-        found = []
-        for name in dict.fromkeys(name for share in shares for name in share):
-            values = [share.get(name, "nothing") for share in shares]
-            if others := [rank for rank, value in enumerate(values) if value != values[0]]:
-                more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
-                found.append(f"rank {others[0]}{more} has {name} {values[others[0]]}, rank 0 has {values[0]}")
-        if found:
-            found[3:] = [f"and {len(found) - 3} more differences"] if len(found) > 3 else []
-            raise self.raised_on_all(UserError(f"the ranks differ: {'; '.join(found)}: {advice}"))
+        if found := in_words(differences(self.gather(as_text(facts)))):
+            raise self.raised_on_all(UserError(f"the ranks differ: {found}: {advice}"))
 
     def wrap(self, module: nn.Module, config: DDPConfig | None = None) -> nn.Module:
         """Wrap any module in DDP; return the module itself in a single process.
@@ -245,7 +237,11 @@ def _world_of(default: Any) -> World:
     rank, size = dist.get_rank(), dist.get_world_size()
     on_gpus = "nccl" in dist.get_backend_config(default)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
-    world = World(rank, size, read_ranks()[2], device, *read_launch())
+    launch, restarts = read_launch()
+    store = dist.distributed_c10d._get_default_store()
+    if store.check([RESTARTS]):  # the launchers of several machines may count differently
+        restarts = int(store.get(RESTARTS))
+    world = World(rank, size, read_ranks()[2], device, launch, restarts)
     if size == 1:
         return world
     options = getattr(default._get_backend(default._device_types[0]), "options", None)  # not every backend has them
@@ -256,8 +252,8 @@ def _world_of(default: Any) -> World:
     # torch 2.15 has made this public, and warns of the private name.
     set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
     set_timeout(FOREVER, group)
-    store = dist.PrefixStore("rawloop", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
-    return replace(world, waiting=Waiting(store, rank, size, limit.total_seconds()), group=group)
+    notes = dist.PrefixStore("rawloop", store)  # type: ignore[attr-defined]
+    return replace(world, waiting=Waiting(notes, rank, size, limit.total_seconds()), group=group)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ FLOORS = (
             "settings",
             "contracts",
             "family_protocols",
+            "facts",
+            "meeting",
             "launcher",
             "waiting",
             "files",

@@ -145,6 +145,7 @@ def test_a_manager_holds_the_lock_of_its_folder(tmp_path: Path, monkeypatch: pyt
                 UserError, match=rf"into which process {other.pid} on .* is training now: .*other --output$"
             ):
                 manager_of(run, records)
+            monkeypatch.setenv("RANK", "0")
             monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it, and nobody has looked
             with pytest.raises(UserError, match=r"This is one of 2 processes that were started together: "):
                 manager_of(run, records)

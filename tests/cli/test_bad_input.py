@@ -311,16 +311,6 @@ def test_prepare_without_the_codec(refusal: Refusal, config: Path) -> None:
     assert said.endswith("where there is a network, `hf download owner/none`, and set model.codec to its folder")
 
 
-@pytest.mark.parametrize("command", ["prepare", "train"])
-def test_ranks_without_a_launcher(
-    refusal: Refusal, config: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refusal(command, "--config", config)
-    assert said.startswith("RANK and WORLD_SIZE are set, but no group: ")
-    assert said.endswith("start with torchrun")
-
-
 # -- real processes ----------------------------------------------------------------------------------------------
 
 

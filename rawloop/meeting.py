@@ -1,0 +1,160 @@
+"""How the ranks of one start meet: they find the store, agree on a name for this start, and miss who does not come.
+
+The store may be older than this start. torchrun keeps it when it starts the processes again, with the notes of dead
+processes in it, and each machine has its own count of restarts. So every process writes a fresh id, and rank 0 answers
+with the name of the start, under which the ranks then write.
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from threading import Thread
+from typing import Any, TypeVar
+
+from rawloop.errors import LostRank, RawloopError, first_few
+
+UNKNOWN = 60.0  # seconds after which the name of a host counts as wrong; a cluster may make it while it starts
+ANSWER = 30.0  # seconds in which a store answers
+T = TypeVar("T")
+
+
+def wait_for_listener(host: str, port: int, seconds: float, say: Callable[[str], None] = lambda line: None) -> None:
+    """Wait until something listens at an address. `say` gets a line if that takes long.
+
+    Raises:
+        RawloopError: nothing does.
+    """
+    start, said = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except socket.gaierror as error:
+            why, limit = f"no host has the name '{host}' here ({error.strerror})", min(UNKNOWN, seconds)
+        except OSError as error:
+            why, limit = f"nothing answers there ({error.strerror or error})", seconds
+        waited = time.monotonic() - start
+        if waited >= limit:
+            raise RawloopError(f"{host}:{port} cannot be reached: {why}; tried for {limit:g} s")
+        if waited > 5 and not said:
+            said = True
+            say(f"waiting for {host}:{port}, at most {limit:g} s: {why}")
+        time.sleep(min(0.5, max(0.05, limit - waited)))
+
+
+def ask_store(connect: Callable[[], T], place: str, seconds: float = ANSWER) -> T:
+    """Return what `connect` returns, which connects to a store; torch waits for its answer without limit.
+
+    Raises:
+        RawloopError: what listens there is not a store.
+    """
+    made: list[T] = []
+    failed: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            made.append(connect())
+        except Exception as error:
+            failed.append(error)
+
+    thread = Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if made:
+        return made[0]
+    if failed:
+        raise failed[0]
+    raise RawloopError(f"another program listens at {place}, and not torch's store: choose another port")
+
+
+class Meeting:
+    """The ranks of one start, in a store of torch.distributed. All ranks call `meet` once.
+
+    Args:
+        store: shared by the ranks.
+        rank: of this process.
+        size: number of ranks.
+        seconds: how long rank 0 waits for the others, and they for it.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, seconds: float) -> None:
+        self.store, self.rank, self.size, self.seconds = store, rank, size, seconds
+        self.id = uuid.uuid4().hex
+
+    def meet(self, restarts: int) -> tuple[str, int]:
+        """Wait until all ranks are here.
+
+        Args:
+            restarts: how often the launcher has restarted the processes of this machine.
+
+        Returns:
+            a prefix for the keys of this start, and how often the ranks have been restarted, the same on all ranks.
+
+        Raises:
+            LostRank: a rank did not come in time; the message names it.
+        """
+        return self._lead(restarts) if self.rank == 0 else self._follow(restarts)
+
+    def _lead(self, restarts: int) -> tuple[str, int]:
+        counts = [restarts, self._earlier_leaders()]
+        deadline, missing = time.monotonic() + self.seconds, list(range(1, self.size))
+        answered: dict[int, str] = {}
+        while missing and time.monotonic() < deadline:
+            for rank in list(missing):
+                if (count := self._read(f"{self.id}/here-{rank}")) is not None:
+                    counts.append(count)
+                    missing.remove(rank)
+                elif (name := self._read(f"hello-{rank}")) is not None and answered.get(rank) != name:
+                    answered[rank] = name
+                    self._write(f"answer-{name}", self.id)
+            time.sleep(0.02)
+        self._write(f"{self.id}/all", {"missing": missing, "restarts": max(counts)})
+        if missing:
+            time.sleep(1)  # until the others have read it: this process may host the store
+        return self._begin(missing, max(counts), self.id)
+
+    def _earlier_leaders(self) -> int:
+        """Return how many other processes were rank 0 before, in this store.
+
+        A launcher that was itself started anew, or that saw only another machine come back, counts no restart.
+        """
+        me, leaders = f"{socket.gethostname()} {os.getpid()}", self._read("leaders") or []
+        if me not in leaders:
+            self._write("leaders", [*leaders, me])
+        return len(set(leaders) - {me})
+
+    def _follow(self, restarts: int) -> tuple[str, int]:
+        self._write(f"hello-{self.rank}", self.id)
+        start = self._wait_for(f"answer-{self.id}", self.seconds)
+        if start is not None:
+            self._write(f"{start}/here-{self.rank}", restarts)
+            told = self._wait_for(f"{start}/all", self.seconds + ANSWER)
+            if told is not None:
+                return self._begin(told["missing"], told["restarts"], start)
+        return self._begin([0], restarts, "")
+
+    def _begin(self, missing: list[int], restarts: int, start: str) -> tuple[str, int]:
+        if not missing:
+            return start, restarts
+        names = f"rank{'s' if len(missing) > 1 else ''} {first_few(missing)}"
+        error = LostRank(
+            f"{names} of {self.size} did not come within {self.seconds:g} s (ddp.timeout): look whether that process "
+            "was started and what it printed"
+        )
+        error.is_reporter = self.rank == min(set(range(self.size)) - set(missing))
+        raise error
+
+    def _write(self, key: str, value: Any) -> None:
+        self.store.set(key, json.dumps(value))
+
+    def _read(self, key: str) -> Any:
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def _wait_for(self, key: str, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        while (value := self._read(key)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return value
