@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
@@ -48,6 +49,11 @@ def library_errors(path: str, file: str, key: str = "model.path") -> Iterator[No
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         found = damage(Path(path), file)
+        if found is None and isinstance(error, UnpicklingError):
+            raise UserError(
+                f"{key} is '{path}', whose .bin file is damaged, or holds more than tensors: as opening it could run "
+                "code, it is not opened; fetch it again, from a source that you trust, as safetensors if it has them"
+            ) from error
         reason = f"{found}: fetch it again" if found else f"{file} cannot be loaded: {cause(error)}"
         raise library_error(f"{key} is '{path}', whose {reason}", error) from error
 

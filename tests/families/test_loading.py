@@ -61,7 +61,7 @@ def to_bin(folder: Path, damaged: Callable[[bytes], bytes]) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "whose model cannot be loaded: Error no file named model.safe"),
         (lambda f: to_bin(f, lambda data: data[:5000]), "whose pytorch_model.bin is damaged (no file that PyTorch"),
         (lambda f: to_bin(f, lambda data: b"<html>"), "whose pytorch_model.bin is damaged (no file that PyTorch"),
-        (lambda f: to_bin(f, lambda data: b"\x80\x02x"), "whose model cannot be loaded: UnpicklingError Weights only"),
+        (lambda f: to_bin(f, lambda data: b"\x80\x02x"), "whose .bin file is damaged, or holds more than tensors"),
         (lambda f: (f / "tokenizer_config.json").unlink(), "which has tokenizer.json and no tokenizer_config.json"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "whose tokenizer.json or tokenizer_config.json cannot be"),
         (
@@ -86,6 +86,24 @@ def test_a_damaged_folder_is_refused_by_file_and_cause(
     damage(folder)
     said = refusal(folder)
     assert line.removesuffix("(") in said, said
+
+
+class Runs:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_a_pickle_in_the_place_of_weights_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save({**weights, "more": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "whose .bin file is damaged, or holds more than tensors: as opening it could run code" in refusal(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_size_of_a_layer_is_no_number_of_layers(folder: Path) -> None:
