@@ -85,6 +85,12 @@ def read_place(rank: int, size: int) -> tuple[str, int]:
     return host, int(port)
 
 
+def local_size() -> int:
+    """Return the number of processes on this machine as torchrun sets it, or WORLD_SIZE without it."""
+    size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else read_ranks()[1]
+
+
 def num_processes() -> int:
     """Return the size of the process group, or WORLD_SIZE if there is no group yet."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else read_ranks()[1]

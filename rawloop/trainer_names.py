@@ -1,52 +1,27 @@
-"""What HF Trainer and PEFT call a setting, and which key it is here: for people who come from them. Needs no torch."""
+"""Answers for people who type a name of HF Trainer or PEFT as a key. Needs no torch."""
 
 from types import MappingProxyType
 
+from rawloop.translation.higgs import HIGGS
+from rawloop.translation.lora import LORA
+from rawloop.translation.rules import Rule
+from rawloop.translation.trainer_more import MORE_TRAINER
+
+GROUPS = ("optim",)  # a group of keys here: another mistake in it is not answered with HF Trainer's setting
+# A key alone would mislead: the value is another here.
+TOLD = ("disable_tqdm", "eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy")
+
+
+def _rules() -> dict[str, Rule]:
+    """Return the rules of names that are no keys here, even without their group."""
+    lora = {name: rule for name, rule in {**LORA.rules, **HIGGS.rules}.items() if name.startswith("lora_")}
+    named = lora | dict(MORE_TRAINER.rules)
+    ours = {key.rpartition(".")[2] for rule in named.values() for key in rule.keys}
+    return {name: rule for name, rule in named.items() if name not in (*ours, *GROUPS)}
+
+
+RULES = MappingProxyType(_rules())
 # Names of HF Trainer and PEFT -> the key here.
-HF_NAMES = MappingProxyType(
-    {
-        "bf16": "precision.mode",
-        "data_seed": "seed",
-        "do_eval": "evaluation.enabled",
-        "early_stopping_patience": "evaluation.patience",
-        "eval_steps": "evaluation.every",
-        "fp16": "precision.mode",
-        "gradient_accumulation_steps": "train.accumulation",
-        "gradient_checkpointing": "model.activation_checkpointing",
-        "group_by_length": "train.max_frames",
-        "greater_is_better": "evaluation.best_mode",
-        "learning_rate": "optim.lr",
-        "logging_steps": "train.log_every",
-        "lora_alpha": "adapter.alpha",
-        "lora_dropout": "adapter.dropout",
-        "lora_r": "adapter.rank",
-        "lr_scheduler_type": "optim.schedule",
-        "max_grad_norm": "optim.max_norm",
-        "metric_for_best_model": "evaluation.best_metric",
-        "num_train_epochs": "train.epochs",
-        "output_dir": "output",
-        "per_device_eval_batch_size": "evaluation.batch_size",
-        "per_device_train_batch_size": "train.batch_size",
-        "resume_from_checkpoint": "resume",
-        "run_name": "output",
-        "save_steps": "checkpoint.save_every",
-        "save_total_limit": "checkpoint.keep_last",
-    }
-)
+HF_NAMES = MappingProxyType({name: rule.keys[0] for name, rule in RULES.items() if rule.keys and name not in TOLD})
 # Names of HF Trainer -> why there is no such key here.
-NO_COUNTERPART = MappingProxyType(
-    {
-        "deepspeed": "there is none; several processes train by DDP, which torchrun starts",
-        "disable_tqdm": "'records.progress' set to false is that",
-        "eval_strategy": "'evaluation.every' is a number of steps",
-        "evaluation_strategy": "'evaluation.every' is a number of steps",
-        "fsdp": "there is none; several processes train by DDP, which torchrun starts",
-        "ignore_data_skip": "there is none; a resumed run goes on with the samples that were next, and skips none",
-        "load_best_model_at_end": "there is none; the best model is always kept, in best/ of the run's folder",
-        "logging_dir": "there is none; TensorBoard's files lie in tensorboard/ of the run's folder, 'output'",
-        "logging_strategy": "'train.log_every' is a number of steps",
-        "overwrite_output_dir": "there is none; continue the run in a folder with --resume auto, or delete the folder",
-        "save_only_model": "there is none; adapter/ or model/ of a checkpoint is the model alone",
-        "save_strategy": "'checkpoint.save_every' is a number of steps",
-    }
-)
+NO_COUNTERPART = MappingProxyType({name: rule.words for name, rule in RULES.items() if not rule.keys or name in TOLD})

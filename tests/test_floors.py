@@ -75,6 +75,7 @@ FLOORS = (
             "config",
             "parser",
             "trainer_names",
+            "translation",
             "cadences",
             "changes",
             "weights",

@@ -27,6 +27,7 @@ COMMANDS = {
     "prepare": "encode the audio of a data set once, into a cache of codes",
     "inspect": "show a batch as the model reads it: turns, codes, and which of them are learnt",
     "train": "fine-tune a model; start it with torchrun for several processes",
+    "train-higgs": "train with the flags of an HF Trainer script for Higgs Audio v2",
     "evaluate": "evaluate a model or a checkpoint of a run",
     "generate": "hear what a trained model says, as wav files; or read what it writes",
     "export": "write a trained model as a folder that transformers opens, with a model card",
@@ -61,7 +62,11 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
 }
 # How to continue a command that was interrupted. The other commands start from the beginning.
-CONTINUE = {"train": ": continue with --resume auto", "prepare": ": run it again to continue"}
+CONTINUE = {
+    "train": ": continue with --resume auto",
+    "train-higgs": ": continue with --resume auto",
+    "prepare": ": run it again to continue",
+}
 # launch/torchrun.py names a file for the exit code here: torchrun itself does not pass it on.
 EXIT_CODE_FILE = "RAWLOOP_EXIT_CODE_FILE"
 
@@ -164,7 +169,7 @@ def call(command: str, rest: list[str], file: Path | None = None) -> int:
             raise UserError(f"the argument {os.fsencode(broken)!r} is not UTF-8: rename what it names")
         if command in OPTIONS and not {"-h", "--help"}.isdisjoint(rest):
             read_config(command, rest)  # prints the help, and ends
-        importlib.import_module(f"rawloop.cli.{command}").run(rest)
+        importlib.import_module(f"rawloop.cli.{command.replace('-', '_')}").run(rest)
     except RawloopError as error:
         if not isinstance(error, LostRank):
             write_first_failure(file)
