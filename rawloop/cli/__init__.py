@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "show a batch as the model reads it: turns, codes, and which of them are learnt",
     "train": "fine-tune a model; start it with torchrun for several processes",
     "train-higgs": "train with the flags of an HF Trainer script for Higgs Audio v2",
+    "from-trainer": "write a config from the settings of HF Trainer, TRL, axolotl, LLaMA-Factory or ms-swift",
     "evaluate": "evaluate a model or a checkpoint of a run",
     "generate": "hear what a trained model says, as wav files; or read what it writes",
     "export": "write a trained model as a folder that transformers opens, with a model card",
