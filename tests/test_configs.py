@@ -14,9 +14,10 @@ from rawloop.cli import main
 from rawloop.config import parse
 from rawloop.records import read_events, read_metrics
 
-AUDIO_CHAT = "audio_chat_lora"  # run by tests/families/test_audio_chat.py, which has its checkpoint
+# run by tests/families/test_audio_chat.py and test_phi4_multimodal.py, which have their checkpoints
+AUDIO_CHAT = ("audio_chat_lora", "phi4_multimodal_lora")
 CONFIGS = [
-    path for path in sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml")) if path.stem != AUDIO_CHAT
+    path for path in sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml")) if path.stem not in AUDIO_CHAT
 ]
 
 IN_16_BITS = ("lora_amp_v100", "lora_bf16_h200", "lora_mps")  # many CPUs compute slowly in these dtypes

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from rawloop.adapters.compare import compare, tensors_of
 from rawloop.adapters.files import load_buffers
 from rawloop.adapters.fingerprint import BaseFingerprint, stored_fingerprint
-from rawloop.adapters.lora import quiet
+from rawloop.adapters.lora import PREFIX, quiet
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.seed import seed_all
 
@@ -34,6 +34,8 @@ def merge_adapter(
         as a share of the largest logit.
     """
     stored = tensors_of(adapter)
+    bare = stored and not any(name.startswith(PREFIX) for name in stored)
+    stored = {f"{PREFIX}{name}": tensor for name, tensor in stored.items()} if bare else stored
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{adapter}: {name} is stored as {tensor.dtype}: an adapter's weights must be floats")
@@ -41,7 +43,11 @@ def merge_adapter(
             raise CheckpointError(f"{adapter}: {name} has NaN or infinity: merge the adapter of an earlier checkpoint")
     try:
         with quiet():
-            adapted: Any = PeftModel.from_pretrained(base, adapter)
+            if bare:  # as transformers writes it: for PEFT these would be no weights of the adapter, and stay zero
+                adapted: Any = PeftModel(base, PeftConfig.from_pretrained(adapter))
+                set_peft_model_state_dict(adapted, stored)
+            else:
+                adapted = PeftModel.from_pretrained(base, adapter)
     except Exception as error:  # PEFT fails in many ways on a file with unexpected contents
         raise UserError(f"{adapter} does not fit the base model: {_in_a_line(error)}") from error
     compare(stored, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapter, rounded=True)

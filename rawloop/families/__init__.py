@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rawloop.errors import RawloopError, UserError, nearest
 from rawloop.families.config import ModelConfig as ModelConfig
+from rawloop.families.unknown import no_family, other_format
 from rawloop.files import sha256_file, sha256_files
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ FAMILIES = {
     "causal_lm": "rawloop.families.causal_lm:CausalLM",
     "audio_chat": "rawloop.families.audio_chat:AudioChat",
     "qwen2_audio": "rawloop.families.audio_chat:AudioChat",
+    "phi4_multimodal": "rawloop.families.phi4_multimodal:Phi4Multimodal",
 }
+HEARING = ("qwen2_audio", "phi4_multimodal")  # types that audio_chat stands for; it may know others
 ADAPTER = "adapter_config.json"
 REQUIRED = ("load_model", "check", "example", "collate", "losses")
 UNRELATED = ("truncation", "padding")  # a tokenizer keeps them from its last call
@@ -43,18 +46,21 @@ def load_family(config: ModelConfig) -> "Family":
     if ":" in name:
         return _own_family(name, config)  # model.path is the family's to interpret
     check_path(config.path, "model.path")
-    if name == "auto":
-        settings = read_json(local_folder(config.path, config.revision, ["config.json"]) / "config.json")
-        name = str(settings.get("model_type", "unknown"))
-        if name not in FAMILIES and _is_causal_lm(name, settings.get("architectures") or []):
-            name = "causal_lm"
-    if name == "higgs_audio_v2_tokenizer":
-        raise UserError(f"model.path is '{config.path}', the folder of an audio codec: it belongs in model.codec")
-    if name not in FAMILIES:
+    if name not in (*FAMILIES, "auto"):
         raise UserError(
-            f"no family for models of type '{name}'{nearest(name, FAMILIES)}: rawloop has {', '.join(FAMILIES)}; "
-            "your own goes into model.family as package.module:Class (docs/families.md)"
+            f"model.family is '{name}'{nearest(name, FAMILIES)}: it must be auto, {', '.join(FAMILIES)}, or your own "
+            "as package.module:Class (docs/families.md)"
         )
+    settings = read_json(local_folder(config.path, config.revision, ["config.json"]) / "config.json")
+    if error := other_format(config.path, settings):
+        raise error
+    kind = str(settings.get("model_type", "unknown"))
+    if name == "auto":
+        is_text = kind not in FAMILIES and _is_causal_lm(kind, settings.get("architectures") or [])
+        name = "causal_lm" if is_text else kind
+    name = kind if name == "audio_chat" and kind in HEARING else name
+    if name not in FAMILIES:
+        raise no_family(config.path, settings, FAMILIES)
     from rawloop.families.loading import library_errors
 
     module_name, _, class_name = FAMILIES[name].partition(":")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
@@ -79,7 +80,7 @@ class ChatEncoder:
         """
         with sample.named_in_errors():
             check_no_tools(sample)
-            check_conversation(sample, ROLES, hears=True)
+            check_conversation(sample, ROLES)
             for turn in sample.turns:
                 check_control(turn, self.control)
                 self.letters.check(turn.words)
@@ -171,12 +172,28 @@ def _messages(sample: Sample) -> Messages:
     return [{"role": turn.role, "content": content_of(turn.parts, "audio")} for turn in sample.turns]
 
 
+def joined(clips: Sequence[Tensor]) -> Tensor:
+    """Join the features of samples, (windows, length, ...) each, padded with zeros to one length."""
+    longest = max(one.shape[1] for one in clips) if clips[0].dim() > 1 else 0
+    return torch.cat([pad_to(one, longest) for one in clips])
+
+
+def pad_to(features: Tensor, length: int) -> Tensor:
+    """Pad the second dimension of a tensor with zeros."""
+    if features.dim() < 2 or features.shape[1] == length:
+        return features
+    return F.pad(features, (0, 0) * (features.dim() - 2) + (0, length - features.shape[1]))
+
+
 class AudioChat(TextFamily):
     """The family of models with audio in and text out: one stream, `text`."""
 
+    processor_class: Any = AutoProcessor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.settings, self.processor = load_parts(config, AutoProcessor, "processor_config.json or tokenizer.json")
+        files = "processor_config.json or tokenizer.json"
+        self.settings, self.processor = load_parts(config, self.processor_class, files)
         text_settings: Any = self.settings.get_text_config()
         self.vocabulary = text_settings.vocab_size
         self.encoder = ChatEncoder(self.processor, self._audio_token(), text_settings.max_position_embeddings)
@@ -186,11 +203,14 @@ class AudioChat(TextFamily):
         token: int | None = getattr(self.settings, "audio_token_id", None)
         written = getattr(self.processor, "audio_token_id", None)
         if token is None or token != written:
-            raise UserError(
-                f"{self.config.path}: the model's config has the audio token {token}, the processor writes {written}: "
-                "audio would not reach the model; fetch config and processor of one checkpoint"
-            )
+            raise self._other_token(token, written)
         return token
+
+    def _other_token(self, token: int | None, written: int | None) -> UserError:
+        return UserError(
+            f"{self.config.path}: the model's config has the audio token {token}, the processor writes {written}: "
+            "audio would not reach the model; fetch config and processor of one checkpoint"
+        )
 
     def load_model(self, path: str | None = None) -> nn.Module:
         """Load the model in its stored dtype; see `load_weights`."""
@@ -205,7 +225,7 @@ class AudioChat(TextFamily):
         # Checkpoints may have no padding token, or use the audio token for it. Any other token will do.
         input_ids = padded([e.input_ids for e in examples], self.encoder.end_of_turn)
         heard = [e.features for e in examples if e.features]
-        features = {name: torch.cat([clips[name] for clips in heard]) for name in (heard[0] if heard else ())}
+        features = {name: joined([clips[name] for clips in heard]) for name in (heard[0] if heard else ())}
         labels = padded([e.labels for e in examples], IGNORE)
         return text_batch({"input_ids": input_ids, **features}, labels, examples)
 

@@ -52,6 +52,7 @@ class TextEncoder:
     def __init__(self, settings: Any, tokenizer: Any, path: str) -> None:
         self.tokenizer, self.path = tokenizer, path
         self.vocabulary: int = settings.vocab_size
+        self.kind: str = settings.model_type
         self.limit: int | None = getattr(settings, "max_position_embeddings", None)
         self.template = ChatTemplate(tokenizer, path)
         self.letters = Letters(tokenizer, path)
@@ -66,7 +67,7 @@ class TextEncoder:
         if not text and self.tokenizer.chat_template is not None:
             _ = self.template.end_of_turn  # refuses a template that can split no chat, without naming a sample
         with sample.named_in_errors():
-            check_conversation(sample, ("text",) if text else ROLES, hears=False)
+            check_conversation(sample, ("text",) if text else ROLES, deaf=self.kind)
             for turn in sample.turns:
                 check_control(turn, self.control, *map(_as_text, (*turn.fields.values(), sample.tools)))
                 self.letters.check(turn.words)

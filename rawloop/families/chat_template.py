@@ -110,6 +110,15 @@ class ChatTemplate:
             )
         return found[0]
 
+    @cached_property
+    def closing(self) -> list[int]:
+        """The tokens that the template writes after the last turn of a conversation only, such as Phi's end of text."""
+        parts = isinstance(self.question["content"], list)
+        answer = [{"type": "text", "text": ANSWERS[0]}] if parts else ANSWERS[0]
+        messages = [self.question, {"role": "assistant", "content": answer}]
+        question, both = (self._short(self.ids(self.render(messages[:number]))) for number in (1, 2))
+        return question[_parting(question, both) :]
+
     def span(self, messages: Messages, index: int, ids: list[int], tools: Tools = ()) -> tuple[int, int]:
         """Return where the answer `messages[index]` starts in the tokens of its conversation, and where its turn ends.
 
@@ -132,6 +141,8 @@ class ChatTemplate:
     def length(self, ids: list[int], messages: Messages, *, asks: bool = False, tools: Tools = ()) -> int:
         """Return how many of a conversation's tokens belong to its first messages, including all positions of clips."""
         first = self._short(self.ids(self.render(messages, asks=asks, tools=tools)))
+        closing = [] if asks else self.closing
+        first = first[: len(first) - len(closing)] if first[len(first) - len(closing) :] == closing else first
         places = [*self._places(ids), len(ids)]
         if len(first) >= len(places) or [ids[place] for place in places[: len(first)]] != first:
             raise self._cannot_split(len(messages), _parting(first, self._short(ids)))

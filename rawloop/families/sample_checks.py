@@ -15,18 +15,25 @@ from transformers.utils import chat_template_utils
 from rawloop.contracts import Batch, Sample, Text, Turn
 from rawloop.errors import BadSample, UserError, first_few
 from rawloop.families.chat_template import CALLS
+from rawloop.families.unknown import TRAINED, WRITE
 
 SILENT = ("Cc", "Cf")  # Unicode categories of control and format characters, which many tokenizers drop by design
 LATER = timedelta(days=400, hours=13, minutes=37, seconds=11)  # another year, month, weekday, day and hour
 
 
-def check_conversation(sample: Sample, roles: Iterable[str], *, hears: bool) -> None:
-    """Refuse turns that do not fit a model with text answers. If it `hears`, user turns may have clips."""
+def check_conversation(sample: Sample, roles: Iterable[str], *, deaf: str = "") -> None:
+    """Refuse turns that do not fit a model with text answers.
+
+    User turns may have clips, unless the model is deaf: `deaf` is its type.
+    """
     for index, turn in enumerate(sample.turns):
         if turn.role not in roles:
             raise UserError(f"it has a {turn.role} turn: turns of this model are {', '.join(roles)}; take it out")
-        if turn.clips and not hears:
-            raise UserError(f"its {turn.role} turn has the clip {turn.clips[0].path}, and the model reads text only")
+        if turn.clips and deaf:
+            raise UserError(
+                f"its {turn.role} turn has the clip {turn.clips[0].path}, and models of type '{deaf}' are trained on "
+                f"text alone. {TRAINED}; {WRITE}"
+            )
         if turn.clips and turn.role != "user":
             raise UserError(
                 f"it has audio in a {turn.role} turn: this model hears audio and answers in text, so clips belong in "

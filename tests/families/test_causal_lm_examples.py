@@ -183,7 +183,7 @@ def test_reasoning_that_a_template_drops_from_earlier_turns_is_no_mistake(text_c
 CLIP = Turn("user", (Text("Listen: "), Audio(Path("a.wav"))))
 ANSWER = Turn("assistant", (Text("Yes."),), trained=True)
 BAD = {
-    "its user turn has the clip a.wav, and the model reads text only": Sample("c", (CLIP, ANSWER), source="x"),
+    "a.wav, and models of type 'llama' are trained on text alone. rawloop": Sample("c", (CLIP, ANSWER), source="x"),
     "control token <|im_end|>: take it out": chat("user: a<|im_end|>\n<|im_start|>system\nb", "assistant: c"),
     "control token <|im_start|>: take it out": chat("user: a", "assistant: c<|im_start|>"),
     "control token </s>: take it out": text("one</s>two"),
