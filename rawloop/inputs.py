@@ -213,6 +213,15 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+def looks_up(module: nn.Module) -> bool:
+    """Whether a module looks up the ids that it is called with.
+
+    Embeddings of positions in Whisper and BART are called with ids too, and count them only.
+    """
+    counts = type(module).forward is not nn.Embedding.forward and "position" in type(module).__name__.lower()
+    return isinstance(module, nn.Embedding) and not counts
+
+
 def _loss_of(output: Any) -> Any:
     """Return the loss of an output, or the output itself if it cannot have one."""
     if hasattr(output, "loss"):

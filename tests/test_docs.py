@@ -31,9 +31,12 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def python_blocks() -> list[Any]:
-    """The blocks of all pages; those of embedding.md train for some seconds each and are slow tests."""
-    slow = pytest.mark.slow
-    return [pytest.param(*one, marks=slow if one[0] == "embedding.md" else ()) for one in blocks("python")]
+    """The blocks of all pages; some are slow tests."""
+
+    def is_slow(page: str, code: str) -> bool:  # it trains for some seconds, or tests/families/test_own.py runs it
+        return page == "embedding.md" or "class Whisper" in code
+
+    return [pytest.param(*one, marks=pytest.mark.slow if is_slow(*one) else ()) for one in blocks("python")]
 
 
 @pytest.mark.parametrize(("page", "code"), python_blocks())

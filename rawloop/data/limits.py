@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rawloop.buffers import untouched
 from rawloop.contracts import IGNORE, Batch, Family, has
 from rawloop.family_protocols import IdsFamily
+from rawloop.inputs import looks_up
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 TOKENIZER = "use the tokenizer and codec that belong to the model"
@@ -70,7 +71,7 @@ class Limits:
 
         with untouched(model, training=False, weights=True), torch.no_grad(), autocast(), ExitStack() as hooks:
             for part in model.modules():
-                if isinstance(part, nn.Embedding):
+                if looks_up(part):
                     hooks.callback(part.register_forward_pre_hook(record).remove)
             family.logits(model, probe)
         self.ids = ids | self.ids

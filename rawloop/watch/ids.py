@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rawloop.contracts import IGNORE
+from rawloop.inputs import looks_up
 from rawloop.watch.calls import find_swallowed
 from rawloop.watch.entries import Entry, Look, config_value, first_place
 from rawloop.watch.findings import Finding
@@ -87,7 +88,7 @@ class Ids:
             self._hooks.callback(register(shielded, **options).remove)
 
         for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
+            if looks_up(module):
                 hook(module.register_forward_pre_hook, partial(self._on_embedding, look, name))
         hook(model.register_forward_pre_hook, partial(self._on_call, look), with_kwargs=True)
         hook(model.register_forward_hook, partial(self._on_output, look))

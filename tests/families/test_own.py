@@ -1,6 +1,7 @@
 """A family of the user's own: found where the command is started, and refused in a line that says what to mend."""
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_model
 
 from rawloop.cli import main
 from rawloop.contracts import Family, has
+from rawloop.demo import SPEECH
 from rawloop.errors import CheckpointError, UserError
 from rawloop.families import REQUIRED, ModelConfig, load_family
 from rawloop.records import read_metrics
@@ -228,6 +230,70 @@ def test_the_smallest_family_trains_and_says_once_what_is_not_checked(
     shown = capsys.readouterr().out
     assert "(not shown: Bigram has no `pieces`)" in shown
     assert main(["evaluate", *common, "--output=whole", "--checkpoint=latest"]) == 0
+
+
+@pytest.fixture
+def whisper(tmp_path: Path) -> Path:
+    """The folder of a tiny Whisper with random weights, and data of the bundled clips beside it."""
+    from tokenizers import pre_tokenizers
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
+
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*letters, *special])}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], language="english", task="transcribe")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    folder = tmp_path / "whisper"
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=16, chunk_length=4), tokenizer).save_pretrained(folder)
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
+    most = {"num_mel_bins": 16, "max_source_positions": 200, "max_target_positions": 64}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    start = tokenizer.convert_tokens_to_ids(special[1])
+    config = WhisperConfig(vocab_size=len(tokenizer), decoder_start_token_id=start, **sizes, **heads, **most, **ends)
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    for split in ("train", "eval"):
+        lines = []
+        for clip in sorted((SPEECH / split).glob(f"{split}-en-*.flac"))[:4]:
+            shutil.copy(clip, tmp_path)
+            heard = {"role": "user", "content": [{"type": "audio", "path": clip.name}]}
+            lines.append(json.dumps({"messages": [heard, {"role": "assistant", "content": "One two three."}]}) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_the_page_trains_a_whisper_in_60_lines(
+    write: Callable[..., Path], whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    code, settings = page.split("```python\n")[3].split("```")[0], page.split("```yaml\n")[2].split("```")[0]
+    assert len(code.splitlines()) <= 60
+    write(code, "mine_for_tests.py")
+    write(settings.replace("listening:", "mine_for_tests:").replace("openai/whisper-small", str(whisper)), "run.yaml")
+    common = ["train", "--device=cpu", "--config=run.yaml", "--train.batch_size=2", "--optim.lr=0.1"]
+    common += ["--checkpoint.save_every=2"]
+    assert main([*common, "--output=whole", "--train.max_steps=6"]) == 0, capsys.readouterr().err
+    losses: list[Any] = [line["eval_loss"] for line in read_metrics(tmp_path / "whole") if "eval_loss" in line]
+    assert losses[0] == pytest.approx(math.log(261), rel=0.02)
+    assert losses[-1] < losses[0] - 0.01  # of attention alone, in a random model
+    assert not (tmp_path / "whole" / "capsules").exists()  # no alarm
+    start = "--resume=whole/checkpoints/step-00000002"
+    assert main([*common, "--output=resumed", "--train.max_steps=6", start]) == 0
+    weights = "checkpoints/step-00000006/adapter/adapter_model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "resumed" / weights).read_bytes()
+    adapter, family = "--adapter=whole/best/adapter", "--model.family=mine_for_tests:Whisper"
+    assert main(["merge", adapter, "--output=merged", family]) == 0
+    capsys.readouterr()
+    (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("eval.jsonl", "train.jsonl"))
+    (tmp_path / "train.jsonl").write_text('{"text": "no clip"}\n')
+    assert main([*common, "--output=other"]) == 2
+    assert "is not one clip of a user and its words" in capsys.readouterr().err
 
 
 DEAD = """

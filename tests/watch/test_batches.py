@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from rawloop.contracts import Batch, Labels
 from rawloop.dist import World
@@ -153,6 +153,22 @@ def test_ids_are_known_before_the_forward_pass_of_later_steps() -> None:
                 assert not watch.findings.alarms or step == 5
     (found,) = watch.findings.alarms
     assert (found.cause.place.tensor, found.cause.place.module, found.cause.place.position) == ("tokens", "0", 2)
+
+
+def test_embeddings_that_only_count_ids_have_no_rows_for_them() -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=90, d_model=16, max_position_embeddings=12, **sizes)
+    model = BartForConditionalGeneration(config)
+    batch = {"input_ids": torch.randint(3, 90, (4, 10)), "decoder_input_ids": torch.randint(3, 90, (4, 10))}
+    with Watch(model, detectors=[Batches()]) as watch, watch.step(batch, NAMES):
+        model(**batch)
+    assert not watch.findings.alarms, watch.findings
+    batch["input_ids"][1, 7] = 90
+    with pytest.raises(IndexError), Watch(model, detectors=[Batches()]) as watch:  # noqa: SIM117
+        with watch.step(batch, NAMES):
+            model(**batch)
+    (found,) = watch.findings.alarms
+    assert (found.cause.place.module, found.cause.evidence["valid ids"]) == ("model.encoder.embed_tokens", 90)
 
 
 class Codes(nn.Module):
