@@ -45,11 +45,6 @@ def library_errors(path: str, file: str, key: str = "model.path") -> Iterator[No
         yield
     except PASSED:
         raise
-    except UnpicklingError as error:
-        raise UserError(
-            f"{key} is '{path}', whose .bin file is damaged, or holds more than tensors: as opening it could run code, "
-            "it is not opened; fetch it again, from a source that you trust, as safetensors if it has them"
-        ) from error
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
