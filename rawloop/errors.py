@@ -25,6 +25,10 @@ class UserError(RawloopError, ValueError):
     exit_code = 2
 
 
+class Mistakes(UserError):
+    """Several mistakes of a user, told together: the first line says how many, each other line is one."""
+
+
 class BadSample(UserError):
     """A sample that is too long, has unknown letters or an unusable clip. `data.on_bad_sample: skip` leaves it out."""
 

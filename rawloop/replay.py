@@ -81,7 +81,7 @@ def load_run(path: Path, facts: dict[str, Any], mode: str | None, world: World, 
     stored, kept, base_state = state("passes"), state("weights"), state("base")
     if stored is None:
         raise UserError(f"the capsule {path} has no batches to replay: {left_out(facts)}")
-    config, _ = parse(["--config", str(path / "config.yaml")], "rawloop replay")
+    config = parse(["--config", str(path / "config.yaml")], "rawloop replay").config
     config = replace(config, device=world.device.type)  # type: ignore[arg-type]
     same_mode = mode in (None, facts["precision"])
     if not same_mode:

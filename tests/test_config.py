@@ -1,5 +1,6 @@
 """How a run's config is read: files, options, their order, and one clear line for every mistake in them."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -13,7 +14,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from rawloop.cli import COMMANDS, main
+from rawloop.cli.options import EvaluateOptions
+from rawloop.cli.table import TABLE
 from rawloop.config import (
     ALIASES,
     RunConfig,
@@ -22,8 +24,8 @@ from rawloop.config import (
     parse,
     to_yaml,
 )
-from rawloop.errors import UserError
-from rawloop.parser import Parser, add_options, field_help
+from rawloop.errors import Mistakes, UserError
+from rawloop.keys import field_help, keys_of
 from rawloop.precision.config import LossScaleConfig
 from rawloop.settings import RecordsConfig, SamplingConfig
 from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART
@@ -106,15 +108,15 @@ def test_aliases_switch_evaluation_off(write: Callable[..., Path], alias: str) -
 
 
 def test_further_options_of_a_command_may_be_called_like_a_group(write: Callable[..., Path]) -> None:
-    extra = {"checkpoint": "which one"}
     file = str(write("checkpoint: {keep_last: 7}\n"))
     for arguments in (["--checkpoint", "best"], ["--checkpoint=latest", "--checkpoint", "best"]):
-        config, options = parse([*arguments, "--config", file, "--checkpoint.save_every", "9"], "rawloop x", extra)
-        assert options == {"checkpoint": "best"}
+        words = [*arguments, "--config", file, "--checkpoint.save_every", "9"]
+        config, options, _ = parse(words, "rawloop x", EvaluateOptions)
+        assert options == EvaluateOptions(checkpoint="best")
         assert (config.checkpoint.save_every, config.checkpoint.keep_last) == (9, 7)
-    assert parse([], "rawloop x", extra)[1] == {"checkpoint": None}
+    assert parse([], "rawloop x", EvaluateOptions).options == EvaluateOptions()
     with pytest.raises(UserError, match="--checkpoint needs a value"):
-        parse(["--checkpoint", "--seed", "1"], "rawloop x", extra)
+        parse(["--checkpoint", "--seed", "1"], "rawloop x", EvaluateOptions)
 
 
 def test_the_resolved_config_reads_back_as_it_was(write: Callable[..., Path]) -> None:
@@ -128,15 +130,14 @@ def test_the_config_of_a_run_that_was_copied_is_told_apart(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def told(*arguments: str | Path) -> str | None:
-        words = [str(argument) for argument in arguments]
-        return moved_run(words, parse(words, "rawloop train")[0])
+        return moved_run(parse([str(argument) for argument in arguments], "rawloop train"))
 
     monkeypatch.chdir(tmp_path)
     for name in ("a", "v"):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
     own, copied = (write("output: runs/a\nseed: 3\n", f"runs/{name}/config.yaml") for name in ("a", "v"))
     more = write("seed: 4\n", "more.yaml")
-    line = "--config is a run's own, in runs/v, and its output is runs/a: pass --output runs/v to work there"
+    line = "the config is a run's own, in runs/v, and its output is runs/a: pass --output runs/v to work there"
     relative = copied.relative_to(tmp_path)
     assert told("--config", relative) == told(f"--config={relative}", "--config", more, "--seed", "1") == line
     assert told("--config", copied, "--output", "runs/a") is told("--config", copied, "--output=runs/c") is None
@@ -151,6 +152,26 @@ def test_the_config_of_a_run_that_was_copied_is_told_apart(
 def groups() -> list[tuple[str, Any]]:
     hints = get_type_hints(RunConfig)
     return [(name, hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
+
+
+def test_a_file_may_stand_alone_and_all_files_keep_their_order(write: Callable[..., Path]) -> None:
+    first = write("seed: 1\noutput: runs/a\n", "a.yaml")
+    second = write("seed: 2\ntrain: {max_steps: 5}\n", "b.yml")
+    third = write("output: runs/c\n", "c")  # a file of any name
+    assert read(first, second) == read("--config", first, "--config", second) == read(first, f"--config={second}")
+    assert read("--config", first, second) != read(second, "--config", first)
+    assert (read(second, first).seed, read(first, second).seed) == (1, 2)
+    config = read("--optim.lr", "1e-5", first, "--seed", "7", second, "--disable_eval", third, "--train.max_steps=3")
+    assert (config.seed, config.output, config.train.max_steps, config.optim.lr) == (7, "runs/c", 3, 1e-5)
+    assert not config.evaluation.enabled
+
+
+def test_words_that_yaml_takes_for_true_and_false_are_words(write: Callable[..., Path]) -> None:
+    config = read(write("watch: {spikes: off}\noutput: on\n"))
+    assert (config.watch.spikes, config.output) == ("off", "on")
+    for word, truth in (("off", False), ("no", False), ("yes", True), ("On", True), ("true", True), ("FALSE", False)):
+        assert read(write(f"data: {{packing: {word}}}\n")).data.packing is truth
+        assert read("--data.packing", word).data.packing is truth
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
@@ -259,9 +280,10 @@ def test_the_blame_falls_on_who_is_wrong(write: Callable[..., Path]) -> None:
 
 
 def test_values_that_a_part_refuses_are_named_with_their_origin(write: Callable[..., Path]) -> None:
-    file = write("optim: {lr: -1}\nevaluation: {every: 0}\n")
-    assert refusal("--config", file) == f"optim.lr is -1.0: it must be a number above 0 (optim.lr from {file})"
-    line = refusal("--config", file, "--optim.lr", "1", "--evaluation.batch_size", "2")
+    file = write("optim: {lr: -1}\n")
+    assert refusal(file) == f"optim.lr is -1.0: it must be a number above 0 (optim.lr from {file})"
+    file = write("evaluation: {every: 0}\n")
+    line = refusal(file, "--optim.lr", "1", "--evaluation.batch_size", "2")
     assert line.endswith(f"(evaluation.every from {file}, evaluation.batch_size from the command line)")
     assert "output is empty" in refusal("--output", "")
 
@@ -299,12 +321,14 @@ def test_null_is_refused_wherever_it_stands(write: Callable[..., Path], key: str
 
 
 def test_null_inside_a_list_or_a_dict_is_refused(write: Callable[..., Path]) -> None:
-    for text in ("adapter: {freeze: [null]}", "checks: {allow: [null]}", "model: {stream_weights: {text: null}}"):
+    for text in ("adapter: {freeze: [null]}", "checks: {allow: [null]}"):
         file = write(text)
-        assert f" is 'None' (from {file})" in refusal("--config", file)
+        assert f" is '[None]' (from {file}): 'None' in it must be " in refusal("--config", file)
+    file = write("model: {stream_weights: {text: null}}")
+    assert refusal(file) == f"model.stream_weights.text is null (from {file}): it must be a number"
     for text in ("null", "~"):
         assert f"seed is null (from {write(f'seed: {text}')})" in refusal("--config", write(f"seed: {text}"))
-    assert "seed is 'None' (from the command line)" in refusal("--seed", "null")
+    assert "seed is 'null' (from the command line)" in refusal("--seed", "null")
     assert read("--config", write("precision: {fallback: null}\ndata: {train: null, default_scene:}\n")) == read(
         "--data.default_scene", "null"
     )
@@ -330,7 +354,7 @@ def test_what_no_key_takes_is_refused_in_a_line(write: Callable[..., Path], key:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("seed: 1000000000000000000000", "seed is 1.000e+21 (from FILE): a whole number has at most 63 bits"),
+        ("seed: 10000000000000000000", "seed is '10000000000000000000' (from FILE): it must be a whole number of at "),
         ("train: {epochs: 1.0e+308}", "train.epochs (1e+308) above 0 and below 1e9"),
         ('output: "a\\0b"', "output is 'a\\x00b' (from FILE): it has characters that no text has"),
         ('output: "\\ud800"', "output is '\\ud800' (from FILE): it has characters that no text has"),
@@ -342,7 +366,8 @@ def test_what_no_key_takes_is_refused_in_a_line(write: Callable[..., Path], key:
         ("seed: true", "seed is 'True' (from FILE): it must be a whole number"),
         ("checks: {enabled: 1}", "checks.enabled is '1' (from FILE): it must be true or false"),
         ("1: 2", "FILE line 1: '1' is a key and no string"),
-        ("on: 2", "FILE line 1: 'on' is a key and no string"),
+        ("true: 2", "FILE line 1: 'true' is a key and no string"),
+        ("on: 2", "unknown key 'on' in FILE"),
         ("? [a]\n: 2", "FILE line 1: a list or a mapping is a key and no string"),
         ("model: {stream_weights: {1: 2}}", "FILE line 1: '1' is a key and no string"),
         ("optim: {lr: 1, lr: 2}", "FILE line 1: 'lr' stands in line 1 already"),
@@ -368,10 +393,10 @@ def test_a_file_may_be_dotted_merged_and_a_pipe(write: Callable[..., Path], tmp_
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text))
     writer.start()
-    words = ["--config", str(tmp_path / "pipe")]
-    assert parse(words, "rawloop train")[0] == config
+    parsed = parse([str(tmp_path / "pipe")], "rawloop train")
+    assert parsed.config == config
     writer.join()
-    assert moved_run(words, config) is None
+    assert moved_run(parsed) is None
 
 
 @pytest.mark.parametrize(
@@ -397,7 +422,8 @@ def test_a_file_that_is_no_config_is_refused(write: Callable[..., Path], text: s
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
-    assert refusal("--config", missing) == f"--config is '{missing}', which cannot be read: No such file or directory"
+    for arguments in (["--config", missing], [missing]):
+        assert refusal(*arguments) == f"the config '{missing}' cannot be read: No such file or directory"
     assert "Is a directory" in refusal("--config", tmp_path)
     assert refusal("--config") == "--config needs a value after it"
     (tmp_path / "latin.yaml").write_bytes("output: größe\n".encode("latin-1"))
@@ -405,11 +431,121 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_words_that_are_no_options_are_refused() -> None:
-    assert refusal("seed", "3") == "unrecognized arguments: seed 3"
-    assert "--seed: expected one argument" in refusal("--seed")
+    assert refusal("seed") == "'seed' is no YAML file: write --seed VALUE"
+    assert refusal("seed=3 4") == "'seed=3 4' is no YAML file: write --seed '3 4'"
+    assert refusal("-seed=3") == "'-seed=3' is no YAML file: write --seed 3"
+    assert refusal("--seed") == "--seed needs a value after it"
+    assert refusal("--data.packing") == "--data.packing needs a value after it: true or false"
+    assert refusal("--adapter.mode") == "--adapter.mode needs a value after it: one of 'lora', 'full'"
 
 
-# -- help --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("command", "more"), [("train", ""), ("evaluate", " --checkpoint best"), ("precision probe", "")]
+)
+def test_the_folder_of_a_run_is_answered_with_what_to_write(tmp_path: Path, command: str, more: str) -> None:
+    run = tmp_path / "runs" / "voice"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        parse([str(run)], f"rawloop {command}", TABLE[command].options)
+    written = f"write `rawloop {command} {run}/config.yaml{more}`"
+    assert str(caught.value) == f"'{run}' is the folder of a run, and no YAML file: {written}"
+    assert f"'{tmp_path}' is a folder, and no YAML file: name one, such as run.yaml, or" in refusal(tmp_path)
+
+
+def mistakes(*arguments: str | Path) -> list[str]:
+    """The lines of several mistakes."""
+    with pytest.raises(Mistakes) as caught:
+        read(*arguments)
+    head, *lines = str(caught.value).splitlines()
+    assert head.startswith(f"{len(lines)} mistakes")
+    assert all(line.startswith("  ") for line in lines)
+    return [line.strip() for line in lines]
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_place(write: Callable[..., Path]) -> None:
+    first = write("optim: {lrr: 1, lr: fast}\ntrain: {batch_size: null}\nresume_force: [seed]\n", "a.yaml")
+    second = write("seed: [1]\noptim: 3\n", "b.yaml")
+    broken, missing = write("seed: 1\nseed: 2\n", "c.yaml"), first.parent / "d.yaml"
+    line = ["--evaluation.every", "0", "--learning_rate", "1", "--seeds=2", "--data.packing", "--max_grad_norm", "1"]
+    assert mistakes(first, second, broken, missing, "words", *line) == [
+        f"'resume_force' in {first} is no key any more: take it out, and start another run from the checkpoint's "
+        "weights with --init_from CHECKPOINT",
+        f"unknown key 'optim.lrr' in {first} (did you mean 'optim.lr'?)",
+        f"optim.lr is 'fast' (from {first}): it must be a number",
+        f"train.batch_size is null (from {first}): it must be a whole number; leave the key out for its default, 1",
+        f"seed is '[1]' (from {second}): it must be a whole number",
+        f"'optim' in {second} is a group: give values to its keys, such as optim.beta1, optim.beta2, optim.eps",
+        f"{broken} line 2: 'seed' stands in line 1 already: keep one",
+        f"the config '{missing}' cannot be read: No such file or directory",
+        "'words' is no YAML file: name one, such as run.yaml, or give values as --KEY VALUE",
+        "unknown key 'learning_rate' on the command line (what HF Trainer calls learning_rate is 'optim.lr' here)",
+        "unknown key 'seeds' on the command line (did you mean 'seed'?)",
+        "--data.packing needs a value after it: true or false",
+        "unknown key 'max_grad_norm' on the command line (what HF Trainer calls max_grad_norm is 'optim.max_norm' "
+        "here)",
+        "evaluation.every (0) and evaluation.batch_size (4) must be 1 or more (evaluation.every from the command line)",
+    ]
+
+
+def test_a_part_is_not_checked_with_the_default_of_a_wrong_value() -> None:
+    line = refusal("--precision.mode", "fp17", "--precision.trainable_dtype", "bf16")
+    assert line.startswith("precision.mode is 'fp17' (from the command line)")
+    assert len(mistakes("--optim.lr", "0", "--evaluation.every", "0", "--checkpoint.max_failures", "0")) == 3
+
+
+def test_where_all_keys_are_listed_is_told_once() -> None:
+    with pytest.raises(Mistakes) as caught:
+        read("--a", "1", "--b", "1")
+    assert str(caught.value).startswith("2 mistakes (`rawloop train --help all` lists all keys):\n")
+    assert str(caught.value).count("--help all") == 1
+
+
+def test_a_key_with_line_breaks_stays_in_its_line(write: Callable[..., Path]) -> None:
+    assert refusal(write('"a\\nb": 1\n')).startswith("unknown key 'a b' in ")
+    assert len(mistakes(write('"a\\nb": 1\n"c\\nd": 1\n'))) == 2
+
+
+# Options of other trainers and of scripts that are not in the tables: none of them is like a key of ours.
+FOREIGN = """
+use_gpu train_data_path validation_split checkpoint_dir lora_path model_type rank_zero eval_data num_gpus voice_name
+epochs_per_eval do_sample repetition_penalty neftune_alpha dataset_format cutoff_len finetuning_type stage val_size
+"""
+
+
+@pytest.mark.parametrize("name", FOREIGN.split())
+def test_no_hint_is_better_than_a_wrong_one(name: str) -> None:
+    line = refusal(f"--{name}", "x")
+    assert line.startswith(f"unknown key '{name}' on the command line")
+    assert "did you mean" not in line
+
+
+@pytest.mark.parametrize(
+    "words", [["--use_thing", "true"], ["--use_thing", "--seed=1"], ["--use_thing=1"], ["--use_thing", "run.yaml"]]
+)
+def test_the_value_of_an_unknown_option_is_no_second_mistake(write: Callable[..., Path], words: list[str]) -> None:
+    with contextlib.chdir(write("seed: 3\n").parent):
+        assert refusal(*words).startswith("unknown key 'use_thing' on the command line: ")
+
+
+def test_a_command_refuses_keys_that_it_does_not_read_on_the_command_line_alone(write: Callable[..., Path]) -> None:
+    unread = TABLE["prepare"].unread()
+    file = str(write("optim: {lr: 3}\nmodel: {stream_weights: {text: 1}}\n"))
+    assert parse([file], "rawloop prepare", unread=unread).config.optim.lr == 3
+    with pytest.raises(UserError) as caught:
+        parse([file, "--optim.lr", "1", "--seed=2", "--disable_eval", "--seed=3"], "rawloop prepare", unread=unread)
+    assert str(caught.value) == (
+        "`rawloop prepare` does not read --optim.lr, --seed, --evaluation.enabled: leave them out here; a YAML file "
+        "may have them, for all commands"
+    )
+    with pytest.raises(UserError, match=r"does not read --seed: leave it out here; a YAML file may have it, for all"):
+        parse([file, "--seed=2"], "rawloop prepare", unread=unread)
+    with pytest.raises(UserError, match=r"unknown key 'optim\.lrr' on the command line: "):  # no hint that is refused
+        parse([file, "--optim.lrr", "1"], "rawloop prepare", unread=unread)
+    with pytest.raises(UserError, match=r"optim\.lr is -1\.0: it must be"):  # a file is for all commands
+        parse([str(write("optim: {lr: -1}\n"))], "rawloop prepare", unread=unread)
+
+
+# -- keys --------------------------------------------------------------------------------------------------------
 
 
 def owners(owner: type = RunConfig) -> list[type]:
@@ -426,39 +562,12 @@ def test_every_key_is_explained(owner: type) -> None:
     assert all(texts.values()), texts
 
 
-def test_help_shows_every_key_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["train", "--help"])
-    assert left.value.code == 0
-    shown = capsys.readouterr().out
-    words = " ".join(shown.split())
-    for owner in owners():
-        defaults = owner()
-        groups = {f.name for f in dataclasses.fields(owner) if dataclasses.is_dataclass(getattr(defaults, f.name))}
-        for name, text in field_help(owner)[1].items():
-            assert name in groups or text in words, name
-    for key in known_keys():
-        assert f"--{key} " in shown
-    assert "5 to 10% of a step" in words
-    assert "<class" not in shown
-
-
-@pytest.mark.parametrize("command", ["prepare", "inspect", "train", "evaluate", "doctor"])
-def test_help_begins_with_what_the_command_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    words = " ".join(capsys.readouterr().out.split())
-    text = COMMANDS[command]
-    head = f"{text[0].upper()}{text[1:]}. Paths are relative to the folder that the command is started in."
-    assert words.startswith(f"usage: rawloop {command} [--config FILE] [--KEY VALUE ...] {head}")
-
-
 def test_aliases_stand_for_options_that_exist() -> None:
     assert all(read(alias) == read(option) for alias, option in ALIASES.items())
     assert {option.partition("=")[0].removeprefix("--") for option in ALIASES.values()} <= known_keys()
 
 
-def test_an_unexplained_field_does_not_get_an_option() -> None:
+def test_an_unexplained_field_is_no_key() -> None:
     @dataclasses.dataclass
     class Bare:
         """A config whose author forgot its Args."""
@@ -466,7 +575,7 @@ def test_an_unexplained_field_does_not_get_an_option() -> None:
         width: int = 3
 
     with pytest.raises(KeyError, match="width"):
-        add_options(Parser(), Bare)
+        keys_of(Bare)
 
 
 def test_the_shipped_keys_round_trip_through_plain_yaml() -> None:

@@ -73,6 +73,9 @@ FLOORS = (
         "assembly",
         (
             "config",
+            "yaml_file",
+            "values",
+            "keys",
             "parser",
             "trainer_names",
             "translation",

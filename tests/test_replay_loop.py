@@ -186,12 +186,6 @@ def test_a_comparison_with_nan_names_what_is_not_finite(tmp_path: Path, module: 
     assert "hardware" not in out
 
 
-def test_the_help_names_types(capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        replay_command(["--help"])
-    assert "lambda" not in capsys.readouterr().out
-
-
 def test_a_capsule_that_cannot_be_replayed_is_told_as_such(tmp_path: Path) -> None:
     model, said = build(), list[str]()
     with Watch(model, out=tmp_path, detectors=[Alarmist()], say=said.append) as watch:

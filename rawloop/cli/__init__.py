@@ -15,11 +15,11 @@ from pathlib import Path
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
-from rawloop.errors import LibraryError, LostRank, RawloopError, UserError, nearest
+from rawloop.errors import LibraryError, LostRank, Mistakes, RawloopError, UserError, nearest
 from rawloop.preempt import exit_on_signals, ignore_signals
 
 if TYPE_CHECKING:
-    from rawloop.config import RunConfig
+    from rawloop.config import Parsed
 
 COMMANDS = {
     "demo": "build the demo checkpoint and encode the bundled speech",
@@ -39,29 +39,10 @@ COMMANDS = {
     "precision": "probe the range of numbers in one batch, or compare the precision modes",
     "doctor": "check on your own model and data that training does what it says",
 }
-# The commands that read a run's config, and their options besides its keys.
-OPTIONS: dict[str, dict[str, str]] = {
-    "prepare": {
-        "report": "also measure every clip, and write a page of the data into this file, with a .json beside it; needs "
-        "`rawloop[report]`"
-    },
-    "inspect": {
-        "split": "train or eval: of which data (default: train)",
-        "sample": "the id of a sample: only that one (default: the first batch, of train as it is shuffled)",
-    },
-    "train": {},
-    "evaluate": {"checkpoint": "best, latest, or a checkpoint's folder of this config's run (default: the base model)"},
-    "precision probe": {"json": "also write the measurements into this file"},
-    "precision compare": {
-        "reference": "fp32 or fp64: what losses and gradients are compared with (default: fp32)",
-        "steps": "steps of the race (default: 20); 0: no race",
-        "json": "also write the measurements into this file",
-        "html": "also write a page into this file; needs `rawloop[report]`",
-    },
-    "doctor": {
-        "part": "internal: measure gradients and the evaluation loss into this file, as one of several processes"
-    },
-}
+# The first word after a command that does several things.
+ACTIONS = {"precision": ("probe", "compare")}
+HELP = frozenset({"-h", "--help"})
+OWN_HELP = ("train-higgs",)  # its options are another program's
 # How to continue a command that was interrupted. The other commands start from the beginning.
 CONTINUE = {
     "train": ": continue with --resume auto",
@@ -81,18 +62,42 @@ def help_text() -> str:
     return "\n".join([head, "commands:", *lines, "", "`rawloop COMMAND --help` lists the options of a command."])
 
 
-def read_config(command: str, arguments: list[str]) -> "tuple[RunConfig, dict[str, Any]]":
+def read_config(command: str, arguments: list[str]) -> "Parsed":
     """Read a command's config and its other options."""
+    from rawloop.cli.table import TABLE
     from rawloop.config import parse
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's forks do not mix
-    return parse(arguments, f"rawloop {command}", OPTIONS[command], COMMANDS[command.split()[0]])
+    return parse(arguments, f"rawloop {command}", TABLE[command].options, TABLE[command].unread())
+
+
+def read_options(command: str, arguments: list[str]) -> Any:
+    """Read the options of a command that has no config into the dataclass of its options."""
+    from rawloop import parser
+    from rawloop.cli.table import TABLE
+
+    row = TABLE[command]
+    return parser.read_options(f"rawloop {command}", row.options, arguments, row.alone, row.meant)
+
+
+def with_action(command: str, rest: list[str]) -> str:
+    """Return a command's name with its action, such as `precision probe`. Refuse a wrong action."""
+    actions, given = ACTIONS.get(command, ()), rest[0] if rest else ""
+    if not actions or given in HELP:
+        return command
+    if given not in actions:
+        hint = nearest(given, actions) if given else ""
+        raise UserError(
+            f"rawloop {command} needs one of {', '.join(actions)} first, as in `rawloop {command} {actions[0]} "
+            f"my.yaml`; it got '{given}'{hint}"
+        )
+    return f"{command} {given}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print(help_text())
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
@@ -168,14 +173,19 @@ def call(command: str, rest: list[str], file: Path | None = None) -> int:
         broken = next((word for word in rest if word.encode(errors="ignore").decode() != word), None)
         if broken is not None:  # it could not be written into the files of a run
             raise UserError(f"the argument {os.fsencode(broken)!r} is not UTF-8: rename what it names")
-        if command in OPTIONS and not {"-h", "--help"}.isdisjoint(rest):
-            read_config(command, rest)  # prints the help, and ends
+        name = with_action(command, rest)
+        if not HELP.isdisjoint(rest) and command not in OWN_HELP:
+            from rawloop.cli.help import help_of
+
+            print(help_of(name, COMMANDS[command], ACTIONS.get(name, ()), is_all="all" in rest), flush=True)
+            return 0
         importlib.import_module(f"rawloop.cli.{command.replace('-', '_')}").run(rest)
     except RawloopError as error:
         if not isinstance(error, LostRank):
             write_first_failure(file)
         if error.is_reporter:
-            line = " ".join(str(error).splitlines()) + keep_traceback(error)  # it may quote several lines
+            quoted = " ".join(str(error).splitlines())  # it may quote several lines
+            line = (str(error) if isinstance(error, Mistakes) else quoted) + keep_traceback(error)
             saved = f"; what was saved is whole{CONTINUE.get(command, '')}" if isinstance(error, LostRank) else ""
             print(f"rawloop {command}: {line}{saved}", file=sys.stderr, flush=True)
         return error.exit_code

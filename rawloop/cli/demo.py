@@ -8,19 +8,17 @@ from os.path import expanduser
 from pathlib import Path
 
 from rawloop.audio import import_torchaudio
+from rawloop.cli import read_options
 from rawloop.data import DataConfig
 from rawloop.data.splits import prepare_codes
 from rawloop.demo import SPEECH
 from rawloop.demo.checkpoint import build_demo_checkpoint, demo_is_built
 from rawloop.families import ModelConfig, load_family
-from rawloop.parser import Parser
 
 
 def run(argv: list[str]) -> None:
     """Build missing parts in the folder, and print their paths."""
-    parser = Parser(prog="rawloop demo", description="Build the demo checkpoint and encode the bundled speech.")
-    parser.add_argument("--folder", type=str, default=".demo", help="where to put it")
-    folder = Path(expanduser(parser.read_options(argv).folder))
+    folder = Path(expanduser(read_options("demo", argv).folder))
     import_torchaudio()
     speech = folder / "speech"
     shutil.copytree(SPEECH, speech, dirs_exist_ok=True)

@@ -46,12 +46,12 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "amp_fp16": 5e-3, "native_fp16": 5e-3}
 
 def run(argv: list[str]) -> None:
     """Examine a config and print a table. A failed check is an error."""
-    config, options = read_config("doctor", argv)
+    config, options, _ = read_config("doctor", argv)
     with open_world(config.device, config.ddp.timeout) as world:
-        if options["part"] is not None:
+        if options.part is not None:
             measured = measure(config, world)
             if world.is_main:
-                torch.save(tuple(measured), options["part"])
+                torch.save(tuple(measured), options.part)
             return
         if world.size > 1:
             raise UserError("rawloop doctor starts its own processes: call it without torchrun")

@@ -29,13 +29,14 @@ from rawloop.trained import slot_of
 
 def run(argv: list[str]) -> None:
     """Evaluate, and print one JSON object: what was evaluated, and its metrics. Fails if a loss is not finite."""
-    config, options = read_config("evaluate", argv)
+    parsed = read_config("evaluate", argv)
+    config = parsed.config
     with open_world(config.device, config.ddp.timeout) as world:
-        notice = moved_run(argv, config)
+        notice = moved_run(parsed)
         if notice:
             _tell(notice, world)
         check_settings_of_ranks(config, world)
-        built = world.on_all_ranks(partial(_build, config, options["checkpoint"], world))
+        built = world.on_all_ranks(partial(_build, config, parsed.options.checkpoint, world))
         assert built is not None
         check_same(built.slot, world)
         built.contents.check_ranks(built.base, world)

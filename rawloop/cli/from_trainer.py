@@ -5,10 +5,10 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from rawloop.cli import read_options
 from rawloop.config import parse
 from rawloop.errors import UserError, happening
 from rawloop.files import in_words, replace_file
-from rawloop.parser import Parser
 from rawloop.translation.sources import read_sources
 from rawloop.translation.syntax import Source
 from rawloop.translation.telling import as_yaml, our_defaults, told
@@ -17,13 +17,7 @@ from rawloop.translation.translate import Translation, translate
 
 def run(argv: list[str]) -> None:
     """Translate the settings, write the config, and print what became of each of them."""
-    parser = Parser(prog="rawloop from-trainer", description="Write a config from the settings of another program.")
-    files = "training_args.json, adapter_config.json, a .py file with TrainingArguments(...), a .yaml of axolotl or "
-    files += "LLaMA-Factory, or ms-swift's args.json; several files are put together"
-    parser.add_argument("file", type=str, nargs="+", help=files)
-    parser.add_argument("--output", type=str, required=True, help="the config to write, a .yaml file")
-    parser.add_argument("--force", action="store_true", help="replace the output")
-    values = parser.read_options(argv)
+    values = read_options("from-trainer", argv)
     output = Path(expanduser(values.output))
     if output.exists() and not values.force:
         raise UserError(f"--output is '{output}', which exists: choose another name, or replace it with --force")
@@ -63,7 +57,7 @@ def write(output: Path, settings: dict[str, Any], sources: list[Source]) -> None
         parse(["--config", str(draft)], "rawloop train")
         replace_file(output, text)
     except UserError as error:
-        raise UserError(str(error).replace(str(draft), places)) from error
+        raise type(error)(str(error).replace(str(draft), places)) from error
     except OSError as error:
         raise UserError(f"--output is '{output}', which cannot be written: {in_words(error)}") from error
     finally:

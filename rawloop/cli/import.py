@@ -4,28 +4,16 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from rawloop.data.foreign.importing import EVAL, REPORT, TRAIN, ImportConfig, Imported, import_data
+from rawloop.cli import read_options
+from rawloop.data.foreign.importing import EVAL, REPORT, TRAIN, Imported, import_data
 from rawloop.errors import first_few
-from rawloop.parser import Parser
 
 CONFIGS = {False: "configs/higgs_lora.yaml", True: "configs/causal_lm_lora.yaml"}
 
 
 def run(argv: list[str]) -> None:
     """Import, and print what was written, what was left out, and the next command."""
-    parser = Parser(prog="rawloop import", description="Write data files for rawloop from another layout.")
-    parser.add_argument("source", type=str, help="a folder or file; its layout is told by its content (docs/data.md)")
-    parser.add_argument("--output", type=str, required=True, help="folder for train.jsonl, eval.jsonl and import.json")
-    parser.add_argument("--eval", type=float, default=0.05, help="share of the samples for the evaluation; 0 for none")
-    split = "speaker: evaluate on whole speakers, if there are several; sample: on single samples"
-    parser.add_argument("--split", default="speaker", choices=["speaker", "sample"], help=split)
-    parser.add_argument("--seed", type=int, default=0, help="another seed chooses other samples for the evaluation")
-    root = "where relative paths of clips start, and the folder that they must not leave (default: the source's)"
-    parser.add_argument("--root", type=str, help=root)
-    parser.add_argument("--copy", action="store_true", help="copy the clips into the output")
-    parser.add_argument("--force", action="store_true", help="replace the files of an earlier import")
-    values = parser.read_options(argv).as_dict()
-    for line in told(import_data(ImportConfig(**values))):
+    for line in told(import_data(read_options("import", argv))):
         print(line, flush=True)
 
 

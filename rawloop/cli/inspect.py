@@ -31,15 +31,13 @@ DIM, OFF = "\x1b[2m", "\x1b[0m"
 
 def run(argv: list[str]) -> None:
     """Print one batch."""
-    config, options = read_config("inspect", argv)
-    split = options["split"] or "train"
-    if split not in ("train", "eval"):
-        raise UserError(f"--split is '{split}'{nearest(split, ('train', 'eval'))}: it must be train or eval")
+    config, options, _ = read_config("inspect", argv)
+    split = options.split
     family = build_family(config)
     tell = partial(print, file=sys.stderr, flush=True)
     cache = open_codes(config.data, family, tell)
     samples = load_samples(config.data, family, cache, split, tell, checked_with(config, family), tell)
-    draws = chosen(Data(family, cache, {f"data.{split}": samples}, []), config, split, options["sample"])
+    draws = chosen(Data(family, cache, {f"data.{split}": samples}, []), config, split, options.sample)
     example, pick = partial(family.example, codes=cache or no_codes), samples.references(config.data, config.seed)
     batches = MicroBatches(samples, example, family.collate, seed=config.seed, pick=pick)
     examples, batch = batches.made(draws)

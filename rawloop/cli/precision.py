@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
 
 from rawloop.cli import read_config
+from rawloop.cli.options import CompareOptions, ProbeOptions
 from rawloop.diagnose.shared import table
 from rawloop.dist import open_world
-from rawloop.errors import UserError, nearest
+from rawloop.errors import UserError
 from rawloop.files import in_words, replace_file
 from rawloop.precision_probe import Probe, Range, probe
 from rawloop.precision_race import Comparison, ModeResult, compare, pace
 from rawloop.records import json_value
 from rawloop.watch.measure import FLUSHED, LOWEST, SUBNORMAL, Exponents
 
-ACTIONS = ("probe", "compare")
 ROWS = 12  # of a table in the terminal; the file has all
 BAR = 50  # characters
 TABLES = {"outputs": "outputs", "output_gradients": "gradients of outputs", "gradients": "gradients of parameters"}
@@ -28,23 +27,14 @@ ERRORS = ("gradient error", "cosine", "zeros", "flips")
 
 def run(argv: list[str]) -> None:
     """Probe one micro-batch, or compare the modes."""
-    action = argv[0] if argv else ""
-    if action in ("-h", "--help"):
-        print(f"usage: rawloop precision ({' | '.join(ACTIONS)}) --config FILE [options]")
-        return
-    if action not in ACTIONS:
-        hint = nearest(action, ACTIONS) if action else ""
-        raise UserError(
-            f"rawloop precision needs one of {', '.join(ACTIONS)} first, as in `rawloop precision probe "
-            f"--config FILE`; it got '{action}'{hint}"
-        )
-    config, options = read_config(f"precision {action}", argv[1:])
-    reference, steps, file, page = _choices(options)
+    action, rest = argv[0], argv[1:]
+    config, options, _ = read_config(f"precision {action}", rest)
+    file, page = _files(options)
     made: Probe | Comparison
     with open_world(config.device, config.ddp.timeout) as world:
         if world.size > 1:
             raise UserError(f"rawloop precision {action} measures in one process: call it without torchrun")
-        made = probe(config, world) if action == "probe" else compare(config, world, reference, steps)
+        made = probe(config, world) if action == "probe" else compare(config, world, options.reference, options.steps)
     lines = probe_lines(made) if isinstance(made, Probe) else compare_lines(made)
     print("\n".join(lines), flush=True)
     if file is not None:
@@ -56,14 +46,10 @@ def run(argv: list[str]) -> None:
         write_html(page, made, config.model.path)
 
 
-def _choices(options: dict[str, Any]) -> tuple[str, int, Path | None, Path | None]:
-    """Return reference, steps and files, after the checks that can be made before the work is done."""
-    reference, steps = (options.get(name) for name in ("reference", "steps"))
-    if reference not in (None, "fp32", "fp64"):
-        raise UserError(f"--reference is '{reference}': it must be fp32 or fp64")
-    if steps is not None and not steps.isdecimal():
-        raise UserError(f"--steps is '{steps}': it must be a whole number, 0 for no race")
-    file, page = (Path(expanduser(options[name])) if options.get(name) else None for name in ("json", "html"))
+def _files(options: ProbeOptions | CompareOptions) -> tuple[Path | None, Path | None]:
+    """Return the files for the measurements and the page, after the checks that can be made before the work is done."""
+    html = options.html if isinstance(options, CompareOptions) else None
+    file, page = (Path(expanduser(name)) if name else None for name in (options.json, html))
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise UserError(f"--json is '{file}': it must name a file in a folder that exists")
     if page is not None:
@@ -71,7 +57,7 @@ def _choices(options: dict[str, Any]) -> tuple[str, int, Path | None, Path | Non
 
         check_packages()
         check_output(page)
-    return reference or "fp32", int(steps or 20), file, page
+    return file, page
 
 
 def probe_lines(probed: Probe) -> Iterator[str]:

@@ -26,8 +26,8 @@ from rawloop.report.page import check_output, check_packages, write_page
 
 def run(argv: list[str]) -> None:
     """Encode data.train and data.eval of a config into the cache of codes."""
-    config, options = read_config("prepare", argv)
-    page = Path(expanduser(options["report"])) if options["report"] else None
+    config, options, _ = read_config("prepare", argv)
+    page = Path(expanduser(options.report)) if options.report else None
     if page is not None:
         check_packages()
         check_output(page)

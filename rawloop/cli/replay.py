@@ -7,16 +7,15 @@ from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rawloop.cli import read_options
 from rawloop.dist import World, open_world
 from rawloop.errors import UserError, first_few
 from rawloop.origin import batch_size, damaged
-from rawloop.parser import Parser
-from rawloop.precision.modes import MODES
 from rawloop.replay import Replay, load_loop, load_run
 from rawloop.versions import changed_versions, installed_versions
 from rawloop.watch.capsule import read_facts
@@ -40,19 +39,7 @@ MOVED = (
 
 def run(argv: list[str]) -> None:
     """Print what the capsule is about, and how its losses and gradients compare with the recorded ones."""
-    parser = Parser(prog="rawloop replay", description="Run a kept step again, in one process, and compare.")
-    parser.add_argument("capsule", type=str, help="a folder such as RUN/capsules/step-00000041-rank0")
-    parser.add_argument(
-        "--precision", type=str, help=f"another mode, to see whether the mode is to blame: {', '.join(MODES)}"
-    )
-    devices = Literal["auto", "cuda", "mps", "cpu"]
-    parser.add_argument("--device", type=devices, default="auto", help="where to run it")
-    parser.add_argument("--bisect", action="store_true", help="find the batch, sample, module and parameter")
-    parser.add_argument("--shell", action="store_true", help="open a Python prompt with everything loaded")
-    parser.add_argument("--model", type=str, help="package.module:function that builds the model of a foreign loop")
-    options = parser.read_options(argv)
-    if options.precision is not None and options.precision not in MODES:
-        raise UserError(f"--precision is '{options.precision}': it is one of {', '.join(MODES)}")
+    options = read_options("replay", argv)
     path = Path(expanduser(options.capsule))
     facts = read_facts(path)
     show(*about(facts))

@@ -7,9 +7,8 @@ from os.path import expanduser
 from pathlib import Path
 
 from rawloop.checkpoint.run_folder import is_locked
-from rawloop.errors import UserError
+from rawloop.cli import read_options
 from rawloop.files import readable
-from rawloop.parser import Parser
 from rawloop.report.page import check_output, check_packages, write_page
 
 REPORT, COMPARISON = "report.html", "compare.html"
@@ -17,13 +16,7 @@ REPORT, COMPARISON = "report.html", "compare.html"
 
 def run(argv: list[str]) -> None:
     """Write the page, and print its path."""
-    parser = Parser(prog="rawloop report", description="Show what a run has recorded as one HTML page.")
-    parser.add_argument("run", type=str, nargs="?", help="a run's folder")
-    parser.add_argument("--compare", type=str, nargs="+", help="the folders of several runs, whose curves are overlaid")
-    parser.add_argument("--output", type=str, help=f"the page (default: RUN/{REPORT}, or {COMPARISON} here)")
-    values = parser.read_options(argv)
-    if bool(values.run) == bool(values.compare):
-        raise UserError("name a run's folder, or several after --compare; `rawloop report --help` shows how")
+    values = read_options("report", argv)
     check_packages()
     folders = [Path(expanduser(name)) for name in values.compare or [values.run]]
     default = Path(COMPARISON) if values.compare else folders[0] / REPORT

@@ -22,14 +22,15 @@ SIGNAL_FILE = "RAWLOOP_SIGNAL_FILE"  # launch/torchrun.py names a file here, and
 
 def run(argv: list[str]) -> None:
     """Read the config, build the run, train, and print a summary."""
-    config, _ = read_config("train", argv)
+    parsed = read_config("train", argv)
+    config = parsed.config
     folder = Path(expanduser(config.output))
     signal_file = os.environ.get(SIGNAL_FILE)
     with (
         watch_signals(folder / STOP_FILE, Path(signal_file) if signal_file else None) as preemption,
         open_world(config.device, config.ddp.timeout) as world,
     ):
-        notice = moved_run(argv, config)
+        notice = moved_run(parsed)
         if notice and world.is_main:
             print(f"rawloop train: {notice}", file=sys.stderr, flush=True)
         built = build_run(config, world, lambda line: print(line, flush=True) if world.is_main else None)

@@ -6,6 +6,7 @@ It prints the command that is equivalent, and what has no counterpart. Options o
 from collections.abc import Iterator
 
 from rawloop.cli import read_config
+from rawloop.cli.table import TABLE
 from rawloop.config import known_keys
 from rawloop.data.config import codes_folder
 from rawloop.errors import UserError
@@ -14,7 +15,6 @@ from rawloop.translation.higgs import HIGGS
 from rawloop.translation.telling import as_command, options, our_defaults, told
 from rawloop.translation.translate import Translation, translate
 
-PREPARE = ("model.path", "model.codec", "model.revision", "device", "data.")  # what `rawloop prepare` depends on
 NEEDED = {"model.path": "--model_path", "data.train": "--train_data_dir or --train_data_file"}
 
 
@@ -81,7 +81,8 @@ def report(translation: Translation, settings: list[list[str]], twice: list[str]
 
 def prepare_command(settings: list[list[str]]) -> list[str]:
     """Return the command that encodes the audio of these settings."""
-    needed = [words for words in settings if key_of(words).startswith(PREPARE)]
+    unread = TABLE["prepare"].unread()
+    needed = [words for words in settings if key_of(words) not in unread]
     return ["rawloop", "prepare", *(word for words in needed for word in words)]
 
 
@@ -91,8 +92,7 @@ def train(settings: list[list[str]], is_main: bool) -> None:
     from rawloop.data.shards import CODEC_FILE
 
     words = [word for pair in settings for word in pair]
-    config, _ = read_config("train", words)
-    folder = codes_folder(config.data)
+    folder = codes_folder(read_config("train", words).config.data)
     if not any(folder.glob(f"*/{CODEC_FILE}")):
         command = " ".join(as_command(prepare_command(settings)).replace("\\\n", "").split())
         error = UserError(f"{folder} has no codes yet: run `{command}`, and then this command again")

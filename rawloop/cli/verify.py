@@ -26,9 +26,9 @@ from rawloop.checkpoint.slots import (
     step_of,
     verify,
 )
+from rawloop.cli import read_options
 from rawloop.errors import CheckpointError, UserError
 from rawloop.files import readable
-from rawloop.parser import Parser
 
 UNFINISHED = "being written, or left by a save that was killed; never taken for a checkpoint"
 
@@ -43,9 +43,7 @@ class Found(NamedTuple):
 
 def run(argv: list[str]) -> None:
     """Print a line per checkpoint. A damaged checkpoint is an error, and so is a run without a whole one."""
-    parser = Parser(prog="rawloop verify", description="Check every file of a run's checkpoints against its digest.")
-    parser.add_argument("run", type=str, help="a run's folder, or the folder of one checkpoint")
-    folder = Path(expanduser(parser.read_options(argv).run))
+    folder = Path(expanduser(read_options("verify", argv).run))
     slots = slots_to_examine(folder)
     names = [str(slot.relative_to(folder)) if slot != folder else slot.name for slot in slots]
     width = max(map(len, [*names, "checkpoint"]))

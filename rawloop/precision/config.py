@@ -59,11 +59,11 @@ class PrecisionConfig:
     """The dtype of weights and of computation.
 
     Args:
-        mode: fp32: everything in float32, the reference. bf16: bfloat16 autocast with float32 trainables (Ampere and
+        mode: dtype of computation and weights. auto: chosen by device, stored dtype and number of trained weights.
+            fp32: everything in float32, the reference. bf16: bfloat16 autocast with float32 trainables (Ampere and
             later, Apple, CPU). amp_fp16: FP16 autocast with float32 trainables and torch's GradScaler (Volta, Turing).
             native_fp16: FP16 weights without autocast, with rawloop's loss scaler: a frozen base beside float32
-            adapters, or, in full fine-tuning, float32 masters (Turing, least memory). auto: chosen by device, stored
-            dtype and number of trained weights.
+            adapters, or, in full fine-tuning, float32 masters (Turing, least memory).
         fallback: modes to switch to, in this order, if the mode does not work; all ranks switch together. Empty: stop
             with an error. Not set: empty for a named mode; for auto bf16 -> fp32, amp_fp16 -> bf16 -> fp32,
             native_fp16 -> amp_fp16 -> fp32.

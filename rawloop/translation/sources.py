@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rawloop.errors import UserError, first_few
-from rawloop.parser import read_yaml
 from rawloop.translation.axolotl import AXOLOTL
 from rawloop.translation.llama_factory import LLAMA_FACTORY
 from rawloop.translation.lora import LORA
@@ -15,6 +14,7 @@ from rawloop.translation.swift import SWIFT
 from rawloop.translation.syntax import Source, read_calls
 from rawloop.translation.trainer_more import MORE_TRAINER
 from rawloop.translation.trl import SFT, TRL
+from rawloop.yaml_file import read_yaml
 
 LARGEST = 1_000_000  # bytes
 FORMS = (

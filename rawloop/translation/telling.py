@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from rawloop.config import RunConfig
-from rawloop.parser import flattened
 from rawloop.translation.translate import Line, Status, Translation
+from rawloop.yaml_file import flattened
 
 HEADS: Mapping[Status, str] = {
     "taken": "taken",

@@ -78,7 +78,7 @@ def build(output: Path, *more: str) -> Any:
     arguments = ["--config", "configs/demo.yaml", "--output", str(output), "--train.max_steps", str(STEPS)]
     arguments += ["--train.log_every", "1", "--evaluation.enabled", "false", "--records.report_to", "[]"]
     arguments += ["--checkpoint.save_at_end", "false"]
-    config, _ = parse([*arguments, "--device", "cpu", *more], "call_paths")
+    config = parse([*arguments, "--device", "cpu", *more], "call_paths").config
     return build_run(config, World(), lambda line: None)
 
 

@@ -113,7 +113,7 @@ def test_a_text_that_is_too_long(door: Door, refusal: Door, text_checkpoint: Pat
     texts = ["la " * 5, "la " * 5000, "lo " * 6]
     lines = [json.dumps({"id": f"s{number}", "text": text}) + "\n" for number, text in enumerate(texts)]
     (tmp_path / "train.jsonl").write_text("".join(lines))
-    start = ["inspect", f"--model.path={text_checkpoint}", f"--data.train={tmp_path}", f"--output={tmp_path / 'run'}"]
+    start = ["inspect", f"--model.path={text_checkpoint}", f"--data.train={tmp_path}"]
     assert "1 of 3 samples cannot be used: sample 's1' (train.jsonl line 2): it takes " in refusal(*start)
     done = door(*start, "--data.on_bad_sample=skip")
     assert done.code == 0, done.err

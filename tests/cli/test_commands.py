@@ -217,10 +217,11 @@ def test_a_run_that_was_copied_is_told_from_the_one_that_its_config_names(
         shutil.copytree(trained / "run", folder, symlinks=True)
         config = (folder / "config.yaml").read_text().replace(f"output: {trained / 'run'}", f"output: {old}")
         (folder / "config.yaml").write_text(config)
-    more = ["--resume", "latest"] if command == "train" else ["--checkpoint", "best"]
-    first, second = ranks(command, "--config", copied / "config.yaml", "--train.batch_size", "1", *more)
+    again = ["--resume", "latest", "--train.batch_size", "1"]
+    more = again if command == "train" else ["--checkpoint", "best"]
+    first, second = ranks(command, copied / "config.yaml", *more)
     assert (first.code, second.code) == (0, 0), (first, second)
-    line = f"rawloop {command}: --config is a run's own, in {copied}, and its output is {old}: pass "
+    line = f"rawloop {command}: the config is a run's own, in {copied}, and its output is {old}: pass "
     assert f"{line}--output {copied} to work there" in first.err.splitlines()
     assert line not in second.err
 

@@ -108,7 +108,7 @@ def test_a_model_that_was_trained_in_full_is_exported_with_its_tokenizer(
         (("RUN", "--output", "EXISTS"), "which exists: name a folder that does not"),
         (
             ("RUN", "--output", "x", "--dtype", "int8"),
-            "--dtype is 'int8': it must be one of float32, float16, bfloat16",
+            "--dtype is 'int8': it must be one of 'float32', 'float16', 'bfloat16'",
         ),
         (
             ("RUN", "--output", "x", "--push", "voice"),

@@ -122,4 +122,4 @@ def test_what_is_not_there_is_named(refusal: Refusal, config: Path, demo_data: P
     said = refusal("inspect", "--config", config, "--sample", f"no-{first}")
     assert f"--sample is 'no-{first}' (did you mean '{first}'?)" in said
     said = refusal("inspect", "--config", config, "--split", "evals")
-    assert said == "--split is 'evals' (did you mean 'eval'?): it must be train or eval"
+    assert said == "--split is 'evals': it must be one of 'train', 'eval'"

@@ -105,7 +105,7 @@ def test_a_missing_package_is_told_before_anything_is_read(
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_the_family_is_told_to_pack(config: Path, packing: str) -> None:
-    settings, _ = parse(["--config", str(config), "--data.packing", packing], "test")
+    settings = parse(["--config", str(config), "--data.packing", packing], "test").config
     family: Any = build_family(settings)
     assert family.packing is (packing == "true")
 

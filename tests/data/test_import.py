@@ -11,7 +11,8 @@ import pytest
 
 from rawloop.data import DataConfig
 from rawloop.data.foreign import importing
-from rawloop.data.foreign.importing import ImportConfig, Imported, import_data
+from rawloop.data.foreign.config import ImportConfig
+from rawloop.data.foreign.importing import Imported, import_data
 from rawloop.data.samples import read_samples
 from rawloop.errors import UserError
 

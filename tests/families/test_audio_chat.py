@@ -669,8 +669,7 @@ def test_the_recipe_runs_resumes_and_merges(
         "checkpoint.save_every": 1,
         "checks.expect_chance": True,
     }
-    chosen = ["--config", str(RECIPE), *(f"--{key}={value}" for key, value in options.items())]
-    common = ["train", *chosen]
+    common = ["train", str(RECIPE), *(f"--{key}={value}" for key, value in options.items())]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert main([*common, f"--output={whole}"]) == 0
     assert [line["step"] for line in read_metrics(whole) if "eval_loss" in line] == [0, 2]
@@ -693,7 +692,7 @@ def test_the_recipe_runs_resumes_and_merges(
     assert main(["merge", f"--adapter={whole / Path(adapter).parent}", f"--output={merged}"]) == 0
     assert load_family(ModelConfig(path=str(merged))).load_model()
     capsys.readouterr()
-    assert main(["inspect", *chosen, "--train.batch_size=3"]) == 0
+    assert main(["inspect", f"{whole}/config.yaml", "--train.batch_size=3"]) == 0
     assert "(audio, " in capsys.readouterr().out
 
 

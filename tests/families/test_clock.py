@@ -150,7 +150,7 @@ def test_eval_loss_does_not_depend_on_the_day(
     losses = []
     for day in (None, later):
         with day() if day else nothing():
-            assert main(["evaluate", *options, "--checkpoint=latest"]) == 0
+            assert main(["evaluate", f"{tmp_path}/run/config.yaml", "--checkpoint=latest"]) == 0
             assert main(["train", *options, "--train.max_steps=1", "--resume=latest"]) == 0
         said = capfd.readouterr()
         losses.append(json.loads(said.out[: said.out.index("}") + 1])["eval_loss"])

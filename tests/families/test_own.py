@@ -226,10 +226,10 @@ def test_the_smallest_family_trains_and_says_once_what_is_not_checked(
     weights = "checkpoints/step-00000004/model/model.safetensors"
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "resumed" / weights).read_bytes()
     capsys.readouterr()
-    assert main(["inspect", *common, "--output=whole"]) == 0
+    assert main(["inspect", "whole/config.yaml"]) == 0
     shown = capsys.readouterr().out
     assert "(not shown: Bigram has no `pieces`)" in shown
-    assert main(["evaluate", *common, "--output=whole", "--checkpoint=latest"]) == 0
+    assert main(["evaluate", "whole/config.yaml", "--checkpoint=latest"]) == 0
 
 
 @pytest.fixture

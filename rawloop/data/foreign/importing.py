@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rawloop.data.eval_share import Choice, SplitBy, choose
+from rawloop.data.eval_share import Choice, choose
+from rawloop.data.foreign.config import ImportConfig
 from rawloop.data.foreign.detect import detect
 from rawloop.data.foreign.gather import Gathered, Item, gather, speakers_of
 from rawloop.errors import UserError
@@ -19,35 +20,6 @@ from rawloop.files import remove_tree, sync_tree, unfinished_folder
 
 TRAIN, EVAL, REPORT, CLIPS = "train.jsonl", "eval.jsonl", "import.json", "clips"
 WRITTEN = (TRAIN, EVAL, CLIPS, REPORT)
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """What is imported, and how.
-
-    Args:
-        source: folder or file.
-        output: folder for the data files.
-        eval: share of the clips for the evaluation; 0 for none.
-        split: see `eval_share.choose`.
-        seed: of the choice of clips for the evaluation.
-        root: where relative paths of clips start, and the folder that they must not leave. Default: that of the source.
-        copy: copy the clips into the output.
-        force: replace the files of an earlier import.
-    """
-
-    source: str
-    output: str
-    eval: float = 0.05
-    split: SplitBy = "speaker"
-    seed: int = 0
-    root: str | None = None
-    copy: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eval < 1:
-            raise UserError(f"--eval is {self.eval:g}: it is a share of the samples, from 0 (none) to below 1")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,270 @@
+"""The options of each command, besides the keys of a run's config. Needs no torch: `--help` is made of them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rawloop.errors import UserError
+from rawloop.families.config import ModelConfig
+from rawloop.precision.config import Name
+from rawloop.settings import SamplingConfig
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass
+class DemoOptions:
+    """Where the demo is put.
+
+    Args:
+        folder: where to put the checkpoint, the speech and its codes.
+    """
+
+    folder: str = ".demo"
+
+
+@dataclass
+class PrepareOptions:
+    """What `rawloop prepare` does besides encoding.
+
+    Args:
+        report: also measure every clip, and write a page of the data into this file, with a .json beside it; needs
+            `rawloop[report]`.
+    """
+
+    report: str | None = None
+
+
+@dataclass
+class InspectOptions:
+    """What is shown.
+
+    Args:
+        split: of which data.
+        sample: the id of a sample: only that one. Default: the first batch, of train as it is shuffled.
+    """
+
+    split: Literal["train", "eval"] = "train"
+    sample: str | None = None
+
+
+@dataclass
+class FromTrainerOptions:
+    """Of which files a config is made.
+
+    Args:
+        file: training_args.json, adapter_config.json, a .py file with TrainingArguments(...), a .yaml of axolotl or
+            LLaMA-Factory, or ms-swift's args.json; several files are put together.
+        output: the config to write, a .yaml file.
+        force: replace the output.
+    """
+
+    file: list[str]
+    output: str
+    force: bool = False
+
+
+@dataclass
+class EvaluateOptions:
+    """What is evaluated.
+
+    Args:
+        checkpoint: best, latest, or a checkpoint's folder of this config's run. Default: the base model.
+    """
+
+    checkpoint: str | None = None
+
+
+@dataclass
+class GenerateOptions:
+    """What is generated, and from which model.
+
+    Args:
+        run: folder of a run, checkpoint, adapter or model, or a hub id.
+        text: what to say.
+        lines: a file with a text on each line; or with records as in data.train (.jsonl, .json).
+        output: the wav file, or for --lines a folder; for text a file. Default: print it.
+        checkpoint: best, latest or a checkpoint's folder of the run. Default: best.
+        adapter: folder with adapter_config.json, in place of a run.
+        reference: a clip whose voice speaks; or, for models that hear, what they hear.
+        reference_text: the words of the reference clip.
+        scene: the scene, such as quiet_room or a sentence. Default: that of the training.
+        max_seconds: the longest clip, in seconds.
+        max_tokens: the longest text, in tokens.
+        batch_size: prompts that are spoken at a time.
+        seed: seed of the sampling; the same prompts and seed give the same result.
+        device: where to run.
+        dtype: dtype of the weights; auto is as stored, on the CPU float32.
+        sampling: how tokens are drawn.
+        model: the model, in place of a run.
+    """
+
+    run: str | None = None
+    text: str | None = None
+    lines: str | None = None
+    output: str | None = None
+    checkpoint: str | None = None
+    adapter: str | None = None
+    reference: str | None = None
+    reference_text: str | None = None
+    scene: str | None = None
+    max_seconds: float = 30.0
+    max_tokens: int = 256
+    batch_size: int = 8
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        if bool(self.text) == bool(self.lines):
+            raise UserError("give --text, or --lines with a file of texts")
+        if self.scene and self.lines:
+            raise UserError("--scene is given with --lines: write the records of a .jsonl file, each with its scene")
+        if self.reference_text and not self.reference:
+            raise UserError("--reference_text is given without --reference: name the clip that speaks these words")
+        for name in ("max_seconds", "max_tokens", "batch_size"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be above 0")
+
+
+@dataclass
+class ExportOptions:
+    """Which model is written, and where.
+
+    Args:
+        output: the folder; must not exist yet.
+        run: folder of a run, checkpoint, adapter or model.
+        checkpoint: best, latest or a checkpoint's folder of the run. Default: best.
+        adapter: folder with adapter_config.json, in place of a run.
+        dtype: dtype of the written weights.
+        push: upload the folder to this private repository of the hub (owner/name).
+        dry_run: write the folder, and only show what --push would upload.
+        model: the model, in place of a run.
+    """
+
+    output: str
+    run: str | None = None
+    checkpoint: str | None = None
+    adapter: str | None = None
+    dtype: Dtype = "float32"
+    push: str | None = None
+    dry_run: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        if self.dry_run and not self.push:
+            raise UserError("--dry_run is given without --push: it shows what --push would upload")
+
+
+@dataclass
+class MergeOptions:
+    """Which adapter is merged, and where the model is written.
+
+    Args:
+        adapter: folder with adapter_config.json.
+        output: folder for the merged model; must not exist yet.
+        dtype: dtype of the written weights.
+        model: the base model.
+    """
+
+    adapter: str
+    output: str
+    dtype: Dtype = "float32"
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass
+class ReportOptions:
+    """Of which runs a page is made.
+
+    Args:
+        run: a run's folder.
+        compare: the folders of several runs, whose curves are overlaid.
+        output: the page. Default: report.html in the run's folder, or compare.html here.
+    """
+
+    run: str | None = None
+    compare: list[str] = field(default_factory=list)
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.run) == bool(self.compare):
+            raise UserError("name a run's folder, or several after --compare; `rawloop report --help` shows how")
+
+
+@dataclass
+class VerifyOptions:
+    """What is verified.
+
+    Args:
+        run: a run's folder, or the folder of one checkpoint.
+    """
+
+    run: str
+
+
+@dataclass
+class ReplayOptions:
+    """Which step runs again, and how.
+
+    Args:
+        capsule: a folder such as RUN/capsules/step-00000041-rank0.
+        precision: another mode, to see whether the mode is to blame.
+        device: where to run it.
+        bisect: find the batch, sample, module and parameter.
+        shell: open a Python prompt with everything loaded.
+        model: package.module:function that builds the model of a foreign loop.
+    """
+
+    capsule: str
+    precision: Name | None = None
+    device: Device = "auto"
+    bisect: bool = False
+    shell: bool = False
+    model: str | None = None
+
+
+@dataclass
+class ProbeOptions:
+    """What is written.
+
+    Args:
+        json: also write the measurements into this file.
+    """
+
+    json: str | None = None
+
+
+@dataclass
+class CompareOptions:
+    """How the modes are compared.
+
+    Args:
+        reference: what losses and gradients are compared with.
+        steps: steps of the race; 0 for no race.
+        json: also write the measurements into this file.
+        html: also write a page into this file; needs `rawloop[report]`.
+    """
+
+    reference: Literal["fp32", "fp64"] = "fp32"
+    steps: int = 20
+    json: str | None = None
+    html: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.steps < math.inf:
+            raise UserError(f"--steps is {self.steps}: it must be a whole number, 0 for no race")
+
+
+@dataclass
+class DoctorOptions:
+    """What one of the doctor's own processes does.
+
+    Args:
+        part: measure gradients and the evaluation loss into this file, as one of several processes.
+    """
+
+    part: str | None = field(default=None, metadata={"hidden": True})
