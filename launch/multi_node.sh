@@ -45,4 +45,5 @@ trap '' USR1
 exec "$python" "$root/launch/torchrun.py" \
     --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
     --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
+    --rdzv-conf=join_timeout="${JOIN_TIMEOUT:-600}" \
     ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop train --config "$@"

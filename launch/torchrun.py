@@ -1,8 +1,10 @@
-"""torchrun with the exit code of its workers: torchrun itself ends with 1, but 75 must reach the scheduler.
+"""torchrun that ends with the exit code of its workers and the cause of a failure, on machines with any network.
 
-The first worker of this machine writes its exit code to a file. A worker that crashes writes none: then one line for
-each failed worker says how it ended, and the exit code is 1. torchrun's own traceback, which would hide the workers'
-messages, is not printed.
+torchrun itself ends with 1, but 75 must reach the scheduler. A worker leaves its cause in torchrun's error file, and
+the first worker of this machine its exit code in a file of ours. torchrun's own traceback and table are not printed.
+
+torchrun guesses from host names which machine hosts the store, and gloo which interface leads to the others. Both are
+wrong on many clusters. So they are found out here, from the address of --rdzv-endpoint.
 
 SLURM sends SIGUSR1 to every process of a job. It would kill torchrun, and workers that are still importing; a worker
 that ignored it would miss it. So it is blocked here, and the workers inherit that: it is pending until they unblock it.
@@ -10,72 +12,189 @@ If only torchrun receives it, torchrun makes a file that the workers look for, a
 """
 
 import os
+import pickle
 import signal
 import sys
 import threading
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
+JOIN = 600.0  # torchrun's own join_timeout, in seconds
+STOPPED = (TEMPORARY_FAILURE, 130)
+ENDPOINT, CONF, ID, NODES = "--rdzv-endpoint=", "--rdzv-conf=", "--rdzv-id=", "--nnodes="
+ADDRESS = "--local-addr="
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for a rawloop that is not installed
 
 
 def run(arguments: list[str], folder: Path) -> int:
-    """Run torchrun. If it fails, return the exit code that a worker has written into `folder`, or 1."""
+    """Run torchrun. If it fails, print the cause last and return the exit code of the worker that has failed first."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main  # starts threads, which must inherit the blocked signals
+
+    from rawloop.errors import RawloopError
 
     file = folder / "code"
     os.environ["RAWLOOP_EXIT_CODE_FILE"] = str(file)
     try:
-        main(arguments)
-    except Exception as error:
-        code = file.read_text() if file.exists() else "0"
-        if code in ("0", "1") and isinstance(error, ChildFailedError):
-            print("\n".join(failed(error, folder / "first")), file=sys.stderr)
-            return 1
-        if code == "0" and isinstance(error, SignalException):
-            return stopped(error.sigval)
-        if code in ("0", "1") and not isinstance(error, SignalException):
-            raise
-        print(f"torchrun: {type(error).__name__}; exit code {code} of the workers stands", file=sys.stderr)
-        return int(code)
+        main(placed(arguments))
+    except ChildFailedError as error:
+        lines, code = failed(error)
+        say("\n".join(lines))
+        return code
+    except SignalException as error:
+        return left(file, f"stopped by {error.sigval.name}") or stopped(error.sigval)
+    except (RendezvousError, DistError) as error:
+        return left(file, type(error).__name__) or not_met(error, arguments)
+    except RawloopError as error:
+        note(str(error))
+        return error.exit_code
     return 0
 
 
-def failed(error: Any, file: Path) -> list[str]:
-    """Return a line for each process that failed by itself, the first failure first. torchrun ended the others."""
-    _, first = error.get_first_failure()
-    by_torchrun = signal.SIGTERM if first.exitcode != -signal.SIGTERM else 0
-    alone = {
-        rank: failure
-        for rank, failure in sorted(error.failures.items())
-        if failure.exitcode != -by_torchrun and failure.timestamp <= first.timestamp + 1
-    }
-    rank = int(file.read_text()) if file.exists() else None  # a process that was killed has written none
-    lines = [f"torchrun: rank {r} (process {f.pid}) {ending(f.exitcode)}" for r, f in alone.items() if r != rank]
-    if rank in alone:
-        lines.insert(
-            0, f"torchrun: rank {rank} (process {alone[rank].pid}) failed first: {ending(alone[rank].exitcode)}"
-        )
-    return lines
+def left(file: Path, what: str) -> int:
+    """Return the exit code that the workers have left, and print that it stands; 0 if there is none."""
+    code = int(file.read_text()) if file.exists() else 0
+    if code:
+        note(f"{what}; exit code {code} of the workers stands")
+    return code
+
+
+def say(text: str) -> None:
+    """Print a line to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- several machines --------------------------------------------------------------------------------------------
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    """Return the value of `--name=value` among torchrun's own options."""
+    return next((word.removeprefix(name) for word in arguments if word.startswith(name)), None)
+
+
+def placed(arguments: list[str]) -> list[str]:
+    """Add to torchrun's arguments this machine's own address, and whether it hosts the store of --rdzv-endpoint.
+
+    Waits until the machine of the endpoint is there. Sets GLOO_SOCKET_IFNAME unless it is set.
+    """
+    endpoint = option(arguments, ENDPOINT)
+    if endpoint is None:
+        return arguments
+    from torch.distributed import TCPStore
+
+    from rawloop.meeting import ask_store, find_seat, is_free, wait_for_listener
+
+    host, _, port = endpoint.rpartition(":")
+    conf = option(arguments, CONF)
+    limit = seconds_to_join(conf)
+    seat = find_seat(host, int(port), limit, note)
+    loopback = seat.address in ("127.0.0.1", "::1")  # several of us may be here; torchrun then finds out who is first
+    hosts = seat.is_host and is_free(seat.address, int(port))
+    if not hosts:
+        wait_for_listener(host, int(port), limit, note)
+        time_limit = timedelta(seconds=limit)
+        ask_store(lambda: TCPStore(host, int(port), None, False, time_limit, wait_for_workers=False), endpoint)
+    # Else the agents share a store whose place torchrun (2.13) does not tell to a machine that comes back.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if seat.interface and not loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", seat.interface)
+    if not (loopback and hosts):
+        conf = f"{conf},is_host={int(hosts)}" if conf else f"is_host={int(hosts)}"
+        arguments = [f"{CONF}{conf}", *(word for word in arguments if not word.startswith(CONF))]
+    return arguments if option(arguments, ADDRESS) else [f"{ADDRESS}{seat.address}", *arguments]
+
+
+def note(line: str) -> None:
+    """Print a line of ours."""
+    say(f"torchrun: {line}")
+
+
+def seconds_to_join(conf: str | None) -> float:
+    """Return join_timeout of --rdzv-conf."""
+    return float(dict(pair.split("=") for pair in (conf or "").split(",") if pair).get("join_timeout", JOIN))
+
+
+def not_met(error: Exception, arguments: list[str]) -> int:
+    """Print why the machines did not meet, or lost each other. Return the exit code."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+
+    endpoint, name = option(arguments, ENDPOINT), option(arguments, ID)
+    if endpoint is None:
+        raise error
+    if isinstance(error, RendezvousTimeoutError):
+        came, seconds = present(endpoint, name), seconds_to_join(option(arguments, CONF))
+        who = f"{len(came)} of {option(arguments, NODES)} machines came to {endpoint} in {seconds:g} s (JOIN_TIMEOUT)"
+        note(f"{who}: {', '.join(came)}; start the same command on the others, with the same RDZV_ID={name}")
+    elif isinstance(error, RendezvousClosedError):
+        note(f"the run with RDZV_ID={name} has ended at {endpoint}: start all machines again, with another RDZV_ID")
+    else:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        note(f"the machine of {endpoint} does not answer any more ({cause}); its own message says why")
+    return 1
+
+
+def present(endpoint: str, name: str) -> list[str]:
+    """Return the addresses of the machines that wait at the endpoint."""
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+
+    host, _, port = endpoint.rpartition(":")
+    with suppress(Exception):  # it only completes a message
+        store = TCPStore(host, int(port), None, False, timedelta(seconds=5), wait_for_workers=False)
+        state = C10dRendezvousBackend(store, name).get_state()
+        return sorted(node.addr for node in pickle.loads(state[0]).participants)  # noqa: S301 (ours)
+    return ["unknown"]
+
+
+# -- what the processes have left --------------------------------------------------------------------------------
+
+
+def failed(error: Any) -> tuple[list[str], int]:
+    """Return a line for each process that failed by itself, the first failure last, and the exit code of that one.
+
+    torchrun ended the others. A process that was killed by a signal has left no cause.
+    """
+    failures = error.failures
+    first = min(failures, key=lambda rank: order(failures[rank]))
+    until = order(failures[first])[1] + 1
+    alone = [rank for rank in sorted(failures) if order(failures[rank]) < (1, 0) and failures[rank].timestamp <= until]
+    others = [f"torchrun: rank {r} (process {failures[r].pid}) {ending(failures[r], r)}" for r in alone if r != first]
+    failure = failures[first]
+    how = "has stopped" if failure.exitcode in STOPPED else "failed first"
+    last = f"torchrun: rank {first} (process {failure.pid}) {how}: {ending(failure, first)}"
+    return [*others, last], max(failure.exitcode, 0) or 1
+
+
+def order(failure: Any) -> tuple[int, int, bool]:
+    """Return a key by which the first failure is the least: torchrun ends others by SIGTERM, and dates in seconds."""
+    return failure.exitcode == -signal.SIGTERM, failure.timestamp, not isinstance(failure.message, dict)
+
+
+def ending(failure: Any, rank: int) -> str:
+    """Say how a process ended: the cause that it left, or the signal that has killed it."""
+    where = f"logs/rank-{rank}.txt of the run folder" if rank else "above"
+    if isinstance(failure.message, dict):
+        bug = "py_callstack" in failure.message["extraInfo"]
+        return f"{failure.message['message']}{f' (its traceback: {where})' if bug else ''}"
+    if failure.exitcode >= 0:
+        return f"it ended with exit code {failure.exitcode}; its output: {where}"
+    known = {number.value: number.name for number in signal.Signals}
+    cause = " (out of memory, or pre-empted?)" if failure.exitcode == -signal.SIGKILL else ""
+    return f"it was killed by {known.get(-failure.exitcode, f'signal {-failure.exitcode}')}{cause}; its output: {where}"
 
 
 def stopped(number: int) -> int:
     """Print that a signal stopped torchrun while no worker had written an exit code. Return the exit code."""
-    name = signal.Signals(number).name
-    print(f"torchrun: stopped by {name} before its processes said anything: start it again", file=sys.stderr)
+    note(f"stopped by {signal.Signals(number).name} before its processes said anything: start it again")
     return 130 if number == signal.SIGINT else TEMPORARY_FAILURE
-
-
-def ending(exitcode: int) -> str:
-    """Say how a process ended. Its exit code is negative if a signal has killed it."""
-    if exitcode >= 0:
-        return f"ended with exit code {exitcode}: its own message is above"
-    known = {number.value: number.name for number in signal.Signals}
-    cause = ": out of memory, or pre-empted?" if exitcode == -signal.SIGKILL else ""
-    return f"was killed by {known.get(-exitcode, f'signal {-exitcode}')}{cause}"
 
 
 def pass_sigusr1_on(file: Path) -> None:

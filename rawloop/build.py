@@ -63,8 +63,9 @@ from rawloop.weights import Source, find_source
 Say = Callable[[str], None]
 
 
-def build_run(config: RunConfig, world: World, say: Say) -> Run:
+def build_run(config: RunConfig, world: World, say: Say, claimed: Callable[[], None] = lambda: None) -> Run:
     """Build a run, and restore it from a checkpoint if the config says so. `say` prints a line on rank 0.
+    `claimed` is called on every rank once the run folder is this run's.
 
     Raises:
         UserError: config, data or model are wrong; on all ranks, before anything is trained or overwritten.
@@ -75,6 +76,7 @@ def build_run(config: RunConfig, world: World, say: Say) -> Run:
     check_settings_of_ranks(config, world)
     start = choose_start(folder, config, world, say)
     try:
+        world.on_all_ranks(claimed)
         return _build_run(config, folder, world, say, start)
     except BaseException as error:
         started = (folder / "events.jsonl").exists()

@@ -118,8 +118,8 @@ def join_group(device: torch.device, rank: int, size: int, timeout: float) -> No
         store = _open_store(host, port, rank, size, timeout)
         start, restarts = Meeting(store, rank, size, timeout).meet(read_launch()[1])
         store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]
-        store.set(RESTARTS, str(restarts))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        dist.distributed_c10d._get_default_store().set(RESTARTS, str(restarts))
     except LostRank:
         raise
     except RawloopError as error:

@@ -5,19 +5,23 @@ processes in it, and each machine has its own count of restarts. So every proces
 with the name of the start, under which the ranks then write.
 """
 
+import fcntl
 import json
-import os
 import socket
+import struct
+import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rawloop.errors import LostRank, RawloopError, first_few
 
 UNKNOWN = 60.0  # seconds after which the name of a host counts as wrong; a cluster may make it while it starts
 ANSWER = 30.0  # seconds in which a store answers
+SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 T = TypeVar("T")
 
 
@@ -27,11 +31,15 @@ def wait_for_listener(host: str, port: int, seconds: float, say: Callable[[str],
     Raises:
         RawloopError: nothing does.
     """
+    _insist(lambda: socket.create_connection((host, port), timeout=5).close(), host, port, seconds, say)
+
+
+def _insist(attempt: Callable[[], T], host: str, port: int, seconds: float, say: Callable[[str], None]) -> T:
+    """Repeat an attempt to reach an address until it succeeds."""
     start, said = time.monotonic(), False
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
+            return attempt()
         except socket.gaierror as error:
             why, limit = f"no host has the name '{host}' here ({error.strerror})", min(UNKNOWN, seconds)
         except OSError as error:
@@ -43,6 +51,63 @@ def wait_for_listener(host: str, port: int, seconds: float, say: Callable[[str],
             said = True
             say(f"waiting for {host}:{port}, at most {limit:g} s: {why}")
         time.sleep(min(0.5, max(0.05, limit - waited)))
+
+
+class Seat(NamedTuple):
+    """How this machine is seen from a host: the address and the interface that lead there, and whether it is the host.
+
+    `interface` is None if it is unknown.
+    """
+
+    address: str
+    interface: str | None
+    is_host: bool
+
+
+def find_seat(host: str, port: int, seconds: float, say: Callable[[str], None] = lambda line: None) -> Seat:
+    """Find out how this machine is seen from a host. Nothing is sent. Waits like `wait_for_listener` for its name.
+
+    Raises:
+        RawloopError: the name is unknown, or no network leads there.
+    """
+    return _insist(lambda: _seat(host, port), host, port, seconds, say)
+
+
+def _seat(host: str, port: int) -> Seat:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    for family, kind, _, _, place in found:
+        with socket.socket(family, kind) as probe, suppress(OSError):
+            probe.bind((place[0], 0))  # works for an address of this machine only
+            return Seat(str(place[0]), interface_of(str(place[0])), is_host=True)
+    family, kind, _, _, place = found[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)
+        address = probe.getsockname()[0]
+    return Seat(address, interface_of(address), is_host=False)
+
+
+def is_free(address: str, port: int) -> bool:
+    """Return whether no program of this machine listens at a port."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has an IPv4 address; None if that is unknown."""
+    if sys.platform != "linux":
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def ask_store(connect: Callable[[], T], place: str, seconds: float = ANSWER) -> T:
@@ -99,8 +164,8 @@ class Meeting:
         return self._lead(restarts) if self.rank == 0 else self._follow(restarts)
 
     def _lead(self, restarts: int) -> tuple[str, int]:
-        counts = [restarts, self._earlier_leaders()]
-        deadline, missing = time.monotonic() + self.seconds, list(range(1, self.size))
+        counts, missing = [restarts], list(range(1, self.size))
+        deadline = time.monotonic() + self.seconds
         answered: dict[int, str] = {}
         while missing and time.monotonic() < deadline:
             for rank in list(missing):
@@ -115,16 +180,6 @@ class Meeting:
         if missing:
             time.sleep(1)  # until the others have read it: this process may host the store
         return self._begin(missing, max(counts), self.id)
-
-    def _earlier_leaders(self) -> int:
-        """Return how many other processes were rank 0 before, in this store.
-
-        A launcher that was itself started anew, or that saw only another machine come back, counts no restart.
-        """
-        me, leaders = f"{socket.gethostname()} {os.getpid()}", self._read("leaders") or []
-        if me not in leaders:
-            self._write("leaders", [*leaders, me])
-        return len(set(leaders) - {me})
 
     def _follow(self, restarts: int) -> tuple[str, int]:
         self._write(f"hello-{self.rank}", self.id)

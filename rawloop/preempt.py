@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM or SIGUSR1 from a scheduler, or a file named STOP. SIGUSR2 asks for a capsule.
+"""Requests to stop: SIGTERM or SIGUSR1 from a scheduler, Ctrl-C, or a file named STOP. SIGUSR2 asks for a capsule.
 
 A signal only sets a flag, because it may arrive during an update or a save. Between steps the loop calls `wanted()`,
 agrees with the other ranks, and raises `Preempted`.
@@ -6,9 +6,11 @@ agrees with the other ranks, and raises `Preempted`.
 
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +20,9 @@ from rawloop.errors import Preempted
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 KEEP = signal.SIGUSR2  # asks for a capsule of the step that is under way
 STOP_FILE = "STOP"
+CTRL_C = "Ctrl-C"
+INTERRUPTED = 130  # exit code after Ctrl-C: nobody should start the run again by itself
+AGAIN = 0.5  # seconds after the first Ctrl-C in which another signal is part of it: launchers may send it twice
 
 
 class Preemption:
@@ -34,7 +39,7 @@ class Preemption:
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Remember a signal. This is the signal handler."""
-        self.received = self.received or signal.Signals(number).name
+        self.received = self.received or (CTRL_C if number == signal.SIGINT else signal.Signals(number).name)
 
     def receive_keep(self, number: int, frame: FrameType | None = None) -> None:
         """Remember that a capsule was asked for. This is a signal handler."""
@@ -95,6 +100,53 @@ def watch_signals(stop_file: Path | None = None, signal_file: Path | None = None
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
+@contextmanager
+def watch_ctrl_c(preemption: Preemption, say: Callable[[str], None], end: Callable[[], object]) -> Iterator[None]:
+    """Inside the block the first Ctrl-C asks the run to stop, and the second calls `end`, in another thread.
+
+    The thread reads what Python's C handler writes, so neither waits for an operation that takes long. torchrun sends
+    its processes SIGINT for the first Ctrl-C, and SIGTERM for the second. Ctrl-C stays what it is in a thread, and
+    where it is ignored (`nohup`, a job in the background of a script).
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    handle = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_count_ctrl_c, args=(reader, preemption, say, end), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(handle)
+        signal.signal(signal.SIGINT, before)
+        writer.close()
+        thread.join()
+        reader.close()
+
+
+def _count_ctrl_c(
+    reader: socket.socket, preemption: Preemption, say: Callable[[str], None], end: Callable[[], object]
+) -> None:
+    first: float | None = None
+    while numbers := reader.recv(64):
+        for number in numbers:
+            if first is None and number == signal.SIGINT:
+                first = time.monotonic()
+                preemption.receive(signal.SIGINT)
+                say(f"{CTRL_C}: the run saves its state after this step and ends; press {CTRL_C} again to end at once")
+            elif first and number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() > first + AGAIN:
+                end()
+
+
+def exit_code_after(reason: str) -> int:
+    """Return the exit code of a run that was stopped for this reason."""
+    return INTERRUPTED if reason.startswith(CTRL_C) else Preempted.exit_code
+
+
 def first_reason(reasons: Sequence[str | None]) -> str | None:
     """Return the first rank's reason to stop, or None. It names that rank unless all ranks have a reason."""
     found = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
@@ -105,12 +157,14 @@ def first_reason(reasons: Sequence[str | None]) -> str | None:
 
 
 def leave_signals_to_parent() -> None:
-    """In a data worker: ignore SIGUSR1, and obey SIGTERM only if the parent has sent it.
+    """In a data worker: ignore SIGUSR1 and Ctrl-C, and obey SIGTERM only if the parent has sent it.
 
-    Schedulers and torchrun send both to data workers too. A worker that ended would break the step of its parent; a
-    worker that ignored SIGTERM would outlive a parent that terminates it at exit.
+    Schedulers, torchrun and terminals send them to data workers too. A worker that ended would break the step of its
+    parent; a worker that ignored SIGTERM would outlive a parent that terminates it at exit.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # the parent's, if it watches Ctrl-C
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()

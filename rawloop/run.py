@@ -20,7 +20,7 @@ from rawloop.listen.files import write_heard
 from rawloop.listen.listener import Listener
 from rawloop.losses import Meter
 from rawloop.precision.policy import PrecisionPolicy
-from rawloop.preempt import Preemption
+from rawloop.preempt import Preemption, exit_code_after
 from rawloop.records import Records
 
 
@@ -165,7 +165,9 @@ class Run:
                 self.records.event("stop", step=step, reason=f"stopped by {reason}")
         except RawloopError as error:  # the run has stopped on all ranks, and is saved
             kept += f" (it is in no record: {error})"
-        raise Preempted(f"stopped by {reason} at step {step}; {kept}", is_reporter=self.world.is_main)
+        stop = Preempted(f"stopped by {reason} at step {step}; {kept}", is_reporter=self.world.is_main)
+        stop.exit_code = exit_code_after(reason)
+        raise stop
 
     def finish(self) -> None:
         """Raise deferred errors, and wait until the last checkpoint is on the disk."""

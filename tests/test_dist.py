@@ -364,6 +364,21 @@ def test_open_world_gives_the_current_world(run_ranks: Ranks) -> None:
     assert World.current() == World(device=choose_device("auto", 0))
 
 
+MACHINES = """
+import os
+from rawloop.dist import open_world
+
+os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
+with open_world("cpu") as world:
+    print(world.restarts, end="")
+"""
+
+
+def test_machines_whose_launchers_count_differently_have_one_count_of_restarts(tmp_path: Path) -> None:
+    """As after a machine was replaced, whose launcher counts from 0."""
+    assert [out for _, out, _ in run_scripts(tmp_path, MACHINES, size=3)] == ["2", "2", "2"]
+
+
 # -- leaving -----------------------------------------------------------------------------------------------------
 
 LEAVING = """

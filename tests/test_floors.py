@@ -23,6 +23,8 @@ FLOORS = (
             "settings",
             "contracts",
             "family_protocols",
+            "causes",
+            "output",
             "facts",
             "meeting",
             "launcher",

@@ -1,5 +1,6 @@
 """The scripts in launch/: what they refuse, what they hand on, two nodes on one machine, and a whole installation."""
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from rawloop.cli import main
-from rawloop.errors import LostRank, UserError
+from rawloop.errors import LostRank, Preempted, RawloopError, UserError
 from rawloop.records import TIMES
 
 ROOT = Path(__file__).parent.parent
@@ -206,55 +207,88 @@ def test_two_nodes_train_together(config: Path, tmp_path: Path) -> None:
     assert sorted("trained 2 steps" in log.read_text() for log in logs) == [False, True]
 
 
-@pytest.mark.parametrize(("left", "code"), [("75", 75), ("2", 2), ("1", None), ("0", None), ("", None)])
-def test_the_exit_code_is_that_of_the_workers(
-    left: str, code: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def fail(arguments: list[str]) -> None:
-        assert arguments == ["--standalone"]
-        if left:
-            Path(os.environ.pop("RAWLOOP_EXIT_CODE_FILE")).write_text(left)
-        raise RuntimeError("a worker has failed")
-
-    launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
-    monkeypatch.setattr("torch.distributed.run.main", fail)
-    monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
-    if code is not None:
-        assert launcher["run"](["--standalone"], tmp_path) == code
-        return
-    with pytest.raises(RuntimeError, match="a worker has failed"):
-        launcher["run"](["--standalone"], tmp_path)
+Failure = tuple[int, dict[str, object] | None, int]  # exit code, what it has left, seconds after the first
 
 
-@pytest.mark.parametrize(("left", "first"), [("1", None), ("0", None), ("", None), ("1", 0), ("", 2)])
-def test_processes_that_left_no_code_are_named_in_a_line_each_and_the_first_of_them_first(
-    left: str, first: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def cause(line: str, seconds: int = 0, **more: str) -> dict[str, object]:
+    return {"message": line, "extraInfo": {"timestamp": str(1000 + seconds), **more}}
+
+
+OWN = cause("rawloop train: a mistake")
+LOST = cause("rawloop train: another rank has ended", 60)
+TOLD = cause("rawloop train: stopped by SIGTERM at step 5", 30)
+BUG = cause("IndexError: list index out of range", py_callstack="Traceback")
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "lines"),
+    [
+        ({0: (2, OWN, 0)}, 2, {0: "failed first: rawloop train: a mistake"}),
+        ({0: (1, LOST, 60), 1: (2, OWN, 0)}, 2, {1: "failed first: rawloop train: a mistake"}),
+        ({0: (75, TOLD, 30), 1: (2, OWN, 0)}, 2, {1: "failed first: rawloop train: a mistake"}),
+        ({0: (75, TOLD, 30), 1: (75, TOLD, 30)}, 75, {1: None, 0: f"has stopped: {TOLD['message']}"}),
+        ({0: (1, LOST, 60)}, 1, {0: "failed first: rawloop train: another rank has ended"}),
+        (
+            {0: (1, LOST, 60), 3: (1, BUG, 0)},
+            1,
+            {3: f"failed first: {BUG['message']} (its traceback: logs/rank-3.txt of the run folder)"},
+        ),
+        (
+            {0: (1, LOST, 60), 1: (-9, None, 0), 2: (-99, None, 0), 5: (-9, None, 30)},  # 5 did not heed SIGTERM
+            1,
+            {
+                2: "it was killed by signal 99; its output: logs/rank-2.txt of the run folder",
+                1: "failed first: it was killed by SIGKILL (out of memory, or pre-empted?); its output: logs/rank-1.t",
+            },
+        ),
+        (
+            {0: (-15, None, 0), 1: (3, None, 1)},
+            3,
+            {1: "failed first: it ended with exit code 3; its output: logs/rank-1.txt of the run folder"},
+        ),
+        ({0: (-15, None, 0)}, 1, {0: "failed first: it was killed by SIGTERM; its output: above"}),
+    ],
+)
+def test_the_cause_is_the_last_line_and_its_exit_code_counts(
+    failures: dict[int, Failure],
+    code: int,
+    lines: dict[int, str | None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     def fail(arguments: list[str]) -> None:
-        if left:
-            Path(os.environ["RAWLOOP_EXIT_CODE_FILE"]).write_text(left)
-        if first is not None:
-            (tmp_path / "first").write_text(str(first))
-        codes = {3: -signal.SIGSEGV, 0: 1, 1: -signal.SIGKILL, 2: -99, 4: -signal.SIGTERM, 5: -signal.SIGKILL}
-        failures = {rank: ProcessFailure(rank, 120 + rank, code, "none") for rank, code in codes.items()}
-        failures[5].timestamp += 30  # ended by torchrun, as it had not heeded SIGTERM, of which 4 has ended
-        raise ChildFailedError("rawloop", failures)
+        found = {}
+        for rank, (exit_code, message, seconds) in failures.items():
+            file = tmp_path / f"{rank}.json"
+            if message is not None:
+                file.write_text(json.dumps({"message": message}))
+            found[rank] = ProcessFailure(rank, 120 + rank, exit_code, str(file))
+            found[rank].timestamp = 1000 + seconds
+        raise ChildFailedError("rawloop", found)
 
     launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
     monkeypatch.setattr("torch.distributed.run.main", fail)
     monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
-    assert launcher["run"]([], tmp_path) == 1
-    lines = {
-        0: "rank 0 (process 120) ended with exit code 1: its own message is above",
-        1: "rank 1 (process 121) was killed by SIGKILL: out of memory, or pre-empted?",
-        2: "rank 2 (process 122) was killed by signal 99",
-        3: "rank 3 (process 123) was killed by SIGSEGV",
-    }
-    if first is not None:
-        lines = {first: lines[first].replace(") ", ") failed first: "), **{r: lines[r] for r in lines if r != first}}
-    assert capsys.readouterr().err.splitlines() == [f"torchrun: {line}" for line in lines.values()]
+    assert launcher["run"]([], tmp_path) == code
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(lines)
+    for line, (rank, start) in zip(told, lines.items(), strict=True):
+        assert line.startswith(f"torchrun: rank {rank} (process {120 + rank}) {start or ''}")
+
+
+def test_an_error_of_torchrun_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(arguments: list[str]) -> None:
+        assert arguments == ["--standalone"]
+        raise RuntimeError("a bug")
+
+    launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
+    with pytest.raises(RuntimeError, match="a bug"):
+        launcher["run"](["--standalone"], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +369,9 @@ time.sleep(60)
     result = bash(LAUNCH / "single_node.sh", "x.yaml", env={"PYTHON": str(python), "NPROC": "2"})
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("torchrun: ")]
-    assert re.fullmatch(r"torchrun: rank 1 \(process \d+\) was killed by SIGKILL: out of memory, or pre-empted\?", line)
+    how = r"it was killed by SIGKILL \(out of memory, or pre-empted\?\); its output: logs/rank-1.txt of the run folder"
+    assert re.fullmatch(rf"torchrun: rank 1 \(process \d+\) failed first: {how}", line)
+    assert result.stderr.endswith(f"{line}\n")
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) < 6, result.stderr
 
@@ -483,22 +519,30 @@ def test_an_installation_in_a_fresh_clone(clone: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "left"), [(KeyError("a bug"), "3"), (UserError("a mistake"), "3"), (LostRank("another"), None)]
+    ("error", "line", "later"),
+    [
+        (KeyError("a\nbug"), "KeyError: 'a\\nbug'", 0),
+        (UserError("a mistake\nin two lines"), "rawloop verify: a mistake in two lines", 0),
+        (Preempted("stopped"), "rawloop verify: stopped", 30),
+        (LostRank("another"), "rawloop verify: another; what was saved is whole", 60),
+        (OSError(errno.ENOSPC, "full"), "rawloop verify: no space is left on the disk", 0),
+    ],
 )
-def test_a_process_that_fails_by_itself_leaves_its_rank(
-    error: Exception, left: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_process_that_fails_leaves_its_cause_for_torchrun(
+    error: Exception, line: str, later: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(arguments: list[str]) -> None:
         raise error
 
     monkeypatch.setattr("rawloop.cli.verify.run", fail)
-    for name, value in {"RAWLOOP_EXIT_CODE_FILE": str(tmp_path / "code"), "RANK": "3", "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
+    before = int(time.time())
     if isinstance(error, KeyError):
         with pytest.raises(KeyError):
             main(["verify", "run"])
     else:
-        assert main(["verify", "run"]) == (2 if isinstance(error, UserError) else 1)
-    assert (tmp_path / "first").exists() == (left is not None)
-    if left is not None:
-        assert (tmp_path / "first").read_text() == left
+        assert main(["verify", "run"]) == (error.exit_code if isinstance(error, RawloopError) else 1)
+    message = json.loads((tmp_path / "error").read_text())["message"]
+    assert message["message"] == line
+    assert before <= int(message["extraInfo"]["timestamp"]) - later <= time.time()
+    assert message["extraInfo"].get("py_callstack", "").startswith("Traceback" if isinstance(error, KeyError) else "")

@@ -1,6 +1,7 @@
 """Meetings of ranks in a store that is real and may be old; addresses at which nothing, or something else, listens."""
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from rawloop.errors import LostRank, RawloopError
-from rawloop.meeting import Meeting, ask_store, wait_for_listener
+from rawloop.meeting import Meeting, Seat, ask_store, find_seat, interface_of, is_free, wait_for_listener
 
 LIMIT = timedelta(seconds=60)
 
@@ -43,7 +44,7 @@ def test_all_get_one_name_and_one_count_of_restarts(clients: Callable[[], Any]) 
     first = meet(clients, 3, {0: 0, 1: 2, 2: 0})
     assert first == [first[0]] * 3
     assert first[0][1] == 2
-    second = meet(clients, 3, {0: 0, 1: 0, 2: 0})  # this process was rank 0 before: that is no restart
+    second = meet(clients, 3, {0: 0, 1: 0, 2: 0})
     assert second == [second[0]] * 3
     assert second[0][1] == 0
     assert second[0][0] != first[0][0]
@@ -52,12 +53,11 @@ def test_all_get_one_name_and_one_count_of_restarts(clients: Callable[[], Any]) 
 def test_notes_of_dead_processes_change_nothing(clients: Callable[[], Any]) -> None:
     """What processes have left that were killed at any point of their meeting, on machines that count differently."""
     store = clients()
-    store.set("leaders", '["another 1", "another 2"]')
     store.set("hello-1", '"dead"')
     store.set("answer-dead", '"old"')
     store.set("old/here-1", "0")
     store.set("old/all", '{"missing": [], "restarts": 7}')
-    found = meet(clients, 2, {0: 1, 1: 0})
+    found = meet(clients, 2, {0: 0, 1: 2})
     assert found == [found[0]] * 2
     assert found[0][1] == 2
     assert found[0][0] != "old"
@@ -120,3 +120,16 @@ def test_a_store_answers_and_its_errors_are_passed_on(clients: Callable[[], Any]
     ask_store(clients, "it").set("a", "b")
     with pytest.raises(ZeroDivisionError):
         ask_store(lambda: 1 / 0, "it")
+
+
+def test_the_seat_of_this_machine(free_socket: socket.socket) -> None:
+    port = free_socket.getsockname()[1]
+    loopback = "lo" if sys.platform == "linux" else None
+    assert find_seat("localhost", port, 60) == Seat("127.0.0.1", loopback, is_host=True)
+    assert interface_of("192.0.2.1") is None  # an address for documentation, which nobody has
+    with pytest.raises(RawloopError, match=r"no\.such:1 cannot be reached: no host has the name 'no\.such' here"):
+        find_seat("no.such", 1, 0.2)
+    free_socket.listen()
+    assert not is_free("127.0.0.1", port)
+    free_socket.close()
+    assert is_free("127.0.0.1", port)

@@ -10,11 +10,12 @@ import os
 import select
 import signal
 import sys
-from contextlib import suppress
+import traceback
 from pathlib import Path
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
+from rawloop.causes import leave_cause
 from rawloop.errors import LibraryError, LostRank, Mistakes, RawloopError, UserError, nearest
 from rawloop.preempt import exit_on_signals, ignore_signals
 
@@ -112,13 +113,13 @@ def main(argv: list[str] | None = None) -> int:
         exit_on_signals(command, CONTINUE[command], os.environ.get(EXIT_CODE_FILE))
     file = Path(os.environ[EXIT_CODE_FILE]) if EXIT_CODE_FILE in os.environ else None
     try:
-        code = call(command, rest, file)
-    except BaseException:
-        write_first_failure(file)
+        code = call(command, rest)
+    except Exception as error:
+        leave_cause(" ".join(f"{type(error).__name__}: {error}".split()), error, traceback.format_exc())
         raise
     if own_process:
         ignore_signals()
-    if file and local_ranks()[1] == 0:
+    if file and is_first_of_machine():
         file.write_text(str(code))
     return code
 
@@ -138,19 +139,11 @@ def keep_traceback(error: BaseException | None) -> str:
     return f" (its traceback: {name})"
 
 
-def local_ranks() -> tuple[int, int]:
-    """Return this process's rank, and its rank on this machine."""
+def is_first_of_machine() -> bool:
+    """Return whether this process is the first one of its machine."""
     from rawloop.launcher import read_ranks  # imports torch
 
-    rank, _, local_rank = read_ranks()
-    return rank, local_rank
-
-
-def write_first_failure(file: Path | None) -> None:
-    """Write this process's rank beside the file of the exit code, unless another process of this machine has."""
-    if file is not None:
-        with suppress(FileExistsError), file.with_name("first").open("x") as first:
-            first.write(str(local_ranks()[0]))
+    return read_ranks()[2] == 0
 
 
 def stdout_is_gone() -> bool:
@@ -163,12 +156,15 @@ def stdout_is_gone() -> bool:
         return False
 
 
-def call(command: str, rest: list[str], file: Path | None = None) -> int:
-    """Run a command and return its exit code. A failure is explained in one line.
+def tell(line: str, error: BaseException, shown: bool = True) -> None:
+    """Print the line about a failure, and leave it for the launcher."""
+    leave_cause(line, error)
+    if shown:
+        print(line, file=sys.stderr, flush=True)
 
-    `file` is the launcher's file for the exit code. A rank that fails writes its rank beside it, unless the cause is
-    another rank.
-    """
+
+def call(command: str, rest: list[str]) -> int:
+    """Run a command and return its exit code. A failure is explained in one line."""
     try:
         broken = next((word for word in rest if word.encode(errors="ignore").decode() != word), None)
         if broken is not None:  # it could not be written into the files of a run
@@ -181,31 +177,26 @@ def call(command: str, rest: list[str], file: Path | None = None) -> int:
             return 0
         importlib.import_module(f"rawloop.cli.{command.replace('-', '_')}").run(rest)
     except RawloopError as error:
-        if not isinstance(error, LostRank):
-            write_first_failure(file)
-        if error.is_reporter:
-            quoted = " ".join(str(error).splitlines())  # it may quote several lines
-            line = (str(error) if isinstance(error, Mistakes) else quoted) + keep_traceback(error)
-            saved = f"; what was saved is whole{CONTINUE.get(command, '')}" if isinstance(error, LostRank) else ""
-            print(f"rawloop {command}: {line}{saved}", file=sys.stderr, flush=True)
+        shown = error.is_reporter
+        quoted = " ".join(str(error).splitlines())  # it may quote several lines
+        line = (str(error) if isinstance(error, Mistakes) else quoted) + (keep_traceback(error) if shown else "")
+        saved = f"; what was saved is whole{CONTINUE.get(command, '')}" if isinstance(error, LostRank) else ""
+        tell(f"rawloop {command}: {line}{saved}", error, shown)
         return error.exit_code
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         if not stdout_is_gone():
             raise
         if command in CONTINUE:  # the other commands only print
-            print(
-                f"rawloop {command}: nobody reads its output any more{CONTINUE[command]}", file=sys.stderr, flush=True
-            )
+            tell(f"rawloop {command}: nobody reads its output any more{CONTINUE[command]}", error)
         return 128 + signal.SIGPIPE
     except OSError as error:
         from rawloop.files import WORDS, in_words
 
         if error.errno not in WORDS or error.errno == errno.ENOENT:
             raise
-        print(f"rawloop {command}: {in_words(error)}", file=sys.stderr, flush=True)
+        tell(f"rawloop {command}: {in_words(error)}", error)
         return 1
-    except KeyboardInterrupt:
-        saved = f"what was saved is whole{CONTINUE.get(command, '')}"
-        print(f"rawloop {command}: interrupted; {saved}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        tell(f"rawloop {command}: interrupted; what was saved is whole{CONTINUE.get(command, '')}", error)
         return 130
     return 0

@@ -5,6 +5,7 @@ Under torchrun, several processes share the work: `torchrun --nproc_per_node=4 -
 
 import json
 import sys
+from contextlib import ExitStack
 from os.path import expanduser
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def run(argv: list[str]) -> None:
     if page is not None:
         check_packages()
         check_output(page)
-    with watch_signals() as preemption, open_world(config.device, config.ddp.timeout) as world:
+    with ExitStack() as outside, open_world(config.device, config.ddp.timeout) as world:
+        preemption = outside.enter_context(watch_signals())  # before, a signal ends a process that waits for others
         if page is not None:
             world.on_all_ranks(lambda: print(write_report(config.data, page), flush=True), only_main=True)
         family = world.on_all_ranks(lambda: load_family(config.model))
