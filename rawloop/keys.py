@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
 from rawloop.settings import OLDER_RECORDS
-from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART
+from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART, SCRIPT_NAMES
 
 REQUIRED = dataclasses.MISSING  # the default of a key that must be given
 
@@ -56,8 +56,8 @@ def field_help(owner: type) -> tuple[str, dict[str, str]]:
 def suggest(key: str, known: Iterable[str], form: str = "") -> str:
     """Return a clause with what somebody may have meant by an unknown key, or an empty string.
 
-    That is our key for a name of HF Trainer or PEFT, or keys of that name in other groups, or a key that is
-    misspelt. `form` is what stands before a key, such as `--`.
+    That is our key for a name of HF Trainer, of PEFT or of the scripts for Higgs Audio, or keys of that name in other
+    groups, or a key that is misspelt. `form` is what stands before a key, such as `--`.
     """
     for name in reversed(key.split(".")):
         if name in HF_NAMES:
@@ -70,6 +70,8 @@ def suggest(key: str, known: Iterable[str], form: str = "") -> str:
     names = [*known]
     last = key.rpartition(".")[2]
     ends = sorted(name for name in names if name.rpartition(".")[2] == last) or _misspelt(key, names)
+    if not ends and key in SCRIPT_NAMES:
+        return f" ({key} of the scripts for Higgs Audio is '{SCRIPT_NAMES[key]}' here; `rawloop train-higgs` takes it)"
     return " (did you mean " + " or ".join(f"'{form}{name}'" for name in ends) + "?)" if ends else ""
 
 
@@ -83,9 +85,10 @@ def _misspelt(key: str, names: list[str]) -> list[str]:
 
 
 def _nearest(word: str, names: list[str]) -> list[str]:
-    """Return the name with the fewest wrong letters, if these are few: in short words, other words are as near."""
-    most = 0 if len(word) < 4 else 1 if len(word) < 8 else 2
-    wrong, name = min(((_wrong_letters(word, name, most), name) for name in names), default=(most + 1, ""))
+    """Return the name with the fewest wrong letters: at most 2, or 1 after the first in a short one, such as `dora`."""
+    most = 1 if len(word) < 8 else 2
+    able = [name for name in names if len(word) >= 8 or (len(name) > 3 and name[0] == word[:1])]
+    wrong, name = min(((_wrong_letters(word, name, most), name) for name in able), default=(most + 1, ""))
     return [name] if wrong <= most else []
 
 

@@ -171,7 +171,10 @@ class Reader:
                 is_whole &= name not in self.wrong
             else:
                 is_whole &= name not in self.wrong and self.keys[name].default is not REQUIRED
-        if not is_whole:
+        may_lack = (
+            self.dashes and self.has_unknown and not group
+        )  # an option that is misspelt: its absence is no mistake
+        if not is_whole or may_lack:
             return None
         try:
             return owner(**values)

@@ -1,4 +1,4 @@
-"""Answers for people who type a name of HF Trainer or PEFT as a key. Needs no torch."""
+"""Answers for people who type a name of HF Trainer, PEFT or the scripts for Higgs Audio as a key. Needs no torch."""
 
 from types import MappingProxyType
 
@@ -25,3 +25,7 @@ RULES = MappingProxyType(_rules())
 HF_NAMES = MappingProxyType({name: rule.keys[0] for name, rule in RULES.items() if rule.keys and name not in TOLD})
 # Names of HF Trainer -> why there is no such key here.
 NO_COUNTERPART = MappingProxyType({name: rule.words for name, rule in RULES.items() if not rule.keys or name in TOLD})
+# Flags of scripts for Higgs Audio v2 that HF Trainer does not have -> the key here.
+SCRIPT_NAMES = MappingProxyType(
+    {name: rule.keys[0] for name, rule in HIGGS.rules.items() if rule.keys and name not in RULES}
+)

@@ -28,7 +28,7 @@ from rawloop.errors import Mistakes, UserError
 from rawloop.keys import field_help, keys_of
 from rawloop.precision.config import LossScaleConfig
 from rawloop.settings import RecordsConfig, SamplingConfig
-from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART
+from rawloop.trainer_names import HF_NAMES, NO_COUNTERPART, SCRIPT_NAMES
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], g
     line = refusal(f"--{group}save_total_limit", "3")
     assert "(what HF Trainer calls save_total_limit is 'checkpoint.keep_last' here)" in line
     assert "'checkpoint.keep_last' here" in refusal("--config", write("checkpoint: {save_total_limit: 3}\n"))
-    assert set(HF_NAMES.values()) <= known_keys()
+    assert set(HF_NAMES.values()) | set(SCRIPT_NAMES.values()) <= known_keys()
     assert not set(HF_NAMES) & {key.rpartition(".")[2] for key in known_keys()}
 
 
@@ -219,6 +219,11 @@ def test_a_key_of_hf_trainer_is_answered_with_ours(write: Callable[..., Path], g
         ("data_seed", "what HF Trainer calls data_seed is 'seed' here"),
         ("run_name", "what HF Trainer calls run_name is 'output' here"),
         ("do_eval", "what HF Trainer calls do_eval is 'evaluation.enabled' here"),
+        ("use_lora", "use_lora of the scripts for Higgs Audio is 'adapter.mode' here; `rawloop train-higgs` takes it"),
+        (
+            "train_data_dir",
+            "train_data_dir of the scripts for Higgs Audio is 'data.train' here; `rawloop train-higgs` t",
+        ),
         ("disable_tqdm", "HF Trainer's disable_tqdm: 'records.progress' set to false is that"),
         ("save_strategy", "HF Trainer's save_strategy: 'checkpoint.save_every' is a number of steps"),
         ("load_best_model_at_end", "HF Trainer's load_best_model_at_end: there is none; the best model is always kept"),
@@ -507,6 +512,7 @@ def test_a_key_with_line_breaks_stays_in_its_line(write: Callable[..., Path]) ->
 
 # Options of other trainers and of scripts that are not in the tables: none of them is like a key of ours.
 FOREIGN = """
+lora tp ep fp8 lb 4bit sp
 use_gpu train_data_path validation_split checkpoint_dir lora_path model_type rank_zero eval_data num_gpus voice_name
 epochs_per_eval do_sample repetition_penalty neftune_alpha dataset_format cutoff_len finetuning_type stage val_size
 """

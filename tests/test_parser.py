@@ -90,6 +90,11 @@ def test_a_mistake_is_one_line(words: list[str], line: str) -> None:
     assert refusal(*words) in (line, f"{line}: `rawloop x --help all` lists all options")
 
 
+def test_what_a_misspelt_option_may_have_been_is_not_missed() -> None:
+    line = "unknown option '--sze' (did you mean '--size'?): `rawloop x --help all` lists all options"
+    assert refusal("in", "--output=o", "--sze=3", "--size=-1") == line
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(Mistakes) as caught:
         read("a", "b", "--size=x", "--froce", "--sampling.top_p=0")

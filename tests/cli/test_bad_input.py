@@ -328,7 +328,7 @@ def test_prepare_without_the_codec(refusal: Refusal, config: Path) -> None:
     [
         (
             ["trian"],
-            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, import, prepare, inspect, train, eva",
+            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, import, prepare, inspect, train, tra",
         ),
         pytest.param(
             ["merge", "--adapter", "x"],
