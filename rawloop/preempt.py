@@ -123,8 +123,9 @@ def watch_ctrl_c(preemption: Preemption, say: Callable[[str], None], end: Callab
     finally:
         signal.set_wakeup_fd(handle)
         signal.signal(signal.SIGINT, before)
-        writer.close()
+        writer.shutdown(socket.SHUT_WR)  # data workers have copies of it, which closing would leave open
         thread.join()
+        writer.close()
         reader.close()
 
 

@@ -1,5 +1,6 @@
 """Stopping from outside: nothing is lost, all ranks stop together, and what goes on ends as if nothing had happened."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.optim import OptimConfig
-from rawloop.preempt import SIGNALS, STOP_FILE, first_reason, watch_signals
+from rawloop.preempt import AGAIN, SIGNALS, STOP_FILE, exit_code_after, first_reason, watch_ctrl_c, watch_signals
 from rawloop.records import TIMES, read_events, read_metrics
 
 Change = Callable[[Run], None]
@@ -289,6 +290,70 @@ def test_handlers_are_put_back_and_other_threads_set_none() -> None:
     assert inside != before
 
 
+def press_at(moments: list[float]) -> None:
+    for moment in moments:
+        time.sleep(moment)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends() -> None:
+    said: list[str] = []
+    ended = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    with watch_signals() as preemption, watch_ctrl_c(preemption, said.append, ended.set):
+        press_at([0, 0.05])  # a launcher may send it twice
+        deadline = time.monotonic() + 60
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert preemption.wanted() == "Ctrl-C"
+        assert said == ["Ctrl-C: the run saves its state after this step and ends; press Ctrl-C again to end at once"]
+        assert not ended.wait(AGAIN)
+        signal.raise_signal(signal.SIGINT)
+        assert ended.wait(60)
+        assert len(said) == 1
+    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.set_wakeup_fd(-1) == -1
+    with pytest.raises(KeyboardInterrupt):
+        press_at([0, 60])
+    assert [exit_code_after(reason) for reason in ("Ctrl-C on rank 1", "SIGTERM")] == [130, 75]
+
+
+def test_ctrl_c_is_heard_during_an_operation_that_takes_long() -> None:
+    """Python's own handlers run after it, and a second Ctrl-C before that would be the same as one."""
+    said: list[bool] = []
+    busy = threading.Event()
+    with watch_signals() as preemption, watch_ctrl_c(preemption, lambda _: said.append(busy.is_set()), list):
+        busy.set()
+        presser = threading.Thread(target=press_at, args=([0.1],))
+        presser.start()
+        while not said:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # in C, without the GIL
+            busy.clear()
+        presser.join()
+    assert said == [True]
+
+
+def test_a_sigterm_after_ctrl_c_ends_as_torchrun_means_it() -> None:
+    ended = threading.Event()
+    with watch_signals() as preemption, watch_ctrl_c(preemption, lambda line: None, ended.set):
+        signal.raise_signal(signal.SIGTERM)
+        assert not ended.wait(0.2)
+        press_at([0, AGAIN + 0.1])
+        assert ended.wait(60)
+        assert preemption.wanted() == "SIGTERM"
+
+
+def test_where_ctrl_c_is_ignored_it_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watch_signals() as preemption, watch_ctrl_c(preemption, pytest.fail, pytest.fail):
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            press_at([0])
+            assert preemption.wanted() is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_rank_is_named_where_not_all_were_told() -> None:
     assert first_reason([None, None]) is None
     assert first_reason(["SIGTERM", "SIGTERM"]) == "SIGTERM"
@@ -309,7 +374,7 @@ def test_data_workers_outlive_a_signal_to_all_and_end_with_their_parent() -> Non
     child = next(stream)
     assert child != os.getpid()
     # Sent by another process, as torchrun does: from the parent itself it would end the worker.
-    os.system(f"kill -TERM {child}; kill -USR1 {child}")
+    os.system(f"kill -TERM {child}; kill -USR1 {child}; kill -INT {child}")
     assert set(stream) == {child}
     again = loader.iterate(iter([[0]] * 20))
     worker = psutil.Process(next(again))

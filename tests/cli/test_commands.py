@@ -427,6 +427,77 @@ def test_a_train_that_is_told_to_stop_ends_with_75_and_a_line(
     assert int(found[1]) == int(found[2][-8:])
 
 
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_saves_and_ends_with_130_and_nothing_is_lost(
+    ranks: Ranks, write_config: Write, tmp_path: Path, size: int
+) -> None:
+    config = write_config(tmp_path, **LONG, data={"num_workers": 1})
+    stopped, whole = tmp_path / "run", tmp_path / "whole"
+    assert {done.code for done in ranks("train", "--config", config, "--output", whole, size=size)} == {0}
+    then = stop_after(stopped / "checkpoints" / "step-00000003", signal.SIGINT)
+    results = ranks("train", "--config", config, size=size, then=then)
+    assert [done.code for done in results] == [130] * size
+    *lines, last = results[0].err.splitlines()
+    said = "Ctrl-C: the run saves its state after this step and ends; press Ctrl-C again to end at once"
+    assert f"rawloop train: {said}" in lines
+    found = re.fullmatch(r"rawloop train: stopped by Ctrl-C at step (\d+); checkpoint: (.*); continue from it .*", last)
+    assert found, last
+    assert find_slots(stopped)[0] == Path(found[2])
+    assert 3 <= int(found[1]) < 10
+    assert {done.code for done in ranks("train", "--config", config, "--resume", "auto", size=size)} == {0}
+    assert_same_run(stopped, whole, 10)
+
+
+SLOW_STEPS = """
+import time
+from pathlib import Path
+from rawloop.families.higgs_audio_v2 import HiggsAudioV2
+
+class Slow(HiggsAudioV2):
+    def losses(self, model, batch):
+        found = super().losses(model, batch)
+        if model.training and Path("slow").exists():
+            Path("waits").touch()
+            time.sleep(600)
+        return found
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["one process", "torchrun", "script"])
+def test_a_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path, how: str) -> None:
+    root = Path(__file__).parents[2]
+    (tmp_path / "slow_family.py").write_text(SLOW_STEPS)
+    options = ["--model.family", "slow_family:Slow", "--checks.enabled", "false", "--disable_eval"]
+    options += ["--train.max_steps", "2000", "--checkpoint.save_every", "2"]
+    train = ["-m", "rawloop", "train", "--config", str(config), *options]
+    command = {
+        "one process": [sys.executable, *train],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *train],
+        "script": ["bash", str(root / "launch" / "single_node.sh"), str(config), *options],
+    }[how]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}", "NPROC": "2", "PYTHON": sys.executable}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for awaited in (tmp_path / "run" / "checkpoints" / "step-00000002", tmp_path / "waits"):
+            deadline = time.monotonic() + 200
+            while not awaited.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            (tmp_path / "slow").touch()  # only now, after the passes before step 0
+        assert process.stderr is not None
+        process.send_signal(signal.SIGINT)
+        lines: list[str] = []
+        while not lines or "press Ctrl-C again" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        pressed = time.monotonic()
+        rest = process.communicate(timeout=100)[1]
+    assert time.monotonic() - pressed < 60  # the step takes 600
+    assert "rawloop train: interrupted; what was saved is whole: continue with --resume auto" in rest
+    assert process.returncode == (1 if how == "torchrun" else 130)
+
+
 def test_a_stop_that_cannot_be_noted_ends_with_75_and_says_so(
     door: Door, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
