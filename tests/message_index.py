@@ -67,6 +67,7 @@ PAGES = {
     "meeting.py": "embedding.md",
     "optim": "embedding.md",
     "origin/": "debugging.md",
+    "output.py": "checkpoints.md",
     "pack.py": "checkpoints.md",
     "parser.py": "../README.md",
     "planning.py": "data.md",
@@ -83,10 +84,12 @@ PAGES = {
     "settings.py": "../README.md",
     "sink": "loggers.md",
     "trained.py": "listening.md",
+    "translation/": "from-trainer.md",
     "versions.py": "checkpoints.md",
     "waiting.py": "embedding.md",
     "watch": "debugging.md",
     "weights.py": "checkpoints.md",
+    "yaml_file.py": "../README.md",
 }
 
 
