@@ -142,7 +142,9 @@ class Server:
 
     def finish(self, children: list[int], logs: list[str], seconds: float) -> list[Done]:
         codes = self.ask(wait=children, seconds=seconds)
-        texts = [[Path(f"{log}.{kind}").read_text(errors="replace") for kind in ("out", "err")] for log in logs]
+        files = [[Path(f"{log}.{kind}") for kind in ("out", "err")] for log in logs]
+        # A process that was killed at once has not made its files.
+        texts = [[file.read_text(errors="replace") if file.exists() else "" for file in pair] for pair in files]
         return [Done(code, *text) for code, text in zip(codes, texts, strict=True)]
 
 
