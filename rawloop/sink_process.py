@@ -57,7 +57,8 @@ class Delivery:
                 self.sink.write(step, line["values"])
         except Exception as error:
             if not self.failing:
-                traceback.print_exc()
+                with suppress(OSError):  # standard error may be a file on the disk that is full
+                    traceback.print_exc()
                 self.tell(f"does not take the line of step {step}, which is tried again: {in_one_line(error)}")
             self.failing = True
             self.drop()

@@ -190,6 +190,8 @@ class _Process:
         """Return what went wrong since the last call."""
         if self._process is not None:
             self._read()
+            if self._process.poll() is not None:
+                self._restart()
         if self._left_out:
             self._problems.append(f"lacks {self._left_out} line(s): more than {MOST:,} were waiting")
             self._left_out = 0

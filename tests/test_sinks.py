@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -281,15 +282,17 @@ def scalars(folder: Path) -> list[tuple[int, float]]:
     return [(scalar.step, scalar.value) for scalar in events_of(folder).Scalars("loss")]
 
 
-def test_a_sink_that_fails_is_told_once_and_gets_every_line_when_it_can(tmp_path: Path, sink: Sinks) -> None:
-    (tmp_path / "tensorboard").write_text("in the way of the folder")
+def test_a_full_disk_is_told_once_and_every_line_is_written_when_there_is_room(tmp_path: Path, sink: Sinks) -> None:
+    (process,) = until(processes)
+    limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     for step in range(4):
         sink.write(step, {"loss": float(step)})
     told = until(lambda: list(sink.problems()))
     assert [line.partition(":")[0] for line in told] == [
         "tensorboard does not take the line of step 0, which is tried again"
     ]
-    (tmp_path / "tensorboard").unlink()
+    assert "File too large" in told[0]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
     told = until(lambda: list(sink.problems()))
     assert told == ["tensorboard takes lines again, from step 0 on; nothing was lost"]
     sink.write(4, {"loss": 4.0})
@@ -346,7 +349,8 @@ def written(folder: Path, step: int) -> bool:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    return bool(process.status() == psutil.STATUS_ZOMBIE)
+    """Whether it is a zombie with no other thread, so that its end of the pipe is closed."""
+    return process.status() == psutil.STATUS_ZOMBIE and len(os.listdir(f"/proc/{process.pid}/task")) == 1
 
 
 def test_a_process_that_is_killed_is_started_again_three_times(tmp_path: Path) -> None:
