@@ -139,47 +139,48 @@ def parse(argv: Sequence[str], prog: str, options: type = NoOptions, unread: Col
     reader = Reader(prog, keys, unread, aliases=[name.removeprefix("--") for name in ALIASES])
     for name in [word.partition("=")[0] for word in argv if word not in ALIASES]:
         if name in ALIASES:
-            reader.mistakes.append(f"{name} takes no value: write it alone, or write {ALIASES[name]}")
+            reader.fail(f"{name} takes no value: write it alone, or write {ALIASES[name]}")
     given = split([ALIASES.get(word.partition("=")[0], word) for word in argv], keys)
     for option in given:
-        if option.values and option.name in ("", "config"):
-            _take_file(reader, option.values[0], alone=not option.name)
+        if option.values and (option.name == "config" or (not option.name and _is_file(reader, option.values[0]))):
+            _take_file(reader, option.values[0])
     reader.take_options(option for option in given if option.name and (option.name != "config" or not option.values))
     config, own = reader.build(RunConfig), reader.build(options)
     reader.check()
     return Parsed(config, own, reader.origins)
 
 
-def _take_file(reader: Reader, file: str, alone: bool) -> None:
-    """Take the settings of a file. `alone`: the word may be meant as something else."""
-    fault = no_file(file, reader.prog, reader.keys) if alone else ""
+def _take_file(reader: Reader, file: str) -> None:
+    """Take the settings of a file, or note why it cannot be read."""
     settings: dict[str, Any] = {}
     try:
-        settings = {} if fault else read_yaml(Path(file))
+        settings = read_yaml(Path(file))
         read_older_records(settings, file)
     except UserError as error:
-        fault = str(error)
+        reader.fail(str(error))
     for key in [key for key in settings if key in GONE]:
         unused, way_on = GONE[key]
         if settings.pop(key) != unused:
-            reader.mistakes.append(f"'{key}' in {file} is no key any more: take it out, and {way_on}")
-    reader.mistakes += [fault] if fault else []
+            reader.fail(f"'{key}' in {file} is no key any more: take it out, and {way_on}")
     reader.take_settings(settings, file)
 
 
-def no_file(word: str, prog: str, keys: Mapping[str, Key]) -> str:
-    """Return why a word that stands alone is no YAML file and what to write instead, or an empty string."""
-    path = Path(word)
-    if path.is_dir() and any((path / mark).exists() for mark in RUN_MARKS):
-        more = " --checkpoint best" if "checkpoint" in keys else ""
-        return f"'{word}' is the folder of a run, and no YAML file: write `{prog} {path / 'config.yaml'}{more}`"
-    if path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir()):
-        return ""
+def _is_file(reader: Reader, word: str) -> bool:
+    """Return whether a word that stands alone is meant as a YAML file. If not, note what to write instead."""
+    path, is_folder = Path(word), Path(word).is_dir()
     name, _, value = word.lstrip("-").partition("=")
-    if name in keys:
-        return f"{shown(word)} is no YAML file: write --{name} {shlex.quote(value) if value else 'VALUE'}"
-    what = "a folder, and no YAML file" if path.is_dir() else "no YAML file"
-    return f"{shown(word)} is {what}: name one, such as run.yaml, or give values as --KEY VALUE"
+    if path.suffix in (".yaml", ".yml") or (path.exists() and not is_folder):
+        return True
+    if is_folder and any((path / mark).exists() for mark in RUN_MARKS):
+        more = " --checkpoint best" if "checkpoint" in reader.keys else ""
+        command = f"{reader.prog} {path / 'config.yaml'}{more}"
+        reader.fail(f"'{word}' is the folder of a run, and no YAML file: write `{command}`")
+    elif name in reader.keys:
+        reader.fail(f"{shown(word)} is no YAML file: write --{name} {shlex.quote(value) if value else 'VALUE'}")
+    else:
+        what = "a folder, and no YAML file" if is_folder else "no YAML file"
+        reader.fail(f"{shown(word)} is {what}: name one, such as run.yaml, or give values as --KEY VALUE")
+    return False
 
 
 def moved_run(parsed: Parsed) -> str | None:

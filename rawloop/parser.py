@@ -84,8 +84,7 @@ class Reader:
         for name, value in settings.items():
             key = self._key(name)
             if key is None or key.own:
-                known = [one.name for one in self.keys.values() if not one.own]
-                self.mistakes.append(self._unknown(name, f"in {file}", known))
+                self._refuse(name, f"in {file}", [one.name for one in self.keys.values() if not one.own])
                 continue
             if key.name not in {name, *fresh}:
                 fresh.add(key.name)
@@ -102,12 +101,15 @@ class Reader:
                 unread.append(option.name)
             elif key is None:
                 known = [one.name for one in self.keys.values() if one.name not in self.unread and not one.hidden]
-                self.mistakes.append(self._unknown(option.name, "on the command line", [*known, *self.aliases]))
+                self._refuse(option.name, "on the command line", [*known, *self.aliases])
                 self.has_unknown |= self.mistakes[-1].startswith("unknown")
-            elif fault := self._fault(key, option):
-                self.mistakes.append(fault)
+            elif is_flag(key) and option.values:
+                self.fail(f"--{option.name} takes no value: write it alone")
             elif is_flag(key):
                 self.values[key.name] = True
+            elif not option.values:
+                kinds = f": {in_words(key.hint)}" if key.hint is bool or get_origin(key.hint) is Literal else ""
+                self.fail(f"--{option.name} needs a value after it{kinds}")
             elif takes_several(key):
                 self.values[key.name] = option.values
             else:
@@ -115,15 +117,11 @@ class Reader:
         if unread:
             names, them = list(dict.fromkeys(f"--{name}" for name in unread)), "them" if len({*unread}) > 1 else "it"
             way_on = f"leave {them} out here; a YAML file may have {them}, for all commands"
-            self.mistakes.append(f"`{self.prog}` does not read {', '.join(names)}: {way_on}")
+            self.fail(f"`{self.prog}` does not read {', '.join(names)}: {way_on}")
 
-    def _fault(self, key: Key, option: Option) -> str:
-        """Return why an option cannot be taken, whatever its value, or an empty string."""
-        name, is_given = option.name, bool(option.values)
-        if is_flag(key) or is_given:
-            return f"--{name} takes no value: write it alone" if is_flag(key) and is_given else ""
-        kinds = f": {in_words(key.hint)}" if key.hint is bool or get_origin(key.hint) is Literal else ""
-        return f"--{name} needs a value after it{kinds}"
+    def fail(self, text: str) -> None:
+        """Note a mistake."""
+        self.mistakes.append(text)
 
     def _take(self, key: Key, name: str, value: Any, origin: str) -> None:
         """Take the value of a key, or of an entry of its dict (model.stream_weights.text), or items of its list."""
@@ -137,8 +135,7 @@ class Reader:
                 entry = name.removeprefix(f"{key.name}.")
                 self.values[key.name] = {**before, entry: read(value, get_args(key.hint)[1])}
         except WrongValue as error:
-            self.wrong.add(key.name)
-            self.mistakes.append(_wrong(key, name, value, origin, str(error)))
+            self._refuse_value(key, name, value, origin, str(error))
         if not key.own:
             self.origins[name.removesuffix("+")] = origin
 
@@ -150,13 +147,27 @@ class Reader:
                 return key
         return self.keys.get(name)
 
-    def _unknown(self, name: str, place: str, known: Iterable[str]) -> str:
+    def _refuse(self, name: str, place: str, known: Iterable[str]) -> None:
+        members = sorted(key for key in self.keys if key.startswith(name + "."))
         if name in self.meant:
-            return f"unknown option '--{name}' (did you mean '--{self.meant[name]}'?)"
-        if members := sorted(key for key in self.keys if key.startswith(name + ".")):
-            return f"'{name}' {place} is a group: give values to its keys, such as {', '.join(members[:3])}"
-        what = f"option '--{name}'" if self.dashes else f"key '{name}' {place}"
-        return f"unknown {what}{suggest(name, known, self.dashes)}"
+            self.fail(f"unknown option '--{name}' (did you mean '--{self.meant[name]}'?)")
+        elif members:
+            self.fail(f"'{name}' {place} is a group: give values to its keys, such as {', '.join(members[:3])}")
+        elif self.dashes:
+            self.fail(f"unknown option '--{name}'{suggest(name, known, self.dashes)}")
+        else:
+            self.fail(f"unknown key '{name}' {place}{suggest(name, known)}")
+
+    def _refuse_value(self, key: Key, name: str, value: Any, origin: str, why: str) -> None:
+        self.wrong.add(key.name)
+        if value is None and name == key.name:
+            self.fail(f"{name} is null (from {origin}): {why}; leave the key out for its default, {key.default!r}")
+        elif value is None:
+            self.fail(f"{name} is null (from {origin}): {why}")
+        else:
+            self.fail(
+                f"--{name} is {shown(value)}: {why}" if key.own else f"{name} is {shown(value)} (from {origin}): {why}"
+            )
 
     def build(self, owner: type, group: str = "") -> Any:
         """Build a config dataclass from the values; None if that is impossible, which is among the mistakes."""
@@ -171,16 +182,14 @@ class Reader:
                 is_whole &= name not in self.wrong
             else:
                 is_whole &= name not in self.wrong and self.keys[name].default is not REQUIRED
-        may_lack = (
-            self.dashes and self.has_unknown and not group
-        )  # an option that is misspelt: its absence is no mistake
-        if not is_whole or may_lack:
+        has_misspelt = self.dashes and self.has_unknown and not group  # what an option lacks may be this
+        if not is_whole or has_misspelt:
             return None
         try:
             return owner(**values)
         except UserError as error:
             named = [f"{key} from {origin}" for key, origin in self.origins.items() if _names(str(error), key)]
-            self.mistakes.append(f"{error} ({', '.join(named)})" if named else str(error))
+            self.fail(f"{error} ({', '.join(named)})" if named else str(error))
             return None
 
     def check(self) -> None:
@@ -192,13 +201,6 @@ class Reader:
         if lines:
             head = f"{len(lines)} mistakes{f' ({where})' if self.has_unknown else ''}:"
             raise Mistakes("\n  ".join([head, *lines]))
-
-
-def _wrong(key: Key, name: str, value: Any, origin: str, why: str) -> str:
-    if value is None:
-        way_on = f"; leave the key out for its default, {key.default!r}" if name == key.name else ""
-        return f"{name} is null (from {origin}): {why}{way_on}"
-    return f"--{name} is {shown(value)}: {why}" if key.own else f"{name} is {shown(value)} (from {origin}): {why}"
 
 
 def _names(text: str, key: str) -> bool:
@@ -223,11 +225,11 @@ def read_options(
     reader.take_options([Option(alone, texts[:most])] if texts[:most] else [])
     reader.take_options(option for option in options if option.name)
     for text in texts[most:]:
-        reader.mistakes.append(f"{shown(text)} stands alone on the command line: an option has a name, --NAME VALUE")
+        reader.fail(f"{shown(text)} stands alone on the command line: an option has a name, --NAME VALUE")
     missing = [key.name for key in keys.values() if key.default is REQUIRED and key.name not in reader.given]
     if missing:
         names = " and ".join(name.upper() if name == alone else f"--{name}" for name in missing)
-        reader.mistakes.append(f"{names} must be given; `{prog} --help` lists all options")
+        reader.fail(f"{names} must be given; `{prog} --help` lists all options")
     built = reader.build(owner)
     reader.check()
     return built

@@ -97,6 +97,12 @@ def test_lists_and_weights_can_be_replaced_and_added_to(write: Callable[..., Pat
     assert config.adapter.target_modules == ["q_proj", "v_proj"]
     assert config.model.stream_weights == {"text": 0.5}
     assert read("--model.stream_weights.text", "0").model.stream_weights == {"text": 0.0}
+    more = write("model: {stream_weights: {audio: 2, text: 3}}\n", "more.yaml")
+    assert read(more, file).model.stream_weights == {"text": 0.5}  # a file replaces it
+    assert read(more, "--model.stream_weights.text", "0").model.stream_weights == {"audio": 2.0, "text": 0.0}
+    assert read(more, "--model.stream_weights", "{text: 1}").model.stream_weights == {"text": 1.0}
+    assert read("--adapter.freeze+", "[a, b]", "--adapter.freeze+=c").adapter.freeze == ["a", "b", "c"]
+    assert "unknown key 'seed+' on the command line (did you mean 'seed'?)" in refusal("--seed+", "1")
 
 
 @pytest.mark.parametrize("alias", ["--disable_eval", "--disable_evaluation"])
