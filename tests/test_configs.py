@@ -24,7 +24,7 @@ LAUNCH = re.compile(r"(?:single_node\.sh|--config) (configs/\S+\.yaml)")
 # Many CPUs compute slowly in 16 bits; and of two recipes of one kind one is enough where time counts.
 SLOW = (
     *("configs/cards/gpu_16gb.yaml", "configs/cards/gpu_24gb.yaml", "configs/cards/h200_x8.yaml"),
-    *("configs/cards/mac.yaml", "configs/cards/v100.yaml"),
+    *("configs/cards/mac.yaml", "configs/cards/titan_rtx.yaml", "configs/cards/v100.yaml"),
     *("configs/higgs_vietnamese_lora.yaml", "configs/higgs_arabic_lora.yaml"),
 )
 

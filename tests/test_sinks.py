@@ -383,6 +383,7 @@ def test_signals_for_the_training_do_not_end_a_sink(tmp_path: Path, sink: Sinks)
 
 
 @needs("mlflow")
+@pytest.mark.slow
 def test_a_server_that_never_answers_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sinks, "LIMIT", 10.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
