@@ -164,10 +164,10 @@ class Reader:
             self.fail(f"{name} is null (from {origin}): {why}; leave the key out for its default, {key.default!r}")
         elif value is None:
             self.fail(f"{name} is null (from {origin}): {why}")
+        elif key.own:
+            self.fail(f"--{name} is {shown(value)}: {why}")
         else:
-            self.fail(
-                f"--{name} is {shown(value)}: {why}" if key.own else f"{name} is {shown(value)} (from {origin}): {why}"
-            )
+            self.fail(f"{name} is {shown(value)} (from {origin}): {why}")
 
     def build(self, owner: type, group: str = "") -> Any:
         """Build a config dataclass from the values; None if that is impossible, which is among the mistakes."""

@@ -537,6 +537,7 @@ def test_no_hint_is_better_than_a_wrong_one(name: str) -> None:
 def test_the_value_of_an_unknown_option_is_no_second_mistake(write: Callable[..., Path], words: list[str]) -> None:
     with contextlib.chdir(write("seed: 3\n").parent):
         assert refusal(*words).startswith("unknown key 'use_thing' on the command line: ")
+    assert len(mistakes("--use_thing", write("seed: x\n"))) == 2  # a file is no value of an unknown option
 
 
 def test_a_command_refuses_keys_that_it_does_not_read_on_the_command_line_alone(write: Callable[..., Path]) -> None:

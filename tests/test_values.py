@@ -114,8 +114,9 @@ def test_words_of_a_command_line(text: str, hint: Any, value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "[", "[a, b", "*", "&a [*a]", "[[a]]", "{a: 1}", "#x", "[" * 2000, "[010]"])
 def test_words_that_are_no_list(text: str) -> None:
-    with pytest.raises(WrongValue, match=r"it must be a list|in it must be a string"):
-        of_text(text, list[str])
+    for hint in (list[str], list[str] | None):
+        with pytest.raises(WrongValue, match=r"it must be a list|in it must be a string"):
+            of_text(text, hint)
 
 
 def test_items_are_those_of_a_list_or_the_word() -> None:

@@ -78,6 +78,12 @@ def test_all_has_every_key_that_it_reads_and_no_other(shown: Shown, command: str
         assert set(key.text.split()) <= set(words) & set(short)
 
 
+def test_a_command_lists_no_key_that_it_does_not_read(shown: Shown) -> None:
+    for command, unread in (("prepare", "optim.lr"), ("inspect", "checkpoint.save_every"), ("doctor", "train.epochs")):
+        assert f"--{unread} " in shown("train", "--help", "all")
+        assert f"--{unread} " not in shown(command, "--help", "all")
+
+
 def test_all_has_every_text(shown: Shown) -> None:
     words = " ".join(shown("train", "--help", "all").split())
 
