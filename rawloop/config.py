@@ -172,7 +172,8 @@ def _is_file(reader: Reader, word: str) -> bool:
     if path.suffix in (".yaml", ".yml") or (path.exists() and not is_folder):
         return True
     if is_folder and any((path / mark).exists() for mark in RUN_MARKS):
-        more = " --checkpoint best" if "checkpoint" in reader.keys else ""
+        resume = "" if "resume" in reader.unread else " --resume latest"
+        more = " --checkpoint best" if "checkpoint" in reader.keys else resume
         command = f"{reader.prog} {path / 'config.yaml'}{more}"
         reader.fail(f"'{word}' is the folder of a run, and no YAML file: write `{command}`")
     elif name in reader.keys:

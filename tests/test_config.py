@@ -451,13 +451,13 @@ def test_words_that_are_no_options_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "more"), [("train", ""), ("evaluate", " --checkpoint best"), ("precision probe", "")]
+    ("command", "more"), [("train", " --resume latest"), ("evaluate", " --checkpoint best"), ("precision probe", "")]
 )
 def test_the_folder_of_a_run_is_answered_with_what_to_write(tmp_path: Path, command: str, more: str) -> None:
     run = tmp_path / "runs" / "voice"
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
-        parse([str(run)], f"rawloop {command}", TABLE[command].options)
+        parse([str(run)], f"rawloop {command}", TABLE[command].options, TABLE[command].unread())
     written = f"write `rawloop {command} {run}/config.yaml{more}`"
     assert str(caught.value) == f"'{run}' is the folder of a run, and no YAML file: {written}"
     assert f"'{tmp_path}' is a folder, and no YAML file: name one, such as run.yaml, or" in refusal(tmp_path)
