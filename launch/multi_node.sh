@@ -9,25 +9,23 @@
 #   RDZV_ENDPOINT=h:p      host and port of one of the machines, reachable from all of them
 #   RDZV_ID=run7           any name that all machines share and no other run uses
 #   NPROC=8                processes on this machine (default: its GPUs, or 1)
-#   PYTHON, OMP_NUM_THREADS, MAX_RESTARTS, SHUTDOWN_TIMEOUT and the exit code as in single_node.sh
+#   JOIN_TIMEOUT=600       seconds to wait for the other machines
+#   PYTHON, OMP_NUM_THREADS, MAX_RESTARTS, COMMAND, SHUTDOWN_TIMEOUT and the exit code as in single_node.sh
+#   LOCAL_ADDR=10.0.0.1    the address of this machine for the others (default: the one that leads to RDZV_ENDPOINT)
 #   GLOO_SOCKET_IFNAME=eth0, NCCL_SOCKET_IFNAME=eth0
-#                          the network interface between the machines (`ip -br addr` lists them). Set both, on every
-#                          machine, if a run hangs or fails at its first collective: gloo, which carries rawloop's
-#                          agreements, takes the interface of the address that the host name resolves to (127.0.0.1 or
-#                          127.0.1.1 in many images), and NCCL the first one that is neither loopback nor docker
+#                          the network interface to the others (`ip -br addr` lists them). Default for gloo, which
+#                          carries rawloop's agreements: the one that leads to RDZV_ENDPOINT. NCCL chooses by itself
 #
-# Under SLURM, one task per node; the batch script sets all three and srun starts the rest:
-#
-#   #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
-#   export NNODES=$SLURM_NNODES RDZV_ID=$SLURM_JOB_ID
-#   export RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500
-#   srun bash launch/multi_node.sh configs/higgs_lora.yaml --output runs/higgs
+# launch/slurm.sbatch, launch/kubernetes.yaml and launch/skypilot.yaml set these for their clusters; docs/launching.md.
 set -euo pipefail
 fail() {
     echo "multi_node: $*" >&2
     exit 2
 }
 [ $# -gt 0 ] || fail "usage: NNODES=2 RDZV_ENDPOINT=host:port RDZV_ID=x bash launch/multi_node.sh CONFIG [OVERRIDES...]"
+# What Kubeflow's operators set.
+NNODES=${NNODES:-${PET_NNODES:-}}
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-${PET_MASTER_ADDR:+$PET_MASTER_ADDR:${PET_MASTER_PORT:-29500}}}
 for name in NNODES RDZV_ENDPOINT RDZV_ID; do
     [ -n "${!name:-}" ] || fail "$name is not set (the head of launch/multi_node.sh says what belongs into it)"
 done
@@ -45,5 +43,5 @@ trap '' USR1
 exec "$python" "$root/launch/torchrun.py" \
     --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
     --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID" \
-    --rdzv-conf=join_timeout="${JOIN_TIMEOUT:-600}" \
-    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop train --config "$@"
+    ${LOCAL_ADDR:+--local-addr="$LOCAL_ADDR"} --rdzv-conf=join_timeout="${JOIN_TIMEOUT:-600}" \
+    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop "${COMMAND:-train}" --config "$@"

@@ -8,6 +8,7 @@
 #   OMP_NUM_THREADS=8      CPU threads per process (default: the number of cores divided by NPROC)
 #   MAX_RESTARTS=3         how often to restart all processes when one has died; they resume from the newest
 #                          checkpoint (default: 0)
+#   COMMAND=launch-check   compare the processes instead of training (docs/launching.md)
 #   SHUTDOWN_TIMEOUT=300   seconds from SIGTERM to SIGKILL for the processes (torchrun's default: 30)
 #
 # The exit code is rawloop's: 75 after SIGTERM, SIGUSR1 or a file named STOP in the run folder (docs/checkpoints.md).
@@ -33,4 +34,4 @@ trap '' USR1
 # --standalone uses a free port, so several runs can share a machine.
 exec "$python" "$root/launch/torchrun.py" \
     --standalone --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
-    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop train --config "$@"
+    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout="$SHUTDOWN_TIMEOUT"} -m rawloop "${COMMAND:-train}" --config "$@"

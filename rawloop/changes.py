@@ -236,12 +236,20 @@ def stored_settings(slot: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) and {"config", WORLD_SIZE} <= set(state) else None
 
 
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that all ranks must share."""
+    return {key: value for key, value in flat(dataclasses.asdict(config)).items() if key not in MAY_DIFFER}
+
+
+def code_of_rank() -> dict[str, Any]:
+    """Return the versions and the digest of the code that all ranks must share."""
+    code = {**installed_versions(), "tokenizers": version("tokenizers"), "Python": platform.python_version()}
+    return {**code, "rawloop's source": sha256_files(Path(__file__).parent.rglob("*.py"))[:16]}
+
+
 def check_settings_of_ranks(config: RunConfig, world: World) -> None:
     """Raise UserError on all ranks if their settings, kinds of device or code differ."""
-    code = {**installed_versions(), "tokenizers": version("tokenizers"), "Python": platform.python_version()}
-    source = sha256_files(Path(__file__).parent.rglob("*.py"))[:16]
-    settings = {key: value for key, value in flat(dataclasses.asdict(config)).items() if key not in MAY_DIFFER}
-    world.check_equal({**settings, **code, "rawloop's source": source, "device type": world.device.type}, ADVICE)
+    world.check_equal({**settings_of(config), **code_of_rank(), "device type": world.device.type}, ADVICE)
 
 
 @dataclasses.dataclass
@@ -288,4 +296,4 @@ def contents_of(family: Family, cache: CodeCache | None, samples: Mapping[str, S
         key: given.digests if isinstance(given, SampleIndex) else Digests.of(digests_of(given, clip))
         for key, given in samples.items()
     }
-    return Contents(reading_of(family), source_of(family), digests, samples)
+    return Contents(reading_of(family), source_of(type(family)), digests, samples)

@@ -114,7 +114,7 @@ def checked_with(config: RunConfig, family: Family) -> dict[str, Any]:
         "family": f"{type(family).__module__}:{type(family).__qualname__}",
         "reading": reading_of(family),
         "rawloop": sha256_files(Path(__file__).parent.rglob("*.py")),
-        "source": source_of(family) if own else None,  # of the modules that were imported, which commands differ in
+        "source": source_of(type(family)) if own else None,  # of imported modules, which commands differ in
     }
 
 

@@ -213,6 +213,12 @@ def in_words(error: Exception) -> str:
     return f"{text}{where}" if text else str(error)
 
 
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())
+
+
 def readable(size: int) -> str:
     """Return a number of bytes in MB or kB."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

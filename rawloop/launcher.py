@@ -146,7 +146,8 @@ def _why(error: Exception) -> str:
     if "EADDRINUSE" in text:
         return "another program of this machine has this port: choose another MASTER_PORT"
     if "gloo" in text:
-        return f"{text}: set GLOO_SOCKET_IFNAME on every machine to the network interface between them"
+        here = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+        return f"{text}: set GLOO_SOCKET_IFNAME ({here} here) on every machine to the network interface between them"
     return text
 
 

@@ -110,29 +110,43 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def within(seconds: float, attempt: Callable[[], T]) -> T:
+    """Return what `attempt` returns, which may never end: it runs in a thread that is left alone after that time.
+
+    Raises:
+        TimeoutError: it took longer.
+        Exception: what it raises.
+    """
+    made: list[T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            made.append(attempt())
+        except Exception as error:
+            failed.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not made:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+    return made[0]
+
+
 def ask_store(connect: Callable[[], T], place: str, seconds: float = ANSWER) -> T:
     """Return what `connect` returns, which connects to a store; torch waits for its answer without limit.
 
     Raises:
         RawloopError: what listens there is not a store.
     """
-    made: list[T] = []
-    failed: list[Exception] = []
-
-    def attempt() -> None:
-        try:
-            made.append(connect())
-        except Exception as error:
-            failed.append(error)
-
-    thread = Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if made:
-        return made[0]
-    if failed:
-        raise failed[0]
-    raise RawloopError(f"another program listens at {place}, and not torch's store: choose another port")
+    try:
+        return within(seconds, connect)
+    except TimeoutError as error:
+        what = f"another program listens at {place}, and not torch's store"
+        raise RawloopError(f"{what}: choose another port") from error
 
 
 class Meeting:

@@ -38,6 +38,7 @@ COMMANDS = {
     "verify": "check every file of a run's checkpoints against its digest",
     "replay": "run a kept step again, and find what is wrong with it",
     "precision": "probe the range of numbers in one batch, or compare the precision modes",
+    "launch-check": "check, before anything expensive, that all processes can train together; start it like train",
     "doctor": "check on your own model and data that training does what it says",
 }
 # The first word after a command that does several things.

@@ -30,7 +30,7 @@ from rawloop.config import RunConfig, to_yaml
 from rawloop.diagnose.checks import Report
 from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
-from rawloop.files import readable
+from rawloop.files import existing, readable
 from rawloop.loop import Run, TrainConfig, accumulate, agree_on_window, fetch
 
 FIRST_ROW = "data, model, first pass"
@@ -113,9 +113,7 @@ class Doctor:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = torch.cuda.get_device_name(self.world.device)
             device = f"{name}, bfloat16 {'native' if native else 'not native'}"
-        output = Path(expanduser(self.config.output)).absolute()
-        existing = next(folder for folder in (output, *output.parents) if folder.exists())
-        free = readable(shutil.disk_usage(existing).free)
+        free = readable(shutil.disk_usage(existing(Path(expanduser(self.config.output)))).free)
         return f"Python {platform.python_version()}, {versions}; {device}; {free} free for {self.config.output}"
 
     def first_pass(self) -> str:

@@ -260,6 +260,21 @@ class CompareOptions:
 
 
 @dataclass
+class LaunchCheckOptions:
+    """How long the check may take.
+
+    Args:
+        seconds: how long processes wait for each other to come and to answer, in place of ddp.timeout.
+    """
+
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < 1e6:
+            raise UserError(f"--seconds is {self.seconds:g}: it must be above 0 and below 1,000,000")
+
+
+@dataclass
 class DoctorOptions:
     """What one of the doctor's own processes does.
 

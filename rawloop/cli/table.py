@@ -113,6 +113,11 @@ TABLE: Mapping[str, Row] = MappingProxyType(
             reads=(*MICRO_BATCH, "!adapter.dropout", "optim.*"),
             usual=("model.path", "data.train", "init_from", "device", *BATCH, *TRAINED),
         ),
+        "launch-check": Row(
+            options.LaunchCheckOptions,
+            reads=("*",),  # so that it is started like train
+            usual=(*DATA, "data.codes", "output", "device"),
+        ),
         "doctor": Row(
             options.DoctorOptions,
             reads=(

@@ -233,9 +233,9 @@ def reading_of(family: "Family") -> dict[str, str]:
     return found
 
 
-def source_of(family: "Family") -> str:
-    """Return a digest of the imported source files of a family's package."""
-    package = type(family).__module__.partition(".")[0]
+def source_of(family: type) -> str:
+    """Return a digest of the imported source files of the package of a family's class."""
+    package = family.__module__.partition(".")[0]
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == package]
     files = {Path(str(m.__file__)) for m in modules if getattr(m, "__file__", None)}
     return sha256_files(file for file in files if file.suffix == ".py" and file.is_file())
