@@ -295,8 +295,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(stopped(number)))
     with TemporaryDirectory() as made:
         pass_sigusr1_on(Path(made) / "SIGUSR1")
-        os.environ.setdefault(
-            "TORCHELASTIC_ERROR_FILE", str(Path(made) / "error")
-        )  # else torchrun misses it, at length
+        # Else torchrun says at length that it misses it.
+        os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(Path(made) / "error"))
         code = run(sys.argv[1:], Path(made))
     sys.exit(code)

@@ -23,7 +23,7 @@ from rawloop.records import TIMES
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 RENDEZVOUS = {"NNODES": "2", "RDZV_ENDPOINT": "node0:29500", "RDZV_ID": "run"}
 Done = subprocess.CompletedProcess[str]
 
@@ -127,6 +127,65 @@ def test_multi_node_wants_a_port() -> None:
     done = bash(LAUNCH / "multi_node.sh", "x.yaml", env={**RENDEZVOUS, "RDZV_ENDPOINT": "node0"})
     assert done.returncode == 2
     assert "RDZV_ENDPOINT is 'node0', which lacks a port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "line"),
+    [
+        ("no.such:29500", "no.such:29500 cannot be reached: no host has the name 'no.such' here"),
+        ("192.0.2.1:29500", "192.0.2.1:29500 cannot be reached: nothing answers there"),  # nobody has this address
+        pytest.param(
+            "127.0.0.1:{silent}",
+            "another program listens at 127.0.0.1:{silent}, and not torch's store: choose another port",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "127.0.0.1:{free}",
+            "1 of 2 machines (127.0.0.1) came to 127.0.0.1:{free} in 8 s (JOIN_TIMEOUT): start the same command on the "
+            "others, with the same RDZV_ID=run",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["unknown", "nobody", "taken", "alone"],
+)
+def test_machines_that_do_not_meet_end_with_a_line(endpoint: str, line: str) -> None:
+    with socket.socket() as silent, socket.socket() as free:
+        for each in (silent, free):
+            each.bind(("127.0.0.1", 0))
+        silent.listen()
+        ports = {"silent": silent.getsockname()[1], "free": free.getsockname()[1]}
+        free.close()
+        settings = {**RENDEZVOUS, "RDZV_ENDPOINT": endpoint.format(**ports), "NPROC": "1", "PYTHON": sys.executable}
+        seconds = "8" if "free" in endpoint else "1"
+        start = time.monotonic()
+        done = bash(LAUNCH / "multi_node.sh", "x.yaml", env={**settings, "JOIN_TIMEOUT": seconds}, timeout=200)
+    assert time.monotonic() - start < 150
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"torchrun: {line.format(**ports)}")
+
+
+@pytest.mark.slow
+def test_a_run_that_has_all_its_machines_takes_no_other(config: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = {"NNODES": "1", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "one", "NPROC": "1", "PYTHON": sys.executable}
+    command = ["bash", str(LAUNCH / "multi_node.sh"), str(config), "--output", str(tmp_path / "run")]
+    with (tmp_path / "run.log").open("w") as log:
+        first = psutil.Popen(
+            [*command, "--train.max_steps", "5000"], env={**os.environ, **settings}, stdout=log, stderr=log
+        )
+    try:
+        wait_for_step(tmp_path / "run", 1)
+        second = bash(LAUNCH / "multi_node.sh", str(config), "--output", str(tmp_path / "other"), env=settings)
+    finally:
+        first.terminate()
+        first.wait(timeout=100)
+    assert second.returncode == 2
+    line = "torchrun: the run with RDZV_ID=one trains on all its machines (127.0.0.1): choose another RDZV_ID"
+    assert second.stderr.splitlines()[-1] == line
+    assert not (tmp_path / "other").exists()
 
 
 def run_checks(tree: Path, *arguments: str, failing: str = "nothing") -> tuple[list[str], Done]:
