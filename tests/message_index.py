@@ -65,6 +65,7 @@ PAGES = {
     "listen": "listening.md",
     "loop.py": "correctness.md",
     "losses.py": "families.md",
+    "machines.py": "launching.md",
     "meeting.py": "launching.md",
     "optim": "embedding.md",
     "origin/": "debugging.md",

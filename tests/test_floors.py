@@ -26,6 +26,7 @@ FLOORS = (
             "causes",
             "output",
             "facts",
+            "machines",
             "meeting",
             "launcher",
             "waiting",
@@ -109,7 +110,7 @@ PARTS, FRAME = 1, 2
 
 # What is named -> the only places that may name it. A place is a room, or a path within the package.
 ONLY_IN = {
-    "torch.distributed": ("dist", "launcher", "waiting"),
+    "torch.distributed": ("dist", "launcher", "machines", "waiting"),
     "torch.nn.parallel.DistributedDataParallel": ("dist",),
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),

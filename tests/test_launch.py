@@ -338,9 +338,36 @@ def test_the_cause_is_the_last_line_and_its_exit_code_counts(
         assert line.startswith(f"torchrun: rank {rank} (process {120 + rank}) {start or ''}")
 
 
+def test_a_machine_that_misses_another_ends_with_the_cause_of_its_own_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
+    earlier, first, later = cause("of the start before", 0), cause("rawloop train: a mistake", 7), cause("lost", 60)
+    for place, message in {"0/0": earlier, "1/0": later, "1/1": first, "1/2": "a text of torch's own"}.items():
+        file = tmp_path / "logs" / "test_x" / f"attempt_{place}" / "error.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"message": message}))
+
+    def fail(arguments: list[str]) -> None:
+        (tmp_path / "code").write_text(code)
+        raise RendezvousConnectionError("the store is gone")
+
+    launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    monkeypatch.setenv("RAWLOOP_EXIT_CODE_FILE", "")
+    lines = {
+        "2": "torchrun: rank 1 of this machine: rawloop train: a mistake\n",
+        "75": "torchrun: another machine has ended; exit code 75 of the workers stands\n",
+    }
+    for code, line in lines.items():
+        assert launcher["run"]([], tmp_path) == int(code)
+        assert capsys.readouterr().err == line
+
+
 def test_an_error_of_torchrun_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(arguments: list[str]) -> None:
-        assert arguments == ["--standalone"]
+        assert arguments == [f"--log-dir={tmp_path}/logs", "--standalone"]
         raise RuntimeError("a bug")
 
     launcher = runpy.run_path(str(LAUNCH / "torchrun.py"))

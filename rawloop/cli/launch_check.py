@@ -38,6 +38,7 @@ ROUNDS = 7  # measurements of the clocks and of the network
 APART = 5.0  # seconds that clocks may differ
 DRIVER = Path("/proc/driver/nvidia/version")
 MEMORY = Path("/proc/meminfo")
+KIND = "device type"
 WRONG = ("DIFFERS", "FAILED")
 
 
@@ -89,7 +90,7 @@ def examine(config: RunConfig, world: World, seconds: float) -> list[Row]:
         *(amounts(name, [share.free[name] for share in seen]) for name in seen[0].free if all_have(name, seen)),
         output_row(config.output, world),
         clock_row(world),
-        *network_rows(world, seconds),
+        *network_rows(world, seconds, all(share.code[KIND] == "cuda" for share in seen)),
     ]
 
 
@@ -98,7 +99,7 @@ def examine(config: RunConfig, world: World, seconds: float) -> list[Row]:
 
 def look(config: RunConfig, world: World) -> Seen:
     """Return what this rank sees."""
-    code, family = code_of_rank() | {"CUDA": torch.version.cuda or "none"}, config.model.family
+    code, family = code_of_rank() | {"CUDA": torch.version.cuda or "none", KIND: world.device.type}, config.model.family
     if ":" in family:
         code["the family's source"] = source_of(imported(family, "model.family"))[:16]
     contents, missing = contents_of(config)
@@ -256,10 +257,10 @@ def clock_row(world: World) -> Row:
     return Row("FAILED", "clocks", f"{latest - earliest:,.1f} s apart ({ranks}): set them by NTP")
 
 
-def network_rows(world: World, seconds: float) -> list[Row]:
-    """Sum a number over all ranks, by gloo and on the GPUs, and measure how long that takes."""
+def network_rows(world: World, seconds: float, on_gpus: bool) -> list[Row]:
+    """Sum a number over all ranks, by gloo and, if all ranks are on GPUs, by NCCL, and measure how long that takes."""
     rows = [timed("gloo", lambda: world.sum([1.0]), world)]
-    if world.device.type == "cuda":
+    if on_gpus:
         number = torch.ones(1, device=world.device)
 
         def mean() -> float:
