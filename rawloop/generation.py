@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import transformers
 
 from rawloop.audio import import_torchaudio
 from rawloop.contracts import Family, Sample
-from rawloop.errors import UserError, nearest
+from rawloop.errors import UserError
 from rawloop.families import load_family
 from rawloop.family_protocols import GeneratingFamily, SpeakingFamily
 from rawloop.files import in_words, replace_file
@@ -29,21 +29,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate; see `rawloop generate --help`. `output` is a folder if there are `lines`."""
+    """What to generate; `cli/options.py` has the texts and defaults. `output` is a folder if there are `lines`."""
 
-    texts: list[str] = field(default_factory=list)
-    lines: Path | None = None
-    output: Path | None = None
-    reference: Path | None = None
-    reference_text: str | None = None
-    scene: str | None = None
-    max_seconds: float = 30.0
-    max_tokens: int = 256
-    batch_size: int = 8
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    texts: list[str]
+    lines: Path | None
+    output: Path | None
+    reference: Path | None
+    reference_text: str | None
+    scene: str | None
+    max_seconds: float
+    max_tokens: int
+    batch_size: int
+    seed: int
+    device: str
+    dtype: str
+    sampling: SamplingConfig
 
 
 def generate(trained: Trained, request: Request, say: Say) -> Iterator[str]:
@@ -54,8 +54,6 @@ def generate(trained: Trained, request: Request, say: Say) -> Iterator[str]:
     Raises:
         UserError: the model cannot generate, or a prompt does not fit it.
     """
-    if request.dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype is '{request.dtype}'{nearest(request.dtype, DTYPES)}: auto, {', '.join(DTYPES)}")
     device = choose_device(request.device, 0)
     import_torchaudio()
     family = load_family(trained.model)

@@ -159,6 +159,27 @@ def demo_data(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.fixture
+def demo_config(tmp_path: Path, demo_checkpoint: Path, demo_data: Path) -> Callable[..., Path]:
+    """Give `demo_config(group={key: value}, ...)`: a file with a run on the demo, without a bar, a line per step."""
+
+    def write(**groups: dict[str, Any]) -> Path:
+        settings: dict[str, Any] = {
+            "device": "cpu",
+            "model": {"path": str(demo_checkpoint / "model")},
+            "data": {split: str(demo_data / split) for split in ("train", "eval", "codes")},
+            "train": {"log_every": 1},
+            "records": {"progress": False},
+        }
+        for name, values in groups.items():
+            settings[name] = {**settings.get(name, {}), **values}
+        file = tmp_path / "run.yaml"
+        file.write_text(json.dumps(settings))
+        return file
+
+    return write
+
+
 CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +112,9 @@ def test_slurm_reads_its_settings_before_the_first_command() -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, demo_checkpoint: Path, demo_data: Path) -> Path:
+def config(demo_config: Callable[..., Path]) -> Path:
     """A run of 60 steps on the demo checkpoint, on one machine; each step takes a tenth of a second."""
-    settings = {
-        "device": "cpu",
-        "model": {"path": str(demo_checkpoint / "model")},
-        "data": {split: str(demo_data / split) for split in ("train", "eval", "codes")},
-        "train": {"max_steps": 60, "log_every": 1},
-        "checkpoint": {"save_every": 20},
-        "evaluation": {"every": 1000},
-        "records": {"progress": False},
-    }
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(settings))
-    return file
+    return demo_config(train={"max_steps": 60}, checkpoint={"save_every": 20}, evaluation={"every": 1000})
 
 
 def environment(tmp_path: Path, **more: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -223,18 +223,9 @@ def test_each_check_can_fail(tree: Path, failing: str) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, demo_checkpoint: Path, demo_data: Path) -> Path:
+def config(demo_config: Callable[..., Path]) -> Path:
     """A run of 2 steps on the demo checkpoint."""
-    settings = {
-        "device": "cpu",
-        "model": {"path": str(demo_checkpoint / "model")},
-        "data": {split: str(demo_data / split) for split in ("train", "eval", "codes")},
-        "train": {"max_steps": 2, "log_every": 1},
-        "records": {"progress": False},
-    }
-    file = tmp_path / "two_steps.yaml"
-    file.write_text(json.dumps(settings))  # JSON is YAML
-    return file
+    return demo_config(train={"max_steps": 2})
 
 
 @pytest.mark.slow

@@ -95,20 +95,9 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, demo_checkpoint: Path, demo_data: Path) -> Path:
+def config(demo_config: Callable[..., Path]) -> Path:
     """A run of 12 steps on the demo checkpoint, saved at every fourth."""
-    settings = {
-        "device": "cpu",
-        "model": {"path": str(demo_checkpoint / "model")},
-        "data": {split: str(demo_data / split) for split in ("train", "eval", "codes")},
-        "train": {"max_steps": 12, "log_every": 1},
-        "checkpoint": {"save_every": 4},
-        "evaluation": {"every": 100},
-        "records": {"progress": False},
-    }
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(settings))
-    return file
+    return demo_config(train={"max_steps": 12}, checkpoint={"save_every": 4}, evaluation={"every": 100})
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 200) -> None:
