@@ -5,6 +5,7 @@ The exit code is 75 if a signal or a stop file stopped the command and it can co
 """
 
 import errno
+import gc
 import importlib
 import os
 import select
@@ -13,6 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 from tempfile import mkstemp
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rawloop.causes import leave_cause
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         exit_on_signals(command, CONTINUE[command], os.environ.get(EXIT_CODE_FILE))
     file = Path(os.environ[EXIT_CODE_FILE]) if EXIT_CODE_FILE in os.environ else None
     try:
-        code = call(command, rest)
+        code = call(command, rest, argv is None)
     except Exception as error:
         leave_cause(" ".join(f"{type(error).__name__}: {error}".split()), error, traceback.format_exc())
         raise
@@ -164,7 +166,22 @@ def tell(line: str, error: BaseException, shown: bool = True) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def call(command: str, rest: list[str]) -> int:
+def imported(command: str, own_process: bool) -> ModuleType:
+    """Import a command's module. In a process of its own, without collecting garbage meanwhile: what is imported stays,
+    and the collector would look at it again and again (docs/benchmarks.md).
+    """
+    name = f"rawloop.cli.{command.replace('-', '_')}"
+    if not own_process:
+        return importlib.import_module(name)
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def call(command: str, rest: list[str], own_process: bool) -> int:
     """Run a command and return its exit code. A failure is explained in one line."""
     try:
         broken = next((word for word in rest if word.encode(errors="ignore").decode() != word), None)
@@ -176,7 +193,7 @@ def call(command: str, rest: list[str]) -> int:
 
             print(help_of(name, COMMANDS[command], ACTIONS.get(name, ()), is_all="all" in rest), flush=True)
             return 0
-        importlib.import_module(f"rawloop.cli.{command.replace('-', '_')}").run(rest)
+        imported(command, own_process).run(rest)
     except RawloopError as error:
         shown = error.is_reporter
         quoted = " ".join(str(error).splitlines())  # it may quote several lines

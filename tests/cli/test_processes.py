@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -83,3 +85,13 @@ def test_a_rank_that_never_comes_is_named(ranks: Callable[..., list[Any]], confi
 
 def kill(rank: int, processes: list[int]) -> None:
     os.kill(processes[rank], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_command_of_its_own_process_is_imported_without_collecting_garbage(own: bool) -> None:
+    script = (
+        f"import gc, rawloop.cli as cli; cli.imported('train', {own}); print(gc.isenabled(), gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    enabled, frozen = done.stdout.split()
+    assert (enabled, int(frozen) > 100_000) == ("True", own)
