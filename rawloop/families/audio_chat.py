@@ -26,8 +26,9 @@ from rawloop.families import ModelConfig, shared
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
 from rawloop.families.generating import generate_text
 from rawloop.families.loading import load_weights
+from rawloop.families.packing import check_packing, packed
 from rawloop.families.sample_checks import Letters, check_control, check_conversation, check_no_tools, control_pattern
-from rawloop.families.shared import TextFamily, check_length, labels_of, load_parts, padded, text_batch
+from rawloop.families.shared import TextFamily, check_length, documents, labels_of, load_parts, padded, text_batch
 from rawloop.family_protocols import Generated
 from rawloop.settings import SamplingConfig
 
@@ -192,6 +193,7 @@ class AudioChat(TextFamily):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        self.packing = False
         files = "processor_config.json or tokenizer.json"
         self.settings, self.processor = load_parts(config, self.processor_class, files)
         text_settings: Any = self.settings.get_text_config()
@@ -214,27 +216,35 @@ class AudioChat(TextFamily):
 
     def load_model(self, path: str | None = None) -> nn.Module:
         """Load the model in its stored dtype; see `load_weights`."""
-        return load_weights(AutoModelForMultimodalLM, self.config, path)
+        model = load_weights(AutoModelForMultimodalLM, self.config, path)
+        if self.packing:
+            check_packing(self, model, self._probe(2), self.config)
+        return model
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Make a micro-batch, padded on the right with the end of turn. Clips are in the order of the rows.
+        """Make a micro-batch, padded on the right with the end of turn, or packed. Clips are in the order of examples.
 
         Clips have their own mask among the features. A batch without audio has no features, and the model runs its
         language model alone.
         """
-        # Checkpoints may have no padding token, or use the audio token for it. Any other token will do.
-        input_ids = padded([e.input_ids for e in examples], self.encoder.end_of_turn)
         heard = [e.features for e in examples if e.features]
         features = {name: joined([clips[name] for clips in heard]) for name in (heard[0] if heard else ())}
-        labels = padded([e.labels for e in examples], IGNORE)
-        return text_batch({"input_ids": input_ids, **features}, labels, examples)
+        rows, labels = [e.input_ids for e in examples], [e.labels for e in examples]
+        if self.packing:
+            return text_batch({**packed(rows), **features}, torch.cat(labels)[None], examples)
+        # Checkpoints may have no padding token, or use the audio token for it. Any other token will do.
+        input_ids = padded(rows, self.encoder.end_of_turn)
+        return text_batch({"input_ids": input_ids, **features}, padded(labels, IGNORE), examples)
 
     def probe(self) -> Batch:
         """Return a fixed small batch, a second of noise and some words, to compare two versions of a model."""
+        return self._probe(1)
+
+    def _probe(self, count: int) -> Batch:
         question = Turn("user", (Audio(Path("noise")), Text("One two three?")))
         sample = Sample("probe", (question, Turn("assistant", (Text("Four five six."),), trained=True)))
         noise = 0.1 * torch.randn(self.encoder.sample_rate, generator=torch.Generator().manual_seed(0))
-        return self.collate([self.encoder.encode(sample, [noise])])
+        return self.collate([self.encoder.encode(sample, [noise])] * count)
 
     def generate(
         self,
@@ -281,7 +291,9 @@ class AudioChat(TextFamily):
         quiet = {n: 1 - x for n, x in batch.inputs.items() if x.is_floating_point() and "mask" not in n}
         if not quiet:
             return changed
-        clips = batch.inputs["input_ids"] == self.clip_token
-        after_clip = {"text": clips.cumsum(1).flatten()[batch.labels["text"].positions] > 0}
+        clips, document = (batch.inputs["input_ids"] == self.clip_token).flatten(), documents(batch)
+        # counted from the first position of each document
+        heard = clips.cumsum(0) - (clips.cumsum(0) - clips.long())[torch.searchsorted(document, document)]
+        after_clip = {"text": heard[batch.labels["text"].positions] > 0}
         only_clips = Context(replace(batch, inputs=batch.inputs | quiet), after_clip)
         return changed._replace(contexts={**changed.contexts, "clips": only_clips})

@@ -4,7 +4,6 @@ In plain text every token after the first is learnt, and the end of text. In a c
 token that ends each of them are learnt.
 """
 
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rawloop.contracts import IGNORE, Batch, Piece, Sample, Special
 from rawloop.errors import UserError
-from rawloop.families import ModelConfig, shared
+from rawloop.families import ModelConfig, packing, shared
 from rawloop.families.chat_template import ChatTemplate, Messages, control_tokens
 from rawloop.families.generating import generate_text
 from rawloop.families.loading import load_weights
+from rawloop.families.packing import check_causality, check_packing, packed
 from rawloop.families.sample_checks import Letters, check_control, check_conversation, control_pattern
 from rawloop.families.shared import TextFamily, check_length, labels_of, load_parts, padded, text_batch
 from rawloop.family_protocols import Generated
@@ -29,7 +29,6 @@ from rawloop.settings import SamplingConfig
 
 ROLES = ("system", "user", "assistant", "tool")
 EXTRA = 8  # more special tokens than any tokenizer adds to a text
-PACKED_ATTENTION = ("sdpa", "eager")
 PROBES = ("One two three four five six.", "Seven eight nine ten eleven twelve.")
 
 
@@ -193,22 +192,16 @@ class CausalLM(TextFamily):
         """Load the model; see `load_weights`. Test its causality where that is uncertain."""
         model = load_weights(AutoModelForCausalLM, self.config, path)
         if self.packing:
-            self._check_packing(model)
-        if self.packing or (not self.decoder and self.config.attention in PACKED_ATTENTION):
-            self._check_causality(model)
+            check_packing(self, model, self.probe(), self.config)
+        elif not self.decoder and self.config.attention in packing.ATTENTION:
+            check_causality(self, model, self.probe(), "it is no causal model (is_decoder in its config.json)")
         return model
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Make a micro-batch: a row per example, padded on the right, or one row of all examples.
-
-        In a packed row, positions start at 0 with every example. From them transformers makes each layer's mask (full,
-        sliding window), which separates the examples. A mask of ours would be the same for all layers.
-        """
+        """Make a micro-batch: a row per example, padded on the right, or one row of all examples."""
         rows, labels = [e.input_ids for e in examples], [e.labels for e in examples]
         if self.packing:
-            positions = torch.cat([torch.arange(len(row)) for row in rows])
-            inputs = {"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}
-            return text_batch(inputs, torch.cat(labels), examples)
+            return text_batch(packed(rows), torch.cat(labels)[None], examples)
         padding = self.tokenizer.pad_token_id or 0  # any id: no token attends to it
         return text_batch({"input_ids": padded(rows, padding)}, padded(labels, IGNORE), examples)
 
@@ -262,36 +255,3 @@ class CausalLM(TextFamily):
             found.append(Piece(role, "text", text, end - start, targets))
             start = end
         return found
-
-    def _check_packing(self, model: Any) -> None:
-        if self.config.attention not in PACKED_ATTENTION:
-            raise UserError(
-                f"data.packing is true and model.attention is '{self.config.attention}': packing is tested with "
-                f"{' and '.join(PACKED_ATTENTION)} only; set one of them"
-            )
-        if "position_ids" not in inspect.signature(model.forward).parameters:
-            raise UserError(
-                f"data.packing is true, and {type(model).__name__} takes no position_ids: set data.packing to false"
-            )
-
-    def _check_causality(self, model: nn.Module) -> None:
-        """Refuse a model whose predictions depend on later tokens, or, packed, on other documents (recurrent layers).
-
-        Layers mask in many ways, so the model itself is tested.
-        """
-        batch = self.probe()
-        changed = self.perturb(batch)
-        with torch.no_grad():
-            moved = (self.logits(model, changed.batch)["text"] - self.logits(model, batch)["text"]).abs()
-        earlier = changed.earlier["text"]
-        leak = float(moved[earlier].max())
-        # A mask is exact. But experts compute the tokens of all documents together, which may round differently.
-        bound = 0.05 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
-        if leak > bound * float(moved[~earlier].max()):
-            fix = (
-                "set data.packing to false" if self.packing else "it is no causal model (is_decoder in its config.json)"
-            )
-            raise UserError(
-                f"{self.config.path}: predictions of {type(model).__name__} see later words"
-                f"{' or other documents of their row' if self.packing else ''}, which move logits by {leak:.2g}: {fix}"
-            )

@@ -90,8 +90,7 @@ class Measured(NamedTuple):
 
 
 def layouts(family: str) -> list[Layout]:
-    orders = ("padded", "bucketed", "packed") if family == "causal_lm" else ("padded", "bucketed")
-    return [Layout(*shape, order) for order in orders for shape in SHAPES]
+    return [Layout(*shape, order) for order in ("padded", "bucketed", "packed") for shape in SHAPES]
 
 
 # -- models and data ---------------------------------------------------------------------------------------------

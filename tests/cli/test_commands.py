@@ -131,6 +131,14 @@ def test_without_evaluation_the_training_is_the_same(
     assert weights_of(run, 3) == weights_of(trained / "run", 3)
 
 
+def test_a_packed_run_learns_the_same(door: Door, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert door("train", "--config", trained / "run.yaml", "--output", run, "--data.packing", "true").code == 0
+    for packed, padded in zip(metrics_of(run), metrics_of(trained / "run"), strict=True):
+        for key in {"loss", "loss/audio", "grad_norm", "eval_loss"} & set(padded):
+            assert packed[key] == pytest.approx(padded[key], rel=1e-5), key
+
+
 def test_a_run_in_full_stores_a_model(door: Door, config: Path, tmp_path: Path) -> None:
     done = door("train", "--config", config, "--adapter.mode", "full", "--train.max_steps", "1")
     assert done.code == 0

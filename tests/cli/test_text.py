@@ -120,14 +120,8 @@ def test_packed_and_padded_runs_learn_the_same(door: Door, config: Path, tmp_pat
         assert packed == pytest.approx(padded, rel=1e-5)
 
 
-def test_what_a_text_model_cannot_take_is_one_line(
-    refusal: Refusal, config: Path, tmp_path: Path, demo_checkpoint: Path
-) -> None:
+def test_what_a_text_model_cannot_take_is_one_line(refusal: Refusal, config: Path, tmp_path: Path) -> None:
     assert "models of the family CausalLM need no codes: train without" in refusal("prepare", "--config", config)
-    higgs = ["--model.path", demo_checkpoint / "model", "--data.packing", "true"]
-    assert "data.packing is true, and the family HiggsAudioV2 cannot pack: set it to false" in refusal(
-        "train", "--config", config, *higgs
-    )
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"id": "b", "text": "one<|im_end|>two"}\n')
     complaint = refusal("train", "--config", config, "--data.train", tmp_path / "bad.jsonl")
     reason = "sample 'b' (bad.jsonl line 2): its text contains the control token <|im_end|>: take it out"

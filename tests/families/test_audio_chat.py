@@ -280,6 +280,18 @@ def test_batching_and_padding_change_no_gradient(family: AudioChat, examples: li
     assert difference(whole, split) < 1e-12  # measured: 4e-15
 
 
+def test_a_packed_row_learns_the_same(checkpoint: Path, family: AudioChat, examples: list[Example]) -> None:
+    packed = load_family(ModelConfig(path=str(checkpoint)))
+    assert isinstance(packed, AudioChat)
+    packed.packing = True
+    batch = packed.collate(examples)
+    assert batch.inputs["input_ids"].shape == (1, sum(len(example.input_ids) for example in examples))
+    assert difference(gradients(family, [examples]), gradients(packed, [examples])) < 1e-12
+    changed, contexts = packed.perturb(batch), family.perturb(family.collate(examples)).contexts
+    assert torch.equal(changed.contexts["clips"].later["text"], contexts["clips"].later["text"])
+    assert probe(packed, exact(packed).eval(), batch, nullcontext)["text"].outcome() == "PASS"
+
+
 def test_a_sample_without_audio(family: AudioChat, examples: list[Example]) -> None:
     silent = [e for e in examples if not e.features]
     assert len(silent) == 3

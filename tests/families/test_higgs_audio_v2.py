@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rawloop.contracts import IGNORE, Audio, Batch, Sample, Text, Turn
 from rawloop.data import DataConfig
 from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
+from rawloop.diagnose.causality import probe
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
@@ -163,6 +165,39 @@ def test_padding_and_batching_change_nothing(family: HiggsAudioV2, model: Any, c
         total = sum(float(losses[stream].total) for losses in single)
         assert float(whole[stream].total) == pytest.approx(total, rel=1e-13)
         assert whole[stream].targets == sum(losses[stream].targets for losses in single)
+
+
+def test_a_packed_row_learns_the_same_and_its_examples_do_not_see_each_other(
+    demo_checkpoint: Path, family: HiggsAudioV2, codes: Callable[[Path], Tensor]
+) -> None:
+    packed = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
+    assert isinstance(packed, HiggsAudioV2)
+    packed.packing = True
+    exact = packed.load_model().double().eval()
+    examples = two_of_each(family, codes)
+    batch = packed.collate(examples)
+    assert batch.inputs["input_ids"].shape == (1, sum(len(example.input_ids) for example in examples))
+    with torch.no_grad():
+        padded, rows = family.losses(exact, family.collate(examples)), packed.losses(exact, batch)
+    for stream in ("audio", "text"):
+        assert float(rows[stream].total) == pytest.approx(float(padded[stream].total), rel=1e-13)
+        assert rows[stream].targets == padded[stream].targets
+    moved = probe(packed, exact, batch, nullcontext)
+    assert {stream: movement.outcome() for stream, movement in moved.items()} == {"audio": "PASS", "text": "PASS"}
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
+    assert isinstance(family, HiggsAudioV2)
+    family.packing = True
+    # its attention is told nothing of the positions
+    monkeypatch.setattr(
+        "transformers.models.higgs_audio_v2.modeling_higgs_audio_v2.create_causal_mask", lambda **inputs: None
+    )
+    with pytest.raises(UserError, match=r"see later words or other documents of their row, .* set data.packing to fal"):
+        family.load_model()
 
 
 def test_every_prediction_sees_only_its_past(family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]) -> None:

@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file, save_model
 
 from rawloop.cli import main
+from rawloop.components import build_family
+from rawloop.config import RunConfig
 from rawloop.contracts import Family, has
+from rawloop.data.config import DataConfig
 from rawloop.demo import SPEECH
 from rawloop.errors import CheckpointError, UserError
 from rawloop.families import REQUIRED, ModelConfig, load_family
@@ -315,3 +318,10 @@ def test_a_loss_that_is_wrong_is_found_without_the_optional_methods(
     data = ["--data.train=data.jsonl", "--data.eval=data.jsonl", "--train.batch_size=2", "--adapter.mode=full"]
     assert main(["train", "--device=cpu", "--model.family=mine_for_tests:Own", *data, "--output=run"]) == 1
     assert "DEAD, its gradient is zero in every trained weight" in capsys.readouterr().err
+
+
+def test_a_family_that_cannot_pack_is_not_told_to(write: Callable[..., Path]) -> None:
+    write(WHOLE)
+    config = RunConfig(model=ModelConfig(path="any", family="mine_for_tests:Own"), data=DataConfig(packing=True))
+    with pytest.raises(UserError, match=r"data.packing is true, and the family Own cannot pack: set it to false"):
+        build_family(config)

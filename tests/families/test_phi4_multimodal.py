@@ -209,6 +209,18 @@ def test_batching_and_padding_change_no_gradient(family: Phi4Multimodal) -> None
         torch.testing.assert_close(gradient, split[name], rtol=1e-10, atol=1e-14 * largest, msg=name)
 
 
+def test_a_packed_row_has_the_same_loss(family: Phi4Multimodal, checkpoint: Path) -> None:
+    packed = load_family(ModelConfig(path=str(checkpoint)))
+    assert isinstance(packed, Phi4Multimodal)
+    packed.packing = True
+    examples = [family.example(said(*CLIPS[k : k + k % 3]), no_codes) for k in range(5)]
+    model = exact(packed).eval()
+    with torch.no_grad():
+        rows, padded = (one.losses(model, one.collate(examples))["text"] for one in (packed, family))
+    assert float(rows.total) == pytest.approx(float(padded.total), rel=1e-12)
+    assert probe(packed, model, packed.collate(examples), nullcontext)["text"].outcome() == "PASS"
+
+
 def test_no_prediction_notices_what_comes_later_and_each_notices_the_clip(family: Phi4Multimodal) -> None:
     batch = family.collate([family.example(said(*CLIPS[:2]), no_codes), family.example(said(CLIPS[3]), no_codes)])
     moved = probe(family, family.load_model(), batch, nullcontext)["text"]

@@ -23,7 +23,8 @@ from rawloop.families import ModelConfig, check_path, local_folder, read_json
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
 from rawloop.families.higgs_audio_v2.speaking import speak
 from rawloop.families.loading import library_errors, load_from, load_weights
-from rawloop.families.shared import BaseFamily, load_parts, perturbed, rows_of
+from rawloop.families.packing import check_packing
+from rawloop.families.shared import BaseFamily, documents, load_parts, perturbed
 from rawloop.family_protocols import CodecInfo, Generated
 from rawloop.files import hash_folder
 from rawloop.losses import exact, without_adapter
@@ -44,6 +45,7 @@ class HiggsAudioV2(BaseFamily):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, STREAMS)
+        self.packing = False
         self.settings, self.tokenizer = load_parts(config, AutoTokenizer, "tokenizer.json or tokenizer_config.json")
         self._check_settings()
         self.num_ids = {"audio_input_ids": self.settings.codebook_size}
@@ -66,9 +68,12 @@ class HiggsAudioV2(BaseFamily):
 
     def load_model(self, path: str | None = None) -> nn.Module:
         """Load the model in its stored dtype, with the text head if the text stream has a weight."""
-        return load_weights(
+        model = load_weights(
             HiggsAudioV2ForConditionalGeneration, self.config, path, NO_TEXT_HEAD, use_text_head="text" in self.streams
         )
+        if self.packing:
+            check_packing(self, model, self._probe(2), self.config)
+        return model
 
     def _codec_folder(self) -> Path:
         """Return the folder of the codec: `model.codec`, or the codec in the checkpoint's processor_config.json."""
@@ -146,17 +151,18 @@ class HiggsAudioV2(BaseFamily):
         return codec, info
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Make a micro-batch, padded on the right. Under a causal mask this needs no attention mask."""
-        padded = self.encoder.pad(examples)
-        labels = {"audio": self._audio_labels(padded), "text": Labels.shifted(padded["labels"])}
+        """Make a micro-batch: padded on the right, which needs no attention mask under a causal mask, or packed."""
+        made = self.encoder.pack(examples) if self.packing else self.encoder.pad(examples)
+        labels = {"audio": self._audio_labels(made), "text": Labels.shifted(made["labels"])}
         labels = {stream: labels[stream] for stream in self.streams}
         targets = {stream: int((pair.targets != IGNORE).sum()) for stream, pair in labels.items()}
-        return Batch({name: padded[name] for name in INPUTS}, labels, targets, [e.id for e in examples])
+        names = [name for name in (*INPUTS, "position_ids") if name in made]
+        return Batch({name: made[name] for name in names}, labels, targets, [e.id for e in examples])
 
-    def _audio_labels(self, padded: dict[str, Tensor]) -> Labels:
-        places = self._placeholders(padded["input_ids"])
+    def _audio_labels(self, made: dict[str, Tensor]) -> Labels:
+        places = self._placeholders(made["input_ids"])
         positions = places.flatten().nonzero().squeeze(1)  # row by row, as the model fills them
-        targets = padded["audio_labels"][padded["audio_input_ids_mask"]]
+        targets = made["audio_labels"][made["audio_input_ids_mask"]]
         scored = (targets != IGNORE).any(1)
         return Labels(positions[scored] - 1, targets[scored])
 
@@ -190,10 +196,13 @@ class HiggsAudioV2(BaseFamily):
 
     def probe(self) -> Batch:
         """Return a fixed small batch with random codes, to compare two versions of a model by their logits."""
+        return self._probe(1)
+
+    def _probe(self, count: int) -> Batch:
         turns = (Turn("user", (Text("One two three."),)), Turn("assistant", (Audio(Path("probe")),), trained=True))
         generator = torch.Generator().manual_seed(0)
         codes = torch.randint(self.settings.audio_stream_bos_id, (25, self.settings.num_codebooks), generator=generator)
-        return self.collate([self.example(Sample("probe", turns), lambda _: codes)])
+        return self.collate([self.example(Sample("probe", turns), lambda _: codes)] * count)
 
     def generate(
         self,
@@ -262,7 +271,7 @@ class HiggsAudioV2(BaseFamily):
             other[real] = torch.where(where[places][:, None], (frames[real] + size // 2) % size, frames[real])
             return {"input_ids": torch.where(where & ~places, other_text, ids), "audio_input_ids": other}
 
-        return perturbed(batch, {"audio": codes, "text": ids.flatten()}, rows_of(ids), "tokens and codes", change)
+        return perturbed(batch, {"audio": codes, "text": ids.flatten()}, documents(batch), "tokens and codes", change)
 
     def _placeholders(self, ids: Tensor) -> Tensor:
         """Return a mask of the positions of clips."""

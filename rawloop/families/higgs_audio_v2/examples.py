@@ -16,6 +16,7 @@ from rawloop.contracts import IGNORE, Audio, Sample, Text, Turn
 from rawloop.errors import UserError
 from rawloop.families import shared
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
+from rawloop.families.packing import packed
 from rawloop.families.sample_checks import Letters, check_control, check_no_tools, control_pattern
 from rawloop.families.shared import check_length, padded
 
@@ -212,6 +213,17 @@ class HiggsEncoder:
         inputs = stream.gather(0, place.clamp(0, frames + 1))
         learnt = (place > 0) & (place < frames + 2) & trained
         return inputs, torch.where(learnt, inputs, IGNORE)
+
+    def pack(self, examples: list[Example]) -> dict[str, Tensor]:
+        """Concatenate examples into one row of text and one of audio. Returns tensors as `pad` does, and positions."""
+        frames = torch.cat([e.audio_input_ids for e in examples])
+        return {
+            **packed([e.input_ids for e in examples]),
+            "labels": torch.cat([e.labels for e in examples])[None],
+            "audio_input_ids": frames[None],
+            "audio_input_ids_mask": torch.ones(1, len(frames), dtype=torch.bool),
+            "audio_labels": torch.cat([e.audio_labels for e in examples])[None],
+        }
 
     def pad(self, examples: list[Example], side: str = "right") -> dict[str, Tensor]:
         """Pad examples into the tensors that the processor returns: text on `side`, audio always on the right.
