@@ -5,13 +5,14 @@ restored last, because building draws from them.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
@@ -29,6 +30,7 @@ from rawloop.components import (
     build_family,
     build_loader,
     build_model,
+    build_optimizer,
     decide_find_unused,
     read_data,
 )
@@ -45,7 +47,7 @@ from rawloop.listen.listener import Listener
 from rawloop.listening import build_listener
 from rawloop.loop import Run
 from rawloop.losses import LossModule, Meter
-from rawloop.optim import build_optimizer, lr_at
+from rawloop.optim import check_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.planning import advice, build_plan, evaluation_groups, plan_lines, rehearse, within_memory
 from rawloop.precision.policy import PrecisionPolicy
@@ -133,6 +135,7 @@ class Ready:
     limits: Limits
     total_steps: int
     listener: Listener | None
+    optimizer: Optimizer = field(init=False)  # of the mode that the trial ends with
 
     @property
     def train(self) -> Loader:
@@ -180,6 +183,7 @@ def _prepare(
     ready.module.train()
     first = f"a micro-batch of the samples {ready.first_ids()}"
     trial = within_memory(partial(preflight, ready.policy, ready.first_loss), world, first, advice(config))
+    ready.optimizer = build_optimizer(config, ready.policy, world)
     say(f"precision: {'; '.join([f'{ready.policy.name} ({ready.policy.reason})', *ready.policy.remedies])}")
     return ready, trial
 
@@ -192,6 +196,7 @@ def _prepare_rank(
             f"ddp.static_graph is true and train.accumulation is {config.train.accumulation}: DDP fails on a static "
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
+    check_optimizer(config.optim, world.device)
     evaluates = config.evaluation.enabled
     if config.data.num_workers:
         check_descriptors(config.data.num_workers * (2 if evaluates else 1), SPARE)
@@ -259,7 +264,7 @@ def _assemble(
     model = ModelFiles(ready.model, ready.data.family.load_model, ready.base, buffers.places)
     policy, records = ready.policy, Records(folder, world, config.records, settings=asdict(config))
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
-    optimizer = build_optimizer(policy.named_parameters(), config.optim)
+    optimizer = ready.optimizer
     policy.adopt(optimizer)
     state, meter, evaluation = TrainState(), Meter(), config.evaluation
     best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience)

@@ -54,6 +54,7 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
                 "data task refs_in_scene references reference_seconds default_scene train_turns",
                 "data max_seconds min_seconds packing shuffle",
                 "precision trainable_dtype",
+                "optim name",
                 "evaluation best_metric best_mode",
             ),
             FIXED,

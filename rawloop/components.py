@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from torch.optim import Optimizer
 
+from rawloop import optim
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import add_adapter
 from rawloop.audio import import_torchaudio
@@ -34,6 +35,7 @@ from rawloop.families.sample_checks import check_repeatable
 from rawloop.family_protocols import PackingFamily
 from rawloop.files import sha256_files
 from rawloop.losses import LossModule
+from rawloop.precision.masters import check_averaging
 from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
@@ -148,6 +150,19 @@ def build_model(
     model = policy.prepare(model)
     seed_all(config.seed, world.rank)
     return model, policy, base
+
+
+def build_optimizer(config: RunConfig, policy: PrecisionPolicy, world: World) -> Optimizer:
+    """Build the optimizer over what the policy trains. Refuse one that does not go with its masters, on all ranks."""
+
+    def build() -> Optimizer:
+        optimizer = optim.build_optimizer(policy.named_parameters(), config.optim)
+        check_averaging(optimizer, policy.trained)
+        return optimizer
+
+    optimizer = world.on_all_ranks(build)
+    assert optimizer is not None
+    return optimizer
 
 
 def build_evaluator(

@@ -16,7 +16,7 @@ from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place
 from rawloop.losses import LossModule, Meter, weighted_mean
-from rawloop.optim import set_lr
+from rawloop.optim import set_lr, use_trained
 from rawloop.precision.gradients import ELSEWHERE, StepResult
 from rawloop.preempt import first_reason
 from rawloop.progress import Progress
@@ -65,6 +65,7 @@ def train(run: Run) -> TrainState:
                 continue
             window, targets, samples = agree_on_window(run, fetched)
             run.buffers = find_buffers(run, window[0]) if run.buffers is None else run.buffers
+            use_trained(run.optimizer)
             set_lr(run.optimizer, run.lr(state.step))
             with run.watch.step(run, window, targets) if run.watch else nullcontext():
                 accumulate(run, window, targets)

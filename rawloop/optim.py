@@ -1,29 +1,197 @@
-"""AdamW, and the learning rate as a function of the step."""
+"""The optimizer, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
+from rawloop.errors import UserError
 from rawloop.settings import OptimConfig as OptimConfig
 
+Groups = list[dict[str, Any]]
+TRAINED = "trained"  # the weights that train, in the state of an optimizer whose average stands in the model
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> AdamW:
-    """Return fused AdamW over trainable parameters.
+
+class Kind(NamedTuple):
+    """One optimizer: how it is built, the package that it needs, the devices that it works on, the nearest without."""
+
+    build: Callable[[Groups, OptimConfig], Optimizer]
+    package: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps")
+    nearest: str = "adamw"
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon and AdamW as one optimizer, which has the groups and the state of both.
+
+    Raises:
+        ValueError: a weight for Muon is no matrix.
+    """
+
+    def __init__(self, muon: Muon, adamw: Optimizer) -> None:
+        self._parts = [(muon, muon.param_groups), (adamw, adamw.param_groups)]
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all weights. The closure, if any, is called once before."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer, groups in self._parts:
+            optimizer.state, optimizer.param_groups = self.state, groups
+            optimizer.step()
+        return loss
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """An optimizer whose average of the weights is to be evaluated and saved, such as those of schedulefree."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def eval(self) -> None:
+        """Put the average into the model."""
+
+    def train(self) -> None:
+        """Put the weights that train into the model."""
+
+
+def _adamw(groups: Groups, config: OptimConfig) -> Optimizer:
+    fused = all(p.device.type in ("cpu", "cuda", "mps") for group in groups for p in group["params"])
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+
+
+def _adafactor(groups: Groups, config: OptimConfig) -> Optimizer:
+    return Adafactor(groups, lr=config.lr)
+
+
+def _muon(groups: Groups, config: OptimConfig) -> Optimizer:
+    hidden, others = ([group for group in groups if group["hidden"] == flag] for flag in (True, False))
+    if not hidden:
+        raise UserError("optim.name is 'muon', and no matrix of a hidden layer is trained: take adamw")
+    # With this factor an update is as large as one of AdamW, so both share a learning rate and weight decay.
+    muon = Muon(hidden, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(muon, _adamw(others, config)) if others else muon
+
+
+def _library(module: str, name: str) -> Callable[[Groups, OptimConfig], Optimizer]:
+    """Return a function that builds an optimizer of a library, which it imports."""
+
+    def build(groups: Groups, config: OptimConfig) -> Optimizer:
+        options = {} if name == "Lion" else {"eps": config.eps}
+        kind = getattr(import_module(module), name)
+        optimizer: Optimizer = kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), **options)
+        return optimizer
+
+    return build
+
+
+BITSANDBYTES = "bitsandbytes.optim"
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "adamw": Kind(_adamw),
+        "adamw_8bit": Kind(_library(BITSANDBYTES, "AdamW8bit"), "bitsandbytes", ("cpu", "cuda"), "adafactor"),
+        "paged_adamw_8bit": Kind(_library(BITSANDBYTES, "PagedAdamW8bit"), "bitsandbytes", ("cuda",), "adamw_8bit"),
+        "adafactor": Kind(_adafactor),
+        "lion": Kind(_library(BITSANDBYTES, "Lion"), "bitsandbytes", ("cpu", "cuda")),
+        "muon": Kind(_muon),
+        "schedule_free": Kind(_library("schedulefree", "AdamWScheduleFree"), "schedulefree"),
+    }
+)
+
+
+def check_optimizer(config: OptimConfig, device: torch.device) -> None:
+    """Build the optimizer for two small weights on a device, and make an update.
+
+    Raises:
+        UserError: a package is missing, or the optimizer does not work on the device.
+    """
+    kind, asked = KINDS[config.name], f"optim.name is '{config.name}'"
+    if kind.package and find_spec(kind.package) is None:
+        free = kind.nearest if not KINDS[kind.nearest].package else "adamw"
+        raise UserError(
+            f"{asked}, which needs {kind.package}, and that is not installed: run `pip install "
+            f"'rawloop[{kind.package}]'`, or take {free}, which needs nothing"
+        )
+    if device.type not in kind.devices:
+        where = " and ".join(kind.devices)
+        raise UserError(
+            f"{asked}, which works on {where}, and the device is {device.type}: take {kind.nearest}, or set device"
+        )
+    weights = [nn.Parameter(torch.ones(64, 64, device=device)), nn.Parameter(torch.ones(64, device=device))]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    try:
+        optimizer = build_optimizer([("hidden.weight", weights[0]), ("hidden.bias", weights[1])], config)
+        use_trained(optimizer)
+        optimizer.step()
+    except Exception as error:
+        line = str(error).strip().splitlines()[:1]
+        raise UserError(
+            f"{asked}, and its update fails on this {device.type} ({type(error).__name__}: {''.join(line)}): "
+            f"take adamw{f', or install another version of {kind.package}' if kind.package else ''}"
+        ) from error
+    if not all(bool((weight.isfinite() & (weight != 1)).all()) for weight in weights):
+        raise UserError(f"{asked}, and its update changes no weight on this {device.type}: take adamw")
+
+
+def is_hidden(name: str, weight: nn.Parameter) -> bool:
+    """Return whether a weight is a matrix of a hidden layer, by its name: not of an embedding or a head."""
+    apart = any("embed" in part or part.endswith("head") or part in ("wte", "wpe") for part in name.split("."))
+    return weight.ndim == 2 and not apart
+
+
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
+    """Return the optimizer over trainable parameters. AdamW is the fused one.
 
     Args:
         named: `PrecisionPolicy.named_parameters()`, or a model's.
-        config: learning rate, betas and weight decay. Only matrices decay.
+        config: name, learning rate, betas and weight decay. Only matrices decay.
+
+    Raises:
+        UserError: `muon` has no matrix of a hidden layer.
     """
-    trainable = [parameter for _, parameter in named if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in trainable)
-    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    is_muon, groups = config.name == "muon", []
+    for hidden, matrix in ((True, True), (False, True), (False, False)):
+        held = [p for n, p in trainable if (p.ndim >= 2, is_muon and is_hidden(n, p)) == (matrix, hidden)]
+        if held:
+            decay = config.weight_decay if matrix else 0.0
+            groups.append({"params": held, "weight_decay": decay, **({"hidden": hidden} if is_muon else {})})
+    return KINDS[config.name].build(groups, config)
+
+
+@torch.no_grad()
+def use_average(optimizer: Optimizer) -> None:
+    """Put the average of an `Averaging` optimizer into the model, and keep the weights that train. Others do nothing.
+
+    The weights are kept in the optimizer's state, and so in checkpoints: the library would compute them again from the
+    average, with other roundings.
+    """
+    if isinstance(optimizer, Averaging):
+        for weight, state in optimizer.state.items():
+            if state and TRAINED not in state:
+                state[TRAINED] = weight.detach().clone()
+        optimizer.eval()
+
+
+@torch.no_grad()
+def use_trained(optimizer: Optimizer) -> None:
+    """Put back the weights that `use_average` has kept, bit for bit. Other optimizers do nothing."""
+    if isinstance(optimizer, Averaging):
+        optimizer.train()
+        for weight, state in optimizer.state.items():
+            if TRAINED in state:
+                weight.copy_(state.pop(TRAINED))
 
 
 def lr_at(step: int, total: int, config: OptimConfig) -> float:

@@ -18,6 +18,8 @@ from rawloop.errors import CheckpointError, UserError, first_few
 
 # options for how this machine computes an update; loading does not change them
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+# options that schedule-free optimizers count with: state, also where a config sets the others
+COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
 
 
 class NamedOptimizerState:
@@ -30,7 +32,8 @@ class NamedOptimizerState:
         optimizer: the optimizer. Its parameters may be replaced later, for example by a precision policy.
         named: returns (name, parameter) for all parameters of the optimizer. It is called at each save and load,
             because a fallback may have replaced the parameters.
-        restore_options: whether to store and restore the options of the groups. False if a config sets them.
+        restore_options: whether to store and restore the options of the groups. False if a config sets them; then only
+            `COUNTERS` are.
 
     Raises:
         UserError: `optimizer` is no optimizer, or `named` cannot be called.
@@ -83,9 +86,10 @@ class NamedOptimizerState:
         groups, state = self._groups(), self.optimizer.state
         stored = []
         for named, group in zip(groups, self.optimizer.param_groups, strict=True):
-            options = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+            kept = set(group) - {"params", "param_names"} if self.restore_options else set(group) & set(COUNTERS)
+            options = {key: plain(value) for key, value in group.items() if key in kept}
             shapes = {name: list(p.shape) for name, p in named.items()}
-            stored.append({"params": shapes, "options": options if self.restore_options else {}})
+            stored.append({"params": shapes, "options": options})
         return {
             "groups": stored,
             "state": {name: dict(state[p]) for named in groups for name, p in named.items() if state.get(p)},
@@ -102,8 +106,8 @@ class NamedOptimizerState:
             state = _with_groups(state, groups)
         _check_groups([group["params"] for group in state["groups"]], groups)
         for named, group, stored in zip(groups, self.optimizer.param_groups, state["groups"], strict=True):
-            if self.restore_options:
-                _set_options(group, stored["options"])
+            options = stored["options"]
+            _set_options(group, {k: v for k, v in options.items() if self.restore_options or k in COUNTERS})
             for name, parameter in named.items():
                 self.optimizer.state.pop(parameter, None)  # a parameter without stored state had none
                 if name in state["state"]:
@@ -113,7 +117,12 @@ class NamedOptimizerState:
         # torch has the step counter of a fused or capturable optimizer on the device, of any other on the CPU
         step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         places = {key: step if key == "step" else parameter.device for key in values}
-        return {key: _placed(value, places[key]) for key, value in values.items()}
+        restored = {key: _placed(value, places[key]) for key, value in values.items()}
+        if getattr(self.optimizer, "is_paged", False):  # of bitsandbytes, whose paged memory is of its own kind
+            paged: Any = self.optimizer
+            for key in {"state1", "state2"} & restored.keys():
+                restored[key] = paged.get_state_buffer(parameter, dtype=restored[key].dtype).copy_(restored[key])
+        return restored
 
 
 def _with_groups(state: Mapping[str, Any], groups: list[dict[str, nn.Parameter]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError, UserError
-from rawloop.optim import build_optimizer, lr_at, set_lr
+from rawloop.optim import build_optimizer, lr_at, set_lr, use_trained
 from rawloop.precision.advice import share_of_lost_updates
 from rawloop.precision.config import SCALED, LossScaleConfig
 from rawloop.precision.modes import MODES
@@ -216,6 +216,7 @@ def race(ready: Ready, config: RunConfig, steps: int) -> Race:
     for step in range(steps):
         batch = first_batch(ready, step)
         start = time.perf_counter()
+        use_trained(optimizer)
         set_lr(optimizer, lr_at(step, steps, plan))
         loss = loss_of(ready, batch, 1.0)
         policy.backward(loss)

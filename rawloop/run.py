@@ -19,6 +19,7 @@ from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.listen.files import write_heard
 from rawloop.listen.listener import Listener
 from rawloop.losses import Meter
+from rawloop.optim import use_average
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption, exit_code_after
 from rawloop.records import Records
@@ -157,6 +158,7 @@ class Run:
         """
         step = self.state.step
         self.raise_deferred()
+        use_average(self.optimizer)
         slot = self.checkpoints.ensure_saved(step) if self.checkpoints else None
         self.raise_deferred()
         kept = f"checkpoint: {slot}; continue from it with --resume latest" if slot else "nothing is saved"
@@ -209,6 +211,7 @@ def evaluate_and_save(run: Run, last: bool) -> bool:
             last = stop_early(run) or last
     if run.checkpoints and (best or run.checkpoints.due(state.step, last)):
         run.raise_deferred()
+        use_average(run.optimizer)
         run.checkpoints.save(state.step, best=best)
     return last
 
@@ -218,6 +221,7 @@ def evaluate(run: Run, last: bool) -> Evaluation | None:
     if run.evaluator is None or not run.evaluator.due(run.state.step, last):
         return None
     run.wait_until_written()  # data workers are forked, and would inherit the locks of a thread that is writing
+    use_average(run.optimizer)
     wanted = run.preemption.wanted if run.preemption else lambda: None
     try:
         evaluation = run.evaluator.run(wanted)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rawloop.errors import UserError
+
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "muon", "schedule_free"]
 
 
 @dataclass
@@ -149,15 +151,24 @@ class SamplingConfig:
             raise UserError(f"sampling.ras_repeats is {self.ras_repeats}: it must be 1 or more")
 
 
+# The keys that optimizers other than those of Adam's kind read, of beta1, beta2 and eps.
+READ_BY: Mapping[str, tuple[str, ...]] = MappingProxyType({"adafactor": (), "lion": ("beta1", "beta2")})
+
+
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Args:
-        lr: peak learning rate.
+        name: adamw keeps 8 bytes of state for each trained weight. adamw_8bit keeps 2, paged_adamw_8bit moves them to
+            the CPU's memory if the GPU's is full, lion keeps 4: they need bitsandbytes. adafactor keeps a row and a
+            column of each matrix. muon updates the matrices of hidden layers by orthogonal steps (4 bytes), and
+            embeddings, heads and vectors by AdamW. schedule_free averages the weights instead of decaying the learning
+            rate (8 bytes); it needs schedulefree. docs/optimizers.md compares them.
+        lr: peak learning rate; for adafactor it is relative to the size of each tensor's weights.
         weight_decay: decoupled weight decay of matrices; vectors (norms, biases) get none.
         beta1: decay of the gradient's running mean.
-        beta2: decay of the squared gradient's running mean.
+        beta2: decay of the squared gradient's running mean; in lion, of the mean that is kept.
         eps: added to the root of the running mean square.
         schedule: after warm-up: constant, linear to 0, or cosine to 0.
         warmup_steps: steps over which the learning rate rises linearly from 0 to lr.
@@ -165,6 +176,7 @@ class OptimConfig:
         max_norm: clip the global gradient norm to this; 0 clips nothing.
     """
 
+    name: OptimizerName = "adamw"
     lr: float = 1e-4
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -193,6 +205,23 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        self._check_name()
+
+    def _check_name(self) -> None:
+        if self.name not in get_args(OptimizerName):
+            raise UserError(f"optim.name is '{self.name}': it must be one of {', '.join(get_args(OptimizerName))}")
+        defaults = {each.name: each.default for each in fields(self)}
+        for key in {"beta1", "beta2", "eps"}.difference(READ_BY.get(self.name, ("beta1", "beta2", "eps"))):
+            if getattr(self, key) != defaults[key]:
+                raise UserError(
+                    f"optim.{key} is {getattr(self, key)} and optim.name is '{self.name}', which does not read it: "
+                    f"leave optim.{key} out, or take adamw"
+                )
+        if self.name == "schedule_free" and self.schedule != "constant":
+            raise UserError(
+                f"optim.name is 'schedule_free' and optim.schedule is '{self.schedule}': its averaging takes the place "
+                "of a decay; set optim.schedule to constant (warm-up may stay)"
+            )
 
     def warmup(self, total: int) -> int:
         """Return the steps of the warm-up in a run of `total` steps."""

@@ -1,9 +1,11 @@
 """Messages about numbers that are not finite, and about updates that rounding loses."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rawloop.precision.masters import TrainedWeights
 
@@ -44,19 +46,37 @@ def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16
     return f"The model's weights and losses are finite, the buffers that move are not: {other}{causes}"
 
 
-def lost_updates(trained: TrainedWeights, lr: float) -> str:
+def lost_updates(trained: TrainedWeights, optimizer: Optimizer) -> str:
     """Return a warning about the updates that 16-bit weights lose without masters."""
-    share = share_of_lost_updates((weight.detach() for weight in trained.weights.values()), lr)
+    groups = optimizer.param_groups
+    held = [(weight.detach(), usual_update(weight.detach(), group)) for group in groups for weight in group["params"]]
     return (
-        f"{trained.dtype} weights are trained without masters: at a learning rate of {lr:g} about {share:.0%} of "
-        "updates round to nothing; precision.masters 'fp32' keeps them"
+        f"{trained.dtype} weights are trained without masters: at a learning rate of "
+        f"{max(float(group['lr']) for group in groups):g} about {_share(held):.0%} of updates round to nothing; "
+        "precision.masters 'fp32' keeps them"
     )
+
+
+def usual_update(weight: Tensor, group: Mapping[str, Any]) -> Tensor | float:
+    """Return the usual size of the update of a weight's numbers, for the options of its group.
+
+    It is `lr` for Adam and its kind, and for Lion. Adafactor multiplies it by the weight's rms (arXiv:1804.04235,
+    algorithm 4), and Muon's matrices move by 0.2 lr (arXiv:2502.16982, section 2.2).
+    """
+    lr = float(group["lr"])
+    if "beta2_decay" in group:
+        return lr * weight.float().square().mean().sqrt().clamp(min=group["eps"][1])
+    return 0.2 * lr if group.get("adjust_lr_fn") == "match_rms_adamw" else lr
 
 
 def share_of_lost_updates(weights: Iterable[Tensor], lr: float) -> float:
     """Return the share of weights that an update of size `lr`, Adam's usual one, does not change."""
+    return _share((weight, lr) for weight in weights)
+
+
+def _share(updates: Iterable[tuple[Tensor, Tensor | float]]) -> float:
     lost = total = 0
-    for weight in weights:
-        lost += int(((weight.float() + lr).to(weight.dtype) == weight).sum())
+    for weight, size in updates:
+        lost += int(((weight.float() + size).to(weight.dtype) == weight).sum())
         total += weight.numel()
     return lost / total if total else 0.0

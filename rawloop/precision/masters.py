@@ -213,8 +213,9 @@ def adopt(optimizer: Optimizer, trained: TrainedWeights, frozen: Iterable[nn.Par
         frozen: the model's other weights. An optimizer may hold these too: without a gradient they do not change.
 
     Raises:
-        UserError: the optimizer holds weights of another model, needs a closure to step, or wraps another optimizer;
-            a weight was cast since the model was prepared, or optimizer state was loaded in 16 bits.
+        UserError: the optimizer holds weights of another model, needs a closure to step, averages weights in 16 bits,
+            or wraps another optimizer; a weight was cast since the model was prepared, or optimizer state was loaded
+            in 16 bits.
     """
     trained.check_casts()
     closure = signature(optimizer.step).parameters.get("closure")
@@ -223,6 +224,7 @@ def adopt(optimizer: Optimizer, trained: TrainedWeights, frozen: Iterable[nn.Par
             f"{type(optimizer).__name__} runs the forward pass itself, in a closure: gradients of several passes "
             "cannot be unscaled and tested as one step; use an optimizer that steps without one"
         )
+    check_averaging(optimizer, trained)
     held = dict(trained.named_parameters())
     stand_ins = {id(weight): held[name] for name, weight in trained.weights.items()}
     known = {id(parameter) for parameter in (*held.values(), *frozen)} | set(stand_ins)
@@ -235,6 +237,16 @@ def adopt(optimizer: Optimizer, trained: TrainedWeights, frozen: Iterable[nn.Par
             "policy.named_parameters()"
         )
     replace_parameters(optimizer, stand_ins, loaded=True)
+
+
+def check_averaging(optimizer: Optimizer, trained: TrainedWeights) -> None:
+    """Raise UserError if an optimizer averages weights, as schedule-free ones do, and these are in 16 bits."""
+    if trained.dtype in HALF and hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+        raise UserError(
+            f"{type(optimizer).__name__} averages the weights that it holds, and the trained weights are "
+            f"{trained.dtype}: an average in 16 bits is lost to rounding, and one of masters is not in the model; "
+            "train float32 weights (precision.mode bf16 or amp_fp16, precision.trainable_dtype auto), or take adamw"
+        )
 
 
 def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loaded: bool = False) -> None:

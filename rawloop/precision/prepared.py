@@ -167,7 +167,7 @@ class PreparedModel:
             adopt(optimizer, self.trained, self.model.parameters())
             self._adopted[optimizer] = len(held_by([optimizer]))
             if self.trained.dtype in HALF and not self.trained.masters:
-                self.say(lost_updates(self.trained, max(float(group["lr"]) for group in optimizer.param_groups)))
+                self.say(lost_updates(self.trained, optimizer))
 
     def advance(self, reason: str) -> bool:
         """Switch to the next mode. Return False, and change nothing, if none is left.

@@ -37,7 +37,7 @@ RARE = {
     *(key for key in known_keys() if key.startswith(("precision.", "model."))),
     *(f"data.{item.name}" for item in dataclasses.fields(DataConfig) if item.name not in NO_MATTER),
 }
-CHECKS = ("__post_init__", "_check_fallback", "_check_trainables")  # of values, in the dataclasses
+CHECKS = ("__post_init__", "_check_fallback", "_check_trainables", "_check_name")  # of values, in the dataclasses
 
 
 def owners(owner: type = RunConfig, group: str = "") -> Iterator[tuple[Any, str]]:
