@@ -5,7 +5,7 @@ restored last, because building draws from them.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
@@ -93,7 +93,9 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     precision = world.from_main(stored_part(start.slot, "precision", tensors=False) if start.slot else None)
     # A resumed run goes on without its sinks: the server may be away.
     world.on_all_ranks(partial(check_packages if start.slot else check_sinks, config.records), only_main=True)
+    world.on_all_ranks(partial(check_optimizer, config.optim, world.device))
     ready, trial = _prepare(config, world, say, precision, start.source)
+    optimizer = build_optimizer(config, ready.policy, world)
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
@@ -101,7 +103,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
         rehearse(config, ready.data, ready.train.batches, ready.plan, ready.module, ready.policy, say)
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
-    run = _assemble(config, folder, world, ready, ddp, start, buffers)
+    run = _assemble(config, folder, world, ready, optimizer, ddp, start, buffers)
     model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
     moving = buffer_notices(buffers, trial.moves, model.extra_buffers() if isinstance(model, ModelFiles) else {})
     for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
@@ -135,7 +137,6 @@ class Ready:
     limits: Limits
     total_steps: int
     listener: Listener | None
-    optimizer: Optimizer = field(init=False)  # of the mode that the trial ends with
 
     @property
     def train(self) -> Loader:
@@ -183,7 +184,6 @@ def _prepare(
     ready.module.train()
     first = f"a micro-batch of the samples {ready.first_ids()}"
     trial = within_memory(partial(preflight, ready.policy, ready.first_loss), world, first, advice(config))
-    ready.optimizer = build_optimizer(config, ready.policy, world)
     say(f"precision: {'; '.join([f'{ready.policy.name} ({ready.policy.reason})', *ready.policy.remedies])}")
     return ready, trial
 
@@ -196,7 +196,6 @@ def _prepare_rank(
             f"ddp.static_graph is true and train.accumulation is {config.train.accumulation}: DDP fails on a static "
             "graph whose first micro-batch is not synchronised; set one of them back"
         )
-    check_optimizer(config.optim, world.device)
     evaluates = config.evaluation.enabled
     if config.data.num_workers:
         check_descriptors(config.data.num_workers * (2 if evaluates else 1), SPARE)
@@ -258,13 +257,19 @@ def prepare(config: RunConfig, world: World) -> Ready:
 
 
 def _assemble(
-    config: RunConfig, folder: Path, world: World, ready: Ready, ddp: DDPConfig, start: Start, buffers: MovingBuffers
+    config: RunConfig,
+    folder: Path,
+    world: World,
+    ready: Ready,
+    optimizer: Optimizer,
+    ddp: DDPConfig,
+    start: Start,
+    buffers: MovingBuffers,
 ) -> Run:
     # Before the records, which make a run of the folder: it may refuse the model.
     model = ModelFiles(ready.model, ready.data.family.load_model, ready.base, buffers.places)
     policy, records = ready.policy, Records(folder, world, config.records, settings=asdict(config))
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
-    optimizer = ready.optimizer
     policy.adopt(optimizer)
     state, meter, evaluation = TrainState(), Meter(), config.evaluation
     best = BestTracker(evaluation.best_metric, evaluation.best_mode, evaluation.patience)

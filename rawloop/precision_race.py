@@ -17,7 +17,7 @@ from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError, UserError
-from rawloop.optim import build_optimizer, lr_at, set_lr, use_trained
+from rawloop.optim import build_optimizer, check_optimizer, lr_at, set_lr, use_trained
 from rawloop.precision.advice import share_of_lost_updates
 from rawloop.precision.config import SCALED, LossScaleConfig
 from rawloop.precision.modes import MODES
@@ -208,6 +208,7 @@ def _errors(sums: Tensor) -> Errors:
 def race(ready: Ready, config: RunConfig, steps: int) -> Race:
     """Train some steps of one micro-batch each, from the weights as they are."""
     policy, made, seconds = ready.policy, Race(), []
+    check_optimizer(config.optim, policy.device)
     optimizer = build_optimizer(policy.named_parameters(), config.optim)
     policy.adopt(optimizer)
     ready.module.train()
