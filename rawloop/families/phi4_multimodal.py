@@ -19,7 +19,6 @@ from rawloop.contracts import Batch, Sample
 from rawloop.families.audio_chat import AudioChat
 from rawloop.families.chat_template import Messages
 from rawloop.families.generating import generate_text
-from rawloop.families.shared import target_logits
 from rawloop.family_protocols import Generated
 from rawloop.losses import without_adapter
 from rawloop.settings import SamplingConfig
@@ -91,11 +90,9 @@ class Phi4Multimodal(AudioChat):
         self.processor.max_audio_len = self.settings.max_position_embeddings * position
         return token
 
-    def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Run the model once and return the logits of every target, (targets, vocabulary) float32."""
-        base = without_adapter(model)
-        self.check_forward(base, batch.inputs)
-        return {"text": target_logits(base, self._heard(base, batch.inputs), batch.labels["text"].positions)}
+    def model_inputs(self, base: Any, batch: Batch) -> dict[str, Tensor]:
+        """Return the keyword arguments of the model's forward: embeddings in place of tokens and features."""
+        return self._heard(base, batch.inputs)
 
     def _heard(self, base: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs with embeddings in place of tokens and features. Waits for the device: lengths of clips."""

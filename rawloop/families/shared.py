@@ -4,6 +4,7 @@ Your own family may use them.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoConfig
 
 from rawloop.contracts import IGNORE, Batch, Context, Labels, Perturbed, Sample, StreamLoss
 from rawloop.errors import BadSample, UserError
-from rawloop.families import ModelConfig
+from rawloop.families import ModelConfig, head
 from rawloop.families.chat_template import stop_clock
 from rawloop.families.loading import library_errors
 from rawloop.inputs import check_inputs
@@ -79,19 +80,40 @@ class TextFamily(BaseFamily):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, ("text",))
+        self._in_full: bool | None = None  # whether the model's logits cannot be made in chunks
 
     def logits(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Run the model once and return the logits of every target, (targets, vocabulary) float32."""
         base = without_adapter(model)
         self.check_forward(base, batch.inputs)
+        return {"text": target_logits(base, self.model_inputs(base, batch), batch.labels["text"].positions)}
+
+    def model_inputs(self, base: Any, batch: Batch) -> dict[str, Tensor]:
+        """Return the keyword arguments of the model's forward."""
         # Features are float32, and not every class casts them to its encoder's dtype.
-        inputs = {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
-        return {"text": target_logits(base, inputs, batch.labels["text"].positions)}
+        return {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in batch.inputs.items()}
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-        """Return the cross-entropy of all targets, in nats."""
-        total = F.cross_entropy(self.logits(model, batch)["text"], batch.labels["text"].targets, reduction="sum")
+        """Return the cross-entropy of all targets, in nats. Where there are many, their logits are made in chunks."""
+        total = self._chunked(model, batch)
+        if total is None:
+            total = F.cross_entropy(self.logits(model, batch)["text"], batch.labels["text"].targets, reduction="sum")
         return {"text": StreamLoss(total, batch.targets["text"])}
+
+    def _chunked(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """Return the loss in chunks; None if the logits are few, a subclass has its own, or the model cannot do so."""
+        labels, own = batch.labels["text"], type(self).logits is not TextFamily.logits
+        if own or self._in_full or len(labels.targets) * self.vocabulary <= head.WHOLE:
+            return None
+        base = without_adapter(model)
+        self.check_forward(base, batch.inputs)
+        traced = head.trace(base, self.model_inputs(base, batch), labels.positions, check=self._in_full is None)
+        self._in_full = isinstance(traced, str)
+        if isinstance(traced, str):
+            warnings.warn(f"{traced}: its logits are computed all at once, which takes more memory", stacklevel=2)
+            return None
+        nats = head.cross_entropy(traced.head, traced.finish, traced.rows, labels.targets, self.vocabulary)
+        return nats.sum()
 
     def chance(self) -> Mapping[str, float]:
         """Return the loss of uniform guesses over the vocabulary, nats per target."""

@@ -66,7 +66,7 @@ FAULTS = (
         "loss of text not shifted, logits right",
         SHARED,
         'total = F.cross_entropy(self.logits(model, batch)["text"], ',
-        'places = batch.labels["text"].positions + 1\n        total = F.cross_entropy('
+        'places = batch.labels["text"].positions + 1\n            total = F.cross_entropy('
         "target_logits(without_adapter(model), batch.inputs, places), ",
         ("families/test_causal_lm.py::test_losses_are_the_cross_entropy_of_the_logits",),
     ),

@@ -18,7 +18,7 @@ from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
 from rawloop.diagnose.causality import probe
 from rawloop.errors import BadSample, UserError
-from rawloop.families import ModelConfig, load_family
+from rawloop.families import ModelConfig, head, load_family
 from rawloop.families.higgs_audio_v2 import HiggsAudioV2
 from rawloop.families.higgs_audio_v2.examples import HiggsEncoder
 
@@ -198,6 +198,27 @@ def test_packing_is_refused_where_examples_would_see_each_other(
     )
     with pytest.raises(UserError, match=r"see later words or other documents of their row, .* set data.packing to fal"):
         family.load_model()
+
+
+def test_losses_in_chunks_are_those_of_all_logits(
+    family: HiggsAudioV2, codes: Callable[[Path], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = family.load_model().double()
+    batch = family.collate([family.example(s, codes) for task in TASKS for s in samples(task)[:2]])
+    found: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    for whole in (2**40, 0):
+        monkeypatch.setattr(head, "WHOLE", whole)
+        monkeypatch.setattr(head, "FEWEST", 2)
+        exact.zero_grad()
+        losses = family.losses(exact, batch)
+        (losses["audio"].total + losses["text"].total).backward()  # type: ignore[no-untyped-call]
+        found.append((losses, {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}))
+    (full, right), (chunked, gradients) = found
+    for stream in full:
+        torch.testing.assert_close(chunked[stream], full[stream], rtol=1e-12, atol=0.0)
+    assert gradients.keys() == right.keys()
+    for name, gradient in right.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_every_prediction_sees_only_its_past(family: HiggsAudioV2, model: Any, codes: Callable[[Path], Tensor]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -19,7 +18,7 @@ from transformers import (
 
 from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
 from rawloop.errors import UserError
-from rawloop.families import ModelConfig, check_path, local_folder, read_json
+from rawloop.families import ModelConfig, check_path, head, local_folder, read_json
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
 from rawloop.families.higgs_audio_v2.speaking import speak
 from rawloop.families.loading import library_errors, load_from, load_weights
@@ -38,6 +37,7 @@ CODEC_FILES = ["config.json", "*.safetensors"]
 NO_TEXT_HEAD = {
     "text_lm_head.weight": "it has no text head; set model.stream_weights to {text: 0} to train on audio alone"
 }
+Change = Callable[[Tensor], Tensor]
 
 
 class HiggsAudioV2(BaseFamily):
@@ -172,26 +172,34 @@ class HiggsAudioV2(BaseFamily):
         Returns:
             `audio`: (targets, codebooks, codebook_size); `text`: (targets, vocabulary).
         """
+        return {s: finish(exact(scored(rows))) for s, (scored, finish, rows) in self._heads(model, batch).items()}
+
+    def _heads(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Change, Change, Tensor]]:
+        """Run the model; return each stream's head, the shape of its logits, and hidden states (targets, hidden)."""
         base = without_adapter(model)
         self.check_forward(base.model, batch.inputs)
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        heads = {"audio": base.audio_lm_head, "text": base.text_lm_head}
-        rows = {s: exact(heads[s](hidden.index_select(0, batch.labels[s].positions))) for s in self.streams}
-        rows["audio"] = rows["audio"].view(len(rows["audio"]), self.settings.num_codebooks, -1)
-        return rows
+        shape = (self.settings.num_codebooks, self.settings.codebook_size)
+        heads: dict[str, tuple[Change, Change]] = {
+            "audio": (base.audio_lm_head, lambda logits: logits.view(len(logits), *shape)),
+            "text": (base.text_lm_head, unchanged),
+        }
+        return {s: (*heads[s], hidden.index_select(0, batch.labels[s].positions)) for s in self.streams}
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
         """Return the cross-entropy of each stream's targets, in nats; audio also per codebook."""
-        logits = self.logits(model, batch)
-        codebooks, count = self.settings.num_codebooks, batch.targets["audio"]
-        wanted = batch.labels["audio"].targets.flatten()
-        nats = F.cross_entropy(logits["audio"].flatten(0, 1), wanted, ignore_index=IGNORE, reduction="none")
-        parts = nats.view(-1, codebooks).sum(0)
+        sizes = {"audio": self.settings.codebook_size, "text": self.settings.vocab_size}
+        many = any(batch.labels[s].targets.numel() * sizes[s] > head.WHOLE for s in self.streams)
+        if many and type(self).logits is HiggsAudioV2.logits:
+            made = self._heads(model, batch)
+        else:  # the logits may be another class's
+            made = {s: (unchanged, unchanged, rows) for s, rows in self.logits(model, batch).items()}
+        nats = {s: head.cross_entropy(*made[s], batch.labels[s].targets, sizes[s]) for s in self.streams}
+        parts, count, codebooks = nats["audio"].sum(0), batch.targets["audio"], self.settings.num_codebooks
         # Every trained clip has frames + 1 targets in each codebook, so the count splits evenly.
         result = {"audio": StreamLoss(parts.sum(), count, parts.detach(), (count // codebooks,) * codebooks)}
         if "text" in self.streams:
-            total = F.cross_entropy(logits["text"], batch.labels["text"].targets, reduction="sum")
-            result["text"] = StreamLoss(total, batch.targets["text"])
+            result["text"] = StreamLoss(nats["text"].sum(), batch.targets["text"])
         return result
 
     def probe(self) -> Batch:
@@ -276,6 +284,11 @@ class HiggsAudioV2(BaseFamily):
     def _placeholders(self, ids: Tensor) -> Tensor:
         """Return a mask of the positions of clips."""
         return torch.eq(ids, self.settings.audio_token_id) | torch.eq(ids, self.settings.audio_delay_token_id)
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    """Return the logits as they are."""
+    return logits
 
 
 def _roles(ids: list[int], tokenizer: Any) -> list[str]:
