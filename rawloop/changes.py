@@ -49,7 +49,7 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(
             _keys(
                 "- seed",
-                "model family revision stream_weights template_date",
+                "model family revision stream_weights template_date quantization",
                 "adapter mode rank alpha dropout target_modules modules_to_save dora rslora freeze unfreeze",
                 "data task refs_in_scene references reference_seconds default_scene train_turns",
                 "data max_seconds min_seconds packing shuffle",

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from rawloop import optim
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import add_adapter
+from rawloop.adapters.quantize import check_quantization, quantize
 from rawloop.audio import import_torchaudio
 from rawloop.changes import Contents, contents_of
 from rawloop.config import RunConfig
@@ -128,7 +129,9 @@ def build_model(
     precision: dict[str, Any] | None = None,
     source: Source | None = None,
 ) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
-    """Load the model, add its adapter, cast it and move it to its device. All ranks get the same weights.
+    """Load the model, add its adapter, quantise its base, cast it and move it to its device.
+
+    All ranks get the same weights.
 
     Args:
         config: the whole configuration.
@@ -140,13 +143,17 @@ def build_model(
     """
     if not world.is_main or not sys.stderr.isatty():  # in a log file the bar would be thousands of blanks
         transformers.utils.logging.disable_progress_bar()
+    check_quantization(config.model.quantization)
     policy = PrecisionPolicy(config.precision, world=world, resume=precision)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     first_of_machine = world.local_rank == 0
-    base = BaseFingerprint(model, config.model.path, config.model.revision, config.seed, full=first_of_machine)
+    path, revision, quantization = config.model.path, config.model.revision, config.model.quantization
+    base = BaseFingerprint(model, path, revision, config.seed, quantization, full=first_of_machine)
     if source is not None:
         notices += load_weights(source, model, base, family)
+    if quantization:
+        notices.append(quantize(model, quantization, world.device))
     model = policy.prepare(model)
     seed_all(config.seed, world.rank)
     return model, policy, base

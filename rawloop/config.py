@@ -101,6 +101,11 @@ class RunConfig:
             raise UserError("output is empty: name the folder of the run")
         if self.resume == "":
             raise UserError("resume is empty: say 'latest' or 'auto', or name a checkpoint's folder")
+        if self.model.quantization and self.adapter.mode == "full":
+            raise UserError(
+                f"model.quantization is '{self.model.quantization}' and adapter.mode is 'full': quantised weights "
+                "cannot be trained; set adapter.mode to lora, or leave model.quantization out"
+            )
 
 
 def known_keys() -> set[str]:

@@ -33,6 +33,7 @@ class BaseFingerprint:
         path: folder or hub id of the model.
         revision: of the hub repository.
         seed: of the random streams, which `load_model` may have used.
+        quantization: how the weights are quantised afterwards; its digest is of the weights before.
         full: whether to compute `sums`, which reads all numbers. One process of a machine does it for the others.
 
     Attributes:
@@ -40,9 +41,17 @@ class BaseFingerprint:
     """
 
     def __init__(
-        self, model: nn.Module, path: str = "", revision: str | None = None, seed: int = 0, *, full: bool = True
+        self,
+        model: nn.Module,
+        path: str = "",
+        revision: str | None = None,
+        seed: int = 0,
+        quantization: str | None = None,
+        *,
+        full: bool = True,
     ) -> None:
         self.origin = {"path": path, "revision": revision, "config": _config_hash(model), "seed": seed}
+        self.origin |= {"quantization": quantization} if quantization else {}
         self.notice = ""  # says so if the config differs from the checkpoint's, but the weights do not
         tensors = _distinct(model)
         with ThreadPoolExecutor(_usable_cores()) as pool:  # zlib releases the GIL
@@ -63,7 +72,7 @@ class BaseFingerprint:
         """
         if not self.sums:
             return None
-        lines = sorted(f"{_own_name(name)} {self.sums[name]}\n" for name in self._frozen)
+        lines = sorted(f"{own_name(name)} {self.sums[name]}\n" for name in self._frozen)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def share_sums(self, world: World) -> None:
@@ -89,6 +98,9 @@ class BaseFingerprint:
             )
         if state["config"] != self.origin["config"]:
             self.notice = f"the base model's config has changed, its weights have not: {_origin(state)} then"
+        then, now = (each.get("quantization") or "no" for each in (state, self.origin))
+        if then != now:
+            self.notice = f"the weights were trained beside a base of {then} quantisation, and this one has {now}"
 
 
 def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:
@@ -133,7 +145,8 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
+    """Return the name in the base model of a module or weight that PEFT has wrapped."""
     for part in AROUND:
         name = name.replace(part, "")
     return name

@@ -13,6 +13,7 @@ from rawloop.adapters.compare import compare, tensors_of
 from rawloop.adapters.files import load_buffers
 from rawloop.adapters.fingerprint import BaseFingerprint, stored_fingerprint
 from rawloop.adapters.lora import PREFIX, quiet
+from rawloop.adapters.quantize import round_weights
 from rawloop.errors import CheckpointError, RawloopError, UserError
 from rawloop.seed import seed_all
 
@@ -69,15 +70,19 @@ def load_base(
 ) -> tuple[nn.Module, str]:
     """Load the base model and compare it with the adapter's fingerprint. Return the model and a notice, or "".
 
-    The random seed is that of the training, so weights that the base model lacks (a new head) are the same.
+    If the adapter was trained beside quantised layers, the base gets their numbers. The random seed is that of the
+    training, so weights that the base model lacks (a new head) are the same.
     """
     stored, unchecked = stored_fingerprint(adapter)
     seed_all(stored.get("seed", 0), 0)
     base = load_model()
     if unchecked:
         return base, f"not checked whether {path} is the base model of {adapter}: {unchecked}"
-    fingerprint = BaseFingerprint(base.requires_grad_(False), path, revision)
+    quantization = stored.get("quantization")
+    fingerprint = BaseFingerprint(base.requires_grad_(False), path, revision, quantization=quantization)
     fingerprint.load_state_dict(stored)
+    if quantization:
+        round_weights(base, quantization)
     return base, fingerprint.notice
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from os.path import expanduser
+from typing import Literal
 
 from rawloop.errors import UserError
 
@@ -23,6 +24,8 @@ class ModelConfig:
             weight of 0 leaves the stream out, head included.
         attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        quantization: quantise the frozen linear layers beside which LoRA trains (QLoRA): nf4 takes 4.5 bits a weight
+            and needs bitsandbytes, int8 takes 8. Heads and embeddings stay. null: as stored.
         trust_remote_code: for your own families: whether they may run the checkpoint's Python code. rawloop's families
             never run any. Only for checkpoints that you trust.
         template_date: date, or date and time, such as 2024-07-26, that chat templates get as the current time.
@@ -35,12 +38,15 @@ class ModelConfig:
     stream_weights: dict[str, float] = field(default_factory=dict)
     attention: str = "sdpa"
     activation_checkpointing: bool = False
+    quantization: Literal["nf4", "int8"] | None = None
     trust_remote_code: bool = False
     template_date: str = "2024-07-26"
 
     def __post_init__(self) -> None:
         self.path = expanduser(self.path)  # transformers knows no ~
         self.codec = expanduser(self.codec) if self.codec else self.codec
+        if self.quantization not in (None, "nf4", "int8"):
+            raise UserError(f"model.quantization is '{self.quantization}': it must be nf4 or int8, or left out")
         try:
             datetime.fromisoformat(self.template_date)
         except (TypeError, ValueError):
