@@ -33,6 +33,7 @@ from rawloop.components import (
     build_optimizer,
     decide_find_unused,
     read_data,
+    shard_model,
 )
 from rawloop.config import RunConfig, to_yaml
 from rawloop.data.batches import Loader, Plan, TrainWindows
@@ -95,17 +96,18 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     world.on_all_ranks(partial(check_packages if start.slot else check_sinks, config.records), only_main=True)
     world.on_all_ranks(partial(check_optimizer, config.optim, world.device))
     ready, trial = _prepare(config, world, say, precision, start.source)
-    optimizer = build_optimizer(config, ready.policy, world)
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
+    ready.files.add_moving(buffers.places)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
+    shard_model(config, ready.module, ready.policy, ready.files, world, say)
+    optimizer = build_optimizer(config, ready.policy, world)
     if config.train.rehearse:
         rehearse(config, ready.data, ready.train.batches, ready.plan, ready.module, ready.policy, say)
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, optimizer, ddp, start, buffers)
-    model = run.checkpoints.parts.folders["model"] if run.checkpoints else None
-    moving = buffer_notices(buffers, trial.moves, model.extra_buffers() if isinstance(model, ModelFiles) else {})
+    moving = buffer_notices(buffers, trial.moves, ready.files.extra_buffers())
     for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
     try:
@@ -113,7 +115,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
         restore(run, config, start, say)
         if report is not None:
             world.on_all_ranks(partial(report.record, run.records), only_main=True)
-        if config.watch.enabled:
+        if config.watch.enabled and not ready.files.is_sharded:
             run.watch = build_watch(run, folder, config.watch, to_yaml(config))
     except BaseException:
         run.close()
@@ -137,6 +139,7 @@ class Ready:
     limits: Limits
     total_steps: int
     listener: Listener | None
+    files: ModelFiles
 
     @property
     def train(self) -> Loader:
@@ -226,7 +229,8 @@ def _prepare_rank(
         raise first
     listener = build_listener(config, data, model, policy, world)
     contents.reading |= plan.facts()
-    return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener)
+    files = ModelFiles(model, family.load_model, base)
+    return Ready(data, contents, model, policy, module, base, plan, loaders, evaluator, limits, total, listener, files)
 
 
 def _check(config: RunConfig, folder: Path, world: World, ready: Ready, say: Say) -> Report | None:
@@ -266,8 +270,6 @@ def _assemble(
     start: Start,
     buffers: MovingBuffers,
 ) -> Run:
-    # Before the records, which make a run of the folder: it may refuse the model.
-    model = ModelFiles(ready.model, ready.data.family.load_model, ready.base, buffers.places)
     policy, records = ready.policy, Records(folder, world, config.records, settings=asdict(config))
     policy.say = lambda reason: records.event("warning", step=0, reason=reason) if world.is_main else None
     policy.adopt(optimizer)
@@ -277,7 +279,7 @@ def _assemble(
     parts: dict[str, Any] = {
         PART: SettingsState(config, world.size, ready.contents.of_run(), origin),
         "base": ready.base,
-        "model": model,
+        "model": ready.files,
         # Options of the groups come from the config, which may have changed.
         "optimizer": NamedOptimizerState(optimizer, policy.named_parameters, restore_options=False),
         "precision": policy,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rawloop import optim
+from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import add_adapter
 from rawloop.adapters.quantize import check_quantization, quantize
@@ -41,6 +42,7 @@ from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
 from rawloop.settings import DDPConfig
+from rawloop.sharding import shard
 from rawloop.weights import Source, load_weights
 
 
@@ -170,6 +172,29 @@ def build_optimizer(config: RunConfig, policy: PrecisionPolicy, world: World) ->
     optimizer = world.on_all_ranks(build)
     assert optimizer is not None
     return optimizer
+
+
+def shard_model(
+    config: RunConfig,
+    module: LossModule,
+    policy: PrecisionPolicy,
+    files: ModelFiles,
+    world: World,
+    say: Callable[[str], None],
+) -> None:
+    """Shard a prepared model over the ranks if the config says so. Call it before the optimizer exists.
+
+    The loss is inside, so that the heads that it applies are gathered.
+    """
+    if config.parallel != "fsdp" or world.size == 1:
+        return
+    files.keep_form()
+    blocks, fallbacks = shard(module, world.device), ", ".join(policy.chain.remaining)
+    policy.take_shards()
+    off = ["the watch"] if config.watch.enabled else []
+    off += [f"falling back to {fallbacks}"] if fallbacks else []
+    needs = f"; off, as it needs whole weights: {', '.join(off)}" if off else ""
+    say(f"parallel: fsdp, {blocks} blocks and the rest sharded over {world.size} processes{needs}")
 
 
 def build_evaluator(

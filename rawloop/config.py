@@ -60,6 +60,8 @@ class RunConfig:
             adapter/ or model/ folder. Nothing else in it is taken. A run that has checkpoints resumes.
         seed: seed of weights, data order and dropout.
         device: auto, cuda, mps or cpu.
+        parallel: how several processes share the work. ddp: each has the whole model, and gradients are averaged.
+            fsdp: weights, gradients and optimizer state are sharded over the processes (docs/sharding.md).
         model: the model.
         adapter: which of its weights train.
         data: the data.
@@ -80,6 +82,7 @@ class RunConfig:
     init_from: str | None = None
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -106,6 +109,23 @@ class RunConfig:
                 f"model.quantization is '{self.model.quantization}' and adapter.mode is 'full': quantised weights "
                 "cannot be trained; set adapter.mode to lora, or leave model.quantization out"
             )
+        if self.parallel == "fsdp":
+            self._check_fsdp()
+
+    def _check_fsdp(self) -> None:
+        """Refuse what sharded weights cannot do, each with the nearest that works."""
+        name, spikes, quantization = self.optim.name, self.watch.spikes, self.model.quantization
+        switch = "it is a switch of DDP: set it to false"
+        for wrong, what, way_on in (
+            (name != "adamw", f"optim.name '{name}'", "only adamw is known to update parts of weights: take it"),
+            (quantization, f"model.quantization '{quantization}'", "quantised weights are not sharded: leave it out"),
+            (self.listen.enabled, "prompts in listen", "generating needs whole weights: use `rawloop generate` later"),
+            (spikes != "off", f"watch.spikes '{spikes}'", "the watch needs whole weights: set it to off"),
+            (self.ddp.broadcast_buffers, "ddp.broadcast_buffers true", switch),
+            (self.ddp.static_graph, "ddp.static_graph true", switch),
+        ):
+            if wrong:
+                raise UserError(f"parallel is 'fsdp', with {what}: {way_on}, or set parallel to ddp")
 
 
 def known_keys() -> set[str]:

@@ -293,7 +293,7 @@ class FolderState(Protocol):
         """Capture the current state; return a function that writes it into an existing empty folder.
 
         With `copy`, another thread calls that function while training goes on, so everything that training changes
-        must be copied to host memory before `snapshot` returns.
+        must be copied before `snapshot` returns. Rank 0 calls it; all ranks if an attribute `is_sharded` is true.
         """
 
     def load(self, folder: Path) -> None:

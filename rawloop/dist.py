@@ -25,6 +25,7 @@ from rawloop.errors import RawloopError, UserError
 from rawloop.facts import as_text, differences, in_words
 from rawloop.launcher import RESTARTS, abort_groups, choose_device, join_group, read_launch, read_ranks
 from rawloop.settings import DDPConfig
+from rawloop.sharding import is_sharded, unreduced
 from rawloop.waiting import Waiting, is_lost_rank, nccl_advice
 
 FOREVER = timedelta(days=1000)
@@ -180,12 +181,12 @@ class World:
             raise self.raised_on_all(UserError(f"the ranks differ: {found}: {advice}"))
 
     def wrap(self, module: nn.Module, config: DDPConfig | None = None) -> nn.Module:
-        """Wrap any module in DDP; return the module itself in a single process.
+        """Wrap any module in DDP; return the module itself in a single process, or if it is sharded.
 
         With `find_unused_parameters` off, `PrecisionPolicy.step` ends the run if a trained weight got no gradient: DDP
         would hang, or the ranks' weights would diverge.
         """
-        if self.size == 1:
+        if self.size == 1 or is_sharded(module):
             return module
         config = config or DDPConfig()
         # torch 2.13 renames broadcast_buffers and warns about the old name
@@ -215,7 +216,9 @@ def find_ddp(weights: Iterable[nn.Parameter]) -> list[DistributedDataParallel]:
 
 
 def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-    """Return DDP's `no_sync` context if `wanted` and if the module is DDP, else a context that does nothing."""
+    """If `wanted`, return a context in which DDP or a sharded module reduces no gradients; else one without effect."""
+    if wanted and is_sharded(module):
+        return unreduced(module)
     return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
 
 

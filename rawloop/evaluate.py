@@ -23,6 +23,7 @@ from rawloop.losses import as_stream_losses, joined, not_weighable, sums_by_name
 from rawloop.preempt import first_reason
 from rawloop.progress import slow_bar
 from rawloop.settings import EvaluationConfig as EvaluationConfig
+from rawloop.sharding import is_sharded
 
 Pairs = dict[str, tuple[Any, int]]  # name -> sum and count
 LOSS = "eval_loss/"
@@ -80,7 +81,7 @@ class Evaluator:
         world: the ranks; `World.current()` by default.
         weights: weight of each stream's mean in eval_loss, 1 by default. 0 reports the mean and leaves it out.
         model: run in evaluation mode, without DDP, so ranks may have different numbers of batches. By default the
-            model that the policy has prepared.
+            model that the policy has prepared. If it is sharded, ranks with fewer batches repeat one, and drop it.
         metrics: called on rank 0 with the gathered values of all ranks, a list for each name; returns more metrics.
         every: steps between two evaluations, for `due`.
         bar: show a bar on a terminal if the evaluation takes long, on rank 0.
@@ -166,9 +167,9 @@ class Evaluator:
         autocast = self.policy.autocast if self.policy is not None else nullcontext
         measured: list[tuple[Pairs, list[str]]] = []
         values: dict[str, list[Any]] = {}
-        batches = self.batches() if callable(self.batches) else self.batches
-        for number, batch in enumerate(slow_bar(batches, "evaluating", self.bar)):
-            stopped = wanted()
+        batches = slow_bar(self.batches() if callable(self.batches) else self.batches, "evaluating", self.bar)
+        pace = _together if self.world.size > 1 and is_sharded(self.model) else _alone
+        for number, (batch, counts, stopped) in enumerate(pace(batches, wanted, self.world)):
             if stopped is not None:
                 return Share({}, {}, number, [], stopped)
             ids = batch.ids if isinstance(batch, Batch) else []
@@ -176,7 +177,8 @@ class Evaluator:
             with happening(f"in the evaluation, on rank {self.world.rank}, in {place}", name_own=True):
                 with autocast():
                     result = self.loss_fn(self.model, moved(batch, device))
-                measured.append((self._pairs(result, values), ids or [f"batch {number} of rank {self.world.rank}"]))
+                if counts:
+                    measured.append((self._pairs(result, values), ids or [f"batch {number} of rank {self.world.rank}"]))
         if not measured and self._num_batches:
             raise UserError(f"the evaluation has no batches now, and had {self._num_batches} the last time; {AGAIN}")
         self._num_batches = len(measured)
@@ -228,6 +230,39 @@ class Evaluator:
         metrics = {"eval_loss": sum(weight * means[LOSS + stream] for stream, weight in weights.items() if weight)}
         metrics |= means
         return metrics | {f"eval_targets/{name}": float(targets[name]) for name in weights if name in targets}
+
+
+# a batch; whether it counts, or is run because other ranks still have batches; and why to stop before it, or None
+Paced = Iterator[tuple[Any, bool, str | None]]
+
+
+def _alone(batches: Iterable[Any], wanted: Callable[[], str | None], world: World) -> Paced:
+    """Yield this rank's batches."""
+    for batch in batches:
+        yield batch, True, wanted()
+
+
+def _together(batches: Iterable[Any], wanted: Callable[[], str | None], world: World) -> Paced:
+    """Yield as many batches on each rank, as a sharded model needs all ranks in each pass. One agreement per batch."""
+    left, spare = iter(batches), None
+    while True:
+        batch, error, stop = None, None, wanted()
+        try:
+            batch = next(left, None)
+        except Exception as caught:  # raised when the other ranks know
+            error = caught
+        spare = spare if batch is None else batch
+        flags = [batch is not None, error is not None, stop is not None, spare is None]
+        more, failed, stopping, without = world.any(flags)
+        if error is not None:
+            raise error
+        if failed or stopping:
+            yield None, False, "an error of another rank" if failed else first_reason(world.gather(stop))
+        if not more:
+            return
+        if without:  # a rank without any batch takes that of another
+            spare = next(given for given in [spare, *world.gather(spare)] if given is not None)
+        yield spare, batch is not None, None
 
 
 def _share(measured: list[tuple[Pairs, list[str]]], values: dict[str, list[Any]]) -> Share:

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rawloop.sharding import whole
+
 
 def copy_to_host(tensor: Tensor, spare: Tensor | None = None) -> Tensor:
     """Return a contiguous copy on the CPU, in the memory of `spare` if shape and dtype match.
 
     Allocating the memory takes five times as long. A copy into pinned memory is asynchronous; see `wait_for_copies`.
+    A sharded tensor is gathered, for which all ranks call this: rank 0 gets the copy, the others an empty tensor.
     """
+    tensor = whole(tensor)
     if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
         spare = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
     # into pageable memory, an asynchronous copy could still run when training changes the tensor

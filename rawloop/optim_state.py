@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rawloop.errors import CheckpointError, UserError, first_few
+from rawloop.sharding import sharded_as
 
 # options for how this machine computes an update; loading does not change them
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -122,7 +123,10 @@ class NamedOptimizerState:
             paged: Any = self.optimizer
             for key in {"state1", "state2"} & restored.keys():
                 restored[key] = paged.get_state_buffer(parameter, dtype=restored[key].dtype).copy_(restored[key])
-        return restored
+        return {
+            key: sharded_as(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+            for key, value in restored.items()
+        }
 
 
 def _with_groups(state: Mapping[str, Any], groups: list[dict[str, nn.Parameter]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rawloop.files import FileRecord, write_file
 from rawloop.host_memory import copy_to_host
+from rawloop.sharding import is_sharded, whole
 
 # names of dtypes in the safetensors format
 DTYPES = {
@@ -69,7 +70,12 @@ def pack(
         return Packed(tree, {path: copy_to_host(tensor, spare.get(path)) for path, tensor in tensors.items()})
     if dry:
         return Packed(tree, tensors)
-    return Packed(tree, {p: t.to("cpu").resolve_conj().resolve_neg().contiguous() for p, t in tensors.items()})
+    return Packed(tree, {p: whole(t).to("cpu").resolve_conj().resolve_neg().contiguous() for p, t in tensors.items()})
+
+
+def has_shards(state: Any) -> bool:
+    """Return whether a state has sharded tensors. All ranks must pack such a state; rank 0 gets the whole tensors."""
+    return any(map(is_sharded, pack(state, dry=True).tensors.values()))
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -101,7 +107,11 @@ def _pack_dict(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> 
 
 def _checked(tensor: Tensor, path: str) -> Tensor:
     plain = tensor.detach()
-    if type(plain) is not Tensor or plain.layout != torch.strided or plain.dtype not in DTYPES:
+    if (
+        (type(plain) is not Tensor and not is_sharded(plain))
+        or plain.layout != torch.strided
+        or plain.dtype not in DTYPES
+    ):
         kind = f"{_type(plain)} ({plain.layout}, {plain.dtype})"
         raise TypeError(f"state{_shown(path)} is a {kind}: only dense tensors of common dtypes can be stored")
     return plain

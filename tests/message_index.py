@@ -85,6 +85,7 @@ PAGES = {
     "seed.py": "checkpoints.md",
     "settings.py": "../README.md",
     "sink": "loggers.md",
+    "sharding.py": "sharding.md",
     "trained.py": "listening.md",
     "translation/": "from-trainer.md",
     "versions.py": "checkpoints.md",

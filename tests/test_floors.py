@@ -31,6 +31,7 @@ FLOORS = (
             "launcher",
             "waiting",
             "files",
+            "sharding",
             "host_memory",
             "pack",
             "dist",
@@ -110,7 +111,7 @@ PARTS, FRAME = 1, 2
 
 # What is named -> the only places that may name it. A place is a room, or a path within the package.
 ONLY_IN = {
-    "torch.distributed": ("dist", "launcher", "machines", "waiting"),
+    "torch.distributed": ("dist", "launcher", "machines", "sharding", "waiting"),
     "torch.nn.parallel.DistributedDataParallel": ("dist",),
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),

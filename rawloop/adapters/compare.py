@@ -11,11 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rawloop.errors import CheckpointError
+from rawloop.sharding import part_of, sharded_as
 
 
 def memory_of(name: str, tensor: Tensor) -> tuple[Any, ...]:
     """What two names of one tensor have in common."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+    if not tensor.numel():
+        return (name,)
+    own = part_of(tensor)  # may be empty, and has memory then too
+    start = own.untyped_storage().data_ptr() + own.storage_offset() * own.itemsize
+    return (start, tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -68,12 +73,13 @@ def _some(names: list[str], what: str) -> str:
 def compare(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path, *, rounded: bool = False) -> None:
     """Compare stored weights with a model's, bit for bit: a NaN, too, must be the NaN that was meant.
 
-    `rounded` allows for a model of another precision today.
+    `rounded` allows for a model of another precision today. Of a sharded model this rank's part is compared.
     """
     same_names(stored, wanted, folder)
     for name, tensor in wanted.items():
         found = stored[name].to(tensor.dtype) if rounded else stored[name]
-        if found.dtype != tensor.dtype or not torch.equal(_bits(found), _bits(tensor)):
+        own = part_of(sharded_as(found, tensor)), part_of(tensor)
+        if found.dtype != tensor.dtype or not torch.equal(*map(_bits, own)):
             raise CheckpointError(f"{folder}: {name} read back differs from the weight in memory")
 
 

@@ -20,6 +20,7 @@ from rawloop.adapters.lora import PREFIX, SCALE
 from rawloop.buffers import Place, places
 from rawloop.errors import CheckpointError, UserError
 from rawloop.host_memory import copy_to_host, host_model, wait_for_copies
+from rawloop.sharding import is_sharded, write_part
 
 WEIGHTS = "model.safetensors"  # the name that transformers gives it, too
 BUFFERS = "buffers.safetensors"  # beside an adapter: buffers that training moves and PEFT's file does not hold
@@ -38,7 +39,7 @@ class ModelFiles:
         whole: save all of `model`, even if an adapter, or a model with `save_pretrained`, is inside it.
 
     Raises:
-        UserError: training moves a buffer outside of the saved module.
+        UserError: training moves a buffer outside of the saved module, or trains a weight outside of the adapter.
     """
 
     def __init__(
@@ -52,9 +53,18 @@ class ModelFiles:
         self.base = base
         self.model: Any = model if whole else find_saved_module(model)
         self.load_model = load_model
+        self.form = self.model  # has the names and the config; a save in another thread reads no more of it
         self.is_adapter = isinstance(self.model, PeftModel) and not whole
         self._copies: dict[str, Tensor] = {}  # of the last snapshot; the next one overwrites them
         self.folder = "adapter" if self.is_adapter else "model"
+        self.add_moving(moving)
+
+    def add_moving(self, moving: Mapping[str, Place]) -> None:
+        """Set the buffers that training moves.
+
+        Raises:
+            UserError: one of them is outside of the saved module.
+        """
         names = {place: name for name, place in places(self.model).items()}
         outside = [name for name, place in moving.items() if place not in names]
         if outside:
@@ -71,8 +81,8 @@ class ModelFiles:
             a function that writes the weights into a folder, and raises CheckpointError if they differ when they are
             read back. Call it before the next snapshot, which overwrites the copies.
         """
-        model, weights = self.model, self.model.state_dict()
-        if copy:
+        model, weights = self.form, self.model.state_dict()
+        if copy or self.is_sharded:
             stored = self._adapter_weights(weights) if self.is_adapter else weights
             saved = {id(tensor) for tensor in [*stored.values(), *self._extra_buffers(weights).values()]}
             self._copies = copy_all({name: t for name, t in weights.items() if id(t) in saved}, self._copies)
@@ -82,10 +92,22 @@ class ModelFiles:
                 model = host_model(model, weights)
         return partial(self._write, model, weights)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are sharded: then all ranks call `snapshot`, which gathers them on rank 0."""
+        return is_sharded(self.model)
+
+    def keep_form(self) -> None:
+        """Copy the model without its numbers. Call it before the model is sharded.
+
+        Saves then read the copy: any `state_dict()` of a sharded model, also in another thread, disturbs its pass.
+        """
+        self.form = host_model(self.model, {name: t.to("meta") for name, t in self.model.state_dict().items()})
+
     def _adapter_weights(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the adapter's weights by PEFT's names, from the model or from a state dict of the whole model."""
         found: dict[str, Tensor] = get_peft_model_state_dict(
-            self.model, state_dict=weights, save_embedding_layers=False
+            self.model if weights is None else self.form, state_dict=weights, save_embedding_layers=False
         )
         return found
 
@@ -128,7 +150,11 @@ class ModelFiles:
         stored = tensors_of(folder)
         same_names(stored, self._adapter_weights(), folder)
         self._check_scale(folder)
-        set_peft_model_state_dict(self.model, stored)
+        if self.is_sharded:  # PEFT would copy whole tensors into parts
+            for name, tensor in self._adapter_weights().items():
+                write_part(tensor, stored[name])
+        else:
+            set_peft_model_state_dict(self.model, stored)
         compare(stored, self._adapter_weights(), folder, rounded=True)
         missing = sorted(set(self.extra_buffers()) - load_buffers(self.model, folder))
         if missing:
@@ -155,10 +181,12 @@ class ModelFiles:
         if weights.keys() - stored.keys():
             stored = {**self.load_model(str(folder)).state_dict(), **tied, **same}
         same_names(stored, weights, folder)
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                tensor.copy_(stored[name])
-        compare_model(files, weights, self.model, folder, rounded=True)
+        for name, tensor in weights.items():
+            write_part(tensor, stored[name])
+        if self.is_sharded:  # the numbers of weights under other names cannot be summed over one rank's parts
+            compare(stored, weights, folder, rounded=True)
+        else:
+            compare_model(files, weights, self.model, folder, rounded=True)
 
 
 def load_buffers(model: nn.Module, folder: Path) -> set[str]:

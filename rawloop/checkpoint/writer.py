@@ -36,7 +36,7 @@ from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError
 from rawloop.files import FileRecord, in_words, readable, remove_tree, sha256_file, sync_tree
 from rawloop.host_memory import wait_for_copies
-from rawloop.pack import Packed, pack, write_packed
+from rawloop.pack import Packed, has_shards, pack, write_packed
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,18 @@ class Capture:
         steps = [rank_step for rank_step, _ in every_rank]
         assert steps == [step] * self.world.size, f"ranks save different steps: {steps}"
         shared = {name: packed for name, packed in states.items() if name not in self.parts.per_rank}
+        sharded = any(getattr(part, "is_sharded", False) for part in self.parts.folders.values())
         folders = self.world.on_all_ranks(
             lambda: {name: (part.folder, part.snapshot(self.copy)) for name, part in self.parts.folders.items()},
-            only_main=True,
+            only_main=not sharded,
         )
         return Contents(step, self.versions, shared, [of_rank for _, of_rank in every_rank], folders or {})
 
     def _collect(self) -> dict[str, Packed]:
-        """Pack every state on rank 0, and on the others the states per rank: packing copies from the device."""
+        """Pack every state on rank 0, and on the others those per rank and those with shards: packing copies."""
         states = {name: part.state_dict() for name, part in self.parts.states.items()}
-        wanted = states if self.world.is_main else self.parts.per_rank
+        main, per_rank = self.world.is_main, self.parts.per_rank
+        wanted = [name for name, state in states.items() if main or name in per_rank or has_shards(state)]
         if not self.copy:
             return {name: pack(states[name]) for name in wanted}
         spare = {name: packed.tensors for name, packed in self._copies.items()}

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from rawloop.errors import TrainingError, UserError, first_few
 from rawloop.precision.masters import TrainedWeights, held_by
 from rawloop.precision.scaler import LossScaler
+from rawloop.sharding import norm_over_ranks, part_of
 
 ELSEWHERE = "another rank objected to the update"
 SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
@@ -256,10 +257,12 @@ def connected(loss: Any) -> Tensor:
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm over all gradients, a float32 scalar on their device: in 16 bits it would overflow."""
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
+    """Return the L2 norm over all gradients, a float32 scalar on their device: in 16 bits it would overflow.
+
+    If they are sharded, it is the norm over all ranks, which call this together.
+    """
+    norms = torch._foreach_norm([*map(part_of, gradients)], 2, dtype=torch.float32)
+    return norm_over_ranks(torch.linalg.vector_norm(torch.stack(norms)), gradients)
 
 
 def drop_scaler_marks(optimizers: Iterable[Optimizer]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import CheckpointError, UserError
+from rawloop.sharding import part_of, sharded_as, write_part
 
 HALF = (torch.float16, torch.bfloat16)
 BUCKET = 2**25  # numbers per call of the optimizer during an update with masters: 134 MB of float32 gradients
@@ -44,6 +45,16 @@ class TrainedWeights:
             weight.data = value.to(dtype)
             if masters and dtype in HALF:
                 self.masters[name] = nn.Parameter(value.to(device, torch.float32, copy=True))
+        self._index()
+
+    def take_shards(self, named: Mapping[str, nn.Parameter]) -> None:
+        """Take the sharded weights in place of the whole ones, by name, and shard the masters."""
+        self.weights = {name: named[name] for name in self.weights}
+        for name, master in self.masters.items():
+            self.masters[name] = nn.Parameter(sharded_as(master.detach(), self.weights[name]))
+        self._index()
+
+    def _index(self) -> None:
         self._name_of = {id(master): name for name, master in self.masters.items()}
         self._known = {id(parameter) for _, parameter in self.named_parameters()}
         self._versions = self._counts()
@@ -114,7 +125,7 @@ class TrainedWeights:
         if not self.masters:
             gradients = [p.grad for p in held if p.grad is not None]
             if gradients and factor != 1.0:
-                torch._foreach_mul_(gradients, factor)
+                torch._foreach_mul_(_parts(gradients), factor)
             step()
             return
         for master in held:
@@ -126,7 +137,7 @@ class TrainedWeights:
             step()
             for master in masters:
                 master.grad = None
-            torch._foreach_copy_([weight.data for weight in weights], [master.detach() for master in masters])
+            torch._foreach_copy_(_parts(weight.data for weight in weights), _parts(masters))
 
     def _buckets(self, held: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Yield the masters of weights with a gradient, in groups of at most `BUCKET` numbers."""
@@ -156,9 +167,9 @@ class TrainedWeights:
         gradients = given
         if self.masters and any(gradient.dtype != torch.float32 for gradient in given):
             gradients = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
-            torch._foreach_copy_(gradients, given)
+            torch._foreach_copy_(_parts(gradients), _parts(given))
         if gradients and factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(_parts(gradients), factor)
         for weight in weights:
             weight.grad = None
         return gradients
@@ -195,8 +206,12 @@ class TrainedWeights:
                 "start another run from its weights with --init_from CHECKPOINT --output NEW"
             )
         for name, master in self.masters.items():
-            master.detach().copy_(stored[name])
+            write_part(master, stored[name])
         self._versions = self._counts()
+
+
+def _parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [part_of(tensor.detach()) for tensor in tensors]
 
 
 def held_by(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:

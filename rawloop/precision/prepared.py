@@ -146,6 +146,15 @@ class PreparedModel:
             self.scaler = LossScaler(self.config.loss_scale) if kind == "own" else None
         self.window, self._ddp = Window(self.trained), None
 
+    def take_shards(self) -> None:
+        """Take the weights of the model that has been sharded over the ranks. No fallback to another mode is left.
+
+        Call it before the optimizer exists.
+        """
+        assert self.model is not None, UNPREPARED
+        self.trained.take_shards(dict(self.model.named_parameters()))
+        self.window, self._ddp, self.chain.remaining = Window(self.trained), [], []
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that the optimizer must hold after `prepare`: trained weights, or their masters."""
         return self.trained.named_parameters()

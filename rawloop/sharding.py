@@ -1,0 +1,142 @@
+"""Weights, gradients and optimizer state sharded over the ranks, by torch's FSDP2 (`fully_shard`).
+
+Between two passes each rank holds its part of every weight, a DTensor. A pass gathers the weights of one block at a
+time, so a model is called through the module that was sharded, by all ranks together. Checkpoints hold whole tensors:
+`whole` gathers them, `write_part` takes this rank's part of them.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rawloop.errors import RawloopError, UserError
+
+
+def shard(module: nn.Module, device: torch.device) -> int:
+    """Shard all weights of a module over the ranks, in place, and move them to the device of this rank.
+
+    Each block of `find_blocks` is gathered alone, the other weights together while `module` runs. The parameters
+    become other objects. A weight that is unused on a rank gets a gradient of zero there. Frozen scalars stay whole.
+
+    Returns:
+        the number of blocks.
+
+    Raises:
+        UserError: there is one process, or a scalar weight is trained.
+        RawloopError: this version of torch lacks a method.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        raise UserError("one process cannot shard its weights: start several with torchrun")
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise RawloopError(f"sharding needs torch 2.13 or later, and this is {torch.__version__}: upgrade torch")
+    scalars = {name: weight for name, weight in module.named_parameters() if not weight.ndim}
+    trained = [name for name, weight in scalars.items() if weight.requires_grad]
+    if trained:
+        raise UserError(f"{trained[0]} is trained and has no dimension to shard: freeze it, or set parallel to ddp")
+    blocks = find_blocks(module)
+    mesh = init_device_mesh(device.type, (size,))
+    for part in [*blocks, module]:
+        # Resharded after each pass, also the root, so that `parameters()` is always this rank's part.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=set(scalars.values()))
+    for scalar in scalars.values():
+        scalar.data = scalar.data.to(device)
+    module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+    return len(blocks)
+
+
+def find_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a model: the outermost lists of modules of one class, such as decoder layers.
+
+    Lists of single layers, such as heads, are none: a loss may use their weights without calling them. Neither is a
+    block that shares a weight with a module outside of it.
+    """
+    owners: dict[int, set[str]] = {}
+    found: dict[str, nn.Module] = {}
+    for name, part in module.named_modules():
+        children = list(part.children()) if isinstance(part, nn.ModuleList) else []
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if len({type(child) for child in children}) == 1 and not inside and all(map(_has_children, children)):
+            found |= {f"{name}.{key}": child for key, child in part.named_children()}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), set()).add(next((b for b in found if name.startswith(f"{b}.")), ""))
+    shared = {block for names in owners.values() if len(names) > 1 for block in names}
+    return [block for name, block in found.items() if name not in shared and next(block.parameters(), None) is not None]
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def is_sharded(thing: Tensor | nn.Module) -> bool:
+    """Return whether a tensor is one rank's part of a whole, or whether a module has such weights."""
+    if isinstance(thing, nn.Module):
+        return any(map(is_sharded, thing.parameters()))
+    return hasattr(thing, "full_tensor")
+
+
+@contextmanager
+def unreduced(module: Any) -> Iterator[None]:
+    """Add up gradients on each rank inside the context, whole; the next backward pass outside reduces them."""
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, in the same memory; a plain tensor as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor.detach()
+    own: Tensor = sharded.to_local()
+    return own
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on rank 0; the other ranks get an empty tensor. A plain tensor is returned as it is.
+
+    All ranks call this. The device holds the whole tensor until it is freed.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor.detach()
+    gathered: Tensor = sharded.full_tensor()
+    return gathered if dist.get_rank() == 0 else gathered.new_empty(0)
+
+
+def sharded_as(values: Tensor, like: Tensor) -> Tensor:
+    """Return whole values as a tensor that is sharded as `like` is, if `like` is sharded. Without communication."""
+    if not is_sharded(like):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    target: Any = like
+    return distribute_tensor(values.detach(), target.device_mesh, target.placements, src_data_rank=None)
+
+
+def write_part(target: Tensor, values: Tensor) -> None:
+    """Copy whole values into a tensor; if it is sharded, copy this rank's part of them."""
+    with torch.no_grad():
+        part_of(target).copy_(part_of(sharded_as(values, target)))
+
+
+def norm_over_ranks(norm: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm of sharded tensors from this rank's part of it, on the device: the host does not wait.
+
+    All ranks call this. If the tensors are plain, their norm is returned as it is.
+    """
+    sharded: Any = next(filter(is_sharded, tensors), None)
+    if sharded is None:
+        return norm
+    square = norm.double().square()
+    dist.all_reduce(square, group=sharded.device_mesh.get_group())
+    return square.sqrt().to(norm.dtype)
