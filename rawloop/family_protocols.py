@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rawloop.contracts import Sample
+from rawloop.contracts import Batch, Sample
 from rawloop.settings import SamplingConfig
 
 
@@ -67,6 +67,14 @@ class PackingFamily(Protocol):
     """
 
     packing: bool
+
+
+@runtime_checkable
+class SizedFamily(Protocol):
+    """A family that makes up a batch of a given size, so that `rawloop plan` works without data."""
+
+    def sized(self, positions: int, samples: int) -> Batch:
+        """Return a batch of so many samples with about so many positions each; what they say does not matter."""
 
 
 @dataclass(frozen=True)

@@ -191,10 +191,10 @@ def rehearse(
     peaks = []
     if data.samples["data.train"].references(config.data, config.seed):
         batches = measurer(config, data, "data.train").batches
-    for chosen in world.on_all_ranks(partial(_costliest, config, data, plan)) or []:
+    for chosen in world.on_all_ranks(partial(costliest, config, data, plan)) or []:
         made = world.on_all_ranks(partial(batches.made, chosen))
         assert made is not None
-        what = _named(made[1])
+        what = described(made[1])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         run = partial(_run_once, made[1], module, policy, keeps_gradients)
@@ -221,7 +221,7 @@ def _run_once(batch: Batch, module: LossModule, policy: PrecisionPolicy, keeps_g
     del means
 
 
-def _costliest(config: RunConfig, data: Data, plan: Plan) -> list[list[Draw]]:
+def costliest(config: RunConfig, data: Data, plan: Plan) -> list[list[Draw]]:
     """Return the micro-batches to rehearse: with `train.batch_size`, the longest samples, should they ever meet."""
     if isinstance(plan, FramePlan):
         return plan.costliest()
@@ -229,7 +229,8 @@ def _costliest(config: RunConfig, data: Data, plan: Plan) -> list[list[Draw]]:
     return [[Draw(index, epoch=0) for index in measurer(config, data, "data.train").longest(number)]]
 
 
-def _named(batch: Batch) -> str:
+def described(batch: Batch) -> str:
+    """Return the shapes of a micro-batch's inputs, and its samples."""
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.inputs.items())
     return f"{shapes} of the samples {first_few(batch.ids)}"
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "import": "write data files from recordings and chats in the layouts of others",
     "prepare": "encode the audio of a data set once, into a cache of codes",
     "inspect": "show a batch as the model reads it: turns, codes, and which of them are learnt",
+    "plan": "estimate memory and time of a run, and the cards that it fits, without a GPU and without weights",
     "train": "fine-tune a model; start it with torchrun for several processes",
     "train-higgs": "train with the flags of an HF Trainer script for Higgs Audio v2",
     "from-trainer": "write a config from the settings of HF Trainer, TRL, axolotl, LLaMA-Factory or ms-swift",

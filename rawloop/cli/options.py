@@ -50,6 +50,32 @@ class InspectOptions:
 
 
 @dataclass
+class PlanOptions:
+    """For which batches and processes.
+
+    Args:
+        positions: positions of each sample of a micro-batch that is made up; 0 takes the batches of data.train.
+        samples: samples of that micro-batch; 0 is train.batch_size.
+        processes: how many processes will train together, each on its own card.
+        utilisation: the share of a card's peak speed that training reaches, for the times.
+    """
+
+    positions: int = 0
+    samples: int = 0
+    processes: int = 1
+    utilisation: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name, least in (("positions", 0), ("samples", 0), ("processes", 1)):
+            if not least <= getattr(self, name) < 1e9:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be {least} or more")
+        if not 0 < self.utilisation <= 1:
+            raise UserError(f"--utilisation is {self.utilisation:g}: it must be above 0 and at most 1")
+        if self.samples and not self.positions:
+            raise UserError(f"--samples is {self.samples} without --positions: give both, or neither")
+
+
+@dataclass
 class FromTrainerOptions:
     """Of which files a config is made.
 

@@ -51,6 +51,10 @@ MODEL = (*EXAMPLES, "adapter.*", "precision.*", "seed", "device", "ddp.timeout")
 MICRO_BATCH = (*MODEL, "!data.eval", "!data.num_workers", "init_from", *BATCH, "train.accumulation")
 DATA = ("model.path", "data.train", "data.eval")
 TRAINED = ("optim.lr", "adapter.mode", "adapter.rank", "precision.mode")
+STEP = (  # of what a step takes
+    *("checkpoint.asynchronous", "ddp.gradient_as_bucket_view", "optim.*"),
+    *("!optim.schedule", "!optim.warmup_steps", "!optim.warmup_ratio"),
+)
 
 TABLE: Mapping[str, Row] = MappingProxyType(
     {
@@ -65,6 +69,11 @@ TABLE: Mapping[str, Row] = MappingProxyType(
             options.InspectOptions,
             reads=(*EXAMPLES, "!data.num_workers", "seed", *BATCH, "evaluation.batch_size"),
             usual=(*DATA, "data.codes", *BATCH, "seed"),
+        ),
+        "plan": Row(
+            options.PlanOptions,
+            reads=(*MODEL, "!data.eval", "!data.num_workers", "!ddp.timeout", *BATCH, "train.accumulation", *STEP),
+            usual=("model.path", "data.train", *BATCH, "train.accumulation", *TRAINED),
         ),
         "train": Row(
             reads=("*",),

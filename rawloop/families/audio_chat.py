@@ -241,10 +241,22 @@ class AudioChat(TextFamily):
         return self._probe(1)
 
     def _probe(self, count: int) -> Batch:
+        return self.collate([self._noisy("probe", self.encoder.sample_rate, "Four five six.")] * count)
+
+    def _noisy(self, name: str, length: int, answer: str) -> Example:
+        """Return an example that hears so many samples of noise, and answers."""
         question = Turn("user", (Audio(Path("noise")), Text("One two three?")))
-        sample = Sample("probe", (question, Turn("assistant", (Text("Four five six."),), trained=True)))
-        noise = 0.1 * torch.randn(self.encoder.sample_rate, generator=torch.Generator().manual_seed(0))
-        return self.collate([self.encoder.encode(sample, [noise])] * count)
+        sample = Sample(name, (question, Turn("assistant", (Text(answer),), trained=True)))
+        noise = 0.1 * torch.randn(length, generator=torch.Generator().manual_seed(0))
+        made: Example = self.encoder.encode(sample, [noise])
+        return made
+
+    def sized(self, positions: int, samples: int) -> Batch:
+        """Return a batch of so many samples: a clip of at most half of the positions, and words; see `SizedFamily`."""
+        second = self.encoder.sample_rate
+        clip = min(int(self.encoder.longest * second), second * positions // 50)  # most models take 25 a second
+        rest = positions - len(self._noisy("clip", max(clip, second), "one").input_ids)
+        return self.collate([self._noisy(f"made up {n}", clip, "one" + " one" * rest) for n in range(samples)])
 
     def generate(
         self,

@@ -214,6 +214,12 @@ class CausalLM(TextFamily):
             examples.append(Example(f"probe {index}", ids, labels, (("text", len(ids)),)))
         return self.collate(examples)
 
+    def sized(self, positions: int, samples: int) -> Batch:
+        """Return a batch of so many texts of so many tokens; see `SizedFamily`."""
+        ids = torch.zeros(positions, dtype=torch.int64)
+        labels = labels_of(ids, [(0, positions)])
+        return self.collate([Example(f"made up {n}", ids, labels, (("text", positions),)) for n in range(samples)])
+
     def generate(
         self,
         model: nn.Module,

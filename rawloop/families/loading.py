@@ -139,10 +139,15 @@ def load_from(
     hints: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model; `key` is the setting that names its folder. Missing weights and wrong shapes are refused."""
+    """Load a model; `key` is the setting that names its folder. Missing weights and wrong shapes are refused.
+
+    Under `torch.device("meta")` the model is made from its config.json, and no weights are read.
+    """
     with library_errors(source, "model", key):
         settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         build = model_class._from_config if issubclass(model_class, PreTrainedModel) else model_class.from_config
+        if torch.get_default_device().type == "meta":
+            return build(settings, **{**options, "dtype": settings.dtype or torch.float32})
         check_sizes(Path(source), settings, lambda: build(settings))
         model, info = model_class.from_pretrained(
             source,
@@ -161,6 +166,11 @@ def load_from(
         hint = (hints or {}).get(missing[0], "fetch it again")
         raise UserError(f"{source} lacks {len(missing)} weights, first {missing[0]}: {hint}")
     return model
+
+
+def can_checkpoint(model: nn.Module) -> bool:
+    """Return whether a model has the activation checkpointing of transformers."""
+    return hasattr(model, "gradient_checkpointing_enable")
 
 
 def enable_activation_checkpointing(model: Any) -> None:

@@ -328,7 +328,7 @@ def test_prepare_without_the_codec(refusal: Refusal, config: Path) -> None:
     [
         (
             ["trian"],
-            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, import, prepare, inspect, train, tra",
+            "rawloop: no command 'trian' (did you mean 'train'?); there are demo, import, prepare, inspect, plan, trai",
         ),
         pytest.param(
             ["merge", "--adapter", "x"],

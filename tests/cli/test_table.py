@@ -105,6 +105,7 @@ def slow(*case: Any) -> Any:
     [
         ("prepare", [[]]),
         ("inspect", [[], ["--split", "eval"]]),
+        slow("plan", [["--device", "cpu", "--processes", "2"]]),
         ("evaluate", [["--checkpoint", "best"]]),
         ("precision probe", [[]]),
         slow("precision compare", [["--steps", "1"]]),

@@ -207,10 +207,20 @@ class HiggsAudioV2(BaseFamily):
         return self._probe(1)
 
     def _probe(self, count: int) -> Batch:
+        return self.collate([self._spoken("probe", 25)] * count)
+
+    def _spoken(self, name: str, frames: int) -> Example:
+        """Return an example that speaks so many frames of random codes."""
         turns = (Turn("user", (Text("One two three."),)), Turn("assistant", (Audio(Path("probe")),), trained=True))
-        generator = torch.Generator().manual_seed(0)
-        codes = torch.randint(self.settings.audio_stream_bos_id, (25, self.settings.num_codebooks), generator=generator)
-        return self.collate([self.example(Sample("probe", turns), lambda _: codes)] * count)
+        shape, generator = (frames, self.settings.num_codebooks), torch.Generator().manual_seed(0)
+        codes = torch.randint(self.settings.audio_stream_bos_id, shape, generator=generator)
+        made: Example = self.example(Sample(name, turns), lambda _: codes)
+        return made
+
+    def sized(self, positions: int, samples: int) -> Batch:
+        """Return a batch of so many clips, each with its text and so many positions; see `SizedFamily`."""
+        text = len(self._spoken("text", 1).input_ids) - 1
+        return self.collate([self._spoken(f"made up {n}", max(1, positions - text)) for n in range(samples)])
 
     def generate(
         self,

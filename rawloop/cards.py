@@ -1,0 +1,102 @@
+"""GPUs: their memory and their speed, and what makes a step fit into them."""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Literal, NamedTuple
+
+from rawloop.precision.config import Name
+
+CUDA = 0.6e9  # bytes that CUDA's context and libraries take
+RESERVE = 0.05  # share of a card that the allocator may lose between blocks
+SIZES = (16, 24, 40, 48, 80, 141)  # GB
+SAMPLES = ("activations", "loss head")  # kinds whose bytes grow with the samples of a micro-batch
+
+
+class Card(NamedTuple):
+    """A GPU: memory in GB, and dense TFLOPS: of FP16 or BF16 products added in FP32, and of plain FP32."""
+
+    name: str
+    memory: int
+    half: float
+    single: float
+    bf16: bool = True
+
+    def tflops(self, mode: str, tf32: bool) -> float | None:
+        """Return the rate of a precision mode; None if the card does not compute it natively."""
+        if mode == "bf16" and not self.bf16:
+            return None
+        # TF32 has half the rate of the 16-bit formats on all cards that have it
+        return self.half if mode != "fp32" else self.half / 2 if tf32 and self.bf16 else self.single
+
+
+# From NVIDIA's data sheets and white papers (Turing, Volta, Ampere GA102, Ada, Hopper), without sparsity.
+CARDS = (
+    Card("RTX 3090", 24, 71, 35.6),
+    Card("RTX 4090", 24, 165, 82.6),
+    Card("TITAN RTX", 24, 130, 16.3, bf16=False),
+    Card("V100", 32, 125, 15.7, bf16=False),
+    Card("A100 40GB", 40, 312, 19.5),
+    Card("A100 80GB", 80, 312, 19.5),
+    Card("L40S", 48, 362, 91.6),
+    Card("H100", 80, 989, 67),
+    Card("H200", 141, 989, 67),
+)
+
+
+class Choice(NamedTuple):
+    """Settings that decide on memory."""
+
+    mode: Name
+    adapter: Literal["lora", "full"]
+    checkpointing: bool
+
+
+def room(size: float) -> float:
+    """Return the bytes that a step may take on a card of so many GB."""
+    return size * 1e9 * (1 - RESERVE) - CUDA
+
+
+def changes_that_fit(
+    size: float, chosen: Choice, peaks: Mapping[Choice, Mapping[str, float]], rows: int
+) -> tuple[list[str], float] | None:
+    """Return the cheapest changes with which a step fits into a card, and the bytes that it then takes.
+
+    Cheapest first: fewer samples in a micro-batch and more accumulation (the same gradient), activation checkpointing
+    (a third more time), another precision mode, LoRA in place of all weights.
+
+    Args:
+        size: of the card, in GB.
+        chosen: the configured choice.
+        peaks: bytes by kind at the peak of the step with `rows` samples, by choice.
+        rows: the samples of the micro-batch.
+
+    Returns:
+        no changes if it fits as it is; None if nothing makes it fit.
+    """
+    for other, divisor in sorted(product(peaks, _divisors(rows)), key=lambda pair: _cost(chosen, *pair)):
+        sampled = sum(peaks[other].get(kind, 0) for kind in SAMPLES)
+        taken = sum(peaks[other].values()) - sampled + sampled / divisor
+        if taken <= room(size):
+            return [*_words(chosen, other, divisor)], taken
+    return None
+
+
+def _divisors(rows: int) -> list[int]:
+    return [2**power for power in range(rows.bit_length()) if 2**power <= rows]
+
+
+def _cost(chosen: Choice, other: Choice, divisor: int) -> tuple[bool, bool, bool, bool, int]:
+    """Return what a change costs, the dearest first: LoRA learns something else, checkpointing takes time."""
+    to_full, switched = other.adapter != chosen.adapter and other.adapter == "full", other.adapter != chosen.adapter
+    return to_full, switched, other.mode != chosen.mode, other.checkpointing != chosen.checkpointing, divisor
+
+
+def _words(chosen: Choice, other: Choice, divisor: int) -> Iterator[str]:
+    if divisor > 1:
+        yield f"1/{divisor} of the micro-batch, {divisor} x train.accumulation"
+    if other.checkpointing != chosen.checkpointing:
+        yield f"model.activation_checkpointing {str(other.checkpointing).lower()}"
+    if other.mode != chosen.mode:
+        yield f"precision.mode {other.mode}"
+    if other.adapter != chosen.adapter:
+        yield f"adapter.mode {other.adapter}"

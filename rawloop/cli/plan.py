@@ -1,0 +1,102 @@
+"""`rawloop plan`: memory and time of a run, and on which cards it fits, without a GPU and without weights."""
+
+from collections.abc import Iterator
+from typing import get_args
+
+from rawloop.cards import CARDS, CUDA, RESERVE, SIZES, Choice, changes_that_fit
+from rawloop.cli import read_config
+from rawloop.cli.options import PlanOptions
+from rawloop.diagnose.shared import table
+from rawloop.errors import UserError
+from rawloop.estimate import BUCKETS
+from rawloop.launcher import num_processes
+from rawloop.planning import described
+from rawloop.precision.config import Name
+from rawloop.sizing import ADAPTERS, Sizing, size_run
+
+SHORT = {"frozen weights": "frozen", "trained weights": "trained", "loss head": "head", BUCKETS: "buckets"}
+GB = 1e9
+
+
+def run(argv: list[str]) -> None:
+    """Estimate the run, and print the tables."""
+    config, options, _ = read_config("plan", argv)
+    if num_processes() > 1:
+        raise UserError("rawloop plan works in one process: call it without torchrun, and give --processes")
+    print("\n".join(plan_lines(size_run(config, options.processes, options.positions, options.samples), options)))
+
+
+def plan_lines(sized: Sizing, options: PlanOptions) -> Iterator[str]:
+    """Yield the lines of a plan."""
+    own, chosen = sized.own, sized.chosen
+    yield (
+        f"{sized.config.model.path}: {own.parameters:,} parameters, {own.trained:,} trained ({chosen.adapter}, "
+        f"{chosen.mode}, activation checkpointing {'on' if chosen.checkpointing else 'off'})"
+    )
+    yield f"costliest micro-batch: {described(sized.batch)}"
+    if sized.typical is not sized.batch:
+        yield f"a typical one takes {_gb(sized.as_usual.total)} GB: {described(sized.typical)}"
+    yield ""
+    yield "GB at the peak of a step with the costliest micro-batch, by what they are; on and off: with and without"
+    yield "activation checkpointing; * as configured"
+    rows = [*memory_rows(sized)]
+    yield from table("ll" + "r" * (len(rows[0]) - 2), rows)
+    for choice, why in sized.refused.items():
+        if not choice.checkpointing:
+            yield f"{choice.adapter} in {choice.mode} is left out: {why}"
+    if own.host:
+        yield f"host memory for the copy of an asynchronous save: {_gb(own.host)} GB"
+    yield ""
+    yield f"as configured on a card, with {CUDA / GB:g} GB for CUDA and {RESERVE:.0%} in reserve"
+    yield from table("rl", [[f"{size} GB", _fit(sized, size)] for size in SIZES])
+    yield ""
+    yield from time_lines(sized, options)
+
+
+def memory_rows(sized: Sizing) -> Iterator[list[str]]:
+    """Yield the table of bytes, with its head: a row for each mode and adapter."""
+    kinds = [
+        kind for kind in sized.own.peak if kind != BUCKETS or any(e.peak[BUCKETS] for e in sized.costliest.values())
+    ]
+    yield ["", "", *(SHORT.get(kind, kind) for kind in kinds), "total", "on", "off"]
+    own = sized.chosen
+    for adapter in ADAPTERS:
+        for mode in get_args(Name):
+            choice = Choice(mode, adapter, own.checkpointing)
+            found = sized.costliest.get(choice)
+            if found is None:
+                continue
+            other = [sized.costliest.get(choice._replace(checkpointing=on)) for on in (True, False)]
+            totals = [_gb(each.total) if each else "-" for each in (found, *other)]
+            yield [adapter, f"{mode}{' *' if choice == own else ''}", *(_gb(found.peak[k]) for k in kinds), *totals]
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f}" if size < 99.5e9 else f"{size / GB:.0f}"
+
+
+def _fit(sized: Sizing, size: int) -> str:
+    peaks = {choice: found.peak for choice, found in sized.costliest.items()}
+    found = changes_that_fit(size, sized.chosen, peaks, len(sized.batch.ids))
+    if found is None:
+        return "does not fit, and none of these changes makes it fit"
+    changes, taken = found
+    return f"fits with {' and '.join(changes)}: {_gb(taken)} GB" if changes else "fits"
+
+
+def time_lines(sized: Sizing, options: PlanOptions) -> Iterator[str]:
+    """Yield the operations of a step, and its time by card."""
+    epoch = f", {sized.steps:,} steps in an epoch" if sized.steps else ""
+    yield (
+        f"{sized.flops / 1e12:.3g} TFLOP in a step on each card{epoch}; seconds at {options.utilisation:.0%} of the "
+        "peak speed"
+    )
+    rows = [["card", "GB", "TFLOPS", "s / step", *(["h / epoch"] if sized.steps else [])]]
+    for card in CARDS:
+        rate = card.tflops(sized.chosen.mode, sized.config.precision.tf32)
+        seconds = sized.flops / (rate * 1e12 * options.utilisation) if rate else None
+        times = (
+            [f"{seconds:.3g}", f"{seconds * sized.steps / 3600:.3g}"] if seconds else [f"no {sized.chosen.mode}", "-"]
+        )
+        rows.append([card.name, str(card.memory), f"{rate:g}" if rate else "-", *times[: 1 + bool(sized.steps)]])
+    yield from table("lrrrr"[: len(rows[0])], rows)

@@ -1,0 +1,193 @@
+"""What a step takes, without computing it: bytes by what they are, and floating-point operations.
+
+It is the real step (family, adapter, precision policy, loop) on fake tensors. A model's blocks are equal, so the step
+runs on models of few blocks, from which the counts of the whole model follow exactly.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rawloop.adapters.lora import add_adapter
+from rawloop.adapters.quantize import quantize
+from rawloop.allocations import Allocations, blocks_of, extrapolated, mark_phases, peak_of, to_fake, use_gpu_dropout
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch, Family, has
+from rawloop.dist import World
+from rawloop.errors import UserError
+from rawloop.families.loading import can_checkpoint, enable_activation_checkpointing
+from rawloop.loop import Run, accumulate, update
+from rawloop.losses import LossModule
+from rawloop.optim import build_optimizer
+from rawloop.precision.policy import PrecisionPolicy
+
+FEW = 2  # blocks; the first and the last may differ in what they keep
+BUCKETS = "DDP buckets"
+BLOCK = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step takes on one device.
+
+    Args:
+        parameters: of the model, with its adapter.
+        trained: how many of them are trained.
+        peak: bytes by kind at the peak of the step.
+        host: bytes of the copy in host memory for asynchronous saves.
+        flops: floating-point operations of one micro-batch, forward and backward, with what is recomputed.
+    """
+
+    parameters: int
+    trained: int
+    peak: dict[str, int]
+    host: int
+    flops: int
+
+    @property
+    def total(self) -> int:
+        """The bytes of the peak."""
+        return sum(self.peak.values())
+
+
+def skeleton_of(config: RunConfig, family: Family) -> nn.Module:
+    """Return the model on the meta device, made from its config.json. Your own family loads its weights for that."""
+    if ":" in config.model.family:
+        return family.load_model().to("meta")
+    with torch.device("meta"):
+        return family.load_model()
+
+
+def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batch, processes: int = 1) -> Estimate:
+    """Count a step of the configured run.
+
+    Args:
+        config: `device: cpu` counts as on a CPU, all others as on a GPU. The mode auto counts as bf16.
+        family: of the model.
+        skeleton: its model without activation checkpointing, on the meta device; stays as it is.
+        batch: the micro-batch.
+        processes: of the run.
+
+    Raises:
+        UserError: the settings contradict each other or the model.
+    """
+    patterns = [*config.adapter.target_modules, *config.adapter.freeze, *config.adapter.unfreeze]
+    named = any(BLOCK.search(pattern) for pattern in [*patterns, *config.adapter.modules_to_save])
+    lengths = [] if named else [len(blocks) for blocks in blocks_of(skeleton)]
+    few = [FEW] * len(lengths)
+
+    def counts(depths: list[int]) -> Counter[str]:
+        return _count(config, family, skeleton, batch, processes, depths)
+
+    longer = [counts([FEW + (place == at) for place in range(len(few))]) for at in range(len(few))]
+    found = extrapolated(counts(few), longer, [length - FEW for length in lengths])
+    peak = peak_of(found)
+    peak[BUCKETS] = found["buckets"]
+    return Estimate(found["parameters"], found["trained"], peak, found["host"], found["flops"])
+
+
+def _count(
+    config: RunConfig, family: Family, skeleton: nn.Module, batch: Batch, processes: int, depths: list[int]
+) -> Counter[str]:
+    """Count a step of the model with so many blocks in each list; of the whole model without `depths`."""
+    model = deepcopy(skeleton).train()
+    blocks = blocks_of(model) if depths else []
+    for each, depth in zip(blocks, depths, strict=True):
+        del each[depth:]
+    if config.model.activation_checkpointing:
+        if not can_checkpoint(model):
+            raise UserError(f"{type(model).__name__} has no activation checkpointing")
+        enable_activation_checkpointing(model)
+    with torch.device("meta"):
+        model = add_adapter(model, config.adapter, [], config.model.revision)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    to_fake(model, fake)
+    counter = Allocations(_vocabularies(family))
+    if config.device != "cpu":
+        use_gpu_dropout(model)
+    with fake, counter:
+        if config.model.quantization:
+            quantize(model, config.model.quantization, torch.device("cpu"))
+        run = _run(config, family, model)
+        weights, states = _hold(run, counter, keeps=config.train.accumulation > 1 or processes > 1)
+        mark_phases(model, counter, blocks)
+        counter.flops = 0
+        counter.peaks.clear()
+        counter.start("forward")
+        accumulate(run, [batch], batch.targets)
+        counter.start("update")
+        update(run, [batch])
+    found = Counter({f"{phase}|{kind}": size for phase, kinds in counter.peaks.items() for kind, size in kinds.items()})
+    parts = weights if config.adapter.mode == "full" else [p for p in weights if p.requires_grad]
+    found["host"] = (_bytes(parts) + states) * config.checkpoint.asynchronous
+    trained = [p for p in weights if p.requires_grad]
+    found["buckets"] = _bytes(trained) * (processes > 1 and not config.ddp.gradient_as_bucket_view)
+    found["parameters"], found["trained"] = sum(p.numel() for p in weights), sum(p.numel() for p in trained)
+    found["flops"] = counter.flops
+    return found
+
+
+def _run(config: RunConfig, family: Family, model: nn.Module) -> Run:
+    """Return what the loop needs for a step, on a model of fake tensors."""
+    cast(Any, model).to = lambda *_: model  # fake weights cannot be moved, and are on the CPU already
+    mode = "bf16" if config.precision.mode == "auto" else config.precision.mode
+    policy = PrecisionPolicy(replace(config.precision, mode=mode), world=World())
+    module = LossModule(policy.prepare(model), family.losses)
+    policy.scaler = None  # a loss scale takes no memory
+    optimizer = build_optimizer(policy.named_parameters(), config.optim)
+    policy.adopt(optimizer)
+    return Run(
+        module=module,
+        windows=lambda _: [],
+        policy=policy,
+        optimizer=optimizer,
+        lr=lambda _: config.optim.lr,
+        total_steps=1,
+        weights=family.stream_weights,
+        records=cast(Any, None),  # of steps that are skipped
+        world=World(),
+        max_norm=config.optim.max_norm,
+    )
+
+
+def _hold(run: Run, counter: Allocations, keeps: bool) -> tuple[list[nn.Parameter], int]:
+    """Make what training holds before a step: optimizer state, and gradients if it keeps them between micro-batches.
+
+    Returns:
+        the model's weights, and the bytes of optimizer state and masters.
+    """
+    model, policy = run.policy.model, run.policy
+    assert model is not None
+    weights, masters = list(model.parameters()), list(policy.trained.masters.values())
+    for _, held in policy.named_parameters():
+        held.grad = torch.empty_like(held)
+    policy.stepping = True  # `policy.step` would want gradients of its own backward pass
+    run.optimizer.step()
+    policy.stepping = False
+    policy.trained.clear_gradients()
+    states = [value for state in run.optimizer.state.values() for value in state.values()]
+    counter.hold((p for p in weights if not p.requires_grad), "frozen weights")
+    counter.hold((p for p in weights if p.requires_grad), "trained weights")
+    counter.hold(masters, "masters")
+    counter.hold(states, "optimizer")
+    for weight in policy.trained.weights.values() if keeps else ():
+        weight.grad = torch.empty_like(weight)
+        counter.hold([weight.grad], "gradients")
+    return weights, _bytes(states) + _bytes(masters)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _vocabularies(family: Family) -> set[int]:
+    """Return the sizes of the vocabularies that a family's streams guess from."""
+    return {round(math.exp(nats)) for nats in family.chance().values()} if has(family, "chance") else set()

@@ -1,0 +1,154 @@
+"""What the steps of a run take, as configured and with other settings, for `rawloop plan`."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from rawloop.adapters.config import AdapterConfig
+from rawloop.cards import Choice
+from rawloop.components import Data, build_family, read_data
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch, Family
+from rawloop.data.batches import Draw, Plan
+from rawloop.data.lengths import Lengths
+from rawloop.dist import World
+from rawloop.errors import UserError
+from rawloop.estimate import Estimate, estimate, skeleton_of
+from rawloop.family_protocols import SizedFamily
+from rawloop.planning import build_plan, costliest, measurer
+from rawloop.precision.config import Name, PrecisionConfig
+
+ADAPTERS: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+LOOKED_AT = 64  # micro-batches, of which the typical one is taken
+
+
+class Work(NamedTuple):
+    """What a run does: its costliest micro-batches, a typical one, and its steps in an epoch (0: not known)."""
+
+    costliest: list[Batch]
+    typical: Batch
+    steps: int
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Estimates of a run.
+
+    Args:
+        config: its settings.
+        chosen: the configured choice.
+        batch: the costliest micro-batch.
+        typical: a typical one.
+        steps: in an epoch; 0 if the data are not known.
+        processes: of the run.
+        costliest: estimates of the costliest micro-batch, by choice.
+        as_usual: the estimate of the typical micro-batch.
+        refused: the reason of each choice that contradicts the settings or the model.
+    """
+
+    config: RunConfig
+    chosen: Choice
+    batch: Batch
+    typical: Batch
+    steps: int
+    processes: int
+    costliest: dict[Choice, Estimate]
+    as_usual: Estimate
+    refused: dict[Choice, str]
+
+    @property
+    def own(self) -> Estimate:
+        """The estimate of the costliest micro-batch as configured."""
+        return self.costliest[self.chosen]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a step with typical micro-batches, on each device."""
+        return self.as_usual.flops * self.config.train.accumulation
+
+
+def size_run(config: RunConfig, processes: int = 1, positions: int = 0, samples: int = 0) -> Sizing:
+    """Estimate a run, without its weights.
+
+    Args:
+        config: of the run.
+        processes: how many train together.
+        positions: of each sample of a micro-batch that is made up; 0 takes the batches of the data.
+        samples: of that micro-batch; by default `train.batch_size`.
+
+    Raises:
+        UserError: config, data or model are wrong.
+    """
+    model = replace(config.model, activation_checkpointing=False)  # each estimate decides for itself
+    if model.attention.startswith("flash"):
+        model = replace(model, attention="sdpa")  # which keeps the same, and is there without the package
+    family = build_family(replace(config, model=model))
+    if positions:
+        made = made_up(family, positions, samples or config.train.batch_size)
+        work = Work([made], made, 0)
+    else:
+        work = work_of(config, read_data(config, family, "train"), processes)
+    return _estimates(config, family, work, processes)
+
+
+def _estimates(config: RunConfig, family: Family, work: Work, processes: int) -> Sizing:
+    skeleton = skeleton_of(config, family)
+    asked = "bf16" if config.precision.mode == "auto" else config.precision.mode
+    chosen = Choice(asked, config.adapter.mode, config.model.activation_checkpointing)
+    found = [estimate(config, family, skeleton, batch, processes) for batch in work.costliest]
+    own = max(found, key=lambda each: each.total)
+    batch = work.costliest[found.index(own)]
+    same = work.typical is batch
+    as_usual = own if same else estimate(config, family, skeleton, work.typical, processes)
+    estimates, refused = {chosen: own}, {}
+    for adapter, checkpointing, mode in product(ADAPTERS, (False, True), get_args(Name)):
+        choice = Choice(mode, adapter, checkpointing)
+        if choice == chosen:
+            continue
+        try:
+            estimates[choice] = estimate(with_choice(config, choice), family, skeleton, batch, processes)
+        except UserError as error:
+            refused[choice] = str(error)
+    return Sizing(config, chosen, batch, work.typical, work.steps, processes, estimates, as_usual, refused)
+
+
+def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
+    """Return the settings with another choice. What belongs to the configured mode or adapter alone is left out."""
+    changed = replace(config, model=replace(config.model, activation_checkpointing=choice.checkpointing))
+    if choice.mode != config.precision.mode:
+        changed = replace(changed, precision=PrecisionConfig(choice.mode, fallback=[]))
+    if choice.adapter != config.adapter.mode:
+        changed = replace(changed, adapter=AdapterConfig(choice.adapter, rank=config.adapter.rank))
+    return changed
+
+
+def work_of(config: RunConfig, data: Data, processes: int) -> Work:
+    """Return the micro-batches of a run's data."""
+    plan = build_plan(config, data, World(size=processes), data.contents())
+    measure = measurer(config, data, "data.train")
+    made = [measure.batches.made(draws)[1] for draws in costliest(config, data, plan)]
+    return Work(made, measure.batches.made(_typical(plan, measure))[1], plan.windows(1.0))
+
+
+def _typical(plan: Plan, measure: Lengths) -> list[Draw]:
+    """Return the micro-batch, of the first ones, whose positions are nearest to their mean."""
+    windows = range(min(plan.windows(1.0), -(-LOOKED_AT // plan.accumulation)))
+    batches = [draws for window in windows for draws in plan.micro_batches(window)][:LOOKED_AT]
+    sizes = np.array([len(draws) * max(measure(draw.sample) for draw in draws) for draws in batches])
+    return batches[int(np.abs(sizes - sizes.mean()).argmin())]
+
+
+def made_up(family: Family, positions: int, samples: int) -> Batch:
+    """Return a micro-batch of so many samples with about so many positions each.
+
+    Raises:
+        UserError: the family makes none.
+    """
+    if not isinstance(family, SizedFamily):
+        raise UserError(
+            f"--positions is {positions}, and the family {type(family).__name__} has no method `sized` to make up a "
+            "batch: leave --positions out, so that the data of data.train are taken"
+        )
+    return family.sized(positions, samples)

@@ -1,0 +1,213 @@
+"""Estimates of a step against the bytes that PyTorch's profiler counts in a real one, allocation by allocation."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rawloop.adapters.config import AdapterConfig
+from rawloop.allocations import blocks_of, peak_of
+from rawloop.components import build_family, build_model
+from rawloop.config import RunConfig
+from rawloop.contracts import Batch
+from rawloop.dist import World
+from rawloop.estimate import Estimate, _count, estimate, skeleton_of
+from rawloop.families import ModelConfig
+from rawloop.loop import Run, accumulate, update
+from rawloop.losses import LossModule
+from rawloop.optim import build_optimizer
+from rawloop.precision.config import LossScaleConfig, PrecisionConfig
+from rawloop.settings import TrainConfig
+
+FULL = AdapterConfig("full")
+
+
+@pytest.fixture(scope="module")
+def llama(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of six blocks, so that an estimate looks at few of them."""
+    folder: Path = tmp_path_factory.mktemp("llama") / "model"
+    shutil.copytree(text_checkpoint, folder)
+    settings = LlamaConfig.from_pretrained(folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "max_position_embeddings": 512}
+    for name, value in sizes.items():
+        setattr(settings, name, value)
+    settings.head_dim = 32
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    return folder
+
+
+def run_of(config: RunConfig) -> Run:
+    """What the loop needs for real steps of a run."""
+    family, world = build_family(config), World(device=torch.device(config.device))
+    model, policy, _ = build_model(config, world, family, [])
+    optimizer = build_optimizer(policy.named_parameters(), config.optim)
+    policy.adopt(optimizer)
+    module, records, weights = LossModule(model.train(), family.losses), Any, family.stream_weights
+    return Run(module, lambda _: [], policy, optimizer, lambda _: 1e-4, 1, weights, records, world=world)  # type: ignore[arg-type]
+
+
+def step(run: Run, window: list[Batch]) -> None:
+    accumulate(run, window, {stream: len(window) * count for stream, count in window[0].targets.items()})
+    assert update(run, window).applied
+
+
+def held(run: Run) -> int:
+    """The bytes that a run holds between two steps."""
+    states = [value for state in run.optimizer.state.values() for value in state.values()]
+    weights = [*run.module.parameters(), *(weight for _, weight in run.policy.named_parameters()), *states]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights}
+    return sum(storages.values())
+
+
+def measured(config: RunConfig, batch: Batch) -> int:
+    """The peak of a real step on the CPU, by the allocations that PyTorch's profiler sees."""
+    run, window = run_of(config), [batch] * config.train.accumulation
+    step(run, window)
+    before = held(run)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step(run, window)
+    results: Any = prof.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert peak > 1e6
+    return before + peak
+
+
+def planned(config: RunConfig, batch: Batch, processes: int = 1) -> Estimate:
+    family = build_family(replace(config, model=replace(config.model, activation_checkpointing=False)))
+    return estimate(config, family, skeleton_of(config, family), batch, processes)
+
+
+def config_of(path: Path, mode: str, adapter: AdapterConfig | None = None, recompute: bool = False) -> RunConfig:
+    model = ModelConfig(path=str(path), activation_checkpointing=recompute)
+    scale = LossScaleConfig(init=1.0 if mode == "native_fp16" else 2.0**15)  # the steps are not to overflow
+    precision = PrecisionConfig(mode, loss_scale=scale)  # type: ignore[arg-type]
+    return RunConfig(device="cpu", model=model, adapter=adapter or AdapterConfig(), precision=precision)
+
+
+def batch_of(config: RunConfig, positions: int, samples: int) -> Batch:
+    family: Any = build_family(config)
+    made: Batch = family.sized(positions, samples)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapter", "recompute"),
+    [
+        ("fp32", AdapterConfig(dropout=0.1), False),
+        ("bf16", None, True),
+        ("bf16", FULL, False),
+        ("native_fp16", FULL, True),
+    ],
+)
+def test_a_llama_takes_what_is_estimated(
+    mode: str, adapter: AdapterConfig | None, recompute: bool, llama: Path
+) -> None:
+    config = config_of(llama, mode, adapter, recompute)
+    batch = batch_of(config, 160, 3)
+    assert planned(config, batch).total == pytest.approx(measured(config, batch), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapter", "recompute"),
+    [("bf16", None, False), ("native_fp16", None, True), ("fp32", FULL, False)],
+)
+def test_a_higgs_takes_what_is_estimated(
+    mode: str, adapter: AdapterConfig | None, recompute: bool, demo_checkpoint: Path
+) -> None:
+    config = config_of(demo_checkpoint / "model", mode, adapter, recompute)
+    batch = batch_of(config, 150, 2)
+    found = planned(config, batch)
+    assert found.total == pytest.approx(measured(config, batch), rel=0.05)
+    assert found.peak["loss head"] > 1e6 or adapter
+
+
+def test_gradients_are_kept_between_micro_batches(llama: Path) -> None:
+    alone = config_of(llama, "fp32", FULL)
+    config = replace(alone, train=TrainConfig(accumulation=2))
+    batch = batch_of(config, 64, 2)
+    found, gradients = planned(config, batch), 4 * planned(alone, batch).trained
+    assert found.total == pytest.approx(measured(config, batch), rel=0.05)
+    assert found.total > planned(alone, batch).total
+    assert found.peak["gradients"] == pytest.approx(gradients, rel=0.01)
+
+
+def test_few_blocks_say_what_the_whole_model_takes(llama: Path) -> None:
+    for mode, adapter, positions in (("bf16", None, 100), ("fp32", FULL, 300)):
+        config = config_of(llama, mode, adapter)
+        family, batch = build_family(config), batch_of(config, positions, 3)
+        skeleton = skeleton_of(config, family)
+        assert [len(blocks) for blocks in blocks_of(skeleton)] == [6]
+        found, whole = estimate(config, family, skeleton, batch), _count(config, family, skeleton, batch, 1, [])
+        assert found.total == pytest.approx(sum(peak_of(whole).values()), rel=1e-3)
+        assert (found.flops, found.parameters) == (whole["flops"], whole["parameters"])
+
+
+def test_operations_are_those_of_a_real_step(llama: Path) -> None:
+    config = config_of(llama, "fp32", FULL, recompute=True)
+    batch, run = batch_of(config, 64, 2), run_of(config)
+    with FlopCounterMode(display=False) as counter:
+        step(run, [batch])
+    assert planned(config, batch).flops == counter.get_total_flops()
+
+
+def test_parts_are_counted_as_what_they_are(llama: Path) -> None:
+    config = config_of(llama, "native_fp16", FULL)
+    found = planned(config, batch_of(config, 16, 1), processes=2)
+    numbers = found.trained
+    assert found.parameters == numbers
+    assert (found.peak["trained weights"], found.peak["masters"]) == (2 * numbers, 4 * numbers)
+    assert found.peak["optimizer"] == pytest.approx(8 * numbers, rel=0.01)
+    assert found.host == pytest.approx(14 * numbers, rel=0.01)
+    assert found.peak["DDP buckets"] == 0
+    bucketed = replace(config, ddp=replace(config.ddp, gradient_as_bucket_view=False))
+    assert planned(bucketed, batch_of(config, 16, 1), processes=2).peak["DDP buckets"] == 2 * numbers
+    lora = planned(config_of(llama, "bf16"), batch_of(config, 16, 1))
+    assert lora.peak["frozen weights"] > 5 * lora.peak["trained weights"] > 0
+    assert lora.host == pytest.approx(12 * lora.trained, rel=0.05)
+
+
+def test_no_weights_are_read(llama: Path, tmp_path: Path, demo_config: Callable[..., Path]) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((bare / "config.json").read_text())
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "head_dim": 128}
+    changed = settings | sizes | {"num_attention_heads": 24, "num_key_value_heads": 8, "dtype": "bfloat16"}
+    (bare / "config.json").write_text(json.dumps(changed))
+    config = replace(config_of(bare, "bf16"), device="auto")
+    found = planned(config, batch_of(config, 500, 2))
+    assert 2.8e9 < found.parameters < 2.9e9
+    assert found.peak["frozen weights"] == pytest.approx(2 * found.parameters, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "adapter"), [("bf16", None), ("bf16", FULL), ("native_fp16", None), ("fp32", FULL)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gpu_takes_what_is_estimated(
+    mode: str, adapter: AdapterConfig | None, recompute: bool, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(text_checkpoint, folder)
+    settings = LlamaConfig.from_pretrained(folder)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "max_position_embeddings": 2048}
+    for name, value in (sizes | {"head_dim": 64, "num_attention_heads": 16, "vocab_size": 32000}).items():
+        setattr(settings, name, value)
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    config = replace(config_of(folder, mode, adapter, recompute), device="cuda")
+    batch, run = batch_of(config, 1024, 4), run_of(config)
+    step(run, [batch])
+    torch.cuda.reset_peak_memory_stats()
+    step(run, [batch])
+    assert planned(config, batch).total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
