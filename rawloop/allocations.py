@@ -1,7 +1,7 @@
 """Counts the bytes and the operations of a step by what they are for, without computing it.
 
-Under torch's FakeTensorMode, operations only determine the shapes of their results. Integers and masks are the
-exception here: they are computed, because models index by masks, and the shape of the result follows from its values.
+Under torch's FakeTensorMode, operations only determine the shapes of their results. What is made of real tensors alone,
+such as ids and masks, is computed: models index by masks, and the shape of the result follows from the values.
 """
 
 import math
@@ -94,12 +94,12 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on fake tensors, or really on integers alone."""
+    """Run an operation on fake tensors, or really on real ones alone."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
     if fake and func is aten._local_scalar_dense.default:
         return 1.0
-    if not fake and _of_integers(func, args, kwargs, tensors):
+    if not fake and (tensors or _makes_integers(func, args, kwargs)):
         with unset_fake_temporarily():
             return func(*args, **kwargs)
     if func is aten.index.Tensor:  # the shape of its result is known once the mask is a list of places
@@ -113,13 +113,10 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _of_integers(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
-    """Whether an operation takes and returns integers or masks alone."""
-    dtype = kwargs.get("dtype")
-    if not tensors:
-        counts = func._overloadpacket is aten.arange and all(isinstance(value, int) for value in args)
-        return dtype in INTEGERS or (dtype is None and counts)
-    return all(tensor.dtype in INTEGERS for tensor in tensors) and dtype in (None, *INTEGERS)
+def _makes_integers(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation without tensors returns integers or a mask."""
+    counts = func._overloadpacket is aten.arange and all(isinstance(value, int) for value in args)
+    return kwargs.get("dtype") in INTEGERS or (kwargs.get("dtype") is None and counts)
 
 
 def _places(mask: Tensor) -> list[Tensor]:

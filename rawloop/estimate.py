@@ -10,15 +10,18 @@ from collections import Counter
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import SGD
 
 from rawloop.adapters.lora import add_adapter
 from rawloop.adapters.quantize import quantize
 from rawloop.allocations import Allocations, blocks_of, extrapolated, mark_phases, peak_of, to_fake, use_gpu_dropout
+from rawloop.components import build_optimizer
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, Family, has
 from rawloop.dist import World
@@ -26,10 +29,12 @@ from rawloop.errors import UserError
 from rawloop.families.loading import can_checkpoint, enable_activation_checkpointing
 from rawloop.loop import Run, accumulate, update
 from rawloop.losses import LossModule
-from rawloop.optim import build_optimizer
 from rawloop.precision.policy import PrecisionPolicy
 
 FEW = 2  # blocks; the first and the last may differ in what they keep
+# Bytes of state for each number, of the optimizers of libraries, which cannot be run on fake tensors; pages of
+# paged_adamw_8bit may leave the device.
+STATES = MappingProxyType({"adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "schedule_free": 8.0})
 BUCKETS = "DDP buckets"
 BLOCK = re.compile(r"\.\d+\.")
 
@@ -113,11 +118,12 @@ def _count(
     counter = Allocations(_vocabularies(family))
     if config.device != "cpu":
         use_gpu_dropout(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     with fake, counter:
         if config.model.quantization:
             quantize(model, config.model.quantization, torch.device("cpu"))
         run = _run(config, family, model)
-        weights, states = _hold(run, counter, keeps=config.train.accumulation > 1 or processes > 1)
+        weights, states = _hold(run, counter, config.optim.name, keeps=config.train.accumulation > 1 or processes > 1)
         mark_phases(model, counter, blocks)
         counter.flops = 0
         counter.peaks.clear()
@@ -127,10 +133,10 @@ def _count(
         update(run, [batch])
     found = Counter({f"{phase}|{kind}": size for phase, kinds in counter.peaks.items() for kind, size in kinds.items()})
     parts = weights if config.adapter.mode == "full" else [p for p in weights if p.requires_grad]
-    found["host"] = (_bytes(parts) + states) * config.checkpoint.asynchronous
+    found["host"] = (_bytes(parts) + _bytes(states)) * config.checkpoint.asynchronous
     trained = [p for p in weights if p.requires_grad]
     found["buckets"] = _bytes(trained) * (processes > 1 and not config.ddp.gradient_as_bucket_view)
-    found["parameters"], found["trained"] = sum(p.numel() for p in weights), sum(p.numel() for p in trained)
+    found["parameters"], found["trained"] = parameters, sum(p.numel() for p in trained)
     found["flops"] = counter.flops
     return found
 
@@ -142,7 +148,9 @@ def _run(config: RunConfig, family: Family, model: nn.Module) -> Run:
     policy = PrecisionPolicy(replace(config.precision, mode=mode), world=World())
     module = LossModule(policy.prepare(model), family.losses)
     policy.scaler = None  # a loss scale takes no memory
-    optimizer = build_optimizer(policy.named_parameters(), config.optim)
+    of_library = config.optim.name in STATES
+    held = [parameter for _, parameter in policy.named_parameters()]
+    optimizer = SGD(held, config.optim.lr) if of_library else build_optimizer(config, policy, World())
     policy.adopt(optimizer)
     return Run(
         module=module,
@@ -158,11 +166,11 @@ def _run(config: RunConfig, family: Family, model: nn.Module) -> Run:
     )
 
 
-def _hold(run: Run, counter: Allocations, keeps: bool) -> tuple[list[nn.Parameter], int]:
-    """Make what training holds before a step: optimizer state, and gradients if it keeps them between micro-batches.
+def _hold(run: Run, counter: Allocations, name: str, keeps: bool) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+    """Make what training holds before a step: state of the optimizer `name`, and gradients if it `keeps` them.
 
     Returns:
-        the model's weights, and the bytes of optimizer state and masters.
+        the model's weights; the state of the optimizer and the masters.
     """
     model, policy = run.policy.model, run.policy
     assert model is not None
@@ -173,7 +181,9 @@ def _hold(run: Run, counter: Allocations, keeps: bool) -> tuple[list[nn.Paramete
     run.optimizer.step()
     policy.stepping = False
     policy.trained.clear_gradients()
-    states = [value for state in run.optimizer.state.values() for value in state.values()]
+    states = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    for _, held in policy.named_parameters():
+        states.append(torch.empty(round(held.numel() * STATES.get(name, 0.0)), dtype=torch.uint8))
     counter.hold((p for p in weights if not p.requires_grad), "frozen weights")
     counter.hold((p for p in weights if p.requires_grad), "trained weights")
     counter.hold(masters, "masters")
@@ -181,7 +191,7 @@ def _hold(run: Run, counter: Allocations, keeps: bool) -> tuple[list[nn.Paramete
     for weight in policy.trained.weights.values() if keeps else ():
         weight.grad = torch.empty_like(weight)
         counter.hold([weight.grad], "gradients")
-    return weights, _bytes(states) + _bytes(masters)
+    return weights, [*states, *masters]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -45,6 +45,23 @@ def llama(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.parametrize(("name", "each"), [("adafactor", 0.05), ("muon", 4.0), ("adamw_8bit", 2.0), ("lion", 4.0)])
+def test_other_optimizers(name: str, each: float, llama: Path) -> None:
+    config = config_of(llama, "fp32", FULL)
+    config = replace(config, optim=replace(config.optim, name=name))  # type: ignore[arg-type]
+    found = planned(config, batch_of(config, 16, 1))
+    assert found.peak["optimizer"] == pytest.approx(each * found.trained, rel=0.25)
+
+
+def test_a_quantised_base(llama: Path) -> None:
+    config = config_of(llama, "bf16")
+    small = replace(config, model=replace(config.model, quantization="int8"))
+    batch = batch_of(config, 64, 2)
+    found = planned(small, batch)
+    assert found.total == pytest.approx(measured(small, batch), rel=0.05)
+    assert found.peak["frozen weights"] < 0.7 * planned(config, batch).peak["frozen weights"]
+
+
 def run_of(config: RunConfig) -> Run:
     """What the loop needs for real steps of a run."""
     family, world = build_family(config), World(device=torch.device(config.device))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -113,7 +114,7 @@ def trace(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, check: bo
         return (rows[-1][None, :1],)
 
     def record(_: Any, __: Any, output: Tensor) -> Recorded:
-        first.append(exact(output).detach().as_subclass(Recorded))
+        first.append(_plain(exact(output).detach()).as_subclass(Recorded))
         first[-1].calls = []
         return first[-1]
 
@@ -129,6 +130,14 @@ def trace(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, check: bo
         return f"the logits of {name} do not come from one call of its output embeddings"
     traced = Traced(head, rows[0], first[0], last, tuple(first[0].calls))
     return (traced.fault() if check else None) or traced
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return zeros in place of a fake tensor, as in an estimate: it cannot be of another class, too."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    with unset_fake_temporarily():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 def cross_entropy(
