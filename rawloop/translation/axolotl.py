@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from rawloop.translation.memory import LOADED, ONLY, OTHER, loading_rules, optimizer_rule
 from rawloop.translation.rules import (
     Convert,
     Found,
@@ -19,7 +20,7 @@ from rawloop.translation.rules import (
 )
 from rawloop.translation.trainer import COMPILE, DDP, TRAINER, UPLOAD, WORKERS, WRITTEN
 from rawloop.translation.trainer_more import MORE_TRAINER
-from rawloop.translation.trl import NOT_QUANTISED, SHORTENED, TEMPLATE
+from rawloop.translation.trl import SHORTENED, TEMPLATE
 from rawloop.translation.values import (
     EPOCH,
     SHARE,
@@ -28,7 +29,6 @@ from rawloop.translation.values import (
     datasets,
     held_out,
     modules,
-    optimizer,
     refuse,
     save_strategy,
     save_total_limit,
@@ -85,8 +85,8 @@ WITHOUT = {
         "unfrozen_parameters freeze_mm_modules"
     ),
     "there is none; 'init_from' starts from the weights of an adapter": "lora_model_dir merge_lora",
-    NOT_QUANTISED: (
-        "load_in_4bit load_in_8bit gptq gptq_groupsize gptq_model_v1 bnb_config_kwargs loftq_config peft qat "
+    ONLY: (
+        "gptq gptq_groupsize gptq_model_v1 bnb_config_kwargs loftq_config peft qat "
         "quantization quantize_moe_experts model_quantization_config model_quantization_config_kwargs fp8"
     ),
     LORA_KINDS: (
@@ -126,7 +126,7 @@ def adapter(value: Any, _: Given) -> Found:
     if not value:
         return sets("without an adapter all weights are trained", adapter__mode="full")
     if value == "qlora":
-        return sets("the base model is not quantised: 2 bytes a weight in bfloat16", adapter__mode="lora")
+        return sets(f"{LOADED} to nf4", adapter__mode="lora", model__quantization="nf4")
     return sets(adapter__mode="lora") if value == "lora" else missing("'adapter.mode' is lora or full")
 
 
@@ -207,7 +207,7 @@ AXOLOTL = table(
     same("revision_of_model", "model.revision", kind="text"),
     same("trust_remote_code", "model.trust_remote_code", kind="flag"),
     same("output_dir", "output", "./model-out"),
-    changed("adapter", "adapter.mode", adapter, "lora; without one full", None, "text"),
+    changed("adapter", "adapter.mode model.quantization", adapter, "lora, qlora; without one full", None, "text"),
     same("lora_r", "adapter.rank", kind="number"),
     same("lora_alpha", "adapter.alpha", kind="number"),
     same("lora_dropout", "adapter.dropout", 0.0),
@@ -222,7 +222,8 @@ AXOLOTL = table(
     same("max_steps", "train.max_steps", kind="number"),
     shared(MORE_TRAINER, "warmup_ratio"),
     changed("lr_scheduler", "optim.schedule", schedule, "constant, linear and cosine", "cosine"),
-    changed("optimizer", "", optimizer, "AdamW with its state in FP32 is the only optimizer", "adamw_torch_fused"),
+    optimizer_rule("optimizer"),
+    loading_rules()[:2],
     changed(
         "bf16", "precision.mode precision.trainable_dtype", bf16, "full: bfloat16 weights with masters", "auto", "any"
     ),
@@ -279,8 +280,8 @@ AXOLOTL = table(
     [rule for words, names in WITHOUT.items() for rule in many(words, names)],
     prefixes={
         "liger_": KERNELS,
-        "qgalore_": "there is none; AdamW is the only optimizer",
-        "dion_": "there is none; AdamW is the only optimizer",
+        "qgalore_": OTHER,
+        "dion_": OTHER,
         "jagged_restart_": "there is none; a schedule has no further settings",
         **dict.fromkeys(("mlflow_", "comet_", "trackio_", "swanlab_", "otel_"), LOGGED),
     },

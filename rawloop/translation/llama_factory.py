@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from rawloop.translation.memory import NAMES, NESTED, ONLY, OTHER, bits, quant_type
 from rawloop.translation.rules import (
     Found,
     Given,
@@ -18,12 +19,11 @@ from rawloop.translation.rules import (
 )
 from rawloop.translation.trainer import UPLOAD, WRITTEN
 from rawloop.translation.trainer_more import MORE_TRAINER
-from rawloop.translation.trl import NOT_QUANTISED, SHORTENED, TEMPLATE
+from rawloop.translation.trl import SHORTENED, TEMPLATE
 from rawloop.translation.values import as_eval, attention, datasets, held_out, names, refuse, revision
 
 KERNELS = "there is none; the model runs with the kernels of transformers"
 LOSS = "there is none; the loss is plain cross-entropy"
-ADAMW = "there is none; AdamW is the only optimizer"
 READ = "there is none; data are read as they are (docs/data.md), and an index is kept"
 GENERATED = "there is none; `rawloop generate` and 'listen.samples' generate"
 LORA_START = "there is none; A starts as PEFT's default, B at zero"
@@ -150,8 +150,12 @@ LLAMA_FACTORY = table(
         "there is none; 'init_from' starts from the weights of an adapter",
         "adapter_name_or_path adapter_folder create_new_adapter",
     ),
-    many(NOT_QUANTISED, "quantization_bit quantization_device_map"),
-    without(NOT_QUANTISED, quantization_method="bnb", quantization_type="nf4", double_quantization=True),
+    changed(
+        "quantization_bit", "model.quantization", bits("quantization_method"), "4 is nf4, 8 is int8", None, "number"
+    ),
+    without(ONLY, quantization_method="bnb", quantization_device_map=None),
+    changed("quantization_type", "", quant_type, "nf4", "nf4"),
+    without(NESTED, double_quantization=True),
     many(
         KERNELS,
         "enable_liger_kernel use_unsloth use_unsloth_gc shift_attn mixture_of_depths use_v1_kernels upcast_layernorm",
@@ -159,8 +163,9 @@ LLAMA_FACTORY = table(
     many(KERNELS, "upcast_lmhead_output rope_scaling use_kt fp8 fp8_enable_fsdp_float8_all_gather"),
     without(KERNELS, use_reentrant_gc=True, fp8_backend="auto", low_cpu_mem_usage=True, use_kv_cache=True),
     many(LOSS, "moe_aux_loss_coef use_dft_loss use_asft_loss use_eaft_loss"),
-    many(ADAMW, "use_galore use_apollo use_badam use_adam_mini use_muon loraplus_lr_ratio"),
-    without(ADAMW, loraplus_lr_embedding=1e-6),
+    changed("use_muon", "optim.name", switch(NAMES["muon"][1], optim__name="muon"), "muon", False),
+    many(OTHER, "use_galore use_apollo use_badam use_adam_mini loraplus_lr_ratio"),
+    without(OTHER, loraplus_lr_embedding=1e-6),
     many(LORA_START, "pissa_init pissa_convert train_from_scratch"),
     without(LORA_START, pissa_iter=16),
     many(PARTS, "freeze_extra_modules freeze_language_model use_llama_pro"),
@@ -178,7 +183,7 @@ LLAMA_FACTORY = table(
     based_on=MORE_TRAINER,
     prefixes={
         **dict.fromkeys(("pref_", "kto_", "ppo_", "dpo_", "ref_model", "reward_model", "simpo_"), LOSS),
-        **dict.fromkeys(("galore_", "apollo_", "badam_"), ADAMW),
+        **dict.fromkeys(("galore_", "apollo_", "badam_"), OTHER),
         **dict.fromkeys(("image_", "video_"), "there is none; no family reads pictures"),
         **dict.fromkeys(("vllm_", "sglang_"), GENERATED),
         "swanlab_": "there is none; 'records.report_to' has no swanlab",

@@ -53,7 +53,12 @@ LORA = table(
         ensure_weight_tying=False,
     ),
     without("there is none; LoRA is for linear layers", target_parameters=None, layer_replication=None),
-    without("there is none; the base model is not quantised", loftq_config={}, use_qalora=False, qalora_group_size=16),
+    without(
+        "there is none; 'model.quantization' rounds the base as it is",
+        loftq_config={},
+        use_qalora=False,
+        qalora_group_size=16,
+    ),
     without(START, eva_config=None, corda_config=None, lora_ga_config=None, kasa_config=None),
     without(KINDS, velora_config=None, monteclora_config=None, use_bdlora=None, arrow_config=None),
     without(KINDS, alora_invocation_tokens=None, lora_bias=False, runtime_config={"ephemeral_gpu_offload": False}),

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rawloop.translation.llama_factory import GENERATED, LOSS, PARTS, READ, finetuning
+from rawloop.translation.memory import ONLY, bits
 from rawloop.translation.rules import Found, Given, changed, many, nothing, same, sets, table, with_defaults, without
 from rawloop.translation.trainer_more import MORE_TRAINER
-from rawloop.translation.trl import NOT_QUANTISED, SHORTENED, TEMPLATE
+from rawloop.translation.trl import SHORTENED, TEMPLATE
 from rawloop.translation.values import as_eval, attention, datasets, held_out, modules, refuse
 
 STORED = "there is none; a model is loaded in its stored dtype, and 'precision.mode' decides"
@@ -65,7 +66,8 @@ SWIFT = table(
         READ, dataset_num_proc=1, packing_num_proc=1, shuffle_buffer_size=1000, val_dataset_shuffle=False, strict=False
     ),
     without(LOSS, loss_scale="default"),
-    many(NOT_QUANTISED, "quant_method quant_bits"),
+    changed("quant_bits", "model.quantization", bits("quant_method"), "4 is nf4, 8 is int8", None, "number"),
+    many(ONLY, "quant_method"),
     many(PARTS, "freeze_llm freeze_parameters freeze_parameters_regex freeze_parameters_ratio trainable_parameters"),
     without(PARTS, freeze_vit=True, freeze_aligner=True),
     without(GENERATED, max_new_tokens=64, temperature=0.0),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rawloop.translation.memory import OTHER, optimizer_rule, word
 from rawloop.translation.rules import Found, Given, changed, missing, nothing, same, sets, switch, table, without
 from rawloop.translation.values import (
     best_metric,
@@ -11,7 +12,6 @@ from rawloop.translation.values import (
     eval_strategy,
     logging_steps,
     logging_strategy,
-    optimizer,
     project,
     report_to,
     resume,
@@ -20,7 +20,6 @@ from rawloop.translation.values import (
     save_total_limit,
     schedule,
     warmup_steps,
-    word,
 )
 
 DDP = "there is none; several processes train by DDP, which torchrun starts"
@@ -85,9 +84,9 @@ TRAINER = table(
         "below 1 it is a share of all steps, 'optim.warmup_ratio'",
         0,
     ),
-    changed("optim", "", optimizer, "AdamW with its state in FP32 is the only optimizer", "adamw_torch_fused"),
+    optimizer_rule("optim"),
     without("there is none; 'optim.beta1', 'optim.beta2' and 'optim.eps' are AdamW's settings", optim_args=None),
-    without("there is none; AdamW is the only optimizer", optim_target_modules=None),
+    without(OTHER, optim_target_modules=None),
     same("weight_decay", "optim.weight_decay", 0.0),
     same("adam_beta1", "optim.beta1", 0.9),
     same("adam_beta2", "optim.beta2", 0.999),

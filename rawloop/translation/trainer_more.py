@@ -1,5 +1,6 @@
 """HF Trainer beside TrainingArguments: sequence-to-sequence, names of older versions, arguments of callbacks."""
 
+from rawloop.translation.memory import NAMES
 from rawloop.translation.rules import changed, same, switch, table, without
 from rawloop.translation.trainer import COMPILE, DDP, NO_LOGITS, SPECULATION, TRAINER, UPLOAD, WRITTEN
 from rawloop.translation.values import eval_strategy, warmup_ratio
@@ -39,7 +40,7 @@ MORE_TRAINER = table(
     without("always so: weights are safetensors files", save_safetensors=True),
     without("there is none; GradScaler and autocast are PyTorch's", half_precision_backend="auto", fp16_backend="auto"),
     without("there is none; 'precision.mode' is amp_fp16 or native_fp16", fp16_opt_level="O1"),
-    without("there is none; AdamW is the only optimizer", adafactor=False),
+    changed("adafactor", "optim.name", switch(NAMES["adafactor"][1], optim__name="adafactor"), "adafactor", False),
     without(COMPILE, torchdynamo=None, jit_mode_eval=False, use_ipex=False),
     without(DDP, sharded_ddp="", fsdp_min_num_params=0, fsdp_transformer_layer_cls_to_wrap=None, mp_parameters=""),
     without(DDP, tpu_num_cores=None, tpu_metrics_debug=False, xpu_backend=None, ray_scope="last"),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rawloop.translation.memory import NESTED, loading_rules, quant_type
 from rawloop.translation.rules import (
     Found,
     Given,
@@ -62,7 +63,6 @@ SFT = table(
 )
 
 
-NOT_QUANTISED = "there is none; the base model is not quantised: 2 bytes a weight in bfloat16"
 PREFERENCES = "beta max_prompt_length num_generations reward_funcs reward_model_path"  # of other trainers of TRL
 
 
@@ -94,8 +94,9 @@ TRL = table(
     same("use_dora", "adapter.dora", False),
     without("PEFT writes it into the adapter itself", lora_task_type="CAUSAL_LM"),
     many("there is none; LoRA is for linear layers", "lora_target_parameters"),
-    many(NOT_QUANTISED, "load_in_8bit load_in_4bit use_bnb_nested_quant bnb_4bit_quant_storage use_4bit"),
-    without(NOT_QUANTISED, bnb_4bit_quant_type="nf4"),
+    loading_rules(),
+    changed("bnb_4bit_quant_type", "", quant_type, "nf4", "nf4"),
+    many(NESTED, "use_bnb_nested_quant bnb_4bit_quant_storage"),
     changed("dataset_name", "data.train", dataset, "a local file is taken; others are imported first", None, "text"),
     many(
         IMPORT, "dataset_mixture dataset_mixer dataset_splits dataset_configs datasets dataset_config dataset_streaming"

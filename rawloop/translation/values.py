@@ -8,26 +8,22 @@ from typing import Any, get_args, get_type_hints
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.errors import UserError
 from rawloop.settings import RecordsConfig
+from rawloop.translation.memory import is_schedule_free, word
 from rawloop.translation.rules import EMPTY, Convert, Found, Given, missing, nothing, sets
 
 SCHEDULES = ("constant", "linear", "cosine")
 ATTENTION = {"flash_attention_2": "flash_attention_2", "fa2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
-ADAMW = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"}
 SINKS = get_args(get_args(get_type_hints(RecordsConfig)["report_to"])[0])
-STATE = "AdamW with its state in FP32 is the only optimizer: 8 bytes for each trained weight"
 IMPORT = "`rawloop import FILE --output data` makes data of ShareGPT, Alpaca and others; then set 'data.train'"
 EPOCH = "it counts epochs: set '{}' to the steps of an epoch, which `rawloop train` prints when it starts"
 SHARE = "it is a share of all steps: set '{}' to a number of steps; `rawloop train` prints how many there are"
 
 
-def word(value: Any) -> str:
-    """Return a value as a plain word: `IntervalStrategy.STEPS` as `steps`."""
-    return str(value).rpartition(".")[2].lower()
-
-
 def schedule(value: Any, values: Given) -> Found:
     """HF Trainer's lr_scheduler_type."""
     name, extra = word(value), values.get("lr_scheduler_kwargs") or {}
+    if is_schedule_free(values):
+        return sets("schedule_free averages weights in place of a decay", optim__schedule="constant")
     if name in SCHEDULES:
         return sets(optim__schedule=name)
     if name == "constant_with_warmup":
@@ -59,11 +55,6 @@ def warmup_ratio(value: Any, values: Given) -> Found:
     if "warmup_steps" in values.named and values["warmup_steps"]:
         return nothing("warmup_steps overrides it there, and here")
     return sets(optim__warmup_ratio=value)
-
-
-def optimizer(value: Any, _: Given) -> Found:
-    """HF Trainer's optim."""
-    return nothing("AdamW, as here") if word(value) in ADAMW else missing(STATE)
 
 
 def strategy_of(values: Given, *names: str) -> str:
