@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
 from rawloop.errors import UserError
@@ -19,9 +19,18 @@ TRAINED = "trained"  # the weights that train, in the state of an optimizer whos
 
 
 class Kind(NamedTuple):
-    """One optimizer: how it is built, the package that it needs, the devices that it works on, the nearest without."""
+    """One optimizer.
+
+    Args:
+        build: builds it over parameter groups.
+        copies: its state, as a multiple of a weight's size.
+        package: that it needs.
+        devices: that it works on.
+        nearest: the nearest that works where it does not.
+    """
 
     build: Callable[[Groups, OptimConfig], Optimizer]
+    copies: float
     package: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda", "mps")
     nearest: str = "adamw"
@@ -98,13 +107,15 @@ def _library(module: str, name: str) -> Callable[[Groups, OptimConfig], Optimize
 BITSANDBYTES = "bitsandbytes.optim"
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "adamw": Kind(_adamw),
-        "adamw_8bit": Kind(_library(BITSANDBYTES, "AdamW8bit"), "bitsandbytes", ("cpu", "cuda"), "adafactor"),
-        "paged_adamw_8bit": Kind(_library(BITSANDBYTES, "PagedAdamW8bit"), "bitsandbytes", ("cuda",), "adamw_8bit"),
-        "adafactor": Kind(_adafactor),
-        "lion": Kind(_library(BITSANDBYTES, "Lion"), "bitsandbytes", ("cpu", "cuda")),
-        "muon": Kind(_muon),
-        "schedule_free": Kind(_library("schedulefree", "AdamWScheduleFree"), "schedulefree"),
+        "adamw": Kind(_adamw, 2.0),
+        "adamw_8bit": Kind(_library(BITSANDBYTES, "AdamW8bit"), 0.51, "bitsandbytes", ("cpu", "cuda"), "adafactor"),
+        "paged_adamw_8bit": Kind(
+            _library(BITSANDBYTES, "PagedAdamW8bit"), 0.0, "bitsandbytes", ("cuda",), "adamw_8bit"
+        ),
+        "adafactor": Kind(_adafactor, 0.005),
+        "lion": Kind(_library(BITSANDBYTES, "Lion"), 1.0, "bitsandbytes", ("cpu", "cuda")),
+        "muon": Kind(_muon, 1.0),
+        "schedule_free": Kind(_library("schedulefree", "AdamWScheduleFree"), 2.0, "schedulefree"),
     }
 )
 
@@ -144,7 +155,7 @@ def check_optimizer(config: OptimConfig, device: torch.device) -> None:
         raise UserError(f"{asked}, and its update changes no weight on this {device.type}: take adamw")
 
 
-def is_hidden(name: str, weight: nn.Parameter) -> bool:
+def is_hidden(name: str, weight: Tensor) -> bool:
     """Return whether a weight is a matrix of a hidden layer, by its name: not of an embedding or a head."""
     apart = any("embed" in part or part.endswith("head") or part in ("wte", "wpe") for part in name.split("."))
     return weight.ndim == 2 and not apart
@@ -168,6 +179,14 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConf
             decay = config.weight_decay if matrix else 0.0
             groups.append({"params": held, "weight_decay": decay, **({"hidden": hidden} if is_muon else {})})
     return KINDS[config.name].build(groups, config)
+
+
+def state_bytes(config: OptimConfig, name: str, weight: Tensor) -> int:
+    """Return the bytes of device memory that the state of a weight takes, without what can be paged out."""
+    kind = KINDS[config.name]
+    copies = 2.0 if config.name == "muon" and not is_hidden(name, weight) else kind.copies
+    size = 4 if kind.package == "bitsandbytes" else weight.itemsize  # its state has the same dtypes for all weights
+    return int(copies * size * weight.numel())
 
 
 @torch.no_grad()

@@ -32,10 +32,12 @@ from rawloop.errors import UserError, first_few
 from rawloop.family_protocols import HearingFamily
 from rawloop.files import replace_file
 from rawloop.losses import LossModule
+from rawloop.optim import state_bytes
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.rebuild import trial_loss
-from rawloop.settings import TrainConfig
+from rawloop.settings import OptimConfig, TrainConfig
+from rawloop.sharding import part_of
 from rawloop.versions import installed_versions
 
 T = TypeVar("T")
@@ -197,7 +199,7 @@ def rehearse(
         what = described(made[1])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        run = partial(_run_once, made[1], module, policy, keeps_gradients)
+        run = partial(_run_once, made[1], module, policy, config.optim, keeps_gradients)
         within_memory(run, world, f"the costliest micro-batch has {what}", advice(config))
         peaks.append((torch.cuda.max_memory_allocated(device) / GB if on_gpu else 0.0, what))
     if on_gpu:
@@ -206,10 +208,13 @@ def rehearse(
         say(f"rehearsal: the costliest micro-batch ({what}) takes {most:.1f} of {total:.1f} GB at its peak")
 
 
-def _run_once(batch: Batch, module: LossModule, policy: PrecisionPolicy, keeps_gradients: bool) -> None:
-    """Run one pass beside what training holds by then: AdamW's two means, and gradients of earlier micro-batches."""
+def _run_once(
+    batch: Batch, module: LossModule, policy: PrecisionPolicy, optim: OptimConfig, keeps_gradients: bool
+) -> None:
+    """Run one pass beside what training holds by then: optimizer state, and gradients of earlier micro-batches."""
     weights = [weight for _, weight in policy.named_parameters()]
-    means = [torch.empty_like(weight) for weight in weights for _ in range(2)]
+    sizes = [state_bytes(optim, name, part_of(weight.detach())) for name, weight in policy.named_parameters()]
+    state = [torch.empty(size, dtype=torch.uint8, device=policy.device) for size in sizes]
     gradients = [torch.empty_like(weight) for weight in weights] if keeps_gradients else []
 
     def loss() -> Tensor:
@@ -218,7 +223,7 @@ def _run_once(batch: Batch, module: LossModule, policy: PrecisionPolicy, keeps_g
         return found
 
     preflight(policy, loss)
-    del means
+    del state
 
 
 def costliest(config: RunConfig, data: Data, plan: Plan) -> list[list[Draw]]:

@@ -30,6 +30,7 @@ from rawloop.optim import (
     build_optimizer,
     check_optimizer,
     is_hidden,
+    state_bytes,
     use_average,
     use_trained,
 )
@@ -256,16 +257,20 @@ def test_muon_without_a_matrix_of_a_hidden_layer_is_refused() -> None:
         build_optimizer([("lm_head.weight", nn.Parameter(torch.ones(2, 2)))], OptimConfig(name="muon"))
 
 
-def test_8_bit_state_takes_a_quarter_of_the_memory() -> None:
-    net = nn.Linear(256, 256, bias=False)
-    net.weight.grad = torch.ones_like(net.weight)
-    sizes = {}
-    for name in ("adamw", "adamw_8bit"):
-        optimizer = build_optimizer(net.named_parameters(), options(name))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_takes_as_much_memory_as_the_rehearsal_reserves(name: str, dtype: torch.dtype) -> None:
+    config = options(name)
+    for key in ("a.weight", "lm_head.weight"):
+        named = {"b.weight": nn.Parameter(torch.ones(4, 4)), key: nn.Parameter(torch.randn(512, 512).to(dtype))}
+        for each in named.values():
+            each.grad = torch.ones_like(each)
+        optimizer = build_optimizer(named.items(), config)
+        use_trained(optimizer)
         optimizer.step()
-        state = {key: value for key, value in optimizer.state[net.weight].items() if not key.startswith("qmap")}
-        sizes[name] = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
-    assert 3.8 < sizes["adamw"] / sizes["adamw_8bit"] < 4.0
+        weight = named[key]
+        took = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
+        assert state_bytes(config, key, weight) == pytest.approx(took, rel=0.01, abs=0.005 * weight.nbytes)
 
 
 # -- updates that rounding loses ---------------------------------------------------------------------------------------
