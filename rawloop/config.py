@@ -8,7 +8,7 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from os.path import expanduser
+from os.path import exists, expanduser, isdir
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -192,9 +192,9 @@ def _take_file(reader: Reader, file: str) -> None:
 
 def _is_file(reader: Reader, word: str) -> bool:
     """Return whether a word that stands alone is meant as a YAML file. If not, note what to write instead."""
-    path, is_folder = Path(word), Path(word).is_dir()
+    path, is_folder = Path(word), isdir(word)  # pathlib raises if a word is too long for a path
     name, _, value = word.lstrip("-").partition("=")
-    if path.suffix in (".yaml", ".yml") or (path.exists() and not is_folder):
+    if path.suffix in (".yaml", ".yml") or (exists(word) and not is_folder):
         return True
     if is_folder and any((path / mark).exists() for mark in RUN_MARKS):
         resume = "" if "resume" in reader.unread else " --resume latest"

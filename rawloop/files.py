@@ -30,6 +30,7 @@ WORDS = {
     errno.EIO: "the disk reports an input/output error",
     errno.ESTALE: "the network file system has lost the folder",
     errno.ENOENT: "the folder has disappeared",
+    errno.ENAMETOOLONG: "a name is too long for the file system",
 }
 
 

@@ -195,7 +195,8 @@ class Reader:
     def check(self) -> None:
         """Raise UserError for the mistakes: the only one in one line, or several with a line each."""
         where = f"`{self.prog} --help all` lists all {'options' if self.dashes else 'keys'}"
-        lines = [" ".join(line.splitlines()) for line in self.mistakes]  # a key may have several
+        # A key may have several lines, and an option may be given twice.
+        lines = list(dict.fromkeys(" ".join(line.splitlines()) for line in self.mistakes))
         if len(lines) == 1:
             raise UserError(f"{lines[0]}{f': {where}' if self.has_unknown else ''}")
         if lines:

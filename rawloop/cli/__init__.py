@@ -214,7 +214,7 @@ def call(command: str, rest: list[str], own_process: bool) -> int:
         if error.errno not in WORDS or error.errno == errno.ENOENT:
             raise
         tell(f"rawloop {command}: {in_words(error)}", error)
-        return 1
+        return 2 if error.errno == errno.ENAMETOOLONG else 1  # the user's mistake, or the disk's
     except KeyboardInterrupt as error:
         tell(f"rawloop {command}: interrupted; what was saved is whole{CONTINUE.get(command, '')}", error)
         return 130

@@ -152,6 +152,19 @@ def test_words_that_are_not_utf8(refusal: Refusal, config: Path) -> None:
     assert said == r"the argument b'runs/gr\xf6\xdfe' is not UTF-8: rename what it names"
 
 
+@pytest.mark.parametrize("command", ["train", "report", "replay", "generate", "export"])
+def test_a_word_that_is_too_long_for_a_path(refusal: Refusal, command: str, tmp_path: Path) -> None:
+    options: dict[str, list[str]] = {"generate": ["--text", "a"], "export": ["--output", str(tmp_path / "new")]}
+    said = refusal(command, "a" * 5000, *options.get(command, []))
+    assert "a name is too long for the file system (aaa" in said or said.endswith("give values as --KEY VALUE")
+
+
+def test_a_mistake_that_is_made_twice_is_told_once(refusal: Refusal, config: Path) -> None:
+    twice = ["--checks.enabled", "-1", "--checks.enabled", "-1"]
+    said = refusal("train", "--config", config, *twice)
+    assert said == "checks.enabled is '-1' (from the command line): it must be true or false"
+
+
 def test_a_value_of_several_lines_gives_one(refusal: Refusal, config: Path) -> None:
     assert "model.path is 'no such model': no such folder" in refusal("train", "--model.path", "no\nsuch\nmodel")
 

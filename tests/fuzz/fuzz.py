@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from targets import TARGETS  # type: ignore[import-not-found]  # beside this script
 
-from rawloop.errors import RawloopError
+from rawloop.errors import Mistakes, RawloopError
 
 SECONDS = 60  # for one input
 MEMORY = 8 << 30  # bytes of address space beyond what this process has
@@ -38,11 +38,11 @@ def answer(target: Callable[..., str], rng: random.Random, base: Path, work: Pat
     try:
         said = target(rng, base, work)
     except RawloopError as error:
-        line = str(error)
-        way = getattr(error, "way", "")
-        if not line.strip() or len(line.splitlines()) > 1 or len(line) > 3000:
-            return "failed", f"{way}\nno line of a readable length: {line[:3000]!r}"
-        return "refused", f"{way}\n{line}"
+        text, way = str(error), getattr(error, "way", "")
+        lines = text.splitlines() if isinstance(error, Mistakes) else [text]
+        if any(not line.strip() or len(line.splitlines()) > 1 or len(line) > 3000 for line in lines):
+            return "failed", f"{way}\nno line of a readable length: {text[:3000]!r}"
+        return "refused", f"{way}\n{text}"
     except BaseException as error:
         return "failed", f"{getattr(error, 'way', '')}\n{traceback.format_exc()}"
     return "accepted", said

@@ -179,7 +179,7 @@ def adapter(rng: random.Random, base: Path, work: Path) -> str:
 
 def cache(rng: random.Random, base: Path, work: Path) -> str:
     """A cache of codes: every code of every sample must be the one that was written, or the cache is refused."""
-    way = mutators.mutate_folder(rng, base / "data" / "codes", work / "codes")
+    way = mutators.mutate_folder(rng, base / "codes", work / "codes")
     data = DataConfig()
     samples = read_samples(base / "data" / "train", data)
     kept: dict[str, torch.Tensor] = torch.load(base / "codes.pt")
