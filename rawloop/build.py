@@ -31,11 +31,13 @@ from rawloop.components import (
     build_loader,
     build_model,
     build_optimizer,
+    build_throughput,
     decide_find_unused,
     read_data,
     shard_model,
 )
 from rawloop.config import RunConfig, to_yaml
+from rawloop.contracts import Batch
 from rawloop.data.batches import Loader, Plan, TrainWindows
 from rawloop.data.limits import Limits
 from rawloop.data.workers import SPARE, check_descriptors
@@ -100,6 +102,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     ready.files.add_moving(buffers.places)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
+    throughput = build_throughput(config, ready.data, ready.first, ready.module, ready.policy, say)
     shard_model(config, ready.module, ready.policy, ready.files, world, say)
     optimizer = build_optimizer(config, ready.policy, world)
     if config.train.rehearse:
@@ -107,6 +110,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, optimizer, ddp, start, buffers)
+    run.throughput = throughput
     moving = buffer_notices(buffers, trial.moves, ready.files.extra_buffers())
     for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)
@@ -163,8 +167,11 @@ class Ready:
     def first_loss(self) -> Tensor:
         """Check the first micro-batch's ids and return the sum of its losses, for the trial of the precision mode."""
         self.limits.learn(self.data.family, self.model, self.policy.device, self.policy.autocast)
-        first = self.train.batches.made(self.plan.micro_batches(0)[0])[1]
-        return trial_loss(self.module, first, self.policy.device)
+        return trial_loss(self.module, self.first(), self.policy.device)
+
+    def first(self) -> Batch:
+        """Return the first micro-batch."""
+        return self.train.batches.made(self.plan.micro_batches(0)[0])[1]
 
     def check(self, config: RunConfig, world: World) -> Report:
         """Run the checks of a new run."""

@@ -43,6 +43,16 @@ CARDS = (
 )
 
 
+def card_of(device: str) -> Card | None:
+    """Return the card of a device by the name that torch gives it, or None.
+
+    Cards that differ in memory alone have one rate. The H100 of the PCIe form is slower, and not in the list.
+    """
+    if "H100 PCIe" in device:
+        return None
+    return next((card for card in CARDS if card.name.removesuffix(f" {card.memory}GB") in device), None)
+
+
 class Choice(NamedTuple):
     """Settings that decide on memory."""
 

@@ -22,7 +22,8 @@ from rawloop.adapters.quantize import check_quantization, quantize
 from rawloop.audio import import_torchaudio
 from rawloop.changes import Contents, contents_of
 from rawloop.config import RunConfig
-from rawloop.contracts import Family
+from rawloop.contracts import Batch, Family
+from rawloop.costs import rate_of, step_cost
 from rawloop.data.batches import Draw, EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.digests import shared
@@ -43,6 +44,7 @@ from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
 from rawloop.settings import DDPConfig
 from rawloop.sharding import shard
+from rawloop.throughput import Throughput
 from rawloop.weights import Source, load_weights
 
 
@@ -233,6 +235,22 @@ def build_loader(config: RunConfig, data: Data, split: str, limits: Limits, worl
     firsts = [Draw(index, epoch=0) for index in range(min(2, len(samples)))]
     check_repeatable(lambda: batches.made(firsts)[1])
     return Loader(batches, config.data.num_workers, pin_memory=world.device.type == "cuda")
+
+
+def build_throughput(
+    config: RunConfig,
+    data: Data,
+    first: Callable[[], Batch],
+    module: LossModule,
+    policy: PrecisionPolicy,
+    say: Callable[[str], None],
+) -> Throughput:
+    """Build the measure of speed. MFU needs a card whose rate in the precision mode is known."""
+    peak = rate_of(policy.device, policy.name, config.precision.tf32)
+    cost = step_cost(module, first(), peak, policy) if peak else None
+    if cost is not None:
+        say(f"MFU: {cost}")
+    return Throughput(data.cache.codec.frame_rate if data.cache else 1.0, cost)
 
 
 def decide_find_unused(config: DDPConfig, unused: Sequence[Sequence[str]]) -> tuple[DDPConfig, str | None]:

@@ -6,7 +6,7 @@ The checkpoint manager knows only `Stateful` and `FolderState`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -115,13 +115,15 @@ class Batch:
     """One micro-batch: the inputs of the model, the targets, and the ids of the samples.
 
     `inputs` are keyword arguments of the model's forward. `targets` counts the targets of each stream as Python ints;
-    the collator counts them on the CPU, so that no step waits for the device to count.
+    the collator counts them on the CPU, so that no step waits for the device to count. `work` counts, for the speed,
+    `positions`, `tokens` (those that are not padding) and `audio` (seconds, or frames of codes); it may be empty.
     """
 
     inputs: dict[str, Tensor]
     labels: dict[str, Labels]
     targets: dict[str, int]
     ids: list[str]
+    work: dict[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`. Copies from pinned memory are asynchronous."""
@@ -135,7 +137,7 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
         labels = {stream: Labels(*map(change, pair)) for stream, pair in self.labels.items()}
-        return Batch(inputs, labels, self.targets, self.ids)
+        return replace(self, inputs=inputs, labels=labels)
 
 
 class StreamLoss(NamedTuple):

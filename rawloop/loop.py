@@ -15,7 +15,7 @@ from rawloop.buffers import MovingBuffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place
-from rawloop.losses import LossModule, Meter, weighted_mean
+from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr, use_trained
 from rawloop.precision.gradients import ELSEWHERE, StepResult
 from rawloop.preempt import first_reason
@@ -24,6 +24,7 @@ from rawloop.rebuild import find_buffers, rebuild_ddp, roll_back
 from rawloop.run import Run as Run
 from rawloop.run import TrainState, evaluate_and_save, raise_if, stop_early
 from rawloop.settings import TrainConfig as TrainConfig
+from rawloop.throughput import Throughput
 
 
 class Fetched(NamedTuple):
@@ -45,7 +46,7 @@ def train(run: Run) -> TrainState:
     state = run.state
     check_training_mode(run)
     windows, fetched = start_windows(run), None
-    run.meter.restart_clock(state.step, state.samples)
+    run.throughput.restart_clock(state.step, state.samples)
     stopped = stop_early(run)  # the patience may have been used up before this resume
     watched = run.watch.running(run) if run.watch else nullcontext()
     every = run.evaluator.every if run.evaluator else None
@@ -54,12 +55,12 @@ def train(run: Run) -> TrainState:
             last = state.step >= run.total_steps or stopped
             if state.step != state.visited:
                 last = evaluate_and_save(run, last)
-                run.meter.restart_clock(state.step, state.samples)
+                run.throughput.restart_clock(state.step, state.samples)
             if last:
                 run.finish()
                 return state
 
-            fetched = fetched or fetch(windows, run.meter)
+            fetched = fetched or fetch(windows, run.throughput)
             if state.window in state.left_out:
                 state.window, fetched = state.window + 1, None
                 continue
@@ -70,7 +71,7 @@ def train(run: Run) -> TrainState:
             with run.watch.step(run, window, targets) if run.watch else nullcontext():
                 accumulate(run, window, targets)
                 # The device is busy until `update` waits for it. The last window has no successor.
-                fetched = fetch(windows, run.meter) if state.step + 1 < run.total_steps else None
+                fetched = fetch(windows, run.throughput) if state.step + 1 < run.total_steps else None
                 result = update(run, window)
 
             if run.checkpoints:
@@ -103,9 +104,9 @@ def start_windows(run: Run) -> Generator[list[Batch]]:
     yield from run.windows(run.state.window)
 
 
-def fetch(windows: Iterator[list[Batch]], meter: Meter) -> Fetched:
+def fetch(windows: Iterator[list[Batch]], throughput: Throughput) -> Fetched:
     """Return the next window, or the error of the data, which `agree_on_window` raises on all ranks."""
-    with meter.waiting():
+    with throughput.waiting():
         try:
             return Fetched(next(windows, None))
         except Exception as error:
@@ -163,6 +164,7 @@ def accumulate(run: Run, window: list[Batch], targets: Mapping[str, int]) -> Non
     for micro_step, batch in enumerate(window, start=1):
         with naming_samples(run, "micro-batch", [batch], name_own=True), no_sync(run.module, micro_step < len(window)):
             run.meter.add(forward_backward(run, batch, targets))
+            run.throughput.count(batch)
 
 
 def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict[str, StreamLoss]:
@@ -259,10 +261,10 @@ def log(run: Run, result: StepResult) -> None:
         "skipped": float(state.skipped),
         "precision": run.policy.name,
         **({"loss_scale": run.policy.scaler.scale} if run.policy.scaler else {}),
-        **run.meter.speed(state.step, state.samples),
+        **run.throughput.speed(state.step, state.samples, run.world),
     }
     run.record_or_defer(lambda: run.records.metrics(state.step, values))
-    run.meter.restart_clock(state.step, state.samples)
+    run.throughput.restart_clock(state.step, state.samples)
 
 
 def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
@@ -282,3 +284,4 @@ def skip(run: Run, result: StepResult, window: list[Batch]) -> None:
         run.watch.check(run)
     if result.fell_back:
         rebuild_ddp(run, result.fell_back, window[0])
+        run.throughput.cost = None  # its rate is that of the mode before

@@ -1,8 +1,6 @@
 """Model and loss as one module, which DDP wraps; checking losses; the training loss, and its means for the log."""
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -169,7 +167,7 @@ def without_adapter(model: Any) -> Any:
 
 
 class Meter:
-    """Sums this rank's losses since the last line of the log, and measures the speed.
+    """Sums this rank's losses since the last line of the log.
 
     The sums stay on the device until a line is written. A checkpoint contains them (`per_rank`: one for each rank), so
     a resumed run writes the same next line as an uninterrupted one.
@@ -181,32 +179,6 @@ class Meter:
         self.totals: dict[str, Tensor] = {}  # nats, by stream
         self.parts: dict[str, Tensor] = {}  # nats by part, such as codebooks
         self.targets: dict[str, list[int]] = {}  # those of the stream, then of each part
-        self.restart_clock(0, 0)
-
-    def restart_clock(self, step: int, samples: int) -> None:
-        """Restart the clock, so the speed does not include an evaluation or a save."""
-        self.since, self.step, self.samples, self.waited = time.perf_counter(), step, samples, 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside the context as a wait for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    def speed(self, step: int, samples: int) -> dict[str, float]:
-        """Return samples per second, seconds per step, and the share of time that was a wait for data.
-
-        They are those since the clock was restarted. On a GPU the device computes while the loop takes its data: only a
-        share near 1 slows training.
-        """
-        seconds = time.perf_counter() - self.since
-        steps = max(1, step - self.step)
-        return {
-            "samples_per_second": (samples - self.samples) / seconds,
-            "step_seconds": seconds / steps,
-            "data_wait": self.waited / seconds,
-        }
 
     def add(self, losses: Mapping[str, StreamLoss]) -> None:
         """Add one micro-batch. Its streams and parts may differ from those of other micro-batches."""

@@ -15,6 +15,8 @@ SHOWN = {
     "lr": "lr {:.3g}",
     "grad_norm": "grad_norm {:.3g}",
     "samples_per_second": "{:.1f} samples/s",
+    "tokens_per_second": "{:.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
     "data_wait": "data {:.0%}",
 }
 

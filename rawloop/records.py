@@ -43,7 +43,9 @@ Log = Callable[[str], object] | None
 METRICS, EVENTS, DISCARDED = "metrics.jsonl", "events.jsonl", "metrics.discarded.jsonl"
 MEND = "rawloop writes no such line: mend it, or move the file aside"
 NOT_FINITE = ("nan", "inf", "-inf")
-TIMES = ("eval_seconds", "samples_per_second", "step_seconds", "data_wait")  # metrics that no two runs have in common
+# Metrics that no two runs have in common, nor a resumed run and one that was not stopped.
+SPEEDS = ("samples_per_second", "tokens_per_second", "audio_seconds_per_second", "step_seconds")
+TIMES = ("eval_seconds", *SPEEDS, "data_wait", "padding", "mfu", "peak_memory_gb")
 
 
 def json_value(value: Any) -> Any:

@@ -23,6 +23,7 @@ from rawloop.optim import use_average
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption, exit_code_after
 from rawloop.records import Records
+from rawloop.throughput import Throughput
 
 
 @dataclass
@@ -120,6 +121,7 @@ class Run:
     world: World = field(default_factory=World.current)
     state: TrainState = field(default_factory=TrainState)
     meter: Meter = field(default_factory=Meter)
+    throughput: Throughput = field(default_factory=Throughput)
     buffers: MovingBuffers | None = None
     evaluator: Evaluator | None = None
     checkpoints: CheckpointManager | None = None

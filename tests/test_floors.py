@@ -20,6 +20,7 @@ FLOORS = (
         "ground",
         (
             "errors",
+            "throughput",
             "settings",
             "contracts",
             "family_protocols",
@@ -93,6 +94,7 @@ FLOORS = (
             "exporting",
             "card",
             "listening",
+            "costs",
             "components",
             "planning",
             "cards",

@@ -24,13 +24,11 @@ from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError
 from rawloop.listen.config import ListenConfig
 from rawloop.listening import recogniser
-from rawloop.records import read_metrics
+from rawloop.records import TIMES, read_metrics
 from rawloop.report import one
 from rawloop.run import Run
 from rawloop.settings import EvaluationConfig, SamplingConfig
 from tests.kept_runs import go, trained
-
-TIMES = ("eval_seconds", "samples_per_second", "step_seconds", "data_wait")
 
 
 @pytest.fixture

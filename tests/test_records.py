@@ -226,6 +226,8 @@ VALUES = {
     "grad_norm": 0.83,
     "lr": 1.2e-5,
     "samples_per_second": 12.34,
+    "tokens_per_second": 4567.8,
+    "mfu": 0.453,
     "data_wait": 0.04,
 }
 
@@ -241,7 +243,10 @@ def test_a_terminal_has_a_bar_on_rank_0_that_ends_with_the_records(tmp_path: Pat
             bar.move_to(10)
         said = shown()
         assert "9/10" in said
-        assert "loss 4.3520, eval_loss 5.0980, lr 1.2e-05, grad_norm 0.83, 12.3 samples/s, data 4%" in said
+        assert (
+            "loss 4.3520, eval_loss 5.0980, lr 1.2e-05, grad_norm 0.83, 12.3 samples/s, 4568 tokens/s, MFU 45%, data 4%"
+            in said
+        )
         assert "step 9/10  eval_loss 5.0980" in said
         assert "step 9/10  loss" not in said
         assert {*threads()} <= before
@@ -265,7 +270,7 @@ def test_a_log_file_has_a_line_per_log_step_and_evaluation_and_no_bar(
                 each.metrics(120, {"precision": "fp32", "fallback": "amp_fp16 -> fp32"})
                 each.metrics(121, {"loss": math.nan, "grad_norm": math.inf})
     assert capfd.readouterr().err.splitlines() == [
-        "step 120/60000  loss 4.3520  lr 1.2e-05  grad_norm 0.83  12.3 samples/s  data 4%",
+        "step 120/60000  loss 4.3520  lr 1.2e-05  grad_norm 0.83  12.3 samples/s  4568 tokens/s  MFU 45%  data 4%",
         "step 120/60000  eval_loss 5.0980",
         "step 121/60000  loss nan  grad_norm inf",
     ]

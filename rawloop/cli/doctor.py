@@ -216,7 +216,7 @@ def measure(config: RunConfig, world: World) -> Measured:
 
 def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
     """Return the gradients of the first window over all ranks, without dropout, and this rank's samples."""
-    window, targets, _ = agree_on_window(built, fetch(iter(built.windows(0)), built.meter))
+    window, targets, _ = agree_on_window(built, fetch(iter(built.windows(0)), built.throughput))
     built.module.eval()
     scaler = built.policy.scaler
     while True:

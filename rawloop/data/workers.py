@@ -33,13 +33,13 @@ class Packed:
     def __init__(self, batch: Batch) -> None:
         self.inputs = {name: _bytes(tensor) for name, tensor in batch.inputs.items()}
         self.labels = {stream: tuple(map(_bytes, pair)) for stream, pair in batch.labels.items()}
-        self.targets, self.ids = batch.targets, batch.ids
+        self.targets, self.ids, self.work = batch.targets, batch.ids, batch.work
 
     def batch(self) -> Batch:
         """Return the batch with its tensors."""
         inputs = {name: _tensor(*packed) for name, packed in self.inputs.items()}
         labels = {stream: Labels(*(_tensor(*packed) for packed in pair)) for stream, pair in self.labels.items()}
-        return Batch(inputs, labels, self.targets, self.ids)
+        return Batch(inputs, labels, self.targets, self.ids, self.work)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by torch's DataLoader when pinning is on)."""

@@ -47,6 +47,12 @@ class Example(shared.Example):
 
     features: dict[str, Tensor]
     messages: Messages
+    seconds: float
+
+    @property
+    def audio(self) -> float:
+        """How long its clips are, in seconds."""
+        return self.seconds
 
 
 class ChatEncoder:
@@ -150,7 +156,8 @@ class ChatEncoder:
         check_length(len(inputs), self.max_positions)
         ids, trained = inputs.tolist(), [index for index, turn in enumerate(sample.turns) if turn.trained]
         labels = labels_of(inputs, [self.template.span(messages, index, ids) for index in trained])
-        return Example(sample.id, inputs, labels, encoded, messages)
+        seconds = sum(map(len, waveforms)) / self.sample_rate
+        return Example(sample.id, inputs, labels, encoded, messages, seconds)
 
     def prompt(self, sample: Sample) -> dict[str, Tensor]:
         """Encode what comes before the last trained answer; its tokens are those that `example` has there."""

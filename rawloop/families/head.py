@@ -24,6 +24,7 @@ from rawloop.losses import exact
 WHOLE = 2**22  # logits, 16 MiB as float32: up to so many are made at once
 LARGEST = 2**25  # logits of a chunk, at most
 CHUNKS, FEWEST = 8, 128  # chunks, and targets in one: with few targets a product waits for the weights of the head
+Change = Callable[[Tensor], Tensor]
 
 
 class Call(NamedTuple):
@@ -140,13 +141,7 @@ def _plain(tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
-def cross_entropy(
-    head: Callable[[Tensor], Tensor],
-    finish: Callable[[Tensor], Tensor],
-    rows: Tensor,
-    targets: Tensor,
-    classes: int,
-) -> Tensor:
+def cross_entropy(head: Change, finish: Change, rows: Tensor, targets: Tensor, classes: int) -> Tensor:
     """Return the cross-entropy of every target in nats, float32 of the shape of `targets`; 0 where one is -100.
 
     With more than `WHOLE` logits it is computed in chunks, and their logits again in the backward pass.
@@ -173,6 +168,11 @@ def cross_entropy(
     run = partial(checkpoint, nats, use_reentrant=False) if differentiated else nats
     pairs = zip(torch.split(rows, max(1, size)), torch.split(targets, max(1, size)), strict=True)
     return torch.cat([run(some, wanted) for some, wanted in pairs])
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    """Return the logits as they are."""
+    return logits
 
 
 def _trained(head: Any) -> bool:

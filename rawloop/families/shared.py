@@ -37,6 +37,11 @@ class Example:
     input_ids: Tensor
     labels: Tensor
 
+    @property
+    def audio(self) -> float:
+        """How long its clips are, in seconds or frames of codes."""
+        return 0.0
+
 
 class BaseFamily:
     """The base of the families of transformers' models. `encoder` checks and encodes samples."""
@@ -148,7 +153,14 @@ def labels_of(ids: Tensor, spans: Iterable[tuple[int, int]]) -> Tensor:
 def text_batch(inputs: dict[str, Tensor], labels: Tensor, examples: Sequence[Example]) -> Batch:
     """Return a batch of the stream `text` from (batch, sequence) labels that are not shifted."""
     shifted = Labels.shifted(labels)
-    return Batch(inputs, {"text": shifted}, {"text": len(shifted.targets)}, [example.id for example in examples])
+    ids, work = [example.id for example in examples], work_of(examples, labels)
+    return Batch(inputs, {"text": shifted}, {"text": len(shifted.targets)}, ids, work)
+
+
+def work_of(examples: Sequence[Example], positions: Tensor) -> dict[str, float]:
+    """Return the `work` of a batch whose (batch, sequence) has these positions."""
+    tokens, audio = sum(len(one.input_ids) for one in examples), sum(one.audio for one in examples)
+    return {"positions": positions.numel(), "tokens": tokens} | ({"audio": audio} if audio else {})
 
 
 def check_length(positions: int, limit: int | None) -> None:

@@ -259,7 +259,7 @@ def cut(run: Run, layout: Layout) -> TrainWindows:
 def gradient(run: Run, layout: Layout) -> tuple[dict[str, Tensor], float]:
     """The gradient of the window, by weight, and its share of padding over all ranks."""
     windows = cut(run, layout)
-    window, targets, _ = agree_on_window(run, fetch(windows(0), run.meter))
+    window, targets, _ = agree_on_window(run, fetch(windows(0), run.throughput))
     accumulate(run, window, targets)
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in run.policy.named_parameters()

@@ -23,7 +23,7 @@ from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
 from rawloop.families.higgs_audio_v2.speaking import speak
 from rawloop.families.loading import library_errors, load_from, load_weights
 from rawloop.families.packing import check_packing
-from rawloop.families.shared import BaseFamily, documents, load_parts, perturbed
+from rawloop.families.shared import BaseFamily, documents, load_parts, perturbed, work_of
 from rawloop.family_protocols import CodecInfo, Generated
 from rawloop.files import hash_folder
 from rawloop.losses import exact, without_adapter
@@ -37,7 +37,6 @@ CODEC_FILES = ["config.json", "*.safetensors"]
 NO_TEXT_HEAD = {
     "text_lm_head.weight": "it has no text head; set model.stream_weights to {text: 0} to train on audio alone"
 }
-Change = Callable[[Tensor], Tensor]
 
 
 class HiggsAudioV2(BaseFamily):
@@ -157,7 +156,8 @@ class HiggsAudioV2(BaseFamily):
         labels = {stream: labels[stream] for stream in self.streams}
         targets = {stream: int((pair.targets != IGNORE).sum()) for stream, pair in labels.items()}
         names = [name for name in (*INPUTS, "position_ids") if name in made]
-        return Batch({name: made[name] for name in names}, labels, targets, [e.id for e in examples])
+        ids, work = [e.id for e in examples], work_of(examples, made["input_ids"])
+        return Batch({name: made[name] for name in names}, labels, targets, ids, work)
 
     def _audio_labels(self, made: dict[str, Tensor]) -> Labels:
         places = self._placeholders(made["input_ids"])
@@ -174,15 +174,15 @@ class HiggsAudioV2(BaseFamily):
         """
         return {s: finish(exact(scored(rows))) for s, (scored, finish, rows) in self._heads(model, batch).items()}
 
-    def _heads(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Change, Change, Tensor]]:
+    def _heads(self, model: nn.Module, batch: Batch) -> dict[str, tuple[head.Change, head.Change, Tensor]]:
         """Run the model; return each stream's head, the shape of its logits, and hidden states (targets, hidden)."""
         base = without_adapter(model)
         self.check_forward(base.model, batch.inputs)
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         shape = (self.settings.num_codebooks, self.settings.codebook_size)
-        heads: dict[str, tuple[Change, Change]] = {
+        heads: dict[str, tuple[head.Change, head.Change]] = {
             "audio": (base.audio_lm_head, lambda logits: logits.view(len(logits), *shape)),
-            "text": (base.text_lm_head, unchanged),
+            "text": (base.text_lm_head, head.unchanged),
         }
         return {s: (*heads[s], hidden.index_select(0, batch.labels[s].positions)) for s in self.streams}
 
@@ -193,7 +193,7 @@ class HiggsAudioV2(BaseFamily):
         if many and type(self).logits is HiggsAudioV2.logits:
             made = self._heads(model, batch)
         else:  # the logits may be another class's
-            made = {s: (unchanged, unchanged, rows) for s, rows in self.logits(model, batch).items()}
+            made = {s: (head.unchanged, head.unchanged, rows) for s, rows in self.logits(model, batch).items()}
         nats = {s: head.cross_entropy(*made[s], batch.labels[s].targets, sizes[s]) for s in self.streams}
         parts, count, codebooks = nats["audio"].sum(0), batch.targets["audio"], self.settings.num_codebooks
         # Every trained clip has frames + 1 targets in each codebook, so the count splits evenly.
@@ -294,11 +294,6 @@ class HiggsAudioV2(BaseFamily):
     def _placeholders(self, ids: Tensor) -> Tensor:
         """Return a mask of the positions of clips."""
         return torch.eq(ids, self.settings.audio_token_id) | torch.eq(ids, self.settings.audio_delay_token_id)
-
-
-def unchanged(logits: Tensor) -> Tensor:
-    """Return the logits as they are."""
-    return logits
 
 
 def _roles(ids: list[int], tokenizer: Any) -> list[str]:

@@ -38,6 +38,14 @@ class Example(shared.Example):
     audio_input_ids: Tensor
     audio_labels: Tensor
 
+    @property
+    def audio(self) -> float:
+        """How long its clips are, in frames of codes: without the rows of BOS, EOS and the delay."""
+        if not len(self.audio_input_ids):
+            return 0.0
+        clips = int((self.audio_input_ids == self.audio_input_ids[0, 0]).all(1).sum())  # each starts with a row of BOS
+        return len(self.audio_input_ids) - clips * (1 + self.audio_input_ids.shape[1])
+
 
 class HiggsEncoder:
     """Turns samples into examples, and examples into padded tensors."""

@@ -1,0 +1,51 @@
+"""The operations of a step, and the rate at which a device could do them: for MFU."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from rawloop.buffers import untouched
+from rawloop.cards import card_of
+from rawloop.contracts import Batch
+from rawloop.precision.policy import PrecisionPolicy
+from rawloop.throughput import Cost
+
+
+def rate_of(device: torch.device, mode: str, tf32: bool) -> float | None:
+    """Return the operations per second of a device in a precision mode; None if they are not known."""
+    card = card_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    rate = card.tflops(mode, tf32) if card else None
+    return rate * 1e12 if rate else None
+
+
+def step_cost(module: nn.Module, batch: Batch, peak: float, policy: PrecisionPolicy) -> Cost | None:
+    """Count the operations of a micro-batch; None if the batch does not count its positions.
+
+    The forward pass is counted, matrix products and attention, on the batch as it is: heads at their targets, experts
+    as they are chosen. Backward takes as much for the gradients of activations, and as much again for those of weights
+    (Chowdhery et al. 2022, PaLM, appendix B), of which frozen weights have none: 4 operations per frozen and 6 per
+    trained weight. What is computed again (activation checkpointing, chunks of the head) does not count.
+    """
+    if not batch.work.get("positions"):
+        return None
+    operations = forward_operations(module, batch.to(policy.device), policy.autocast()) * (2 + trained_share(module))
+    return Cost(operations / batch.work["positions"], peak)
+
+
+def forward_operations(module: nn.Module, batch: Batch, autocast: AbstractContextManager[None]) -> int:
+    """Return the floating-point operations of a forward pass. The module does not change."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with untouched(module, training=False), torch.no_grad(), autocast, counter:
+        module(batch)
+    return counter.get_total_flops()
+
+
+def trained_share(module: nn.Module) -> float:
+    """Return the share of trained weights among those of matrix products."""
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    matrices = [weight for weight in module.parameters() if weight.dim() > 1 and id(weight) not in tables]
+    trained = sum(weight.numel() for weight in matrices if weight.requires_grad)
+    return trained / max(1, sum(weight.numel() for weight in matrices))
