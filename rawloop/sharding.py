@@ -5,6 +5,7 @@ time, so a model is called through the module that was sharded, by all ranks tog
 `whole` gathers them, `write_part` takes this rank's part of them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rawloop.errors import RawloopError, UserError
+
+SHARE = 0.25
 
 
 def shard(module: nn.Module, device: torch.device) -> int:
@@ -55,8 +58,9 @@ def shard(module: nn.Module, device: torch.device) -> int:
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks of a model: the outermost lists of modules of one class, such as decoder layers.
 
-    Lists of single layers, such as heads, are none: a loss may use their weights without calling them. Neither is a
-    block that shares a weight with a module outside of it.
+    Left out, and so gathered with the other weights: lists of single layers, such as heads, whose weights a loss may
+    use without calling them; blocks that share a weight with a module outside of them; and lists that have less than
+    `SHARE` of the weights of all lists, such as an audio encoder, which a batch without audio would not run.
     """
     owners: dict[int, set[str]] = {}
     found: dict[str, nn.Module] = {}
@@ -68,7 +72,12 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
     for name, weight in module.named_parameters(remove_duplicate=False):
         owners.setdefault(id(weight), set()).add(next((b for b in found if name.startswith(f"{b}.")), ""))
     shared = {block for names in owners.values() if len(names) > 1 for block in names}
-    return [block for name, block in found.items() if name not in shared and next(block.parameters(), None) is not None]
+    sizes = {name: sum(weight.numel() for weight in block.parameters()) for name, block in found.items()}
+    lists: Counter[str] = Counter()
+    for name, size in sizes.items():
+        lists[name.rpartition(".")[0]] += size
+    least = max(1.0, SHARE * lists.total())
+    return [block for name, block in found.items() if name not in shared and lists[name.rpartition(".")[0]] >= least]
 
 
 def _has_children(module: nn.Module) -> bool:

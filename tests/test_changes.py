@@ -15,7 +15,7 @@ from rawloop.settings import RecordsConfig
 # A key that is added to the config is free on a resume, unless `NOT_FREE` lists it. Decide which, and list it here or
 # there: a key is free if no weight, sample or number of the finished steps depends on it.
 FREE = """
-output resume init_from device
+output resume init_from device parallel
 model: attention activation_checkpointing trust_remote_code
 data: eval allow_outside on_bad_sample num_workers strict verify
 train: epochs max_steps log_every rehearse

@@ -32,6 +32,7 @@ from rawloop.dist import World, open_world
 from rawloop.errors import RawloopError, UserError
 from rawloop.files import existing, readable
 from rawloop.loop import Run, TrainConfig, accumulate, agree_on_window, fetch
+from rawloop.sharding import whole
 
 FIRST_ROW = "data, model, first pass"
 CHECKS = ("label census", "first loss", "causality probe")  # in the order of `Report.checks`
@@ -215,7 +216,10 @@ def measure(config: RunConfig, world: World) -> Measured:
 
 
 def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the gradients of the first window over all ranks, without dropout, and this rank's samples."""
+    """Return the gradients of the first window over all ranks, without dropout, and this rank's samples.
+
+    Sharded gradients are gathered on rank 0.
+    """
     window, targets, _ = agree_on_window(built, fetch(iter(built.windows(0)), built.throughput))
     built.module.eval()
     scaler = built.policy.scaler
@@ -223,8 +227,10 @@ def first_gradients(built: Run) -> tuple[dict[str, Tensor], list[str]]:
         accumulate(built, window, targets)
         scale = scaler.scale if scaler else 1.0
         weights = built.policy.trained.weights.items()
-        found = {name: (p.grad.float() / scale).cpu().contiguous() for name, p in weights if p.grad is not None}
-        if scaler is None or scale <= scaler.config.floor or all(bool(g.isfinite().all()) for g in found.values()):
+        given = {name: whole(p.grad) for name, p in weights if p.grad is not None}
+        found = {name: (gradient.float() / scale).cpu().contiguous() for name, gradient in given.items()}
+        is_finite = all(bool(gradient.isfinite().all()) for gradient in found.values())
+        if scaler is None or scale <= scaler.config.floor or not any(built.world.any([not is_finite])):
             return found, [name for batch in window for name in batch.ids]
         scaler.update(finite=False)  # lower the loss scale until they do not overflow, as in training
         built.policy.zero_grad(built.optimizer)

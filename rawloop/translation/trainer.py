@@ -22,7 +22,7 @@ from rawloop.translation.values import (
     warmup_steps,
 )
 
-DDP = "there is none; several processes train by DDP, which torchrun starts"
+DDP = "there is none; several processes train by DDP, or by FSDP if 'parallel' is fsdp; torchrun starts them"
 ALL_RANKS = "always so: the loss of each stream is divided by its targets over all ranks and micro-batches"
 NO_LOGITS = "there is none; the evaluation sums losses and keeps no logits"
 SAME_DTYPE = "there is none; the evaluation computes in the dtype of the training"

@@ -5,7 +5,7 @@
 The same samples make one window as 1 x 8, 8 x 1 and 2 x 4 (samples of a micro-batch x micro-batches), padded in mixed
 order, bucketed (ordered by length) and packed, on one process and on two, in float64 and in float32. Everything is
 rawloop's own: `build_run` makes the run, `agree_on_window` counts its targets over all ranks, `accumulate` adds up its
-gradients, in DDP where there are two. Each gradient is held against that of one process with all samples in one padded
+gradients, in DDP or FSDP where there are two. Each gradient is held against that of one process with all samples in one padded
 batch: the L2 norm of the difference over the L2 norm of that one, over all trained weights, which are all there are.
 
 In float64, norms and rotary tables are exchanged for modules that compute in float64: those of transformers go through
@@ -61,6 +61,7 @@ from rawloop.families import ModelConfig, load_family
 from rawloop.loop import Run, TrainConfig, accumulate, agree_on_window, fetch
 from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import DDPConfig
+from rawloop.sharding import is_sharded, whole
 
 FAMILIES = ("higgs_audio_v2", "causal_lm", "audio_chat")
 PER_PROCESS = 8  # samples of a window
@@ -262,7 +263,8 @@ def gradient(run: Run, layout: Layout) -> tuple[dict[str, Tensor], float]:
     window, targets, _ = agree_on_window(run, fetch(windows(0), run.throughput))
     accumulate(run, window, targets)
     found = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in run.policy.named_parameters()
+        name: torch.zeros_like(p) if p.grad is None else whole(p.grad).clone()
+        for name, p in run.policy.named_parameters()
     }
     run.policy.zero_grad(run.optimizer)
     groups = [windows.loader.batches.made(indices)[0] for indices in windows.plan.micro_batches(0)]
@@ -301,7 +303,8 @@ def measure(
             for layout in wanted:
                 if (layout.order == "packed") == packing:
                     found, padding = gradient(run, layout)
-                    results[layout] = Measured(max(run.world.gather(distance(found, reference))), padding)
+                    apart = 0.0 if is_sharded(run.module) and world.rank else distance(found, reference)
+                    results[layout] = Measured(max(run.world.gather(apart)), padding)
     return results
 
 
@@ -326,6 +329,7 @@ def measure_all(
         Cell(family, layout, world.size, str(dtype).removeprefix("torch."), measured)
         for family, config in runs.items()
         for dtype in BOUNDS
+        if config.parallel == "ddp" or dtype == torch.float32  # sharded weights cannot be widened afterwards
         for layout, measured in measure(world, config, dtype, wanted[family], as_is).items()
     ]
 

@@ -1,6 +1,7 @@
 """However a window is cut up, its gradient is the same to rounding: most of the table, and slowly all of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ def few(benchmark: Any) -> dict[str, list[Any]]:
     }
 
 
-def check(benchmark: Any, cells: list[Any]) -> None:
+def check(benchmark: Any, cells: list[Any], dtypes: Sequence[str] = ("float64", "float32")) -> None:
     assert benchmark.too_far(cells) == []
     assert all(cell.measured.difference > 0 for cell in cells)  # they round differently: not the same thing twice
-    for dtype in ("float64", "float32"):
+    for dtype in dtypes:
         padding = [cell.measured.padding for cell in cells if cell.dtype == dtype]
         assert min(padding) == 0
         assert max(padding) > 0.25
@@ -44,13 +45,20 @@ def test_one_process(benchmark: Any, runs: dict[str, RunConfig], few: dict[str, 
 
 
 @pytest.mark.slow  # tests/test_loop.py has one case of it
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes(
-    benchmark: Any, runs: dict[str, RunConfig], few: dict[str, list[Any]], run_ranks: Callable[..., list[Any]]
+    benchmark: Any,
+    runs: dict[str, RunConfig],
+    few: dict[str, list[Any]],
+    run_ranks: Callable[..., list[Any]],
+    parallel: Any,
 ) -> None:
-    first, second = run_ranks(benchmark.measure_all, runs, few)
+    chosen = {family: replace(config, parallel=parallel) for family, config in runs.items()}
+    first, second = run_ranks(benchmark.measure_all, chosen, few)
+    dtypes = ("float64", "float32") if parallel == "ddp" else ("float32",)
     assert first == second
-    assert len(first) == 2 * sum(map(len, few.values()))
-    check(benchmark, first)
+    assert len(first) == len(dtypes) * sum(map(len, few.values()))
+    check(benchmark, first, dtypes)
 
 
 def test_a_window_that_is_a_mean_of_means_is_found_out(
