@@ -191,12 +191,12 @@ def shard_model(
     if config.parallel != "fsdp" or world.size == 1:
         return
     files.keep_form()
-    blocks, fallbacks = shard(module, world.device), ", ".join(policy.chain.remaining)
-    policy.take_shards()
+    runs, fallbacks = shard(module, world.device), ", ".join(policy.chain.remaining)
+    policy.take_shards(runs)
     off = ["the watch"] if config.watch.enabled else []
     off += [f"falling back to {fallbacks}"] if fallbacks else []
     needs = f"; off, as it needs whole weights: {', '.join(off)}" if off else ""
-    say(f"parallel: fsdp, {blocks} blocks and the rest sharded over {world.size} processes{needs}")
+    say(f"parallel: fsdp, {len(runs.blocks)} blocks and the rest sharded over {world.size} processes{needs}")
 
 
 def build_evaluator(

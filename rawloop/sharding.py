@@ -6,8 +6,9 @@ time, so a model is called through the module that was sharded, by all ranks tog
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,29 @@ from rawloop.errors import RawloopError, UserError
 SHARE = 0.25
 
 
-def shard(module: nn.Module, device: torch.device) -> int:
+class BlockRuns:
+    """What this rank has run: `blocks`, and a digest of the order.
+
+    Each run gathers weights from all ranks. If ranks run different blocks, they compute with wrong weights.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks, self.digest = blocks, 0
+        for number, block in enumerate(blocks, start=1):
+            block.register_forward_pre_hook(partial(self._add, number))
+
+    def _add(self, number: int, *_: Any) -> None:
+        self.digest = (31 * self.digest + number) % 2**20  # its square is exact in float64
+
+
+def shard(module: nn.Module, device: torch.device) -> BlockRuns:
     """Shard all weights of a module over the ranks, in place, and move them to the device of this rank.
 
     Each block of `find_blocks` is gathered alone, the other weights together while `module` runs. The parameters
     become other objects. A weight that is unused on a rank gets a gradient of zero there. Frozen scalars stay whole.
 
     Returns:
-        the number of blocks.
+        the blocks, and what is run of them from now on.
 
     Raises:
         UserError: there is one process, or a scalar weight is trained.
@@ -52,7 +68,7 @@ def shard(module: nn.Module, device: torch.device) -> int:
     for scalar in scalars.values():
         scalar.data = scalar.data.to(device)
     module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
-    return len(blocks)
+    return BlockRuns(blocks)
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:

@@ -1,13 +1,17 @@
 """Training with sharded weights gives the losses, gradients and files of DDP, and either continues the other."""
 
+import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,15 +19,19 @@ from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
+from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
 from rawloop.dist import World
-from rawloop.errors import UserError
-from rawloop.evaluate import EvaluationConfig
+from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig
 from rawloop.listen.config import ListenConfig
 from rawloop.loop import TrainConfig, train
+from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
 from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.gradients import StepResult
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_metrics
 from rawloop.settings import DDPConfig
 from rawloop.sharding import find_blocks, part_of, shard
@@ -220,3 +228,127 @@ def test_a_trained_scalar_cannot_be_sharded_and_a_frozen_one_stays_whole(run_ran
 def test_one_process_has_nothing_to_shard() -> None:
     with pytest.raises(UserError, match="one process cannot shard its weights: start several with torchrun"):
         shard(Stacks(), torch.device("cpu"))
+
+
+class Branches(nn.Module):
+    """Blocks of the same shapes, of which a pass runs the chosen ones."""
+
+    def __init__(self, chosen: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks, self.chosen = nn.ModuleList(Layer() for _ in range(3)), chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in self.chosen:
+            x = self.blocks[number](x)
+        return x
+
+
+def square(model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
+    return {"y": StreamLoss(model(batch.inputs["x"]).square().sum(), batch.targets["y"])}
+
+
+def batch_of(number: int) -> Batch:
+    return Batch({"x": torch.full((1, 3), float(number))}, {}, {"y": 1}, [f"sample {number}"])
+
+
+class Own:
+    """A loop of one's own with a sharded model."""
+
+    def __init__(self, world: World, chosen: Sequence[int] = (0, 1, 2)) -> None:
+        torch.manual_seed(0)
+        self.policy = PrecisionPolicy("fp32", world.device, world=world)
+        self.module = LossModule(self.policy.prepare(Branches(chosen)), square)
+        if world.size > 1:
+            self.policy.take_shards(shard(self.module, world.device))
+        self.optimizer = torch.optim.AdamW([weight for _, weight in self.policy.named_parameters()])
+
+    def step(self, factor: float = 1.0) -> StepResult:
+        self.policy.backward(self.module(batch_of(1))["y"].total * factor)
+        return self.policy.step(self.optimizer, max_norm=1.0)
+
+
+def run_branches(world: World, chosen: Sequence[Sequence[int]]) -> float:
+    return Own(world, chosen[world.rank]).step().grad_norm
+
+
+def test_ranks_that_run_different_blocks_are_found_before_the_update(run_ranks: Callable[..., list[Any]]) -> None:
+    alone = Own(World()).step().grad_norm
+    assert run_ranks(run_branches, [(0, 1, 2)] * 2) == [pytest.approx(alone)] * 2
+    with pytest.raises(TrainingError, match="the ranks have run different blocks of the model, each of which gathers"):
+        run_ranks(run_branches, [(0, 1, 2), (0, 2, 1)])
+
+
+def skip_once(world: World) -> list[Any]:
+    """Two steps, the first with a loss that is not finite on rank 1; return what a rank has seen."""
+    own = Own(world)
+    results = [own.step(math.nan if world.rank else 1.0), own.step()]
+    return [[result.applied for result in results], results[1].grad_norm, len(own.optimizer.state)]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(run_ranks: Callable[..., list[Any]]) -> None:
+    assert run_ranks(skip_once) == [[[False, True], pytest.approx(Own(World()).step().grad_norm), 6]] * 2
+
+
+class Batches:
+    """Some batches; after them, perhaps, an error."""
+
+    def __init__(self, numbers: Sequence[int], error: Exception | None) -> None:
+        self.numbers, self.error = numbers, error
+
+    def __call__(self) -> Iterator[Batch]:
+        yield from map(batch_of, self.numbers)
+        if self.error is not None:
+            raise self.error
+
+
+def evaluate_rank(world: World, numbers: Sequence[Sequence[int]], fails: bool, stops: bool) -> Any:
+    error = UserError("a bad sample") if fails and world.rank else None
+    own = Own(world)
+    ready = Evaluator(operator.call, Batches(numbers[world.rank], error), model=own.module, policy=own.policy)
+    try:
+        metrics = ready.run(lambda: "SIGTERM" if stops and world.rank else None).metrics
+    except RawloopError as caught:
+        return type(caught).__name__, str(caught)
+    assert own.step().applied  # the ranks are in step with each other
+    return metrics["eval_loss"], metrics["eval_targets/y"]
+
+
+@pytest.mark.parametrize("numbers", [[(1, 2, 3), ()], [(), (1, 2, 3)], [(1,), (2, 3)]])
+def test_an_evaluation_takes_uneven_shares(run_ranks: Callable[..., list[Any]], numbers: list[tuple[int, ...]]) -> None:
+    whole = evaluate_rank(World(), [(1, 2, 3)], False, False)
+    assert whole[1] == 3
+    assert run_ranks(evaluate_rank, numbers, False, False) == [pytest.approx(whole)] * 2
+
+
+def test_an_evaluation_ends_on_all_ranks_with_the_cause_of_one(run_ranks: Callable[..., list[Any]]) -> None:
+    numbers = [(1, 2, 3), (4,)]
+    failed = [("UserError", "rank 1: a bad sample"), ("UserError", "a bad sample")]
+    assert run_ranks(evaluate_rank, numbers, True, False) == failed
+    assert run_ranks(evaluate_rank, numbers, False, True) == [("Preempted", "SIGTERM on rank 1")] * 2
+
+
+def train_and_count(world: World, configs: Sequence[RunConfig]) -> list[tuple[int, int]]:
+    """Train; return how many numbers of weights and optimizer state this rank holds, and how often it has reduced."""
+    found = []
+    for config in configs:
+        run = build_run(config, world, lambda line: None)
+        with mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single) as reduce:
+            train(run)
+        run.close()
+        weights = [weight for _, weight in run.policy.named_parameters()]
+        states = [value for weight in weights for value in run.optimizer.state[weight].values() if value.ndim]
+        found.append((sum(part_of(tensor).numel() for tensor in [*weights, *states]), reduce.call_count))
+    return found
+
+
+def test_ranks_share_the_memory_and_reduce_each_group_once_a_step(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    plain = replace(base, evaluation=EvaluationConfig(enabled=False), checkpoint=CheckpointConfig(0))
+    runs = [replace(plain, parallel=kind, output=str(tmp_path / kind)) for kind in ("ddp", "fsdp")]
+    shares = run_ranks(train_and_count, runs)
+    whole = shares[0][0][0]
+    assert [share[0] for share in shares] == [(whole, 0)] * 2
+    assert sum(share[1][0] for share in shares) == whole
+    assert max(share[1][0] for share in shares) < 0.51 * whole
+    assert [share[1][1] for share in shares] == [4 * 3] * 2  # steps x (2 blocks and the rest), in 2 micro-batches each

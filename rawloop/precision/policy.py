@@ -154,6 +154,7 @@ class PrecisionPolicy(PreparedModel):
         if self.window.dropped:
             return StepResult(False, math.nan, self.window.dropped)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.check_block_runs()
         held, found, misuse = self._measure(optimizers, buffers)
         objection = self.observer.judge(found) if self.observer and found.finite else None
         flags = [not math.isfinite(value) for value in (found.norm, found.loss, found.buffers)]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rawloop.dist import World
-from rawloop.errors import UserError
+from rawloop.errors import TrainingError, UserError
 from rawloop.precision.advice import lost_updates
 from rawloop.precision.casting import cast_frozen, check_model, check_world
 from rawloop.precision.config import PrecisionConfig
@@ -19,8 +19,13 @@ from rawloop.precision.gradients import Observer, Window, drop_scaler_marks, wat
 from rawloop.precision.masters import HALF, TrainedWeights, adopt, held_by, replace_parameters
 from rawloop.precision.modes import MODES, Autocast, Mode, ModeChain, describe, examine, other_mode
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
+from rawloop.sharding import BlockRuns
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
+DIFFERENT_BLOCKS = (
+    "the ranks have run different blocks of the model, each of which gathers its weights from all ranks, so they have "
+    "computed with wrong weights: nothing was applied; set parallel to ddp, or run every block in every pass"
+)
 
 
 class PreparedModel:
@@ -53,6 +58,7 @@ class PreparedModel:
         self.stepping = False  # while `step` calls the optimizers
         self._grad_scaler = grad_scaler
         self._adopted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self.block_runs: BlockRuns | None = None  # if the weights are sharded
         self._ddp: list[ref[Any]] | None = None  # the DDP modules over trained weights; None: not searched yet
         name = self.chain.name
         if grad_scaler is not None and "amp_fp16" not in (name, *self.chain.remaining):
@@ -146,14 +152,24 @@ class PreparedModel:
             self.scaler = LossScaler(self.config.loss_scale) if kind == "own" else None
         self.window, self._ddp = Window(self.trained), None
 
-    def take_shards(self) -> None:
+    def take_shards(self, runs: BlockRuns) -> None:
         """Take the weights of the model that has been sharded over the ranks. No fallback to another mode is left.
 
-        Call it before the optimizer exists.
+        Call it before the optimizer exists, with the result of `shard`.
         """
         assert self.model is not None, UNPREPARED
+        self.block_runs = runs
         self.trained.take_shards(dict(self.model.named_parameters()))
         self.window, self._ddp, self.chain.remaining = Window(self.trained), [], []
+
+    def check_block_runs(self) -> None:
+        """Raise a TrainingError on all ranks if the passes of a sharded model ran different blocks on them."""
+        if self.block_runs is None:
+            return
+        own = float(self.block_runs.digest)
+        total, squares = self.world.sum([own, own * own])
+        if squares * self.world.size != total * total:
+            raise self.world.raised_on_all(TrainingError(DIFFERENT_BLOCKS))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that the optimizer must hold after `prepare`: trained weights, or their masters."""

@@ -5,8 +5,9 @@
 The same samples make one window as 1 x 8, 8 x 1 and 2 x 4 (samples of a micro-batch x micro-batches), padded in mixed
 order, bucketed (ordered by length) and packed, on one process and on two, in float64 and in float32. Everything is
 rawloop's own: `build_run` makes the run, `agree_on_window` counts its targets over all ranks, `accumulate` adds up its
-gradients, in DDP or FSDP where there are two. Each gradient is held against that of one process with all samples in one padded
-batch: the L2 norm of the difference over the L2 norm of that one, over all trained weights, which are all there are.
+gradients, in DDP or FSDP where there are two. Each gradient is held against that of one process with all samples in
+one padded batch: the L2 norm of the difference over the L2 norm of that one, over all trained weights, which are all
+there are.
 
 In float64, norms and rotary tables are exchanged for modules that compute in float64: those of transformers go through
 float32 whatever the weights are, and a number that falls on the other side of a rounding there is off by 6e-8 at once.
