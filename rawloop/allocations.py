@@ -204,5 +204,6 @@ def peak_of(counts: Counter[str]) -> dict[str, int]:
     for name, size in counts.items():
         phase, bar, kind = name.partition("|")
         if bar:
-            phases.setdefault(phase, dict.fromkeys(KINDS, 0))[kind] += size
+            kinds = phases.setdefault(phase, dict.fromkeys(KINDS, 0))
+            kinds[kind] = kinds.get(kind, 0) + size
     return max(phases.values(), key=lambda kinds: math.fsum(kinds.values()))

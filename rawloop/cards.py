@@ -72,7 +72,7 @@ def changes_that_fit(
     """Return the cheapest changes with which a step fits into a card, and the bytes that it then takes.
 
     Cheapest first: fewer samples in a micro-batch and more accumulation (the same gradient), activation checkpointing
-    (a third more time), another precision mode, LoRA in place of all weights.
+    (a third to a half more time), another precision mode, LoRA in place of all weights.
 
     Args:
         size: of the card, in GB.

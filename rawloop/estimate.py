@@ -36,6 +36,10 @@ FEW = 2  # blocks; the first and the last may differ in what they keep
 # paged_adamw_8bit may leave the device.
 STATES = MappingProxyType({"adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "schedule_free": 8.0})
 BUCKETS = "DDP buckets"
+GATHERED = "gathered"  # whole weights of the blocks that run, under FSDP
+START = "before sharding"
+EXTRA = (BUCKETS, GATHERED, START)
+SHARDED = ("frozen weights", "trained weights", "masters", "optimizer", "gradients")
 BLOCK = re.compile(r"\.\d+\.")
 
 
@@ -93,10 +97,34 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
         return _count(config, family, skeleton, batch, processes, depths)
 
     longer = [counts([FEW + (place == at) for place in range(len(few))]) for at in range(len(few))]
-    found = extrapolated(counts(few), longer, [length - FEW for length in lengths])
-    peak = peak_of(found)
-    peak[BUCKETS] = found["buckets"]
+    base = counts(few)
+    found = extrapolated(base, longer, [length - FEW for length in lengths])
+    peak = dict.fromkeys(EXTRA, 0) | peak_of(found)
+    if config.parallel == "fsdp" and processes > 1:
+        blocks = [each["weights"] - base["weights"] for each in longer]
+        outside = found["weights"] - sum(size * length for size, length in zip(blocks, lengths, strict=True))
+        whole = sum(size for kind, size in peak.items() if kind != "optimizer")
+        keeps = config.train.accumulation > 1
+        peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, outside + 2 * max(blocks, default=0), keeps))
+        peak[START] = max(0, whole - sum(peak.values()))
+    else:
+        peak[BUCKETS] = found["buckets"]
     return Estimate(found["parameters"], found["trained"], peak, found["host"], found["flops"])
+
+
+def _sharded(found: Counter[str], processes: int, gathered: int, keeps: bool) -> Counter[str]:
+    """Return the counts of one of several processes that share a model by FSDP.
+
+    Args:
+        found: the counts of the whole model.
+        processes: their number.
+        gathered: bytes of the weights that are whole during a pass: a block, the next one, and all outside of blocks.
+        keeps: gradients stay whole between micro-batches.
+    """
+    shared = {kind for kind in SHARDED if kind != "gradients" or not keeps}
+    counts = Counter({n: size // processes if n.partition("|")[2] in shared else size for n, size in found.items()})
+    phases = {name.partition("|")[0] for name in found if "|" in name} - {"update"}
+    return counts + Counter({f"{phase}|{GATHERED}": gathered for phase in phases})
 
 
 def _count(
@@ -123,7 +151,8 @@ def _count(
         if config.model.quantization:
             quantize(model, config.model.quantization, torch.device("cpu"))
         run = _run(config, family, model)
-        weights, states = _hold(run, counter, config.optim.name, keeps=config.train.accumulation > 1 or processes > 1)
+        keeps = config.train.accumulation > 1 or (processes > 1 and config.parallel == "ddp")
+        weights, states = _hold(run, counter, config.optim.name, keeps)
         mark_phases(model, counter, blocks)
         counter.flops = 0
         counter.peaks.clear()
@@ -137,7 +166,7 @@ def _count(
     trained = [p for p in weights if p.requires_grad]
     found["buckets"] = _bytes(trained) * (processes > 1 and not config.ddp.gradient_as_bucket_view)
     found["parameters"], found["trained"] = parameters, sum(p.numel() for p in trained)
-    found["flops"] = counter.flops
+    found["flops"], found["weights"] = counter.flops, _bytes(weights)
     return found
 
 
@@ -184,7 +213,7 @@ def _hold(run: Run, counter: Allocations, name: str, keeps: bool) -> tuple[list[
     states = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     for _, held in policy.named_parameters():
         states.append(torch.empty(round(held.numel() * STATES.get(name, 0.0)), dtype=torch.uint8))
-    counter.hold((p for p in weights if not p.requires_grad), "frozen weights")
+    counter.hold((*model.buffers(), *(p for p in weights if not p.requires_grad)), "frozen weights")
     counter.hold((p for p in weights if p.requires_grad), "trained weights")
     counter.hold(masters, "masters")
     counter.hold(states, "optimizer")

@@ -204,7 +204,8 @@ def memory_advice(batches: list[Batch]) -> str:
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in largest.inputs.items())
     return (
         f"its inputs have the shapes {shapes}; lower train.batch_size or train.max_frames and raise "
-        "train.accumulation by the same factor, or set model.activation_checkpointing"
+        "train.accumulation by the same factor, or set model.activation_checkpointing; `rawloop plan` with the same "
+        "settings says what each change saves"
     )
 
 

@@ -250,7 +250,7 @@ def advice(config: RunConfig) -> str:
     if train.max_frames or train.batch_size > 1:
         value = train.max_frames or train.batch_size
         ways.insert(0, f"lower {key} ({value}) and raise train.accumulation by the same factor")
-    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}; `rawloop plan` with the same settings says what each change saves"
 
 
 def within_memory(work: Callable[[], T], world: World, what: str, fix: str) -> T:

@@ -4,17 +4,24 @@ A file of `configs/cards/` is run after the recipe that its launch line names. T
 which tiny checkpoint it gets; the demo's, if it names none.
 """
 
+import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from rawloop.cards import CUDA
 from rawloop.cli import main
+from rawloop.components import build_family
 from rawloop.config import parse
+from rawloop.estimate import estimate, skeleton_of
 from rawloop.records import read_events, read_metrics
+from rawloop.sizing import made_up
 
 ROOT = Path(__file__).parent.parent
 FILES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "configs").glob("**/*.yaml"))}
@@ -116,3 +123,30 @@ def test_a_recipe_has_its_launch_line_its_memory_and_its_place_on_the_page(name:
     assert "max_steps" not in text
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert f"(../{name})" in page
+
+
+PLANNED = re.compile(r"an estimate(?:, for Higgs)?: (\d+\.\d) GB.*?--positions (\d+)(?: --samples (\d+))?", re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FILES if "higgs" in name or "cards" in name])
+def test_the_memory_of_a_recipe_is_the_plans(name: str, demo_checkpoint: Path, tmp_path: Path) -> None:
+    head = " ".join(line.lstrip("# ") for line in FILES[name].read_text().splitlines() if line.startswith("#"))
+    said = PLANNED.search(head)
+    if name == "configs/cards/mac.yaml":
+        assert said is None  # no CUDA
+        return
+    assert said, head
+    settings = json.loads((demo_checkpoint / "model" / "config.json").read_text())
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "head_dim": 128}
+    sizes |= {"num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128256}
+    folder = tmp_path / "model"
+    shutil.copytree(demo_checkpoint / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "config.json").write_text(json.dumps(settings | sizes | {"dtype": "bfloat16"}))
+    files = [word for file in launch_lines(name)[0] for word in ("--config", str(ROOT / file))]
+    config = parse([*files, f"--model.path={folder}"], "test")[0]
+    family = build_family(replace(config, model=replace(config.model, activation_checkpointing=False)))
+    batch = made_up(family, int(said[2]), int(said[3] or config.train.batch_size))
+    assert batch.inputs["input_ids"].numel() <= (config.train.max_frames or 4000)
+    found = estimate(config, family, skeleton_of(config, family), batch)
+    assert (found.total + CUDA) / 1e9 == pytest.approx(float(said[1]), abs=0.11)

@@ -5,29 +5,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.allocations import blocks_of, peak_of
-from rawloop.components import build_family, build_model
-from rawloop.config import RunConfig
-from rawloop.contracts import Batch
-from rawloop.dist import World
-from rawloop.estimate import Estimate, _count, estimate, skeleton_of
-from rawloop.families import ModelConfig
-from rawloop.loop import Run, accumulate, update
-from rawloop.losses import LossModule
-from rawloop.optim import build_optimizer
-from rawloop.precision.config import LossScaleConfig, PrecisionConfig
+from rawloop.components import build_family
+from rawloop.estimate import _count, estimate, skeleton_of
 from rawloop.settings import TrainConfig
-
-FULL = AdapterConfig("full")
+from tests.real_steps import FULL, batch_of, config_of, measured, planned, run_of, step
 
 
 @pytest.fixture(scope="module")
@@ -60,64 +49,6 @@ def test_a_quantised_base(llama: Path) -> None:
     found = planned(small, batch)
     assert found.total == pytest.approx(measured(small, batch), rel=0.05)
     assert found.peak["frozen weights"] < 0.7 * planned(config, batch).peak["frozen weights"]
-
-
-def run_of(config: RunConfig) -> Run:
-    """What the loop needs for real steps of a run."""
-    family, world = build_family(config), World(device=torch.device(config.device))
-    model, policy, _ = build_model(config, world, family, [])
-    optimizer = build_optimizer(policy.named_parameters(), config.optim)
-    policy.adopt(optimizer)
-    module, records, weights = LossModule(model.train(), family.losses), Any, family.stream_weights
-    return Run(module, lambda _: [], policy, optimizer, lambda _: 1e-4, 1, weights, records, world=world)  # type: ignore[arg-type]
-
-
-def step(run: Run, window: list[Batch]) -> None:
-    accumulate(run, window, {stream: len(window) * count for stream, count in window[0].targets.items()})
-    assert update(run, window).applied
-
-
-def held(run: Run) -> int:
-    """The bytes that a run holds between two steps."""
-    states = [value for state in run.optimizer.state.values() for value in state.values()]
-    weights = [*run.module.parameters(), *(weight for _, weight in run.policy.named_parameters()), *states]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights}
-    return sum(storages.values())
-
-
-def measured(config: RunConfig, batch: Batch) -> int:
-    """The peak of a real step on the CPU, by the allocations that PyTorch's profiler sees."""
-    run, window = run_of(config), [batch] * config.train.accumulation
-    step(run, window)
-    before = held(run)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step(run, window)
-    results: Any = prof.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    assert peak > 1e6
-    return before + peak
-
-
-def planned(config: RunConfig, batch: Batch, processes: int = 1) -> Estimate:
-    family = build_family(replace(config, model=replace(config.model, activation_checkpointing=False)))
-    return estimate(config, family, skeleton_of(config, family), batch, processes)
-
-
-def config_of(path: Path, mode: str, adapter: AdapterConfig | None = None, recompute: bool = False) -> RunConfig:
-    model = ModelConfig(path=str(path), activation_checkpointing=recompute)
-    scale = LossScaleConfig(init=1.0 if mode == "native_fp16" else 2.0**15)  # the steps are not to overflow
-    precision = PrecisionConfig(mode, loss_scale=scale)  # type: ignore[arg-type]
-    return RunConfig(device="cpu", model=model, adapter=adapter or AdapterConfig(), precision=precision)
-
-
-def batch_of(config: RunConfig, positions: int, samples: int) -> Batch:
-    family: Any = build_family(config)
-    made: Batch = family.sized(positions, samples)
-    return made
 
 
 @pytest.mark.parametrize(
@@ -207,6 +138,20 @@ def test_no_weights_are_read(llama: Path, tmp_path: Path, demo_config: Callable[
     found = planned(config, batch_of(config, 500, 2))
     assert 2.8e9 < found.parameters < 2.9e9
     assert found.peak["frozen weights"] == pytest.approx(2 * found.parameters, rel=0.01)
+
+
+def test_several_processes_share_a_model(llama: Path) -> None:
+    config = config_of(llama, "bf16", FULL, recompute=True)
+    batch = batch_of(config, 64, 2)
+    alone, shared = planned(config, batch).peak, planned(replace(config, parallel="fsdp"), batch, processes=4)
+    for kind in ("trained weights", "optimizer"):
+        assert shared.peak[kind] == pytest.approx(alone[kind] / 4, rel=1e-3)
+    numbers = alone["trained weights"]
+    assert 0 < shared.peak["gathered"] < numbers / 2
+    # before it is sharded: the whole model and its gradients
+    assert shared.total == pytest.approx(sum(alone.values()) - alone["optimizer"])
+    many = planned(replace(config, parallel="fsdp", train=TrainConfig(accumulation=2)), batch, processes=4)
+    assert many.peak["gradients"] == pytest.approx(numbers, rel=0.01)
 
 
 @pytest.mark.gpu

@@ -251,6 +251,7 @@ def test_full_memory_is_one_line_that_says_what_to_change(by_frames: RunConfig) 
     assert "of the samples train.jsonl" in told
     assert "lower train.max_frames (100) and raise train.accumulation by the same factor" in told
     assert "set model.activation_checkpointing, leave out the longest samples (data.max_seconds), or train less" in told
+    assert told.endswith("; `rawloop plan` with the same settings says what each change saves")
     by_frames.train = replace(BY_FRAMES, rehearse=False)
     assert told_of_memory(World(), by_frames) == "trained"  # the folder is no run yet: the command can be given again
 

@@ -3,18 +3,25 @@
 from collections.abc import Iterator
 from typing import get_args
 
+from rawloop.allocations import KINDS
 from rawloop.cards import CARDS, CUDA, RESERVE, SIZES, Choice, changes_that_fit
 from rawloop.cli import read_config
 from rawloop.cli.options import PlanOptions
 from rawloop.diagnose.shared import table
 from rawloop.errors import UserError
-from rawloop.estimate import BUCKETS
+from rawloop.estimate import BUCKETS, EXTRA, START
 from rawloop.launcher import num_processes
 from rawloop.planning import described
 from rawloop.precision.config import Name
 from rawloop.sizing import ADAPTERS, Sizing, size_run
 
-SHORT = {"frozen weights": "frozen", "trained weights": "trained", "loss head": "head", BUCKETS: "buckets"}
+SHORT = {
+    "frozen weights": "frozen",
+    "trained weights": "trained",
+    "loss head": "head",
+    BUCKETS: "buckets",
+    START: "start",
+}
 GB = 1e9
 
 
@@ -55,9 +62,8 @@ def plan_lines(sized: Sizing, options: PlanOptions) -> Iterator[str]:
 
 def memory_rows(sized: Sizing) -> Iterator[list[str]]:
     """Yield the table of bytes, with its head: a row for each mode and adapter."""
-    kinds = [
-        kind for kind in sized.own.peak if kind != BUCKETS or any(e.peak[BUCKETS] for e in sized.costliest.values())
-    ]
+    found_in = sized.costliest.values()
+    kinds = [kind for kind in (*KINDS, *EXTRA) if kind in KINDS or any(each.peak[kind] for each in found_in)]
     yield ["", "", *(SHORT.get(kind, kind) for kind in kinds), "total", "on", "off"]
     own = sized.chosen
     for adapter in ADAPTERS:

@@ -52,7 +52,7 @@ MICRO_BATCH = (*MODEL, "!data.eval", "!data.num_workers", "init_from", *BATCH, "
 DATA = ("model.path", "data.train", "data.eval")
 TRAINED = ("optim.lr", "adapter.mode", "adapter.rank", "precision.mode")
 STEP = (  # of what a step takes
-    *("checkpoint.asynchronous", "ddp.gradient_as_bucket_view", "optim.*"),
+    *("checkpoint.asynchronous", "ddp.gradient_as_bucket_view", "parallel", "optim.*"),
     *("!optim.schedule", "!optim.warmup_steps", "!optim.warmup_ratio"),
 )
 

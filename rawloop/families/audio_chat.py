@@ -261,9 +261,10 @@ class AudioChat(TextFamily):
     def sized(self, positions: int, samples: int) -> Batch:
         """Return a batch of so many samples: a clip of at most half of the positions, and words; see `SizedFamily`."""
         second = self.encoder.sample_rate
-        clip = min(int(self.encoder.longest * second), second * positions // 50)  # most models take 25 a second
-        rest = positions - len(self._noisy("clip", max(clip, second), "one").input_ids)
-        return self.collate([self._noisy(f"made up {n}", clip, "one" + " one" * rest) for n in range(samples)])
+        clip = max(second, min(int(self.encoder.longest * second), second * positions // 50))  # 25 positions a second
+        short, long = (len(self._noisy("clip", clip, "one" + " one" * words).input_ids) for words in (0, 10))
+        words = round(max(0, positions - short) / (long - short) * 10)
+        return self.collate([self._noisy(f"made up {n}", clip, "one" + " one" * words) for n in range(samples)])
 
     def generate(
         self,

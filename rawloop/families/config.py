@@ -23,7 +23,8 @@ class ModelConfig:
         stream_weights: weight of each stream's mean loss, such as {audio: 1.0, text: 1.0}; causal_lm has text alone. A
             weight of 0 leaves the stream out, head included.
         attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
-        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        activation_checkpointing: recompute activations in the backward pass: less memory, a third more time; with LoRA
+            half more.
         quantization: quantise the frozen linear layers beside which LoRA trains (QLoRA): nf4 takes 4.5 bits a weight
             and needs bitsandbytes, int8 takes 8. Heads and embeddings stay. null: as stored.
         trust_remote_code: for your own families: whether they may run the checkpoint's Python code. rawloop's families

@@ -40,23 +40,14 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rawloop.cards import CARDS
 from tests.benchmarks import checkpoint_stall, loop_overhead
 
-# Dense tensor-core TFLOPS in 16 bits, from the vendors' data sheets, by a part of the device's name. The first match
-# counts.
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "A10": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-    "TITAN RTX": 130,
-    "V100": 125,
-    "T4": 65,
-}
+# Dense tensor-core TFLOPS in 16 bits, by a part of the device's name; the first match counts. Cards that rawloop plan
+# does not show are from the vendors' data sheets, too.
+PEAK_TFLOPS = {"H100 PCIe": 756.0}
+PEAK_TFLOPS |= {card.name.partition("GB")[0].removesuffix(" 40").removesuffix(" 80"): card.half for card in CARDS}
+PEAK_TFLOPS |= {"A10": 125.0, "T4": 65.0}
 Row = dict[str, Any]
 
 

@@ -45,6 +45,7 @@ from rawloop.families.sample_checks import Letters, check_repeatable
 from rawloop.losses import LossModule
 from rawloop.records import read_events, read_metrics
 from rawloop.settings import DDPConfig, SamplingConfig
+from tests.real_steps import FULL, batch_of, config_of, measured, planned
 
 CLIPS = sorted((SPEECH / "eval").glob("*.flac"))
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|pad|>")
@@ -768,3 +769,12 @@ def test_what_is_generated_is_prompted_as_in_training_and_stops_where_it_was_tau
         assert str(found.text).startswith(text)
         assert found.stopped == (found.text == "No, two.")
         assert found.length <= limit
+
+
+@pytest.mark.parametrize(("adapter", "recompute"), [(None, True), (FULL, False)])
+def test_a_step_takes_what_is_estimated(adapter: AdapterConfig | None, recompute: bool, checkpoint: Path) -> None:
+    config = config_of(checkpoint, "bf16", adapter, recompute)
+    batch = batch_of(config, 200, 3)
+    assert batch.inputs["input_ids"].shape[0] == len(batch.inputs["input_features"]) == 3
+    assert 195 <= batch.inputs["input_ids"].shape[1] <= 205
+    assert planned(config, batch).total == pytest.approx(measured(config, batch), rel=0.05)
