@@ -5,8 +5,8 @@
     PYTHONPATH=. python tests/benchmarks/gpu_bench.py --output /tmp/gpu_check --cpu      # a rehearsal with tiny sizes
 
 Four sections: the loop against its peers; how long a save holds training; memory and speed by precision mode; tokens
-per second and MFU of LoRA on models with 1 and 3 billion random weights, beside a loop by hand. A section whose time
-has come to an end is cut short, and the tables say so. An error ends its section; the script then fails at its end.
+per second and MFU of LoRA on models with 1 and 3 billion random weights, beside HF Trainer and a loop by hand. If the
+time is over, a section is cut short, and the tables say so. An error ends its section; the script then fails.
 
 MFU counts the floating-point operations that the step needs: per token 4 x the frozen weights (forward, and backward
 to the activations), 6 x the trained ones, and 6 x layers x length x hidden size for causal attention.
@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -189,10 +189,13 @@ def by_mode(plan: Plan) -> Iterator[Row]:
 
 
 def by_size(plan: Plan) -> Iterator[Row]:
-    """Speed and memory of rawloop beside a loop by hand, both in bf16."""
+    """Speed and memory of rawloop beside a loop by hand and HF Trainer, all in bf16 and with the same micro-batch."""
     for name, size in plan.by_size.items():
-        for peer in ("bare loop", "rawloop"):
-            yield speed(plan, name, size, peer, "bf16")
+        batch, tokens = plan.batch, {}
+        for peer in ("HF Trainer", "bare loop", "rawloop"):  # the one with the largest peak first
+            row = speed(replace(plan, batch=batch), name, size, peer, "bf16")
+            batch, tokens[peer] = int(row["batch"].split(" x ")[0]), row["tokens/s"]
+            yield row | {"against HF Trainer": round(row["tokens/s"] / tokens["HF Trainer"], 3)}
 
 
 def speed(plan: Plan, name: str, size: Size, peer: str, mode: str) -> Row:

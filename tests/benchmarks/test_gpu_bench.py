@@ -35,6 +35,7 @@ def test_a_rehearsal_runs_tests_and_all_sections_and_writes_both_files(tmp_path:
     for name in gpu_bench.SECTIONS:
         assert found[name], name
     assert {row["mode"] for row in found["by_mode"]} == set(gpu_bench.MODES)
+    assert [row["loop"] for row in found["by_size"]] == ["HF Trainer", "bare loop", "rawloop"]
     text = (tmp_path / "out" / "gpu_check.md").read_text()
     assert "**A rehearsal on the CPU" in text
     assert text.count("\n## ") == len(gpu_bench.SECTIONS)
