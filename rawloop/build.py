@@ -23,6 +23,7 @@ from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.reader import stored_part
 from rawloop.checkpoint.run_folder import mark_launch
+from rawloop.compiling import compile_blocks
 from rawloop.components import (
     Data,
     announce,
@@ -105,6 +106,8 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     throughput = build_throughput(config, ready.data, ready.first, ready.module, ready.policy, say)
     shard_model(config, ready.module, ready.policy, ready.files, world, say)
     optimizer = build_optimizer(config, ready.policy, world)
+    if config.model.compile:
+        world.on_all_ranks(partial(compile_blocks, config, ready.module, ready.first, ready.policy, say))
     if config.train.rehearse:
         rehearse(config, ready.data, ready.train.batches, ready.plan, ready.module, ready.policy, say)
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside

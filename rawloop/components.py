@@ -286,7 +286,7 @@ def decide_find_unused(config: DDPConfig, unused: Sequence[Sequence[str]]) -> tu
 def announce(
     config: RunConfig, family: Family, module: nn.Module, policy: PrecisionPolicy, optimizer: Optimizer
 ) -> str:
-    """Return a line that says what is trained in which dtypes, read from the finished module.
+    """Return a line that says what is trained in which dtypes, and by which attention, read from the finished module.
 
     Refuse a module whose trained weights are not those of the policy and the optimizer, or are of another dtype.
     """
@@ -315,7 +315,10 @@ def announce(
     frozen = [weight for name, weight in named.items() if name not in trained]
     streams = ", ".join(f"{stream} x {weight:g}" for stream, weight in family.stream_weights.items())
     kept = f", beside {_dtypes(frozen)} frozen" if frozen else ""
-    return f"training {_dtypes(trained.values())} weights{kept}; streams: {streams}"
+    used = [getattr(getattr(part, "config", None), "_attn_implementation", None) for part in wrapped.model.modules()]
+    attention = ", ".join(dict.fromkeys(filter(None, used)))
+    said = f"; attention: {attention}" if attention else ""
+    return f"training {_dtypes(trained.values())} weights{kept}; streams: {streams}{said}"
 
 
 def _dtypes(weights: Iterable[nn.Parameter]) -> str:

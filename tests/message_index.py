@@ -46,6 +46,7 @@ PAGES = {
     "cli/replay.py": "debugging.md",
     "cli/report.py": "debugging.md",
     "cli/verify.py": "checkpoints.md",
+    "compiling.py": "recipes.md",
     "components.py": "families.md",
     "config.py": "../README.md",
     "containers.py": "data.md",

@@ -16,7 +16,7 @@ from rawloop.settings import RecordsConfig
 # there: a key is free if no weight, sample or number of the finished steps depends on it.
 FREE = """
 output resume init_from device parallel
-model: attention activation_checkpointing trust_remote_code
+model: attention compile compile_backend activation_checkpointing trust_remote_code
 data: eval allow_outside on_bad_sample num_workers strict verify
 train: epochs max_steps log_every rehearse
 optim: lr weight_decay beta1 beta2 eps schedule warmup_steps warmup_ratio max_norm

@@ -146,7 +146,8 @@ def test_a_run_says_what_it_trains_in_which_dtypes(run: Callable[..., Run]) -> N
     built = run(said, precision=PrecisionConfig(mode="native_fp16"))
     count = sum(p.numel() for p in built.module.parameters() if p.requires_grad)
     base = sum(p.numel() for p in built.module.parameters()) - count
-    assert f"training {count:,} float32 weights, beside {base:,} float16 frozen; streams: text x 0.5" in said
+    trained = f"training {count:,} float32 weights, beside {base:,} float16 frozen"
+    assert f"{trained}; streams: text x 0.5; attention: sdpa" in said
 
 
 def test_a_run_that_came_out_otherwise_is_refused(run: Callable[..., Run]) -> None:

@@ -95,6 +95,7 @@ FLOORS = (
             "card",
             "listening",
             "costs",
+            "compiling",
             "components",
             "planning",
             "cards",

@@ -23,6 +23,8 @@ class ModelConfig:
         stream_weights: weight of each stream's mean loss, such as {audio: 1.0, text: 1.0}; causal_lm has text alone. A
             weight of 0 leaves the stream out, head included.
         attention: attention implementation of transformers (sdpa, eager, flash_attention_2).
+        compile: compile each of the model's repeated blocks by torch.compile. Training only.
+        compile_backend: of torch.compile: inductor, or aot_eager, which generates no code.
         activation_checkpointing: recompute activations in the backward pass: less memory, a third more time; with LoRA
             half more.
         quantization: quantise the frozen linear layers beside which LoRA trains (QLoRA): nf4 takes 4.5 bits a weight
@@ -38,6 +40,8 @@ class ModelConfig:
     revision: str | None = None
     stream_weights: dict[str, float] = field(default_factory=dict)
     attention: str = "sdpa"
+    compile: bool = False
+    compile_backend: str = "inductor"
     activation_checkpointing: bool = False
     quantization: Literal["nf4", "int8"] | None = None
     trust_remote_code: bool = False

@@ -165,7 +165,10 @@ class Listener:
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[Generated]:
         samples, limits = [prompt.sample for prompt in prompts], [prompt.limit for prompt in prompts]
-        with self.policy.autocast() if self.policy is not None else nullcontext():
+        # A cache of another length at each position would be compiled again and again.
+        compiled = any(part._compiled_call_impl is not None for part in self.model.modules())
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with eager, self.policy.autocast() if self.policy is not None else nullcontext():
             return self.family.generate(self.model, samples, self.codes, limits, self.config.sampling)
 
     def _measured(self, place: int, prompt: Prompt, one: Generated) -> Heard:

@@ -28,7 +28,7 @@ NO_LOGITS = "there is none; the evaluation sums losses and keeps no logits"
 SAME_DTYPE = "there is none; the evaluation computes in the dtype of the training"
 UPLOAD = "there is none; `rawloop export --push` uploads a trained model"
 WORKERS = "there is none; 'data.num_workers' is the only setting of the workers"
-COMPILE = "there is none; the model is not compiled"
+COMPILE = "there is none; 'model.compile' is torch.compile of the blocks, in its usual mode"
 WRITTEN = "there is none; rank 0 writes metrics.jsonl and events.jsonl into 'output'"
 OLD = "there is none; transformers has no such setting any more"
 SPECULATION = "there is none; losses are measured, and 'listen.samples' generates"
@@ -118,7 +118,9 @@ TRAINER = table(
         activation_checkpointing_kwargs=None,
         gradient_checkpointing_kwargs=None,
     ),
-    without(COMPILE, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None),
+    same("torch_compile", "model.compile", False),
+    same("torch_compile_backend", "model.compile_backend", kind="text"),
+    without(COMPILE, torch_compile_mode=None),
     without(
         "there is none; the model runs with the kernels of transformers",
         use_liger_kernel=False,
