@@ -7,6 +7,7 @@ The exit code is 75 if a signal or a stop file stopped the command and it can co
 import errno
 import gc
 import importlib
+import logging
 import os
 import select
 import signal
@@ -174,6 +175,7 @@ def imported(command: str, own_process: bool) -> ModuleType:
     name = f"rawloop.cli.{command.replace('-', '_')}"
     if not own_process:
         return importlib.import_module(name)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it warns of kernels it can do without
     gc.disable()
     try:
         return importlib.import_module(name)
