@@ -1,5 +1,6 @@
 """Every optimizer: resumed bit for bit in a run, beside masters and loss scalers, and what does not go together."""
 
+import copy
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from rawloop import optim
 from rawloop.adapters.config import AdapterConfig
@@ -34,6 +36,8 @@ from rawloop.optim import (
     use_average,
     use_trained,
 )
+from rawloop.optim_state import NamedOptimizerState
+from rawloop.pack import pack, unpack
 from rawloop.precision.advice import lost_updates
 from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.precision.masters import TrainedWeights
@@ -47,12 +51,12 @@ NAMES = list(KINDS)
 QUICK = {name: "amp_fp16" if name == "schedule_free" else "native_fp16" for name in NAMES}
 
 
-def options(name: str, **more: Any) -> OptimConfig:
+def options(name: str, device: str = "cpu", **more: Any) -> OptimConfig:
     """The optimizer of a name, or a skip with the reason."""
     kind = KINDS[name]
     if kind.package and importlib.util.find_spec(kind.package) is None:
         pytest.skip(f"{name} needs {kind.package}")
-    if "cpu" not in kind.devices:
+    if device not in kind.devices:
         pytest.skip(f"{name} needs {' or '.join(kind.devices)}")
     return OptimConfig(name=name, schedule="constant", weight_decay=0.1, **more)  # type: ignore[arg-type]
 
@@ -134,6 +138,70 @@ def test_a_resumed_run_is_the_same_in_all_modes(config: RunConfig, name: str, ad
             run(config)
         return
     check_resume(config)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_state_goes_on_bit_for_bit(name: str, device: str) -> None:
+    config = options(name, device, lr=1e-2)
+
+    def made() -> tuple[nn.Linear, Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Linear(512, 512).to(device)  # large enough to be paged
+        return net, build_optimizer(net.named_parameters(), config)
+
+    def go_on(net: nn.Module, optimizer: Optimizer, steps: range) -> None:
+        for step in steps:
+            use_trained(optimizer)
+            for weight in net.parameters():
+                generator = torch.Generator().manual_seed(step)
+                weight.grad = torch.randn(weight.shape, generator=generator).to(device)
+            optimizer.step()
+
+    net, optimizer = made()
+    go_on(net, optimizer, range(3))
+    use_average(optimizer)
+    stored = NamedOptimizerState(optimizer, net.named_parameters, restore_options=False).state_dict()
+    state = copy.deepcopy(unpack(pack(stored)))
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    go_on(net, optimizer, range(3, 6))
+    other, resumed = made()
+    other.load_state_dict(weights)
+    NamedOptimizerState(resumed, other.named_parameters, restore_options=False).load_state_dict(state)
+    if getattr(resumed, "is_paged", False):
+        paged = [value for value in resumed.state[other.weight].values() if getattr(value, "is_paged", False)]
+        assert len(paged) == 2
+    go_on(other, resumed, range(3, 6))
+    for one, two in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def train_in(world: World, config: RunConfig) -> list[float]:
+    """The losses of the evaluations of a run in one of several processes."""
+    built = build_run(config, world, lambda line: None)
+    try:
+        train(built)
+    finally:
+        built.close()
+    return [float(line["eval_loss"] or 0) for line in read_metrics(Path(config.output)) if "eval_loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_as_one(
+    config: RunConfig, name: str, quantization: Any, run_ranks: Callable[..., list[Any]]
+) -> None:
+    lora = AdapterConfig(mode="lora", modules_to_save=["lm_head"]) if quantization else config.adapter
+    config = with_mode(replace(config, optim=options(name, lr=1e-3), adapter=lora), "fp32")
+    config = replace(config, model=replace(config.model, quantization=quantization))
+    one = replace(config, train=replace(config.train, accumulation=2))
+    run(one)
+    expected = [line["eval_loss"] for line in numbers(one) if "eval_loss" in line]
+    for losses in run_ranks(train_in, replace(config, output=f"{config.output}-two"), timeout=240):
+        assert losses == pytest.approx(expected, rel=2e-3)
+    findings = [e for e in read_events(Path(f"{config.output}-two")) if e["kind"] == "finding"]
+    assert findings == []
 
 
 # -- schedule-free ---------------------------------------------------------------------------------------------------
