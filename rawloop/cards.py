@@ -1,6 +1,6 @@
 """GPUs: their memory and their speed, and what makes a step fit into them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -9,7 +9,6 @@ from rawloop.precision.config import Name
 CUDA = 0.6e9  # bytes that CUDA's context and libraries take
 RESERVE = 0.05  # share of a card that the allocator may lose between blocks
 SIZES = (16, 24, 40, 48, 80, 141)  # GB
-SAMPLES = ("activations", "loss head")  # kinds whose bytes grow with the samples of a micro-batch
 
 
 class Card(NamedTuple):
@@ -67,7 +66,7 @@ def room(size: float) -> float:
 
 
 def changes_that_fit(
-    size: float, chosen: Choice, peaks: Mapping[Choice, Mapping[str, float]], rows: int
+    size: float, chosen: Choice, least: Mapping[Choice, float], rows: int, taken: Callable[[Choice, int], float]
 ) -> tuple[list[str], float] | None:
     """Return the cheapest changes with which a step fits into a card, and the bytes that it then takes.
 
@@ -77,17 +76,18 @@ def changes_that_fit(
     Args:
         size: of the card, in GB.
         chosen: the configured choice.
-        peaks: bytes by kind at the peak of the step with `rows` samples, by choice.
+        least: bytes that a choice takes with any micro-batch.
         rows: the samples of the micro-batch.
+        taken: the bytes at the peak of a step with a choice and a part of the micro-batch, by its divisor.
 
     Returns:
         no changes if it fits as it is; None if nothing makes it fit.
     """
-    for other, divisor in sorted(product(peaks, _divisors(rows)), key=lambda pair: _cost(chosen, *pair)):
-        sampled = sum(peaks[other].get(kind, 0) for kind in SAMPLES)
-        taken = sum(peaks[other].values()) - sampled + sampled / divisor
-        if taken <= room(size):
-            return [*_words(chosen, other, divisor)], taken
+    divisors = _divisors(rows)
+    for other, divisor in sorted(product(least, divisors), key=lambda pair: _cost(chosen, *pair)):
+        # the smallest micro-batch first: each question takes an estimate, and most have the same answer
+        if least[other] <= room(size) and all(taken(other, part) <= room(size) for part in (divisors[-1], divisor)):
+            return [*_words(chosen, other, divisor)], taken(other, divisor)
     return None
 
 

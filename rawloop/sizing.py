@@ -1,6 +1,8 @@
 """What the steps of a run take, as configured and with other settings, for `rawloop plan`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
 from typing import Literal, NamedTuple, get_args
 
@@ -25,10 +27,12 @@ LOOKED_AT = 64  # micro-batches, of which the typical one is taken
 
 
 class Work(NamedTuple):
-    """What a run does: its costliest micro-batches, a typical one, and its steps in an epoch (0: not known)."""
+    """What a run does: its costliest micro-batches, each as a function of the number of samples; a typical one; and its
+    steps in an epoch (0: not known).
+    """
 
-    costliest: list[Batch]
-    typical: Batch
+    costliest: list[Callable[[int | None], Batch]]
+    typical: Batch | None
     steps: int
 
 
@@ -46,6 +50,7 @@ class Sizing:
         costliest: estimates of the costliest micro-batch, by choice.
         as_usual: the estimate of the typical micro-batch.
         refused: the reason of each choice that contradicts the settings or the model.
+        taken: the bytes at the peak of a step with a choice and a part of the costliest micro-batch, by its divisor.
     """
 
     config: RunConfig
@@ -57,6 +62,7 @@ class Sizing:
     costliest: dict[Choice, Estimate]
     as_usual: Estimate
     refused: dict[Choice, str]
+    taken: Callable[[Choice, int], int]
 
     @property
     def own(self) -> Estimate:
@@ -86,10 +92,10 @@ def size_run(config: RunConfig, processes: int = 1, positions: int = 0, samples:
         model = replace(model, attention="sdpa")  # which keeps the same, and is there without the package
     family = build_family(replace(config, model=model))
     if positions:
-        made = made_up(family, positions, samples or config.train.batch_size)
-        work = Work([made], made, 0)
+        number = samples or config.train.batch_size
+        work = Work([lambda rows: made_up(family, positions, rows or number)], None, 0)
     else:
-        work = work_of(config, read_data(config, family, "train"), processes)
+        work = work_of(config, _data_of(config, family), processes)
     return _estimates(config, family, work, processes)
 
 
@@ -97,11 +103,11 @@ def _estimates(config: RunConfig, family: Family, work: Work, processes: int) ->
     skeleton = skeleton_of(config, family)
     asked = "bf16" if config.precision.mode == "auto" else config.precision.mode
     chosen = Choice(asked, config.adapter.mode, config.model.activation_checkpointing)
-    found = [estimate(config, family, skeleton, batch, processes) for batch in work.costliest]
+    found = [estimate(config, family, skeleton, part(None), processes) for part in work.costliest]
     own = max(found, key=lambda each: each.total)
-    batch = work.costliest[found.index(own)]
-    same = work.typical is batch
-    as_usual = own if same else estimate(config, family, skeleton, work.typical, processes)
+    part = work.costliest[found.index(own)]
+    batch = part(None)
+    as_usual = estimate(config, family, skeleton, work.typical, processes) if work.typical else own
     estimates, refused = {chosen: own}, {}
     for adapter, checkpointing, mode in product(ADAPTERS, (False, True), get_args(Name)):
         choice = Choice(mode, adapter, checkpointing)
@@ -111,7 +117,17 @@ def _estimates(config: RunConfig, family: Family, work: Work, processes: int) ->
             estimates[choice] = estimate(with_choice(config, choice), family, skeleton, batch, processes)
         except UserError as error:
             refused[choice] = str(error)
-    return Sizing(config, chosen, batch, work.typical, work.steps, processes, estimates, as_usual, refused)
+
+    @cache
+    def taken(choice: Choice, divisor: int) -> int:
+        if divisor == 1:
+            return estimates[choice].total
+        fewer = replace(config, train=replace(config.train, accumulation=config.train.accumulation * divisor))
+        fewer = fewer if choice == chosen else with_choice(fewer, choice)
+        return estimate(fewer, family, skeleton, part(len(batch.ids) // divisor), processes).total
+
+    typical = work.typical or batch
+    return Sizing(config, chosen, batch, typical, work.steps, processes, estimates, as_usual, refused, taken)
 
 
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
@@ -128,8 +144,19 @@ def work_of(config: RunConfig, data: Data, processes: int) -> Work:
     """Return the micro-batches of a run's data."""
     plan = build_plan(config, data, World(size=processes), data.contents())
     measure = measurer(config, data, "data.train")
-    made = [measure.batches.made(draws)[1] for draws in costliest(config, data, plan)]
-    return Work(made, measure.batches.made(_typical(plan, measure))[1], plan.windows(1.0))
+
+    def part_of(draws: list[Draw], rows: int | None) -> Batch:
+        return measure.batches.made(draws[:rows])[1]
+
+    parts = [partial(part_of, draws) for draws in costliest(config, data, plan)]
+    return Work([*parts], part_of(_typical(plan, measure), None), plan.windows(1.0))
+
+
+def _data_of(config: RunConfig, family: Family) -> Data:
+    try:
+        return read_data(config, family, "train")
+    except UserError as error:
+        raise UserError(f"{error}; to plan without data, give --positions N --samples M") from error
 
 
 def _typical(plan: Plan, measure: Lengths) -> list[Draw]:

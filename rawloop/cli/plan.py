@@ -22,6 +22,8 @@ SHORT = {
     BUCKETS: "buckets",
     START: "start",
 }
+# At the end of a backward pass, at least: with the gradients, which are as large as the trained weights.
+HELD = ("frozen weights", "trained weights", "trained weights", "masters", "optimizer")
 GB = 1e9
 
 
@@ -35,11 +37,9 @@ def run(argv: list[str]) -> None:
 
 def plan_lines(sized: Sizing, options: PlanOptions) -> Iterator[str]:
     """Yield the lines of a plan."""
-    own, chosen = sized.own, sized.chosen
-    yield (
-        f"{sized.config.model.path}: {own.parameters:,} parameters, {own.trained:,} trained ({chosen.adapter}, "
-        f"{chosen.mode}, activation checkpointing {'on' if chosen.checkpointing else 'off'})"
-    )
+    own, chosen, model = sized.own, sized.chosen, sized.config.model
+    how = f"{chosen.adapter}, {chosen.mode}, activation checkpointing {'on' if chosen.checkpointing else 'off'}"
+    yield f"{model.path or model.family}: {own.parameters:,} parameters, {own.trained:,} trained ({how})"
     yield f"costliest micro-batch: {described(sized.batch)}"
     if sized.typical is not sized.batch:
         yield f"a typical one takes {_gb(sized.as_usual.total)} GB: {described(sized.typical)}"
@@ -48,9 +48,9 @@ def plan_lines(sized: Sizing, options: PlanOptions) -> Iterator[str]:
     yield "activation checkpointing; * as configured"
     rows = [*memory_rows(sized)]
     yield from table("ll" + "r" * (len(rows[0]) - 2), rows)
-    for choice, why in sized.refused.items():
-        if not choice.checkpointing:
-            yield f"{choice.adapter} in {choice.mode} is left out: {why}"
+    for why in dict.fromkeys(sized.refused.values()):
+        names = dict.fromkeys(f"{choice.adapter} {choice.mode}" for choice, w in sized.refused.items() if w == why)
+        yield f"left out: {', '.join(names)}: {why}"
     if own.host:
         yield f"host memory for the copy of an asynchronous save: {_gb(own.host)} GB"
     yield ""
@@ -82,8 +82,8 @@ def _gb(size: float) -> str:
 
 
 def _fit(sized: Sizing, size: int) -> str:
-    peaks = {choice: found.peak for choice, found in sized.costliest.items()}
-    found = changes_that_fit(size, sized.chosen, peaks, len(sized.batch.ids))
+    least = {choice: sum(found.peak[kind] for kind in HELD) for choice, found in sized.costliest.items()}
+    found = changes_that_fit(size, sized.chosen, least, len(sized.batch.ids), sized.taken)
     if found is None:
         return "does not fit, and none of these changes makes it fit"
     changes, taken = found
@@ -99,7 +99,8 @@ def time_lines(sized: Sizing, options: PlanOptions) -> Iterator[str]:
     )
     rows = [["card", "GB", "TFLOPS", "s / step", *(["h / epoch"] if sized.steps else [])]]
     for card in CARDS:
-        rate = card.tflops(sized.chosen.mode, sized.config.precision.tf32)
+        mode = "amp_fp16" if sized.config.precision.mode == "auto" and not card.bf16 else sized.chosen.mode
+        rate = card.tflops(mode, sized.config.precision.tf32)
         seconds = sized.flops / (rate * 1e12 * options.utilisation) if rate else None
         times = (
             [f"{seconds:.3g}", f"{seconds * sized.steps / 3600:.3g}"] if seconds else [f"no {sized.chosen.mode}", "-"]

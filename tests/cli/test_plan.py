@@ -42,7 +42,13 @@ def test_a_large_model_without_weights_and_data(door: Door, large: Path) -> None
     frozen, total, on, off = (float(own[place]) for place in (3, -3, -2, -1))
     assert frozen == pytest.approx(5.64, abs=0.02)
     assert on < total == off
-    assert any(line.startswith(" 16 GB  fits with ") for line in lines)
+    (small,) = (line for line in lines if line.startswith(" 16 GB  fits with "))
+    said = re.search(r"fits with 1/(\d) of the micro-batch, \1 x train.accumulation: (\d+\.\d\d) GB$", small)
+    assert said, small
+    divisor, taken = int(said[1]), said[2]
+    halved = door("plan", *options[:4], "--samples", 4 // divisor, *options[6:], "--train.accumulation", divisor)
+    (row,) = (line.split() for line in halved.out.splitlines() if line.startswith("lora  bf16 *"))
+    assert row[-3] == taken  # which is what that run would take
     assert " 80 GB  fits" in lines
     assert next(line for line in lines if line.startswith("V100")).split() == ["V100", "32", "-", "no", "bf16"]
     assert "epoch" not in done.out
@@ -68,6 +74,7 @@ def test_the_batches_of_the_data(door: Door, demo_config: Callable[..., Path]) -
         (["--utilisation", "1.5"], "--utilisation is 1.5: it must be above 0 and at most 1"),
         (["--positions", "5000"], "takes 5000 positions, the model has 2048"),
         (["--positions", "50", "--adapter.target_modules", "[nope]"], "matches no layer of the model"),
+        (["--data.train", "nowhere.jsonl"], "; to plan without data, give --positions N --samples M"),
     ],
 )
 def test_wrong_options(
@@ -78,20 +85,31 @@ def test_wrong_options(
 
 def test_the_cheapest_change_comes_first() -> None:
     own = Choice("bf16", "full", False)
-    peaks: dict[Choice, dict[str, float]] = {
-        own: {"trained weights": 10e9, "activations": 20e9},
-        own._replace(checkpointing=True): {"trained weights": 10e9, "activations": 4e9},
-        Choice("native_fp16", "full", False): {"trained weights": 8e9, "activations": 20e9},
-        Choice("bf16", "lora", False): {"frozen weights": 2e9, "activations": 12e9},
-        Choice("bf16", "lora", True): {"frozen weights": 2e9, "activations": 2e9},
+    held_and_kept = {
+        own: (10e9, 20e9),
+        own._replace(checkpointing=True): (10e9, 4e9),
+        Choice("native_fp16", "full", False): (8e9, 20e9),
+        Choice("bf16", "lora", False): (2e9, 12e9),
+        Choice("bf16", "lora", True): (2e9, 2e9),
     }
-    assert changes_that_fit(40, own, peaks, 4) == ([], 30e9)
-    assert changes_that_fit(24, own, peaks, 4) == (["1/2 of the micro-batch, 2 x train.accumulation"], 20e9)
-    assert changes_that_fit(24, own, peaks, 1) == (["model.activation_checkpointing true"], 14e9)
+    asked = []
+
+    def taken(choice: Choice, divisor: int) -> float:
+        asked.append(choice)
+        return held_and_kept[choice][0] + held_and_kept[choice][1] / divisor
+
+    def changes(size: float, rows: int) -> tuple[list[str], float] | None:
+        return changes_that_fit(size, own, {choice: held for choice, (held, _) in held_and_kept.items()}, rows, taken)
+
+    assert changes(40, 4) == ([], 30e9)
+    assert changes(24, 4) == (["1/2 of the micro-batch, 2 x train.accumulation"], 20e9)
+    assert changes(24, 1) == (["model.activation_checkpointing true"], 14e9)
     halved = ["1/2 of the micro-batch, 2 x train.accumulation", "model.activation_checkpointing true"]
-    assert changes_that_fit(13.5, own, peaks, 2) == (halved, 12e9)
-    assert changes_that_fit(6, own, peaks, 1) == (["model.activation_checkpointing true", "adapter.mode lora"], 4e9)
-    assert changes_that_fit(2, own, peaks, 8) is None
+    assert changes(13.5, 2) == (halved, 12e9)
+    asked.clear()
+    assert changes(6, 1) == (["model.activation_checkpointing true", "adapter.mode lora"], 4e9)
+    assert {choice.adapter for choice in asked} == {"lora"}  # what cannot fit is not estimated
+    assert changes(2, 8) is None
     assert room(24) == 24e9 * 0.95 - 0.6e9
 
 
