@@ -62,11 +62,16 @@ def find_trained(place: str | None, checkpoint: str | None, adapter: str | None,
             model.
 
     Raises:
-        UserError: nothing or several things are named, or there is no such model.
+        UserError: nothing or several things are named, there is no such model, or its base is to be quantised.
         CheckpointError: the checkpoint is damaged.
     """
     if bool(place) + bool(adapter) > 1 or not (place or adapter or options.path):
         raise UserError("name one model: a run, a checkpoint, an adapter or a model's folder, such as runs/voice")
+    if options.quantization:
+        raise UserError(
+            f"model.quantization is '{options.quantization}', and a trained model is used with the numbers of the base "
+            "that it was trained beside, which its checkpoint knows: leave it out"
+        )
     folder = Path(expanduser(place or adapter or ""))
     is_run = place is not None and (folder / CHECKPOINTS).is_dir()
     if checkpoint is not None and not is_run:

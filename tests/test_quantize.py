@@ -218,6 +218,8 @@ def test_an_adapter_is_merged_into_the_numbers_that_it_was_trained_beside(
         loaded = load_trained(trained, load_family(trained.model), lambda line: None)
         difference = (probe(loaded.model) - expected).abs().max() / expected.abs().max()
         assert difference < 1e-5
+    with pytest.raises(UserError, match=r"model\.quantization is 'int8', and a trained model is used with the numbers"):
+        find_trained(slot, None, None, ModelConfig(quantization="int8"))
     # the whole numbers of the base give another model
     file = copied / "base.json"
     stored = json.loads(file.read_text())
@@ -240,7 +242,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_is_quantised(config: RunC
     said: list[str] = []
     plain = replace(config.model, quantization=None)
     run(replace(config, model=plain, output=f"{config.output}-plain", init_from=str(slot)), said)
-    assert "the weights were trained beside a base of int8 quantisation, and this one has no" in said
+    assert "the weights were trained beside a base with model.quantization int8, and it is null here" in said
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

@@ -98,9 +98,9 @@ class BaseFingerprint:
             )
         if state["config"] != self.origin["config"]:
             self.notice = f"the base model's config has changed, its weights have not: {_origin(state)} then"
-        then, now = (each.get("quantization") or "no" for each in (state, self.origin))
+        then, now = (each.get("quantization") or "null" for each in (state, self.origin))
         if then != now:
-            self.notice = f"the weights were trained beside a base of {then} quantisation, and this one has {now}"
+            self.notice = f"the weights were trained beside a base with model.quantization {then}, and it is {now} here"
 
 
 def stored_fingerprint(adapter: Path) -> tuple[dict[str, Any], str]:

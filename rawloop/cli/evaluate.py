@@ -97,6 +97,7 @@ def _build(config: RunConfig, checkpoint: str | None, world: World) -> Built:
                 f"{slot} has no {files.folder}/: adapter.mode is '{config.adapter.mode}', the run's was not"
             )
         base.load_state_dict(stored_part(slot, "base"))
+        notices.append(base.notice)
         files.load(slot / files.folder)
     limits = Limits.of(family, model)
     limits.learn(family, model, policy.device, policy.autocast)
