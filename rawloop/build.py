@@ -35,7 +35,6 @@ from rawloop.components import (
     build_throughput,
     decide_find_unused,
     read_data,
-    shard_model,
 )
 from rawloop.config import RunConfig, to_yaml
 from rawloop.contracts import Batch
@@ -62,6 +61,7 @@ from rawloop.resume import Start, choose_start, goes_back, restore
 from rawloop.run import TrainState
 from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
+from rawloop.sharded import shard_model
 from rawloop.sinks import check_packages, check_sinks
 from rawloop.watched import build_watch
 from rawloop.weights import Source, find_source

@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rawloop import optim
-from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.adapters.lora import add_adapter
 from rawloop.adapters.quantize import check_quantization, quantize
@@ -43,7 +42,7 @@ from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
 from rawloop.settings import DDPConfig
-from rawloop.sharding import shard
+from rawloop.sharded import to_be_sharded
 from rawloop.throughput import Throughput
 from rawloop.weights import Source, load_weights
 
@@ -148,7 +147,8 @@ def build_model(
     if not world.is_main or not sys.stderr.isatty():  # in a log file the bar would be thousands of blanks
         transformers.utils.logging.disable_progress_bar()
     check_quantization(config.model.quantization)
-    policy = PrecisionPolicy(config.precision, world=world, resume=precision)
+    until_sharded = torch.device("cpu") if to_be_sharded(config, world) else None
+    policy = PrecisionPolicy(config.precision, world=world, resume=precision, masters_on=until_sharded)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     first_of_machine = world.local_rank == 0
@@ -174,29 +174,6 @@ def build_optimizer(config: RunConfig, policy: PrecisionPolicy, world: World) ->
     optimizer = world.on_all_ranks(build)
     assert optimizer is not None
     return optimizer
-
-
-def shard_model(
-    config: RunConfig,
-    module: LossModule,
-    policy: PrecisionPolicy,
-    files: ModelFiles,
-    world: World,
-    say: Callable[[str], None],
-) -> None:
-    """Shard a prepared model over the ranks if the config says so. Call it before the optimizer exists.
-
-    The loss is inside, so that the heads that it applies are gathered.
-    """
-    if config.parallel != "fsdp" or world.size == 1:
-        return
-    files.keep_form()
-    runs, fallbacks = shard(module, world.device), ", ".join(policy.chain.remaining)
-    policy.take_shards(runs)
-    off = ["the watch"] if config.watch.enabled else []
-    off += [f"falling back to {fallbacks}"] if fallbacks else []
-    needs = f"; off, as it needs whole weights: {', '.join(off)}" if off else ""
-    say(f"parallel: fsdp, {len(runs.blocks)} blocks and the rest sharded over {world.size} processes{needs}")
 
 
 def build_evaluator(

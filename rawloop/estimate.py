@@ -103,7 +103,7 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
     if config.parallel == "fsdp" and processes > 1:
         blocks = [each["weights"] - base["weights"] for each in longer]
         outside = found["weights"] - sum(size * length for size, length in zip(blocks, lengths, strict=True))
-        whole = sum(size for kind, size in peak.items() if kind != "optimizer")
+        whole = sum(size for kind, size in peak.items() if kind not in ("optimizer", "masters"))
         keeps = config.train.accumulation > 1
         peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, outside + 2 * max(blocks, default=0), keeps))
         peak[START] = max(0, whole - sum(peak.values()))

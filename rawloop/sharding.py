@@ -126,6 +126,11 @@ def part_of(tensor: Tensor) -> Tensor:
     return own
 
 
+def parts_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's parts, without a graph: `torch._foreach_*` functions do not know all sharded tensors."""
+    return [part_of(tensor.detach()) for tensor in tensors]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor on rank 0; the other ranks get an empty tensor. A plain tensor is returned as it is.
 

@@ -97,6 +97,7 @@ FLOORS = (
             "costs",
             "compiling",
             "components",
+            "sharded",
             "planning",
             "cards",
             "estimate",

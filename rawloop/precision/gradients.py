@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from rawloop.errors import TrainingError, UserError, first_few
 from rawloop.precision.masters import TrainedWeights, held_by
 from rawloop.precision.scaler import LossScaler
-from rawloop.sharding import norm_over_ranks, part_of
+from rawloop.sharding import norm_over_ranks, parts_of
 
 ELSEWHERE = "another rank objected to the update"
 SCALER_ERRORS = (ValueError, RuntimeError, AssertionError)  # all that torch's GradScaler raises
@@ -261,7 +261,7 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
 
     If they are sharded, it is the norm over all ranks, which call this together.
     """
-    norms = torch._foreach_norm([*map(part_of, gradients)], 2, dtype=torch.float32)
+    norms = torch._foreach_norm(parts_of(gradients), 2, dtype=torch.float32)
     return norm_over_ranks(torch.linalg.vector_norm(torch.stack(norms)), gradients)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import CheckpointError, UserError
-from rawloop.sharding import part_of, sharded_as, write_part
+from rawloop.sharding import parts_of, sharded_as, write_part
 
 HALF = (torch.float16, torch.bfloat16)
 BUCKET = 2**25  # numbers per call of the optimizer during an update with masters: 134 MB of float32 gradients
@@ -125,7 +125,7 @@ class TrainedWeights:
         if not self.masters:
             gradients = [p.grad for p in held if p.grad is not None]
             if gradients and factor != 1.0:
-                torch._foreach_mul_(_parts(gradients), factor)
+                torch._foreach_mul_(parts_of(gradients), factor)
             step()
             return
         for master in held:
@@ -137,7 +137,7 @@ class TrainedWeights:
             step()
             for master in masters:
                 master.grad = None
-            torch._foreach_copy_(_parts(weight.data for weight in weights), _parts(masters))
+            torch._foreach_copy_(parts_of(weight.data for weight in weights), parts_of(masters))
 
     def _buckets(self, held: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Yield the masters of weights with a gradient, in groups of at most `BUCKET` numbers."""
@@ -167,9 +167,9 @@ class TrainedWeights:
         gradients = given
         if self.masters and any(gradient.dtype != torch.float32 for gradient in given):
             gradients = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
-            torch._foreach_copy_(_parts(gradients), _parts(given))
+            torch._foreach_copy_(parts_of(gradients), parts_of(given))
         if gradients and factor != 1.0:
-            torch._foreach_mul_(_parts(gradients), factor)
+            torch._foreach_mul_(parts_of(gradients), factor)
         for weight in weights:
             weight.grad = None
         return gradients
@@ -182,7 +182,7 @@ class TrainedWeights:
     def restore_float32(self) -> None:
         """Cast the model's weights back to their float32 values, in place. The masters are not used any more."""
         for name, weight in self.weights.items():
-            weight.data = self.value(name)
+            weight.data = self.value(name).to(weight.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masters by name."""
@@ -208,10 +208,6 @@ class TrainedWeights:
         for name, master in self.masters.items():
             write_part(master, stored[name])
         self._versions = self._counts()
-
-
-def _parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [part_of(tensor.detach()) for tensor in tensors]
 
 
 def held_by(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:

@@ -43,11 +43,13 @@ class PreparedModel:
         grad_scaler: Any = None,
         resume: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = warn,
+        masters_on: torch.device | None = None,
     ) -> None:
         self.config = PrecisionConfig(config) if isinstance(config, str) else config  # type: ignore[arg-type]
         self.world = check_world(world)
         self.device = self.world.device if device is None else torch.device(device)
         self.say = say
+        self.masters_on = masters_on or self.device
         self.chain = ModeChain(self.config, describe(self.device), resume)
         self.model: nn.Module | None = None
         self.trained = TrainedWeights([], torch.float32, self.device)
@@ -144,7 +146,7 @@ class PreparedModel:
                 if not self.chain.advance(str(error)):
                     raise
         named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-        self.trained = TrainedWeights(named, dtype, self.device, masters=self.config.masters == "fp32")
+        self.trained = TrainedWeights(named, dtype, self.masters_on, masters=self.config.masters == "fp32")
         kind = MODES[self.chain.name].scaler
         if kind == "torch":
             self.scaler = GuardedGradScaler(self.config.loss_scale, self.device, self._grad_scaler)
