@@ -6,6 +6,7 @@ The backend is aot_eager: it traces forward and backward as inductor does, and g
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,16 +19,24 @@ from rawloop.adapters.lora import add_adapter
 from rawloop.compiling import compile_blocks
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, Labels
+from rawloop.data import DataConfig
+from rawloop.data.splits import prepare_codes
+from rawloop.demo import SPEECH
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import UserError
+from rawloop.evaluate import EvaluationConfig
 from rawloop.families import ModelConfig, load_family
 from rawloop.families.loading import enable_activation_checkpointing
 from rawloop.families.shared import TextFamily
+from rawloop.listen.config import ListenConfig
 from rawloop.losses import LossModule
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy
-from rawloop.settings import DDPConfig
+from rawloop.records import RecordsConfig, read_metrics
+from rawloop.settings import DDPConfig, TrainConfig
 from rawloop.sharding import find_blocks
+from tests.kept_runs import go
 
 VOCABULARY = 64
 # torch looks at gradients of its own inputs when it compiles.
@@ -129,13 +138,52 @@ def test_gradients_under_ddp_are_those_without(run_ranks: Callable[..., list[Any
         assert_near(found, mean)
 
 
-def test_higgs_audio_is_compiled_by_parts_as_its_blocks_choose_positions_by_a_mask(demo_checkpoint: Any) -> None:
+def test_higgs_audio_is_compiled_by_parts_as_its_blocks_choose_positions_by_a_mask(demo_checkpoint: Path) -> None:
     family = load_family(ModelConfig(path=str(demo_checkpoint / "model")))
     batch, said = family.probe(), list[str]()
     plain = LossModule(family.load_model().train(), family.losses)
     module = compiled(LossModule(family.load_model().train(), family.losses), said.append, batch)
     assert "blocks (HiggsAudioV2Attention, HiggsAudioV2MLP, HiggsAudioV2RMSNorm), by parts, as" in said[0]
     assert_near(gradients(module, batch), gradients(plain, batch))
+
+
+@pytest.mark.slow
+def test_a_run_is_compiled_and_what_it_listens_to_is_not(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """The losses are those of the run without; listening to a clip compiles nothing more."""
+    from torch._dynamo.utils import counters
+
+    data = DataConfig(train=str(SPEECH / "train"), eval=str(SPEECH / "eval"), codes=str(tmp_path / "codes"))
+    model = ModelConfig(path=str(demo_checkpoint / "model"))
+    prepare_codes(data, load_family(model))
+    plain = RunConfig(
+        device="cpu",
+        model=model,
+        adapter=AdapterConfig(rank=4),
+        data=data,
+        train=TrainConfig(batch_size=2, max_steps=2, log_every=1),
+        precision=PrecisionConfig(mode="fp32"),
+        checks=ChecksConfig(enabled=False),
+        evaluation=EvaluationConfig(every=2),
+        records=RecordsConfig(progress=False),
+    )
+    compiles = replace(plain, model=replace(plain.model, compile=True, compile_backend="aot_eager"))
+    graphs: list[int] = []
+    for name, config in {
+        "plain": plain,
+        "compiled": compiles,
+        "heard": replace(compiles, listen=ListenConfig(samples=1, max_seconds=0.4)),
+    }.items():
+        torch.compiler.reset()
+        counters.clear()
+        go(replace(config, output=str(tmp_path / name)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 0 < graphs[1] == graphs[2]
+    assert list((tmp_path / "heard" / "listen").glob("step-*/*.wav"))
+    for key in ("loss", "eval_loss", "grad_norm"):
+        right, found = (
+            [line[key] for line in read_metrics(tmp_path / n) if key in line] for n in ("plain", "compiled")
+        )
+        assert found == pytest.approx(right, rel=1e-5)
 
 
 def breaking(module: LossModule, part: str) -> LossModule:

@@ -16,6 +16,7 @@ from rawloop.families import ModelConfig, head
 from rawloop.families.shared import TextFamily
 from rawloop.losses import LossModule
 from rawloop.settings import DDPConfig
+from rawloop.sharding import shard, whole
 
 TINY: dict[str, Any] = {
     "vocab_size": 1003,
@@ -140,6 +141,27 @@ def test_gradients_under_ddp_and_activation_checkpointing(run_ranks: Callable[..
         family.losses(model, random_batch(rows))["text"].total.backward()  # type: ignore[no-untyped-call]
     for name, weight in model.named_parameters():
         assert torch.equal(one[name], other[name])
+        assert distance(2 * one[name], weight.grad) < 1e-10, name
+
+
+def gradients_of_shards(world: World) -> dict[str, Tensor]:
+    """In chunks, with sharded weights, and recomputed activations."""
+    head.WHOLE, head.FEWEST = 0, 50
+    model = build("Gemma2").double().train()
+    model.activation_checkpointing_enable()
+    module = LossModule(model, text_family().losses)
+    shard(module, torch.device("cpu"))
+    module(random_batch(rows=3 + world.rank))["text"].total.backward()
+    return {name: whole(weight.grad) for name, weight in model.named_parameters()}
+
+
+@pytest.mark.slow
+def test_gradients_with_sharded_weights(run_ranks: Callable[..., list[Any]]) -> None:
+    one, _ = run_ranks(gradients_of_shards)
+    model, family = build("Gemma2").double(), text_family()
+    for rows in (3, 4):
+        family.losses(model, random_batch(rows))["text"].total.backward()  # type: ignore[no-untyped-call]
+    for name, weight in model.named_parameters():
         assert distance(2 * one[name], weight.grad) < 1e-10, name
 
 
