@@ -30,6 +30,7 @@ from rawloop.families.loading import can_checkpoint, enable_activation_checkpoin
 from rawloop.loop import Run, accumulate, update
 from rawloop.losses import LossModule
 from rawloop.precision.policy import PrecisionPolicy
+from rawloop.precision.preflight import is_lacking
 
 FEW = 2  # blocks; the first and the last may differ in what they keep
 # Bytes of state for each number, of the optimizers of libraries, which cannot be run on fake tensors; pages of
@@ -94,7 +95,13 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
     few = [FEW] * len(lengths)
 
     def counts(depths: list[int]) -> Counter[str]:
-        return _count(config, family, skeleton, batch, processes, depths)
+        try:
+            return _count(config, family, skeleton, batch, processes, depths)
+        except Exception as error:
+            if not is_lacking(error):
+                raise
+            why = str(error).splitlines()[0]
+            raise UserError(f"{type(skeleton).__name__} cannot run in {config.precision.mode}: {why}") from error
 
     longer = [counts([FEW + (place == at) for place in range(len(few))]) for at in range(len(few))]
     base = counts(few)
