@@ -127,16 +127,16 @@ def check_optimizer(config: OptimConfig, device: torch.device) -> None:
         UserError: a package is missing, or the optimizer does not work on the device.
     """
     kind, asked = KINDS[config.name], f"optim.name is '{config.name}'"
+    if device.type not in kind.devices:
+        where = " and ".join(kind.devices)
+        raise UserError(
+            f"{asked}, which works on {where}, and the device is {device.type}: take {kind.nearest}, or set device"
+        )
     if kind.package and find_spec(kind.package) is None:
         free = kind.nearest if not KINDS[kind.nearest].package else "adamw"
         raise UserError(
             f"{asked}, which needs {kind.package}, and that is not installed: run `pip install "
             f"'rawloop[{kind.package}]'`, or take {free}, which needs nothing"
-        )
-    if device.type not in kind.devices:
-        where = " and ".join(kind.devices)
-        raise UserError(
-            f"{asked}, which works on {where}, and the device is {device.type}: take {kind.nearest}, or set device"
         )
     weights = [nn.Parameter(torch.ones(64, 64, device=device)), nn.Parameter(torch.ones(64, device=device))]
     for weight in weights:
