@@ -43,8 +43,6 @@ def compile_blocks(
 
     name, backend, start = type(module.model).__name__, config.model.compile_backend, time.perf_counter()
     blocks = find_blocks(module.model)
-    if config.parallel == "fsdp":
-        raise UserError("model.compile is true and parallel is fsdp, which do not go together: set parallel to ddp")
     if not blocks:
         raise UserError(f"model.compile is true, and {name} has no list of blocks that could be compiled: {ADVICE}")
     if backend not in (known := torch.compiler.list_backends(exclude_tags=())):

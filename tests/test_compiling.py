@@ -221,5 +221,3 @@ def test_a_model_without_blocks_and_an_unknown_backend_are_refused() -> None:
     unknown = replace(CONFIG, model=replace(CONFIG.model, compile_backend="inducto"))
     with pytest.raises(UserError, match=r"model.compile_backend is 'inducto': torch has .*inductor"):
         compile_blocks(unknown, llama(), batch_of, policy, print)
-    with pytest.raises(UserError, match="is true and parallel is fsdp, which"):
-        compile_blocks(replace(CONFIG, parallel="fsdp"), llama(), batch_of, policy, print)

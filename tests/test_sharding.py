@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rawloop.adapters.config import AdapterConfig
+from rawloop.buffers import MovingBuffers
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
@@ -34,7 +35,7 @@ from rawloop.precision.gradients import StepResult
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_metrics
 from rawloop.settings import DDPConfig
-from rawloop.sharding import find_blocks, part_of, shard
+from rawloop.sharding import find_blocks, part_of, shard, whole
 from rawloop.watch.config import WatchConfig
 
 SLOT = "checkpoints/step-00000002"
@@ -160,6 +161,11 @@ def test_a_sharded_run_goes_on_in_one_process_and_in_four(
     ("change", "message"),
     [
         ({"optim": OptimConfig(name="muon")}, "optim.name 'muon': only adamw is known"),
+        ({"model": ModelConfig(compile=True)}, "model.compile true: it was not tried with parts of weights: set it to"),
+        (
+            {"model": ModelConfig(quantization="int8"), "adapter": AdapterConfig()},
+            "model.quantization 'int8': quantised weights are not sharded: leave it out",
+        ),
         (
             {"listen": ListenConfig(samples=1)},
             "prompts in listen: generating needs whole weights: use `rawloop generate`",
@@ -289,6 +295,48 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(run_ranks: Call
     assert run_ranks(skip_once) == [[[False, True], pytest.approx(Own(World()).step().grad_norm), 6]] * 2
 
 
+class Norms(nn.Module):
+    """Blocks with buffers that training moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def train_norms(world: World, kind: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Two windows of which the second is not finite on rank 1; return this rank's buffers, and rank 0's weights."""
+    torch.manual_seed(0)
+    policy = PrecisionPolicy("fp32", world.device, world=world)
+    module: nn.Module = LossModule(policy.prepare(Norms()), square)
+    if kind == "fsdp":
+        policy.take_shards(shard(module, world.device))
+    module = world.wrap(module)
+    assert policy.model is not None
+    buffers = MovingBuffers(policy.model, [name for name, _ in policy.model.named_buffers()])
+    optimizer = torch.optim.AdamW([weight for _, weight in policy.named_parameters()], lr=0.1)
+    for factor in (1.0, math.nan if world.rank else 1.0):
+        buffers.start_window()
+        batch = Batch({"x": torch.randn(4, 3) + world.rank}, {}, {"y": 4}, ["a"])
+        policy.backward(module(batch)["y"].total * factor)
+        result = policy.step(optimizer, 1.0, buffers.floats())
+        buffers.make_equal(world) if result.applied else buffers.restore()
+    return buffers.values(), [whole(weight.detach()) for _, weight in policy.named_parameters()]
+
+
+def test_moving_buffers_are_equal_on_all_ranks_as_under_ddp(run_ranks: Callable[..., list[Any]]) -> None:
+    (plain, weights), _ = run_ranks(train_norms, "ddp")
+    (first, trained), (second, _) = run_ranks(train_norms, "fsdp")
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    for one, other in zip([*plain, *weights], [*first, *trained], strict=True):
+        torch.testing.assert_close(one, other)
+    assert [int(count) for count in first if count.ndim == 0] == [1, 1]  # batches that were applied
+
+
 class Batches:
     """Some batches; after them, perhaps, an error."""
 
@@ -315,9 +363,9 @@ def evaluate_rank(world: World, numbers: Sequence[Sequence[int]], fails: bool, s
 
 @pytest.mark.parametrize("numbers", [[(1, 2, 3), ()], [(), (1, 2, 3)], [(1,), (2, 3)]])
 def test_an_evaluation_takes_uneven_shares(run_ranks: Callable[..., list[Any]], numbers: list[tuple[int, ...]]) -> None:
-    whole = evaluate_rank(World(), [(1, 2, 3)], False, False)
-    assert whole[1] == 3
-    assert run_ranks(evaluate_rank, numbers, False, False) == [pytest.approx(whole)] * 2
+    alone = evaluate_rank(World(), [(1, 2, 3)], False, False)
+    assert alone[1] == 3
+    assert run_ranks(evaluate_rank, numbers, False, False) == [pytest.approx(alone)] * 2
 
 
 def test_an_evaluation_ends_on_all_ranks_with_the_cause_of_one(run_ranks: Callable[..., list[Any]]) -> None:
@@ -347,8 +395,8 @@ def test_ranks_share_the_memory_and_reduce_each_group_once_a_step(
     plain = replace(base, evaluation=EvaluationConfig(enabled=False), checkpoint=CheckpointConfig(0))
     runs = [replace(plain, parallel=kind, output=str(tmp_path / kind)) for kind in ("ddp", "fsdp")]
     shares = run_ranks(train_and_count, runs)
-    whole = shares[0][0][0]
-    assert [share[0] for share in shares] == [(whole, 0)] * 2
-    assert sum(share[1][0] for share in shares) == whole
-    assert max(share[1][0] for share in shares) < 0.51 * whole
+    held = shares[0][0][0]
+    assert [share[0] for share in shares] == [(held, 0)] * 2
+    assert sum(share[1][0] for share in shares) == held
+    assert max(share[1][0] for share in shares) < 0.51 * held
     assert [share[1][1] for share in shares] == [4 * 3] * 2  # steps x (2 blocks and the rest), in 2 micro-batches each
