@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from rawloop.audio import BadAudio, load_audio
-from rawloop.contracts import IGNORE, Audio, Batch, Context, Perturbed, Piece, Sample, Special, Text, Turn
+from rawloop.contracts import IGNORE, Batch, Context, Perturbed, Piece, Sample, Special
 from rawloop.errors import BadSample, UserError
 from rawloop.families import ModelConfig, shared
 from rawloop.families.chat_template import ChatTemplate, Messages, content_of
 from rawloop.families.generating import generate_text
 from rawloop.families.loading import load_weights
+from rawloop.families.made_up import heard, heard_in
 from rawloop.families.packing import check_packing, packed
 from rawloop.families.sample_checks import Letters, check_control, check_conversation, check_no_tools, control_pattern
 from rawloop.families.shared import TextFamily, check_length, documents, labels_of, load_parts, padded, text_batch
@@ -248,23 +249,11 @@ class AudioChat(TextFamily):
         return self._probe(1)
 
     def _probe(self, count: int) -> Batch:
-        return self.collate([self._noisy("probe", self.encoder.sample_rate, "Four five six.")] * count)
-
-    def _noisy(self, name: str, length: int, answer: str) -> Example:
-        """Return an example that hears so many samples of noise, and answers."""
-        question = Turn("user", (Audio(Path("noise")), Text("One two three?")))
-        sample = Sample(name, (question, Turn("assistant", (Text(answer),), trained=True)))
-        noise = 0.1 * torch.randn(length, generator=torch.Generator().manual_seed(0))
-        made: Example = self.encoder.encode(sample, [noise])
-        return made
+        return self.collate([heard(self.encoder, self.encoder.sample_rate)] * count)
 
     def sized(self, positions: int, samples: int) -> Batch:
-        """Return a batch of so many samples: a clip of at most half of the positions, and words; see `SizedFamily`."""
-        second = self.encoder.sample_rate
-        clip = max(second, min(int(self.encoder.longest * second), second * positions // 50))  # 25 positions a second
-        short, long = (len(self._noisy("clip", clip, "one" + " one" * words).input_ids) for words in (0, 10))
-        words = round(max(0, positions - short) / (long - short) * 10)
-        return self.collate([self._noisy(f"made up {n}", clip, "one" + " one" * words) for n in range(samples)])
+        """Return a batch of so many samples with about so many positions each; see `SizedFamily`."""
+        return self.collate([heard_in(self.encoder, positions)] * samples)
 
     def generate(
         self,

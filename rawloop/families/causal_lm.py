@@ -218,7 +218,7 @@ class CausalLM(TextFamily):
         """Return a batch of so many texts of so many tokens; see `SizedFamily`."""
         ids = torch.zeros(positions, dtype=torch.int64)
         labels = labels_of(ids, [(0, positions)])
-        return self.collate([Example(f"made up {n}", ids, labels, (("text", positions),)) for n in range(samples)])
+        return self.collate([Example("probe", ids, labels, (("text", positions),))] * samples)
 
     def generate(
         self,

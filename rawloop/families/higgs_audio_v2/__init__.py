@@ -16,12 +16,13 @@ from transformers import (
     HiggsAudioV2TokenizerModel,
 )
 
-from rawloop.contracts import IGNORE, Audio, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss, Text, Turn
+from rawloop.contracts import IGNORE, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, check_path, head, local_folder, read_json
 from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
 from rawloop.families.higgs_audio_v2.speaking import speak
 from rawloop.families.loading import library_errors, load_from, load_weights
+from rawloop.families.made_up import spoken, spoken_in
 from rawloop.families.packing import check_packing
 from rawloop.families.shared import BaseFamily, documents, load_parts, perturbed, work_of
 from rawloop.family_protocols import CodecInfo, Generated
@@ -207,20 +208,11 @@ class HiggsAudioV2(BaseFamily):
         return self._probe(1)
 
     def _probe(self, count: int) -> Batch:
-        return self.collate([self._spoken("probe", 25)] * count)
-
-    def _spoken(self, name: str, frames: int) -> Example:
-        """Return an example that speaks so many frames of random codes."""
-        turns = (Turn("user", (Text("One two three."),)), Turn("assistant", (Audio(Path("probe")),), trained=True))
-        shape, generator = (frames, self.settings.num_codebooks), torch.Generator().manual_seed(0)
-        codes = torch.randint(self.settings.audio_stream_bos_id, shape, generator=generator)
-        made: Example = self.example(Sample(name, turns), lambda _: codes)
-        return made
+        return self.collate([spoken(self.encoder, 25)] * count)
 
     def sized(self, positions: int, samples: int) -> Batch:
         """Return a batch of so many clips, each with its text and so many positions; see `SizedFamily`."""
-        text = len(self._spoken("text", 1).input_ids) - 1
-        return self.collate([self._spoken(f"made up {n}", max(1, positions - text)) for n in range(samples)])
+        return self.collate([spoken_in(self.encoder, positions)] * samples)
 
     def generate(
         self,
