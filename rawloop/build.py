@@ -11,6 +11,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -61,7 +62,7 @@ from rawloop.resume import Start, choose_start, goes_back, restore
 from rawloop.run import TrainState
 from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
-from rawloop.sharded import shard_model
+from rawloop.sharded import shard_model, to_be_sharded
 from rawloop.sinks import check_packages, check_sinks
 from rawloop.watched import build_watch
 from rawloop.weights import Source, find_source
@@ -224,7 +225,8 @@ def _prepare_rank(
     for line in [*data.notices, *lines]:  # loading the model may take minutes
         say(line)
     notices: list[str] = []
-    model, policy, base = build_model(config, world, family, notices, precision, source)
+    masters_on = torch.device("cpu") if to_be_sharded(config, world) else None
+    model, policy, base = build_model(config, world, family, notices, precision, source, masters_on)
     for line in filter(None, [*notices, clock_notice(family)]):
         say(line)
     module = LossModule(model, family.losses)

@@ -42,7 +42,6 @@ from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
 from rawloop.settings import DDPConfig
-from rawloop.sharded import to_be_sharded
 from rawloop.throughput import Throughput
 from rawloop.weights import Source, load_weights
 
@@ -131,6 +130,7 @@ def build_model(
     notices: list[str],
     precision: dict[str, Any] | None = None,
     source: Source | None = None,
+    masters_on: torch.device | None = None,
 ) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
     """Load the model, add its adapter, quantise its base, cast it and move it to its device.
 
@@ -143,12 +143,12 @@ def build_model(
         notices: lines for the user are appended to it.
         precision: the stored state of the policy, if a checkpoint will be restored.
         source: the checkpoint that the model takes its weights from.
+        masters_on: the device of float32 masters until the model is sharded; the world's by default.
     """
     if not world.is_main or not sys.stderr.isatty():  # in a log file the bar would be thousands of blanks
         transformers.utils.logging.disable_progress_bar()
     check_quantization(config.model.quantization)
-    until_sharded = torch.device("cpu") if to_be_sharded(config, world) else None
-    policy = PrecisionPolicy(config.precision, world=world, resume=precision, masters_on=until_sharded)
+    policy = PrecisionPolicy(config.precision, world=world, resume=precision, masters_on=masters_on)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     first_of_machine = world.local_rank == 0

@@ -12,7 +12,7 @@ from rawloop.sharding import shard
 
 def to_be_sharded(config: RunConfig, world: World) -> bool:
     """Return whether a run shards its model. In a single process there is nothing to share."""
-    return config.parallel == "fsdp" and world.size > 1
+    return world.size > 1 and config.parallel == "fsdp"
 
 
 def shard_model(
