@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.allocations import blocks_of, peak_of
 from rawloop.components import build_family
+from rawloop.data.config import DataConfig
 from rawloop.estimate import _count, estimate, skeleton_of
 from rawloop.settings import TrainConfig
 from tests.real_steps import FULL, batch_of, config_of, measured, planned, run_of, step
@@ -86,6 +87,25 @@ def test_a_higgs_takes_what_is_estimated(
     found = planned(config, batch)
     assert found.total == pytest.approx(measured(config, batch), rel=0.05)
     assert found.peak["loss head"] > 1e6 or adapter
+
+
+@pytest.mark.parametrize("kind", ["llama", "higgs"])
+def test_packed_rows_take_what_is_estimated(kind: str, llama: Path, demo_checkpoint: Path) -> None:
+    config = config_of(llama if kind == "llama" else demo_checkpoint / "model", "fp32", FULL)
+    config = replace(config, data=DataConfig(packing=True))
+    batch = batch_of(config, 100, 3)
+    assert len(batch.inputs["input_ids"]) == 1
+    assert planned(config, batch).total == pytest.approx(measured(config, batch), rel=0.05)
+
+
+def test_a_model_that_may_be_no_decoder_is_estimated(text_checkpoint: Path, tmp_path: Path) -> None:
+    """Its causality is tested with numbers, which a skeleton has not."""
+    shutil.copytree(text_checkpoint, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    settings = BertConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    settings.architectures = ["BertLMHeadModel"]
+    settings.save_pretrained(tmp_path)
+    config = config_of(tmp_path, "fp32", FULL)
+    assert planned(config, batch_of(config, 20, 1)).parameters > 1e6
 
 
 def test_a_gpu_keeps_a_byte_for_each_number_of_a_dropout(llama: Path) -> None:

@@ -226,7 +226,7 @@ class AudioChat(TextFamily):
         """Load the model in its stored dtype; see `load_weights`."""
         model = load_weights(AutoModelForMultimodalLM, self.config, path)
         if self.packing:
-            check_packing(self, model, self._probe(2), self.config)
+            check_packing(self, model, lambda: self._probe(2), self.config)
         return model
 
     def collate(self, examples: list[Example]) -> Batch:

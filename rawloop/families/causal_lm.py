@@ -192,9 +192,9 @@ class CausalLM(TextFamily):
         """Load the model; see `load_weights`. Test its causality where that is uncertain."""
         model = load_weights(AutoModelForCausalLM, self.config, path)
         if self.packing:
-            check_packing(self, model, self.probe(), self.config)
+            check_packing(self, model, self.probe, self.config)
         elif not self.decoder and self.config.attention in packing.ATTENTION:
-            check_causality(self, model, self.probe(), "it is no causal model (is_decoder in its config.json)")
+            check_causality(self, model, self.probe, "it is no causal model (is_decoder in its config.json)")
         return model
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -6,7 +6,7 @@ loaded model itself is tested.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ def packed(rows: Sequence[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": torch.cat(list(rows))[None], "position_ids": positions[None]}
 
 
-def check_packing(family: Family, model: Any, batch: Batch, config: ModelConfig) -> None:
-    """Refuse a model that cannot pack, or that mixes the examples of `batch`, a packed row of two.
+def check_packing(family: Family, model: Any, probe: Callable[[], Batch], config: ModelConfig) -> None:
+    """Refuse a model that cannot pack, or that mixes the examples of a batch that `probe` makes, a packed row of two.
 
     Raises:
         UserError: the reason, and to set `data.packing` to false.
@@ -40,17 +40,20 @@ def check_packing(family: Family, model: Any, batch: Batch, config: ModelConfig)
         raise UserError(
             f"data.packing is true, and {type(model).__name__} takes no position_ids: set data.packing to false"
         )
-    check_causality(family, model, batch, "set data.packing to false", " or other documents of their row")
+    check_causality(family, model, probe, "set data.packing to false", " or other documents of their row")
 
 
-def check_causality(family: Family, model: Any, batch: Batch, fix: str, seen: str = "") -> None:
+def check_causality(family: Family, model: Any, probe: Callable[[], Batch], fix: str, seen: str = "") -> None:
     """Refuse a model whose predictions depend on later tokens, or, in a packed row, on other documents.
+
+    A model on the meta device is not tested, and `probe` is not called: under that device its batch has no numbers.
 
     Raises:
         UserError: the model, by how much its logits move, and `fix`.
     """
     if next(model.parameters()).is_meta:
-        return  # there are no numbers to test
+        return
+    batch = probe()
     changed = family.perturb(batch)
     with torch.no_grad():
         before, after = family.logits(model, batch), family.logits(model, changed.batch)

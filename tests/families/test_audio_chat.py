@@ -34,6 +34,7 @@ from rawloop.adapters.lora import add_adapter
 from rawloop.audio import Segment, load_audio
 from rawloop.cli import main
 from rawloop.contracts import IGNORE, Audio, Batch, Family, Labels, Sample, Text, Turn
+from rawloop.data.config import DataConfig
 from rawloop.demo import SPEECH
 from rawloop.diagnose.causality import probe
 from rawloop.diagnose.mismatch import find_mismatches
@@ -777,4 +778,11 @@ def test_a_step_takes_what_is_estimated(adapter: AdapterConfig | None, recompute
     batch = batch_of(config, 200, 3)
     assert batch.inputs["input_ids"].shape[0] == len(batch.inputs["input_features"]) == 3
     assert 195 <= batch.inputs["input_ids"].shape[1] <= 205
+    assert planned(config, batch).total == pytest.approx(measured(config, batch), rel=0.05)
+
+
+def test_a_packed_step_is_estimated(checkpoint: Path) -> None:
+    config = replace(config_of(checkpoint, "bf16"), data=DataConfig(packing=True))
+    batch = batch_of(config, 200, 2)
+    assert len(batch.inputs["input_ids"]) == 1
     assert planned(config, batch).total == pytest.approx(measured(config, batch), rel=0.05)

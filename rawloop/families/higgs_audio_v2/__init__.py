@@ -72,7 +72,7 @@ class HiggsAudioV2(BaseFamily):
             HiggsAudioV2ForConditionalGeneration, self.config, path, NO_TEXT_HEAD, use_text_head="text" in self.streams
         )
         if self.packing:
-            check_packing(self, model, self._probe(2), self.config)
+            check_packing(self, model, lambda: self._probe(2), self.config)
         return model
 
     def _codec_folder(self) -> Path:
