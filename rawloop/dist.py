@@ -217,9 +217,9 @@ def find_ddp(weights: Iterable[nn.Parameter]) -> list[DistributedDataParallel]:
 
 def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     """If `wanted`, return a context in which DDP or a sharded module reduces no gradients; else one without effect."""
-    if wanted and is_sharded(module):
-        return unreduced(module)
-    return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
+    if wanted and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return unreduced(module) if wanted and hasattr(module, "set_requires_gradient_sync") else nullcontext()
 
 
 def _describe(error: Exception) -> tuple[type[RawloopError], str, str]:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -148,8 +149,10 @@ class Evaluator:
             RawloopError: a sample is unusable on some rank; raised on every rank.
         """
         start = time.perf_counter()
+        measure = partial(self._evaluate_batches, wanted)
         with untouched(self.model, training=False), torch.no_grad():
-            share = self.world.on_all_ranks(lambda: self._evaluate_batches(wanted))
+            # The passes of a sharded model wait for all ranks: the rank that fails says so and ends, as in training.
+            share = measure() if self._is_paced else self.world.on_all_ranks(measure)
         assert share is not None
         shares = self.world.gather(share)
         stopped = first_reason([share.stopped for share in shares])
@@ -162,13 +165,17 @@ class Evaluator:
         metrics["eval_seconds"] = self.world.from_main(time.perf_counter() - start)  # equal on all ranks
         return Evaluation(metrics, valid=not bad, bad_ids=bad)
 
+    @property
+    def _is_paced(self) -> bool:
+        return self.world.size > 1 and is_sharded(self.model)
+
     def _evaluate_batches(self, wanted: Callable[[], str | None]) -> Share:
         device = next((weight.device for weight in self.model.parameters()), self.world.device)
         autocast = self.policy.autocast if self.policy is not None else nullcontext
         measured: list[tuple[Pairs, list[str]]] = []
         values: dict[str, list[Any]] = {}
         batches = slow_bar(self.batches() if callable(self.batches) else self.batches, "evaluating", self.bar)
-        pace = _together if self.world.size > 1 and is_sharded(self.model) else _alone
+        pace = _together if self._is_paced else _alone
         for number, (batch, counts, stopped) in enumerate(pace(batches, wanted, self.world)):
             if stopped is not None:
                 return Share({}, {}, number, [], stopped)
@@ -246,18 +253,11 @@ def _together(batches: Iterable[Any], wanted: Callable[[], str | None], world: W
     """Yield as many batches on each rank, as a sharded model needs all ranks in each pass. One agreement per batch."""
     left, spare = iter(batches), None
     while True:
-        batch, error, stop = None, None, wanted()
-        try:
-            batch = next(left, None)
-        except Exception as caught:  # raised when the other ranks know
-            error = caught
+        batch, stop = world.on_all_ranks(lambda: next(left, None)), wanted()
         spare = spare if batch is None else batch
-        flags = [batch is not None, error is not None, stop is not None, spare is None]
-        more, failed, stopping, without = world.any(flags)
-        if error is not None:
-            raise error
-        if failed or stopping:
-            yield None, False, "an error of another rank" if failed else first_reason(world.gather(stop))
+        more, stopping, without = world.any([batch is not None, stop is not None, spare is None])
+        if stopping:
+            yield None, False, first_reason(world.gather(stop))
         if not more:
             return
         if without:  # a rank without any batch takes that of another

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -44,7 +45,7 @@ class MuonWithAdamW(Optimizer):
     """
 
     def __init__(self, muon: Muon, adamw: Optimizer) -> None:
-        self._parts = [(muon, muon.param_groups), (adamw, adamw.param_groups)]
+        self._parts = ((muon, True), (adamw, False))  # whose groups are `hidden`
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
 
     @torch.no_grad()
@@ -54,8 +55,9 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer, groups in self._parts:
-            optimizer.state, optimizer.param_groups = self.state, groups
+        for optimizer, hidden in self._parts:  # `load_state_dict` makes other groups
+            optimizer.state = self.state
+            optimizer.param_groups = [group for group in self.param_groups if group["hidden"] == hidden]
             optimizer.step()
         return loss
 
@@ -87,6 +89,12 @@ def _muon(groups: Groups, config: OptimConfig) -> Optimizer:
     hidden, others = ([group for group in groups if group["hidden"] == flag] for flag in (True, False))
     if not hidden:
         raise UserError("optim.name is 'muon', and no matrix of a hidden layer is trained: take adamw")
+    read, default = (config.beta1, config.beta2, config.eps), OptimConfig()
+    if not others and read != (default.beta1, default.beta2, default.eps):
+        raise UserError(
+            "optim.name is 'muon', all that is trained are matrices of hidden layers, and muon does not read "
+            "optim.beta1, optim.beta2 and optim.eps: leave them out, or take adamw"
+        )
     # With this factor an update is as large as one of AdamW, so both share a learning rate and weight decay.
     muon = Muon(hidden, lr=config.lr, adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, _adamw(others, config)) if others else muon
@@ -138,6 +146,7 @@ def check_optimizer(config: OptimConfig, device: torch.device) -> None:
             f"{asked}, which needs {kind.package}, and that is not installed: run `pip install "
             f"'rawloop[{kind.package}]'`, or take {free}, which needs nothing"
         )
+    config = replace(config, lr=1e-3)  # the run's own may be too small for a weight of 1 to change
     weights = [nn.Parameter(torch.ones(64, 64, device=device)), nn.Parameter(torch.ones(64, device=device))]
     for weight in weights:
         weight.grad = torch.ones_like(weight)

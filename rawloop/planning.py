@@ -36,8 +36,8 @@ from rawloop.optim import state_bytes
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import preflight
 from rawloop.rebuild import trial_loss
-from rawloop.settings import OptimConfig, TrainConfig
-from rawloop.sharding import part_of
+from rawloop.settings import TrainConfig
+from rawloop.sharding import is_sharded, part_of
 from rawloop.versions import installed_versions
 
 T = TypeVar("T")
@@ -189,7 +189,6 @@ def rehearse(
     """
     world, device = policy.world, policy.device
     on_gpu = device.type == "cuda"
-    keeps_gradients = config.train.accumulation > 1 or world.size > 1
     peaks = []
     if data.samples["data.train"].references(config.data, config.seed):
         batches = measurer(config, data, "data.train").batches
@@ -199,7 +198,7 @@ def rehearse(
         what = described(made[1])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        run = partial(_run_once, made[1], module, policy, config.optim, keeps_gradients)
+        run = partial(_run_once, made[1], module, policy, config)
         within_memory(run, world, f"the costliest micro-batch has {what}", advice(config))
         peaks.append((torch.cuda.max_memory_allocated(device) / GB if on_gpu else 0.0, what))
     if on_gpu:
@@ -208,13 +207,16 @@ def rehearse(
         say(f"rehearsal: the costliest micro-batch ({what}) takes {most:.1f} of {total:.1f} GB at its peak")
 
 
-def _run_once(
-    batch: Batch, module: LossModule, policy: PrecisionPolicy, optim: OptimConfig, keeps_gradients: bool
-) -> None:
+def _run_once(batch: Batch, module: LossModule, policy: PrecisionPolicy, config: RunConfig) -> None:
     """Run one pass beside what training holds by then: optimizer state, and gradients of earlier micro-batches."""
     weights = [weight for _, weight in policy.named_parameters()]
-    sizes = [state_bytes(optim, name, part_of(weight.detach())) for name, weight in policy.named_parameters()]
+    sizes = [state_bytes(config.optim, name, part_of(weight.detach())) for name, weight in policy.named_parameters()]
     state = [torch.empty(size, dtype=torch.uint8, device=policy.device) for size in sizes]
+    accumulates, sharded = config.train.accumulation > 1, any(map(is_sharded, weights))
+    # A sharded model adds up whole gradients, until the last backward pass of a step has reduced them.
+    shapes = [(weight.shape, weight.dtype) for weight in weights] if sharded and accumulates else []
+    whole = [torch.empty(shape, dtype=dtype, device=policy.device) for shape, dtype in shapes]
+    keeps_gradients = not sharded and (accumulates or policy.world.size > 1)
     gradients = [torch.empty_like(weight) for weight in weights] if keeps_gradients else []
 
     def loss() -> Tensor:
@@ -223,7 +225,7 @@ def _run_once(
         return found
 
     preflight(policy, loss)
-    del state
+    del state, whole
 
 
 def costliest(config: RunConfig, data: Data, plan: Plan) -> list[list[Draw]]:

@@ -421,3 +421,29 @@ def test_another_optimizer_is_refused_on_a_resume(config: RunConfig) -> None:
     run(config)
     with pytest.raises(UserError, match=r"optim\.name adamw -> adafactor"):
         run(replace(config, optim=OptimConfig(name="adafactor"), resume="latest"))
+
+
+def test_muon_goes_on_with_the_groups_of_a_state_that_torch_has_loaded() -> None:
+    weights = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))]
+    optimizer = build_optimizer([("hidden.weight", weights[0]), ("hidden.bias", weights[1])], OptimConfig(name="muon"))
+    for weight in weights:
+        weight.grad = torch.eye(4) if weight.ndim == 2 else torch.ones(4)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = [weight.clone() for weight in weights]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert all(map(torch.equal, before, weights))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_small_learning_rate_is_no_optimizer_that_fails(name: Any) -> None:
+    check_optimizer(OptimConfig(name=name, lr=1e-9), torch.device("cpu"))
+
+
+def test_muon_alone_refuses_what_it_does_not_read() -> None:
+    matrix = [("hidden.weight", nn.Parameter(torch.ones(4, 4)))]
+    with pytest.raises(UserError, match=r"muon does not read optim.beta1, optim.beta2 and optim.eps: leave them out"):
+        build_optimizer(matrix, OptimConfig(name="muon", beta1=0.8))
+    assert build_optimizer(matrix, OptimConfig(name="muon"))

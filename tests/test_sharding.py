@@ -22,6 +22,7 @@ from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data import DataConfig
+from rawloop.diagnose.config import ChecksConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig, Evaluator
@@ -30,6 +31,7 @@ from rawloop.listen.config import ListenConfig
 from rawloop.loop import TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.optim import OptimConfig
+from rawloop.precision.advice import explain_nonfinite, lost_updates
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import StepResult
 from rawloop.precision.policy import PrecisionPolicy
@@ -400,3 +402,50 @@ def test_ranks_share_the_memory_and_reduce_each_group_once_a_step(
     assert sum(share[1][0] for share in shares) == held
     assert max(share[1][0] for share in shares) < 0.51 * held
     assert [share[1][1] for share in shares] == [4 * 3] * 2  # steps x (2 blocks and the rest), in 2 micro-batches each
+
+
+def explain(world: World) -> tuple[str, str]:
+    """What a rank says of a weight with a NaN in the last rank's part, and of the updates that bfloat16 loses."""
+    model = Branches([0, 1])
+    with torch.no_grad():
+        next(iter(model.parameters()))[-1] = math.nan
+    shard(model, torch.device("cpu"))
+    wrong = explain_nonfinite(model, "loss", [], fp16=False)
+    policy = PrecisionPolicy(PrecisionConfig(mode="bf16", trainable_dtype="bf16", masters="none"), world=world)
+    half = policy.prepare(Branches([0, 1]))
+    optimizer = torch.optim.AdamW(half.parameters(), lr=1e-5)
+    whole_share = lost_updates(policy.trained, optimizer)
+    shard(half, torch.device("cpu"))
+    share = lost_updates(policy.trained, torch.optim.AdamW(half.parameters(), lr=1e-5))
+    assert share == whole_share
+    return wrong, share
+
+
+def test_what_is_said_of_the_numbers_holds_for_the_parts_of_all_ranks(run_ranks: Callable[..., list[Any]]) -> None:
+    first, second = run_ranks(explain)
+    assert first == second
+    assert first[0].startswith("1 of the model's weights and buffers are not finite, first ")
+
+
+def held_in_rehearsals(world: World, configs: Sequence[RunConfig]) -> list[int]:
+    """The bytes of all empty tensors that are made until a run starts, for each run; then those of the weights."""
+    found: list[int] = []
+    for config in configs:
+        with mock.patch.object(torch, "empty", wraps=torch.empty) as made:
+            run = build_run(config, world, lambda line: None)
+        run.close()
+        shapes = [call.args[0] for call in made.call_args_list if isinstance(call.args[0], torch.Size)]
+        found.append(4 * sum(map(math.prod, shapes)))
+    return [*found, sum(4 * weight.numel() for _, weight in run.policy.named_parameters())]
+
+
+def test_the_rehearsal_holds_whole_gradients_if_they_are_added_up(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    plain = replace(base, parallel="fsdp", checks=ChecksConfig(enabled=False))
+    runs = [
+        replace(plain, output=str(tmp_path / str(number)), train=replace(base.train, accumulation=number))
+        for number in (1, 2)
+    ]
+    (none, held, weights), _ = run_ranks(held_in_rehearsals, runs)
+    assert held - none == weights

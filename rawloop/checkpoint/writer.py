@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -69,18 +69,19 @@ class Capture:
 
     def take(self, step: int) -> Contents:
         """Take the state of all parts on all ranks. The last save must be written. Errors are raised on all ranks."""
-        states = self.world.on_all_ranks(self._collect)
+        sharded = any(getattr(part, "is_sharded", False) for part in self.parts.folders.values())
+        # Shards are gathered from all ranks: the rank that fails says so and ends, and the others miss it.
+        states = self._collect() if sharded else self.world.on_all_ranks(self._collect)
         assert states is not None
         every_rank = self.world.gather((step, {name: states[name] for name in self.parts.per_rank}))
         steps = [rank_step for rank_step, _ in every_rank]
         assert steps == [step] * self.world.size, f"ranks save different steps: {steps}"
         shared = {name: packed for name, packed in states.items() if name not in self.parts.per_rank}
-        sharded = any(getattr(part, "is_sharded", False) for part in self.parts.folders.values())
-        folders = self.world.on_all_ranks(
-            lambda: {name: (part.folder, part.snapshot(self.copy)) for name, part in self.parts.folders.items()},
-            only_main=not sharded,
-        )
+        folders = self._snapshots() if sharded else self.world.on_all_ranks(self._snapshots, only_main=True)
         return Contents(step, self.versions, shared, [of_rank for _, of_rank in every_rank], folders or {})
+
+    def _snapshots(self) -> dict[str, Any]:
+        return {name: (part.folder, part.snapshot(self.copy)) for name, part in self.parts.folders.items()}
 
     def _collect(self) -> dict[str, Packed]:
         """Pack every state on rank 0, and on the others those per rank and those with shards: packing copies."""

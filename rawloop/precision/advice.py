@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.precision.masters import TrainedWeights
+from rawloop.sharding import is_sharded
 
 
 def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
@@ -21,7 +22,7 @@ def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16
     """
     changed = {id(buffer) for buffer in moved}
     buffers = dict(model.named_buffers())
-    damaged = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+    damaged = [name for name, p in model.named_parameters() if not _over_ranks(torch.isfinite(p.detach()).all())]
     # In buffers only NaN is damage: masks contain -inf.
     damaged += [name for name, b in buffers.items() if id(b) not in changed and bool(torch.isnan(b).any())]
     if damaged:
@@ -65,7 +66,7 @@ def usual_update(weight: Tensor, group: Mapping[str, Any]) -> Tensor | float:
     """
     lr = float(group["lr"])
     if "beta2_decay" in group:
-        return lr * weight.float().square().mean().sqrt().clamp(min=group["eps"][1])
+        return lr * _over_ranks(weight.float().square().mean()).sqrt().clamp(min=group["eps"][1])
     return 0.2 * lr if group.get("adjust_lr_fn") == "match_rms_adamw" else lr
 
 
@@ -77,6 +78,13 @@ def share_of_lost_updates(weights: Iterable[Tensor], lr: float) -> float:
 def _share(updates: Iterable[tuple[Tensor, Tensor | float]]) -> float:
     lost = total = 0
     for weight, size in updates:
-        lost += int(((weight.float() + size).to(weight.dtype) == weight).sum())
+        lost += int(_over_ranks(((weight.float() + size).to(weight.dtype) == weight).sum()))
         total += weight.numel()
     return lost / total if total else 0.0
+
+
+def _over_ranks(number: Tensor) -> Tensor:
+    """Return a reduction of a sharded tensor, which each rank has of its own part, over all ranks. They all call it."""
+    sharded: Any = number
+    whole: Tensor = sharded.full_tensor() if is_sharded(number) else number
+    return whole

@@ -130,6 +130,18 @@ def test_it_is_found_in_the_evaluation_set(ranks: Ranks, write: Callable[..., Pa
     assert not steps(config)
 
 
+@pytest.mark.slow
+def test_a_sharded_evaluation_dies_with_the_word_of_its_own_rank(ranks: Ranks, write: Callable[..., Path]) -> None:
+    config = write("NoStream", 3, 2, "eval", evaluation={"enabled": True}, ddp={"timeout": 20.0})
+    config.write_text(config.read_text() + "parallel: fsdp\n")
+    first, second = run(ranks, config, 2)
+    assert re.match(FATAL["NoStream"][1], told(second.err))
+    assert told(second.err).endswith("(in the evaluation, on rank 1, in the batch of the samples eval-1, bad)")
+    assert second.code == 2
+    assert first.code == 1
+    assert "no loss" not in first.err
+
+
 # -- found in the forward pass: the rank dies of it, with the first word, and takes the others along --------------
 
 FATAL = {
