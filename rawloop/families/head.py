@@ -190,27 +190,28 @@ def _plain_weight(head: Any) -> Tensor | None:
 def _summed(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a product with this weight whose calls add to one gradient of the weight, in place.
 
-    Autograd would hold a gradient for a chunk and two sums: three times the weights of the head.
+    Autograd would hold a gradient for a chunk and two sums: three times the weights of the head. The sum is float32 or
+    wider: in 16 bits each chunk would round it once more.
     """
     kind = weight.device.type
-    cast = weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     sums: list[Tensor] = []
-    shared = _Shared.apply(cast, sums)  # type: ignore[no-untyped-call]
-    return lambda rows: _Product.apply(rows.to(cast.dtype), shared, sums)  # type: ignore[no-untyped-call]
+    shared = _Shared.apply(weight, dtype, sums)  # type: ignore[no-untyped-call]
+    return lambda rows: _Product.apply(rows.to(dtype), shared, sums)  # type: ignore[no-untyped-call]
 
 
 class _Shared(Function):
-    """A weight that several products use; its gradient is what they have summed."""
+    """A weight that several products use, in their dtype; its gradient is what they have summed, in its own."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, sums: list[Tensor]) -> Tensor:
-        ctx.sums = sums
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, sums: list[Tensor]) -> Tensor:
+        ctx.dtype, ctx.sums = weight.dtype, sums
         ctx.set_materialize_grads(False)
-        return weight.view_as(weight)
+        return weight.view_as(weight).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        return ctx.sums.pop(), None
+        return ctx.sums.pop().to(ctx.dtype), None, None
 
 
 class _Product(Function):
@@ -226,8 +227,10 @@ class _Product(Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         rows, weight = ctx.saved_tensors
         (gradient,) = gradients
-        if ctx.sums:
+        if not ctx.sums:
+            ctx.sums.append(exact(gradient.T @ rows))
+        elif ctx.sums[0].dtype == gradient.dtype:
             ctx.sums[0].addmm_(gradient.T, rows)
         else:
-            ctx.sums.append(gradient.T @ rows)
+            ctx.sums[0].add_(gradient.T @ rows)
         return gradient @ weight, None, None

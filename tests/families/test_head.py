@@ -124,6 +124,41 @@ def test_gradients_in_every_precision_are_as_exact_as_in_full(mode: str) -> None
         assert distance(chunked[name], exact) < 1.25 * distance(full[name], exact) + 1e-6, name
 
 
+def gradient_of_head(kind: torch.dtype, cast: torch.dtype | None, chunks: int, scale: float = 1.0) -> Tensor:
+    """The gradient of a head's weight in a mean over 4,096 targets, half of them of five words."""
+    generator = torch.Generator().manual_seed(0)
+    rows, targets = torch.randn(4096, 32, generator=generator), torch.randint(500, (4096,), generator=generator)
+    targets[::2] %= 5
+    layer = nn.Linear(32, 500, bias=False)
+    nn.init.normal_(layer.weight, std=0.1, generator=generator)
+    layer, rows = layer.to(kind), rows.to(kind).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=cast, enabled=cast is not None):
+        patch.setattr(head, "WHOLE", 0 if chunks > 1 else 2**40)
+        patch.setattr(head, "FEWEST", 4096 // chunks)
+        patch.setattr(head, "CHUNKS", chunks)
+        loss = head.cross_entropy(layer, head.unchanged, rows, targets, 500).sum()
+    (loss * (scale / 4096)).backward()  # type: ignore[no-untyped-call]
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == kind
+    return layer.weight.grad.double() / scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "cast"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)],
+)
+def test_a_sum_over_many_chunks_is_as_exact_as_one_product(kind: torch.dtype, cast: torch.dtype | None) -> None:
+    right = gradient_of_head(torch.float64, None, 1)
+    chunked, full = (distance(gradient_of_head(kind, cast, chunks, 1024.0), right) for chunks in (64, 1))
+    assert chunked < 1.25 * full
+
+
+@pytest.mark.parametrize(("kind", "cast"), [(torch.float32, torch.float16), (torch.float16, None)])
+def test_an_overflow_in_chunks_shows(kind: torch.dtype, cast: torch.dtype | None) -> None:
+    assert gradient_of_head(kind, cast, 8, 2.0**16).isfinite().all()
+    assert not gradient_of_head(kind, cast, 8, 2.0**24).isfinite().all()
+
+
 def gradients_of_ranks(world: World) -> dict[str, Tensor]:
     """In chunks, under DDP that looks for unused weights, with activation checkpointing."""
     head.WHOLE, head.FEWEST = 0, 50
