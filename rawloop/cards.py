@@ -1,5 +1,6 @@
 """GPUs: their memory and their speed, and what makes a step fit into them."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Literal, NamedTuple
@@ -8,17 +9,22 @@ from rawloop.precision.config import Name
 
 CUDA = 0.6e9  # bytes that CUDA's context and libraries take
 RESERVE = 0.05  # share of a card that the allocator may lose between blocks
+SAME = re.compile(r"SXM\d?|\d+GB|HBM\w+")  # words of a device's name that change nothing of its speed
 SIZES = (16, 24, 40, 48, 80, 141)  # GB
 
 
 class Card(NamedTuple):
-    """A GPU: memory in GB, and dense TFLOPS: of FP16 or BF16 products added in FP32, and of plain FP32."""
+    """A GPU: memory in GB, and dense TFLOPS: of FP16 or BF16 products added in FP32, and of plain FP32.
+
+    `pcie` says that its PCIe form is as fast.
+    """
 
     name: str
     memory: int
     half: float
     single: float
     bf16: bool = True
+    pcie: bool = False
 
     def tflops(self, mode: str, tf32: bool) -> float | None:
         """Return the rate of a precision mode; None if the card does not compute it natively."""
@@ -34,8 +40,8 @@ CARDS = (
     Card("RTX 4090", 24, 165, 82.6),
     Card("TITAN RTX", 24, 130, 16.3, bf16=False),
     Card("V100", 32, 125, 15.7, bf16=False),
-    Card("A100 40GB", 40, 312, 19.5),
-    Card("A100 80GB", 80, 312, 19.5),
+    Card("A100 40GB", 40, 312, 19.5, pcie=True),
+    Card("A100 80GB", 80, 312, 19.5, pcie=True),
     Card("L40S", 48, 362, 91.6),
     Card("H100", 80, 989, 67),
     Card("H200", 141, 989, 67),
@@ -45,11 +51,15 @@ CARDS = (
 def card_of(device: str) -> Card | None:
     """Return the card of a device by the name that torch gives it, or None.
 
-    Cards that differ in memory alone have one rate. The H100 of the PCIe form is slower, and not in the list.
+    Cards that differ in memory alone have one rate. A variant (Ti, Laptop GPU, NVL, a MIG part of a card) has another
+    one, and is not in the list, nor are most PCIe forms.
     """
-    if "H100 PCIe" in device:
-        return None
-    return next((card for card in CARDS if card.name.removesuffix(f" {card.memory}GB") in device), None)
+    for card in CARDS:
+        _, name, variant = f" {device}".partition(f" {card.name.removesuffix(f' {card.memory}GB')}")
+        words = re.findall("[^ -]+", variant)
+        if name and all(SAME.fullmatch(word) or (card.pcie and word.lower() == "pcie") for word in words):
+            return card
+    return None
 
 
 class Choice(NamedTuple):
