@@ -84,6 +84,7 @@ def train(run: Run) -> TrainState:
             if result.objected and run.watch and run.watch.rolls_back and roll_back(run):
                 windows.close()
                 windows, fetched = start_windows(run), None
+                run.throughput.restart_clock(state.step, state.samples)
                 progress.move_to(state.step)
 
 

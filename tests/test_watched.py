@@ -284,7 +284,10 @@ def test_a_run_goes_back_after_a_spike_and_leaves_its_samples_out(base: RunConfi
     assert (run.state.step, run.state.window, run.state.left_out) == (4, 5, [3])
     restored = [e["reason"] for e in read_events(tmp_path) if e["kind"] == "restore"]
     assert "went back from step 3 to step-00000002 after a spike; window 3 is left out" in restored
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 5))
+    lines: list[dict[str, Any]] = [line for line in read_metrics(tmp_path) if "samples_per_second" in line]
+    assert [line["step"] for line in lines] == list(range(1, 5))
+    for line in lines:
+        assert line["samples_per_second"] * line["step_seconds"] == pytest.approx(config.train.batch_size)
     assert not [e for e in read_events(tmp_path) if e["kind"] == "finding" and "outside" in e["finding"]["kind"]]
 
 
