@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rawloop.contracts import IGNORE
 from rawloop.losses import exact
+from rawloop.seed import preserved_rng
 
 WHOLE = 2**22  # logits, 16 MiB as float32: up to so many are made at once
 LARGEST = 2**25  # logits of a chunk, at most
@@ -94,7 +95,8 @@ class Traced:
         """Return why logits of one target cannot be made for two, or None."""
         what = "what the model does to the logits of one target cannot be done to two"
         try:
-            made = self.finish(exact(self.head(self.rows[:2])))
+            with preserved_rng():  # a resumed run tries again, and must draw what an uninterrupted one draws
+                made = self.finish(exact(self.head(self.rows[:2])))
         except (RuntimeError, TypeError, ValueError) as error:
             return f"{what} ({error})"
         wanted = (min(2, len(self.rows)), self.last.shape[-1])

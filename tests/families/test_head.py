@@ -201,6 +201,21 @@ def test_gradients_with_sharded_weights(run_ranks: Callable[..., list[Any]]) -> 
 
 
 @pytest.mark.usefixtures("always")
+def test_the_first_batch_draws_as_every_other() -> None:
+    """A resumed run tests its head again, and goes on as an uninterrupted one: with dropout on the head, too."""
+    adapter = AdapterConfig(target_modules=["q_proj", "lm_head"], dropout=0.5)
+    model, family, batch = add_adapter(build("Llama"), adapter, []), text_family(), random_batch()
+    nn.init.normal_(model.get_parameter("base_model.model.lm_head.lora_B.default.weight"))
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append((float(family.losses(model.train(), batch)["text"].total.detach()), torch.get_rng_state()))
+    (first, state), (second, state_again) = found
+    assert first == second
+    assert torch.equal(state, state_again)
+
+
+@pytest.mark.usefixtures("always")
 def test_a_batch_without_targets_gives_gradients_of_zero() -> None:
     rows, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
     nats = head.cross_entropy(
