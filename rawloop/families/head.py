@@ -161,7 +161,7 @@ def cross_entropy(head: Change, finish: Change, rows: Tensor, targets: Tensor, c
     if differentiated and weight is None and _trained(head) and count < rows.shape[1]:
         size, differentiated = count, False  # each chunk's gradient of the weights would be larger than its logits
     if differentiated and weight is not None:
-        head = _summed(weight)
+        head = _summed(head, weight)
 
     def nats(some: Tensor, wanted: Tensor) -> Tensor:
         scored = finish(exact(head(some))).flatten(0, -2)
@@ -183,23 +183,38 @@ def _trained(head: Any) -> bool:
 
 def _plain_weight(head: Any) -> Tensor | None:
     """Return the trained weight of a head that is a product with it and nothing else."""
-    if type(head) is not nn.Linear or any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)):
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return None
+    if any((head._forward_pre_hooks, head._backward_pre_hooks, head._backward_hooks)):
         return None
     trained = [name for name, weight in head.named_parameters() if weight.requires_grad]
     return head.weight if trained == ["weight"] and "bias" not in dict(head.named_parameters()) else None
 
 
-def _summed(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a product with this weight whose calls add to one gradient of the weight, in place.
+def _summed(head: Any, weight: Tensor) -> Change:
+    """Return the product of a head with its weight, whose calls add to one gradient of the weight, in place.
 
     Autograd would hold a gradient for a chunk and two sums: three times the weights of the head. The sum is float32 or
-    wider: in 16 bits each chunk would round it once more.
+    wider: in 16 bits each chunk would round it once more. Forward hooks of the head, such as a watch's, are called.
     """
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     sums: list[Tensor] = []
     shared = _Shared.apply(weight, dtype, sums)  # type: ignore[no-untyped-call]
-    return lambda rows: _Product.apply(rows.to(dtype), shared, sums)  # type: ignore[no-untyped-call]
+
+    def product(rows: Tensor) -> Tensor:
+        made: Tensor = _Product.apply(rows.to(dtype), shared, sums)  # type: ignore[no-untyped-call]
+        return made
+
+    def call(rows: Tensor) -> Tensor:
+        head.forward = product
+        try:
+            made: Tensor = head(rows)
+        finally:
+            del head.forward
+        return made
+
+    return call if head._forward_hooks else product
 
 
 class _Shared(Function):

@@ -17,6 +17,8 @@ from rawloop.families.shared import TextFamily
 from rawloop.losses import LossModule
 from rawloop.settings import DDPConfig
 from rawloop.sharding import shard, whole
+from rawloop.watch.look import ModuleHooks
+from rawloop.watch.measure import Readings
 
 TINY: dict[str, Any] = {
     "vocab_size": 1003,
@@ -157,6 +159,43 @@ def test_a_sum_over_many_chunks_is_as_exact_as_one_product(kind: torch.dtype, ca
 def test_an_overflow_in_chunks_shows(kind: torch.dtype, cast: torch.dtype | None) -> None:
     assert gradient_of_head(kind, cast, 8, 2.0**16).isfinite().all()
     assert not gradient_of_head(kind, cast, 8, 2.0**24).isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_a_head_with_a_hook_is_chunked_too(monkeypatch: pytest.MonkeyPatch, factor: float | None) -> None:
+    """With fewer targets than hidden units, as on steps on which a watch looks; the hook may change the logits."""
+    monkeypatch.setattr(head, "FEWEST", 8)
+    torch.manual_seed(0)
+    layer, targets = nn.Linear(64, 50, bias=False, dtype=torch.float64), torch.arange(32)
+    rows = torch.randn(32, 64, dtype=torch.float64)
+    seen, found = [], []
+
+    def look(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        seen.append((given[0].shape, output.shape))
+        return output * factor if factor else None
+
+    layer.register_forward_hook(look)
+    for whole_up_to in (2**22, 0):
+        monkeypatch.setattr(head, "WHOLE", whole_up_to)
+        layer.zero_grad()
+        head.cross_entropy(layer, head.unchanged, rows, targets, 50).sum().backward()  # type: ignore[no-untyped-call]
+        assert layer.weight.grad is not None
+        found.append(layer.weight.grad)
+    assert seen == [((32, 64), (32, 50))] + [((8, 64), (8, 50))] * 8  # forward and backward
+    assert distance(found[1], found[0]) < 1e-12
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_watch_sees_the_head_in_chunks() -> None:
+    model, family, batch = build("GPTNeoX").double(), text_family(), random_batch()
+    right, hooks = gradients(family, model, batch, "fp32"), ModuleHooks(model, Readings()).install()
+    found = gradients(family, model, batch, "fp32")
+    hooks.remove()
+    assert all(torch.equal(found[name], gradient) for name, gradient in right.items())
+    name = next(n for n, module in model.named_modules() if module is model.get_output_embeddings())
+    assert hooks.calls[name].with_grad
+    assert {("forward", name), ("backward", name)} <= hooks.readings.read().keys()
 
 
 def gradients_of_ranks(world: World) -> dict[str, Tensor]:
