@@ -20,6 +20,11 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 KINDS = ("frozen weights", "trained weights", "masters", "optimizer", "gradients", "activations", "loss head")
+# Fused attention on a CPU, which torch's flop counter does not know: how many tensors stand before the query.
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: 0,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 1,
+}
 INTEGERS = (torch.int64, torch.int32, torch.bool)
 
 
@@ -28,7 +33,8 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Enter it inside a FakeTensorMode with `allow_non_fake_inputs`. A storage is counted from the operation that makes it
     until it is freed, so tensors that a kernel allocates and frees by itself are not seen. Numbers that are read from
-    the device are 1. `flops` counts matrix products, convolutions and attention, as torch's flop counter does.
+    the device are 1. `flops` counts matrix products, convolutions and attention, as torch's flop counter does, and of
+    causal attention half.
 
     Args:
         widths: the sizes of vocabularies. A tensor whose last dimension is a multiple of one is of the loss head.
@@ -84,13 +90,29 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation, and count what it allocates."""
         kwargs = kwargs or {}
         result = _run(func, args, kwargs)
-        if (counted := flop_registry.get(func._overloadpacket)) is not None:
+        if func in ATTENTION:
+            self.flops += attention_flops(*args[ATTENTION[func] :], products=5 if ATTENTION[func] else 2, **kwargs)
+        elif (counted := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += counted(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf, self._kind(leaf))
         self._see()
         return result
+
+
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *more: Any, products: int, **options: Any) -> int:
+    """Return the operations of fused attention: 2 products forward, and 5 backward, which repeats the first.
+
+    Args:
+        query: (batch, heads, positions, size), as are `key` and `value`, which may have fewer heads.
+        more: of the forward pass: dropout, whether it is causal; of the backward pass two tensors before these.
+        products: of the size of the scores.
+        options: the same by name.
+    """
+    batch, heads, positions, size = query.shape
+    causal = options.get("is_causal", next((flag for flag in more if isinstance(flag, bool)), False))
+    return products * 2 * batch * heads * positions * key.shape[2] * size // (2 if causal else 1)
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
