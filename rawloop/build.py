@@ -53,7 +53,7 @@ from rawloop.loop import Run
 from rawloop.losses import LossModule, Meter
 from rawloop.optim import check_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
-from rawloop.planning import advice, build_plan, evaluation_groups, plan_lines, rehearse, within_memory
+from rawloop.planning import build_plan, evaluation_groups, plan_lines, rehearse, within_memory
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import Trial, preflight
 from rawloop.rebuild import trial_loss
@@ -64,6 +64,7 @@ from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
 from rawloop.sharded import shard_model, to_be_sharded
 from rawloop.sinks import check_packages, check_sinks
+from rawloop.sizing import what_would_fit
 from rawloop.watched import build_watch
 from rawloop.weights import Source, find_source
 
@@ -99,6 +100,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     # A resumed run goes on without its sinks: the server may be away.
     world.on_all_ranks(partial(check_packages if start.slot else check_sinks, config.records), only_main=True)
     world.on_all_ranks(partial(check_optimizer, config.optim, world.device))
+    fix = partial(what_would_fit, config, world)
     ready, trial = _prepare(config, world, say, precision, start.source)
     ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
@@ -110,7 +112,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     if config.model.compile:
         world.on_all_ranks(partial(compile_blocks, config, ready.module, ready.first, ready.policy, say))
     if config.train.rehearse:
-        rehearse(config, ready.data, ready.train.batches, ready.plan, ready.module, ready.policy, say)
+        rehearse(config, ready.data, ready.train.batches, ready.plan, ready.module, ready.policy, say, fix)
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, optimizer, ddp, start, buffers)
@@ -196,8 +198,8 @@ def _prepare(
             "one mode for all"
         )
     ready.module.train()
-    first = f"a micro-batch of the samples {ready.first_ids()}"
-    trial = within_memory(partial(preflight, ready.policy, ready.first_loss), world, first, advice(config))
+    first, fix = f"a micro-batch of the samples {ready.first_ids()}", partial(what_would_fit, config, world)
+    trial = within_memory(partial(preflight, ready.policy, ready.first_loss), world, first, fix)
     say(f"precision: {'; '.join([f'{ready.policy.name} ({ready.policy.reason})', *ready.policy.remedies])}")
     return ready, trial
 

@@ -179,10 +179,11 @@ def rehearse(
     module: LossModule,
     policy: PrecisionPolicy,
     say: Callable[[str], None],
+    fix: Callable[[], str],
 ) -> None:
     """Run the costliest micro-batch forward and backward, and undo its changes. All ranks call this.
 
-    On a GPU the peak is told.
+    On a GPU the peak is told. `fix` says what to do if memory does not suffice; see `within_memory`.
 
     Raises:
         UserError: on all ranks, if the memory of one of them does not suffice.
@@ -199,7 +200,7 @@ def rehearse(
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         run = partial(_run_once, made[1], module, policy, config)
-        within_memory(run, world, f"the costliest micro-batch has {what}", advice(config))
+        within_memory(run, world, f"the costliest micro-batch has {what}", fix)
         peaks.append((torch.cuda.max_memory_allocated(device) / GB if on_gpu else 0.0, what))
     if on_gpu:
         most, what = max(world.gather(max(peaks)))
@@ -255,8 +256,10 @@ def advice(config: RunConfig) -> str:
     return f"{', '.join(ways[:-1])}, or {ways[-1]}; `rawloop plan` with the same settings says what each change saves"
 
 
-def within_memory(work: Callable[[], T], world: World, what: str, fix: str) -> T:
+def within_memory(work: Callable[[], T], world: World, what: str, fix: Callable[[], str]) -> T:
     """Run what all ranks run together, and what raises on all of them if it raises on one.
+
+    `fix` is called on rank 0 if memory does not suffice, and returns what to do.
 
     Raises:
         UserError: on all ranks, if one of them ran out of memory.
@@ -271,7 +274,8 @@ def within_memory(work: Callable[[], T], world: World, what: str, fix: str) -> T
     rank = next((rank for rank, share in enumerate(shares) if share is not None), None)
     if rank is not None:
         where = f" of rank {rank}" if world.size > 1 else ""
-        raise world.raised_on_all(UserError(f"the memory{where} does not suffice {shares[rank]}: {fix}")) from error
+        way = world.from_main(world.on_all_ranks(fix, only_main=True))
+        raise world.raised_on_all(UserError(f"the memory{where} does not suffice {shares[rank]}: {way}")) from error
     if error is not None:
         raise error
     return result  # type: ignore[return-value]

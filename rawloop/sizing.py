@@ -7,9 +7,10 @@ from itertools import product
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 
 from rawloop.adapters.config import AdapterConfig
-from rawloop.cards import Choice
+from rawloop.cards import Choice, changes_that_fit
 from rawloop.components import Data, build_family, read_data
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, Family
@@ -19,10 +20,12 @@ from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.estimate import Estimate, estimate, skeleton_of
 from rawloop.family_protocols import SizedFamily
-from rawloop.planning import build_plan, costliest, measurer
+from rawloop.planning import GB, advice, build_plan, costliest, measurer
 from rawloop.precision.config import Name, PrecisionConfig
 
 ADAPTERS: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+# At the end of a backward pass, at least: with the gradients, which are as large as the trained weights.
+HELD = ("frozen weights", "trained weights", "trained weights", "masters", "optimizer")
 LOOKED_AT = 64  # micro-batches, of which the typical one is taken
 
 
@@ -128,6 +131,31 @@ def _estimates(config: RunConfig, family: Family, work: Work, processes: int) ->
 
     typical = work.typical or batch
     return Sizing(config, chosen, batch, typical, work.steps, processes, estimates, as_usual, refused, taken)
+
+
+def changes_for(sized: Sizing, size: float) -> tuple[list[str], float] | None:
+    """Return the cheapest changes with which a run fits into a card of `size` GB; see `changes_that_fit`."""
+    least = {choice: sum(found.peak[kind] for kind in HELD) for choice, found in sized.costliest.items()}
+    return changes_that_fit(size, sized.chosen, least, len(sized.batch.ids), sized.taken)
+
+
+def what_would_fit(config: RunConfig, world: World) -> str:
+    """Return what a plan says of a run that has run out of memory, and the settings that need less.
+
+    Takes up to half a minute. A plan that fails is told, too.
+    """
+    try:
+        sized = size_run(config, world.size)
+    except Exception as error:  # the run ends in any case, for want of memory
+        return f"{advice(config)} (there is no plan: {type(error).__name__}: {' '.join(str(error).split())})"
+    parts = [f"{kind} {size / GB:.3g}" for kind, size in sized.own.peak.items() if size > 0.01 * sized.own.total]
+    counted = f"a step takes {sized.own.total / GB:.3g} GB at its peak by `rawloop plan` ({', '.join(parts)})"
+    if world.device.type != "cuda":
+        return f"{counted}: {advice(config)}"
+    memory = torch.cuda.get_device_properties(world.device).total_memory / GB
+    found = changes_for(sized, memory)
+    way = f"it would fit with {' and '.join(found[0])} ({found[1] / GB:.3g} GB)" if found and found[0] else ""
+    return f"{counted}, and the device has {memory:.1f} GB: {f'{way}; or ' if way else ''}{advice(config)}"
 
 
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:

@@ -75,9 +75,9 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# FP16 autocast is slow on the CPU, and tests/test_resume.py has the mode too
+# FP16 is slow on the CPU, and tests/test_resume.py has the modes too
 @pytest.mark.parametrize(
-    "mode", ["fp32", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("bf16", "amp_fp16")), "native_fp16"]
+    "mode", ["fp32", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("bf16", "amp_fp16", "native_fp16"))]
 )
 def test_resume_equals_uninterrupted_bit_for_bit(base: RunConfig, tmp_path: Path, mode: Any) -> None:
     total, stops = (6, (2, 4)) if mode == "fp32" else (4, (2,))  # FP16 products are slow on a CPU

@@ -1,17 +1,21 @@
 """`train.max_frames` in a whole run, the lengths that it is planned by, and the rehearsal of the costliest batch."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rawloop import planning
 from rawloop.build import build_run
+from rawloop.cards import CUDA, RESERVE
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.components import build_family, read_data
 from rawloop.config import RunConfig
@@ -28,6 +32,7 @@ from rawloop.families.causal_lm import CausalLM
 from rawloop.loop import train
 from rawloop.records import read_metrics
 from rawloop.settings import EvaluationConfig, TrainConfig
+from rawloop.sizing import size_run, what_would_fit
 from tests.kept_runs import go, trained
 
 Ranks = Callable[..., list[Any]]
@@ -220,8 +225,8 @@ def test_the_longest_samples_are_rehearsed_together(
 
 
 def greedy(self: CausalLM, model: nn.Module, batch: Batch) -> dict[str, StreamLoss]:
-    """Ask for more memory than there is, for long samples."""
-    if batch.inputs["input_ids"].shape[1] > 70:
+    """Ask for more memory than there is, for long samples, in a run and not in its plan."""
+    if not isinstance(next(model.parameters()), FakeTensor) and batch.inputs["input_ids"].shape[1] > 70:
         torch.empty(1 << 60, dtype=torch.uint8)
     return ORIGINAL(self, model, batch)
 
@@ -252,8 +257,19 @@ def test_full_memory_is_one_line_that_says_what_to_change(by_frames: RunConfig) 
     assert "lower train.max_frames (100) and raise train.accumulation by the same factor" in told
     assert "set model.activation_checkpointing, leave out the longest samples (data.max_seconds), or train less" in told
     assert told.endswith("; `rawloop plan` with the same settings says what each change saves")
+    assert re.search(r": a step takes [\d.e-]+ GB at its peak by `rawloop plan` \((\w[\w ]* [\d.e-]+(, )?)+\): ", told)
     by_frames.train = replace(BY_FRAMES, rehearse=False)
     assert told_of_memory(World(), by_frames) == "trained"  # the folder is no run yet: the command can be given again
+
+
+def test_on_a_card_the_change_that_would_fit_is_named(by_frames: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a small model; the card is made up, as CUDA is needed for a real one."""
+    memory = (0.8 * size_run(by_frames).own.total + CUDA) / (1 - RESERVE)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    told = what_would_fit(by_frames, replace(World(), device=torch.device("cuda", 0)))
+    assert re.search(r"and the device has 0\.6 GB: it would fit with .*\([\d.e-]+ GB\); or lower train.max", told)
+    broken = replace(by_frames, data=replace(by_frames.data, train="nowhere"))
+    assert re.search(r"\(there is no plan: UserError: .*nowhere.*\)$", what_would_fit(broken, World()))
 
 
 @pytest.mark.slow
@@ -267,11 +283,11 @@ def test_full_memory_on_one_rank_ends_all(by_frames: RunConfig, run_ranks: Ranks
 def test_only_full_memory_is_told_as_such() -> None:
     with pytest.raises(UserError, match=r"^the memory does not suffice \(CUDA out of memory\): a batch: do less$"):
         planning.within_memory(
-            partial(throw, torch.OutOfMemoryError("CUDA out of memory\nmore")), World(), "a batch", "do less"
+            partial(throw, torch.OutOfMemoryError("CUDA out of memory\nmore")), World(), "a batch", lambda: "do less"
         )
     with pytest.raises(RuntimeError, match="other"):
-        planning.within_memory(partial(throw, RuntimeError("other")), World(), "a batch", "do less")
-    assert planning.within_memory(lambda: 3, World(), "a batch", "do less") == 3
+        planning.within_memory(partial(throw, RuntimeError("other")), World(), "a batch", lambda: "do less")
+    assert planning.within_memory(lambda: 3, World(), "a batch", lambda: "do less") == 3
 
 
 def throw(error: Exception) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from rawloop.allocations import KINDS
-from rawloop.cards import CARDS, CUDA, RESERVE, SIZES, Choice, changes_that_fit
+from rawloop.cards import CARDS, CUDA, RESERVE, SIZES, Choice
 from rawloop.cli import read_config
 from rawloop.cli.options import PlanOptions
 from rawloop.diagnose.shared import table
@@ -13,7 +13,7 @@ from rawloop.estimate import BUCKETS, EXTRA, START
 from rawloop.launcher import num_processes
 from rawloop.planning import described
 from rawloop.precision.config import Name
-from rawloop.sizing import ADAPTERS, Sizing, size_run
+from rawloop.sizing import ADAPTERS, Sizing, changes_for, size_run
 
 SHORT = {
     "frozen weights": "frozen",
@@ -22,8 +22,6 @@ SHORT = {
     BUCKETS: "buckets",
     START: "start",
 }
-# At the end of a backward pass, at least: with the gradients, which are as large as the trained weights.
-HELD = ("frozen weights", "trained weights", "trained weights", "masters", "optimizer")
 GB = 1e9
 
 
@@ -82,8 +80,7 @@ def _gb(size: float) -> str:
 
 
 def _fit(sized: Sizing, size: int) -> str:
-    least = {choice: sum(found.peak[kind] for kind in HELD) for choice, found in sized.costliest.items()}
-    found = changes_that_fit(size, sized.chosen, least, len(sized.batch.ids), sized.taken)
+    found = changes_for(sized, size)
     if found is None:
         return "does not fit, and none of these changes makes it fit"
     changes, taken = found
