@@ -29,13 +29,16 @@ from rawloop.errors import UserError
 from rawloop.families.loading import can_checkpoint, enable_activation_checkpointing
 from rawloop.loop import Run, accumulate, update
 from rawloop.losses import LossModule
+from rawloop.optim import KINDS
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import is_lacking
 
 FEW = 2  # blocks; the first and the last may differ in what they keep
-# Bytes of state for each number, of the optimizers of libraries, which cannot be run on fake tensors; pages of
-# paged_adamw_8bit may leave the device.
-STATES = MappingProxyType({"adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "schedule_free": 8.0})
+# Bytes of state for each float32 number, of the optimizers of libraries, which cannot be run on fake tensors. Pages of
+# paged_adamw_8bit may leave the device, and count as those of adamw_8bit, which stay.
+STATES = MappingProxyType(
+    {name: 4 * (kind.copies or KINDS[kind.nearest].copies) for name, kind in KINDS.items() if kind.package}
+)
 BUCKETS = "DDP buckets"
 GATHERED = "gathered"  # whole weights of the blocks that run, under FSDP
 START = "before sharding"
