@@ -116,7 +116,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside
         world.on_all_ranks(partial(mark_launch, folder, world), only_main=True)
     run = _assemble(config, folder, world, ready, optimizer, ddp, start, buffers)
-    run.throughput = throughput
+    run.throughput, run.what_would_fit = throughput, fix
     moving = buffer_notices(buffers, trial.moves, ready.files.extra_buffers())
     for line in [*moving, *([notice] if notice else []), *ready.data.notices] if world.is_main else ():
         run.records.event("warning", step=0, reason=line)

@@ -6,10 +6,15 @@ Any other `RawloopError` is a failure of the run or the machine (disk full, corr
 Everything else is a bug in rawloop and keeps its traceback.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+
+LESS_MEMORY = (
+    "lower train.batch_size or train.max_frames and raise train.accumulation by the same factor, or set "
+    "model.activation_checkpointing; `rawloop plan` with the same settings says what each change saves"
+)
 
 
 class RawloopError(Exception):
@@ -51,6 +56,10 @@ class InterruptedUpdate(TrainingError):
     """An optimizer failed in the middle of an update: training can continue only from a checkpoint."""
 
 
+class OutOfMemory(TrainingError):
+    """The memory of the device, or of the machine, does not suffice for a batch."""
+
+
 class LostRank(RawloopError):
     """Another process of the run has ended, or did not come to a collective in time."""
 
@@ -60,11 +69,17 @@ class CheckpointError(RawloopError):
 
 
 @contextmanager
-def happening(where: str, *, name_own: bool = False) -> Iterator[None]:
-    """Add to an error where it happened; see `add_place`."""
+def happening(where: str, *, name_own: bool = False, less: Callable[[], str] | None = None) -> Iterator[None]:
+    """Add to an error where it happened; see `add_place`.
+
+    Raises:
+        OutOfMemory: memory was used up, and `less` returns what to do about it.
+    """
     try:
         yield
     except Exception as error:
+        if less is not None and is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+            raise OutOfMemory(f"{first_line(error)} ({where}): {less()}") from error
         add_place(error, where, name_own=name_own)
         raise
 
@@ -75,6 +90,23 @@ def add_place(error: Exception, where: str, *, name_own: bool = False) -> None:
         error.add_note(where)
     elif name_own:
         error.args = (f"{error} ({where})",)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the memory of the device, or of the machine, is used up.
+
+    torch raises its `OutOfMemoryError`, and a RuntimeError on the CPU, on MPS and in CUDA's libraries.
+    """
+    if isinstance(error, MemoryError | OutOfMemory):
+        return True
+    words = ("not enough memory", "can't allocate memory", "out of memory", "_ALLOC_FAILED")
+    named = type(error).__name__ == "OutOfMemoryError"  # of torch, which this file does not import
+    return isinstance(error, RuntimeError) and (named or any(word in str(error) for word in words))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's class: Python's own MemoryError says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Preempted(RawloopError):

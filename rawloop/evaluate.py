@@ -28,6 +28,7 @@ from rawloop.sharding import is_sharded
 
 Pairs = dict[str, tuple[Any, int]]  # name -> sum and count
 LOSS = "eval_loss/"
+FEWER = "make its batches smaller (evaluation.batch_size, or train.max_frames), or leave out its longest samples"
 AGAIN = "pass a list, a DataLoader, or a function that returns new batches"
 
 
@@ -181,7 +182,8 @@ class Evaluator:
                 return Share({}, {}, number, [], stopped)
             ids = batch.ids if isinstance(batch, Batch) else []
             place = f"the batch of the samples {', '.join(ids)}" if ids else f"batch {number}"
-            with happening(f"in the evaluation, on rank {self.world.rank}, in {place}", name_own=True):
+            where = f"in the evaluation, on rank {self.world.rank}, in {place}"
+            with happening(where, name_own=True, less=lambda: FEWER):
                 with autocast():
                     result = self.loss_fn(self.model, moved(batch, device))
                 if counts:

@@ -6,15 +6,14 @@ so evaluation and saving have one call site each.
 """
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
-
-import torch
 
 from rawloop.buffers import MovingBuffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import no_sync, unwrap_ddp
-from rawloop.errors import InterruptedUpdate, TrainingError, UserError, add_place
+from rawloop.errors import InterruptedUpdate, TrainingError, UserError, happening, is_out_of_memory
 from rawloop.losses import LossModule, weighted_mean
 from rawloop.optim import set_lr, use_trained
 from rawloop.precision.gradients import ELSEWHERE, StepResult
@@ -185,29 +184,18 @@ def forward_backward(run: Run, batch: Batch, targets: Mapping[str, int]) -> dict
     return losses
 
 
-@contextmanager
-def naming_samples(run: Run, group: str, batches: list[Batch], name_own: bool = False) -> Iterator[None]:
+def naming_samples(run: Run, group: str, batches: list[Batch], name_own: bool = False) -> AbstractContextManager[None]:
     """Add to an error the samples in which it happened, and to an out-of-memory error how to use less."""
-    try:
-        yield
-    except Exception as error:
-        names = ", ".join(name for batch in batches for name in batch.ids)
-        place = f"at step {run.state.step}, on rank {run.world.rank}, in the {group} of the samples {names}"
-        if isinstance(error, torch.OutOfMemoryError):
-            raise TrainingError(f"{str(error).splitlines()[0]} ({place}): {memory_advice(batches)}") from error
-        add_place(error, place, name_own=name_own)
-        raise
+    names = ", ".join(name for batch in batches for name in batch.ids)
+    place = f"at step {run.state.step}, on rank {run.world.rank}, in the {group} of the samples {names}"
+    return happening(place, name_own=name_own, less=partial(memory_advice, run, batches))
 
 
-def memory_advice(batches: list[Batch]) -> str:
+def memory_advice(run: Run, batches: list[Batch]) -> str:
     """Return the shapes that fill the memory, and the settings that use less."""
     largest = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.inputs.values()))
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in largest.inputs.items())
-    return (
-        f"its inputs have the shapes {shapes}; lower train.batch_size or train.max_frames and raise "
-        "train.accumulation by the same factor, or set model.activation_checkpointing; `rawloop plan` with the same "
-        "settings says what each change saves"
-    )
+    return f"its inputs have the shapes {shapes}; {run.what_would_fit()}"
 
 
 def update(run: Run, window: list[Batch]) -> StepResult:
@@ -224,8 +212,8 @@ def update(run: Run, window: list[Batch]) -> StepResult:
     except InterruptedUpdate as error:
         slot = run.checkpoints.newest() if run.checkpoints else None
         advice = f"continue from it with --resume {slot}" if slot else "nothing was saved yet: start anew"
-        if isinstance(error.__cause__, torch.OutOfMemoryError):
-            advice += f"; {memory_advice(window)}"
+        if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+            advice += f"; {memory_advice(run, window)}"
         raise InterruptedUpdate(f"{error}; {advice}") from error
     if run.buffers:
         sync_buffers(run, run.buffers, result)

@@ -28,7 +28,7 @@ from rawloop.data.lengths import Lengths, groups_of
 from rawloop.data.samples import named
 from rawloop.data.splits import no_codes
 from rawloop.dist import World
-from rawloop.errors import UserError, first_few
+from rawloop.errors import UserError, first_few, first_line, is_out_of_memory
 from rawloop.family_protocols import HearingFamily
 from rawloop.files import replace_file
 from rawloop.losses import LossModule
@@ -41,7 +41,6 @@ from rawloop.sharding import is_sharded, part_of
 from rawloop.versions import installed_versions
 
 T = TypeVar("T")
-FULL = ("not enough memory", "can't allocate memory", "out of memory")  # in RuntimeErrors of the CPU and of MPS
 GB = 1e9
 MANY = 20_000  # samples whose lengths are stored: to measure them takes some seconds
 
@@ -270,7 +269,7 @@ def within_memory(work: Callable[[], T], world: World, what: str, fix: Callable[
     except Exception as caught:
         error = caught
     full = error is not None and is_out_of_memory(error)
-    shares = world.gather(f"({str(error).strip().splitlines()[0]}): {what}" if full else None)
+    shares = world.gather(f"({first_line(error)}): {what}" if error is not None and full else None)
     rank = next((rank for rank, share in enumerate(shares) if share is not None), None)
     if rank is not None:
         where = f" of rank {rank}" if world.size > 1 else ""
@@ -279,10 +278,3 @@ def within_memory(work: Callable[[], T], world: World, what: str, fix: Callable[
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that the memory of the device, or of the machine, is used up."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)

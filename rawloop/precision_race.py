@@ -16,7 +16,7 @@ from rawloop.build import prepare as build_ready
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.dist import World
-from rawloop.errors import RawloopError, TrainingError, UserError
+from rawloop.errors import RawloopError, TrainingError, UserError, first_line, is_out_of_memory
 from rawloop.optim import build_optimizer, check_optimizer, lr_at, set_lr, use_trained
 from rawloop.precision.advice import share_of_lost_updates
 from rawloop.precision.config import SCALED, LossScaleConfig
@@ -143,8 +143,10 @@ def _result(config: RunConfig, world: World, truth: Mapping[str, Tensor], loss: 
         return _measure(config, world, truth, loss, steps)
     except RawloopError as error:
         why_not = str(error)
-    except torch.OutOfMemoryError as error:
-        why_not = f"it does not fit into memory: {str(error).splitlines()[0]}"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        why_not = f"it does not fit into memory: {first_line(error)}"
     finally:
         gc.collect()
         if world.device.type == "cuda":

@@ -14,7 +14,7 @@ from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.contracts import Batch
 from rawloop.data.batches import Loader
 from rawloop.dist import World
-from rawloop.errors import Preempted, RawloopError, UserError, nearest
+from rawloop.errors import LESS_MEMORY, Preempted, RawloopError, UserError, nearest
 from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.listen.files import write_heard
 from rawloop.listen.listener import Listener
@@ -107,6 +107,7 @@ class Run:
         loaders: `close` ends their workers.
         watch: sees every step.
         listener: hears the model at evaluations.
+        what_would_fit: called if memory is used up, on that rank alone; returns what takes less.
     """
 
     module: nn.Module
@@ -134,6 +135,7 @@ class Run:
     loaders: Sequence[Loader] = ()
     watch: Watcher | None = None
     listener: Listener | None = None
+    what_would_fit: Callable[[], str] = lambda: LESS_MEMORY
 
     def record_or_defer(self, write: Callable[[], None]) -> None:
         """Write a record. An error on one rank is raised on all ranks in the next step."""

@@ -19,7 +19,7 @@ from rawloop.data.batches import EvalBatches, Loader, MicroBatches
 from rawloop.data.codes import CodeCache
 from rawloop.data.samples import read_samples
 from rawloop.dist import World
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import OutOfMemory, RawloopError, UserError
 from rawloop.evaluate import Evaluation, EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig, load_family
 from rawloop.losses import LossModule, Meter
@@ -240,6 +240,17 @@ def test_random_streams_modes_and_gradients_are_untouched(scene: Scene) -> None:
     assert torch.equal(weight.grad, torch.ones_like(weight))
     weight.grad = None
     assert {**first.metrics, "eval_seconds": 0} == {**second.metrics, "eval_seconds": 0}
+
+
+def test_full_memory_names_the_batch_and_what_takes_less(scene: Scene) -> None:
+    def greedy(model: nn.Module, batch: Batch) -> Any:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    measured = Evaluator(greedy, batches_of(scene), model=scene.model, world=World())
+    with pytest.raises(
+        OutOfMemory, match=r"\(in the evaluation, on rank 0, in the batch of .*: make its batches small"
+    ):
+        measured.run()
 
 
 def test_dropout_is_off_and_the_mode_comes_back_even_after_an_error(scene: Scene) -> None:

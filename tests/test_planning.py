@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from rawloop.data.digests import Digests
 from rawloop.data.lengths import Lengths
 from rawloop.data.splits import no_codes
 from rawloop.dist import World
-from rawloop.errors import UserError
+from rawloop.errors import OutOfMemory, UserError
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm import CausalLM
 from rawloop.loop import train
@@ -260,6 +261,21 @@ def test_full_memory_is_one_line_that_says_what_to_change(by_frames: RunConfig) 
     assert re.search(r": a step takes [\d.e-]+ GB at its peak by `rawloop plan` \((\w[\w ]* [\d.e-]+(, )?)+\): ", told)
     by_frames.train = replace(BY_FRAMES, rehearse=False)
     assert told_of_memory(World(), by_frames) == "trained"  # the folder is no run yet: the command can be given again
+
+
+def test_full_memory_in_a_later_step_names_the_batch_and_the_numbers_of_the_plan(
+    by_frames: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_frames.train = replace(BY_FRAMES, rehearse=False)
+    monkeypatch.setattr(CausalLM, "losses", greedy)
+    with closing(build_run(by_frames, World(), lambda line: None)) as run, pytest.raises(OutOfMemory) as caught:
+        train(run)
+    told = str(caught.value)
+    assert re.search(
+        r"\(at step \d, on rank 0, in the micro-batch of the samples train.jsonl line \d\): its inputs", told
+    )
+    assert re.search(r"have the shapes input_ids \(.*; a step takes [\d.e-]+ GB at its peak by `rawloop plan` \(", told)
+    assert "lower train.max_frames (100) and raise train.accumulation by the same factor" in told
 
 
 def test_on_a_card_the_change_that_would_fit_is_named(by_frames: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rawloop.audio import BadAudio, content_hash, load_audio, segment_of
 from rawloop.data.config import DataConfig
 from rawloop.data.shards import Row, ShardWriter
-from rawloop.errors import RawloopError
+from rawloop.errors import RawloopError, happening
 from rawloop.family_protocols import CodecInfo
 
 S = TypeVar("S")
@@ -122,12 +122,9 @@ class Encoder:
 
 def _codes(waveform: Tensor, encode: Encode, codec: CodecInfo, path: str) -> Tensor:
     """Run the codec, and refuse codes that do not fit uint16 or the codec's description."""
-    try:
-        with torch.inference_mode():
-            codes = encode(waveform).cpu()
-    except torch.OutOfMemoryError as error:
-        seconds = len(waveform) / codec.sample_rate
-        raise RawloopError(f"out of memory while encoding {path} ({seconds:.1f} s): lower data.max_seconds") from error
+    where = f"while encoding {path}, {len(waveform) / codec.sample_rate:.1f} s"
+    with happening(where, less=lambda: "lower data.max_seconds"), torch.inference_mode():
+        codes = encode(waveform).cpu()
     limit = min(codec.codebook_size, 2**16)
     if codes.ndim != 2 or codes.shape[1] != codec.codebooks or len(codes) == 0 or codes.is_floating_point():
         raise RawloopError(

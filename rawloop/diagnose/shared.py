@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from rawloop.errors import happening
+from rawloop.errors import LESS_MEMORY, happening
 
 
 def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
     """Add the samples to errors that are raised inside."""
-    return happening(f"in the checks before step 0, on the samples {', '.join(dict.fromkeys(ids))}", name_own=True)
+    where = f"in the checks before step 0, on the samples {', '.join(dict.fromkeys(ids))}"
+    return happening(where, name_own=True, less=lambda: LESS_MEMORY)
 
 
 def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> float:

@@ -155,7 +155,8 @@ class Listener:
                 return []
             batch = mine[start : start + self.batch_size]
             names = ", ".join(prompt.sample.id for _, prompt in batch)
-            with happening(f"while listening, on rank {self.world.rank}, to the prompts {names}", name_own=True):
+            where = f"while listening, on rank {self.world.rank}, to the prompts {names}"
+            with happening(where, name_own=True, less=lambda: "lower evaluation.batch_size, or listen to fewer frames"):
                 seed_all(self.config.seed, batch[0][0])
                 spoken = self._generate([prompt for _, prompt in batch])
                 found += [

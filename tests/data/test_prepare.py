@@ -304,7 +304,7 @@ def test_an_error_of_the_codec_loses_nothing(run: Run, clips: list[Path], encode
             raise torch.OutOfMemoryError("no memory")
         return encode(waveform)
 
-    with pytest.raises(RawloopError, match=r"out of memory while encoding .*3.wav \(0.4 s\)"):
+    with pytest.raises(RawloopError, match=r"^no memory \(while encoding .*3.wav, 0.4 s\): lower data.max_seconds$"):
         run(samples_of(clips), encode=failing)
     assert run(samples_of(clips)).encoded == 2
 
@@ -340,7 +340,7 @@ def test_a_run_that_has_failed_goes_on_with_its_plan(run: Run, clips: list[Path]
             raise torch.OutOfMemoryError("no memory")
         return encode(waveform)
 
-    with pytest.raises(RawloopError, match="out of memory"):
+    with pytest.raises(RawloopError, match="no memory"):
         run(samples_of(clips), encode=failing, shard_clips=2)
     assert len(shards(cache)) == 1
     assert run(samples_of(clips)).encoded == 2
@@ -354,7 +354,7 @@ def test_a_damaged_part_or_plan_only_costs_time(run: Run, clips: list[Path], enc
         return encode(waveform)
 
     for name in ("part-00000.safetensors", "plan.json"):
-        with pytest.raises(RawloopError, match="out of memory"):
+        with pytest.raises(RawloopError, match="no memory"):
             run(samples_of(clips), encode=failing)
         (path,) = cache.glob(f"*/{name}")
         path.write_bytes(path.read_bytes()[:-9])
@@ -371,7 +371,7 @@ def test_clips_that_were_changed_between_two_starts_get_another_plan(
             raise torch.OutOfMemoryError("no memory")
         return encode(waveform)
 
-    with pytest.raises(RawloopError, match="out of memory"):
+    with pytest.raises(RawloopError, match="no memory"):
         run(samples_of(clips), encode=failing, shard_clips=2)
     assert len(shards(cache)) == 2
     tone("0.wav", hertz=700, seconds=0.8)
