@@ -174,13 +174,6 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 tensors.update({name: replaced(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
-def blocks_of(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the lists of equal blocks, such as decoder layers: not those inside of other lists."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    return [blocks for blocks in outer if len(blocks) > 3 and len({type(block) for block in blocks}) == 1]
-
-
 def mark_phases(model: nn.Module, counter: Allocations, blocks: list[nn.ModuleList]) -> None:
     """Count gradients as such, and start a phase of the backward pass at the last and at the first block of each list.
 

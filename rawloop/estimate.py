@@ -20,13 +20,14 @@ from torch.optim import SGD
 
 from rawloop.adapters.lora import add_adapter
 from rawloop.adapters.quantize import quantize
-from rawloop.allocations import Allocations, blocks_of, extrapolated, mark_phases, peak_of, to_fake, use_gpu_dropout
+from rawloop.allocations import Allocations, extrapolated, mark_phases, peak_of, to_fake, use_gpu_dropout
 from rawloop.components import build_optimizer
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch, Family, has
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families.loading import can_checkpoint, enable_activation_checkpointing
+from rawloop.layers import block_lists
 from rawloop.loop import Run, accumulate, update
 from rawloop.losses import LossModule
 from rawloop.optim import KINDS
@@ -94,7 +95,7 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
     """
     patterns = [*config.adapter.target_modules, *config.adapter.freeze, *config.adapter.unfreeze]
     named = any(BLOCK.search(pattern) for pattern in [*patterns, *config.adapter.modules_to_save])
-    lengths = [] if named else [len(blocks) for blocks in blocks_of(skeleton)]
+    lengths = [] if named else [len(blocks) for blocks in long_lists(skeleton)]
     few = [FEW] * len(lengths)
 
     def counts(depths: list[int]) -> Counter[str]:
@@ -137,12 +138,17 @@ def _sharded(found: Counter[str], processes: int, gathered: int, keeps: bool) ->
     return counts + Counter({f"{phase}|{GATHERED}": gathered for phase in phases})
 
 
+def long_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """Return the lists of blocks of which `FEW` and one more stand for all."""
+    return [blocks for blocks in block_lists(model).values() if len(blocks) > FEW + 1]
+
+
 def _count(
     config: RunConfig, family: Family, skeleton: nn.Module, batch: Batch, processes: int, depths: list[int]
 ) -> Counter[str]:
     """Count a step of the model with so many blocks in each list; of the whole model without `depths`."""
     model = deepcopy(skeleton).train()
-    blocks = blocks_of(model) if depths else []
+    blocks = long_lists(model) if depths else []
     for each, depth in zip(blocks, depths, strict=True):
         del each[depth:]
     if config.model.activation_checkpointing:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
 from rawloop.errors import UserError
+from rawloop.layers import is_embedding_or_head
 from rawloop.settings import OptimConfig as OptimConfig
 
 Groups = list[dict[str, Any]]
@@ -166,8 +167,7 @@ def check_optimizer(config: OptimConfig, device: torch.device) -> None:
 
 def is_hidden(name: str, weight: Tensor) -> bool:
     """Return whether a weight is a matrix of a hidden layer, by its name: not of an embedding or a head."""
-    apart = any("embed" in part or part.endswith("head") or part in ("wte", "wpe") for part in name.split("."))
-    return weight.ndim == 2 and not apart
+    return weight.ndim == 2 and not is_embedding_or_head(name)
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rawloop.errors import RawloopError, UserError
+from rawloop.layers import block_lists
 
 SHARE = 0.25
 
@@ -72,32 +73,24 @@ def shard(module: nn.Module, device: torch.device) -> BlockRuns:
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a model: the outermost lists of modules of one class, such as decoder layers.
+    """Return the blocks of a model's `block_lists`.
 
-    Left out, and so gathered with the other weights: lists of single layers, such as heads, whose weights a loss may
-    use without calling them; blocks that share a weight with a module outside of them; and lists that have less than
-    `SHARE` of the weights of all lists, such as an audio encoder, which a batch without audio would not run.
+    Left out, and so gathered with the other weights: blocks that share a weight with a module outside of them, and
+    lists that have less than `SHARE` of the weights of all lists, such as an audio encoder, which a batch without audio
+    would not run. A loss may use a head's weights without calling it, so heads are none.
     """
     owners: dict[int, set[str]] = {}
-    found: dict[str, nn.Module] = {}
-    for name, part in module.named_modules():
-        children = list(part.children()) if isinstance(part, nn.ModuleList) else []
-        inside = any(name.startswith(f"{block}.") for block in found)
-        if len({type(child) for child in children}) == 1 and not inside and all(map(_has_children, children)):
-            found |= {f"{name}.{key}": child for key, child in part.named_children()}
+    lists = block_lists(module)
+    found = {f"{name}.{key}": block for name, blocks in lists.items() for key, block in blocks.named_children()}
     for name, weight in module.named_parameters(remove_duplicate=False):
         owners.setdefault(id(weight), set()).add(next((b for b in found if name.startswith(f"{b}.")), ""))
     shared = {block for names in owners.values() if len(names) > 1 for block in names}
     sizes = {name: sum(weight.numel() for weight in block.parameters()) for name, block in found.items()}
-    lists: Counter[str] = Counter()
+    of_lists: Counter[str] = Counter()
     for name, size in sizes.items():
-        lists[name.rpartition(".")[0]] += size
-    least = max(1.0, SHARE * lists.total())
-    return [block for name, block in found.items() if name not in shared and lists[name.rpartition(".")[0]] >= least]
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
+        of_lists[name.rpartition(".")[0]] += size
+    least = max(1.0, SHARE * of_lists.total())
+    return [block for name, block in found.items() if name not in shared and of_lists[name.rpartition(".")[0]] >= least]
 
 
 def is_sharded(thing: Tensor | nn.Module) -> bool:

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters.config import AdapterConfig
-from rawloop.allocations import blocks_of, peak_of
+from rawloop.allocations import peak_of
 from rawloop.components import build_family
 from rawloop.data.config import DataConfig
-from rawloop.estimate import _count, estimate, skeleton_of
+from rawloop.estimate import _count, estimate, long_lists, skeleton_of
 from rawloop.settings import TrainConfig
 from tests.real_steps import FULL, batch_of, config_of, measured, planned, run_of, step
 
@@ -138,7 +138,7 @@ def test_few_blocks_say_what_the_whole_model_takes(llama: Path, tmp_path: Path) 
         config = config_of(folder, mode, adapter)
         family, batch = build_family(config), batch_of(config, positions, samples)
         skeleton = skeleton_of(config, family)
-        assert [len(blocks) for blocks in blocks_of(skeleton)] == [6]
+        assert [len(blocks) for blocks in long_lists(skeleton)] == [6]
         found, whole = estimate(config, family, skeleton, batch), _count(config, family, skeleton, batch, 1, [])
         assert found.total == sum(peak_of(whole).values())
         assert (found.flops, found.parameters) == (whole["flops"], whole["parameters"])

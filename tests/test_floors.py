@@ -32,6 +32,7 @@ FLOORS = (
             "launcher",
             "waiting",
             "files",
+            "layers",
             "sharding",
             "host_memory",
             "pack",

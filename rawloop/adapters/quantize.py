@@ -15,6 +15,7 @@ from torch.nn import functional
 from rawloop.adapters.fingerprint import ADAPTERS, own_name
 from rawloop.adapters.lora import kinds
 from rawloop.errors import UserError
+from rawloop.layers import is_embedding_or_head
 
 BLOCK = 64  # numbers of a block of nf4, which share a scale
 WIDE = torch.float32
@@ -122,7 +123,7 @@ def layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
         places.setdefault(id(weight), []).append(name)
     found = {}
     for name, module in model.named_modules():
-        apart = any("embed" in part or part.endswith("head") for part in own_name(name).split("."))
+        apart = is_embedding_or_head(own_name(name))
         added = any(mark in f".{name}." for mark in (*ADAPTERS, ".original_module."))
         if type(module) is not nn.Linear or apart or added or module.weight.requires_grad:
             continue
