@@ -69,7 +69,7 @@ NOT_FREE: Mapping[str, str] = MappingProxyType(
         "train.max_frames": "the micro-batches of a step over all ranks",
         WORLD_SIZE: "the samples of a step over all ranks",
         "precision.mode": "the mode in which training goes on (part `precision`)",
-        "precision.masters": "the masters (part `precision`)",
+        "precision.masters": "the masters, or the rounding (part `precision`)",
     }
 )
 WINDOW = (WORLD_SIZE, "train.batch_size", "train.accumulation")  # their product is the number of samples in a step

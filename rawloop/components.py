@@ -37,7 +37,8 @@ from rawloop.families.sample_checks import check_repeatable
 from rawloop.family_protocols import PackingFamily
 from rawloop.files import sha256_files
 from rawloop.losses import LossModule
-from rawloop.precision.masters import check_averaging
+from rawloop.precision.adopting import check_averaging
+from rawloop.precision.advice import rounded_updates
 from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
@@ -148,7 +149,7 @@ def build_model(
     if not world.is_main or not sys.stderr.isatty():  # in a log file the bar would be thousands of blanks
         transformers.utils.logging.disable_progress_bar()
     check_quantization(config.model.quantization)
-    policy = PrecisionPolicy(config.precision, world=world, resume=precision, masters_on=masters_on)
+    policy = PrecisionPolicy(config.precision, world=world, resume=precision, masters_on=masters_on, seed=config.seed)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     first_of_machine = world.local_rank == 0
@@ -295,7 +296,8 @@ def announce(
     used = [getattr(getattr(part, "config", None), "_attn_implementation", None) for part in wrapped.model.modules()]
     attention = ", ".join(dict.fromkeys(filter(None, used)))
     said = f"; attention: {attention}" if attention else ""
-    return f"training {_dtypes(trained.values())} weights{kept}; streams: {streams}{said}"
+    rounded = rounded_updates(policy.trained, optimizer)
+    return f"training {_dtypes(trained.values())} weights{kept}{rounded}; streams: {streams}{said}"
 
 
 def _dtypes(weights: Iterable[nn.Parameter]) -> str:

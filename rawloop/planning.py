@@ -209,7 +209,7 @@ def rehearse(
 
 def _run_once(batch: Batch, module: LossModule, policy: PrecisionPolicy, config: RunConfig) -> None:
     """Run one pass beside what training holds by then: optimizer state, and gradients of earlier micro-batches."""
-    weights = [weight for _, weight in policy.named_parameters()]
+    weights = [*policy.trained.weights.values()]
     sizes = [state_bytes(config.optim, name, part_of(weight.detach())) for name, weight in policy.named_parameters()]
     state = [torch.empty(size, dtype=torch.uint8, device=policy.device) for size in sizes]
     accumulates, sharded = config.train.accumulation > 1, any(map(is_sharded, weights))
@@ -217,7 +217,7 @@ def _run_once(batch: Batch, module: LossModule, policy: PrecisionPolicy, config:
     shapes = [(weight.shape, weight.dtype) for weight in weights] if sharded and accumulates else []
     whole = [torch.empty(shape, dtype=dtype, device=policy.device) for shape, dtype in shapes]
     keeps_gradients = not sharded and (accumulates or policy.world.size > 1)
-    gradients = [torch.empty_like(weight) for weight in weights] if keeps_gradients else []
+    gradients = [torch.empty_like(weight) for weight in policy.trained.weights.values()] if keeps_gradients else []
 
     def loss() -> Tensor:
         found = trial_loss(module, batch, policy.device)

@@ -173,8 +173,8 @@ def _measure(config: RunConfig, world: World, truth: Mapping[str, Tensor], loss:
         found = {name: g.cpu().to(truth[name].dtype) / result.scale for name, g in gradients_of(ready).items()}
         _judge(result, found, truth)
     policy.zero_grad()
-    weights = (weight.detach() for _, weight in policy.named_parameters())
-    result.lost_updates = share_of_lost_updates(weights, config.optim.lr)
+    held = [weight.detach() for _, weight in policy.named_parameters() if not policy.trained.rounding]
+    result.lost_updates = share_of_lost_updates(held, config.optim.lr)
     result.race = race(ready, config, steps) if steps else None
     return result
 

@@ -5,6 +5,7 @@ time, so a model is called through the module that was sharded, by all ranks tog
 `whole` gathers them, `write_part` takes this rank's part of them.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,34 @@ def part_of(tensor: Tensor) -> Tensor:
 def parts_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return this rank's parts, without a graph: `torch._foreach_*` functions do not know all sharded tensors."""
     return [part_of(tensor.detach()) for tensor in tensors]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the tensor that holds this rank's part, of which `.data` may be set; a plain tensor as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    own: Tensor = sharded._local_tensor  # `to_local` returns a view, whose `.data` is another
+    return own
+
+
+def sharded_from(part: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part as a tensor that is sharded as `like` is. Without communication."""
+    from torch.distributed.tensor import DTensor
+
+    target: Any = like
+    mesh, placements = target.device_mesh, target.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def start_of_part(tensor: Tensor) -> int:
+    """Return the place in the whole, in row-major order, at which this rank's part begins; 0 for a plain tensor."""
+    if not is_sharded(tensor):
+        return 0
+    sharded: Any = tensor
+    rows: int = -(-tensor.shape[0] // sharded.device_mesh.size())  # of each rank's part, but for the last ones
+    first: int = min(sharded.device_mesh.get_local_rank() * rows, tensor.shape[0])
+    return first * math.prod(tensor.shape[1:])
 
 
 def whole(tensor: Tensor) -> Tensor:

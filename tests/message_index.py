@@ -83,6 +83,7 @@ PAGES = {
     "rebuild.py": "precision.md",
     "records.py": "embedding.md",
     "replay.py": "debugging.md",
+    "rounding.py": "precision.md",
     "report/": "debugging.md",
     "resume.py": "checkpoints.md",
     "run.py": "embedding.md",

@@ -34,6 +34,7 @@ FLOORS = (
             "files",
             "layers",
             "sharding",
+            "rounding",
             "host_memory",
             "pack",
             "dist",

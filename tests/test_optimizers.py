@@ -78,6 +78,8 @@ def config(text_checkpoint: Path, text_data: Path, tmp_path: Path) -> RunConfig:
 
 
 def with_mode(config: RunConfig, mode: str) -> RunConfig:
+    if mode == "stochastic":
+        return replace(config, precision=PrecisionConfig("bf16", trainable_dtype="bf16", masters="stochastic"))
     scale = {"loss_scale": LossScaleConfig(init=2.0**10, growth_interval=2)} if mode.endswith("fp16") else {}
     return replace(config, precision=PrecisionConfig(mode=mode, **scale))  # type: ignore[arg-type]
 
@@ -122,18 +124,18 @@ def check_resume(config: RunConfig) -> None:
     assert [event for event in warnings if event["kind"] == "finding"] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_is_the_same_to_the_byte(config: RunConfig, name: str) -> None:
-    check_resume(with_mode(replace(config, optim=options(name, lr=1e-3)), QUICK[name]))
+@pytest.mark.parametrize(("name", "mode"), [*QUICK.items(), ("adamw_8bit", "stochastic")], ids=lambda value: str(value))
+def test_a_resumed_run_is_the_same_to_the_byte(config: RunConfig, name: str, mode: str) -> None:
+    check_resume(with_mode(replace(config, optim=options(name, lr=1e-3)), mode))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16", "stochastic"])
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_the_same_in_all_modes(config: RunConfig, name: str, adapter: Any, mode: str) -> None:
     config = with_mode(replace(config, optim=options(name, lr=1e-3), adapter=AdapterConfig(mode=adapter)), mode)
-    if (name, adapter, mode) == ("schedule_free", "full", "native_fp16"):
+    if name == "schedule_free" and ((adapter, mode) == ("full", "native_fp16") or mode == "stochastic"):
         with pytest.raises(UserError, match="AdamWScheduleFree averages the weights that it holds"):
             run(config)
         return

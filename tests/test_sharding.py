@@ -41,6 +41,7 @@ from rawloop.sharding import find_blocks, part_of, shard, whole
 from rawloop.watch.config import WatchConfig
 
 SLOT = "checkpoints/step-00000002"
+STOCHASTIC = PrecisionConfig(mode="bf16", trainable_dtype="bf16", masters="stochastic")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,7 @@ def variants(base: RunConfig) -> dict[str, RunConfig]:
         "full": base,
         "full_bf16": replace(base, precision=PrecisionConfig(mode="bf16")),
         "full_pure_bf16": replace(base, precision=PrecisionConfig(mode="bf16", trainable_dtype="bf16")),
+        "full_stochastic": replace(base, precision=STOCHASTIC),
         "full_amp_fp16": replace(base, precision=PrecisionConfig(mode="amp_fp16")),
         "lora_native_fp16": replace(base, adapter=lora, precision=PrecisionConfig(mode="native_fp16")),
         "lora_bf16": replace(base, adapter=lora, precision=PrecisionConfig(mode="bf16")),

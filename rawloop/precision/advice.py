@@ -1,6 +1,6 @@
 """Messages about numbers that are not finite, and about updates that rounding loses."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.precision.masters import TrainedWeights
+from rawloop.rounding import expected_change
 from rawloop.sharding import is_sharded
 
 
@@ -49,13 +50,35 @@ def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16
 
 def lost_updates(trained: TrainedWeights, optimizer: Optimizer) -> str:
     """Return a warning about the updates that 16-bit weights lose without masters."""
-    groups = optimizer.param_groups
-    held = [(weight.detach(), usual_update(weight.detach(), group)) for group in groups for weight in group["params"]]
+    lost = _share((weight.float() + size).to(weight.dtype) == weight for weight, size in _usual(trained, optimizer))
     return (
-        f"{trained.dtype} weights are trained without masters: at a learning rate of "
-        f"{max(float(group['lr']) for group in groups):g} about {_share(held):.0%} of updates round to nothing; "
-        "precision.masters 'fp32' keeps them"
+        f"{trained.dtype} weights are trained without masters: at a learning rate of {_largest_rate(optimizer):g} "
+        f"about {lost:.0%} of updates round to nothing; precision.masters 'fp32' keeps them, 'stochastic' does in the "
+        "mean"
     )
+
+
+def rounded_updates(trained: TrainedWeights, optimizer: Optimizer) -> str:
+    """Return how many weights the first update will change if updates are rounded stochastically, else nothing."""
+    if not trained.rounding:
+        return ""
+    changed = _share(expected_change(weight, size) for weight, size in _usual(trained, optimizer))
+    return (
+        f", rounded stochastically: at a learning rate of {_largest_rate(optimizer):g} an update changes about "
+        f"{changed:.1%} of the numbers, and in the mean none is lost"
+    )
+
+
+def _usual(trained: TrainedWeights, optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor | float]]:
+    """Yield the weights that an optimizer updates, each with the usual size of an update."""
+    for group in optimizer.param_groups:
+        for held in group["params"]:
+            weight = trained.weight_of(held).detach()
+            yield weight, usual_update(weight, group)
+
+
+def _largest_rate(optimizer: Optimizer) -> float:
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def usual_update(weight: Tensor, group: Mapping[str, Any]) -> Tensor | float:
@@ -72,15 +95,16 @@ def usual_update(weight: Tensor, group: Mapping[str, Any]) -> Tensor | float:
 
 def share_of_lost_updates(weights: Iterable[Tensor], lr: float) -> float:
     """Return the share of weights that an update of size `lr`, Adam's usual one, does not change."""
-    return _share((weight, lr) for weight in weights)
+    return _share((weight.float() + lr).to(weight.dtype) == weight for weight in weights)
 
 
-def _share(updates: Iterable[tuple[Tensor, Tensor | float]]) -> float:
-    lost = total = 0
-    for weight, size in updates:
-        lost += int(_over_ranks(((weight.float() + size).to(weight.dtype) == weight).sum()))
-        total += weight.numel()
-    return lost / total if total else 0.0
+def _share(found: Iterable[Tensor]) -> float:
+    """Return the mean of flags or probabilities over all tensors."""
+    summed = total = 0.0
+    for each in found:
+        summed += float(_over_ranks(each.sum()))
+        total += each.numel()
+    return summed / total if total else 0.0
 
 
 def _over_ranks(number: Tensor) -> Tensor:

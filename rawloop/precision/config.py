@@ -70,7 +70,9 @@ class PrecisionConfig:
         trainable_dtype: dtype of trained weights. auto: fp32, or fp16 in native_fp16 if most weights are trained. bf16
             needs mode bf16, fp16 needs mode native_fp16. It applies to `mode`, not to `fallback`.
         masters: fp32: keep a float32 master of each 16-bit trainable, so that rounding loses no update (16 bytes per
-            weight with AdamW). none: keep no masters; only for bf16 trainables, with a warning.
+            weight with AdamW). stochastic: keep no masters; each update is computed in float32 and rounded
+            stochastically, so that none is lost in the mean (12 bytes). none: keep no masters and round to nearest,
+            which loses most small updates, with a warning. The last two are for bf16 trainables only.
         tf32: let float32 matrix products on NVIDIA GPUs round their inputs to TF32 (10 bits of mantissa).
         max_skips: leave the mode after this many steps in a row with a loss or gradients that are not finite.
         max_nonfinite_losses: leave the mode for a fallback after this many steps in a row with a loss that is not
@@ -81,7 +83,7 @@ class PrecisionConfig:
     mode: Literal["auto", "fp32", "bf16", "amp_fp16", "native_fp16"] = "auto"
     fallback: list[Name] | None = None
     trainable_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    masters: Literal["fp32", "none"] = "fp32"
+    masters: Literal["fp32", "stochastic", "none"] = "fp32"
     tf32: bool = False
     max_skips: int = 25
     max_nonfinite_losses: int = 5
@@ -122,18 +124,24 @@ class PrecisionConfig:
                 f"precision.trainable_dtype is '{wanted}' and precision.mode is '{self.mode}', which trains {allowed}"
                 f"{WHY_NOT.get((self.mode, wanted), '')}"
             )
-        if self.masters not in ("fp32", "none"):
+        if self.masters not in ("fp32", "stochastic", "none"):
             raise UserError(
-                f"precision.masters is '{self.masters}': it must be fp32 or none; where it was residual (14 bytes per "
-                "weight with AdamW), use fp32 (16 bytes)"
+                f"precision.masters is '{self.masters}': it must be fp32, stochastic or none; where it was residual "
+                "(14 bytes per weight with AdamW), use fp32 (16 bytes)"
+            )
+        if self.masters == "stochastic" and wanted != "bf16":
+            raise UserError(
+                f"precision.masters is 'stochastic' and precision.trainable_dtype is '{wanted}': only updates of bf16 "
+                "trainables are rounded stochastically; set precision.mode and precision.trainable_dtype to bf16, or "
+                "leave masters out"
             )
         if self.masters == "none" and wanted != "bf16":
             raise UserError(
                 "precision.masters is 'none': FP16 weights without masters lose most of their updates; "
                 "only bf16 trainables go without (precision.mode bf16, precision.trainable_dtype bf16)"
             )
-        if self.masters == "none" and "native_fp16" in (self.fallback or []):
+        if self.masters != "fp32" and "native_fp16" in (self.fallback or []):
             raise UserError(
-                "precision.masters is 'none' and precision.fallback has native_fp16, whose FP16 weights lose most "
-                "of their updates without masters: remove one of them"
+                f"precision.masters is '{self.masters}' and precision.fallback has native_fp16, whose FP16 weights "
+                "lose most of their updates without masters: remove one of them"
             )

@@ -126,7 +126,7 @@ class Window:
 
     def refuse_foreign_step(self, optimizer: Optimizer) -> None:
         """Raise a UserError if the loop calls `optimizer.step()` itself while gradients wait for `policy.step`."""
-        trained = {id(p) for named in (self.trained.weights, self.trained.masters) for p in named.values()}
+        trained = {id(p) for name, held in self.trained.named_parameters() for p in (held, self.trained.weights[name])}
         held = [p for p in held_by([optimizer]) if id(p) in trained]
         waiting = not self.closed or any(p.grad is not None for p in held)
         if held and waiting and self.loss is not None:

@@ -1,12 +1,11 @@
-"""The trained weights, and the float32 masters that take their place in an optimizer.
+"""The trained weights, and the float32 masters or stand-ins that take their place in an optimizer.
 
 An update smaller than half a unit in the last place of a weight rounds to nothing: at a learning rate of 1e-5, 16-bit
 weights lose more than half of all updates in FP16 and nearly all in bfloat16. Masters keep these updates, at 16 bytes
-per weight with AdamW.
+per weight with AdamW. Stochastic rounding keeps them in the mean, at 12.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -14,20 +13,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rawloop.errors import CheckpointError, UserError
+from rawloop.rounding import StochasticRounding
 from rawloop.sharding import parts_of, sharded_as, write_part
 
 HALF = (torch.float16, torch.bfloat16)
-BUCKET = 2**25  # numbers per call of the optimizer during an update with masters: 134 MB of float32 gradients
+ROUNDING = "StochasticRounding"  # the kind of a state without masters
+BUCKET = 2**25  # numbers per call of the optimizer during such an update: 134 MB of float32 gradients
 
 
 class TrainedWeights:
-    """The trained weights in one dtype, and their masters.
+    """The trained weights in one dtype, and their masters or stand-ins.
 
     Args:
         named: the weights by name; they are cast in place.
         dtype: the dtype to cast them to.
         device: the device of the masters, where the model will be.
         masters: keep a float32 master of each weight that is cast to 16 bits.
+        rounding: without masters, update bfloat16 weights in float32 and round them so.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class TrainedWeights:
         dtype: torch.dtype,
         device: torch.device,
         masters: bool = True,
+        rounding: StochasticRounding | None = None,
     ) -> None:
         self.dtype = dtype
         self.weights = dict(named)
         self.masters: dict[str, nn.Parameter] = {}
+        self.rounding = rounding if dtype == torch.bfloat16 and not masters else None
         for name, weight in self.weights.items():
             value = weight.detach()
             weight.data = value.to(dtype)
@@ -48,14 +52,17 @@ class TrainedWeights:
         self._index()
 
     def take_shards(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Take the sharded weights in place of the whole ones, by name, and shard the masters."""
+        """Take the sharded weights in place of the whole ones, by name, and shard masters or stand-ins."""
         self.weights = {name: named[name] for name in self.weights}
         for name, master in self.masters.items():
             self.masters[name] = nn.Parameter(sharded_as(master.detach(), self.weights[name]))
         self._index()
 
     def _index(self) -> None:
-        self._name_of = {id(master): name for name, master in self.masters.items()}
+        rounded = self.weights if self.rounding else {}
+        stand_ins = {name: self.rounding.stand_in(weight) for name, weight in rounded.items() if self.rounding}
+        self._held = self.masters or stand_ins  # by the optimizer, in place of the weights
+        self._name_of = {id(held): name for name, held in self._held.items()}
         self._known = {id(parameter) for _, parameter in self.named_parameters()}
         self._versions = self._counts()
 
@@ -65,7 +72,7 @@ class TrainedWeights:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that the optimizer must hold, under the names of the model's weights."""
-        return [(name, self.masters.get(name, weight)) for name, weight in self.weights.items()]
+        return [(name, self._held.get(name, weight)) for name, weight in self.weights.items()]
 
     def follow_weights(self) -> None:
         """Copy weights that others have written (DDP's broadcast, `load_state_dict`) into their masters.
@@ -116,56 +123,70 @@ class TrainedWeights:
             raise UserError(f"{cast} was cast after policy.prepare(model): cast before it, or leave it to the policy")
 
     def update(self, held: Sequence[nn.Parameter], factor: float, step: Callable[[], None]) -> None:
-        """Multiply every gradient by `factor` in float32, step the optimizers, and round the masters into the weights.
+        """Multiply every gradient by `factor` in float32, step the optimizers, and round the result into the weights.
 
-        In 16 bits, unscaling would flush small gradients to zero again. With masters, `step` is called once per
-        `BUCKET` numbers while all other gradients are hidden, so few gradients are in float32 at a time. Optimizers
-        that combine parameters beyond their group's settings do not work this way.
+        In 16 bits, unscaling would flush small gradients to zero again. With masters or stand-ins, `step` is called
+        once per `BUCKET` numbers while all other gradients are hidden, so few numbers are in float32 at a time.
+        Optimizers that combine parameters beyond their group's settings do not work this way.
         """
-        if not self.masters:
+        if not self._held:
             gradients = [p.grad for p in held if p.grad is not None]
             if gradients and factor != 1.0:
                 torch._foreach_mul_(parts_of(gradients), factor)
             step()
             return
-        for master in held:
-            master.grad = None  # `unscale_gradients` may have set it
-        for masters in self._buckets(held):
-            weights = [self.weight_of(master) for master in masters]
-            for master, gradient in zip(masters, self._take_gradients(weights, factor), strict=True):
-                master.grad = gradient
+        for each in held:
+            each.grad = None  # `unscale_gradients` may have set it
+        for bucket in self._buckets(held):
+            weights = [self.weight_of(each) for each in bucket]
+            if self.rounding:
+                self.rounding.fill(bucket)
+            for each, gradient in zip(bucket, self._take_gradients(weights, factor), strict=True):
+                each.grad = gradient
             step()
-            for master in masters:
-                master.grad = None
-            torch._foreach_copy_(parts_of(weight.data for weight in weights), parts_of(masters))
+            for each in bucket:
+                each.grad = None
+            if self.rounding:
+                self.rounding.write([(self._name_of[id(each)], each) for each in bucket])
+            else:
+                torch._foreach_copy_(parts_of(weight.data for weight in weights), parts_of(bucket))
+        if self.rounding:
+            self.rounding.updates += 1
 
     def _buckets(self, held: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-        """Yield the masters of weights with a gradient, in groups of at most `BUCKET` numbers."""
+        """Yield what the optimizer holds for weights with a gradient, in groups of at most `BUCKET` numbers.
+
+        The largest come last. By then the gradients of the others are gone.
+        """
         bucket: list[nn.Parameter] = []
         size = 0
-        for master in (master for master in held if self.weight_of(master).grad is not None):
-            if bucket and size + master.numel() > BUCKET:
+        with_gradient = [each for each in held if self.weight_of(each).grad is not None]
+        for each in sorted(with_gradient, key=nn.Parameter.numel):
+            if bucket and size + each.numel() > BUCKET:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append(master)
-            size += master.numel()
+            bucket.append(each)
+            size += each.numel()
         if bucket:
             yield bucket
 
     def unscale_gradients(self, held: Iterable[nn.Parameter], factor: float) -> None:
-        """Multiply the gradients by `factor`, and set them on weights and masters alike; with masters in float32."""
+        """Multiply the gradients by `factor`, and set them on weights and on what the optimizer holds for them.
+
+        With masters or stand-ins they are float32.
+        """
         shown = [p for p in held if self.weight_of(p).grad is not None]
         weights = [self.weight_of(p) for p in shown]
         for parameter, weight, gradient in zip(shown, weights, self._take_gradients(weights, factor), strict=True):
-            if self.masters:
+            if self._held:
                 weight.grad_dtype = None  # allows a float32 gradient on a 16-bit weight
             parameter.grad = weight.grad = gradient
 
     def _take_gradients(self, weights: Sequence[Tensor], factor: float) -> list[Tensor]:
-        """Remove the gradients from weights, and return them times `factor`; with masters in float32."""
+        """Remove the gradients from weights, and return them times `factor`, in float32 if the update is."""
         given = [weight.grad for weight in weights if weight.grad is not None]
         gradients = given
-        if self.masters and any(gradient.dtype != torch.float32 for gradient in given):
+        if self._held and any(gradient.dtype != torch.float32 for gradient in given):
             gradients = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
             torch._foreach_copy_(parts_of(gradients), parts_of(given))
         if gradients and factor != 1.0:
@@ -185,16 +206,25 @@ class TrainedWeights:
             weight.data = self.value(name).to(weight.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masters by name."""
+        """Return the masters by name, or what random numbers depend on."""
+        if self.rounding:
+            return {"kind": ROUNDING, "kept": {}, "seed": self.rounding.seed, "updates": self.rounding.updates}
         return {"kind": "Masters", "kept": {name: master.detach() for name, master in self.masters.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the masters.
+        """Restore the masters, or the place in the random numbers.
 
         Raises:
-            CheckpointError: they belong to other weights.
+            CheckpointError: the masters belong to other weights, or the updates were rounded in another way.
         """
         stored = state["kept"]
+        if not stored and not self.masters and bool(self.rounding) != (state["kind"] == ROUNDING):
+            then = ("not ", "")[state["kind"] == ROUNDING]
+            raise CheckpointError(
+                f"the checkpoint's updates were {then}rounded stochastically, and its optimizer state is of that kind: "
+                "set precision.masters and precision.trainable_dtype to what it was trained with, or start another run "
+                "from its weights with --init_from CHECKPOINT --output NEW"
+            )
         different = sorted(set(stored) ^ set(self.masters))
         if different or (stored and state["kind"] != "Masters"):
             names = f" ({len(different)} differ, first {different[0]})" if different else ""
@@ -205,6 +235,8 @@ class TrainedWeights:
                 f"the checkpoint has {len(stored)} {kind}, and this model {len(self.masters)} masters{names}: {again}"
                 "start another run from its weights with --init_from CHECKPOINT --output NEW"
             )
+        if self.rounding:
+            self.rounding.seed, self.rounding.updates = state["seed"], state["updates"]
         for name, master in self.masters.items():
             write_part(master, stored[name])
         self._versions = self._counts()
@@ -213,94 +245,3 @@ class TrainedWeights:
 def held_by(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
     """Return all parameters that optimizers hold, in order."""
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
-
-def adopt(optimizer: Optimizer, trained: TrainedWeights, frozen: Iterable[nn.Parameter] = ()) -> None:
-    """Replace the model's weights in an optimizer by their masters.
-
-    Args:
-        optimizer: changed in place.
-        trained: the model's trained weights.
-        frozen: the model's other weights. An optimizer may hold these too: without a gradient they do not change.
-
-    Raises:
-        UserError: the optimizer holds weights of another model, needs a closure to step, averages weights in 16 bits,
-            or wraps another optimizer; a weight was cast since the model was prepared, or optimizer state was loaded
-            in 16 bits.
-    """
-    trained.check_casts()
-    closure = signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is Parameter.empty:
-        raise UserError(
-            f"{type(optimizer).__name__} runs the forward pass itself, in a closure: gradients of several passes "
-            "cannot be unscaled and tested as one step; use an optimizer that steps without one"
-        )
-    check_averaging(optimizer, trained)
-    held = dict(trained.named_parameters())
-    stand_ins = {id(weight): held[name] for name, weight in trained.weights.items()}
-    known = {id(parameter) for parameter in (*held.values(), *frozen)} | set(stand_ins)
-    holds = held_by([optimizer])
-    unknown = [tuple(p.shape) for p in holds if id(p) not in known]
-    if unknown:
-        raise UserError(
-            f"the optimizer holds {len(holds)} weights, {len(unknown)} of which (first of shape {unknown[0]}) are not "
-            f"among the {len(held)} that the prepared model trains: build it after policy.prepare, over "
-            "policy.named_parameters()"
-        )
-    replace_parameters(optimizer, stand_ins, loaded=True)
-
-
-def check_averaging(optimizer: Optimizer, trained: TrainedWeights) -> None:
-    """Raise UserError if an optimizer averages weights, as schedule-free ones do, and these are in 16 bits."""
-    if trained.dtype in HALF and hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
-        raise UserError(
-            f"{type(optimizer).__name__} averages the weights that it holds, and the trained weights are "
-            f"{trained.dtype}: an average in 16 bits is lost to rounding, and one of masters is not in the model; "
-            "train float32 weights (precision.mode bf16 or amp_fp16, precision.trainable_dtype auto), or take adamw"
-        )
-
-
-def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, nn.Parameter], loaded: bool = False) -> None:
-    """Replace the parameters that an optimizer holds, by id, and move their state along.
-
-    Groups, learning rates, hooks and schedulers stay, so references to the optimizer remain valid.
-
-    Args:
-        optimizer: changed in place.
-        replacements: id of a parameter -> the parameter that takes its place.
-        loaded: the state, if any, was loaded, perhaps in 16 bits.
-
-    Raises:
-        UserError: the loaded state of a replaced parameter is in 16 bits, so its digits are lost. Or the optimizer
-            wraps another one, which would go on updating the old parameters.
-    """
-    replaced = [p for p in held_by([optimizer]) if replacements.get(id(p), p) is not p]
-    inner = [
-        name
-        for name, value in vars(optimizer).items()
-        if isinstance(value, Optimizer) and value.param_groups is not optimizer.param_groups
-    ]
-    if inner and replaced:
-        raise UserError(
-            f"{type(optimizer).__name__} holds its parameters in another optimizer (.{inner[0]}), where they cannot be "
-            "replaced by float32 masters, so that nothing would be trained: use a plain optimizer, or a mode with "
-            "float32 trainables (bf16, amp_fp16)"
-        )
-    states = [value for p in replaced if loaded and p in optimizer.state for value in optimizer.state[p].values()]
-    if any(map(_is_half, states)):
-        raise UserError(
-            "the optimizer's state is in 16 bits, in which most of it is zero: torch casts a loaded state to the "
-            "weights' dtype. Call policy.adopt(optimizer) before optimizer.load_state_dict(...)"
-        )
-    for group in optimizer.param_groups:
-        for place, old in enumerate(group["params"]):
-            group["params"][place] = new = replacements.get(id(old), old)
-            if old not in optimizer.state or (new is old and old.dtype in HALF):
-                continue
-            # A weight that stays may have become float32, and its state has to follow.
-            state = optimizer.state.pop(old)
-            optimizer.state[new] = {k: value.float() if _is_half(value) else value for k, value in state.items()}
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in HALF

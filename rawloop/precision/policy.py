@@ -48,6 +48,7 @@ class PrecisionPolicy(PreparedModel):
             `load_state_dict` with the same state after weights and optimizer are loaded.
         say: called with each message for the user.
         masters_on: the device of the masters until `take_shards`; `device` by default.
+        seed: of the random numbers of stochastic rounding; the same on all ranks.
 
     Raises:
         UserError: the device does not support the mode, the settings contradict each other, or `world` has fewer ranks

@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 
 from rawloop.dist import World
 from rawloop.errors import TrainingError, UserError
+from rawloop.precision.adopting import adopt, replace_parameters
 from rawloop.precision.advice import lost_updates
 from rawloop.precision.casting import cast_frozen, check_model, check_world
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import Observer, Window, drop_scaler_marks, watch_steps
-from rawloop.precision.masters import HALF, TrainedWeights, adopt, held_by, replace_parameters
+from rawloop.precision.masters import HALF, TrainedWeights, held_by
 from rawloop.precision.modes import MODES, Autocast, Mode, ModeChain, describe, examine, other_mode
 from rawloop.precision.scaler import GuardedGradScaler, LossScaler
+from rawloop.rounding import StochasticRounding
 from rawloop.sharding import BlockRuns
 
 UNPREPARED = "the precision policy has no model yet: call policy.prepare(model) first"
@@ -44,12 +46,13 @@ class PreparedModel:
         resume: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = warn,
         masters_on: torch.device | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = PrecisionConfig(config) if isinstance(config, str) else config  # type: ignore[arg-type]
         self.world = check_world(world)
         self.device = self.world.device if device is None else torch.device(device)
         self.say = say
-        self.masters_on = masters_on or self.device
+        self.masters_on, self.seed = masters_on or self.device, seed
         self.chain = ModeChain(self.config, describe(self.device), resume)
         self.model: nn.Module | None = None
         self.trained = TrainedWeights([], torch.float32, self.device)
@@ -84,6 +87,11 @@ class PreparedModel:
             done.append(
                 f"{len(self.trained.masters)} trained weights in {self.trained.dtype} have float32 masters in the "
                 "optimizer, so that its eps and small updates act"
+            )
+        if self.trained.rounding:
+            done.append(
+                f"{len(self.trained.weights)} trained weights in {self.trained.dtype} are updated in float32 and "
+                "rounded stochastically, so that small updates act in the mean"
             )
         if self.scaler:
             floor = self.scaler.config.floor
@@ -146,7 +154,12 @@ class PreparedModel:
                 if not self.chain.advance(str(error)):
                     raise
         named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-        self.trained = TrainedWeights(named, dtype, self.masters_on, masters=self.config.masters == "fp32")
+        masters, rounding = self.config.masters == "fp32", None
+        if self.config.masters == "stochastic" and dtype == torch.bfloat16:
+            rounding = StochasticRounding(self.device, self.seed)
+            if self.device.type != "cpu":
+                rounding.check()
+        self.trained = TrainedWeights(named, dtype, self.masters_on, masters, rounding)
         kind = MODES[self.chain.name].scaler
         if kind == "torch":
             self.scaler = GuardedGradScaler(self.config.loss_scale, self.device, self._grad_scaler)
@@ -174,7 +187,10 @@ class PreparedModel:
             raise self.world.raised_on_all(TrainingError(DIFFERENT_BLOCKS))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the parameters that the optimizer must hold after `prepare`: trained weights, or their masters."""
+        """Return the parameters that the optimizer must hold after `prepare`.
+
+        They are the trained weights, their masters, or stand-ins that have numbers only during an update.
+        """
         return self.trained.named_parameters()
 
     def adopt(self, *optimizers: Optimizer) -> None:
@@ -193,7 +209,7 @@ class PreparedModel:
         for optimizer in optimizers:
             adopt(optimizer, self.trained, self.model.parameters())
             self._adopted[optimizer] = len(held_by([optimizer]))
-            if self.trained.dtype in HALF and not self.trained.masters:
+            if self.trained.dtype in HALF and not self.trained.masters and not self.trained.rounding:
                 self.say(lost_updates(self.trained, optimizer))
 
     def advance(self, reason: str) -> bool:
@@ -216,7 +232,7 @@ class PreparedModel:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mode, its reason, the counts of skips, the scaler and the masters."""
+        """Return the mode, its reason, the counts of skips, the scaler, and the masters or the count of updates."""
         return {
             "mode": self.chain.name,
             "reason": self.chain.reason,
@@ -232,7 +248,7 @@ class PreparedModel:
 
         Raises:
             UserError: the state belongs to another mode.
-            CheckpointError: its masters belong to other weights.
+            CheckpointError: its masters belong to other weights, or its updates were rounded in another way.
         """
         if state["mode"] != self.chain.name:
             raise other_mode(state["mode"], self.chain.name)

@@ -87,7 +87,7 @@ class ChangedWeights(Detector):
     def __init__(self) -> None:
         self._digests = Digests()
         self._last: Look | None = None
-        self._trained: dict[str, nn.Parameter] = {}
+        self._trained: dict[str, Tensor] = {}
         self._few: dict[int, FewNumbers] = {}  # by the optimizer's id
         self._fresh = False  # no update since the last look
         self._probing = False
@@ -99,7 +99,8 @@ class ChangedWeights(Detector):
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if self._probing:  # an update with masters calls the optimizer several times, for some gradients each time
-                held = [one for one in held_by_optimizers(subject) if one.optimizer is optimizer]
+                own = [one for one in held_by_optimizers(subject) if one.optimizer is optimizer]
+                held = [one for one in own if one.parameter is one.numbers]  # others are rounded after this
                 self._updated |= self._digests.of({h.key: h.parameter for h in held if h.parameter.grad is not None})
             if few := self._few.get(id(optimizer)):
                 few.keep()
@@ -143,11 +144,12 @@ class ChangedWeights(Detector):
     def _look(self, subject: Subject, moment: str, step: int) -> Look:
         held, by_optimizer = held_by_optimizers(subject), dict[int, dict[str, Tensor]]()
         trained = [one for one in held if "train_mode" not in one.group]  # schedule-free ones swap theirs between steps
-        self._trained = {one.key: one.parameter for one in trained}
-        for one in trained[:: -(-len(trained) // WEIGHTS) or 1]:  # evenly spread
+        self._trained = {one.key: one.numbers for one in trained}
+        few = [one for one in trained if one.parameter is one.numbers]
+        for one in few[:: -(-len(few) // WEIGHTS) or 1]:  # evenly spread
             by_optimizer.setdefault(id(one.optimizer), {})[one.key] = one.parameter
         self._few = {key: FewNumbers(weights) for key, weights in by_optimizer.items()}
-        ids = {id(one.parameter) for one in held}
+        ids = {id(one.numbers) for one in held}
         frozen = {n for n, p in subject.model.named_parameters() if not p.requires_grad and id(p) not in ids}
         tensors = weights_of(subject)
         writes = {name: WRITES(tensor) for name, tensor in tensors.items()}

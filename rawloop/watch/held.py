@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rawloop.rounding import weight_behind
 from rawloop.watch.findings import Cause, Finding, Place, Whose
 from rawloop.watch.subject import Subject
 
@@ -21,7 +22,7 @@ class Held(NamedTuple):
     """A parameter that an optimizer holds."""
 
     name: str  # in `Subject.named`, or its place in the optimizer if it has none
-    parameter: nn.Parameter  # with float32 masters it is not the model's
+    parameter: nn.Parameter  # with float32 masters it is not the model's; a stand-in has no numbers between updates
     weight: nn.Parameter  # the model's of that name, on which backward puts the gradient; else the parameter
     optimizer: Optimizer
     group: dict[str, Any]
@@ -30,7 +31,12 @@ class Held(NamedTuple):
     @property
     def key(self) -> str:
         """A name that a master does not share with its weight."""
-        return self.name if self.weight is self.parameter else f"{MASTER}{self.name}"
+        return self.name if self.weight is self.numbers else f"{MASTER}{self.name}"
+
+    @property
+    def numbers(self) -> Tensor:
+        """Its numbers between updates: those of the weight that it stands in for, else its own."""
+        return weight_behind(self.parameter)
 
     @property
     def place(self) -> Place:
@@ -83,7 +89,7 @@ def by_label(held: Iterable[Held]) -> dict[str, list[Held]]:
 def weights_of(subject: Subject) -> dict[str, Tensor]:
     """Return the model's weights, and the optimizers' parameters that are not among them (masters), by name."""
     found: dict[str, Tensor] = {name: p for name, p in subject.model.named_parameters() if measurable(p)}
-    return found | {one.key: one.parameter for one in held_by_optimizers(subject)}
+    return found | {one.key: one.numbers for one in held_by_optimizers(subject)}
 
 
 def measurable(tensor: Tensor) -> bool:

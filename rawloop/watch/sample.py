@@ -80,8 +80,8 @@ def count(held: list[Held], moments: list[Tensor], lr: float, scale: float) -> S
     """Count numbers in a sample of every tensor."""
     dtype, state_dtype, group = held[0].parameter.dtype, moments[0].dtype, held[0].group
     wide = torch.promote_types(dtype, torch.float32)
-    weight, moment = chosen([one.parameter for one in held], wide), chosen(moments, wide) / scale
-    sizes = torch.tensor([len(spread(one.parameter)) for one in held], device=weight.device)
+    weight, moment = chosen([one.numbers for one in held], wide), chosen(moments, wide) / scale
+    sizes = torch.tensor([len(spread(one.numbers)) for one in held], device=weight.device)
     owner = torch.repeat_interleave(torch.arange(len(held), device=weight.device), sizes)
     update, second, zero = lr * moment, torch.zeros_like(weight), torch.zeros_like(weight)
     still = drowned = zero != 0
@@ -99,7 +99,8 @@ def count(held: list[Held], moments: list[Tensor], lr: float, scale: float) -> S
         drowned = (second != 0) & (root < eps)
     rows = {
         "active": moment != 0,  # numbers with a first moment, which unused rows of embeddings do not have
-        "lost": (moment != 0) & ((weight - update).to(dtype).to(wide) == weight),  # the weight stays as it is
+        # the weight stays as it is; of a stand-in, which is float32: before its update is rounded at random
+        "lost": (moment != 0) & ((weight - update).to(dtype).to(wide) == weight),
         "zero": zero,  # of the active ones: the second moment is zero
         "moving": second != 0,
         "still": still,  # of the moving ones: beta2 times the second moment rounds to itself

@@ -21,7 +21,7 @@ class Subject:
     model: nn.Module  # the bare model, outside DDP and torch.compile
     optimizers: Sequence[Optimizer]  # may be empty
     scaler: Any  # torch's GradScaler, rawloop's, or anything with `get_scale()`; None without one
-    named: Callable[[], Iterable[tuple[str, nn.Parameter]]]  # those that the optimizers hold: may be float32 masters
+    named: Callable[[], Iterable[tuple[str, nn.Parameter]]]  # those that the optimizers hold: may be masters, stand-ins
     world: World = field(default_factory=World.current)
     config: WatchConfig = field(default_factory=WatchConfig)
     compiled: bool = False  # torch.compile has compiled a part of the model, and would do so again for each hook on it

@@ -57,7 +57,7 @@ class Updates(Detector):
     def start(self, subject: Subject) -> Iterable[Finding]:
         """Measure the weights that start near zero."""
         held = held_by_optimizers(subject)
-        sizes = rms_of([one.parameter for one in held])
+        sizes = rms_of([one.numbers for one in held])
         self._near_zero = {one.name for one, rms in zip(held, sizes, strict=True) if rms < TINY}
         return ()
 

@@ -97,7 +97,20 @@ def test_a_grad_scaler_of_ones_own_is_driven() -> None:
     assert scaler.state_dict()["_growth_tracker"] == 20  # as if torch had counted
 
 
-LIGHT = ("buffers", "ddp", "dist", "errors", "facts", "launcher", "meeting", "seed", "settings", "sharding", "waiting")
+LIGHT = (
+    "buffers",
+    "ddp",
+    "dist",
+    "errors",
+    "facts",
+    "launcher",
+    "meeting",
+    "rounding",
+    "seed",
+    "settings",
+    "sharding",
+    "waiting",
+)
 
 
 def test_it_brings_nothing_else_of_rawloop_along(tmp_path: Path) -> None:

@@ -149,11 +149,23 @@ def test_this_device_is_described_and_models_are_examined() -> None:
         ({"mode": "native_fp16", "masters": "none"}, r"FP16 weights without masters lose most of their"),
         ({"mode": "native_fp16", "masters": "none", "trainable_dtype": "fp16"}, r"only bf16 trainables go without"),
         ({"mode": "bf16", "masters": "none"}, r"precision\.masters is 'none'"),
+        ({"mode": "bf16", "masters": "stochastic"}, r"'stochastic' and precision\.trainable_dtype is 'auto': only upd"),
+        (
+            {"mode": "native_fp16", "masters": "stochastic", "trainable_dtype": "fp16"},
+            r"trainable_dtype is 'fp16': only updates of bf16 trainables are rounded stochastically",
+        ),
+        (
+            {"mode": "bf16", "trainable_dtype": "bf16", "masters": "stochastic", "fallback": ["native_fp16"]},
+            r"masters is 'stochastic' and precision\.fallback has native_fp16",
+        ),
         (
             {"mode": "bf16", "trainable_dtype": "bf16", "masters": "none", "fallback": ["native_fp16"]},
             r"fallback has native_fp16, whose FP16 weights lose most",
         ),
-        ({"mode": "native_fp16", "masters": "residual"}, r"'residual': it must be fp32 or none; where it was residual"),
+        (
+            {"mode": "native_fp16", "masters": "residual"},
+            r"'residual': it must be fp32, stochastic or none; where it was residual",
+        ),
         ({"mode": "bf16", "loss_scale": LossScaleConfig(init=2.0)}, r"loss_scale is set and precision\.mode is 'bf16'"),
         ({"mode": "bf16", "max_skips": 0}, r"precision\.max_skips is 0: it must be 1 or more"),
         ({"mode": "bf16", "max_nonfinite_losses": 0}, r"precision\.max_nonfinite_losses is 0"),

@@ -37,6 +37,7 @@ def watched(training: Training, steps: int = 7, damage: Any = None) -> tuple[lis
         ("fp32", {}),
         ("bf16", {}),
         ("bf16", {"trainable_dtype": "bf16"}),
+        ("bf16", {"trainable_dtype": "bf16", "masters": "stochastic"}),
         ("amp_fp16", {}),
         ("native_fp16", {"trainable_dtype": "fp16"}),
     ],
@@ -49,6 +50,20 @@ def test_training_under_a_policy_has_no_findings(mode: str, settings: dict[str, 
     assert [one.name for one in held] == [name for name, _ in training.model.named_parameters()]
     assert all(one.parameter.dtype is torch.float32 for one in held)
     assert all((one.weight is one.parameter) == (one.weight.dtype is torch.float32) for one in held)
+    stands_in = settings.get("masters") == "stochastic"
+    assert all((one.numbers is one.weight) == (stands_in or one.parameter is one.weight) for one in held)
+
+
+def test_updates_of_stand_ins_are_measured() -> None:
+    settings: Any = {"trainable_dtype": "bf16", "masters": "stochastic"}
+    found, _ = watched(Training("bf16", lr=1.0, **settings))
+    assert "update_too_large" in {f.kind for f in found}
+    found, _ = watched(Training("bf16", lr=1e-12, **settings))  # float32 loses these before they are rounded
+    assert {f.kind for f in found} == {"updates_lost"}
+    training = Training("bf16", lr=1e-5, **settings)
+    weight = training.policy.trained.weights["lm_head.weight"]
+    found, _ = watched(training, damage=lambda: weight.data.mul_(1.5))
+    assert [(f.kind, f.step) for f in found] == [("weights_changed_outside_optimizer", 3)]
 
 
 def test_a_master_that_something_else_changes_is_named() -> None:
