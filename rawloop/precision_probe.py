@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rawloop.build import Ready, prepare
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.dist import World
@@ -17,6 +16,7 @@ from rawloop.errors import TrainingError
 from rawloop.kept import Again
 from rawloop.precision.advice import share_of_lost_updates
 from rawloop.precision.modes import DTYPES
+from rawloop.ready import Ready, prepare
 from rawloop.watch.look import ModuleHooks
 from rawloop.watch.measure import Amounts, Exponents, GradientAmounts, Readings, Window, joined
 

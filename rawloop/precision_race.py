@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rawloop.build import Ready
-from rawloop.build import prepare as build_ready
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.dist import World
@@ -23,6 +21,8 @@ from rawloop.precision.config import SCALED, LossScaleConfig
 from rawloop.precision.modes import MODES
 from rawloop.precision.preflight import is_lacking
 from rawloop.precision_probe import at_finite_scale, backward, first_batch, gradients_of, loss_of, quiet
+from rawloop.ready import Ready
+from rawloop.ready import prepare as build_ready
 from rawloop.seed import seed_all
 
 BATCHES = 2  # micro-batches whose gradients are compared

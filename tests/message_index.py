@@ -80,6 +80,7 @@ PAGES = {
     "precision": "precision.md",
     "preempt.py": "checkpoints.md",
     "prompts.py": "listening.md",
+    "ready.py": "architecture.md",
     "rebuild.py": "precision.md",
     "records.py": "embedding.md",
     "replay.py": "debugging.md",

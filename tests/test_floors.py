@@ -109,6 +109,7 @@ FLOORS = (
             "kept",
             "watched",
             "replay",
+            "ready",
             "build",
             "precision_probe",
             "precision_race",

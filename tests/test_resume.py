@@ -822,7 +822,7 @@ def test_a_model_that_is_refused_leaves_no_run(short: RunConfig, monkeypatch: py
         raise UserError("a weight stands outside of the adapter")
 
     with monkeypatch.context() as patched:
-        patched.setattr("rawloop.build.ModelFiles", refuse)
+        patched.setattr("rawloop.ready.ModelFiles", refuse)
         with pytest.raises(UserError, match="outside of the adapter"):
             build_run(short, World(), lambda line: None)
     finished(replace(short, train=replace(short.train, max_steps=1)))
