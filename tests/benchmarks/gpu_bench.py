@@ -5,11 +5,13 @@
     PYTHONPATH=. python tests/benchmarks/gpu_bench.py --output /tmp/gpu_check --cpu      # a rehearsal with tiny sizes
 
 Four sections: the loop against its peers; how long a save holds training; memory and speed by precision mode; tokens
-per second and MFU of LoRA on models with 1 and 3 billion random weights, beside HF Trainer and a loop by hand. If the
-time is over, a section is cut short, and the tables say so. An error ends its section; the script then fails.
+per second and MFU of LoRA on Llamas with 1 and 3 billion random weights and on a Higgs Audio v2 with 5.4, beside HF
+Trainer and a loop by hand. If the time is over, a section is cut short, and the tables say so. An error ends its
+section; the script then fails.
 
 MFU counts the floating-point operations that the step needs: per token 4 x the frozen weights (forward, and backward
-to the activations), 6 x the trained ones, and 6 x layers x length x hidden size for causal attention.
+to the activations), 6 x the trained ones, and 6 x layers x length x hidden size for causal attention. Embeddings are
+looked up and count nothing; of Higgs Audio v2's two MLPs a token uses one.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -38,7 +41,8 @@ from xml.etree import ElementTree
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, LlamaConfig
 
 from rawloop.cards import CARDS
 from tests.benchmarks import checkpoint_stall, loop_overhead
@@ -73,16 +77,78 @@ class Size(NamedTuple):
             use_cache=False,
         )
 
-    def build(self, work: loop_overhead.Work) -> Any:
-        """Build the model on the device, where random numbers are fast."""
-        torch.manual_seed(0)
-        with torch.device(work.device):
-            model = AutoModelForCausalLM.from_config(self.config(), dtype=self.stored)
-            if self.lora:
-                model = get_peft_model(model, LoraConfig(r=self.lora, target_modules="all-linear"))
-        if work.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        return model.train()
+    def model(self) -> Any:
+        """Return the model on torch's default device."""
+        model = AutoModelForCausalLM.from_config(self.config(), dtype=self.stored)
+        return get_peft_model(model, LoraConfig(r=self.lora, target_modules="all-linear")) if self.lora else model
+
+
+class HiggsSize(NamedTuple):
+    """A Higgs Audio v2 with random weights and LoRA: by default the published size without text head, 5.4 billion."""
+
+    hidden: int = 3072
+    layers: int = 28
+    heads: int = 24
+    intermediate: int = 8192
+    words: int = 128256
+    vocab: int = 1026
+    lora: int = 16
+
+    def model(self) -> Any:
+        """Return the model on torch's default device."""
+        config = HiggsAudioV2Config(
+            vocab_size=self.words,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=max(1, self.heads // 3),
+            head_dim=self.hidden // self.heads,
+            codebook_size=self.vocab,
+            audio_token_id=self.words - 1,
+            audio_bos_token_id=self.words - 2,
+            audio_delay_token_id=self.words - 3,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=False,
+        )
+        model = HiggsAudioV2ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        return Speaking(get_peft_model(model, LoraConfig(r=self.lora, target_modules="all-linear")))
+
+
+class Speaking(nn.Module):
+    """Gives a Higgs Audio v2 the interface of a Llama: ids of the first codebook in, logits of it out.
+
+    The first eighth of the positions is text, the others are frames of audio. Each codebook's logits are part of the
+    sum that is returned, so all heads are trained.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Any:
+        """Take ids of shape (batch, length), int64. Returns an object with logits of shape (batch, length, codes)."""
+        config, (rows, length) = self.model.config, input_ids.shape
+        codes = (input_ids[:, length // 8 :, None] + torch.arange(config.num_codebooks, device=input_ids.device)) % (
+            config.codebook_size
+        )
+        ids = torch.cat([input_ids[:, : length // 8], torch.full_like(codes[..., 0], config.audio_token_id)], dim=1)
+        logits = self.model(ids, audio_input_ids=codes, audio_input_ids_mask=torch.ones_like(codes[..., 0])).logits
+        return SimpleNamespace(logits=logits.view(rows, length, config.num_codebooks, config.codebook_size).sum(2))
+
+
+AnySize = Size | HiggsSize
+
+
+def build(size: AnySize, work: loop_overhead.Work) -> Any:
+    """Build a model on the device, where random numbers are fast."""
+    torch.manual_seed(0)
+    with torch.device(work.device):
+        model = size.model()
+    if work.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return model.train()
 
 
 @dataclass(frozen=True)
@@ -97,7 +163,7 @@ class Plan:
     length: int
     saves: tuple[str, ...]
     by_mode: dict[str, Size]
-    by_size: dict[str, Size]
+    by_size: dict[str, AnySize]
 
 
 GPU = Plan(
@@ -112,7 +178,11 @@ GPU = Plan(
         "1.1B LoRA": Size(2048, 16, 32, 8192, 32000),
         "0.2B full": Size(1024, 12, 16, 4096, 8192, lora=0, stored=torch.float32),
     },
-    by_size={"1.1B LoRA": Size(2048, 16, 32, 8192, 32000), "3.0B LoRA": Size(3072, 28, 24, 8192, 32000)},
+    by_size={
+        "1.1B LoRA": Size(2048, 16, 32, 8192, 32000),
+        "3.0B LoRA": Size(3072, 28, 24, 8192, 32000),
+        "Higgs 5.4B LoRA": HiggsSize(),
+    },
 )
 REHEARSAL = Plan(
     torch.device("cpu"),
@@ -126,7 +196,7 @@ REHEARSAL = Plan(
         "tiny LoRA": Size(32, 1, 4, 64, 64, lora=2),
         "tiny full": Size(32, 1, 4, 64, 64, lora=0, stored=torch.float32),
     },
-    by_size={"tiny LoRA": Size(32, 1, 4, 64, 64, lora=2)},
+    by_size={"tiny LoRA": Size(32, 1, 4, 64, 64, lora=2), "tiny Higgs LoRA": HiggsSize(48, 1, 3, 64, 64, 64, lora=2)},
 )
 MODES = ("fp32", "bf16", "amp_fp16", "native_fp16")
 
@@ -198,7 +268,7 @@ def by_size(plan: Plan) -> Iterator[Row]:
             yield row | {"against HF Trainer": round(row["tokens/s"] / tokens["HF Trainer"], 3)}
 
 
-def speed(plan: Plan, name: str, size: Size, peer: str, mode: str) -> Row:
+def speed(plan: Plan, name: str, size: AnySize, peer: str, mode: str) -> Row:
     """Train for a few turns. The batch is halved until it fits into the device's memory."""
     batch = plan.batch
     while True:
@@ -206,7 +276,7 @@ def speed(plan: Plan, name: str, size: Size, peer: str, mode: str) -> Row:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 steps = 3 * loop_overhead.TURN + 1
-                measured = loop_overhead.run_round([peer], steps, Path(folder), work, size.build)[peer]
+                measured = loop_overhead.run_round([peer], steps, Path(folder), work, partial(build, size))[peer]
             break
         except torch.OutOfMemoryError:
             if batch == 1:
@@ -238,18 +308,19 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def operations_per_token(size: Size, length: int) -> float:
-    """Floating-point operations that a training step needs per token."""
+def operations_per_token(size: AnySize, length: int) -> float:
+    """Floating-point operations that a training step needs per token. Of a Higgs, an eighth of the tokens is text."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft asks transformers by an old name
-        model = AutoModelForCausalLM.from_config(size.config())
-        frozen = sum(p.numel() for p in model.parameters()) - size.vocab * size.hidden  # an embedding is a look-up
-        trained = 0 if size.lora else frozen
-        if size.lora:
-            model = get_peft_model(model, LoraConfig(r=size.lora, target_modules="all-linear"))
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = frozen if size.lora else 0
-    return 4.0 * frozen + 6.0 * trained + 6.0 * size.layers * length * size.hidden
+        model = size.model()
+    looked_up = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    needed = 6.0 * size.layers * length * size.hidden
+    for name, weight in model.named_parameters():
+        share = 0.0 if id(weight) in looked_up else 1.0
+        if isinstance(size, HiggsSize) and ".layers." in name and ".self_attn." not in name:
+            share = 7 / 8 if ".audio_" in name else 1 / 8
+        needed += (6.0 if weight.requires_grad else 4.0) * share * weight.numel()
+    return needed
 
 
 def peak_flops(device: torch.device) -> float:

@@ -360,6 +360,7 @@ def trainer(model: Any, rows: Rows, folder: Path) -> None:
         train_sampling_strategy="sequential",
         save_strategy="no",
         report_to="none",
+        label_names=["labels"],
         use_cpu=rows.work.device == CPU,
         bf16=rows.work.mode == "bf16",
     )

@@ -35,7 +35,7 @@ def test_a_rehearsal_runs_tests_and_all_sections_and_writes_both_files(tmp_path:
     for name in gpu_bench.SECTIONS:
         assert found[name], name
     assert {row["mode"] for row in found["by_mode"]} == set(gpu_bench.MODES)
-    assert [row["loop"] for row in found["by_size"]] == ["HF Trainer", "bare loop", "rawloop"]
+    assert [row["loop"] for row in found["by_size"]] == 2 * ["HF Trainer", "bare loop", "rawloop"]
     text = (tmp_path / "out" / "gpu_check.md").read_text()
     assert "**A rehearsal on the CPU" in text
     assert text.count("\n## ") == len(gpu_bench.SECTIONS)
@@ -88,6 +88,14 @@ def test_operations_are_those_of_the_formula() -> None:
     lora = 2 * (4 * 8 + 2 * 4 + 2 * 8 + 3 * (8 + 16))  # in and out of seven matrices, of rank 1
     with_lora = gpu_bench.operations_per_token(size._replace(lora=1), 5)
     assert with_lora == 4 * weights + 6 * lora + 6 * 2 * 5 * 8
+
+
+def test_a_token_of_higgs_uses_one_of_two_mlps() -> None:
+    size = gpu_bench.HiggsSize(48, 2, 3, 64, 64, 64, lora=1)
+    shared, mlp = 48 * (48 + 16 + 16) + 48 * 48, 3 * 48 * 64 + 2 * 48  # attention of one key head; an MLP and two norms
+    weights = 2 * (shared + mlp) + 48 + 8 * 64 * 48  # the last norm, and the heads of eight codebooks
+    lora = 2 * (2 * (48 + 48) + 2 * (48 + 16) + 3 * (48 + 64)) + 48 + 8 * 64
+    assert gpu_bench.operations_per_token(size, 8) == 4 * weights + 6 * lora + 6 * 2 * 8 * 48
 
 
 def test_the_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
