@@ -6,6 +6,7 @@ Models of transformers 5 ignore an unknown keyword: `label_ids` instead of `labe
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import copy
 from functools import lru_cache
 from itertools import chain
@@ -25,6 +26,11 @@ LABELS = {
     "label_audio_ids": "audio_labels",
 }  # synonyms, in both directions
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def outside_autocast() -> AbstractContextManager[Any]:
+    """Make inputs in their own dtypes, also inside of a mode's autocast on the CPU: features in 16 bits are others."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def call(model: nn.Module, batch: Any, **options: Any) -> Any:

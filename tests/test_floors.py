@@ -127,7 +127,7 @@ ONLY_IN = {
     "torch.amp": ("precision",),
     "torch.cuda.amp": ("precision",),
     "torch.cpu.amp": ("precision",),
-    "torch.autocast": ("precision", "origin", "watch/spans.py"),
+    "torch.autocast": ("precision", "origin", "watch/spans.py", "inputs.py"),
     "peft": ("adapters",),
     "transformers.HiggsAudio*": ("families", "demo/checkpoint.py"),
     "transformers.models": ("families", "demo/checkpoint.py"),

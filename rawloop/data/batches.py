@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from rawloop.contracts import Batch, Sample
 from rawloop.data.workers import Workers
 from rawloop.errors import RawloopError, UserError
+from rawloop.inputs import outside_autocast
 from rawloop.seed import SampleStreams, Seed, derive_seed
 
 
@@ -153,7 +154,8 @@ class MicroBatches(Dataset[Batch | RawloopError]):
     def made(self, draws: list[Draw]) -> tuple[list[Any], Batch]:
         """Return the examples of some samples and their micro-batch. A UserError names a bad sample."""
         try:
-            examples, batch = self.streams.lend(partial(self._make, draws))
+            with outside_autocast():  # of the trial before step 0
+                examples, batch = self.streams.lend(partial(self._make, draws))
             fault = self.fault(batch)
         except (RawloopError, OSError):
             raise

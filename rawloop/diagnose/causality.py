@@ -34,6 +34,7 @@ class Movement(NamedTuple):
     moved_earlier: float
     later: dict[str, tuple[int, float]]
     tolerance: float  # for rounding and for noise, the difference between two equal passes
+    least: float  # the tolerance without the rounding of 16 bits: what moves by no more is not reached at all
 
     def join(self, other: "Movement") -> "Movement":
         """Join the movements of two ranks."""
@@ -43,6 +44,7 @@ class Movement(NamedTuple):
             max(self.moved_earlier, other.moved_earlier),
             {what: (one[0] + two[0], max(one[1], two[1])) for what, (one, two) in pairs.items()},
             max(self.tolerance, other.tolerance),
+            max(self.least, other.least),
         )
 
     def outcome(self) -> Outcome:
@@ -51,24 +53,29 @@ class Movement(NamedTuple):
             return "LEAK"
         if self.tolerance > NOISY:
             return "UNSEEN"
-        if self._unnoticed():
+        if self._unnoticed(self.least):
             return "BLIND"
+        if self._unnoticed(self.tolerance):
+            return "UNSEEN"
         return "PASS" if self.earlier and any(count for count, _ in self.later.values()) else "UNSEEN"
 
     def why(self) -> str:
         """Return the reason for the outcome; empty for a pass."""
+        rounded = " and ".join(self._unnoticed(self.tolerance))
         return {
             "PASS": "",
             "LEAK": "a prediction moves with its own target or later inputs: labels not shifted, or a mask not causal",
-            "BLIND": f"no prediction moves when earlier {' or '.join(self._unnoticed())} change: they do not reach it "
-            "through embeddings, encoder or attention",
+            "BLIND": f"no prediction moves when earlier {' or '.join(self._unnoticed(self.least))} change: they do not "
+            "reach it through embeddings, encoder or attention",
             "UNSEEN": "the same batch gives other logits each time"
             if self.tolerance > NOISY
+            else f"other {rounded} move predictions by no more than this mode rounds: --precision.mode fp32 would tell"
+            if rounded
             else "no target is before the change or none is after it, or logits are not finite",
         }[self.outcome()]
 
-    def _unnoticed(self) -> list[str]:
-        return [what for what, (count, moved) in self.later.items() if count and moved <= self.tolerance]
+    def _unnoticed(self, tolerance: float) -> list[str]:
+        return [what for what, (count, moved) in self.later.items() if count and moved <= tolerance]
 
 
 NONE = (0, 0.0)
@@ -77,8 +84,8 @@ NONE = (0, 0.0)
 def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) -> dict[str, Movement]:
     """Compare the logits of a batch before and after `family.perturb`, with dropout off. The model does not change.
 
-    The tolerance is the larger of rounding (see `_rounding`) and twice the difference between two passes over the same
-    batch with the same random numbers. The batch needs one row per stream.
+    The tolerance is the larger of rounding (of float32 in each layer, and once of the coarsest dtype) and twice the
+    difference between two passes over the same batch with the same random numbers. The batch needs one row per stream.
     """
     with looking_at(batch.ids):
         perturbed = family.perturb(batch)
@@ -90,7 +97,7 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
     with untouched(model, training=False, weights=True), torch.no_grad():
         before, again, after = logits(batch), logits(batch), logits(perturbed.batch)
         others = {what: logits(context.batch) for what, context in perturbed.contexts.items()}
-    rounding = _rounding(model, autocast)
+    summing, coarsest = _summing(model), coarsest_eps(model, autocast)
     movements = {}
     for stream in family.streams:
         earlier = _moved(before[stream], after[stream], perturbed.earlier[stream])
@@ -99,7 +106,9 @@ def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) ->
             for what, context in perturbed.contexts.items()
         }
         noise = _moved(before[stream], again[stream], torch.ones_like(perturbed.earlier[stream]))[1]
-        movements[stream] = Movement(*earlier, later, max(rounding, 2 * noise))
+        least = max(summing, 2 * noise)
+        # The eps of a 16-bit dtype is not multiplied by layers: 64 times bfloat16's is half the largest logit.
+        movements[stream] = Movement(*earlier, later, max(least, coarsest), least)
     return movements
 
 
@@ -112,12 +121,10 @@ def _moved(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[int, float]:
     return count, float((after - before)[chosen].abs().amax()) / size
 
 
-def _rounding(model: nn.Module, autocast: Autocast) -> float:
-    """Return how far rounding may move logits: in each layer by float32's eps, and once by the coarsest dtype's."""
+def _summing(model: nn.Module) -> float:
+    """Return how far other orders of summation in float32 may move logits, as a share of the largest."""
     layers = max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=0)
-    # The eps of a 16-bit dtype is not multiplied by layers: 64 times bfloat16's is half the largest logit.
-    summing = torch.finfo(torch.float32).eps * ROUNDINGS * max(LAYERS, layers)
-    return max(summing, coarsest_eps(model, autocast))
+    return torch.finfo(torch.float32).eps * ROUNDINGS * max(LAYERS, layers)
 
 
 def lines(movements: dict[str, Movement]) -> list[str]:

@@ -105,8 +105,10 @@ class Phi4Multimodal(AudioChat):
         for place, length in enumerate(inputs[FRAMES].sum(1).tolist()):
             by_length.setdefault(length, []).append(place)
         encoded: dict[int, Tensor] = {}
-        for length, alike in by_length.items():
-            encoded |= zip(alike, ears.encoder(sounds[alike, :length], None), strict=True)
+        # Its mean and variance are buffers, which a mode does not cast.
+        with ears.encoder.encoder_embedding.register_forward_hook(partial(_cast_for, ears.encoder.embed)):
+            for length, alike in by_length.items():
+                encoded |= zip(alike, ears.encoder(sounds[alike, :length], None), strict=True)
         sound = torch.cat([encoded[place] for place in range(len(sounds))])
         sound = ears.down_proj_for_speech(F.gelu(ears.up_proj_for_speech(sound)))
         words = body.embed_tokens(inputs["input_ids"])
@@ -132,3 +134,8 @@ class Phi4Multimodal(AudioChat):
     def _prompt(self, base: Any, sample: Sample) -> dict[str, Tensor]:
         inputs = {name: value.to(base.device) for name, value in self.encoder.prompt(sample).items()}
         return {"input_ids": inputs["input_ids"], **self._heard(base, inputs)}
+
+
+def _cast_for(layer: nn.Module, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Cast the output of a module to the dtype of the next layer's weights."""
+    return output.to(next(layer.parameters()).dtype)

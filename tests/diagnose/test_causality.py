@@ -160,14 +160,17 @@ def test_a_stream_without_a_turn_is_not_said_to_pass(
 
 
 def movement(earlier: int, moved_earlier: float, later: int, moved_later: float, **others: Any) -> Movement:
-    return Movement(earlier, moved_earlier, {"tokens": (later, moved_later), **others}, 1e-6)
+    return Movement(earlier, moved_earlier, {"tokens": (later, moved_later), **others}, 1e-6, 1e-7)
 
 
 def test_edges() -> None:
     assert movement(5, 1e-6, 5, 1e-6 + 1e-9).outcome() == "PASS"
     assert movement(5, 1e-6 + 1e-9, 5, 1.0).outcome() == "LEAK"
-    assert movement(5, 0.0, 5, 1e-6).outcome() == "BLIND"
-    assert movement(0, 0.0, 5, 1e-6).outcome() == "BLIND"
+    assert movement(5, 0.0, 5, 1e-7).outcome() == "BLIND"
+    assert movement(0, 0.0, 5, 1e-7).outcome() == "BLIND"
+    assert movement(5, 0.0, 5, 1e-6).outcome() == "UNSEEN"
+    assert movement(5, 0.0, 5, 1e-6, clips=(1, 0.0)).outcome() == "BLIND"
+    assert movement(5, 0.0, 5, 1e-6).why().startswith("other tokens move predictions by no more than this mode rounds")
     assert movement(0, 0.0, 5, 1.0).outcome() == "UNSEEN"
     assert movement(5, 0.0, 0, 0.0).outcome() == "UNSEEN"
     assert movement(5, 0.0, 5, 1.0, clips=(0, 0.0)).outcome() == "PASS"
