@@ -31,6 +31,7 @@ from rawloop.families.packing import check_packing, packed
 from rawloop.families.sample_checks import Letters, check_control, check_conversation, check_no_tools, control_pattern
 from rawloop.families.shared import TextFamily, check_length, documents, labels_of, load_parts, padded, text_batch
 from rawloop.family_protocols import Generated
+from rawloop.inputs import outside_autocast
 from rawloop.settings import SamplingConfig
 
 SHORTEST = 0.1  # seconds: a shorter clip takes no position, or so few that models take them for unexpanded ones
@@ -164,8 +165,9 @@ class ChatEncoder:
         """Encode what comes before the last trained answer; its tokens are those that `example` has there."""
         last = max(index for index, turn in enumerate(sample.turns) if turn.trained)
         turns = sample.turns[:last]
-        waveforms = [self._waveform(clip.path) for turn in turns for clip in turn.clips]
-        return self._encoded(_messages(replace(sample, turns=turns)), waveforms, add_generation_prompt=True)
+        with outside_autocast():  # a model generates under its mode's
+            waveforms = [self._waveform(clip.path) for turn in turns for clip in turn.clips]
+            return self._encoded(_messages(replace(sample, turns=turns)), waveforms, add_generation_prompt=True)
 
     def _encoded(self, messages: Messages, waveforms: Sequence[Tensor], **options: Any) -> dict[str, Any]:
         """Return the processor's `input_ids` (1, sequence), masks and features of a conversation."""

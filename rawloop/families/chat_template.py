@@ -18,7 +18,6 @@ from jinja2 import TemplateError
 from rawloop.contracts import Audio, Text
 from rawloop.errors import UserError
 from rawloop.families.loading import PASSED, cause, library_error
-from rawloop.inputs import outside_autocast
 
 Messages = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -47,8 +46,7 @@ class ChatTemplate:
     def run(self, messages: Messages, **options: Any) -> Any:
         """Return the result of `apply_chat_template`. Raises UserError if the template refuses the messages."""
         try:
-            with outside_autocast():  # of prompts, which are made where the model generates
-                return self.owner.apply_chat_template(messages, **options)
+            return self.owner.apply_chat_template(messages, **options)
         except PASSED:
             raise
         except Exception as error:
