@@ -4,9 +4,10 @@ They matter as much as weights, but no optimizer, all-reduce or adapter file han
 finds them by comparison.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def untouched(model: nn.Module, training: bool | None = None, weights: bool = Fa
     Args:
         model: any module.
         training: the mode of all its modules inside the context; None does not change it.
-        weights: also restore weights that the passes write.
+        weights: also restore weights that the passes write. Compiled modules run uncompiled, so that writes are seen.
 
     Yields:
         the buffers on entry.
@@ -147,7 +148,7 @@ def untouched(model: nn.Module, training: bool | None = None, weights: bool = Fa
             weight.grad = None  # backward inside would add to it in place
         if training is not None:
             model.train(training)
-        with preserved_rng(), kept or nullcontext():
+        with preserved_rng(), nullcontext() if kept is None else _uncompiled(), kept or nullcontext():
             yield trace
     finally:
         trace.restore()
@@ -157,6 +158,13 @@ def untouched(model: nn.Module, training: bool | None = None, weights: bool = Fa
             weight.grad = gradient
         for module, mode in modes:
             module.training = mode
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled modules as if they were not: a mode does not see into graphs, and code that dynamo meets under a
+    `TorchDispatchMode` is never compiled again.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class MovingBuffers:

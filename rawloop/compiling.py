@@ -5,6 +5,7 @@ for the whole model. Weights keep their names, and what is between the blocks ru
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -47,6 +48,9 @@ def compile_blocks(
         raise UserError(f"model.compile is true, and {name} has no list of blocks that could be compiled: {ADVICE}")
     if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise UserError(f"model.compile_backend is '{backend}': torch has {', '.join(known)}")
+    # torch reads the gradient of each input, and hides the warning about it, but not where warnings are errors.
+    hidden = "The .grad attribute of a Tensor that is not a leaf"
+    warnings.filterwarnings("ignore", hidden, UserWarning, module=r"torch\._")
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     run = partial(_pass, module, first(), policy)
     parts = [part for block in blocks for part in block.children() if any(True for _ in part.parameters())]
@@ -91,4 +95,4 @@ def _fault(units: Sequence[nn.Module], run: Callable[[], None], backend: str) ->
 
 
 def _kinds(units: Sequence[nn.Module]) -> str:
-    return ", ".join(dict.fromkeys(type(unit).__name__ for unit in units))
+    return ", ".join(dict.fromkeys(type(unit).__name__.removeprefix("FSDP") for unit in units))

@@ -119,7 +119,6 @@ class RunConfig:
         for wrong, what, way_on in (
             (name != "adamw", f"optim.name '{name}'", "only adamw is known to update parts of weights: take it"),
             (quantization, f"model.quantization '{quantization}'", "quantised weights are not sharded: leave it out"),
-            (self.model.compile, "model.compile true", "it was not tried with parts of weights: set it to false"),
             (self.listen.enabled, "prompts in listen", "generating needs whole weights: use `rawloop generate` later"),
             (spikes != "off", f"watch.spikes '{spikes}'", "the watch needs whole weights: set it to off"),
             (self.ddp.broadcast_buffers, "ddp.broadcast_buffers true", switch),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend, register_backend
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rawloop.adapters.config import AdapterConfig
@@ -35,12 +36,10 @@ from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import RecordsConfig, read_metrics
 from rawloop.settings import DDPConfig, TrainConfig
-from rawloop.sharding import find_blocks
-from tests.kept_runs import go
+from rawloop.sharding import find_blocks, shard, whole
+from tests.kept_runs import config_of, go
 
 VOCABULARY = 64
-# torch looks at gradients of its own inputs when it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 CONFIG = RunConfig(model=ModelConfig(compile=True, compile_backend="aot_eager"))
 
 
@@ -122,18 +121,35 @@ def test_loss_and_gradients_are_those_without(recompute: bool) -> None:
         assert_near(gradients(module, batch), gradients(llama(recompute=recompute), batch))
 
 
-def gradients_of_ranks(world: World) -> dict[str, Tensor]:
-    module = compiled(llama(recompute=True))
-    ddp = world.wrap(module, DDPConfig(find_unused_parameters=True))
-    return gradients(ddp, batch_of(2 + world.rank))
+def gradients_of_ranks(world: World, kind: str, adapter: bool) -> dict[str, Tensor]:
+    """Return the gradients of both ranks' batches, with LoRA also under activation checkpointing."""
+    module, policy = llama(adapter, recompute=adapter), PrecisionPolicy(PrecisionConfig(mode="fp32"), world=world)
+    module.model = policy.prepare(module.model)
+    if kind == "fsdp":
+        policy.take_shards(shard(module, world.device))
+    said: list[str] = []
+    compile_blocks(CONFIG, module, batch_of, policy, said.append)
+    assert said[0].startswith("model.compile: 2 blocks (LlamaDecoderLayer) compiled by aot_eager in ")
+    found = gradients(world.wrap(module, DDPConfig(find_unused_parameters=True)), batch_of(2 + world.rank))
+    return {name: whole(value) for name, value in found.items()}
 
 
-@pytest.mark.slow
-def test_gradients_under_ddp_are_those_without(run_ranks: Callable[..., list[Any]]) -> None:
-    one, other = run_ranks(gradients_of_ranks)
-    alone = [gradients(llama(), batch_of(rows)) for rows in (2, 3)]
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        pytest.param("ddp", True, marks=pytest.mark.slow),
+        pytest.param("ddp", False, marks=pytest.mark.slow),
+        pytest.param("fsdp", True, marks=pytest.mark.slow),
+        ("fsdp", False),
+    ],
+)
+def test_gradients_of_two_processes_are_those_without(
+    run_ranks: Callable[..., list[Any]], kind: str, adapter: bool
+) -> None:
+    first, second = run_ranks(gradients_of_ranks, kind, adapter)
+    alone = [gradients(llama(adapter), batch_of(rows)) for rows in (2, 3)]
     mean = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0] if name != "loss"}
-    for found in (one, other):
+    for found in (first, second) if kind == "ddp" else (first,):
         found.pop("loss")
         assert_near(found, mean)
 
@@ -183,6 +199,64 @@ def test_a_run_is_compiled_and_what_it_listens_to_is_not(demo_checkpoint: Path, 
         right, found = (
             [line[key] for line in read_metrics(tmp_path / n) if key in line] for n in ("plain", "compiled")
         )
+        assert found == pytest.approx(right, rel=1e-5)
+
+
+CALLS: list[str] = []
+
+
+def counting(graph: Any, inputs: Any) -> Callable[..., Any]:
+    """Compile as aot_eager does, and count the calls of each graph."""
+    code = lookup_backend("aot_eager")(graph, inputs)
+
+    def run(*arguments: Any) -> Any:
+        CALLS.append("call")
+        return code(*arguments)
+
+    return run
+
+
+def calls_of(world: World, config: RunConfig) -> int:
+    """Train; return how often compiled code was called."""
+    if "counting" not in torch.compiler.list_backends(exclude_tags=()):
+        register_backend(counting, name="counting")
+    CALLS.clear()
+    assert config.train.rehearse
+    go(config, world)
+    return len(CALLS)
+
+
+def test_each_micro_batch_runs_compiled_code_also_after_a_rehearsal(
+    text_checkpoint: Path, text_data: Path, tmp_path: Path
+) -> None:
+    config = replace(config_of(text_checkpoint, text_data), adapter=AdapterConfig(mode="full"), output=str(tmp_path))
+    model = replace(config.model, compile=True, compile_backend="counting")
+    assert calls_of(World(), replace(config, model=model)) == 2 * (1 + 3 * 2)  # blocks x (start, micro-batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_runs_of_two_processes_run_compiled_code_with_equal_losses(
+    text_checkpoint: Path,
+    text_data: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., list[Any]],
+    parallel: Any,
+    adapter: Any,
+) -> None:
+    config = config_of(text_checkpoint, text_data)
+    config = replace(
+        config, parallel=parallel, adapter=AdapterConfig(mode=adapter), train=replace(config.train, batch_size=1)
+    )
+    counts = []
+    for name, compiles in (("plain", False), ("compiled", True)):
+        model = replace(config.model, compile=compiles, compile_backend="counting")
+        counts.append(run_ranks(calls_of, replace(config, model=model, output=str(tmp_path / name))))
+    assert counts == [[0, 0], [2 * (1 + 3 * 2)] * 2]
+    for key in ("loss", "grad_norm"):
+        right, found = ([line[key] for line in read_metrics(tmp_path / name)] for name in ("plain", "compiled"))
+        assert len(found) == 3
         assert found == pytest.approx(right, rel=1e-5)
 
 

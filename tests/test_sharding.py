@@ -165,7 +165,6 @@ def test_a_sharded_run_goes_on_in_one_process_and_in_four(
     ("change", "message"),
     [
         ({"optim": OptimConfig(name="muon")}, "optim.name 'muon': only adamw is known"),
-        ({"model": ModelConfig(compile=True)}, "model.compile true: it was not tried with parts of weights: set it to"),
         (
             {"model": ModelConfig(quantization="int8"), "adapter": AdapterConfig()},
             "model.quantization 'int8': quantised weights are not sharded: leave it out",

@@ -1,7 +1,6 @@
 """Runs a pass again, and returns the first place and the rows of the batch that make numbers that are not finite."""
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -144,8 +143,6 @@ def _undone(model: nn.Module) -> Iterator[None]:
     with ExitStack() as contexts:
         contexts.callback(torch.clear_autocast_cache)
         contexts.enter_context(untouched(model, weights=True))
-        if "torch._dynamo" in sys.modules:
-            contexts.enter_context(torch.compiler.set_stance("force_eager"))
         contexts.enter_context(torch.enable_grad())
         yield
 
