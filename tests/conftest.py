@@ -1,33 +1,29 @@
 """What all tests share: one thread, no network, a fixed seed, a watch for leaks, and fixtures that start processes.
 
 A test file is no package and cannot import this one: take the fixtures by name, with the types
-`Callable[..., list[Any]]` for `run_ranks` and `Callable[..., subprocess.CompletedProcess[str]]` for `run_cli`.
+`Callable[..., list[Any]]` for `run_ranks` and `tests.forks.Forks` for `forks`.
 """
 
 import ctypes
 import json
-import multiprocessing
 import os
 import pickle
 import random
-import runpy
 import shutil
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from filelock import FileLock
+
+from tests.forks import Fork, Forks
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -104,14 +100,27 @@ def outlives(thread: threading.Thread, before: set[threading.Thread]) -> bool:
     return thread.is_alive()
 
 
+def descendants() -> list[int]:
+    """The ids of all descendants, from the lists that Linux keeps: psutil reads every process of the machine (2 ms)."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return [process.pid for process in psutil.Process().children(recursive=True)]
+    found, parents = [], [os.getpid()]
+    while parents:
+        for listed in Path(f"/proc/{parents.pop()}/task").glob("*/children"):
+            with suppress(OSError):  # the parent has ended meanwhile
+                children = list(map(int, listed.read_text().split()))
+                found += children
+                parents += children
+    return found
+
+
 def child_processes() -> list[psutil.Process]:
-    """All descendants, without the two multiprocessing helpers that live as long as this process on purpose."""
+    """All descendants, without the helper of multiprocessing that lives as long as this process on purpose."""
     found = []
-    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    for process in psutil.Process().children(recursive=True):
+    for number in descendants():
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            tracks = any("multiprocessing.resource_tracker" in word for word in process.cmdline())
-            if not tracks and process.pid != server:
+            process = psutil.Process(number)
+            if not any("multiprocessing.resource_tracker" in word for word in process.cmdline()):
                 found.append(process)
     return found
 
@@ -268,22 +277,18 @@ def copy_speech(source: Path, target: Path, number: int) -> None:
     (target / "metadata.json").write_text(json.dumps({"samples": chosen}), encoding="utf-8")
 
 
-@pytest.fixture
-def run_cli() -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Give `run_cli(*arguments, cwd=None, env=None, timeout=240)`, which runs `python -m rawloop` in a process."""
-
-    def run(
-        *arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 240.0
-    ) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "rawloop", *map(str, arguments)]
-        environment = {**os.environ, **(env or {})}
-        return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
-
-    return run
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Give `forks.run(*arguments)`, `forks.start(...)`: Python programs in processes that have the imports already."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture
-def run_ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Callable[..., list[Any]]:
+def run_ranks(
+    forks: Forks, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Callable[..., list[Any]]:
     """Give `run_ranks(function, *arguments, world_size=2, timeout=240)`: real processes in a gloo group.
 
     Each process calls `function(world, *arguments)` with its open `rawloop.dist.World`. The function stands at the top
@@ -302,13 +307,8 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Con
             "filters": pytestconfig.getini("filterwarnings"),
         }
         (folder / "job.pickle").write_bytes(pickle.dumps(job))
-        processes = start_ranks(folder, world_size)
-        try:
-            wait_for_ranks(processes, timeout)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        processes = start_ranks(forks, folder, world_size)
+        forks.wait(processes, timeout, grace=2 * GRACE)
         return collect_ranks(folder, processes)
 
     return run
@@ -323,42 +323,21 @@ def free_port() -> int:
             return port
 
 
-@lru_cache(maxsize=1)
-def rank_server() -> Any:
-    """A process that has imported what ranks need, and forks them: importing takes them longer than most tests do."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rawloop.build", "rawloop.checkpoints"])
-    return context
-
-
-def start_ranks(folder: Path, world_size: int) -> list[Any]:
-    """Start one process per rank; what rank N prints goes to `rankN.log`."""
+def start_ranks(forks: Forks, folder: Path, world_size: int) -> list[Fork]:
+    """Start one process per rank; what rank N prints goes to its log."""
     port = free_port()
     processes = []
     for rank in range(world_size):
-        values = (rank, world_size, rank, world_size, "127.0.0.1", port)
-        environment = {**os.environ, **dict(zip(RANK_NAMES, map(str, values), strict=True))}
-        script, arguments = str(ROOT / "tests" / "rank_main.py"), {"arguments": (folder, rank, environment)}
-        processes.append(rank_server().Process(target=runpy.run_path, args=(script, arguments, "rank")))
-        processes[-1].start()
+        values = map(str, (rank, world_size, rank, world_size, "127.0.0.1", port))
+        environment = dict(zip(RANK_NAMES, values, strict=True))
+        processes.append(forks.start(ROOT / "tests" / "rank_main.py", folder, str(rank), env=environment))
     return processes
 
 
-def wait_for_ranks(processes: list[Any], timeout: float) -> None:
-    """Wait until all have ended. After a first failure the others, who may wait for it, get a short grace."""
-    deadline = time.monotonic() + timeout
-    failed = False
-    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-        if not failed and any(process.exitcode not in (None, 0) for process in processes):
-            failed = True
-            deadline = min(deadline, time.monotonic() + 2 * GRACE)
-        time.sleep(0.02)
-
-
-def collect_ranks(folder: Path, processes: list[Any]) -> list[Any]:
+def collect_ranks(folder: Path, processes: list[Fork]) -> list[Any]:
     """Return the ranks' results, or raise the earliest failure."""
-    for log in sorted(folder.glob("rank*.log")):
-        sys.stdout.write(log.read_text(errors="replace"))
+    for process in processes:
+        sys.stdout.write(process.text("out") + process.text("err"))
     outcomes = {
         int(file.stem.removeprefix("rank")): pickle.loads(file.read_bytes()) for file in folder.glob("rank*.pickle")
     }
@@ -368,7 +347,7 @@ def collect_ranks(folder: Path, processes: list[Any]) -> list[Any]:
         first["value"].add_note(f"rank {rank}:\n{first['text']}")
         raise first["value"]
     missing = [
-        f"rank {rank} (exit code {process.exitcode})" for rank, process in enumerate(processes) if rank not in outcomes
+        f"rank {rank} (exit code {process.code})" for rank, process in enumerate(processes) if rank not in outcomes
     ]
     if missing:
         raise TimeoutError(f"ended without a result, or killed after the time limit: {', '.join(missing)}")

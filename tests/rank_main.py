@@ -6,7 +6,6 @@ a fork. The test file is loaded by its path, because tests are no package.
 
 import faulthandler
 import importlib.util
-import os
 import pickle
 import sys
 import time
@@ -65,13 +64,8 @@ def packed(outcome: dict[str, Any]) -> bytes:
     return content
 
 
-def main(folder: Path, rank: int, environment: dict[str, str]) -> None:
-    """Read the job, run it, and write its outcome; what is printed goes to a log. The exit code is 1 for an error."""
-    os.environ.clear()
-    os.environ.update(environment)
-    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def main(folder: Path, rank: int) -> None:
+    """Read the job, run it, and write its outcome. The exit code is 1 for an error."""
     job = pickle.loads((folder / "job.pickle").read_bytes())
     faulthandler.dump_traceback_later(0.9 * job["timeout"])  # where it hangs, before it is killed for that
     outcome = attempt(call, job)
@@ -82,5 +76,5 @@ def main(folder: Path, rank: int, environment: dict[str, str]) -> None:
     sys.exit(outcome["kind"] == "error")
 
 
-if __name__ == "rank":
-    main(*globals()["arguments"])
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from rawloop.dist import World
 from rawloop.errors import CheckpointError, UserError
 from rawloop.evaluate import Evaluation
 from rawloop.records import read_events, read_metrics
+from tests.forks import Forks
 
 
 def net() -> nn.Module:
@@ -344,10 +343,10 @@ def test_steps_and_metrics_that_make_no_sense_are_refused(tmp_path: Path) -> Non
             checkpoints.save(4, {"eval_los": 1.0})
 
 
-def test_a_folder_that_another_process_trains_into_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_another_process_trains_into_is_refused(forks: Forks, tmp_path: Path) -> None:
     code = f"from tests.test_checkpoints import Loop; from pathlib import Path; Loop(Path({str(tmp_path)!r})).run(1)"
     with Loop(tmp_path).checkpoints:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+        done = forks.run("-c", code)
     assert "is training now" in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError
+from tests.forks import Forks
 
 LEAKS = """
 import os, subprocess, sys, threading
@@ -85,7 +87,8 @@ def test_ranks_are_real_and_in_order(run_ranks: Callable[..., list[Any]]) -> Non
     assert [(rank, total) for rank, total, _ in results] == [(0, 30.0), (1, 30.0)]
     assert [names["RANK"] for *_, names in results] == ["0", "1"]
     assert results[0][2]["OMP_NUM_THREADS"] == "1"
-    assert [child.num_threads() for child in psutil.Process().children() if "forkserver" in str(child.cmdline())] == [1]
+    (server,) = (child for child in psutil.Process().children() if "fork_server" in str(child.cmdline()))
+    assert server.num_threads() == 1
 
 
 def one_fails(world: World) -> None:
@@ -113,7 +116,25 @@ def test_a_rank_that_hangs_is_killed(run_ranks: Callable[..., list[Any]]) -> Non
     assert not [child for child in psutil.Process().children(recursive=True) if child.ppid() != os.getpid()]
 
 
-def test_cli_runs_in_a_process(run_cli: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
-    run = run_cli("--help", env={"RANK": "0"})
-    assert run.returncode == 0, run.stderr
-    assert "train" in run.stdout
+def test_a_forked_program_is_as_one_of_its_own(forks: Forks, tmp_path: Path) -> None:
+    (tmp_path / "said.py").write_text("import os, sys; print(sys.argv[1:], os.getcwd(), os.environ['WORD'])")
+    for arguments in (["-m", "said"], ["said.py"], ["-c", (tmp_path / "said.py").read_text()]):
+        done = forks.run(*arguments, "a", "b", cwd=tmp_path, env={"WORD": "hello"}, check=True)
+        assert done.stdout == f"['a', 'b'] {tmp_path} hello\n"
+    ends = {"pass": 0, "1 / 0": 1, "sys.exit(3)": 3, "sys.exit('no')": 1, "os.kill(os.getpid(), 9)": -9}
+    for code, expected in ends.items():
+        for finalize in (False, True):
+            done = forks.run("-c", f"import os, sys; {code}", finalize=finalize)
+            assert done.returncode == expected, (code, done)
+    assert forks.run("-c", "1 / 0").stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert forks.run("-c", "import sys; sys.exit('no')").stderr == "no\n"
+    atexit = "import atexit; atexit.register(print, 'the end')"
+    assert [forks.run("-c", atexit, finalize=value).stdout for value in (False, True)] == ["", "the end\n"]
+    started = time.monotonic()
+    forever = "import time; print('on', flush=True); time.sleep(100)"
+    assert forks.run("-c", forever, timeout=0.5).returncode == -9
+    sleeper = forks.start("-c", forever)
+    sleeper.wait_for("on")
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    forks.wait([sleeper])  # nobody else could wake it
+    assert time.monotonic() - started < 60

@@ -1,14 +1,11 @@
 """Ranks and collectives: one process alone, and two or three real ones that agree, fail together and leave together."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from rawloop.launcher import choose_device, read_ranks
 from rawloop.losses import LossModule
 from rawloop.settings import DDPConfig
 from rawloop.waiting import is_lost_rank, nccl_advice
+from tests.forks import Forks
 
 CPU = torch.device("cpu")
 Ranks = Callable[..., list[Any]]
@@ -283,59 +281,31 @@ dist.destroy_process_group()
 """
 
 
-FORK = """
-import json, os, signal, sys, time
-import torch
-import torch._dynamo  # DDP imports it, which takes seconds
-import rawloop.cli, rawloop.dist, rawloop.losses
-
-source, folder, port, size = sys.argv[1:5]
-left, codes = {}, {}
-for rank in range(int(size)):
-    child = os.fork()
-    if not child:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=size, LOCAL_RANK=str(rank))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY), stream)
-        sys.argv = ["script", *sys.argv[5:]]
-        exec(compile(source, "script", "exec"), {"__name__": "__main__"})
-        sys.exit()
-    left[child] = rank
-stopped = set()
-while left:
-    for child in list(left):
-        ended, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
-        if ended and os.WIFSTOPPED(status):
-            stopped.add(child)
-        elif ended:
-            codes[left.pop(child)] = os.waitstatus_to_exitcode(status)
-    if stopped and stopped == set(left):
-        [os.kill(child, signal.SIGKILL) for child in left]
-    time.sleep(0.02)
-print(json.dumps([codes[rank] for rank in range(int(size))]))
-"""
+Scripts = Callable[..., list[tuple[int, str, str]]]
 
 
-def run_scripts(folder: Path, source: str, *arguments: str, size: int = 2) -> list[tuple[int, str, str]]:
-    """Run a script as so many ranks; return their exit codes, outputs and errors. A stopped rank is killed at the end.
+@pytest.fixture
+def run_scripts(forks: Forks) -> Scripts:
+    """Give `run_scripts(source, *arguments, size=2)`: a script as so many ranks; exit codes, outputs and errors.
 
-    They are forked, so that they start at the same time on any machine.
+    A rank that has stopped itself is killed when the others have ended.
     """
-    command = [sys.executable, "-c", FORK, source, str(folder), str(free_port()), str(size), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            codes = json.loads(process.communicate(timeout=280)[0])
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    texts = [[(folder / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(size)]
-    return [(code, out, errors) for code, (out, errors) in zip(codes, texts, strict=True)]
+
+    def run(source: str, *arguments: str, size: int = 2) -> list[tuple[int, str, str]]:
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(size)]
+        started = [forks.start("-c", source, *arguments, env=env, finalize=True) for env in each]
+        forks.wait(started, 280)
+        return [(fork.code or 0, fork.text("out"), fork.text("err")) for fork in started]
+
+    return run
 
 
 @pytest.mark.parametrize("backend", ["gloo", "cuda:gloo"])  # the second has nothing for the CPU, as plain nccl
-def test_the_world_of_a_group_that_the_script_has_initialised(tmp_path: Path, backend: str) -> None:
-    for rank, (code, out, errors) in enumerate(run_scripts(tmp_path, FOREIGN, backend, str(tmp_path))):
+def test_the_world_of_a_group_that_the_script_has_initialised(
+    run_scripts: Scripts, tmp_path: Path, backend: str
+) -> None:
+    for rank, (code, out, errors) in enumerate(run_scripts(FOREIGN, backend, str(tmp_path))):
         assert code == 0, errors
         said = json.loads(out)
         assert said.pop("before").startswith("WORLD_SIZE is 2, and torch.distributed is not initialised: ")
@@ -374,9 +344,9 @@ with open_world("cpu") as world:
 """
 
 
-def test_machines_whose_launchers_count_differently_have_one_count_of_restarts(tmp_path: Path) -> None:
+def test_machines_whose_launchers_count_differently_have_one_count_of_restarts(run_scripts: Scripts) -> None:
     """As after a machine was replaced, whose launcher counts from 0."""
-    assert [out for _, out, _ in run_scripts(tmp_path, MACHINES, size=3)] == ["2", "2", "2"]
+    assert [out for _, out, _ in run_scripts(MACHINES, size=3)] == ["2", "2", "2"]
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------
@@ -500,8 +470,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("away", "ddp"), [(1, 0), pytest.param(0, 0, marks=SLOW), pytest.param(2, 1, marks=SLOW)])
-def test_a_timeout_says_who_did_not_come_and_which_key_sets_it(tmp_path: Path, away: int, ddp: int) -> None:
-    said = [json.loads(out) for _, out, _ in run_scripts(tmp_path, AWAY, str(away), str(ddp), size=3)]
+def test_a_timeout_says_who_did_not_come_and_which_key_sets_it(run_scripts: Scripts, away: int, ddp: int) -> None:
+    said = [json.loads(out) for _, out, _ in run_scripts(AWAY, str(away), str(ddp), size=3)]
     first, second = (rank for rank in range(3) if rank != away)
     is_reporter, code, words = said[first]
     assert words.startswith(f"rank {away} did not come in time: the others waited 2 s (ddp.timeout): look what held")
@@ -537,8 +507,8 @@ with open_world("cpu", timeout=5.0) as world:
 @pytest.mark.parametrize(
     "how", [pytest.param("works", marks=pytest.mark.slow), "dies", pytest.param("is silent", marks=pytest.mark.slow)]
 )
-def test_ranks_wait_for_one_that_works_and_for_no_other(tmp_path: Path, how: str) -> None:
-    first, second = run_scripts(tmp_path, WORKING, how)
+def test_ranks_wait_for_one_that_works_and_for_no_other(run_scripts: Scripts, how: str) -> None:
+    first, second = run_scripts(WORKING, how)
     if how == "works":
         assert first[:2] == second[:2] == (0, "['done', None]\n"), first[2]
         return
@@ -583,9 +553,9 @@ with open_world("cpu") as world:
     ("how", "blocks"),
     [("agreed", "ends"), ("backward", "ends"), pytest.param("backward", "blocks", marks=pytest.mark.slow)],
 )
-def test_a_rank_that_fails_tells_first_and_the_others_end(tmp_path: Path, how: str, blocks: str) -> None:
+def test_a_rank_that_fails_tells_first_and_the_others_end(run_scripts: Scripts, how: str, blocks: str) -> None:
     start = time.monotonic()
-    first, second = run_scripts(tmp_path, FAILING, how, blocks)
+    first, second = run_scripts(FAILING, how, blocks)
     assert time.monotonic() - start < 200  # ddp.timeout is 600 s
     assert (first[0], second[0]) == (1, 1)
     assert second[2].rstrip().endswith('KeyError: "of a user\'s function"')

@@ -18,6 +18,7 @@ from rawloop.data.samples import read_samples
 from rawloop.demo import SPEECH
 from rawloop.records import read_events, read_metrics
 from rawloop.watch.findings import Whose
+from tests.forks import Forks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,9 +41,9 @@ def python_blocks() -> list[Any]:
 
 
 @pytest.mark.parametrize(("page", "code"), python_blocks())
-def test_python_blocks_run(page: str, code: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_python_blocks_run(page: str, code: str, forks: Forks, tmp_path: Path) -> None:
+    strict = "import warnings; warnings.simplefilter('error')\n"
+    forks.run("-c", strict + code, cwd=tmp_path, finalize=True, check=True)
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("json"))

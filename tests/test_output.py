@@ -1,8 +1,6 @@
 """What ranks print: rank 0 to the console, the others into files of the run, attempt after attempt."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +9,8 @@ import pytest
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.output import RankLog
+from tests.forks import Forks
 
-# Each case in a process of its own, forked after the imports: `rank how` -> what its console shows.
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -20,45 +18,32 @@ from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.output import rank_log
 
-folder, console = map(Path, sys.argv[1:3])
-
-def go(rank, how):
-    with rank_log(World(rank=rank, size=2)) as log:
-        print("before")
-        log.open(folder)
-        print("inside", flush=True)
-        os.system("echo of a child")
-        if how == "starts":
-            (folder / "events.jsonl").touch()
-        if how == "mistake":
-            raise UserError("a mistake")
-        if how == "bug":
-            raise KeyError("a bug")
-    print("after", flush=True)
-
-for case in sys.argv[3:]:
-    rank, how = case.split("-")
-    child = os.fork()
-    if not child:
-        for stream in (1, 2):
-            os.dup2(os.open(console / f"{case}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-        go(int(rank), how)
-        sys.exit()
-    os.waitpid(child, 0)
+folder, rank, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+os.dup2(1, 2)
+with rank_log(World(rank=rank, size=2)) as log:
+    print("before")
+    log.open(folder)
+    print("inside", flush=True)
+    os.system("echo of a child")
+    if how == "starts":
+        (folder / "events.jsonl").touch()
+    if how == "mistake":
+        raise UserError("a mistake")
+    if how == "bug":
+        raise KeyError("a bug")
+print("after", flush=True)
 """
 
 
-def run(tmp_path: Path, *cases: str) -> tuple[Path, list[list[str]]]:
-    """Run cases one after the other. Returns the run folder, and the lines on the console of each case."""
-    folder, console = tmp_path / "run", tmp_path / "console"
-    folder.mkdir()
-    console.mkdir()
-    subprocess.run([sys.executable, "-c", SCRIPT, folder, console, *cases], check=True)
-    return folder, [(console / case).read_text().splitlines() for case in cases]
+def run(forks: Forks, folder: Path, *cases: str) -> list[list[str]]:
+    """Run cases (`rank-how`) into a run folder, one after the other. Returns the lines on the console of each."""
+    folder.mkdir(exist_ok=True)
+    return [forks.run("-c", SCRIPT, folder, *case.split("-"), finalize=True).stdout.splitlines() for case in cases]
 
 
-def test_other_ranks_write_into_files_of_the_run(tmp_path: Path) -> None:
-    folder, (main, starts, mistake, bug) = run(tmp_path, "0-runs", "1-starts", "1-mistake", "1-bug")
+def test_other_ranks_write_into_files_of_the_run(forks: Forks, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    main, starts, mistake, bug = run(forks, folder, "0-runs", "1-starts", "1-mistake", "1-bug")
     assert main == ["before", "inside", "of a child", "after"]
     assert starts == ["before", "after"]
     assert (mistake[0], mistake[-1]) == ("before", "rawloop.errors.UserError: a mistake")  # the console is back
@@ -72,12 +57,11 @@ def test_other_ranks_write_into_files_of_the_run(tmp_path: Path) -> None:
     assert third[-1] == "KeyError: 'a bug'"
 
 
-def test_a_command_that_was_refused_leaves_no_file(tmp_path: Path) -> None:
-    folder, _ = run(tmp_path, "1-mistake", "2-mistake")
+def test_a_command_that_was_refused_leaves_no_file(forks: Forks, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(forks, folder, "1-mistake", "2-mistake")
     assert list(folder.iterdir()) == []
-    folder.rmdir()
-    (tmp_path / "console").rename(tmp_path / "before")
-    folder, _ = run(tmp_path, "1-bug", "1-mistake", "2-mistake")
+    run(forks, folder, "1-bug", "1-mistake", "2-mistake")
     assert [file.name for file in folder.glob("logs/*")] == ["rank-1.txt"]
     assert "a bug" in (folder / "logs" / "rank-1.txt").read_text()
 

@@ -20,6 +20,7 @@ from rawloop.files import signed_json
 from rawloop.loop import train
 from rawloop.precision.config import PrecisionConfig
 from rawloop.watch.capsule import Capsule, read_facts, read_states, write_capsule
+from tests.forks import Forks
 from tests.kept_runs import kept_by
 
 
@@ -29,9 +30,8 @@ def capsule(kept_run: Path) -> Path:
     return kept_run / "capsules" / "step-00000002-rank0"
 
 
-def test_a_fresh_process_gives_the_same_bits(capsule: Path, run_cli: Callable[..., Any]) -> None:
-    done = run_cli("replay", capsule, "--bisect")
-    assert done.returncode == 0, done.stderr
+def test_a_fresh_process_gives_the_same_bits(capsule: Path, forks: Forks) -> None:
+    done = forks.run("-m", "rawloop", "replay", capsule, "--bisect", check=True)
     assert "the replay is equal, bit for bit" in done.stdout
     assert "finding: something is wrong" in done.stdout
     assert done.stdout.count("equal bit for bit") == 3

@@ -19,6 +19,7 @@ from rawloop.watch.config import WatchConfig
 from rawloop.watch.findings import Cause, Finding
 from rawloop.watch.subject import Detector, StepRecord, Subject
 from rawloop.watch.watch import Watch
+from tests.forks import Forks
 from tests.watch.loops import Double
 
 BUILDER = """
@@ -120,10 +121,10 @@ def test_a_loop_of_ones_own_is_replayed_bit_for_bit(tmp_path: Path, module: str,
     assert "s2-1-" in out
 
 
-def test_a_fresh_process_names_the_sample(tmp_path: Path, module: str, run_cli: Callable[..., Any]) -> None:
+def test_a_fresh_process_names_the_sample(tmp_path: Path, module: str, forks: Forks) -> None:
     path = loop(tmp_path / "out", poison=1)
-    done = run_cli("replay", path, "--model", f"{module}:build", "--bisect", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    arguments = ["-m", "rawloop", "replay", str(path), "--model", f"{module}:build", "--bisect"]
+    done = forks.run(*arguments, cwd=tmp_path, check=True)
     assert "s1-1-2" in done.stdout
     assert "'x' contains NaN" in " ".join(done.stdout.split())
 

@@ -12,8 +12,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -56,6 +54,7 @@ from rawloop.records import TIMES, read_events, read_metrics
 from rawloop.run import TrainState
 from rawloop.seed import RngState
 from tests import kept_runs
+from tests.forks import Forks
 
 STEPS = 40
 POISON = frozenset({2, 3, 11, 12, 13, 20, 31, 32})  # windows whose gradient is infinite
@@ -610,20 +609,19 @@ def test_a_state_from_elsewhere_that_cannot_be_saved_costs_nothing(
     assert verify(folder / "checkpoints" / newest).step == 4
 
 
-def test_who_trains_in_a_folder_is_said_before_what_is_wrong_with_the_settings(short: RunConfig) -> None:
+def test_who_trains_in_a_folder_is_said_before_what_is_wrong_with_the_settings(forks: Forks, short: RunConfig) -> None:
     finished(short)
     code = (
-        "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; "
-        "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "import signal, sys; from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; "
+        "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); signal.pause()"
     )
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code, short.output], **pipes) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        for config in (replace(short, resume="latest", seed=3), replace(short, resume="auto"), short):
-            with pytest.raises(UserError, match=rf"into which process {other.pid} on .* is training now"):
-                build_run(config, World(), lambda line: None)
-        other.kill()
+    other = forks.start("-c", code, short.output)
+    other.wait_for("held")
+    for config in (replace(short, resume="latest", seed=3), replace(short, resume="auto"), short):
+        with pytest.raises(UserError, match=rf"into which process {other.pid} on .* is training now"):
+            build_run(config, World(), lambda line: None)
+    other.kill()
+    forks.wait([other])
     finished(replace(short, resume="latest"))
 
 

@@ -1,7 +1,5 @@
 """Asynchronous saves: a checkpoint has the state of its step, failures are reported, and nothing is left behind."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from rawloop.contracts import FolderState, Stateful
 from rawloop.dist import World
 from rawloop.errors import CheckpointError, RawloopError
 from rawloop.records import Records, RecordsConfig, read_events
+from tests.forks import Forks
 
 
 class Weights:
@@ -265,11 +264,9 @@ def test_the_memory_of_a_copy_is_used_again_once_it_is_written(saving: Saving) -
         assert torch.equal(saving.weights.tensor, torch.full((1000,), float(value)))
 
 
-def test_a_running_save_is_finished_however_a_script_ends(tmp_path: Path) -> None:
+def test_a_running_save_is_finished_however_a_script_ends(forks: Forks, tmp_path: Path) -> None:
     script, cases = Path(__file__).parent / "exits.py", ("end", "exit", "exception", "interrupt", "full disk")
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, *cases], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = forks.run(script, tmp_path, *cases, finalize=True, check=True)
     assert done.stdout.splitlines() == ["end 0", "exit 3", "exception 1", "interrupt -2", "full disk 0"]
     for case in cases[:-1]:
         (slot,) = find_slots(tmp_path / case)

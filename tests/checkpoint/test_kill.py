@@ -1,14 +1,14 @@
 """Killed, or refused by the disk, at any moment of a save: all finished checkpoints are there, and the newest loads."""
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forks import Forks
 
 KILLING = Path(__file__).parent / "killing.py"
 
@@ -21,18 +21,16 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def kill(folder: Path, *arguments: str, timeout: float = 110.0) -> dict[str, Any]:
-    command = [sys.executable, str(KILLING), str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+def kill(forks: Forks, folder: Path, *arguments: str, timeout: float = 110.0) -> dict[str, Any]:
+    done = forks.run(KILLING, folder, *arguments, timeout=timeout, check=True)
     print(arguments, done.stdout)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
 @pytest.mark.parametrize("when", [pytest.param("now", marks=pytest.mark.slow), "later"])
-def test_killed_before_every_file_operation_of_a_save(folder: Path, when: str) -> None:
-    counted = kill(folder, when, "everywhere")
+def test_killed_before_every_file_operation_of_a_save(forks: Forks, folder: Path, when: str) -> None:
+    counted = kill(forks, folder, when, "everywhere")
     assert counted["operations"] > 70
     assert counted["pair 3"] + counted["pair 4"] == counted["operations"]
     assert (
@@ -41,20 +39,20 @@ def test_killed_before_every_file_operation_of_a_save(folder: Path, when: str) -
 
 
 @pytest.mark.parametrize("when", [pytest.param("now", marks=pytest.mark.slow), "later"])
-def test_a_full_disk_from_every_file_operation_on(folder: Path, when: str) -> None:
-    assert kill(folder, when, "full")["operations"] > 25
+def test_a_full_disk_from_every_file_operation_on(forks: Forks, folder: Path, when: str) -> None:
+    assert kill(forks, folder, when, "full")["operations"] > 25
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["now", "later"])
-def test_killed_at_random_moments(folder: Path, when: str) -> None:
-    assert kill(folder, when, "random", "10", "0")["kills"] == 10
+def test_killed_at_random_moments(forks: Forks, folder: Path, when: str) -> None:
+    assert kill(forks, folder, when, "random", "10", "0")["kills"] == 10
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("when", ["now", "later"])
-def test_killed_at_many_random_moments_on_a_real_disk(tmp_path: Path, when: str) -> None:
-    counted = kill(tmp_path, when, "random", "200", "1", timeout=280.0)
+def test_killed_at_many_random_moments_on_a_real_disk(forks: Forks, tmp_path: Path, when: str) -> None:
+    counted = kill(forks, tmp_path, when, "random", "200", "1", timeout=280.0)
     assert (counted["kills"], counted["aimed"]) == (200, 100)
     assert counted["aimed, in a save"] > 50

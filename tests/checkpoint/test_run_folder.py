@@ -3,11 +3,8 @@
 import errno
 import fcntl
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 
@@ -30,6 +27,7 @@ from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.pack import pack
 from rawloop.records import Records, RecordsConfig
+from tests.forks import Forks
 
 
 def test_a_fresh_folder_is_made_and_one_with_other_things_is_taken(tmp_path: Path) -> None:
@@ -74,20 +72,20 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         claim_run_folder(tmp_path / "x" / "y", World(), resume=True)
 
 
-def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
+def test_one_process_trains_into_a_folder_at_a_time(forks: Forks, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code = (
-        "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import claim_run_folder; "
+        "import signal, sys; from pathlib import Path; from rawloop.checkpoint.run_folder import claim_run_folder; "
         "from rawloop.dist import World; claim_run_folder(Path(sys.argv[1]), World(), resume=False); "
-        "print('held', flush=True); sys.stdin.read()"
+        "print('held', flush=True); signal.pause()"
     )
-    with subprocess.Popen([sys.executable, "-c", code, run], stdin=PIPE, stdout=PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        for resume in (False, True):
-            with pytest.raises(UserError, match=rf"into which process {other.pid} on .* is training now: wait for it"):
-                claim_run_folder(run, World(), resume=resume)
-        other.kill()
+    other = forks.start("-c", code, run)
+    other.wait_for("held")
+    for resume in (False, True):
+        with pytest.raises(UserError, match=rf"into which process {other.pid} on .* is training now: wait for it"):
+            claim_run_folder(run, World(), resume=resume)
+    other.kill()
+    forks.wait([other])
     lock = claim_run_folder(run, World(), resume=False)  # the kernel has let go of it
     assert lock is not None
     assert lock.notice is None
@@ -108,50 +106,48 @@ def manager_of(run: Path, records: Records) -> CheckpointManager:
     return CheckpointManager(run, CheckpointConfig(asynchronous=False), World(), records, {"counter": Counter()})
 
 
-def locked_out(run: Path) -> str:
+def locked_out(forks: Forks, run: Path) -> str:
     """What another process is told that would train into the folder."""
     code = f"from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; RunLock(Path({str(run)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    return done.stderr
+    return forks.run("-c", code).stderr
 
 
-def test_another_process_asks_whether_a_folder_is_locked_and_takes_no_lock(tmp_path: Path) -> None:
+def test_another_process_asks_whether_a_folder_is_locked_and_takes_no_lock(forks: Forks, tmp_path: Path) -> None:
     assert is_locked(tmp_path) is False
     lock = RunLock(tmp_path)
-    code = "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import is_locked; "
-    command = [sys.executable, "-c", f"{code}print(is_locked(Path(sys.argv[1])))", str(tmp_path)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout == "True\n"
+    code = "import signal, sys; from pathlib import Path; from rawloop.checkpoint.run_folder import is_locked; "
+    assert forks.run("-c", f"{code}print(is_locked(Path(sys.argv[1])))", tmp_path, check=True).stdout == "True\n"
     lock.release()
     assert is_locked(tmp_path) is False
 
 
-def test_a_manager_holds_the_lock_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manager_holds_the_lock_of_its_folder(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     with Records(run, World(), RecordsConfig()) as records:
         first, second = manager_of(run, records), manager_of(run, records)  # as when a cell of a notebook is run again
         first.close()  # which drops the process's lock
         second.save(1)
-        assert f"into which process {os.getpid()} on " in locked_out(run)
+        assert f"into which process {os.getpid()} on " in locked_out(forks, run)
         second.close()
-        assert locked_out(run) == ""
+        assert locked_out(forks, run) == ""
         code = (
-            "import sys; from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; "
-            "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+            "import signal, sys; from pathlib import Path; from rawloop.checkpoint.run_folder import RunLock; "
+            "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); signal.pause()"
         )
-        with subprocess.Popen([sys.executable, "-c", code, run], stdin=PIPE, stdout=PIPE, text=True) as other:
-            assert other.stdout is not None
-            assert other.stdout.readline() == "held\n"
-            with pytest.raises(
-                UserError, match=rf"into which process {other.pid} on .* is training now: .*other --output$"
-            ):
-                manager_of(run, records)
-            monkeypatch.setenv("RANK", "0")
-            monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it, and nobody has looked
-            with pytest.raises(UserError, match=r"This is one of 2 processes that were started together: "):
-                manager_of(run, records)
-            with pytest.raises(UserError, match="is training now"):
-                second.save(2)  # it was closed
-            other.kill()
+        other = forks.start("-c", code, run)
+        other.wait_for("held")
+        with pytest.raises(
+            UserError, match=rf"into which process {other.pid} on .* is training now: .*other --output$"
+        ):
+            manager_of(run, records)
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it, and nobody has looked
+        with pytest.raises(UserError, match=r"This is one of 2 processes that were started together: "):
+            manager_of(run, records)
+        with pytest.raises(UserError, match="is training now"):
+            second.save(2)  # it was closed
+        other.kill()
+        forks.wait([other])
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling", "folder", "fifo"])
@@ -173,7 +169,7 @@ def test_what_is_no_file_in_the_place_of_the_lock_is_refused(tmp_path: Path, kin
 
 
 def test_a_lock_that_was_deleted_while_it_was_opened_is_taken_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its holder was refused and left nothing. A lock on a file without a name would keep nobody out."""
     lockf, deleted = fcntl.lockf, threading.Event()
@@ -186,7 +182,7 @@ def test_a_lock_that_was_deleted_while_it_was_opened_is_taken_anew(
 
     monkeypatch.setattr(fcntl, "lockf", slow)
     lock = RunLock(tmp_path)
-    said = locked_out(tmp_path)
+    said = locked_out(forks, tmp_path)
     lock.release()
     assert deleted.is_set()
     assert f"into which process {os.getpid()} on " in said

@@ -1,12 +1,9 @@
 """What the tests of the commands share: a small run's config, the door called in this process, and forked processes."""
 
-import json
 import os
 import re
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import yaml
 
 from rawloop.cli import main
+from tests.forks import Forks
 
 
 @dataclass(frozen=True)
@@ -109,63 +107,13 @@ def free_port() -> int:
             return port
 
 
-class Server:
-    """Speaks with `fork_server.py`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        script = Path(__file__).parent / "fork_server.py"
-        self.process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.started = 0
-
-    def ask(self, **job: Any) -> list[int]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer: list[int] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def start(self, arguments: list[str], size: int, last: Sequence[str] = ()) -> tuple[list[int], list[str]]:
-        """Start a command as `size` ranks; returns their process ids and the beginnings of their logs' names.
-
-        `last` are further arguments of the last rank.
-        """
-        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.started += 1
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(size)] if size > 1 else [{}]
-        logs = [str(self.folder / f"{self.started}-{rank}") for rank in range(size)]
-        commands = [arguments] * (size - 1) + [[*arguments, *last]]
-        return self.ask(ranks=commands, environment=ranks, logs=logs), logs
-
-    def finish(self, children: list[int], logs: list[str], seconds: float) -> list[Done]:
-        codes = self.ask(wait=children, seconds=seconds)
-        files = [[Path(f"{log}.{kind}") for kind in ("out", "err")] for log in logs]
-        # A process that was killed at once has not made its files.
-        texts = [[file.read_text(errors="replace") if file.exists() else "" for file in pair] for pair in files]
-        return [Done(code, *text) for code, text in zip(codes, texts, strict=True)]
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The process that commands are forked from."""
-    server = Server(tmp_path_factory.mktemp("forks"))
-    yield server
-    assert server.process.stdin is not None
-    server.process.stdin.close()
-    assert server.process.wait(timeout=240) == 0
-    assert server.process.stdout is not None
-    server.process.stdout.close()
-
-
 @pytest.fixture
-def ranks(server: Server) -> Callable[..., list[Done]]:
+def ranks(forks: Forks) -> Callable[..., list[Done]]:
     """Give `ranks(*arguments, size=2, seconds=240, then=None, last=())`: a command in forked processes; a result each.
 
     `then(process ids)` is called after they have started; `last` are further arguments of the last rank.
     """
+    code = "import sys; from rawloop.cli import main; sys.exit(main(sys.argv[1:]))"
 
     def run(
         *arguments: str | Path,
@@ -175,9 +123,17 @@ def ranks(server: Server) -> Callable[..., list[Done]]:
         last: Sequence[str | Path] = (),
     ) -> list[Done]:
         assert "RANK" not in os.environ
-        children, logs = server.start([str(argument) for argument in arguments], size, [str(word) for word in last])
+        here = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])  # for spoilt_family.py
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(size)] if size > 1 else [{}]
+        more = [()] * (size - 1) + [last]
+        started = [
+            forks.start("-c", code, *arguments, *word, env={"PYTHONPATH": here, **env})
+            for word, env in zip(more, each, strict=True)
+        ]
         if then is not None:
-            then(children)
-        return server.finish(children, logs, seconds)
+            then([fork.pid for fork in started])
+        forks.wait(started, seconds)
+        return [Done(fork.code or 0, fork.text("out"), fork.text("err")) for fork in started]
 
     return run

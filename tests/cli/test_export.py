@@ -1,6 +1,9 @@
 """`rawloop export`: a folder that transformers opens and that says what the run says; nothing is pushed unasked."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,16 +73,17 @@ def test_a_dry_run_shows_what_a_push_would_upload_and_a_push_needs_the_hub(
     assert (tmp_path / "c" / "model.safetensors").is_file()
 
 
-def test_a_hub_that_is_not_reached_is_told_in_a_line(
-    run_cli: Callable[..., Any], text_checkpoint: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_hub_that_is_not_reached_is_told_in_a_line(text_checkpoint: Path, tmp_path: Path) -> None:
     nobody = {
         "HF_HUB_OFFLINE": "0",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_TOKEN": "none",
     }
-    done = run_cli("export", text_checkpoint, "--output", tmp_path / "out", "--push", "owner/x", env=nobody)
+    words = ["export", str(text_checkpoint), "--output", str(tmp_path / "out"), "--push", "owner/x"]
+    command, environment = [sys.executable, "-m", "rawloop", *words], {**os.environ, **nobody}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
     assert done.stderr.splitlines()[-1].startswith("rawloop export: --push owner/x: the hub did not take it (")
     assert (tmp_path / "out" / "README.md").is_file()

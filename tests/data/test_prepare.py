@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +26,7 @@ from rawloop.data.shards import codec_folder, heard_at, open_cache
 from rawloop.dist import World
 from rawloop.errors import Preempted, RawloopError, UserError
 from rawloop.family_protocols import CodecInfo
+from tests.forks import Fork, Forks
 
 Tone = Callable[..., Path]
 Encode = Callable[[Tensor], Tensor]
@@ -510,44 +509,30 @@ print("report", report.encoded, report.reused, flush=True)
 
 
 @pytest.fixture
-def worker(tmp_path: Path, cache: Path) -> Iterator[Callable[[int], "subprocess.Popen[str]"]]:
+def worker(forks: Forks, tmp_path: Path, cache: Path) -> Iterator[Callable[[int], Fork]]:
     """Give `worker(shard_clips)`: a process that prepares all clips slowly and prints a line per encoded clip."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Fork] = []
 
-    def start(shard_clips: int) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", WORKER, str(tmp_path), str(cache), str(shard_clips)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        started.append(process)
-        return process
+    def start(shard_clips: int) -> Fork:
+        started.append(forks.start("-c", WORKER, tmp_path, cache, str(shard_clips), finalize=True))
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
-
-
-def wait_for(process: "subprocess.Popen[str]", clips: int) -> None:
-    assert process.stdout is not None
-    for _ in range(clips):
-        assert process.stdout.readline() == "encoded\n"
-
-
-def rest_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, error = process.communicate(timeout=60)
-    return process.returncode, out, error
+    forks.wait(started)
 
 
 def test_killed_in_the_middle(
-    tone: Tone, worker: Callable[[int], "subprocess.Popen[str]"], run: Run, encode: Encode, cache: Path
+    forks: Forks, tone: Tone, worker: Callable[[int], Fork], run: Run, encode: Encode, cache: Path
 ) -> None:
     clips = [tone(f"{index:02}.wav", hertz=200 + index).resolve() for index in range(24)]
     first = worker(4)
-    wait_for(first, 10)
-    first.send_signal(signal.SIGKILL)
-    code, out, _ = rest_of(first)
-    assert code == -signal.SIGKILL
-    encoded = 10 + out.count("encoded")
+    first.wait_for(10 * "encoded\n")
+    first.kill()
+    forks.wait([first], 60)
+    assert first.code == -signal.SIGKILL
+    encoded = first.text("out").count("encoded")
     whole = encoded // 4 * 4
     (codec_folder(cache, CodeCache(cache).codec) / "shard-00099.safetensors.part").write_text("half written")
     report = run(samples_of(clips))
@@ -562,18 +547,19 @@ def test_killed_in_the_middle(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_stopped_in_the_middle(
-    number: signal.Signals, tone: Tone, worker: Callable[[int], "subprocess.Popen[str]"], run: Run, cache: Path
+    forks: Forks, number: signal.Signals, tone: Tone, worker: Callable[[int], Fork], run: Run, cache: Path
 ) -> None:
     clips = [tone(f"{index:02}.wav", hertz=200 + index).resolve() for index in range(24)]
     first = worker(1000)
-    wait_for(first, 6)
-    first.send_signal(number)
-    code, out, error = rest_of(first)
-    assert code == (-number if number == signal.SIGINT else 1), error
+    first.wait_for(6 * "encoded\n")
+    os.kill(first.pid, number)
+    forks.wait([first], 60)
+    error = first.text("err")
+    assert first.code == (-number if number == signal.SIGINT else 1), error
     said = "KeyboardInterrupt" if number == signal.SIGINT else f"Preempted: stopped by {number.name}; encoded clips"
     assert said in error
-    assert "report" not in out
-    encoded = 6 + out.count("encoded")
+    assert "report" not in first.text("out")
+    encoded = first.text("out").count("encoded")
     assert encoded < 24
     report = run(samples_of(clips))
     assert (report.reused, report.encoded) == (encoded, 24 - encoded)  # not one clip is lost
