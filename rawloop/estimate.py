@@ -33,6 +33,7 @@ from rawloop.losses import LossModule
 from rawloop.optim import KINDS
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import is_lacking
+from rawloop.rounding import CHUNK
 
 FEW = 2  # blocks; the first and the last may differ in what they keep
 # Bytes of state for each float32 number, of the optimizers of libraries, which cannot be run on fake tensors. Pages of
@@ -197,6 +198,8 @@ def _run(config: RunConfig, family: Family, model: nn.Module) -> Run:
     held = [parameter for _, parameter in policy.named_parameters()]
     optimizer = SGD(held, config.optim.lr) if of_library else build_optimizer(config, policy, World())
     policy.adopt(optimizer)
+    if policy.trained.rounding and config.device != "cpu":
+        policy.trained.rounding.chunk = CHUNK
     return Run(
         module=module,
         windows=lambda _: [],

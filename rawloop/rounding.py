@@ -13,13 +13,15 @@ from rawloop.errors import UserError
 from rawloop.seed import derive_seed
 from rawloop.sharding import is_sharded, own_part, part_of, sharded_from, start_of_part
 
-CHUNKS = {"cpu": 2**16}  # numbers that are rounded at a time, with a seed of their own: on a CPU they stay in its cache
-CHUNK = 2**22  # on other devices
+CHUNK = 2**22  # numbers that are rounded at a time, with a seed of their own
+CHUNK_OF_CPU = 2**16  # stays in its cache
 LARGEST = torch.finfo(torch.bfloat16).max
 
 
 @torch.no_grad()
-def round_stochastically(numbers: Tensor, generator: torch.Generator, key: Sequence[int | str], start: int = 0) -> None:
+def round_stochastically(
+    numbers: Tensor, generator: torch.Generator, key: Sequence[int | str], start: int = 0, size: int = CHUNK
+) -> None:
     """Round float32 numbers to numbers that bfloat16 has, in place: each to one of its two neighbours, at random.
 
     The nearer a neighbour, the more probable it is, so that the mean is the number itself (Gupta et al., 2015,
@@ -31,8 +33,9 @@ def round_stochastically(numbers: Tensor, generator: torch.Generator, key: Seque
         generator: of the same device; is seeded here.
         key: what the random numbers depend on, beside each number's place.
         start: the place of the first number, if these are a part of a larger tensor.
+        size: of the chunks.
     """
-    flat, size, end = numbers.view(-1), CHUNKS.get(numbers.device.type, CHUNK), start + numbers.numel()
+    flat, end = numbers.view(-1), start + numbers.numel()
     for chunk in range(start // size, -(-end // size)):
         first = max(start, chunk * size)
         part, skipped = flat[first - start : (chunk + 1) * size - start], first - chunk * size
@@ -73,6 +76,7 @@ class StochasticRounding:
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self.device, self.seed, self.updates = device, seed, 0
+        self.chunk = CHUNK_OF_CPU if device.type == "cpu" else CHUNK
         self._generator = torch.Generator(device)
 
     def stand_in(self, weight: nn.Parameter) -> nn.Parameter:
@@ -96,7 +100,7 @@ class StochasticRounding:
         for name, each in named:
             weight, numbers = weight_behind(each), own_part(each).data
             key = (self.seed, self.updates, name)
-            round_stochastically(numbers, self._generator, key, start_of_part(weight))
+            round_stochastically(numbers, self._generator, key, start_of_part(weight), self.chunk)
             part_of(weight.data).copy_(numbers)
             own_part(each).data = self._nothing(numbers)
 

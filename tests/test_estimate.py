@@ -17,7 +17,8 @@ from rawloop.allocations import peak_of
 from rawloop.components import build_family
 from rawloop.data.config import DataConfig
 from rawloop.estimate import _count, estimate, long_lists, skeleton_of
-from rawloop.settings import TrainConfig
+from rawloop.precision.config import PrecisionConfig
+from rawloop.settings import OptimConfig, TrainConfig
 from tests.real_steps import FULL, batch_of, config_of, measured, planned, run_of, step
 
 
@@ -171,6 +172,19 @@ def test_parts_are_counted_as_what_they_are(llama: Path) -> None:
     lora = planned(config_of(llama, "bf16"), batch_of(config, 16, 1))
     assert lora.peak["frozen weights"] > 5 * lora.peak["trained weights"] > 0
     assert lora.host == pytest.approx(12 * lora.trained, rel=0.05)
+
+
+def test_stochastic_rounding_keeps_no_float32_copy(llama: Path) -> None:
+    rounded = PrecisionConfig("bf16", trainable_dtype="bf16", masters="stochastic", fallback=[])
+    config = replace(config_of(llama, "bf16", FULL, recompute=True), precision=rounded)
+    batch = batch_of(config, 100, 2)
+    found, numbers = planned(config, batch), planned(config, batch).trained
+    assert found.total == pytest.approx(measured(config, batch), rel=0.05)
+    assert (found.peak["trained weights"], found.peak["masters"]) == (2 * numbers, 0)
+    assert found.peak["optimizer"] == pytest.approx(8 * numbers, rel=0.01)
+    assert found.host == pytest.approx(10 * numbers, rel=0.01)
+    small = replace(config, device="auto", optim=OptimConfig(name="adamw_8bit"))
+    assert planned(small, batch).peak["optimizer"] == pytest.approx(2 * numbers, rel=0.05)
 
 
 def test_no_weights_are_read(llama: Path, tmp_path: Path, demo_config: Callable[..., Path]) -> None:

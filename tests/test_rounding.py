@@ -60,22 +60,22 @@ def test_not_a_number_stays_so(bits: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2**16, 64])
-def test_a_number_is_rounded_alike_in_a_part_and_in_the_whole(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(rounding, "CHUNKS", {"cpu": size})
+def test_a_number_is_rounded_alike_in_a_part_and_in_the_whole(size: int) -> None:
     whole = torch.full((1001,), 1 + 2**-8)  # half way
     parts = [part.clone() for part in torch.split(whole, [0, 63, 300, 1, 637])]
-    round_stochastically(whole, torch.Generator(), [3, "w"])
+    round_stochastically(whole, torch.Generator(), [3, "w"], 0, size)
     place = 0
     for part in parts:
-        round_stochastically(part, torch.Generator(), [3, "w"], place)
+        round_stochastically(part, torch.Generator(), [3, "w"], place, size)
         place += len(part)
     assert torch.equal(torch.cat(parts), whole)
     assert 400 < int((whole > 1).sum()) < 600
 
 
-def test_neighbours_and_chunks_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "CHUNKS", {"cpu": 100})
-    up = (rounded(1 + 2**-8)[1] > 1).double() - 0.5
+def test_neighbours_and_chunks_are_independent() -> None:
+    numbers = torch.full((DRAWS,), 1 + 2**-8)
+    round_stochastically(numbers, torch.Generator(), [0], 0, 100)
+    up = (numbers > 1).double() - 0.5
     for lag in (1, 2, 3, 4, 100):
         assert abs(float((up[:-lag] * up[lag:]).mean()) / 0.25) < 4.5 / math.sqrt(DRAWS)
 

@@ -45,6 +45,7 @@ from rawloop.settings import DDPConfig
 CPU = torch.device("cpu")
 PACKAGE = Path(rawloop.__file__).parent
 VOCAB, LENGTH, LOG_EVERY = 64, 12, 3
+STOCHASTIC = PrecisionConfig("bf16", trainable_dtype="bf16", masters="stochastic")
 # Calls that read a tensor's values without an operator that the dispatcher would see.
 READS = {Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__, Tensor.__repr__}
 # Operators whose result, or its size, the host must know.
@@ -176,7 +177,8 @@ def build(
         use_cache=False,
     )
     scale = LossScaleConfig(init=2.0**10) if "fp16" in mode else LossScaleConfig()  # small enough to skip nothing
-    policy = PrecisionPolicy(PrecisionConfig(mode=mode, loss_scale=scale), CPU, world=world)
+    precision = STOCHASTIC if mode == "stochastic" else PrecisionConfig(mode=mode, loss_scale=scale)
+    policy = PrecisionPolicy(precision, CPU, world=world)
     model: nn.Module = LlamaForCausalLM(config)
     model = policy.prepare(add_adapter(model, AdapterConfig(rank=2), []))
     return Run(
@@ -208,7 +210,7 @@ NORM = Counter(tolist=1)  # of the gradients, with the sum of the losses: are th
 LINE = Counter(_local_scalar_dense=1)  # the loss; counted with the step after
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "amp_fp16", "native_fp16"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "stochastic", "amp_fp16", "native_fp16"])
 def test_a_step_waits_once_however_many_micro_batches_it_has(tmp_path: Path, mode: str) -> None:
     one = waits_of(build(tmp_path / "1", steps=7, mode=mode))
     four = waits_of(build(tmp_path / "4", steps=7, accumulation=4, mode=mode, moving=True))

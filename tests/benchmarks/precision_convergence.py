@@ -58,6 +58,7 @@ class Row(NamedTuple):
     bound: bool = True
 
 
+STOCHASTIC = {"mode": "bf16", "trainable_dtype": "bf16", "masters": "stochastic"}
 ROWS = [
     Row("fp32", {"mode": "fp32"}),
     Row("bf16", {"mode": "bf16"}),
@@ -65,6 +66,7 @@ ROWS = [
     Row("native_fp16, fp32 trainables", {"mode": "native_fp16"}),
     Row("native_fp16, masters", {"mode": "native_fp16", "trainable_dtype": "fp16"}),
     Row("bf16, bf16 trainables, masters", {"mode": "bf16", "trainable_dtype": "bf16"}),
+    Row("bf16, bf16 trainables, stochastic", STOCHASTIC),
     Row("bf16, bf16 trainables, none", {"mode": "bf16", "trainable_dtype": "bf16", "masters": "none"}, bound=False),
 ]
 
