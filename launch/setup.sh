@@ -4,6 +4,9 @@
 #
 #   bash launch/setup.sh [EXTRAS]    EXTRAS of setup.cfg, such as dev or dev,bench
 #
+# With dev, bitsandbytes goes into .venv/apart, where only its own tests look: PEFT imports it wherever it finds it, and
+# that costs each start a second.
+#
 #   PYTHON=python3.12                the interpreter for .venv (3.11 or later; default: the first one found)
 #   RAWLOOP_TORCH_INDEX=URL          take torch and torchaudio from this package index, with no upper bound;
 #                                    https://download.pytorch.org/whl/cpu saves a CPU-only machine several GB
@@ -56,7 +59,8 @@ fingerprint() { # of the settings and of the packages in .venv, to notice a pack
     {
         echo "$PWD ${RAWLOOP_TORCH_INDEX:-} $(version $python) $(has_gpu && echo gpu)"
         cat setup.cfg pyproject.toml launch/setup.sh launch/constraints-cpu.txt
-        ls -d .venv/lib/python3*/site-packages/*.dist-info .venv/lib/python3*/site-packages/torchaudio/lib/* 2>/dev/null
+        ls -d .venv/lib/python3*/site-packages/*.dist-info .venv/lib/python3*/site-packages/torchaudio/lib/* \
+            .venv/apart/*.dist-info 2>/dev/null || true # which only dev has
     } | cksum
 }
 
@@ -67,7 +71,18 @@ install() {
     elif ! has_gpu; then
         options+=(--constraint launch/constraints-cpu.txt)
     fi
-    "$python" -m pip install "${options[@]}"
+    "$python" -m pip install "${options[@]}" || return
+    [[ ",$extras," != *,dev,* ]] || install_apart
+}
+
+install_apart() {
+    local wanted
+    wanted=$("$python" -c 'import configparser
+setup = configparser.ConfigParser()
+setup.read("setup.cfg")
+print(setup["options.extras_require"]["bitsandbytes"])') || return
+    rm -rf .venv/apart # else pip keeps what is there, also of an interrupted installation
+    "$python" -m pip install --no-deps --target .venv/apart "$wanted"
 }
 
 mend_torchaudio() {
