@@ -4,38 +4,40 @@ The order matters twice. The precision policy casts the weights before DDP and t
 restored last, because building draws from them.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from rawloop.buffers import MovingBuffers, buffer_notices, find_moving_buffers
 from rawloop.changes import PART, SettingsState, check_settings_of_ranks
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.checkpoint.reader import stored_part
 from rawloop.checkpoint.run_folder import mark_launch
 from rawloop.compiling import compile_blocks
-from rawloop.components import (
-    announce,
-    build_optimizer,
-    build_throughput,
-    decide_find_unused,
-)
+from rawloop.components import build_optimizer, build_throughput, decide_find_unused
 from rawloop.config import RunConfig, to_yaml
+from rawloop.contracts import Family
 from rawloop.data.batches import TrainWindows
 from rawloop.diagnose.checks import Report
-from rawloop.dist import World
-from rawloop.errors import LibraryError
+from rawloop.dist import World, unwrap_ddp
+from rawloop.errors import LibraryError, RawloopError
 from rawloop.loop import Run
-from rawloop.losses import Meter
+from rawloop.losses import LossModule, Meter
+from rawloop.moving_buffers import MovingBuffers, buffer_notices, find_moving_buffers
 from rawloop.optim import check_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.planning import rehearse
+from rawloop.precision.advice import rounded_updates
+from rawloop.precision.modes import DTYPES, MODES
+from rawloop.precision.policy import PrecisionPolicy
 from rawloop.ready import Ready, build_ready, prepare
 from rawloop.records import Records
 from rawloop.resume import Start, choose_start, goes_back, restore
@@ -183,3 +185,54 @@ def _assemble(
         log_every=config.train.log_every,
         loaders=[*ready.loaders.values()],
     )
+
+
+def announce(
+    config: RunConfig, family: Family, module: nn.Module, policy: PrecisionPolicy, optimizer: Optimizer
+) -> str:
+    """Return a line that says what is trained in which dtypes, and by which attention, read from the finished module.
+
+    Refuse a module whose trained weights are not those of the policy and the optimizer, or are of another dtype.
+    """
+    wrapped = unwrap_ddp(module)
+    assert isinstance(wrapped, LossModule)
+    named = dict(wrapped.model.named_parameters())
+    trained = {name: weight for name, weight in named.items() if weight.requires_grad}
+    stepped = dict(policy.named_parameters())
+    optimized = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    without = {name for name, weight in stepped.items() if id(weight) not in optimized}
+    for what, names in (
+        ("are trained by the model and not by the precision policy", set(trained) - set(stepped)),
+        ("are trained by the precision policy and not by the model", set(stepped) - set(trained)),
+        ("are trained, and the optimizer does not hold them", without),
+    ):
+        if names:
+            raise RawloopError(f"{len(names)} weights {what}, first {min(names)}: this is not what was asked for")
+    wanted = config.precision.trainable_dtype if policy.name == config.precision.mode else "auto"
+    allowed = MODES[policy.name].trainable if wanted == "auto" else (wanted,)
+    for name, weight in trained.items():
+        if weight.dtype not in {DTYPES[kind] for kind in allowed}:
+            raise RawloopError(
+                f"{name} would be trained in {_short(weight.dtype)}, and precision {policy.name} trains "
+                f"{' or '.join(allowed)}"
+            )
+    frozen = [weight for name, weight in named.items() if name not in trained]
+    streams = ", ".join(f"{stream} x {weight:g}" for stream, weight in family.stream_weights.items())
+    kept = f", beside {_dtypes(frozen)} frozen" if frozen else ""
+    used = [getattr(getattr(part, "config", None), "_attn_implementation", None) for part in wrapped.model.modules()]
+    attention = ", ".join(dict.fromkeys(filter(None, used)))
+    said = f"; attention: {attention}" if attention else ""
+    rounded = rounded_updates(policy.trained, optimizer)
+    return f"training {_dtypes(trained.values())} weights{kept}{rounded}; streams: {streams}{said}"
+
+
+def _dtypes(weights: Iterable[nn.Parameter]) -> str:
+    """Return the number of weights of each dtype, such as `1,536 float32`."""
+    counts: Counter[str] = Counter()
+    for weight in weights:
+        counts[_short(weight.dtype)] += weight.numel()
+    return " and ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

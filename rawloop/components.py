@@ -2,8 +2,7 @@
 
 import operator
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,8 @@ from rawloop.data.digests import shared
 from rawloop.data.index import SampleIndex
 from rawloop.data.limits import Limits
 from rawloop.data.splits import data_path, load_samples, no_codes, open_codes
-from rawloop.dist import World, unwrap_ddp
-from rawloop.errors import RawloopError, UserError, first_few
+from rawloop.dist import World
+from rawloop.errors import UserError, first_few
 from rawloop.evaluate import Evaluator
 from rawloop.families import config_digest, load_family, reading_of, source_of
 from rawloop.families.sample_checks import check_repeatable
@@ -38,8 +37,6 @@ from rawloop.family_protocols import PackingFamily
 from rawloop.files import sha256_files
 from rawloop.losses import LossModule
 from rawloop.precision.adopting import check_averaging
-from rawloop.precision.advice import rounded_updates
-from rawloop.precision.modes import DTYPES, MODES
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
 from rawloop.settings import DDPConfig
@@ -259,54 +256,3 @@ def decide_find_unused(config: DDPConfig, unused: Sequence[Sequence[str]]) -> tu
         )
     advice = "weights that no batch uses are never trained: freeze them (adapter.freeze), or check the data"
     return replace(config, find_unused_parameters=True), f"{what}; {advice}"
-
-
-def announce(
-    config: RunConfig, family: Family, module: nn.Module, policy: PrecisionPolicy, optimizer: Optimizer
-) -> str:
-    """Return a line that says what is trained in which dtypes, and by which attention, read from the finished module.
-
-    Refuse a module whose trained weights are not those of the policy and the optimizer, or are of another dtype.
-    """
-    wrapped = unwrap_ddp(module)
-    assert isinstance(wrapped, LossModule)
-    named = dict(wrapped.model.named_parameters())
-    trained = {name: weight for name, weight in named.items() if weight.requires_grad}
-    stepped = dict(policy.named_parameters())
-    optimized = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    without = {name for name, weight in stepped.items() if id(weight) not in optimized}
-    for what, names in (
-        ("are trained by the model and not by the precision policy", set(trained) - set(stepped)),
-        ("are trained by the precision policy and not by the model", set(stepped) - set(trained)),
-        ("are trained, and the optimizer does not hold them", without),
-    ):
-        if names:
-            raise RawloopError(f"{len(names)} weights {what}, first {min(names)}: this is not what was asked for")
-    wanted = config.precision.trainable_dtype if policy.name == config.precision.mode else "auto"
-    allowed = MODES[policy.name].trainable if wanted == "auto" else (wanted,)
-    for name, weight in trained.items():
-        if weight.dtype not in {DTYPES[kind] for kind in allowed}:
-            raise RawloopError(
-                f"{name} would be trained in {_short(weight.dtype)}, and precision {policy.name} trains "
-                f"{' or '.join(allowed)}"
-            )
-    frozen = [weight for name, weight in named.items() if name not in trained]
-    streams = ", ".join(f"{stream} x {weight:g}" for stream, weight in family.stream_weights.items())
-    kept = f", beside {_dtypes(frozen)} frozen" if frozen else ""
-    used = [getattr(getattr(part, "config", None), "_attn_implementation", None) for part in wrapped.model.modules()]
-    attention = ", ".join(dict.fromkeys(filter(None, used)))
-    said = f"; attention: {attention}" if attention else ""
-    rounded = rounded_updates(policy.trained, optimizer)
-    return f"training {_dtypes(trained.values())} weights{kept}{rounded}; streams: {streams}{said}"
-
-
-def _dtypes(weights: Iterable[nn.Parameter]) -> str:
-    """Return the number of weights of each dtype, such as `1,536 float32`."""
-    counts: Counter[str] = Counter()
-    for weight in weights:
-        counts[_short(weight.dtype)] += weight.numel()
-    return " and ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

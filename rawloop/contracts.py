@@ -37,8 +37,7 @@ class Turn:
     """One message of a conversation.
 
     `role` is system, scene, user, assistant or tool; or text, for plain text without a speaker, alone in its sample.
-    Only `trained` turns have targets; reference turns and prompts are context. `fields` are further keys of the message
-    for the chat template, such as `tool_calls` and `reasoning_content`.
+    Only `trained` turns have targets; others are context. `fields` are further keys for the template (`tool_calls`).
     """
 
     role: str
@@ -263,8 +262,7 @@ class Family(Protocol):
     def perturb(self, batch: Batch) -> Perturbed:
         """Change all inputs from the middle of each row's targets on; and, in another batch, all inputs before it.
 
-        If streams have their targets at different places, rows take turns: the first row is split at the middle of the
-        first stream's targets, the second row at that of the second stream's.
+        Where streams have targets at different places, the rows take turns: one is split in the middle of each stream.
         """
 
 

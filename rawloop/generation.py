@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate; `cli/options.py` has the texts and defaults. `output` is a folder if there are `lines`."""
+    """What to generate; `cli/model_options.py` has texts and defaults. `output` is a folder if there are `lines`."""
 
     texts: list[str]
     lines: Path | None

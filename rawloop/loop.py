@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-from rawloop.buffers import MovingBuffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.dist import no_sync, unwrap_ddp
 from rawloop.errors import InterruptedUpdate, TrainingError, UserError, happening, is_out_of_memory
 from rawloop.losses import LossModule, weighted_mean
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.optim import set_lr, use_trained
 from rawloop.precision.gradients import ELSEWHERE, StepResult
 from rawloop.preempt import first_reason

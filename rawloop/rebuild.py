@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rawloop.buffers import MovingBuffers, find_moving_buffers
 from rawloop.checkpoint.slots import find_slots
 from rawloop.contracts import Batch
 from rawloop.dist import unwrap_ddp
 from rawloop.errors import happening
+from rawloop.moving_buffers import MovingBuffers, find_moving_buffers
 from rawloop.precision.preflight import preflight
 from rawloop.run import Run
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from rawloop.adapters.files import ModelFiles
-from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint.reader import stored_part
 from rawloop.checkpoint.slots import read_manifest
 from rawloop.components import build_family, build_model
@@ -20,6 +19,7 @@ from rawloop.errors import UserError, first_few
 from rawloop.families import imported
 from rawloop.kept import Again, batch_from
 from rawloop.losses import LossModule
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.watch.capsule import read_states

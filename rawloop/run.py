@@ -8,7 +8,6 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint.best import BestRecord, BestTracker
 from rawloop.checkpoint.manager import CheckpointManager
 from rawloop.contracts import Batch
@@ -19,6 +18,7 @@ from rawloop.evaluate import Evaluation, Evaluator
 from rawloop.listen.files import write_heard
 from rawloop.listen.listener import Listener
 from rawloop.losses import Meter
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.optim import use_average
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.preempt import Preemption, exit_code_after

@@ -69,6 +69,7 @@ PAGES = {
     "listen": "listening.md",
     "loop.py": "correctness.md",
     "losses.py": "families.md",
+    "moving_buffers.py": "checkpoints.md",
     "machines.py": "launching.md",
     "meeting.py": "launching.md",
     "optim": "embedding.md",

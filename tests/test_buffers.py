@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.lora import add_adapter
-from rawloop.buffers import MovingBuffers, buffer_notices, find_moving_buffers, places, untouched
+from rawloop.buffers import places, untouched
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.cli import main
@@ -36,6 +36,7 @@ from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig
 from rawloop.loop import Run, TrainConfig, train
 from rawloop.losses import LossModule
+from rawloop.moving_buffers import MovingBuffers, buffer_notices, find_moving_buffers
 from rawloop.optim import OptimConfig
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy

@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.lora import add_adapter, check_lora, kinds, lora_layers
-from rawloop.build import build_run
-from rawloop.components import announce, check_streams
+from rawloop.build import announce, build_run
+from rawloop.components import check_streams
 from rawloop.config import RunConfig
 from rawloop.dist import World
 from rawloop.errors import RawloopError, UserError

@@ -49,6 +49,7 @@ FLOORS = (
             "kept_weights",
             "allocations",
             "buffers",
+            "moving_buffers",
             "losses",
             "origin",
             "inputs",

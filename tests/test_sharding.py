@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rawloop.adapters.config import AdapterConfig
-from rawloop.buffers import MovingBuffers
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
@@ -30,6 +29,7 @@ from rawloop.families import ModelConfig
 from rawloop.listen.config import ListenConfig
 from rawloop.loop import TrainConfig, train
 from rawloop.losses import LossModule
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.optim import OptimConfig
 from rawloop.precision.advice import explain_nonfinite, lost_updates
 from rawloop.precision.config import PrecisionConfig

@@ -29,13 +29,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import rawloop
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.lora import add_adapter
-from rawloop.buffers import MovingBuffers, places
+from rawloop.buffers import places
 from rawloop.contracts import Batch, Labels, StreamLoss
 from rawloop.data.batches import BatchPlan, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.dist import World
 from rawloop.evaluate import Evaluator
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule, Meter
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.optim import OptimConfig, build_optimizer
 from rawloop.precision.config import LossScaleConfig, PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy

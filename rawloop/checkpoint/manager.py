@@ -244,11 +244,10 @@ class CheckpointManager:
             self._report_failure(save, error)
             return
         self._failures.clear()
-        self._last_size = manifest.size
+        size = self._last_size = manifest.size
         self._warn(save.step, *warnings)
-        reason = f"wrote {save.slot.name} ({readable(manifest.size)} in {seconds:.2f} s)"
-        size, blocked = manifest.size, save.blocked
-        self.records.event("save", step=save.step, reason=reason, seconds=seconds, blocked=blocked, bytes=size)
+        reason = f"wrote {save.slot.name} ({readable(size)} in {seconds:.2f} s)"
+        self.records.event("save", step=save.step, reason=reason, seconds=seconds, blocked=save.blocked, bytes=size)
         if save.best is not None:
             self._best_failure, best = None, save.best
             reason = f"{best.metric} is {best.value:.6g}, the best so far: best points to {save.slot.name}"

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import NamedTuple
 
-from rawloop.cli import options
+from rawloop.cli import model_options, options
 from rawloop.config import NoOptions, RunConfig, known_keys
 from rawloop.data.foreign.config import ImportConfig
 from rawloop.keys import Key, keys_of, options_of
@@ -93,16 +93,19 @@ TABLE: Mapping[str, Row] = MappingProxyType(
             usual=(*DATA, "output", "device", "evaluation.batch_size", "train.max_frames", "precision.mode"),
         ),
         "generate": Row(
-            options.GenerateOptions,
+            model_options.GenerateOptions,
             "run",
             {"prompt": "text", "ref_audio": "reference", "base": "model.path"},
             usual=("model.path", "sampling.temperature"),
         ),
         "export": Row(
-            options.ExportOptions, "run", {"base": "model.path", "hub": "push"}, usual=("model.path", "model.revision")
+            model_options.ExportOptions,
+            "run",
+            {"base": "model.path", "hub": "push"},
+            usual=("model.path", "model.revision"),
         ),
         "merge": Row(
-            options.MergeOptions,
+            model_options.MergeOptions,
             meant={
                 **dict.fromkeys(("checkpoint", "config"), "adapter"),
                 **dict.fromkeys(("base", "base_model", "model"), "model.path"),

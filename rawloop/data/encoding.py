@@ -56,19 +56,24 @@ class Encoder:
         done = 0
         try:
             with closing(ahead(partial(self._look_up, writer), paths)) as clips:
-                last = time.monotonic()
-                for row, waveform in takewhile(lambda _: not self.stopped(), clips):
-                    self._add(writer, row, waveform)
-                    done += 1
-                    if time.monotonic() - last > self.keep_seconds and done < len(paths):
-                        writer.keep()
-                        last = time.monotonic()
+                done = self._add_all(writer, clips, len(paths))
         finally:
             if done == len(paths):
                 writer.write()
             else:
                 writer.keep()
         return done == len(paths)
+
+    def _add_all(self, writer: ShardWriter, clips: Iterable[tuple[Row, Tensor | None]], count: int) -> int:
+        """Add clips until asked to stop, and return how many. The beginning of the shard is kept now and then."""
+        done, last = 0, time.monotonic()
+        for row, waveform in takewhile(lambda _: not self.stopped(), clips):
+            self._add(writer, row, waveform)
+            done += 1
+            if time.monotonic() - last > self.keep_seconds and done < count:
+                writer.keep()
+                last = time.monotonic()
+        return done
 
     def _look_up(self, writer: ShardWriter, path: str) -> tuple[Row, Tensor | None]:
         """Return a clip's row, and its waveform if it must be encoded. Runs in threads, which only read."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
@@ -27,7 +26,7 @@ from rawloop.families.chat_template import ChatTemplate, Messages, content_of
 from rawloop.families.generating import generate_text
 from rawloop.families.loading import load_weights
 from rawloop.families.made_up import heard, heard_in
-from rawloop.families.packing import check_packing, packed
+from rawloop.families.packing import check_packing, joined, packed
 from rawloop.families.sample_checks import Letters, check_control, check_conversation, check_no_tools, control_pattern
 from rawloop.families.shared import TextFamily, check_length, documents, labels_of, load_parts, padded, text_batch
 from rawloop.family_protocols import Generated
@@ -181,19 +180,6 @@ class ChatEncoder:
 
 def _messages(sample: Sample) -> Messages:
     return [{"role": turn.role, "content": content_of(turn.parts, "audio")} for turn in sample.turns]
-
-
-def joined(clips: Sequence[Tensor]) -> Tensor:
-    """Join the features of samples, (windows, length, ...) each, padded with zeros to one length."""
-    longest = max(one.shape[1] for one in clips) if clips[0].dim() > 1 else 0
-    return torch.cat([pad_to(one, longest) for one in clips])
-
-
-def pad_to(features: Tensor, length: int) -> Tensor:
-    """Pad the second dimension of a tensor with zeros."""
-    if features.dim() < 2 or features.shape[1] == length:
-        return features
-    return F.pad(features, (0, 0) * (features.dim() - 2) + (0, length - features.shape[1]))
 
 
 class AudioChat(TextFamily):

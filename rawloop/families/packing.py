@@ -1,4 +1,4 @@
-"""Packing: the examples of a micro-batch in one row, without attention between them.
+"""Packing: the examples of a micro-batch in one row, without attention between them; clips' features, joined.
 
 Positions start at 0 with every example. From them transformers makes each layer's mask (full, sliding window), which
 separates the examples. A mask of ours would be the same for all layers. Layers mix positions in many ways, so the
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rawloop.contracts import Batch, Family
@@ -67,3 +68,11 @@ def check_causality(family: Family, model: Any, probe: Callable[[], Batch], fix:
                 f"{model.config.name_or_path}: predictions of {type(model).__name__} see later words{seen}, which move "
                 f"logits by {leak:.2g}: {fix}"
             )
+
+
+def joined(clips: Sequence[Tensor]) -> Tensor:
+    """Join the features of samples, (windows, length, ...) or (windows,) each, padded with zeros to one length."""
+    if clips[0].dim() < 2:
+        return torch.cat(list(clips))
+    longest = max(one.shape[1] for one in clips)
+    return torch.cat([F.pad(one, (0, 0) * (one.dim() - 2) + (0, longest - one.shape[1])) for one in clips])

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rawloop.buffers import MovingBuffers, untouched
+from rawloop.buffers import untouched
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.seed import restore_rng
 from rawloop.watch.subject import Pass
 

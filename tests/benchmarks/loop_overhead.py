@@ -45,7 +45,6 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
 
-from rawloop.buffers import MovingBuffers
 from rawloop.checkpoint.best import BestTracker
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.checkpoint.manager import CheckpointManager
@@ -55,6 +54,7 @@ from rawloop.dist import World
 from rawloop.evaluate import Evaluator
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.optim import OptimConfig, build_optimizer, lr_at
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.precision.config import PrecisionConfig

@@ -41,13 +41,13 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
 
-from rawloop.buffers import MovingBuffers
 from rawloop.contracts import Batch, StreamLoss
 from rawloop.data.batches import BatchPlan, Loader, MicroBatches, Plan, TrainWindows
 from rawloop.data.buckets import FramePlan
 from rawloop.dist import World
 from rawloop.loop import Run, train
 from rawloop.losses import LossModule
+from rawloop.moving_buffers import MovingBuffers
 from rawloop.optim import OptimConfig, build_optimizer, lr_at
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.policy import PrecisionPolicy

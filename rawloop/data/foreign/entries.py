@@ -81,16 +81,20 @@ def text_lines(file: Path) -> Iterator[tuple[str, str | Unusable]]:
         UserError: the file cannot be read.
     """
     try:
-        with open_regular(file) as raw:
-            lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            for number, line in enumerate(lines, 1):
-                text = _decoded(line, "utf-8-sig" if number == 1 else "utf-8")
-                if isinstance(text, Unusable) or text.strip():
-                    yield f"{file.name} line {number}", text
+        for number, text in enumerate(_unpacked(file), 1):
+            if isinstance(text, Unusable) or text.strip():
+                yield f"{file.name} line {number}", text
     except (EOFError, zlib.error) as error:
         raise UserError(f"{file} is damaged ({error}): fetch it again") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _unpacked(file: Path) -> Iterator[str | Unusable]:
+    with open_regular(file) as raw:
+        lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        yield _decoded(next(lines, b""), "utf-8-sig")
+        yield from (_decoded(line, "utf-8") for line in lines)
 
 
 def _decoded(line: bytes, encoding: str) -> str | Unusable:

@@ -19,7 +19,7 @@ from transformers import (
 from rawloop.contracts import IGNORE, Batch, Labels, Perturbed, Piece, Sample, Special, StreamLoss
 from rawloop.errors import UserError
 from rawloop.families import ModelConfig, check_path, head, local_folder, read_json
-from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder
+from rawloop.families.higgs_audio_v2.examples import Example, HiggsEncoder, roles_of
 from rawloop.families.higgs_audio_v2.speaking import speak
 from rawloop.families.loading import library_errors, load_from, load_weights
 from rawloop.families.made_up import spoken, spoken_in
@@ -243,7 +243,7 @@ class HiggsAudioV2(BaseFamily):
         ids = example.input_ids.tolist()
         audio = self._placeholders(example.input_ids).tolist()
         learnt = ((example.labels != IGNORE) & ("text" in self.streams)).tolist()
-        keys = list(zip(_roles(ids, self.tokenizer), audio, learnt, strict=True))
+        keys = list(zip(roles_of(ids, self.tokenizer), audio, learnt, strict=True))
         found: list[Piece] = []
         frame = 0
         for (role, is_audio, is_learnt), run in groupby(range(len(ids)), key=keys.__getitem__):
@@ -286,21 +286,3 @@ class HiggsAudioV2(BaseFamily):
     def _placeholders(self, ids: Tensor) -> Tensor:
         """Return a mask of the positions of clips."""
         return torch.eq(ids, self.settings.audio_token_id) | torch.eq(ids, self.settings.audio_delay_token_id)
-
-
-def _roles(ids: list[int], tokenizer: Any) -> list[str]:
-    """Return the role of every position. A scene is inside the system turn."""
-    names = ("<|start_header_id|>", "<|end_header_id|>", "<|scene_desc_start|>", "<|scene_desc_end|>")
-    head, head_end, scene, scene_end = (tokenizer.convert_tokens_to_ids(name) for name in names)
-    turn, role = "", ""
-    roles: list[str] = []
-    for place, token in enumerate(ids):
-        if token == head:
-            turn = role = tokenizer.decode(ids[place + 1 : ids.index(head_end, place)]).strip()
-        elif token == scene:
-            role = "scene"
-        roles.append(role)
-        if token == scene_end:
-            role = turn
-    first = next(filter(None, roles), "")
-    return [role or first for role in roles]  # the begin-of-text token is before the first header

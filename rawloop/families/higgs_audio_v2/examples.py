@@ -250,3 +250,21 @@ class HiggsEncoder:
             "audio_input_ids_mask": padded(frames, 0),
             "audio_labels": padded([e.audio_labels for e in examples], IGNORE),
         }
+
+
+def roles_of(ids: list[int], tokenizer: Any) -> list[str]:
+    """Return the role of every position. A scene is inside the system turn."""
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|scene_desc_start|>", "<|scene_desc_end|>")
+    head, head_end, scene, scene_end = (tokenizer.convert_tokens_to_ids(name) for name in names)
+    turn, role = "", ""
+    roles: list[str] = []
+    for place, token in enumerate(ids):
+        if token == head:
+            turn = role = tokenizer.decode(ids[place + 1 : ids.index(head_end, place)]).strip()
+        elif token == scene:
+            role = "scene"
+        roles.append(role)
+        if token == scene_end:
+            role = turn
+    first = next(filter(None, roles), "")
+    return [role or first for role in roles]  # the begin-of-text token is before the first header
