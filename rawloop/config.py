@@ -117,7 +117,7 @@ class RunConfig:
         name, spikes, quantization = self.optim.name, self.watch.spikes, self.model.quantization
         switch = "it is a switch of DDP: set it to false"
         for wrong, what, way_on in (
-            (name != "adamw", f"optim.name '{name}'", "only adamw is known to update parts of weights: take it"),
+            (name.startswith("paged"), f"optim.name '{name}'", "paged state is not sharded: take adamw_8bit"),
             (quantization, f"model.quantization '{quantization}'", "quantised weights are not sharded: leave it out"),
             (self.listen.enabled, "prompts in listen", "generating needs whole weights: use `rawloop generate` later"),
             (spikes != "off", f"watch.spikes '{spikes}'", "the watch needs whole weights: set it to off"),

@@ -15,6 +15,8 @@ from torch.optim import Adafactor, AdamW, Muon, Optimizer
 from rawloop.errors import UserError
 from rawloop.layers import is_embedding_or_head
 from rawloop.settings import OptimConfig as OptimConfig
+from rawloop.sharded_optim import Of8BitParts, OfParts, OfWholes
+from rawloop.sharding import is_sharded
 
 Groups = list[dict[str, Any]]
 TRAINED = "trained"  # the weights that train, in the state of an optimizer whose average stands in the model
@@ -45,7 +47,7 @@ class MuonWithAdamW(Optimizer):
         ValueError: a weight for Muon is no matrix.
     """
 
-    def __init__(self, muon: Muon, adamw: Optimizer) -> None:
+    def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
         self._parts = ((muon, True), (adamw, False))  # whose groups are `hidden`
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
 
@@ -83,7 +85,7 @@ def _adamw(groups: Groups, config: OptimConfig) -> Optimizer:
 
 
 def _adafactor(groups: Groups, config: OptimConfig) -> Optimizer:
-    return Adafactor(groups, lr=config.lr)
+    return _for_shards(Adafactor(groups, lr=config.lr), OfWholes)
 
 
 def _muon(groups: Groups, config: OptimConfig) -> Optimizer:
@@ -97,18 +99,24 @@ def _muon(groups: Groups, config: OptimConfig) -> Optimizer:
             "optim.beta1, optim.beta2 and optim.eps: leave them out, or take adamw"
         )
     # With this factor an update is as large as one of AdamW, so both share a learning rate and weight decay.
-    muon = Muon(hidden, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+    muon = _for_shards(Muon(hidden, lr=config.lr, adjust_lr_fn="match_rms_adamw"), OfWholes)
     return MuonWithAdamW(muon, _adamw(others, config)) if others else muon
 
 
-def _library(module: str, name: str) -> Callable[[Groups, OptimConfig], Optimizer]:
+def _for_shards(optimizer: Optimizer, kind: type[OfParts]) -> Optimizer:
+    """Return an optimizer; if its weights are sharded, of a kind that updates them."""
+    sharded = any(is_sharded(weight) for group in optimizer.param_groups for weight in group["params"])
+    return kind(optimizer) if sharded else optimizer
+
+
+def _library(module: str, name: str, shards: type[OfParts] | None = None) -> Callable[[Groups, OptimConfig], Optimizer]:
     """Return a function that builds an optimizer of a library, which it imports."""
 
     def build(groups: Groups, config: OptimConfig) -> Optimizer:
         options = {} if name == "Lion" else {"eps": config.eps}
         kind = getattr(import_module(module), name)
         optimizer: Optimizer = kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), **options)
-        return optimizer
+        return _for_shards(optimizer, shards) if shards else optimizer
 
     return build
 
@@ -117,12 +125,14 @@ BITSANDBYTES = "bitsandbytes.optim"
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "adamw": Kind(_adamw, 2.0),
-        "adamw_8bit": Kind(_library(BITSANDBYTES, "AdamW8bit"), 0.51, "bitsandbytes", ("cpu", "cuda"), "adafactor"),
+        "adamw_8bit": Kind(
+            _library(BITSANDBYTES, "AdamW8bit", Of8BitParts), 0.51, "bitsandbytes", ("cpu", "cuda"), "adafactor"
+        ),
         "paged_adamw_8bit": Kind(
             _library(BITSANDBYTES, "PagedAdamW8bit"), 0.0, "bitsandbytes", ("cuda",), "adamw_8bit"
         ),
         "adafactor": Kind(_adafactor, 0.005),
-        "lion": Kind(_library(BITSANDBYTES, "Lion"), 1.0, "bitsandbytes", ("cpu", "cuda")),
+        "lion": Kind(_library(BITSANDBYTES, "Lion", OfParts), 1.0, "bitsandbytes", ("cpu", "cuda")),
         "muon": Kind(_muon, 1.0),
         "schedule_free": Kind(_library("schedulefree", "AdamWScheduleFree"), 2.0, "schedulefree"),
     }

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rawloop.errors import CheckpointError, UserError, first_few
-from rawloop.sharding import sharded_as
+from rawloop.sharded_optim import state_for
 
 # options for how this machine computes an update; loading does not change them
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -123,10 +123,7 @@ class NamedOptimizerState:
             paged: Any = self.optimizer
             for key in {"state1", "state2"} & restored.keys():
                 restored[key] = paged.get_state_buffer(parameter, dtype=restored[key].dtype).copy_(restored[key])
-        return {
-            key: sharded_as(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
-            for key, value in restored.items()
-        }
+        return state_for(restored, parameter)
 
 
 def _with_groups(state: Mapping[str, Any], groups: list[dict[str, nn.Parameter]]) -> dict[str, Any]:

@@ -136,13 +136,17 @@ def own_part(tensor: Tensor) -> Tensor:
     return own
 
 
-def sharded_from(part: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part as a tensor that is sharded as `like` is. Without communication."""
+def sharded_from(part: Tensor, like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Return this rank's part as a tensor that is sharded as `like` is. Without communication.
+
+    The whole has the shape of `like`, or another `shape` with one dimension.
+    """
     from torch.distributed.tensor import DTensor
 
     target: Any = like
     mesh, placements = target.device_mesh, target.placements
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    size, stride = (like.shape, like.stride()) if shape is None else (torch.Size(shape), (1,))
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=size, stride=stride)
 
 
 def start_of_part(tensor: Tensor) -> int:
@@ -162,9 +166,17 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not is_sharded(tensor):
         return tensor
+    found = gathered(tensor)
+    return found if dist.get_rank() == 0 else found.new_empty(0)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on all ranks, which call this together. A plain tensor is returned as it is."""
+    if not is_sharded(tensor):
+        return tensor
     sharded: Any = tensor.detach()
-    gathered: Tensor = sharded.full_tensor()
-    return gathered if dist.get_rank() == 0 else gathered.new_empty(0)
+    found: Tensor = sharded.full_tensor()
+    return found
 
 
 def sharded_as(values: Tensor, like: Tensor) -> Tensor:

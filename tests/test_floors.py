@@ -34,6 +34,7 @@ FLOORS = (
             "files",
             "layers",
             "sharding",
+            "sharded_optim",
             "rounding",
             "host_memory",
             "pack",
