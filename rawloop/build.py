@@ -44,7 +44,6 @@ from rawloop.resume import Start, choose_start, goes_back, restore
 from rawloop.run import TrainState
 from rawloop.seed import RngState
 from rawloop.settings import DDPConfig
-from rawloop.sharded import shard_model
 from rawloop.sinks import check_packages, check_sinks
 from rawloop.sizing import what_would_fit
 from rawloop.watched import build_watch
@@ -88,7 +87,6 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     ready.files.add_moving(buffers.places)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
     throughput = build_throughput(config, ready.data, ready.first, ready.module, ready.policy, say)
-    shard_model(config, ready.module, ready.policy, ready.files, world, say)
     optimizer = build_optimizer(config, ready.policy, world)
     if config.model.compile:
         world.on_all_ranks(partial(compile_blocks, config, ready.module, ready.first, ready.policy, say))

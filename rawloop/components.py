@@ -1,5 +1,6 @@
 """The components that a run, an evaluation and an inspection are built from. Each function builds one of them."""
 
+import math
 import operator
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -40,6 +40,7 @@ from rawloop.precision.adopting import check_averaging
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.seed import seed_all
 from rawloop.settings import DDPConfig
+from rawloop.sharding import BlockRuns
 from rawloop.throughput import Throughput
 from rawloop.weights import Source, load_weights
 
@@ -128,7 +129,6 @@ def build_model(
     notices: list[str],
     precision: dict[str, Any] | None = None,
     source: Source | None = None,
-    masters_on: torch.device | None = None,
 ) -> tuple[nn.Module, PrecisionPolicy, BaseFingerprint]:
     """Load the model, add its adapter, quantise its base, cast it and move it to its device.
 
@@ -141,24 +141,55 @@ def build_model(
         notices: lines for the user are appended to it.
         precision: the stored state of the policy, if a checkpoint will be restored.
         source: the checkpoint that the model takes its weights from.
-        masters_on: the device of float32 masters until the model is sharded; the world's by default.
+    """
+    policy = build_policy(config, world, precision)
+    model, base = load_model(config, world, family, notices)
+    prepare_model(config, model, policy, base, family, source, notices)
+    return model, policy, base
+
+
+def build_policy(config: RunConfig, world: World, precision: dict[str, Any] | None = None) -> PrecisionPolicy:
+    """Build the precision policy; see `build_model`."""
+    return PrecisionPolicy(config.precision, world=world, resume=precision, seed=config.seed)
+
+
+def load_model(
+    config: RunConfig, world: World, family: Family, notices: list[str]
+) -> tuple[nn.Module, BaseFingerprint]:
+    """Load the model on the CPU, and add its adapter; see `build_model`.
+
+    Numbers of safetensors files are mapped, so the processes of a machine share their memory.
     """
     if not world.is_main or not sys.stderr.isatty():  # in a log file the bar would be thousands of blanks
         transformers.utils.logging.disable_progress_bar()
     check_quantization(config.model.quantization)
-    policy = PrecisionPolicy(config.precision, world=world, resume=precision, masters_on=masters_on, seed=config.seed)
     seed_all(config.seed, 0)
     model = add_adapter(family.load_model(), config.adapter, notices, config.model.revision)
     first_of_machine = world.local_rank == 0
     path, revision, quantization = config.model.path, config.model.revision, config.model.quantization
-    base = BaseFingerprint(model, path, revision, config.seed, quantization, full=first_of_machine)
+    return model, BaseFingerprint(model, path, revision, config.seed, quantization, full=first_of_machine)
+
+
+def prepare_model(
+    config: RunConfig,
+    model: nn.Module,
+    policy: PrecisionPolicy,
+    base: BaseFingerprint,
+    family: Family,
+    source: Source | None,
+    notices: list[str],
+    block_runs: BlockRuns | None = None,
+) -> None:
+    """Give a loaded model the weights of `source`, quantise its base, cast it and move it to its device.
+
+    If it is sharded, with the result `block_runs`, all ranks call this together.
+    """
     if source is not None:
         notices += load_weights(source, model, base, family)
-    if quantization:
-        notices.append(quantize(model, quantization, world.device))
-    model = policy.prepare(model)
-    seed_all(config.seed, world.rank)
-    return model, policy, base
+    if config.model.quantization:
+        notices.append(quantize(model, config.model.quantization, policy.device))
+    policy.prepare(model, block_runs)
+    seed_all(config.seed, policy.world.rank)
 
 
 def build_optimizer(config: RunConfig, policy: PrecisionPolicy, world: World) -> Optimizer:
@@ -222,7 +253,10 @@ def build_throughput(
 ) -> Throughput:
     """Build the measure of speed. MFU needs a card whose rate in the precision mode is known."""
     peak = rate_of(policy.device, policy.name, config.precision.tf32)
-    cost = step_cost(module, first(), peak, policy) if peak else None
+    # A sharded model needs all ranks in a pass, and their cards may differ.
+    counts = any(policy.world.any([peak is not None])) if policy.block_runs else peak is not None
+    cost = step_cost(module, first(), peak or math.nan, policy) if counts else None
+    cost = cost if peak else None
     if cost is not None:
         say(f"MFU: {cost}")
     return Throughput(data.cache.codec.frame_rate if data.cache else 1.0, cost)

@@ -43,8 +43,7 @@ STATES = MappingProxyType(
 )
 BUCKETS = "DDP buckets"
 GATHERED = "gathered"  # whole weights of the blocks that run, under FSDP
-START = "before sharding"
-EXTRA = (BUCKETS, GATHERED, START)
+EXTRA = (BUCKETS, GATHERED)
 SHARDED = ("frozen weights", "trained weights", "masters", "optimizer", "gradients")
 BLOCK = re.compile(r"\.\d+\.")
 
@@ -115,10 +114,8 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
     if config.parallel == "fsdp" and processes > 1:
         blocks = [each["weights"] - base["weights"] for each in longer]
         outside = found["weights"] - sum(size * length for size, length in zip(blocks, lengths, strict=True))
-        whole = sum(size for kind, size in peak.items() if kind not in ("optimizer", "masters"))
         keeps = config.train.accumulation > 1
         peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, outside + 2 * max(blocks, default=0), keeps))
-        peak[START] = max(0, whole - sum(peak.values()))
     else:
         peak[BUCKETS] = found["buckets"]
     return Estimate(found["parameters"], found["trained"], peak, found["host"], found["flops"])

@@ -1,6 +1,6 @@
 """Model and loss as one module, which DDP wraps; checking losses; the training loss, and its means for the log."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -25,12 +25,17 @@ class LossModule(nn.Module):
         self.model = model
         self.losses = losses
 
-    def forward(self, batch: Batch) -> dict[str, StreamLoss]:
-        """Return the losses of a micro-batch that is on the model's device.
+    def forward(self, batch: Batch, compute: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
+        """Return the losses of a micro-batch that is on the model's device, a `StreamLoss` for each stream.
+
+        `compute(model, batch)` is returned in their place if it is given, such as logits: the weights of a sharded
+        model are whole only inside of this module's pass.
 
         Raises:
             UserError: a stream with targets has no loss, or one that is not a `StreamLoss`.
         """
+        if compute is not None:
+            return compute(self.model, batch)
         losses = self.losses(self.model, batch)
         for stream, count in batch.targets.items():
             scored = losses.get(stream) if isinstance(losses, Mapping) else None

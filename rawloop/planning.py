@@ -199,7 +199,7 @@ def rehearse(
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         run = partial(_run_once, made[1], module, policy, config)
-        within_memory(run, world, f"the costliest micro-batch has {what}", fix)
+        within_memory(run, world, f"the costliest micro-batch has {what}", fix, policy.block_runs is not None)
         peaks.append((torch.cuda.max_memory_allocated(device) / GB if on_gpu else 0.0, what))
     if on_gpu:
         most, what = max(world.gather(max(peaks)))
@@ -255,10 +255,12 @@ def advice(config: RunConfig) -> str:
     return f"{', '.join(ways[:-1])}, or {ways[-1]}; `rawloop plan` with the same settings says what each change saves"
 
 
-def within_memory(work: Callable[[], T], world: World, what: str, fix: Callable[[], str]) -> T:
+def within_memory(work: Callable[[], T], world: World, what: str, fix: Callable[[], str], sharded: bool = False) -> T:
     """Run what all ranks run together, and what raises on all of them if it raises on one.
 
-    `fix` is called on rank 0 if memory does not suffice, and returns what to do.
+    `fix` is called on rank 0 if memory does not suffice, and returns what to do. With `sharded`, `work` runs passes of
+    a sharded model: a rank raises its error at once, as the others may be inside of a pass, where no agreement reaches
+    them.
 
     Raises:
         UserError: on all ranks, if one of them ran out of memory.
@@ -267,6 +269,11 @@ def within_memory(work: Callable[[], T], world: World, what: str, fix: Callable[
     try:
         result = work()
     except Exception as caught:
+        if sharded and is_out_of_memory(caught):
+            lacks = f"the memory of rank {world.rank} does not suffice ({first_line(caught)})"
+            raise UserError(f"{lacks}: {what}: {fix()}") from caught
+        if sharded:
+            raise
         error = caught
     full = error is not None and is_out_of_memory(error)
     shares = world.gather(f"({first_line(error)}): {what}" if error is not None and full else None)

@@ -8,14 +8,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rawloop.adapters.files import ModelFiles
 from rawloop.adapters.fingerprint import BaseFingerprint
 from rawloop.cadences import cadence_notices
 from rawloop.changes import Contents, check_settings_of_ranks
-from rawloop.components import Data, build_evaluator, build_family, build_loader, build_model, read_data
+from rawloop.components import (
+    Data,
+    build_evaluator,
+    build_family,
+    build_loader,
+    build_policy,
+    load_model,
+    prepare_model,
+    read_data,
+)
 from rawloop.config import RunConfig
 from rawloop.contracts import Batch
 from rawloop.data.batches import Loader, Plan
@@ -33,7 +41,7 @@ from rawloop.planning import build_plan, evaluation_groups, plan_lines, within_m
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import Trial, preflight
 from rawloop.rebuild import trial_loss
-from rawloop.sharded import to_be_sharded
+from rawloop.sharded import shard_model, sharded_line, to_be_sharded
 from rawloop.sizing import what_would_fit
 from rawloop.weights import Source, find_source
 
@@ -79,7 +87,7 @@ class Ready:
 
     def first_loss(self) -> Tensor:
         """Check the first micro-batch's ids and return the sum of its losses, for the trial of the precision mode."""
-        self.limits.learn(self.data.family, self.model, self.policy.device, self.policy.autocast)
+        self.limits.learn(self.data.family, self.module, self.policy.device, self.policy.autocast)
         return trial_loss(self.module, self.first(), self.policy.device)
 
     def first(self) -> Batch:
@@ -94,10 +102,15 @@ class Ready:
 def build_ready(
     config: RunConfig, world: World, say: Say, precision: dict[str, Any] | None, source: Source | None
 ) -> tuple[Ready, Trial]:
-    """Build what needs no other rank, under one agreement. Then compare it over the ranks, and try one pass."""
+    """Build what needs no other rank, under one agreement. Then compare it over the ranks, and try one pass.
+
+    A model that is to be sharded is sharded in between, from the CPU, so that no device ever holds all of it.
+    """
     ready = world.on_all_ranks(partial(_prepare_rank, config, world, say, precision, source))
     assert ready is not None
     ready.contents.check_ranks(ready.base, world)
+    if to_be_sharded(config, world):
+        _shard(config, ready, source, say)
     modes = world.gather(ready.policy.name)
     if len(set(modes)) > 1:
         raise UserError(
@@ -106,9 +119,20 @@ def build_ready(
         )
     ready.module.train()
     first, fix = f"a micro-batch of the samples {ready.first_ids()}", partial(what_would_fit, config, world)
-    trial = within_memory(partial(preflight, ready.policy, ready.first_loss), world, first, fix)
+    sharded = ready.policy.block_runs is not None
+    trial = within_memory(partial(preflight, ready.policy, ready.first_loss), world, first, fix, sharded)
     say(f"precision: {'; '.join([f'{ready.policy.name} ({ready.policy.reason})', *ready.policy.remedies])}")
     return ready, trial
+
+
+def _shard(config: RunConfig, ready: Ready, source: Source | None, say: Say) -> None:
+    """Shard a loaded model over the ranks, and prepare its parts. All ranks call this."""
+    policy, notices = ready.policy, list[str]()
+    runs = shard_model(ready.module, ready.files, policy.world)
+    prepare = partial(prepare_model, config, ready.model, policy, ready.base, ready.data.family, source, notices, runs)
+    policy.world.on_all_ranks(prepare)
+    for line in [*notices, sharded_line(config, policy)]:
+        say(line)
 
 
 def _prepare_rank(
@@ -134,8 +158,10 @@ def _prepare_rank(
     for line in [*data.notices, *lines]:  # loading the model may take minutes
         say(line)
     notices: list[str] = []
-    masters_on = torch.device("cpu") if to_be_sharded(config, world) else None
-    model, policy, base = build_model(config, world, family, notices, precision, source, masters_on)
+    policy = build_policy(config, world, precision)
+    model, base = load_model(config, world, family, notices)
+    if not to_be_sharded(config, world):
+        prepare_model(config, model, policy, base, family, source, notices)
     for line in filter(None, [*notices, clock_notice(family)]):
         say(line)
     module = LossModule(model, family.losses)

@@ -1,13 +1,11 @@
 """A run's model becomes sharded over the ranks, if the config says so."""
 
-from collections.abc import Callable
-
 from rawloop.adapters.files import ModelFiles
 from rawloop.config import RunConfig
 from rawloop.dist import World
 from rawloop.losses import LossModule
 from rawloop.precision.policy import PrecisionPolicy
-from rawloop.sharding import shard
+from rawloop.sharding import BlockRuns, shard
 
 
 def to_be_sharded(config: RunConfig, world: World) -> bool:
@@ -15,24 +13,20 @@ def to_be_sharded(config: RunConfig, world: World) -> bool:
     return world.size > 1 and config.parallel == "fsdp"
 
 
-def shard_model(
-    config: RunConfig,
-    module: LossModule,
-    policy: PrecisionPolicy,
-    files: ModelFiles,
-    world: World,
-    say: Callable[[str], None],
-) -> None:
-    """Shard a prepared model over the ranks if the config says so. Call it before the optimizer exists.
+def shard_model(module: LossModule, files: ModelFiles, world: World) -> BlockRuns:
+    """Shard a loaded model over the ranks, and move its parts to their devices. Call it before the policy prepares it.
 
     The loss is inside, so that the heads that it applies are gathered.
     """
-    if not to_be_sharded(config, world):
-        return
     files.keep_form()
-    runs, fallbacks = shard(module, world.device), ", ".join(policy.chain.remaining)
-    policy.take_shards(runs)
+    return shard(module, world.device)
+
+
+def sharded_line(config: RunConfig, policy: PrecisionPolicy) -> str:
+    """Return a line that says what is sharded, and what is off for that."""
+    assert policy.block_runs is not None
     off = ["the watch"] if config.watch.enabled else []
-    off += [f"falling back to {fallbacks}"] if fallbacks else []
+    off += [f"falling back to {', '.join(policy.fallbacks_off)}"] if policy.fallbacks_off else []
     needs = f"; off, as it needs whole weights: {', '.join(off)}" if off else ""
-    say(f"parallel: fsdp, {len(runs.blocks)} blocks and the rest sharded over {world.size} processes{needs}")
+    blocks, size = len(policy.block_runs.blocks), policy.world.size
+    return f"parallel: fsdp, {blocks} blocks and the rest sharded over {size} processes{needs}"

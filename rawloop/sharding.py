@@ -23,13 +23,13 @@ SHARE = 0.25
 
 
 class BlockRuns:
-    """What this rank has run: `blocks`, and a digest of the order.
+    """What this rank has run of a sharded `module`: its `blocks`, and a digest of the order.
 
     Each run gathers weights from all ranks. If ranks run different blocks, they compute with wrong weights.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.blocks, self.digest = blocks, 0
+    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.module, self.blocks, self.digest = module, blocks, 0
         for number, block in enumerate(blocks, start=1):
             # Compiled with the block, the count would be a constant of its code.
             hook = torch.compiler.disable(partial(self._add, number))  # type: ignore[no-untyped-call]
@@ -38,12 +38,37 @@ class BlockRuns:
     def _add(self, number: int, *_: Any) -> None:
         self.digest = (31 * self.digest + number) % 2**20  # its square is exact in float64
 
+    @contextmanager
+    def gathering(self) -> Iterator[dict[int, nn.Parameter]]:
+        """Yield a dict that passes inside fill: id of a whole weight, a leaf of their graph -> its sharded weight."""
+        found: dict[int, nn.Parameter] = {}
+        places = [
+            (part, {name: weight for name, weight in part.named_parameters() if is_sharded(weight)})
+            for part in (self.module, *self.blocks)
+        ]
+
+        def look(sharded: dict[str, nn.Parameter], part: nn.Module, *_: Any) -> None:
+            now = part.named_parameters()  # of the blocks inside, the weights are gathered later
+            found.update(
+                {id(weight): sharded[name] for name, weight in now if not is_sharded(weight) and name in sharded}
+            )
+
+        # after the hooks of FSDP, which gather
+        hooks = [part.register_forward_pre_hook(partial(look, sharded)) for part, sharded in places]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
 
 def shard(module: nn.Module, device: torch.device) -> BlockRuns:
     """Shard all weights of a module over the ranks, in place, and move them to the device of this rank.
 
-    Each block of `find_blocks` is gathered alone, the other weights together while `module` runs. The parameters
-    become other objects. A weight that is unused on a rank gets a gradient of zero there. Frozen scalars stay whole.
+    A module on the CPU is moved block by block: the device never holds more than its part and one block, or what is
+    outside of blocks. Each block of `find_blocks` is gathered alone, the other weights together while `module` runs.
+    The parameters become other objects; until the first pass `assign` may change their dtypes. A weight that is unused
+    on a rank gets a gradient of zero there. Frozen scalars stay whole.
 
     Returns:
         the blocks, and what is run of them from now on.
@@ -72,7 +97,7 @@ def shard(module: nn.Module, device: torch.device) -> BlockRuns:
     for scalar in scalars.values():
         scalar.data = scalar.data.to(device)
     module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
-    return BlockRuns(blocks)
+    return BlockRuns(module, blocks)
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
@@ -189,10 +214,29 @@ def sharded_as(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values.detach(), target.device_mesh, target.placements, src_data_rank=None)
 
 
+def assign(weight: nn.Parameter, values: Tensor) -> None:
+    """Give a weight other values of the same shape, perhaps in another dtype. It stays the same object.
+
+    A sharded weight takes values that are sharded like it, and only before the first pass.
+    """
+    if is_sharded(weight):
+        with torch.no_grad():  # assigning to `.data` would keep the part of before
+            torch.utils.swap_tensors(weight, nn.Parameter(values.detach(), weight.requires_grad))  # type: ignore[no-untyped-call]
+    else:
+        weight.data = values
+
+
 def write_part(target: Tensor, values: Tensor) -> None:
     """Copy whole values into a tensor; if it is sharded, copy this rank's part of them."""
     with torch.no_grad():
         part_of(target).copy_(part_of(sharded_as(values, target)))
+
+
+def over_ranks(number: Tensor) -> Tensor:
+    """Return a reduction of a sharded tensor, which each rank has of its own part, over all ranks. They all call it."""
+    sharded: Any = number
+    whole: Tensor = sharded.full_tensor() if is_sharded(number) else number
+    return whole
 
 
 def norm_over_ranks(norm: Tensor, tensors: Iterable[Tensor]) -> Tensor:

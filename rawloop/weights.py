@@ -16,6 +16,7 @@ from rawloop.contracts import Family
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.files import sha256_file, sha256_files
+from rawloop.sharding import assign, write_part
 
 PARTS = ("adapter", "model")
 FORMS = "name RUN/best, RUN/latest, a checkpoint such as RUN/checkpoints/step-00000500, or an adapter/ or model/ folder"
@@ -107,14 +108,14 @@ def load_weights(source: Source, model: nn.Module, base: BaseFingerprint, family
     notices = _check_base(source, base) if is_adapter else []
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
+            assign(parameter, parameter.data.float())
     files.load(source.folder)
     precision = stored_part(source.slot, "precision") if source.slot else None
     kept = precision["masters"] if precision else {}
     if kept.get("kind") == "Masters":
         named = dict(model.named_parameters())
         for name in sorted(kept["kept"].keys() & named.keys()):
-            named[name].data.copy_(kept["kept"][name])
+            write_part(named[name], kept["kept"][name])
         notices.append(f"the weights take the values of the checkpoint's {len(kept['kept'])} float32 masters")
     elif kept.get("kept"):  # residuals, which older versions of rawloop had
         notices.append("the weights are taken in 16 bits, without the checkpoint's residuals")

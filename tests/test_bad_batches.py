@@ -234,7 +234,7 @@ def learned(family: Any, model: Any) -> dict[str, int]:
     """What is known of a model's inputs when its probe has run."""
     policy = PrecisionPolicy(PrecisionConfig(mode="fp32"), torch.device("cpu"))
     limits = Limits.of(family, policy.prepare(model))
-    limits.learn(family, model, policy.device, policy.autocast)
+    limits.learn(family, LossModule(model, family.losses), policy.device, policy.autocast)
     return limits.ids
 
 

@@ -124,9 +124,7 @@ def test_loss_and_gradients_are_those_without(recompute: bool) -> None:
 def gradients_of_ranks(world: World, kind: str, adapter: bool) -> dict[str, Tensor]:
     """Return the gradients of both ranks' batches, with LoRA also under activation checkpointing."""
     module, policy = llama(adapter, recompute=adapter), PrecisionPolicy(PrecisionConfig(mode="fp32"), world=world)
-    module.model = policy.prepare(module.model)
-    if kind == "fsdp":
-        policy.take_shards(shard(module, world.device))
+    policy.prepare(module.model, shard(module, world.device) if kind == "fsdp" else None)
     said: list[str] = []
     compile_blocks(CONFIG, module, batch_of, policy, said.append)
     assert said[0].startswith("model.compile: 2 blocks (LlamaDecoderLayer) compiled by aot_eager in ")

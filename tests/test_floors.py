@@ -52,6 +52,7 @@ FLOORS = (
             "buffers",
             "moving_buffers",
             "losses",
+            "in_step",
             "origin",
             "inputs",
             "containers",

@@ -295,9 +295,8 @@ class Own:
     def __init__(self, world: World, chosen: Sequence[int] = (0, 1, 2)) -> None:
         torch.manual_seed(0)
         self.policy = PrecisionPolicy("fp32", world.device, world=world)
-        self.module = LossModule(self.policy.prepare(Branches(chosen)), square)
-        if world.size > 1:
-            self.policy.take_shards(shard(self.module, world.device))
+        self.module = LossModule(Branches(chosen), square)
+        self.policy.prepare(self.module.model, shard(self.module, world.device) if world.size > 1 else None)
         self.optimizer = torch.optim.AdamW([weight for _, weight in self.policy.named_parameters()])
 
     def step(self, factor: float = 1.0) -> StepResult:
@@ -344,10 +343,9 @@ def train_norms(world: World, kind: str) -> tuple[list[Tensor], list[Tensor]]:
     """Two windows of which the second is not finite on rank 1; return this rank's buffers, and rank 0's weights."""
     torch.manual_seed(0)
     policy = PrecisionPolicy("fp32", world.device, world=world)
-    module: nn.Module = LossModule(policy.prepare(Norms()), square)
-    if kind == "fsdp":
-        policy.take_shards(shard(module, world.device))
-    module = world.wrap(module)
+    raw = LossModule(Norms(), square)
+    policy.prepare(raw.model, shard(raw, world.device) if kind == "fsdp" else None)
+    module = world.wrap(raw)
     assert policy.model is not None
     buffers = MovingBuffers(policy.model, [name for name, _ in policy.model.named_buffers()])
     optimizer = torch.optim.AdamW([weight for _, weight in policy.named_parameters()], lr=0.1)

@@ -9,7 +9,7 @@ from rawloop.cli import read_config
 from rawloop.cli.options import PlanOptions
 from rawloop.diagnose.shared import table
 from rawloop.errors import UserError
-from rawloop.estimate import BUCKETS, EXTRA, START
+from rawloop.estimate import BUCKETS, EXTRA
 from rawloop.launcher import num_processes
 from rawloop.planning import described
 from rawloop.precision.config import Name
@@ -20,7 +20,6 @@ SHORT = {
     "trained weights": "trained",
     "loss head": "head",
     BUCKETS: "buckets",
-    START: "start",
 }
 GB = 1e9
 

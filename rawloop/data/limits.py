@@ -17,6 +17,7 @@ from rawloop.buffers import untouched
 from rawloop.contracts import IGNORE, Batch, Family, has
 from rawloop.family_protocols import IdsFamily
 from rawloop.inputs import looks_up
+from rawloop.losses import LossModule
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 TOKENIZER = "use the tokenizer and codec that belong to the model"
@@ -51,7 +52,7 @@ class Limits:
             ids["input_ids"] = max(len(table), int(tokens.max()) + 1 if tokens is not None else 0)
         return cls(ids, classes, probe)
 
-    def learn(self, family: Family, model: nn.Module, device: torch.device, autocast: Autocast) -> None:
+    def learn(self, family: Family, module: LossModule, device: torch.device, autocast: Autocast) -> None:
         """Run the probe on the prepared model, and find the other inputs that go into an embedding unchanged.
 
         Tokens of the probe are allowed even if they are not in the embedding; see `of`.
@@ -69,11 +70,11 @@ class Limits:
                 rows = max(embedding.num_embeddings, int(whole[name].max()) + 1)
                 ids[name] = min(ids.get(name, rows), rows)
 
-        with untouched(model, training=False, weights=True), torch.no_grad(), autocast(), ExitStack() as hooks:
-            for part in model.modules():
+        with untouched(module, training=False, weights=True), torch.no_grad(), autocast(), ExitStack() as hooks:
+            for part in module.modules():
                 if looks_up(part):
                     hooks.callback(part.register_forward_pre_hook(record).remove)
-            family.logits(model, probe)
+            module(probe, family.logits)
         self.ids = ids | self.ids
 
     def fault(self, batch: Batch) -> str | None:

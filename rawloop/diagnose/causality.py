@@ -4,6 +4,8 @@ Unshifted labels, or a mask that shows the future, give a low loss and a useless
 too, so the probe also changes inputs before a prediction, but not the input at its position.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,8 +13,7 @@ from torch import Tensor, nn
 
 from rawloop.buffers import untouched
 from rawloop.contracts import Batch, Family
-from rawloop.diagnose.shared import coarsest_eps, looking_at, table
-from rawloop.diagnose.verdict import Autocast
+from rawloop.diagnose.shared import Autocast, coarsest_eps, looking_at, table
 from rawloop.seed import preserved_rng
 
 Outcome = Literal["PASS", "LEAK", "BLIND", "UNSEEN"]
@@ -81,18 +82,26 @@ class Movement(NamedTuple):
 NONE = (0, 0.0)
 
 
-def probe(family: Family, model: nn.Module, batch: Batch, autocast: Autocast) -> dict[str, Movement]:
+def probe(
+    family: Family,
+    model: nn.Module,
+    batch: Batch,
+    autocast: Autocast,
+    logits_of: Callable[[Batch], dict[str, Tensor]] | None = None,
+) -> dict[str, Movement]:
     """Compare the logits of a batch before and after `family.perturb`, with dropout off. The model does not change.
 
     The tolerance is the larger of rounding (of float32 in each layer, and once of the coarsest dtype) and twice the
     difference between two passes over the same batch with the same random numbers. The batch needs one row per stream.
+    `logits_of` computes logits through the module that was sharded, if one was.
     """
+    logits_of = logits_of or partial(family.logits, model)
     with looking_at(batch.ids):
         perturbed = family.perturb(batch)
 
     def logits(one: Batch) -> dict[str, Tensor]:
         with looking_at(one.ids), preserved_rng(), autocast():
-            return family.logits(model, one)
+            return logits_of(one)
 
     with untouched(model, training=False, weights=True), torch.no_grad():
         before, again, after = logits(batch), logits(batch), logits(perturbed.batch)

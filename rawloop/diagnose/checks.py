@@ -14,17 +14,20 @@ from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rawloop.contracts import Family, has
+from rawloop.contracts import Batch, Family, has
 from rawloop.diagnose import causality, verdict
 from rawloop.diagnose.causality import Movement, probe
 from rawloop.diagnose.census import Census, take_census
 from rawloop.diagnose.config import ChecksConfig
-from rawloop.diagnose.verdict import Autocast, Reading, Verdict, judge, read_losses
+from rawloop.diagnose.passes import Passes
+from rawloop.diagnose.shared import Autocast
+from rawloop.diagnose.verdict import Reading, Verdict, judge, read_losses
 from rawloop.dist import World
 from rawloop.errors import TrainingError, UserError
 from rawloop.files import replace_file
 from rawloop.losses import LossModule
 from rawloop.records import Records
+from rawloop.sharding import is_sharded
 
 # The labels of at most this many samples are counted, over all ranks, until all required tokens are decided.
 COUNTED = 512
@@ -192,9 +195,14 @@ def run_checks(
         world: the ranks.
     """
     start = time.perf_counter()
-    share = world.on_all_ranks(partial(_check_batches, family, module, examples, config.batches, autocast))
+    made = world.on_all_ranks(partial(_batches_of, family, module, examples, config.batches))
+    assert made is not None
+    measure = partial(_measure, family, module, made, autocast, world)
+    # In the passes of a sharded model a rank raises its error at once: the others may be inside of a pass.
+    share = measure() if is_sharded(module) else world.on_all_ranks(measure)
     assert share is not None
-    censuses, readings, movements = zip(*world.gather(share), strict=True)
+    censuses = world.gather(made.census)
+    readings, movements = zip(*world.gather(share), strict=True)
     total = _count_more(reduce(add, censuses), family, examples, config.batches, world)
     names = dict.fromkeys(name for one in readings for name in one)
     chance = family.chance() if has(family, "chance") else {}
@@ -227,15 +235,32 @@ def _census_of(family: Family, examples: Examples, start: int, stop: int) -> Cen
     return take_census(family, chain.from_iterable(groups), [family.collate(list(group)) for group in groups])
 
 
-def _check_batches(
-    family: Family, module: LossModule, examples: Examples, number: int, autocast: Autocast
-) -> tuple[Census, dict[str, Reading], dict[str, Movement]]:
+class Made(NamedTuple):
+    """What a rank checks: examples by micro-batch, the batches on the model's device, their labels, and a batch with a
+    row for each stream.
+    """
+
+    groups: Sequence[Sequence[Any]]
+    batches: list[Batch]
+    census: Census
+    rows: Batch
+
+
+def _batches_of(family: Family, module: LossModule, examples: Examples, number: int) -> Made:
     groups = examples(0, number)
     batches = [family.collate(list(group)) for group in groups]
     census = take_census(family, chain.from_iterable(groups), batches)
     device = next(module.parameters()).device
-    readings = read_losses(family, module, [batch.to(device) for batch in batches], autocast, groups)
-    if not has(family, *PROBED):
-        return census, readings, {}
-    twice = family.collate([groups[0][0]] * len(family.streams))  # each stream's targets get their own row
-    return census, readings, probe(family, module.model, twice.to(device), autocast)
+    rows = family.collate([groups[0][0]] * len(family.streams))  # each stream's targets get their own row
+    return Made(groups, [batch.to(device) for batch in batches], census, rows.to(device))
+
+
+def _measure(
+    family: Family, module: LossModule, made: Made, autocast: Autocast, world: World
+) -> tuple[dict[str, Reading], dict[str, Movement]]:
+    passes = Passes(family, module, autocast, made.batches, made.groups, world)
+    readings = read_losses(family, module, made.batches, autocast, made.groups, passes)
+    probed = has(family, *PROBED)
+    movements = probe(family, module.model, made.rows, autocast, passes.logits) if probed else {}
+    passes.finish()
+    return readings, movements

@@ -28,18 +28,28 @@ def cause(
     damage = damaged(model)
     if damage is not None:
         return str(damage)
-    try:
-        guilty = [one for one in alone if not is_finite(partial(run, one), model, backward)]
-    except ValueError:  # BatchNorm refuses a single value per channel in training
-        alone, guilty = (), []
-    suspect = guilty[0] if guilty else batch
-    found = [_samples(batch, alone, guilty), *_inputs(suspect)]
+    suspect, found = _suspect(batch, alone, lambda one: is_finite(partial(run, one), model, backward))
     again = partial(run, suspect)
     origin = find_origin(again, model, {f"the input '{name}'": one for name, one in suspect.inputs.items()})
     found += [] if origin is None else [_place(origin)]
     if origin is not None and origin.narrow is not None and is_finite_in(again, model, torch.float32):
         found.append("without autocast, in float32, it is finite")
     return "; ".join(found)
+
+
+def cause_in_samples(batch: Batch, alone: Sequence[Batch], run: Callable[[Batch], Tensor]) -> str:
+    """Return the samples and inputs that make a loss not finite, by forward passes alone; see `cause`."""
+    return "; ".join(_suspect(batch, alone, lambda one: bool(run(one).isfinite()))[1])
+
+
+def _suspect(batch: Batch, alone: Sequence[Batch], finite: Callable[[Batch], bool]) -> tuple[Batch, list[str]]:
+    """Return a batch that is not finite, as small as possible, and what is found of samples and inputs."""
+    try:
+        guilty = [one for one in alone if not finite(one)]
+    except ValueError:  # BatchNorm refuses a single value per channel in training
+        alone, guilty = (), []
+    suspect = guilty[0] if guilty else batch
+    return suspect, [_samples(batch, alone, guilty), *_inputs(suspect)]
 
 
 def _samples(batch: Batch, alone: Sequence[Batch], guilty: Sequence[Batch]) -> str:

@@ -9,6 +9,8 @@ from torch import nn
 
 from rawloop.errors import LESS_MEMORY, happening
 
+Autocast = Callable[[], AbstractContextManager[Any]]
+
 
 def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
     """Add the samples to errors that are raised inside."""
@@ -16,7 +18,7 @@ def looking_at(ids: Iterable[str]) -> AbstractContextManager[None]:
     return happening(where, name_own=True, less=lambda: LESS_MEMORY)
 
 
-def coarsest_eps(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
+def coarsest_eps(model: nn.Module, autocast: Autocast) -> float:
     """Return the eps of the coarsest dtype in which a model computes."""
     one = torch.ones(1, 1, device=next(model.parameters()).device)
     with autocast():

@@ -4,10 +4,8 @@ A loss curve shows that a number falls. Only the loss of uniform guesses shows w
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,13 +14,11 @@ from torch import Tensor
 from rawloop.buffers import untouched
 from rawloop.contracts import IGNORE, Batch, Family, StreamLoss, has
 from rawloop.diagnose.mismatch import find_mismatches
-from rawloop.diagnose.notfinite import cause
-from rawloop.diagnose.shared import coarsest_eps, looking_at, table
+from rawloop.diagnose.passes import Passes
+from rawloop.diagnose.shared import Autocast, coarsest_eps, looking_at, table
 from rawloop.losses import LossModule
-from rawloop.seed import preserved_rng
 
 Kind = Literal["OK", "CHANCE", "LEAK", "DEAD"]
-Autocast = Callable[[], AbstractContextManager[Any]]
 
 # A loss of at least this share of chance is no better than guessing. Runs that had learnt nothing had 0.936 or more
 # (6.49 of 6.93). The last codebooks of a residual quantizer come closest to it in a working model.
@@ -110,14 +106,16 @@ def read_losses(
     batches: Sequence[Batch],
     autocast: Autocast,
     groups: Sequence[Sequence[Any]] = (),
+    passes: Passes | None = None,
 ) -> dict[str, Reading]:
     """Measure every stream and codebook on batches that are on the model's device. The model does not change.
 
     Losses are measured in evaluation mode (dropout off), gradients in training mode, where models may recompute
-    activations. `groups` are the examples of each batch, to find the sample of a loss that is not finite.
+    activations. `groups` are the examples of each batch, to find the sample of a loss that is not finite. If the module
+    is sharded, `passes` are the passes of all ranks.
     """
     readings = {stream: Reading() for stream in family.streams}
-    passes = Passes(family, module, autocast, {id(batch): group for batch, group in zip(batches, groups, strict=False)})
+    passes = passes or Passes(family, module, autocast, batches, groups)
     scored: dict[int, dict[str, StreamLoss]] = {}
     with untouched(module, training=False, weights=True), torch.no_grad():
         for batch in batches:
@@ -135,8 +133,9 @@ def read_losses(
             eps = coarsest_eps(module.model, autocast)
             for name, said in find_mismatches(scored[id(batch)], logits, batch, eps).items():
                 readings[name].mismatch = said
+    passes.leave_out([stream for stream in family.streams if readings[stream].not_finite])
     with untouched(module, training=True, weights=True):
-        for stream, seen in [(s, b) for s, b in first.items() if b is not None and not readings[s].not_finite]:
+        for stream, seen in [(s, b) for s, b in first.items() if b is not None and s not in passes.left_out]:
             with looking_at(seen.ids):
                 none, not_finite = passes.gradient(seen, stream)
             for name in _names(readings, stream):
@@ -145,7 +144,7 @@ def read_losses(
 
 
 def _scored(
-    passes: "Passes", batch: Batch, readings: Mapping[str, Reading]
+    passes: Passes, batch: Batch, readings: Mapping[str, Reading]
 ) -> tuple[dict[str, StreamLoss], dict[str, Reading]]:
     """Return a batch's losses and readings. The cause of a loss that is not finite is searched once per stream."""
     with looking_at(batch.ids):
@@ -155,72 +154,6 @@ def _scored(
             if not math.isfinite(measured[stream].nats):
                 measured[stream].not_finite = passes.why_not_finite(batch, stream)
     return losses, measured
-
-
-@dataclass
-class Passes:
-    """Forward and backward passes of one model, and the causes of their failures."""
-
-    family: Family
-    module: LossModule
-    autocast: Autocast
-    examples: Mapping[int, Sequence[Any]]  # id of a batch -> its examples
-
-    def losses(self, batch: Batch) -> dict[str, StreamLoss]:
-        """Return every stream's loss, in the precision of training."""
-        with preserved_rng(), self.autocast():
-            losses: dict[str, StreamLoss] = self.module(batch)
-        return losses
-
-    def logits(self, batch: Batch) -> dict[str, Tensor]:
-        """Return every target's logits by stream, with the same random numbers as `losses`."""
-        with preserved_rng(), self.autocast():
-            return self.family.logits(self.module.model, batch)
-
-    def gradient(self, batch: Batch, stream: str) -> tuple[str, str]:
-        """Return why no trained weight learns from a stream, and why its gradient is not finite; or empty strings."""
-        total = self._total(batch, stream)
-        if not total.requires_grad:
-            return "its loss is detached: it depends on no trained weight", ""
-        gradients = [gradient for gradient in self._gradients(total) if gradient is not None]
-        if not gradients:
-            return "no trained weight gets a gradient from it: it depends only on frozen weights", ""
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients) and not self._is_mean_finite(
-            batch, stream
-        ):
-            run = partial(self._mean, stream=stream)
-            found = cause(self.module.model, batch, self._alone(batch), run, backward=True)
-            return "", f"its loss is finite, and its gradient is not: {found}"
-        none = not any(bool(gradient.count_nonzero()) for gradient in gradients)
-        return "its gradient is zero in every trained weight" if none else "", ""
-
-    def why_not_finite(self, batch: Batch, stream: str) -> str:
-        """Return the cause of a loss that is not finite; see `rawloop.diagnose.notfinite`."""
-
-        def run(one: Batch) -> Tensor:
-            return self.losses(one)[stream].total
-
-        return f"its loss is not finite: {cause(self.module.model, batch, self._alone(batch), run)}"
-
-    def _alone(self, batch: Batch) -> list[Batch]:
-        device = next(self.module.parameters()).device
-        return [self.family.collate([example]).to(device) for example in self.examples.get(id(batch), ())]
-
-    def _total(self, batch: Batch, stream: str) -> Tensor:
-        with torch.enable_grad():
-            return self.losses(batch)[stream].total.float()
-
-    def _mean(self, batch: Batch, stream: str) -> Tensor:
-        return self._total(batch, stream) / max(1, batch.targets[stream])
-
-    def _gradients(self, total: Tensor) -> Sequence[Tensor | None]:
-        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
-        return torch.autograd.grad(total, weights, allow_unused=True)
-
-    def _is_mean_finite(self, batch: Batch, stream: str) -> bool:
-        """Return whether the mean loss, which training uses, has finite gradients: a sum may overflow in FP16."""
-        gradients = self._gradients(self._mean(batch, stream))
-        return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
 
 def _names(readings: Mapping[str, Reading], stream: str) -> list[str]:

@@ -17,6 +17,7 @@ from rawloop.origin.forward import Recorder
 from rawloop.origin.spots import NOWHERE, Origin
 from rawloop.origin.tensors import first_wrong, trouble
 from rawloop.origin.twin import Wide
+from rawloop.sharding import part_of
 
 MOST_RUNS = 64
 MOST_GUILTY = 8  # without a row that is finite: all of them are guilty, or nearly
@@ -39,18 +40,19 @@ class Damage(NamedTuple):
 def damaged(model: nn.Module) -> Damage | None:
     """Return the first weight or buffer that is not finite. Buffers may contain -inf, as masks do.
 
-    The running statistics of a norm in training mode are results, and do not count.
+    The running statistics of a norm in training mode are results, and do not count. Of a sharded weight, this rank's
+    part is looked at.
     """
     results = {id(b) for m in model.modules() if isinstance(m, _NormBase) and m.training for b in m.buffers()}
     for kind, named in (("weight", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
             if "original_module." in name or id(tensor) in results or not tensor.is_floating_point() or tensor.is_meta:
                 continue  # PEFT keeps the originals of modules_to_save without using them
-            value = tensor.detach()
+            value = part_of(tensor.detach())
             wrong = ~value.isfinite() if kind == "weight" else value.isnan() | (value == math.inf)
             if count := int(wrong.sum()):
                 first = first_wrong(torch.where(wrong, math.nan, 0.0))
-                return Damage(kind, name, count, tensor.numel(), first)
+                return Damage(kind, name, count, value.numel(), first)
     return None
 
 

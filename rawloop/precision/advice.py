@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rawloop.precision.masters import TrainedWeights
 from rawloop.rounding import expected_change
-from rawloop.sharding import is_sharded
+from rawloop.sharding import over_ranks
 
 
 def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
@@ -23,7 +23,7 @@ def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16
     """
     changed = {id(buffer) for buffer in moved}
     buffers = dict(model.named_buffers())
-    damaged = [name for name, p in model.named_parameters() if not _over_ranks(torch.isfinite(p.detach()).all())]
+    damaged = [name for name, p in model.named_parameters() if not over_ranks(torch.isfinite(p.detach()).all())]
     # In buffers only NaN is damage: masks contain -inf.
     damaged += [name for name, b in buffers.items() if id(b) not in changed and bool(torch.isnan(b).any())]
     if damaged:
@@ -89,7 +89,7 @@ def usual_update(weight: Tensor, group: Mapping[str, Any]) -> Tensor | float:
     """
     lr = float(group["lr"])
     if "beta2_decay" in group:
-        return lr * _over_ranks(weight.float().square().mean()).sqrt().clamp(min=group["eps"][1])
+        return lr * over_ranks(weight.float().square().mean()).sqrt().clamp(min=group["eps"][1])
     return 0.2 * lr if group.get("adjust_lr_fn") == "match_rms_adamw" else lr
 
 
@@ -102,13 +102,6 @@ def _share(found: Iterable[Tensor]) -> float:
     """Return the mean of flags or probabilities over all tensors."""
     summed = total = 0.0
     for each in found:
-        summed += float(_over_ranks(each.sum()))
+        summed += float(over_ranks(each.sum()))
         total += each.numel()
     return summed / total if total else 0.0
-
-
-def _over_ranks(number: Tensor) -> Tensor:
-    """Return a reduction of a sharded tensor, which each rank has of its own part, over all ranks. They all call it."""
-    sharded: Any = number
-    whole: Tensor = sharded.full_tensor() if is_sharded(number) else number
-    return whole

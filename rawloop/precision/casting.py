@@ -12,6 +12,7 @@ from rawloop.launcher import num_processes
 from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.masters import HALF
 from rawloop.precision.modes import DTYPES, MODES, examine, stream_weights
+from rawloop.sharding import assign, over_ranks
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -103,7 +104,7 @@ def trainable_dtype(model: nn.Module, name: str, config: PrecisionConfig) -> tor
 def _round(weights: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
     for weight in weights if dtype is not None else ():
         if not weight.requires_grad and weight.dtype in FLOATS:
-            weight.data = weight.data.to(dtype)
+            assign(weight, weight.data.to(dtype))
 
 
 def _cast_for_autocast(model: nn.Module, dtype: torch.dtype | None, is_last: bool) -> None:
@@ -124,8 +125,8 @@ def _cast_for_autocast(model: nn.Module, dtype: torch.dtype | None, is_last: boo
     for weight in linear.values():
         if not weight.requires_grad and weight.dtype in (FLOATS if is_last else HALF):
             value = weight.data.to(dtype)
-            if weight.dtype != dtype and bool(torch.isfinite(value).all()):
-                weight.data = value
+            if weight.dtype != dtype and bool(over_ranks(torch.isfinite(value).all())):
+                assign(weight, value)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -138,7 +139,7 @@ def _check_range(model: nn.Module, mode: str, trainable: torch.dtype) -> None:
         wanted = trainable if weight.requires_grad else MODES[mode].frozen
         if wanted != torch.float16 or weight.dtype not in FLOATS:
             continue
-        if not bool(torch.isfinite(weight.detach().to(wanted)).all()):
+        if not bool(over_ranks(torch.isfinite(weight.detach().to(wanted)).all())):
             raise UserError(
                 f"precision.mode is '{mode}' and {name} holds numbers that are not finite in FP16 (damaged, or above "
                 "65504): use another mode"

@@ -5,7 +5,7 @@ weights lose more than half of all updates in FP16 and nearly all in bfloat16. M
 per weight with AdamW. Stochastic rounding keeps them in the mean, at 12.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rawloop.errors import CheckpointError, UserError
 from rawloop.rounding import StochasticRounding
-from rawloop.sharding import parts_of, sharded_as, write_part
+from rawloop.sharding import assign, parts_of, write_part
 
 HALF = (torch.float16, torch.bfloat16)
 ROUNDING = "StochasticRounding"  # the kind of a state without masters
@@ -46,19 +46,9 @@ class TrainedWeights:
         self.rounding = rounding if dtype == torch.bfloat16 and not masters else None
         for name, weight in self.weights.items():
             value = weight.detach()
-            weight.data = value.to(dtype)
+            assign(weight, value.to(dtype))
             if masters and dtype in HALF:
                 self.masters[name] = nn.Parameter(value.to(device, torch.float32, copy=True))
-        self._index()
-
-    def take_shards(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Take the sharded weights in place of the whole ones, by name, and shard masters or stand-ins."""
-        self.weights = {name: named[name] for name in self.weights}
-        for name, master in self.masters.items():
-            self.masters[name] = nn.Parameter(sharded_as(master.detach(), self.weights[name]))
-        self._index()
-
-    def _index(self) -> None:
         rounded = self.weights if self.rounding else {}
         stand_ins = {name: self.rounding.stand_in(weight) for name, weight in rounded.items() if self.rounding}
         self._held = self.masters or stand_ins  # by the optimizer, in place of the weights

@@ -47,7 +47,6 @@ class PrecisionPolicy(PreparedModel):
         resume: the `state_dict` of the run to resume. The policy continues in the mode that the run fell back to. Call
             `load_state_dict` with the same state after weights and optimizer are loaded.
         say: called with each message for the user.
-        masters_on: the device of the masters until `take_shards`; `device` by default.
         seed: of the random numbers of stochastic rounding; the same on all ranks.
 
     Raises:

@@ -5,10 +5,11 @@ Later, a rank that fails during a pass would leave the other ranks waiting in DD
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rawloop.buffers import Moves, Trace, untouched
 from rawloop.errors import RawloopError, TrainingError, UserError
@@ -35,7 +36,8 @@ class Trial(NamedTuple):
 def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
     """Run one forward and backward pass on the prepared model, and undo its changes. All ranks call this together.
 
-    If the device lacks an operation for a mode, the policy switches to the next mode.
+    If the device lacks an operation for a mode, the policy switches to the next mode. If the model is sharded, a rank
+    raises its error at once: the others may be inside of the pass, where no agreement reaches them.
 
     Args:
         policy: the policy that has prepared the model.
@@ -49,6 +51,8 @@ def preflight(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> Trial:
     """
     while True:
         error, trial = _attempt(policy, loss_of)
+        if error is not None and policy.block_runs is not None:
+            raise _refused(policy, error) if is_lacking(error) else error
         unconnected, lacks = isinstance(error, TrainingError), error is not None and is_lacking(error)
         lacking, unconnected_somewhere, failed = policy.world.any(
             [lacks, unconnected, error is not None and not lacks and not unconnected]
@@ -78,11 +82,15 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Ex
     trial = Trial([], Moves([], {}, [], []))
     try:
         with untouched(policy.model, weights=True) as trace:
-            with policy.autocast():
+            with _gathering(policy) as weight_of, policy.autocast():
                 loss = loss_of()
+            used = {id(weight_of.get(id(leaf))) for leaf in _leaves(connected(loss))}
             forward = Trace(policy.model)
-            torch.autograd.backward(connected(loss).float())
-            unused = [name for name, weight in policy.trained.weights.items() if weight.grad is None]
+            torch.autograd.backward(loss.float())
+            named = policy.trained.weights.items()
+            unused = [name for name, weight in named if weight.grad is None]
+            if policy.block_runs is not None:  # then unused weights get a gradient of zero
+                unused = [name for name, weight in named if id(weight) not in used]
             twice = any(moved for _, _, moved in forward.written().values())
             trial = Trial(unused, _moves(policy, loss_of, trace)._replace(twice=twice))
         if len(unused) == len(policy.trained.weights):
@@ -92,16 +100,23 @@ def _attempt(policy: PrecisionPolicy, loss_of: Callable[[], Tensor]) -> tuple[Ex
     return None, trial
 
 
+def _gathering(policy: PrecisionPolicy) -> AbstractContextManager[dict[int, nn.Parameter]]:
+    return policy.block_runs.gathering() if policy.block_runs else nullcontext({})
+
+
 def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace) -> Moves:
     """Return the buffers that the pass has changed. A second pass shows which non-persistent ones are only caches."""
     assert policy.model is not None
     attributes, written = trace.moved_attributes(), trace.written()
     refused = {name: why for name, (_, why, moved) in written.items() if moved and why is not None}
-    if any(place.key in place.module._non_persistent_buffers_set for place, _, _ in written.values()):
-        again = Trace(policy.model)
+    again = any(place.key in place.module._non_persistent_buffers_set for place, _, _ in written.values())
+    if policy.block_runs is not None:  # all ranks run a pass, or none
+        again = policy.world.any([again])[0]
+    if again:
+        before = Trace(policy.model)
         with torch.no_grad(), policy.autocast():
             loss_of()
-        moving = {name for name, (_, _, moved) in again.written().items() if moved}
+        moving = {name for name, (_, _, moved) in before.written().items() if moved}
         refused = {
             name: why
             for name, why in refused.items()
@@ -111,8 +126,8 @@ def _moves(policy: PrecisionPolicy, loss_of: Callable[[], Tensor], trace: Trace)
     return Moves(kept, refused, [name for name in written if name not in kept], attributes)
 
 
-def _unconnected(loss: Tensor) -> str:
-    """Return the error message for a loss from which no trained weight gets a gradient."""
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Return the leaves of a loss's graph: what gets a gradient from it."""
     seen, nodes, leaves = set(), [loss.grad_fn], []
     while nodes:
         node = nodes.pop()
@@ -122,6 +137,12 @@ def _unconnected(loss: Tensor) -> str:
         nodes += [following for following, _ in node.next_functions]
         if hasattr(node, "variable"):
             leaves.append(node.variable)
+    return leaves
+
+
+def _unconnected(loss: Tensor) -> str:
+    """Return the error message for a loss from which no trained weight gets a gradient."""
+    leaves = _leaves(loss)
     if not leaves:
         return "no trained weight got a gradient from the loss: it depends only on frozen weights"
     return (
@@ -131,16 +152,23 @@ def _unconnected(loss: Tensor) -> str:
 
 
 def _next_mode(policy: PrecisionPolicy, error: Exception | None) -> None:
+    message = str(error).splitlines()[0] if error is not None and is_lacking(error) else "on another rank"
+    refused = _refused(policy, error)
+    if not policy.advance(f"{policy.chain.hardware.name} cannot run the model in it: {message}"):
+        raise refused from error
+
+
+def _refused(policy: PrecisionPolicy, error: Exception | None) -> UserError:
+    """Return the error message for a mode in which the model does not run."""
     name, chain = policy.name, policy.chain
     message = str(error).splitlines()[0] if error is not None and is_lacking(error) else "on another rank"
-    if policy.advance(f"{chain.hardware.name} cannot run the model in it: {message}"):
-        return
-    advice = f"set another mode ({chain.modes_that_work()}), or list fallbacks in precision.fallback"
+    advice = f"set another mode ({chain.modes_that_work()})"
+    advice += ", or list fallbacks in precision.fallback" if policy.block_runs is None else ""
     if name == "native_fp16" and policy.trained.dtype == torch.float32:
         advice = (
             "float32 weights work beside FP16 ones only in layers that cast their input, such as LoRA's: set "
             "precision.trainable_dtype to fp16 (with masters), or use another mode"
         )
-    raise UserError(
+    return UserError(
         f"precision.mode is '{name}', in which {chain.hardware.name} cannot run this model ({message}): {advice}"
-    ) from error
+    )

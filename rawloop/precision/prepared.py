@@ -15,7 +15,7 @@ from rawloop.errors import TrainingError, UserError
 from rawloop.precision.adopting import adopt, replace_parameters
 from rawloop.precision.advice import lost_updates
 from rawloop.precision.casting import cast_frozen, check_model, check_world
-from rawloop.precision.config import PrecisionConfig
+from rawloop.precision.config import Name, PrecisionConfig
 from rawloop.precision.gradients import Observer, Window, drop_scaler_marks, watch_steps
 from rawloop.precision.masters import HALF, TrainedWeights, held_by
 from rawloop.precision.modes import MODES, Autocast, Mode, ModeChain, describe, examine, other_mode
@@ -45,14 +45,13 @@ class PreparedModel:
         grad_scaler: Any = None,
         resume: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = warn,
-        masters_on: torch.device | None = None,
         seed: int = 0,
     ) -> None:
         self.config = PrecisionConfig(config) if isinstance(config, str) else config  # type: ignore[arg-type]
         self.world = check_world(world)
         self.device = self.world.device if device is None else torch.device(device)
         self.say = say
-        self.masters_on, self.seed = masters_on or self.device, seed
+        self.seed = seed
         self.chain = ModeChain(self.config, describe(self.device), resume)
         self.model: nn.Module | None = None
         self.trained = TrainedWeights([], torch.float32, self.device)
@@ -64,6 +63,7 @@ class PreparedModel:
         self._grad_scaler = grad_scaler
         self._adopted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self.block_runs: BlockRuns | None = None  # if the weights are sharded
+        self.fallbacks_off: list[Name] = []  # for that reason
         self._ddp: list[ref[Any]] | None = None  # the DDP modules over trained weights; None: not searched yet
         name = self.chain.name
         if grad_scaler is not None and "amp_fp16" not in (name, *self.chain.remaining):
@@ -121,8 +121,13 @@ class PreparedModel:
         assert self.mode
         return Autocast(lambda: self.mode, self.device.type)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, block_runs: BlockRuns | None = None) -> nn.Module:
         """Cast the model's weights for the mode, in place. Call it before DDP and the optimizer exist.
+
+        Args:
+            model: the model.
+            block_runs: the result of `shard`, if it has sharded the model. All ranks then call this together, and no
+                fallback to another mode is left afterwards.
 
         Raises:
             UserError: no weight is trainable, a trainable weight has a dtype that no mode trains, the mode cannot train
@@ -141,6 +146,10 @@ class PreparedModel:
                 cast_frozen(model, step["from"], self.config)
         self._enter()
         watch_steps(self)
+        self.block_runs = block_runs
+        if block_runs is not None:
+            self.fallbacks_off, self.chain.remaining, self._ddp = self.chain.remaining, [], []
+            return model  # its parts are on the device
         return model.to(self.device)
 
     def _enter(self) -> None:
@@ -159,23 +168,13 @@ class PreparedModel:
             rounding = StochasticRounding(self.device, self.seed)
             if self.device.type != "cpu":
                 rounding.check()
-        self.trained = TrainedWeights(named, dtype, self.masters_on, masters, rounding)
+        self.trained = TrainedWeights(named, dtype, self.device, masters, rounding)
         kind = MODES[self.chain.name].scaler
         if kind == "torch":
             self.scaler = GuardedGradScaler(self.config.loss_scale, self.device, self._grad_scaler)
         else:
             self.scaler = LossScaler(self.config.loss_scale) if kind == "own" else None
         self.window, self._ddp = Window(self.trained), None
-
-    def take_shards(self, runs: BlockRuns) -> None:
-        """Take the weights of the model that has been sharded over the ranks. No fallback to another mode is left.
-
-        Call it before the optimizer exists, with the result of `shard`.
-        """
-        assert self.model is not None, UNPREPARED
-        self.block_runs = runs
-        self.trained.take_shards(dict(self.model.named_parameters()))
-        self.window, self._ddp, self.chain.remaining = Window(self.trained), [], []
 
     def check_block_runs(self) -> None:
         """Raise a TrainingError on all ranks if the passes of a sharded model ran different blocks on them."""
