@@ -92,6 +92,8 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = _run(func, args, kwargs)
         if func in ATTENTION:
             self.flops += attention_flops(*args[ATTENTION[func] :], products=5 if ATTENTION[func] else 2, **kwargs)
+        elif func is aten._grouped_mm.default:
+            self.flops += grouped_flops(args[0].shape, args[1].shape)
         elif (counted := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += counted(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
@@ -115,6 +117,15 @@ def attention_flops(query: Tensor, key: Tensor, value: Tensor, *more: Any, produ
     return products * 2 * batch * heads * positions * key.shape[2] * size // (2 if causal else 1)
 
 
+def grouped_flops(one: torch.Size, other: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the operations of a product in groups, such as of experts, by the shapes of its factors.
+
+    One of them has the rows of all groups, one after the other, or both have: torch's counter does not know it.
+    """
+    groups = one[0] if len(one) == len(other) == 3 else 1
+    return 2 * groups * one[-2] * one[-1] * other[-1]
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on fake tensors, or really on real ones alone."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -130,6 +141,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
             places += _places(index) if is_mask else [index]
         return func(args[0], places)
+    if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:  # torch's rule for shapes knows no other
+        halves = (each.to(torch.bfloat16) if each.is_floating_point() else each for each in args)
+        return func(*halves, **kwargs).to(args[0].dtype)
     if func is aten.masked_select.default and not isinstance(args[1], FakeTensor):
         return args[0].new_empty(len(_places(args[1].broadcast_to(args[0].shape))[0]))
     return func(*args, **kwargs)

@@ -1,11 +1,12 @@
 """The operations of a step, and the rate at which a device could do them: for MFU."""
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from rawloop.allocations import grouped_flops
 from rawloop.buffers import untouched
 from rawloop.cards import card_of
 from rawloop.contracts import Batch
@@ -47,7 +48,10 @@ def forward_operations(module: nn.Module, batch: Batch, autocast: AbstractContex
     """Count a forward pass. Batched products (bmm) are attention's, too. The module does not change."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False)
+    experts: Any = {torch.ops.aten._grouped_mm: grouped_flops}
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        experts[torch.ops.transformers.grouped_mm_fallback] = grouped_flops
+    counter = FlopCounterMode(display=False, custom_mapping=experts)
     with untouched(module, training=False), torch.no_grad(), autocast, counter:
         module(batch)
     counts = counter.get_flop_counts()["Global"]

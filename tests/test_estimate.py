@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.allocations import peak_of
@@ -88,6 +88,25 @@ def test_a_higgs_takes_what_is_estimated(
     found = planned(config, batch)
     assert found.total == pytest.approx(measured(config, batch), rel=0.05)
     assert found.peak["loss head"] > 1e6 or adapter
+
+
+@pytest.fixture(scope="module")
+def mixtral(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("mixtral") / "model"
+    shutil.copytree(text_checkpoint, folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vocabulary = LlamaConfig.from_pretrained(folder).vocab_size
+    torch.manual_seed(0)
+    settings = MixtralConfig(vocab_size=vocabulary, num_hidden_layers=4, num_local_experts=4, **sizes)
+    MixtralForCausalLM(settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("mode", "adapter"), [("fp32", FULL), ("bf16", None), slow("native_fp16", None)])
+def test_experts_take_what_is_estimated(mode: str, adapter: AdapterConfig | None, mixtral: Path) -> None:
+    config = config_of(mixtral, mode, adapter)
+    batch = batch_of(config, 160, 3)
+    assert planned(config, batch).total == pytest.approx(measured(config, batch), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["llama", "higgs"])

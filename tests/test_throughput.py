@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.adapters.lora import add_adapter
@@ -143,6 +143,16 @@ def test_operations_of_a_step_are_4_per_frozen_and_6_per_trained_weight() -> Non
     frozen = layers + HIDDEN * VOCABULARY
     assert trained_share(adapted) == pytest.approx(added / (added + frozen))
     assert 2 * (added + frozen) * (2 + trained_share(adapted)) == pytest.approx(4 * frozen + 6 * added)
+
+
+def test_of_experts_the_chosen_ones_count() -> None:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, vocab_size=VOCABULARY, num_hidden_layers=LAYERS, num_local_experts=4)
+    family = TextFamily(ModelConfig())
+    family.vocabulary = VOCABULARY
+    found = forward_operations(LossModule(MixtralForCausalLM(config), family.losses), text_of(LENGTH, 3), nullcontext())
+    layers = LAYERS * (4 * HIDDEN**2 + 4 * HIDDEN + 2 * 3 * HIDDEN * INNER)  # 4 scores for a token, and 2 experts
+    assert found.others == 2 * (layers * LENGTH + 3 * HIDDEN * VOCABULARY)
 
 
 @pytest.mark.parametrize("lora", [False, True])
