@@ -119,7 +119,6 @@ class RunConfig:
         for wrong, what, way_on in (
             (name.startswith("paged"), f"optim.name '{name}'", "paged state is not sharded: take adamw_8bit"),
             (quantization, f"model.quantization '{quantization}'", "quantised weights are not sharded: leave it out"),
-            (self.listen.enabled, "prompts in listen", "generating needs whole weights: use `rawloop generate` later"),
             (spikes != "off", f"watch.spikes '{spikes}'", "the watch needs whole weights: set it to off"),
             (self.ddp.broadcast_buffers, "ddp.broadcast_buffers true", switch),
             (self.ddp.static_graph, "ddp.static_graph true", switch),

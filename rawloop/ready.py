@@ -128,7 +128,7 @@ def build_ready(
 def _shard(config: RunConfig, ready: Ready, source: Source | None, say: Say) -> None:
     """Shard a loaded model over the ranks, and prepare its parts. All ranks call this."""
     policy, notices = ready.policy, list[str]()
-    runs = shard_model(ready.module, ready.files, policy.world)
+    runs = shard_model(ready.module, ready.files, ready.listener, policy.world)
     prepare = partial(prepare_model, config, ready.model, policy, ready.base, ready.data.family, source, notices, runs)
     policy.world.on_all_ranks(prepare)
     for line in [*notices, sharded_line(config, policy)]:

@@ -3,6 +3,7 @@
 from rawloop.adapters.files import ModelFiles
 from rawloop.config import RunConfig
 from rawloop.dist import World
+from rawloop.listen.listener import Listener
 from rawloop.losses import LossModule
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.sharding import BlockRuns, shard
@@ -13,12 +14,14 @@ def to_be_sharded(config: RunConfig, world: World) -> bool:
     return world.size > 1 and config.parallel == "fsdp"
 
 
-def shard_model(module: LossModule, files: ModelFiles, world: World) -> BlockRuns:
+def shard_model(module: LossModule, files: ModelFiles, listener: Listener | None, world: World) -> BlockRuns:
     """Shard a loaded model over the ranks, and move its parts to their devices. Call it before the policy prepares it.
 
     The loss is inside, so that the heads that it applies are gathered.
     """
     files.keep_form()
+    if listener is not None:
+        listener.keep_form()
     return shard(module, world.device)
 
 

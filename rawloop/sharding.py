@@ -204,6 +204,31 @@ def gathered(tensor: Tensor) -> Tensor:
     return found
 
 
+@contextmanager
+def lent_weights(form: nn.Module, model: nn.Module) -> Iterator[nn.Module]:
+    """Lend `form`, a copy of a sharded model, its whole weights and buffers on every rank. Hooks of FSDP are not in it.
+
+    All ranks enter together; inside, each calls the copy as often as it likes, without the others. Weights are taken
+    away on exit. The device holds all of them until then.
+    """
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    made: dict[int, Tensor] = {}
+    try:
+        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            if id(tensor) not in made:
+                whole_one = gathered(tensor.detach())
+                made[id(tensor)] = nn.Parameter(whole_one, False) if isinstance(tensor, nn.Parameter) else whole_one
+            path, _, key = name.rpartition(".")
+            owner = form.get_submodule(path)
+            places: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+            kept.append((places, key, places[key]))
+            places[key] = made[id(tensor)]
+        yield form
+    finally:
+        for places, key, before in kept:
+            places[key] = before
+
+
 def sharded_as(values: Tensor, like: Tensor) -> Tensor:
     """Return whole values as a tensor that is sharded as `like` is, if `like` is sharded. Without communication."""
     if not is_sharded(like):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from rawloop.adapters.config import AdapterConfig
 from rawloop.build import build_run
 from rawloop.checkpoint.config import CheckpointConfig
 from rawloop.config import RunConfig
@@ -106,10 +107,13 @@ def listens_on_ranks(world: World, config: RunConfig, folder: str) -> tuple[list
         run.close()
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_share_the_prompts_and_no_rank_waits_for_one_that_fails(
-    base: RunConfig, run_ranks: Callable[..., list[Any]], tmp_path: Path
+    base: RunConfig, run_ranks: Callable[..., list[Any]], tmp_path: Path, parallel: Any
 ) -> None:
-    config = replace(base, listen=ListenConfig(samples=5), checkpoint=CheckpointConfig(save_every=1000))
+    config = replace(
+        base, parallel=parallel, listen=ListenConfig(samples=5), checkpoint=CheckpointConfig(save_every=1000)
+    )
     (one_heard, one_said, one_sum), (two_heard, two_said, two_sum) = run_ranks(
         listens_on_ranks, config, str(tmp_path / "ranks")
     )
@@ -129,6 +133,33 @@ def test_ranks_share_the_prompts_and_no_rank_waits_for_one_that_fails(
     # greedy, as the model's own settings are: the same on any number of ranks
     assert whole == {**first, "listen/seconds": pytest.approx(whole["listen/seconds"])}
     assert math.isfinite(whole["listen/length_ratio"])
+
+
+def train_on_ranks(world: World, configs: Sequence[RunConfig]) -> None:
+    for config in configs:
+        go(config, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_sharded_run_hears_what_an_unsharded_one_does_and_trains_as_without(
+    base: RunConfig, run_ranks: Callable[..., list[Any]], tmp_path: Path, mode: Any
+) -> None:
+    listen = ListenConfig(samples=5, sampling=SamplingConfig(temperature=1.0))
+    base = replace(base, adapter=AdapterConfig(mode=mode, rank=4))
+    runs = {
+        "ddp": replace(base, listen=listen),
+        "fsdp": replace(base, listen=listen, parallel="fsdp"),
+        "silent": replace(base, parallel="fsdp"),
+    }
+    run_ranks(train_on_ranks, [replace(config, output=str(tmp_path / name)) for name, config in runs.items()])
+    assert metrics_of(tmp_path / "fsdp") == metrics_of(tmp_path / "silent")
+    heard = {name: [p.read_text() for p in sorted((tmp_path / name / "listen").rglob("*.json"))] for name in runs}
+    assert heard["fsdp"] == heard["ddp"] != []
+    first, second = (heard_in(tmp_path / name) for name in ("ddp", "fsdp"))
+    assert list(first) == list(second) == [0, 3]
+    for step, metrics in first.items():
+        assert second[step] == {**metrics, "listen/seconds": second[step]["listen/seconds"]}
 
 
 def test_a_model_of_transformers_transcribes_and_another_is_refused(text_checkpoint: Path, tmp_path: Path) -> None:

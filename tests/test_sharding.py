@@ -26,7 +26,6 @@ from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig
-from rawloop.listen.config import ListenConfig
 from rawloop.loop import TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.moving_buffers import MovingBuffers
@@ -197,10 +196,6 @@ def test_a_sharded_run_goes_on_in_one_process_and_in_four(
         (
             {"model": ModelConfig(quantization="int8"), "adapter": AdapterConfig()},
             "model.quantization 'int8': quantised weights are not sharded: leave it out",
-        ),
-        (
-            {"listen": ListenConfig(samples=1)},
-            "prompts in listen: generating needs whole weights: use `rawloop generate`",
         ),
         ({"watch": WatchConfig(spikes="skip")}, "watch.spikes 'skip': the watch needs whole weights: set it to off"),
         ({"ddp": DDPConfig(broadcast_buffers=True)}, "ddp.broadcast_buffers true: it is a switch of DDP"),

@@ -6,8 +6,8 @@ streams are as before, and the number of collectives depends on nothing that a r
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from rawloop.contracts import Sample
 from rawloop.dist import World
 from rawloop.errors import Preempted, happening
 from rawloop.family_protocols import Generated, GeneratingFamily
+from rawloop.host_memory import host_model
 from rawloop.listen.config import ListenConfig as ListenConfig
 from rawloop.listen.picture import mel_picture
 from rawloop.listen.sound import repetition, silence, wav_bytes
 from rawloop.preempt import first_reason
 from rawloop.seed import seed_all
+from rawloop.sharding import lent_weights
 
 STOPPED, RATIO, SILENCE, REPETITION = "listen/stopped", "listen/length_ratio", "listen/silence", "listen/repetition"
 ERRORS, SIMILARITY, SECONDS = "listen/error_rate", "listen/similarity", "listen/seconds"
+TOO_LARGE = "leave out listen.samples and listen.prompts, and hear a checkpoint by `rawloop generate RUN`"
 Recognise = Callable[[Tensor, int], str]
 Compare = Callable[[Tensor, Tensor, int], float]
 
@@ -105,6 +108,16 @@ class Listener:
         self.ears, self.config, self.every, self.policy = ears, config, every, policy
         self.batch_size = batch_size
         self.world = world or World.current()
+        self.form: nn.Module | None = None
+
+    def keep_form(self) -> None:
+        """Copy the model without its numbers. Call it before the model is sharded.
+
+        The copy has the whole weights while it generates: then each rank generates its own prompts, in as many passes
+        as these take.
+        """
+        numbers = [*self.model.named_parameters(), *self.model.named_buffers()]
+        self.form = host_model(self.model, {name: tensor.detach().to("meta") for name, tensor in numbers}).eval()
 
     @property
     def metrics(self) -> list[str]:
@@ -135,8 +148,8 @@ class Listener:
             Exception: the error of any rank, on all ranks.
         """
         start, stops = time.perf_counter(), list[str]()
-        with untouched(self.model, training=False), torch.no_grad():
-            share = self.world.on_all_ranks(lambda: self._listen(wanted, stops))
+        with untouched(self.model, training=False), torch.no_grad(), self._whole() as model:
+            share = self.world.on_all_ranks(lambda: self._listen(model, wanted, stops))
         shares = self.world.gather((share or [], next(iter(stops), None)))
         stopped = first_reason([reason for _, reason in shares])
         if stopped is not None:
@@ -145,7 +158,18 @@ class Listener:
         seconds = self.world.from_main(time.perf_counter() - start)  # equal on all ranks
         return {**_means(heard), SECONDS: seconds}, heard
 
-    def _listen(self, wanted: Callable[[], str | None], stops: list[str]) -> list[Heard]:
+    @contextmanager
+    def _whole(self) -> Iterator[nn.Module]:
+        """Yield the model with whole weights, which all ranks gather together if they are sharded."""
+        if self.form is None:
+            yield self.model
+            return
+        with ExitStack() as lent:
+            with happening("while the weights were gathered to listen", name_own=True, less=lambda: TOO_LARGE):
+                model = lent.enter_context(lent_weights(self.form, self.model))
+            yield model
+
+    def _listen(self, model: nn.Module, wanted: Callable[[], str | None], stops: list[str]) -> list[Heard]:
         """Generate the prompts of this rank."""
         mine = list(enumerate(self.prompts))[self.world.rank :: self.world.size]
         found = []
@@ -158,19 +182,19 @@ class Listener:
             where = f"while listening, on rank {self.world.rank}, to the prompts {names}"
             with happening(where, name_own=True, less=lambda: "lower evaluation.batch_size, or listen to fewer frames"):
                 seed_all(self.config.seed, batch[0][0])
-                spoken = self._generate([prompt for _, prompt in batch])
+                spoken = self._generate(model, [prompt for _, prompt in batch])
                 found += [
                     self._measured(place, prompt, one) for (place, prompt), one in zip(batch, spoken, strict=True)
                 ]
         return found
 
-    def _generate(self, prompts: Sequence[Prompt]) -> list[Generated]:
+    def _generate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Generated]:
         samples, limits = [prompt.sample for prompt in prompts], [prompt.limit for prompt in prompts]
         # A cache of another length at each position would be compiled again and again.
-        compiled = any(part._compiled_call_impl is not None for part in self.model.modules())
+        compiled = any(part._compiled_call_impl is not None for part in model.modules())
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with eager, self.policy.autocast() if self.policy is not None else nullcontext():
-            return self.family.generate(self.model, samples, self.codes, limits, self.config.sampling)
+            return self.family.generate(model, samples, self.codes, limits, self.config.sampling)
 
     def _measured(self, place: int, prompt: Prompt, one: Generated) -> Heard:
         measures = {STOPPED: (float(one.stopped), 1)}
