@@ -1,13 +1,13 @@
 """What a step takes, without computing it: bytes by what they are, and floating-point operations.
 
-It is the real step (family, adapter, precision policy, loop) on fake tensors. A model's blocks are equal, so the step
-runs on models of few blocks, from which the counts of the whole model follow exactly.
+It is the real step (family, adapter, precision policy, loop) on fake tensors. Blocks of a kind are equal, so the step
+runs on models with few of each kind, from which the counts of the whole model follow.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from rawloop.contracts import Batch, Family, has
 from rawloop.dist import World
 from rawloop.errors import UserError
 from rawloop.families.loading import can_checkpoint, enable_activation_checkpointing
-from rawloop.layers import block_lists
+from rawloop.layers import block_kinds, remove_blocks
 from rawloop.loop import Run, accumulate, update
 from rawloop.losses import LossModule
 from rawloop.optim import KINDS
@@ -95,25 +95,28 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
     """
     patterns = [*config.adapter.target_modules, *config.adapter.freeze, *config.adapter.unfreeze]
     named = any(BLOCK.search(pattern) for pattern in [*patterns, *config.adapter.modules_to_save])
-    lengths = [] if named else [len(blocks) for blocks in long_lists(skeleton)]
-    few = [FEW] * len(lengths)
+    kinds = [] if named else [kind for kind in block_kinds(skeleton) if len(kind.places) > FEW + 1]
+    few, numbers = [FEW] * len(kinds), [len(kind.places) for kind in kinds]
 
-    def counts(depths: list[int]) -> Counter[str]:
+    def counts(left: list[int]) -> Counter[str]:
+        removed: dict[str, list[int]] = {}
+        for kind, number in zip(kinds, left, strict=True):
+            removed.setdefault(kind.blocks, []).extend(kind.places[number:])
         try:
-            return _count(config, family, skeleton, batch, processes, depths)
+            return _count(config, family, skeleton, batch, processes, removed)
         except Exception as error:
             if not is_lacking(error):
                 raise
             why = str(error).splitlines()[0]
             raise UserError(f"{type(skeleton).__name__} cannot run in {config.precision.mode}: {why}") from error
 
-    longer = [counts([FEW + (place == at) for place in range(len(few))]) for at in range(len(few))]
+    longer = [counts([FEW + (place == at) for place in range(len(kinds))]) for at in range(len(kinds))]
     base = counts(few)
-    found = extrapolated(base, longer, [length - FEW for length in lengths])
+    found = extrapolated(base, longer, [number - FEW for number in numbers])
     peak = dict.fromkeys(EXTRA, 0) | peak_of(found)
     if config.parallel == "fsdp" and processes > 1:
         blocks = [each["weights"] - base["weights"] for each in longer]
-        outside = found["weights"] - sum(size * length for size, length in zip(blocks, lengths, strict=True))
+        outside = found["weights"] - sum(size * number for size, number in zip(blocks, numbers, strict=True))
         keeps = config.train.accumulation > 1
         peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, outside + 2 * max(blocks, default=0), keeps))
     else:
@@ -136,19 +139,18 @@ def _sharded(found: Counter[str], processes: int, gathered: int, keeps: bool) ->
     return counts + Counter({f"{phase}|{GATHERED}": gathered for phase in phases})
 
 
-def long_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the lists of blocks of which `FEW` and one more stand for all."""
-    return [blocks for blocks in block_lists(model).values() if len(blocks) > FEW + 1]
-
-
 def _count(
-    config: RunConfig, family: Family, skeleton: nn.Module, batch: Batch, processes: int, depths: list[int]
+    config: RunConfig,
+    family: Family,
+    skeleton: nn.Module,
+    batch: Batch,
+    processes: int,
+    removed: Mapping[str, Collection[int]],
 ) -> Counter[str]:
-    """Count a step of the model with so many blocks in each list; of the whole model without `depths`."""
+    """Count a step of the model without some blocks: the name of their list, and their places in it."""
     model = deepcopy(skeleton).train()
-    blocks = long_lists(model) if depths else []
-    for each, depth in zip(blocks, depths, strict=True):
-        del each[depth:]
+    blocks = [cast(nn.ModuleList, model.get_submodule(name)) for name in removed]
+    remove_blocks(model, removed)
     if config.model.activation_checkpointing:
         if not can_checkpoint(model):
             raise UserError(f"{type(model).__name__} has no activation checkpointing")

@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    Glm4MoeConfig,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rawloop.adapters.config import AdapterConfig
 from rawloop.allocations import peak_of
 from rawloop.components import build_family
 from rawloop.data.config import DataConfig
-from rawloop.estimate import _count, estimate, long_lists, skeleton_of
+from rawloop.estimate import _count, estimate, skeleton_of
+from rawloop.layers import block_kinds
 from rawloop.precision.config import PrecisionConfig
 from rawloop.settings import OptimConfig, TrainConfig
 from tests.real_steps import FULL, batch_of, config_of, measured, planned, run_of, step
@@ -158,10 +168,39 @@ def test_few_blocks_say_what_the_whole_model_takes(llama: Path, tmp_path: Path) 
         config = config_of(folder, mode, adapter)
         family, batch = build_family(config), batch_of(config, positions, samples)
         skeleton = skeleton_of(config, family)
-        assert [len(blocks) for blocks in long_lists(skeleton)] == [6]
-        found, whole = estimate(config, family, skeleton, batch), _count(config, family, skeleton, batch, 1, [])
+        assert [len(kind.places) for kind in block_kinds(skeleton)] == [6]
+        found, whole = estimate(config, family, skeleton, batch), _count(config, family, skeleton, batch, 1, {})
         assert found.total == sum(peak_of(whole).values())
         assert (found.flops, found.parameters) == (whole["flops"], whole["parameters"])
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+MIXED = {
+    "convolutions": Lfm2Config(
+        **SMALL, num_hidden_layers=10, layer_types=(["conv"] * 2 + ["full_attention"]) * 3 + ["conv"]
+    ),
+    "experts": Glm4MoeConfig(
+        **SMALL, num_hidden_layers=9, moe_intermediate_size=32, n_routed_experts=8, first_k_dense_replace=4, head_dim=16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_each_kind_of_block_has_its_own_count(name: str, text_checkpoint: Path, tmp_path: Path) -> None:
+    """Some blocks have attention and others a convolution, the first ones an MLP and the others experts."""
+    shutil.copytree(text_checkpoint, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    settings = MIXED[name]
+    settings.vocab_size = LlamaConfig.from_pretrained(text_checkpoint).vocab_size
+    settings.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[settings.model_type]]
+    settings.save_pretrained(tmp_path)
+    for mode, adapter in (("bf16", AdapterConfig(target_modules=["all-linear"])), ("fp32", FULL)):
+        config = config_of(tmp_path, mode, adapter)
+        family, batch = build_family(config), batch_of(config, 100, 3)
+        skeleton = skeleton_of(config, family)
+        assert len(block_kinds(skeleton)) == 2
+        found, whole = estimate(config, family, skeleton, batch), _count(config, family, skeleton, batch, 1, {})
+        assert (found.flops, found.parameters) == (whole["flops"], whole["parameters"])
+        assert found.total == pytest.approx(sum(peak_of(whole).values()), rel=0.01)
 
 
 def test_operations_are_those_of_a_real_step(llama: Path) -> None:

@@ -75,6 +75,7 @@ def memory_rows(sized: Sizing) -> Iterator[list[str]]:
 
 
 def _gb(size: float) -> str:
+    size = max(0.0, size)  # of a small kind, what follows from few blocks may be below 0
     return f"{size / GB:.2f}" if size < 99.5e9 else f"{size / GB:.0f}"
 
 

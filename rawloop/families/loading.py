@@ -124,7 +124,8 @@ def load_weights(
         model: nn.Module = load_from(model_class, source, revision, hints=hints, **options)
     except LibraryError as error:
         if "attention" in str(error.__cause__).lower():
-            error.args = (f"{error} (model.attention is '{config.attention}')",)
+            way = "" if config.attention == "eager" else ": set it to eager"
+            error.args = (f"{error} (model.attention is '{config.attention}'{way})",)
         raise
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)

@@ -398,7 +398,9 @@ def test_a_model_that_is_not_causal_is_refused(stored: Callable[..., Path]) -> N
 
 
 def test_attention_that_a_model_does_not_have_is_named_by_its_key(stored: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"cannot be loaded: MambaForCausalLM .* \(model.attention is 'sdpa'\)"):
+    with pytest.raises(
+        UserError, match=r"cannot be loaded: MambaForCausalLM .* \(model.attention is 'sdpa': set it to eager\)"
+    ):
         load(stored("Mamba")).load_model()
 
 
