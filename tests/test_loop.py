@@ -56,6 +56,13 @@ def base(demo_checkpoint: Path, demo_data: Path) -> RunConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def text(base: RunConfig, text_checkpoint: Path, text_data: Path) -> RunConfig:
+    """The same run on texts, with a smaller model."""
+    data = DataConfig(str(text_data / "train.jsonl"), str(text_data / "eval.jsonl"))
+    return replace(base, model=ModelConfig(path=str(text_checkpoint)), data=data)
+
+
 def weights(folder: Path, slot: str = "checkpoints/step-00000006") -> dict[str, Tensor]:
     files = [*(folder / slot).glob("adapter/*.safetensors"), *(folder / slot).glob("model/*.safetensors")]
     assert files
@@ -168,7 +175,8 @@ class Poisoned:
         result = self.losses(model, batch)
         self.call += model.training
         if model.training and self.call in self.calls:
-            result["audio"] = result["audio"]._replace(total=result["audio"].total * math.nan)
+            first = next(iter(result))
+            result[first] = result[first]._replace(total=result[first].total * math.nan)
         return result
 
 
@@ -200,8 +208,8 @@ def test_a_stream_without_a_weight_is_not_left_out_of_the_loss() -> None:
         weighted_mean(losses, {"text": 1.0}, {"text": 1}, 1)
 
 
-def test_endless_nan_ends_the_run_and_keeps_what_was_saved(base: RunConfig, tmp_path: Path) -> None:
-    config = replace(base, output=str(tmp_path), precision=PrecisionConfig(mode="fp32", max_skips=4))
+def test_endless_nan_ends_the_run_and_keeps_what_was_saved(text: RunConfig, tmp_path: Path) -> None:
+    config = replace(text, output=str(tmp_path), precision=PrecisionConfig(mode="fp32", max_skips=4))
     with pytest.raises(TrainingError, match="4 steps in a row had losses that are not finite"):
         go(config, change=lambda run: poison(run, set(range(4, 100))))
     assert [slot.name for slot in find_slots(tmp_path)] == ["step-00000002", "step-00000000"]  # the second is the best
@@ -325,19 +333,19 @@ def test_two_ranks_fall_back_together(base: RunConfig, tmp_path: Path, run_ranks
     assert "2 losses in a row were not finite" in event["reason"]
 
 
-def test_a_failure_inside_an_update_names_the_checkpoint_to_go_on_from(base: RunConfig, tmp_path: Path) -> None:
+def test_a_failure_inside_an_update_names_the_checkpoint_to_go_on_from(text: RunConfig, tmp_path: Path) -> None:
     def fail(run: Run) -> None:
         step = run.optimizer.step
 
         def third(*_: Any) -> None:
             if run.state.step == 2:
-                raise torch.OutOfMemoryError("out of memory")
+                raise RuntimeError("a kernel failed")
             step()
 
         run.optimizer.step = third  # type: ignore[method-assign, assignment]
 
-    config = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
-    with pytest.raises(InterruptedUpdate, match=r"must not be used; continue from it with --resume .*2; its inputs"):
+    config = replace(text, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
+    with pytest.raises(InterruptedUpdate, match=r"must not be used; continue from it with --resume .*2 \(the step"):
         go(config, change=fail)
     config = replace(config, output=str(tmp_path / "new"), checkpoint=CheckpointConfig(0))
     with pytest.raises(InterruptedUpdate, match="must not be used; nothing was saved yet: start anew"):
@@ -353,8 +361,8 @@ def test_trainables_without_masters_are_an_event(base: RunConfig, tmp_path: Path
 
 
 @pytest.mark.parametrize(("every", "save"), [(3, 2), (1, 4), (4, 1), (100, 100)])
-def test_evaluation_and_saving_never_meet(base: RunConfig, tmp_path: Path, every: int, save: int) -> None:
-    config = replace(base, output=str(tmp_path), train=TrainConfig(1, 1, max_steps=5))
+def test_evaluation_and_saving_never_meet(text: RunConfig, tmp_path: Path, every: int, save: int) -> None:
+    config = replace(text, output=str(tmp_path), train=TrainConfig(1, 1, max_steps=5))
     config = replace(config, evaluation=EvaluationConfig(every=every), checkpoint=CheckpointConfig(save, 0))
     go(config)
     evaluated = [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line]
@@ -368,8 +376,8 @@ def test_evaluation_and_saving_never_meet(base: RunConfig, tmp_path: Path, every
     assert (tmp_path / "best" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_training_stops_when_the_evaluation_does_not_improve(base: RunConfig, tmp_path: Path) -> None:
-    worse = replace(base, output=str(tmp_path), optim=OptimConfig(lr=0.3), train=TrainConfig(1, 1, max_steps=9))
+def test_training_stops_when_the_evaluation_does_not_improve(text: RunConfig, tmp_path: Path) -> None:
+    worse = replace(text, output=str(tmp_path), optim=OptimConfig(lr=0.3), train=TrainConfig(1, 1, max_steps=9))
     worse = replace(worse, evaluation=EvaluationConfig(every=1, patience=2), checkpoint=CheckpointConfig(5))
     run = go(worse)
     assert run.best is not None
@@ -384,8 +392,8 @@ def test_training_stops_when_the_evaluation_does_not_improve(base: RunConfig, tm
     assert go(patient).state.step > end
 
 
-def test_the_best_metric_is_chosen_by_name(base: RunConfig, tmp_path: Path) -> None:
-    short = replace(base, train=TrainConfig(1, 1, max_steps=2))
+def test_the_best_metric_is_chosen_by_name(text: RunConfig, tmp_path: Path) -> None:
+    short = replace(text, train=TrainConfig(1, 1, max_steps=2))
     chosen = EvaluationConfig(every=1, best_metric="eval_loss/text", best_mode="max")
     go(replace(short, output=str(tmp_path / "a"), evaluation=chosen))
     values = {line["step"]: line["eval_loss/text"] for line in read_metrics(tmp_path / "a") if "eval_loss" in line}
@@ -400,12 +408,12 @@ def test_the_best_metric_is_chosen_by_name(base: RunConfig, tmp_path: Path) -> N
 
 
 def test_saving_beside_training_and_before_it_write_the_same_and_train_the_same(
-    base: RunConfig, tmp_path: Path
+    text: RunConfig, tmp_path: Path
 ) -> None:
     files = []
     for asynchronous in (False, True):
         folder = tmp_path / str(asynchronous)
-        go(replace(base, output=str(folder), checkpoint=CheckpointConfig(2, 0, asynchronous=asynchronous)))
+        go(replace(text, output=str(folder), checkpoint=CheckpointConfig(2, 0, asynchronous=asynchronous)))
         paths = [
             path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".json", ".safetensors")
         ]
@@ -416,7 +424,7 @@ def test_saving_beside_training_and_before_it_write_the_same_and_train_the_same(
     assert files[0] == files[1]
 
 
-def test_a_best_model_that_could_not_be_written_is_not_the_best(base: RunConfig, tmp_path: Path) -> None:
+def test_a_best_model_that_could_not_be_written_is_not_the_best(text: RunConfig, tmp_path: Path) -> None:
     def refuse_best(run: Run) -> None:
         assert run.checkpoints is not None
         part = run.checkpoints.parts.folders["model"]
@@ -430,7 +438,7 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(base: RunConfig,
 
         part.snapshot = refused  # type: ignore[method-assign]
 
-    config = replace(base, output=str(tmp_path), checkpoint=CheckpointConfig(0, save_at_end=False))
+    config = replace(text, output=str(tmp_path), checkpoint=CheckpointConfig(0, save_at_end=False))
     run = go(config, change=refuse_best)
     assert run.best is not None
     assert run.best.step == 6
@@ -439,10 +447,10 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(base: RunConfig,
     assert run.checkpoints.best_record() == run.best.record
 
 
-def test_without_evaluation_nothing_else_changes(base: RunConfig, tmp_path: Path) -> None:
-    go(replace(base, output=str(tmp_path / "with")))
-    data = replace(base.data, eval=None)
-    go(replace(base, output=str(tmp_path / "without"), evaluation=EvaluationConfig(enabled=False), data=data))
+def test_without_evaluation_nothing_else_changes(text: RunConfig, tmp_path: Path) -> None:
+    go(replace(text, output=str(tmp_path / "with")))
+    data = replace(text.data, eval=None)
+    go(replace(text, output=str(tmp_path / "without"), evaluation=EvaluationConfig(enabled=False), data=data))
     assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     assert not (tmp_path / "without" / "best").exists()
@@ -469,9 +477,9 @@ def fail_on_rank_1(world: World, config: RunConfig) -> str:
 
 
 def test_a_bad_sample_on_one_rank_ends_all_ranks_with_its_name(
-    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+    text: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
-    config = replace(base, output=str(tmp_path / "run"), evaluation=EvaluationConfig(enabled=False))
+    config = replace(text, output=str(tmp_path / "run"), evaluation=EvaluationConfig(enabled=False))
     first, second = run_ranks(fail_on_rank_1, config, timeout=240)
     assert first == "1: rank 1: sample 'x' is bad"
     assert second == "1: sample 'x' is bad"
@@ -612,8 +620,8 @@ def test_a_weight_that_goes_unused_on_one_rank_ends_the_run_with_its_name(
     assert time.monotonic() - started < 60
 
 
-def test_a_static_graph_with_accumulation_is_refused(base: RunConfig, tmp_path: Path) -> None:
-    config = replace(base, output=str(tmp_path / "run"), ddp=DDPConfig(static_graph=True))
+def test_a_static_graph_with_accumulation_is_refused(text: RunConfig, tmp_path: Path) -> None:
+    config = replace(text, output=str(tmp_path / "run"), ddp=DDPConfig(static_graph=True))
     with pytest.raises(UserError, match=r"static_graph is true and train\.accumulation is 2"):
         go(config)
 
@@ -643,9 +651,9 @@ def refuse(step: int, values: Any) -> None:
     ("what", "message"), [("data", "rank 1: /no/such/data does not exist"), ("disk", "no space left on device")]
 )
 def test_what_one_rank_cannot_do_is_raised_on_all(
-    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]], what: str, message: str
+    text: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]], what: str, message: str
 ) -> None:
-    first, second = run_ranks(fail_alone, replace(base, output=str(tmp_path / "run")), what, timeout=240)
+    first, second = run_ranks(fail_alone, replace(text, output=str(tmp_path / "run")), what, timeout=240)
     assert message in first
     assert message.removeprefix("rank 1: ") in second
 
@@ -661,24 +669,24 @@ def test_what_one_rank_cannot_do_is_raised_on_all(
     ],
 )
 def test_resuming_into_another_data_order_is_refused(
-    base: RunConfig, tmp_path: Path, change: dict[str, Any], named: str
+    text: RunConfig, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
-    plain = replace(base, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
-    go(replace(plain, train=replace(base.train, max_steps=2)))
+    plain = replace(text, output=str(tmp_path), evaluation=EvaluationConfig(enabled=False))
+    go(replace(plain, train=replace(text.train, max_steps=2)))
     with pytest.raises(UserError, match=named):
         go(replace(plain, **change, resume="latest"))
 
 
-def test_a_checkpoint_of_another_run_does_not_replace_this_ones_best(base: RunConfig, tmp_path: Path) -> None:
-    short = replace(base, train=replace(base.train, max_steps=2))
+def test_a_checkpoint_of_another_run_does_not_replace_this_ones_best(text: RunConfig, tmp_path: Path) -> None:
+    short = replace(text, train=replace(text.train, max_steps=2))
     for name in ("a", "b"):
         go(replace(short, output=str(tmp_path / name)))
     other = str(tmp_path / "b" / "checkpoints" / "step-00000002")
     with pytest.raises(UserError, match="a checkpoint of another run, and output"):
-        go(replace(base, output=str(tmp_path / "a"), resume=other))
+        go(replace(text, output=str(tmp_path / "a"), resume=other))
     with pytest.raises(UserError, match="resume is 'best', which is no folder: name a checkpoint's folder, such as"):
-        go(replace(base, output=str(tmp_path / "a"), resume="best"))
-    go(replace(base, output=str(tmp_path / "c"), resume=other))
+        go(replace(text, output=str(tmp_path / "a"), resume="best"))
+    go(replace(text, output=str(tmp_path / "c"), resume=other))
     assert weights(tmp_path / "c")
     assert '"step": 6' in (tmp_path / "c" / "best.json").read_text()
 

@@ -278,6 +278,7 @@ def test_full_memory_in_a_later_step_names_the_batch_and_the_numbers_of_the_plan
     assert "lower train.max_frames (100) and raise train.accumulation by the same factor" in told
 
 
+@pytest.mark.slow
 def test_on_a_card_the_change_that_would_fit_is_named(by_frames: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of a small model; the card is made up, as CUDA is needed for a real one."""
     memory = (0.8 * size_run(by_frames).own.total + CUDA) / (1 - RESERVE)

@@ -42,13 +42,13 @@ Change = Callable[[Run], None]
 
 
 @pytest.fixture(scope="module")
-def base(demo_checkpoint: Path, demo_data: Path) -> RunConfig:
-    """A run of 4 steps on a part of the demo, evaluated at every other step, saved at step 3 and at the end."""
+def base(text_checkpoint: Path, text_data: Path) -> RunConfig:
+    """A run of 4 steps on texts, evaluated at every other step, saved at step 3 and at the end."""
     return RunConfig(
         device="cpu",
-        model=ModelConfig(path=str(demo_checkpoint / "model")),
+        model=ModelConfig(path=str(text_checkpoint)),
         adapter=AdapterConfig(rank=4, dropout=0.1),
-        data=DataConfig(str(demo_data / "train"), str(demo_data / "eval"), str(demo_data / "codes")),
+        data=DataConfig(str(text_data / "train.jsonl"), str(text_data / "eval.jsonl")),
         train=TrainConfig(batch_size=1, max_steps=4, log_every=1),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
         checks=ChecksConfig(enabled=False),

@@ -171,12 +171,14 @@ def test_an_evaluation_that_is_not_finite_is_no_pass(
 
 
 def test_a_loss_scale_that_overflows_is_lowered_as_in_training(
-    config: Path, door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    text_checkpoint: Path, text_data: Path, door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("equal_groupings", "equal_processes", "killed_and_resumed"):
         monkeypatch.setattr(doctor.Doctor, name, lambda _: "left out")
+    data = [f"--data.{split}={text_data / split}.jsonl" for split in ("train", "eval")]
     scale = ["--precision.loss_scale.init", "16777216", "--precision.mode", "amp_fp16"]
-    done = door("doctor", "--config", config, *scale, "--checks.enabled", "false", "--evaluation.enabled", "false")
+    off = ["--checks.enabled", "false", "--evaluation.enabled", "false"]
+    done = door("doctor", "--model.path", text_checkpoint, *data, *scale, *off)
     assert done.code == 0, done.out
 
 

@@ -155,6 +155,7 @@ def built_again(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.mark.slow
 def test_built_again_it_is_the_same_to_the_byte(demo_checkpoint: Path, built_again: Path) -> None:
     for name in ("codec/model.safetensors", "model/model.safetensors", "model/tokenizer.json", "model/config.json"):
         assert (built_again / name).read_bytes() == (demo_checkpoint / name).read_bytes()
