@@ -68,6 +68,7 @@ class Choice(NamedTuple):
     mode: Name
     adapter: Literal["lora", "full"]
     checkpointing: bool
+    rounded: bool = False  # bfloat16 weights, whose updates are rounded stochastically
 
 
 def room(size: float) -> float:
@@ -81,7 +82,7 @@ def changes_that_fit(
     """Return the cheapest changes with which a step fits into a card, and the bytes that it then takes.
 
     Cheapest first: fewer samples in a micro-batch and more accumulation (the same gradient), activation checkpointing
-    (a third to a half more time), another precision mode, LoRA in place of all weights.
+    (a third to a half more time), another precision mode, stochastic rounding, LoRA in place of all weights.
 
     Args:
         size: of the card, in GB.
@@ -105,10 +106,11 @@ def _divisors(rows: int) -> list[int]:
     return [2**power for power in range(rows.bit_length()) if 2**power <= rows]
 
 
-def _cost(chosen: Choice, other: Choice, divisor: int) -> tuple[bool, bool, bool, bool, int]:
+def _cost(chosen: Choice, other: Choice, divisor: int) -> tuple[bool, bool, bool, bool, bool, int]:
     """Return what a change costs, the dearest first: LoRA learns something else, checkpointing takes time."""
     to_full, switched = other.adapter != chosen.adapter and other.adapter == "full", other.adapter != chosen.adapter
-    return to_full, switched, other.mode != chosen.mode, other.checkpointing != chosen.checkpointing, divisor
+    modes, rounds = other.mode != chosen.mode, other.rounded != chosen.rounded
+    return to_full, switched, rounds, modes, other.checkpointing != chosen.checkpointing, divisor
 
 
 def _words(chosen: Choice, other: Choice, divisor: int) -> Iterator[str]:
@@ -118,5 +120,8 @@ def _words(chosen: Choice, other: Choice, divisor: int) -> Iterator[str]:
         yield f"model.activation_checkpointing {str(other.checkpointing).lower()}"
     if other.mode != chosen.mode:
         yield f"precision.mode {other.mode}"
+    if other.rounded != chosen.rounded:
+        dtype, masters = ("bf16", "stochastic") if other.rounded else ("auto", "fp32")
+        yield f"precision.trainable_dtype {dtype}, precision.masters {masters}"
     if other.adapter != chosen.adapter:
         yield f"adapter.mode {other.adapter}"

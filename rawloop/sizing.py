@@ -1,6 +1,6 @@
 """What the steps of a run take, as configured and with other settings, for `rawloop plan`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -26,6 +26,7 @@ from rawloop.precision.config import Name, PrecisionConfig
 ADAPTERS: tuple[Literal["lora", "full"], ...] = ("lora", "full")
 # At the end of a backward pass, at least: with the gradients, which are as large as the trained weights.
 HELD = ("frozen weights", "trained weights", "trained weights", "masters", "optimizer")
+ROUNDED = PrecisionConfig("bf16", trainable_dtype="bf16", masters="stochastic", fallback=[])
 LOOKED_AT = 64  # micro-batches, of which the typical one is taken
 
 
@@ -105,17 +106,15 @@ def size_run(config: RunConfig, processes: int = 1, positions: int = 0, samples:
 def _estimates(config: RunConfig, family: Family, work: Work, processes: int) -> Sizing:
     skeleton = skeleton_of(config, family)
     asked = "bf16" if config.precision.mode == "auto" else config.precision.mode
-    chosen = Choice(asked, config.adapter.mode, config.model.activation_checkpointing)
+    rounded = config.precision.masters == "stochastic"
+    chosen = Choice(asked, config.adapter.mode, config.model.activation_checkpointing, rounded)
     found = [estimate(config, family, skeleton, part(None), processes) for part in work.costliest]
     own = max(found, key=lambda each: each.total)
     part = work.costliest[found.index(own)]
     batch = part(None)
     as_usual = estimate(config, family, skeleton, work.typical, processes) if work.typical else own
     estimates, refused = {chosen: own}, {}
-    for adapter, checkpointing, mode in product(ADAPTERS, (False, True), get_args(Name)):
-        choice = Choice(mode, adapter, checkpointing)
-        if choice == chosen:
-            continue
+    for choice in other_choices(chosen, config.optim.name != "schedule_free"):
         try:
             estimates[choice] = estimate(with_choice(config, choice), family, skeleton, batch, processes)
         except UserError as error:
@@ -131,6 +130,15 @@ def _estimates(config: RunConfig, family: Family, work: Work, processes: int) ->
 
     typical = work.typical or batch
     return Sizing(config, chosen, batch, typical, work.steps, processes, estimates, as_usual, refused, taken)
+
+
+def other_choices(chosen: Choice, rounds: bool) -> Iterator[Choice]:
+    """Yield all choices but the configured one. Stochastic rounding is one if all weights train, and it `rounds`."""
+    for adapter, checkpointing, mode in product(ADAPTERS, (False, True), get_args(Name)):
+        usual = Choice(mode, adapter, checkpointing, chosen.rounded and mode == chosen.mode)
+        may_round = rounds and mode == "bf16" and adapter == chosen.adapter == "full"
+        ways = dict.fromkeys([usual, usual._replace(rounded=usual.rounded or may_round)])
+        yield from (way for way in ways if way != chosen)
 
 
 def changes_for(sized: Sizing, size: float) -> tuple[list[str], float] | None:
@@ -161,7 +169,9 @@ def what_would_fit(config: RunConfig, world: World) -> str:
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
     """Return the settings with another choice. What belongs to the configured mode or adapter alone is left out."""
     changed = replace(config, model=replace(config.model, activation_checkpointing=choice.checkpointing))
-    if choice.mode != config.precision.mode:
+    if choice.rounded and config.precision.masters != "stochastic":
+        changed = replace(changed, precision=ROUNDED)
+    elif choice.mode != config.precision.mode:
         changed = replace(changed, precision=PrecisionConfig(choice.mode, fallback=[]))
     if choice.adapter != config.adapter.mode:
         changed = replace(changed, adapter=AdapterConfig(choice.adapter, rank=config.adapter.rank))

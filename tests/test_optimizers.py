@@ -142,6 +142,17 @@ def test_a_resumed_run_is_the_same_in_all_modes(config: RunConfig, name: str, ad
     check_resume(config)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_lora_beside_a_quantised_base_is_rounded_stochastically(config: RunConfig, quantization: Any) -> None:
+    lora = AdapterConfig(mode="lora", modules_to_save=["lm_head"])
+    config = with_mode(replace(config, optim=options("adamw", lr=1e-3), adapter=lora), "stochastic")
+    config = replace(config, model=replace(config.model, quantization=quantization))
+    check_resume(config)
+    losses = [line["eval_loss"] for line in numbers(config) if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_state_goes_on_bit_for_bit(name: str, device: str) -> None:

@@ -65,7 +65,7 @@ def memory_rows(sized: Sizing) -> Iterator[list[str]]:
     own = sized.chosen
     for adapter in ADAPTERS:
         for mode in get_args(Name):
-            choice = Choice(mode, adapter, own.checkpointing)
+            choice = Choice(mode, adapter, own.checkpointing, own.rounded and mode == own.mode)
             found = sized.costliest.get(choice)
             if found is None:
                 continue

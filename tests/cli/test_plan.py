@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from rawloop.adapters.config import AdapterConfig
 from rawloop.cards import CARDS, Choice, changes_that_fit, room
 from rawloop.cli import COMMANDS
+from rawloop.config import RunConfig
+from rawloop.sizing import other_choices, with_choice
 from tests.cli.conftest import Done
 
 Door = Callable[..., Done]
@@ -120,3 +123,23 @@ def test_a_card_without_bfloat16_has_no_rate_for_it() -> None:
     assert cards["TITAN RTX"].tflops("fp32", tf32=True) == 16.3
     assert cards["A100 80GB"].tflops("fp32", tf32=True) == 156
     assert "plan" in COMMANDS
+
+
+def test_stochastic_rounding_comes_before_lora_where_all_weights_train() -> None:
+    own = Choice("bf16", "full", True)
+    rounded = own._replace(rounded=True)
+    others = [*other_choices(own, rounds=True)]
+    assert own not in others
+    assert [each for each in others if each.rounded] == [rounded._replace(checkpointing=False), rounded]
+    assert not any(each.rounded for each in other_choices(own, rounds=False))
+    assert not any(each.rounded for each in other_choices(own._replace(adapter="lora"), rounds=True))
+    sizes = {each: 30e9 - 15e9 * each.rounded - 25e9 * (each.adapter == "lora") for each in [own, *others]}
+    changes = changes_that_fit(24, own, sizes, 1, lambda choice, divisor: sizes[choice])
+    assert changes == (["precision.trainable_dtype bf16, precision.masters stochastic"], 15e9)
+    back = changes_that_fit(24, rounded, {rounded: 30e9, Choice("fp32", "full", True): 9e9}, 1, lambda *_: 9e9)
+    assert back == (["precision.mode fp32", "precision.trainable_dtype auto, precision.masters fp32"], 9e9)
+    config = with_choice(RunConfig(adapter=AdapterConfig("full")), rounded)
+    assert (config.precision.mode, config.precision.masters) == ("bf16", "stochastic")
+    again = with_choice(config, Choice("bf16", "lora", False, True))
+    assert (again.adapter.mode, again.precision) == ("lora", config.precision)
+    assert with_choice(config, Choice("fp32", "full", False)).precision.masters == "fp32"
