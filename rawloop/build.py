@@ -104,7 +104,7 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
         restore(run, config, start, say)
         if report is not None:
             world.on_all_ranks(partial(report.record, run.records), only_main=True)
-        if config.watch.enabled and not ready.files.is_sharded:
+        if config.watch.enabled:
             run.watch = build_watch(run, folder, config.watch, to_yaml(config))
     except BaseException:
         run.close()

@@ -114,12 +114,11 @@ class RunConfig:
 
     def _check_fsdp(self) -> None:
         """Refuse what sharded weights cannot do, each with the nearest that works."""
-        name, spikes, quantization = self.optim.name, self.watch.spikes, self.model.quantization
+        name, quantization = self.optim.name, self.model.quantization
         switch = "it is a switch of DDP: set it to false"
         for wrong, what, way_on in (
             (name.startswith("paged"), f"optim.name '{name}'", "paged state is not sharded: take adamw_8bit"),
             (quantization, f"model.quantization '{quantization}'", "quantised weights are not sharded: leave it out"),
-            (spikes != "off", f"watch.spikes '{spikes}'", "the watch needs whole weights: set it to off"),
             (self.ddp.broadcast_buffers, "ddp.broadcast_buffers true", switch),
             (self.ddp.static_graph, "ddp.static_graph true", switch),
         ):

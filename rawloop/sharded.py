@@ -28,7 +28,8 @@ def shard_model(module: LossModule, files: ModelFiles, listener: Listener | None
 def sharded_line(config: RunConfig, policy: PrecisionPolicy) -> str:
     """Return a line that says what is sharded, and what is off for that."""
     assert policy.block_runs is not None
-    off = ["the watch"] if config.watch.enabled else []
+    guards = config.watch.spikes != "off"
+    off = [f"the watch{' except for spikes' if guards else ''}"] if config.watch.enabled else []
     off += [f"falling back to {', '.join(policy.fallbacks_off)}"] if policy.fallbacks_off else []
     needs = f"; off, as it needs whole weights: {', '.join(off)}" if off else ""
     blocks, size = len(policy.block_runs.blocks), policy.world.size

@@ -15,33 +15,31 @@ from torch import Tensor
 
 from rawloop.contracts import Batch
 from rawloop.dist import unwrap_ddp
-from rawloop.errors import InterruptedUpdate, LostRank, TrainingError, UserError, add_place
+from rawloop.errors import InterruptedUpdate, LostRank, UserError, add_place
 from rawloop.kept import Again, Window, batch_state, contents
 from rawloop.precision.gradients import Measured, StepResult
-from rawloop.records import json_value, to_stderr
 from rawloop.run import Run
 from rawloop.seed import RngCapture
+from rawloop.sharding import is_sharded
+from rawloop.spike_watch import SpikeWatch
 from rawloop.waiting import is_lost_rank
 from rawloop.watch.capsule import Capsule, Capsules, FlightRecorder
 from rawloop.watch.config import WatchConfig
 from rawloop.watch.detectors import all_detectors
-from rawloop.watch.spikes import SpikeGuard, spiked
+from rawloop.watch.spikes import spiked
 from rawloop.watch.subject import Pass
 from rawloop.watch.watch import Watch
 
 
-class RunWatch:
+class RunWatch(SpikeWatch):
     """Shows a run's steps to a watch. Findings become events, and bad steps capsules, with the run's config as YAML."""
 
     def __init__(self, watch: Watch, capsules: Capsules, config: str = "") -> None:
+        super().__init__(watch.subject.config)
         self.watch, self.capsules, self.config = watch, capsules, config
         self.recorder = FlightRecorder(watch.subject.config.steps)
         self._rng = RngCapture()
-        self._run: Run | None = None
         self._window = Window([], {})
-        self._guard = SpikeGuard()
-        self._spike: str | None = None
-        self._spikes = 0  # skipped ones
         self._why = ""  # why the next step is to be kept
         self._told = 0
         self._written: Path | None = None
@@ -49,8 +47,7 @@ class RunWatch:
 
     def start(self, run: Run) -> None:
         """Look at the run before its first step."""
-        self._run = run
-        run.policy.observer = self
+        super().start(run)
         self.watch.start()
         self._tell(run)
 
@@ -104,12 +101,6 @@ class RunWatch:
         again = Again(unwrap_ddp(run.module), run.policy, run.weights, window.targets, run.world.size, scale, batch)
         self.watch.record.passes.append(Pass(again.inputs, again, window.rng[-1], tuple(batch.ids), scale))
 
-    def judge(self, found: Measured) -> str | None:
-        """Return why a finite update is not to be applied, or None."""
-        spikes = self.watch.subject.config.spikes
-        self._spike = self._guard.objection(found.loss, found.norm) if spikes != "off" else None
-        return self._spike if spikes in ("skip", "rollback") else None
-
     def look(self, found: Measured, result: StepResult, *, last: bool) -> None:
         """Show the measured gradients to the watch, and write a capsule if there is a reason."""
         run = self._run
@@ -119,32 +110,13 @@ class RunWatch:
             self.watch.before_update()
             if self._spike is not None:
                 self.watch.findings.add(spiked(self._spike, self.watch.record, run.world.rank))
-            elif result.applied:
-                self._guard.keep(found.loss, found.norm)
             self._tell(run)
             why = "the policy leaves this mode: too many skips in a row" if last else self._spike or self._why
             if run.preemption and run.preemption.keep:
                 run.preemption.keep, why = False, why or "asked for by SIGUSR2"
             if why:
                 self._write(run, why, found)
-        self._spikes += result.objected
-
-    def check(self, run: Run) -> None:
-        """Raise TrainingError, on all ranks, if spikes are no exceptions any more."""
-        most = self.watch.subject.config.max_spikes
-        if self._spikes > most:
-            where = f"the last at step {run.state.step} ({self._spike or 'on another rank'})"
-            raise run.world.raised_on_all(
-                TrainingError(
-                    f"{self._spikes} steps were skipped as spikes, more than watch.max_spikes ({most}), {where}: look "
-                    "at their samples in the events, lower optim.lr, or raise watch.max_spikes"
-                )
-            )
-
-    @property
-    def rolls_back(self) -> bool:
-        """Whether a skipped spike is to be followed by going back to the last checkpoint."""
-        return self.watch.subject.config.spikes == "rollback"
+        self._count(found, result)
 
     def restart(self) -> None:
         """Forget what the detectors know of the weights: the run has gone back to a checkpoint."""
@@ -157,14 +129,9 @@ class RunWatch:
         findings = list(self.watch.findings)[self._told :]
         self._told += len(findings)
         for finding in findings:
-            fields = json_value(finding.as_json())
-            text = f"{'ordinary: ' if finding.ordinary else ''}{finding.reason()}"
-            write = partial(run.records.event, "finding", step=finding.step, reason=text, show=not finding.ordinary)
-            run.record_or_defer(partial(write, finding=fields))
+            self._event(run, finding)
             if not finding.ordinary:
                 self._why = f"finding {finding.kind}: {finding.what}"
-                if not run.world.is_main:
-                    to_stderr(f"[finding] {finding.text()}")
 
     def _failed(self, run: Run, error: Exception) -> None:
         """Write a capsule of a step that has failed, and add to the error what is known."""
@@ -208,10 +175,18 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, LostRank) or is_lost_rank(error)
 
 
-def build_watch(run: Run, folder: Path, settings: WatchConfig, config: str = "") -> RunWatch:
-    """Build the watch of a run that is ready to start, and let it look at the run. `config` is YAML, for capsules."""
+def build_watch(run: Run, folder: Path, settings: WatchConfig, config: str = "") -> SpikeWatch | None:
+    """Build the watch of a run that is ready to start, and let it look at the run. `config` is YAML, for capsules.
+
+    If the weights are sharded, it is only the guard against spikes, or nothing.
+    """
     policy, world = run.policy, run.world
     assert policy.model is not None
+    if is_sharded(policy.model):
+        guard = SpikeWatch(settings) if settings.spikes != "off" else None
+        if guard:
+            guard.start(run)
+        return guard
     watch = Watch(
         policy.model,
         run.optimizer,

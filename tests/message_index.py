@@ -94,6 +94,7 @@ PAGES = {
     "sink": "loggers.md",
     "sharding.py": "sharding.md",
     "sizing.py": "plan.md",
+    "spike_watch.py": "debugging.md",
     "trained.py": "listening.md",
     "translation/": "from-trainer.md",
     "versions.py": "checkpoints.md",

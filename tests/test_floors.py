@@ -110,6 +110,7 @@ FLOORS = (
             "checkpoints",
             "resume",
             "kept",
+            "spike_watch",
             "watched",
             "replay",
             "ready",

@@ -37,7 +37,6 @@ from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_metrics
 from rawloop.settings import DDPConfig
 from rawloop.sharding import find_blocks, part_of, shard, whole
-from rawloop.watch.config import WatchConfig
 from tests.test_optimizers import options
 
 SLOT = "checkpoints/step-00000002"
@@ -197,7 +196,6 @@ def test_a_sharded_run_goes_on_in_one_process_and_in_four(
             {"model": ModelConfig(quantization="int8"), "adapter": AdapterConfig()},
             "model.quantization 'int8': quantised weights are not sharded: leave it out",
         ),
-        ({"watch": WatchConfig(spikes="skip")}, "watch.spikes 'skip': the watch needs whole weights: set it to off"),
         ({"ddp": DDPConfig(broadcast_buffers=True)}, "ddp.broadcast_buffers true: it is a switch of DDP"),
         (
             {"ddp": DDPConfig(static_graph=True)},

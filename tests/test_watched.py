@@ -22,6 +22,8 @@ from rawloop.loop import Run
 from rawloop.precision.config import PrecisionConfig
 from rawloop.preempt import watch_signals
 from rawloop.records import read_events, read_metrics
+from rawloop.sharding import part_of
+from rawloop.spike_watch import SpikeWatch
 from rawloop.watch.capsule import Capsule, read_facts, read_states, write_capsule
 from rawloop.watch.config import WatchConfig
 from rawloop.watched import RunWatch
@@ -237,7 +239,7 @@ def spiky(windows: Iterable[int], spread: float = 0.05) -> Callable[[Run], None]
     def change(run: Run) -> None:
         module: Any = unwrap_ddp(run.module)
         module.losses = Spiky(module.losses, windows)
-        assert isinstance(run.watch, RunWatch)
+        assert isinstance(run.watch, SpikeWatch)
         for number in range(20):  # steps, from which on the guard knows what is usual
             run.watch._guard.keep(6.8 + spread * (number % 3), 8.0 + spread * (number % 3))
 
@@ -293,7 +295,33 @@ def test_a_run_goes_back_after_a_spike_and_leaves_its_samples_out(base: RunConfi
 
 def spiky_on_rank_1(world: World, config: RunConfig) -> tuple[dict[str, Tensor], list[int]]:
     run = go(config, world, change=spiky([3] if world.rank else [], spread=3.0))  # one sample a rank
-    return trained(run), run.state.left_out
+    return {name: part_of(weight) for name, weight in trained(run).items()}, run.state.left_out
+
+
+@pytest.mark.slow
+def test_sharded_runs_warn_skip_and_go_back_as_others(
+    base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    """With the numbers of DDP, which the tests above hold: the guard sees the same losses and norms."""
+    for spikes in ("warn", "skip", "rollback"):
+        ends = []
+        for parallel in ("ddp", "fsdp"):
+            config = replace(guarded(base, tmp_path / spikes / parallel, spikes), parallel=parallel)
+            config = replace(
+                config, train=replace(config.train, batch_size=1), checkpoint=CheckpointConfig(save_every=2)
+            )
+            (_, left_out), _ = run_ranks(spiky_on_rank_1, config)
+            kinds = [event["kind"] for event in read_events(tmp_path / spikes / parallel)]
+            losses = [line["loss"] for line in read_metrics(tmp_path / spikes / parallel) if "loss" in line]
+            ends.append((left_out, *(kinds.count(kind) for kind in ("skip", "restore")), losses))
+            assert findings(tmp_path / spikes / parallel, "spike")
+        assert ends[1] == (*ends[0][:3], pytest.approx(ends[0][3]))
+        left_out, skips, restored, _ = ends[0]
+        assert (left_out, skips, restored > 0) == {
+            "warn": ([], 0, False),
+            "skip": ([], 1, False),
+            "rollback": ([3], 1, True),
+        }[spikes]
 
 
 @pytest.mark.slow

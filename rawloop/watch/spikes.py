@@ -32,14 +32,15 @@ class SpikeGuard:
         self.norm.add(grad_norm)
 
 
-def spiked(reason: str, record: StepRecord, rank: int) -> Finding:
-    """Return the finding of a spike, whose samples are the first that one looks at."""
+def spiked(reason: str, record: StepRecord, rank: int, kept: bool = True) -> Finding:
+    """Return the finding of a spike, whose samples are the first that one looks at. `kept`: a capsule may hold it."""
+    replay = "; `rawloop replay` with --bisect shows which sample weighs most" if kept else ""
     cause = Cause(
         "data",
         "the samples of this step are unlike those before, or the update before it was too large",
         Place(sample=first_few(record.ids), rank=rank),
         {"loss": record.loss or 0.0, "gradient norm": record.grad_norm or 0.0},
-        "Look at the samples, and at the learning rate; `rawloop replay` with --bisect shows which sample weighs most",
+        f"Look at the samples, and at the learning rate{replay}",
     )
     return Finding("spike", reason, (cause,), record.step, rank)
 
