@@ -283,7 +283,7 @@ def look_back(run: Run, measure: Callable[[], int]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("log_every", [LOG_EVERY, 1000])
+@pytest.mark.parametrize("log_every", [LOG_EVERY, pytest.param(1000, marks=pytest.mark.slow)])
 def test_training_holds_no_more_tensors_after_more_steps(tmp_path: Path, log_every: int) -> None:
     run = build(tmp_path, steps=100, accumulation=2)
     run.log_every = log_every
@@ -292,7 +292,7 @@ def test_training_holds_no_more_tensors_after_more_steps(tmp_path: Path, log_eve
     assert first == last > 0
 
 
-@pytest.mark.parametrize("log_every", [LOG_EVERY, 1000])
+@pytest.mark.parametrize("log_every", [pytest.param(LOG_EVERY, marks=pytest.mark.slow), 1000])
 def test_training_holds_no_more_objects_after_more_steps(tmp_path: Path, log_every: int) -> None:
     run = build(tmp_path, steps=100, accumulation=2)
     run.log_every = log_every
