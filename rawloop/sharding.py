@@ -128,6 +128,16 @@ def is_sharded(thing: Tensor | nn.Module) -> bool:
     return hasattr(thing, "full_tensor")
 
 
+def reshard(module: nn.Module) -> None:
+    """Free the whole weights that a pass has left on this rank, because it failed. Else `parameters()` would be these.
+
+    A module that is not sharded stays as it is.
+    """
+    parts: list[Any] = [part for part in module.modules() if hasattr(part, "set_requires_gradient_sync")]
+    for part in parts:
+        part.reshard()
+
+
 @contextmanager
 def unreduced(module: Any) -> Iterator[None]:
     """Add up gradients on each rank inside the context, whole; the next backward pass outside reduces them."""

@@ -121,30 +121,36 @@ def test_loss_and_gradients_are_those_without(recompute: bool) -> None:
         assert_near(gradients(module, batch), gradients(llama(recompute=recompute), batch))
 
 
-def gradients_of_ranks(world: World, kind: str, adapter: bool) -> dict[str, Tensor]:
+def gradients_of_ranks(world: World, kind: str, adapter: bool, breaks: bool) -> dict[str, Tensor]:
     """Return the gradients of both ranks' batches, with LoRA also under activation checkpointing."""
     module, policy = llama(adapter, recompute=adapter), PrecisionPolicy(PrecisionConfig(mode="fp32"), world=world)
+    if breaks:
+        breaking(module, "")
     policy.prepare(module.model, shard(module, world.device) if kind == "fsdp" else None)
     said: list[str] = []
     compile_blocks(CONFIG, module, batch_of, policy, said.append)
-    assert said[0].startswith("model.compile: 2 blocks (LlamaDecoderLayer) compiled by aot_eager in ")
+    parts = "LlamaAttention, LlamaMLP, LlamaRMSNorm), by parts, as" if breaks else "LlamaDecoderLayer) compiled by aot_"
+    assert said[0].startswith(f"model.compile: 2 blocks ({parts}")
+    assert not [name for name, weight in module.named_parameters() if weight.grad is not None]
     found = gradients(world.wrap(module, DDPConfig(find_unused_parameters=True)), batch_of(2 + world.rank))
     return {name: whole(value) for name, value in found.items()}
 
 
 @pytest.mark.parametrize(
-    ("kind", "adapter"),
+    ("kind", "adapter", "breaks"),
     [
-        pytest.param("ddp", True, marks=pytest.mark.slow),
-        pytest.param("ddp", False, marks=pytest.mark.slow),
-        pytest.param("fsdp", True, marks=pytest.mark.slow),
-        ("fsdp", False),
+        pytest.param("ddp", True, False, marks=pytest.mark.slow),
+        pytest.param("ddp", False, False, marks=pytest.mark.slow),
+        pytest.param("ddp", False, True, marks=pytest.mark.slow),
+        pytest.param("fsdp", True, False, marks=pytest.mark.slow),
+        pytest.param("fsdp", False, False, marks=pytest.mark.slow),
+        ("fsdp", False, True),
     ],
 )
 def test_gradients_of_two_processes_are_those_without(
-    run_ranks: Callable[..., list[Any]], kind: str, adapter: bool
+    run_ranks: Callable[..., list[Any]], kind: str, adapter: bool, breaks: bool
 ) -> None:
-    first, second = run_ranks(gradients_of_ranks, kind, adapter)
+    first, second = run_ranks(gradients_of_ranks, kind, adapter, breaks)
     alone = [gradients(llama(adapter), batch_of(rows)) for rows in (2, 3)]
     mean = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0] if name != "loss"}
     for found in (first, second) if kind == "ddp" else (first,):
