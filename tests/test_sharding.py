@@ -35,6 +35,7 @@ from rawloop.precision.config import PrecisionConfig
 from rawloop.precision.gradients import StepResult
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_metrics
+from rawloop.rounding import StochasticRounding
 from rawloop.settings import DDPConfig
 from rawloop.sharding import find_blocks, part_of, shard, whole
 from tests.test_optimizers import options
@@ -439,6 +440,20 @@ def explain(world: World) -> tuple[str, str]:
     shard(half, torch.device("cpu"))
     share = lost_updates(policy.trained, torch.optim.AdamW(half.parameters(), lr=1e-5))
     assert share == whole_share
+    rounded = [nn.Linear(6, 5).bfloat16(), nn.Linear(6, 5).bfloat16()]  # 3 rows and 2; the numbers are rank 0's
+    for tensor in (w for each in rounded for w in each.parameters()):
+        nn.init.ones_(tensor)
+    shard(rounded[1], torch.device("cpu"))
+    for module in rounded:
+        lent = StochasticRounding(torch.device("cpu"))
+        held = [(name, lent.stand_in(weight)) for name, weight in module.named_parameters()]
+        lent.fill([each for _, each in held])
+        for _, each in held:
+            part_of(each.detach()).add_(2**-8)
+        lent.write(held)
+    for one, other in zip(rounded[0].parameters(), rounded[1].parameters(), strict=True):
+        assert torch.equal(one, other.full_tensor())  # type: ignore[attr-defined]
+        assert one.ndim == 1 or 1 < one.float().mean() < 1 + 2**-7
     return wrong, share
 
 

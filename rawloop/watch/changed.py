@@ -99,8 +99,7 @@ class ChangedWeights(Detector):
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if self._probing:  # an update with masters calls the optimizer several times, for some gradients each time
-                own = [one for one in held_by_optimizers(subject) if one.optimizer is optimizer]
-                held = [one for one in own if one.parameter is one.numbers]  # others are rounded after this
+                held = [one for one in held_by_optimizers(subject) if one.optimizer is optimizer]
                 self._updated |= self._digests.of({h.key: h.parameter for h in held if h.parameter.grad is not None})
             if few := self._few.get(id(optimizer)):
                 few.keep()
@@ -145,7 +144,7 @@ class ChangedWeights(Detector):
         held, by_optimizer = held_by_optimizers(subject), dict[int, dict[str, Tensor]]()
         trained = [one for one in held if "train_mode" not in one.group]  # schedule-free ones swap theirs between steps
         self._trained = {one.key: one.numbers for one in trained}
-        few = [one for one in trained if one.parameter is one.numbers]
+        few = [one for one in trained if one.parameter is one.numbers]  # others are rounded after the hook
         for one in few[:: -(-len(few) // WEIGHTS) or 1]:  # evenly spread
             by_optimizer.setdefault(id(one.optimizer), {})[one.key] = one.parameter
         self._few = {key: FewNumbers(weights) for key, weights in by_optimizer.items()}

@@ -17,14 +17,14 @@ from rawloop.watch.weights import UnsoundWeights
 from tests.precision.conftest import Training
 
 
-def watched(training: Training, steps: int = 7, damage: Any = None) -> tuple[list[Finding], Watch]:
+def watched(training: Training, steps: int = 7, damage: Any = None, at: int = 3) -> tuple[list[Finding], Watch]:
     rates = LearningRates()
     detectors = [UnsoundWeights(), ChangedWeights(), rates, Updates(rates), OptimizerState()]
     policy, config = training.policy, WatchConfig(every=2)
     watch = Watch(training.model, training.optimizer, named=policy.named_parameters, config=config, detectors=detectors)
     with watch:
         for step in range(steps):
-            if damage and step == 3:
+            if damage and step == at:
                 damage()
             with watch.step():
                 training.step()
@@ -64,6 +64,14 @@ def test_updates_of_stand_ins_are_measured() -> None:
     weight = training.policy.trained.weights["lm_head.weight"]
     found, _ = watched(training, damage=lambda: weight.data.mul_(1.5))
     assert [(f.kind, f.step) for f in found] == [("weights_changed_outside_optimizer", 3)]
+    training = Training("bf16", lr=1e-3, **settings)
+    same = dict(training.model.named_parameters())
+
+    def write_the_same() -> None:
+        for weight in same.values():
+            weight.detach().copy_(weight.detach().clone())  # as after an evaluation of averaged weights
+
+    assert watched(training, damage=write_the_same, at=4)[0] == []
 
 
 def test_a_master_that_something_else_changes_is_named() -> None:
