@@ -144,7 +144,7 @@ class ChangedWeights(Detector):
         held, by_optimizer = held_by_optimizers(subject), dict[int, dict[str, Tensor]]()
         trained = [one for one in held if "train_mode" not in one.group]  # schedule-free ones swap theirs between steps
         self._trained = {one.key: one.numbers for one in trained}
-        few = [one for one in trained if one.parameter is one.numbers]  # others are rounded after the hook
+        few = [one for one in trained if one.parameter is one.numbers]  # a stand-in has no numbers to follow
         for one in few[:: -(-len(few) // WEIGHTS) or 1]:  # evenly spread
             by_optimizer.setdefault(id(one.optimizer), {})[one.key] = one.parameter
         self._few = {key: FewNumbers(weights) for key, weights in by_optimizer.items()}
