@@ -115,28 +115,40 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
     found = extrapolated(base, longer, [number - FEW for number in numbers])
     peak = dict.fromkeys(EXTRA, 0) | peak_of(found)
     if config.parallel == "fsdp" and processes > 1:
-        blocks = [each["weights"] - base["weights"] for each in longer]
-        outside = found["weights"] - sum(size * number for size, number in zip(blocks, numbers, strict=True))
-        keeps = config.train.accumulation > 1
-        peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, outside + 2 * max(blocks, default=0), keeps))
+        sizes = {}
+        for what in ("weights", "gradients"):
+            blocks = [each[what] - base[what] for each in longer]
+            outside = found[what] - sum(size * number for size, number in zip(blocks, numbers, strict=True))
+            sizes[what] = max(blocks, default=0), outside
+        peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, sizes, config.train.accumulation > 1))
     else:
         peak[BUCKETS] = found["buckets"]
     return Estimate(found["parameters"], found["trained"], peak, found["host"], found["flops"])
 
 
-def _sharded(found: Counter[str], processes: int, gathered: int, keeps: bool) -> Counter[str]:
+def _sharded(found: Counter[str], processes: int, sizes: dict[str, tuple[int, int]], keeps: bool) -> Counter[str]:
     """Return the counts of one of several processes that share a model by FSDP.
+
+    In a pass the weights of a block and of the next one are whole, and all weights outside of blocks. In the backward
+    pass so are their gradients, and a copy of those that are reduced: of a block, and at the end of all outside.
 
     Args:
         found: the counts of the whole model.
         processes: their number.
-        gathered: bytes of the weights that are whole during a pass: a block, the next one, and all outside of blocks.
+        sizes: bytes of the largest block, and of all outside of blocks, of weights and of gradients.
         keeps: gradients stay whole between micro-batches.
     """
     shared = {kind for kind in SHARDED if kind != "gradients" or not keeps}
     counts = Counter({n: size // processes if n.partition("|")[2] in shared else size for n, size in found.items()})
+    (block, outside), (block_gradients, outside_gradients) = sizes["weights"], sizes["gradients"]
+    weights, copies = outside + 2 * block, 1 if keeps else 2
     phases = {name.partition("|")[0] for name in found if "|" in name} - {"update"}
-    return counts + Counter({f"{phase}|{GATHERED}": gathered for phase in phases})
+    for phase in phases:
+        is_last = phase.endswith("first") or len(phases) == 1  # of the backward pass
+        gradients = (copies if is_last else copies - 1) * outside_gradients  # the head's come first
+        gradients += copies * block_gradients * (is_last or phase != "forward")
+        counts[f"{phase}|{GATHERED}"] = weights + gradients
+    return counts
 
 
 def _count(
@@ -182,7 +194,7 @@ def _count(
     trained = [p for p in weights if p.requires_grad]
     found["buckets"] = _bytes(trained) * (processes > 1 and not config.ddp.gradient_as_bucket_view)
     found["parameters"], found["trained"] = parameters, sum(p.numel() for p in trained)
-    found["flops"], found["weights"] = counter.flops, _bytes(weights)
+    found["flops"], found["weights"], found["gradients"] = counter.flops, _bytes(weights), _bytes(trained)
     return found
 
 

@@ -265,7 +265,7 @@ def test_several_processes_share_a_model(llama: Path) -> None:
     for kind in ("trained weights", "optimizer"):
         assert shared.peak[kind] == pytest.approx(alone[kind] / 4, rel=1e-3)
     numbers = alone["trained weights"]
-    assert 0 < shared.peak["gathered"] < numbers / 2
+    assert 0 < shared.peak["gathered"] < numbers  # with gradients
     # at no time, not at the start either, does a process hold the whole model
     assert shared.total < sum(alone.values()) / 2
     many = planned(replace(config, parallel="fsdp", train=TrainConfig(accumulation=2)), batch, processes=4)
