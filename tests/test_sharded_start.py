@@ -289,6 +289,7 @@ def large(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder, whole, block
 
 
+@pytest.mark.slow
 def test_no_device_ever_holds_the_whole_model(
     base: RunConfig, large: tuple[Path, int, int], tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
@@ -316,6 +317,7 @@ def bytes_in_steps(world: World, config: RunConfig) -> int:
     return held.peak
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_a_process_of_several_holds(
     base: RunConfig, large: tuple[Path, int, int], tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
