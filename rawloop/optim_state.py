@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rawloop.errors import CheckpointError, UserError, first_few
 from rawloop.sharded_optim import state_for
+from rawloop.sharding import is_sharded
 
 # options for how this machine computes an update; loading does not change them
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -118,7 +119,7 @@ class NamedOptimizerState:
         # torch has the step counter of a fused or capturable optimizer on the device, of any other on the CPU
         step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         places = {key: step if key == "step" else parameter.device for key in values}
-        restored = {key: _placed(value, places[key]) for key, value in values.items()}
+        restored = {key: _laid_out(_placed(value, places[key]), parameter) for key, value in values.items()}
         if getattr(self.optimizer, "is_paged", False):  # of bitsandbytes, whose paged memory is of its own kind
             paged: Any = self.optimizer
             for key in {"state1", "state2"} & restored.keys():
@@ -182,6 +183,14 @@ def _placed(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_placed(item, device) for item in value)
     return value
+
+
+def _laid_out(value: Any, parameter: nn.Parameter) -> Any:
+    """Return state of a weight in the weight's order in memory, on which fused optimizers rely."""
+    if getattr(value, "shape", None) != parameter.shape or is_sharded(parameter):
+        return value
+    own = torch.empty_like(parameter, dtype=value.dtype)
+    return value if value.stride() == own.stride() else own.copy_(value)
 
 
 class SchedulerState:

@@ -43,6 +43,28 @@ def step(net: nn.Module, optimizer: Optimizer, seed: int = 0) -> float:
     return float(optimizer.step(closure))
 
 
+def test_state_of_a_weight_of_another_order_in_memory_goes_on_bit_for_bit() -> None:
+    """A checkpoint stores numbers row by row; fused AdamW takes weight and state to be in one order."""
+
+    def start() -> tuple[nn.Module, Optimizer, NamedOptimizerState]:
+        net = model()
+        net[0].weight.data = net[0].weight.data.t().contiguous().t()  # type: ignore[index]
+        optimizer = AdamW(net.parameters(), lr=1e-2, fused=True)
+        return net, optimizer, NamedOptimizerState(optimizer, net.named_parameters)
+
+    straight, first, kept = start()
+    step(straight, first)
+    saved, weights = kept.state_dict(), copy.deepcopy(straight.state_dict())
+    for values in saved["state"].values():
+        values |= {key: value.clone(memory_format=torch.contiguous_format) for key, value in values.items()}
+    step(straight, first, 1)
+    resumed, second, restored = start()
+    resumed.load_state_dict(weights)
+    restored.load_state_dict(saved)
+    step(resumed, second, 1)
+    assert all(map(torch.equal, straight.parameters(), resumed.parameters()))
+
+
 # -- all of torch's optimizers and schedulers: 10 + 10 = 20 --------------------------------------------------------
 
 
