@@ -20,7 +20,12 @@ LARGEST = torch.finfo(torch.bfloat16).max
 
 @torch.no_grad()
 def round_stochastically(
-    numbers: Tensor, generator: torch.Generator, key: Sequence[int | str], start: int = 0, size: int = CHUNK
+    numbers: Tensor,
+    generator: torch.Generator,
+    key: Sequence[int | str],
+    start: int = 0,
+    size: int = CHUNK,
+    total: int | None = None,
 ) -> None:
     """Round float32 numbers to numbers that bfloat16 has, in place: each to one of its two neighbours, at random.
 
@@ -34,13 +39,16 @@ def round_stochastically(
         key: what the random numbers depend on, beside each number's place.
         start: the place of the first number, if these are a part of a larger tensor.
         size: of the chunks.
+        total: how many numbers the larger tensor has.
     """
     flat, end = numbers.view(-1), start + numbers.numel()
+    total = end if total is None else total
     for chunk in range(start // size, -(-end // size)):
         first = max(start, chunk * size)
         part, skipped = flat[first - start : (chunk + 1) * size - start], first - chunk * size
         generator.manual_seed(derive_seed("rounding", *key, chunk))
-        drawn = part.new_empty(-(-(skipped + len(part)) // 4), dtype=torch.int64)
+        # As many as the whole tensor needs: on a GPU a number depends on how many are drawn.
+        drawn = part.new_empty(-(-min(size, total - chunk * size) // 4), dtype=torch.int64)
         drawn.random_(-(2**63), None, generator=generator)
         # The lower 16 of the 32 bits are the distance from the neighbour that is nearer to zero, in 2^-16 of the gap.
         noise = drawn.view(torch.int16)[skipped : skipped + len(part)].int().bitwise_and_(0xFFFF)
@@ -90,17 +98,17 @@ class StochasticRounding:
         return made
 
     def fill(self, stand_ins: Iterable[nn.Parameter]) -> None:
-        """Give stand-ins the numbers of their weights."""
+        """Give stand-ins the numbers of their weights, in the same order in memory: fused optimizers rely on it."""
         for each in stand_ins:
             weight = part_of(weight_behind(each).detach())
-            own_part(each).data = torch.empty(weight.shape, dtype=torch.float32, device=self.device).copy_(weight)
+            own_part(each).data = torch.empty_like(weight, dtype=torch.float32, device=self.device).copy_(weight)
 
     def write(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Round the numbers of stand-ins into their weights, by name, and take them away again."""
         for name, each in named:
-            weight, numbers = weight_behind(each), own_part(each).data
-            key = (self.seed, self.updates, name)
-            round_stochastically(numbers, self._generator, key, start_of_part(weight), self.chunk)
+            weight, numbers = weight_behind(each), own_part(each).data.contiguous()
+            key, start = (self.seed, self.updates, name), start_of_part(weight)
+            round_stochastically(numbers, self._generator, key, start, self.chunk, weight.numel())
             part_of(weight.data).copy_(numbers)
             own_part(each).data = self._nothing(numbers)
 

@@ -72,6 +72,17 @@ def test_a_number_is_rounded_alike_in_a_part_and_in_the_whole(size: int) -> None
     assert 400 < int((whole > 1).sum()) < 600
 
 
+@pytest.mark.parametrize("start", [0, 1, 100, 163])
+def test_a_part_draws_as_many_numbers_as_the_whole_for_each_chunk(start: int) -> None:
+    """On a GPU the same place gets another number if another number of them is drawn."""
+    part, whole = torch.Generator(), torch.Generator()
+    for size, end in ((64, 164), (256, 1000)):
+        last = start // size  # the chunk of the part, which is the one of whose state is compared
+        round_stochastically(torch.ones(1), part, ["w"], start, size, end)
+        round_stochastically(torch.ones(min(size, end - last * size)), whole, ["w"], last * size, size, end)
+        assert torch.equal(part.get_state(), whole.get_state())
+
+
 def test_neighbours_and_chunks_are_independent() -> None:
     numbers = torch.full((DRAWS,), 1 + 2**-8)
     round_stochastically(numbers, torch.Generator(), [0], 0, 100)

@@ -68,6 +68,24 @@ def test_the_mean_of_an_update_is_that_of_masters() -> None:
         assert abs(float(off.mean())) < 0.5 * 5 / math.sqrt(draws * off.numel())
 
 
+def test_a_weight_of_another_order_in_memory_is_updated_alike() -> None:
+    """Fused AdamW takes weight, gradient and state to be in one order."""
+    found, direction = [], torch.randn(16, 8)
+    for transposed in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 16, bias=False)
+        layer.weight.data = layer.weight.data.t().contiguous().t() if transposed else layer.weight.data
+        policy = PrecisionPolicy(PrecisionConfig("bf16", **STOCHASTIC), torch.device("cpu"))
+        policy.prepare(layer)
+        optimizer = AdamW([p for _, p in policy.named_parameters()], lr=1e-3, fused=True)
+        for _ in range(3):
+            policy.backward((layer.weight.float() * direction).sum())
+            assert policy.step(optimizer).applied
+        assert layer.weight.is_contiguous() != transposed
+        found.append(layer.weight.detach())
+    assert torch.equal(*found)
+
+
 def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for bucket in (2**25, 700):
