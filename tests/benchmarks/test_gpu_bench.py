@@ -31,7 +31,7 @@ def test_a_rehearsal_runs_tests_and_all_sections_and_writes_both_files(tmp_path:
     found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     assert (found["errors"], found["cut_short"]) == ({}, [])
     assert found["tests"]["passed"] >= 2
-    assert found["tests"]["failed"] == 0
+    assert (found["tests"]["failed"], found["tests"]["skipped"]) == (0, 0)  # bitsandbytes is found, too
     for name in gpu_bench.SECTIONS:
         assert found[name], name
     assert {row["mode"] for row in found["by_mode"]} == set(gpu_bench.MODES)
