@@ -19,7 +19,7 @@ from rawloop.errors import UserError
 from rawloop.losses import LossModule
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.rebuild import trial_loss
-from rawloop.sharding import find_blocks, reshard
+from rawloop.sharding import find_blocks, reset
 
 ADVICE = "set model.compile to false"
 VARIANTS = 256  # of one block: shapes, training and evaluation, kinds of attention. torch would stop at 8
@@ -75,8 +75,9 @@ def _pass(module: LossModule, batch: Batch, policy: PrecisionPolicy) -> None:
     try:
         with untouched(module), policy.autocast():
             trial_loss(module, batch, policy.device).backward()  # type: ignore[no-untyped-call]
-    finally:
-        reshard(module)
+    except BaseException:
+        reset(module)
+        raise
 
 
 def _fault(units: Sequence[nn.Module], run: Callable[[], None], backend: str) -> str | None:

@@ -5,6 +5,7 @@ If CUDA is available, the copies are pinned, so that they run in parallel; call 
 
 from collections.abc import Mapping
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,3 +42,9 @@ def host_model(model: nn.Module, copies: Mapping[str, Tensor]) -> nn.Module:
         memo.setdefault(id(buffer), copies[name] if name in copies else buffer.cpu().clone())
     copy: nn.Module = deepcopy(model, memo)
     return copy
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose weights and buffers are on the meta device: shapes and dtypes without numbers."""
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return host_model(model, {name: tensor.detach().to("meta") for name, tensor in chain(*named)})

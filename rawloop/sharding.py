@@ -128,14 +128,22 @@ def is_sharded(thing: Tensor | nn.Module) -> bool:
     return hasattr(thing, "full_tensor")
 
 
-def reshard(module: nn.Module) -> None:
-    """Free the whole weights that a pass has left on this rank, because it failed. Else `parameters()` would be these.
+def reset(module: nn.Module) -> None:
+    """Make a sharded module ready for another pass after one that failed on all ranks. All of them call this.
 
-    A module that is not sharded stays as it is.
+    The pass has left whole weights, gradients of them, and marks of how far it came. Without them `parameters()` are
+    this rank's parts again, and the next pass gathers and reduces as usual. A module that is not sharded stays as it
+    is.
+
+    Args:
+        module: what `shard` was given.
     """
-    parts: list[Any] = [part for part in module.modules() if hasattr(part, "set_requires_gradient_sync")]
-    for part in parts:
-        part.reshard()
+    root: Any = module
+    if hasattr(root, "reset_iter_state"):
+        for weight in module.parameters():
+            if not is_sharded(weight):
+                weight.grad = None  # of a whole weight, to which the next pass would add
+        root.reset_iter_state()
 
 
 @contextmanager
@@ -224,7 +232,8 @@ def lent_weights(form: nn.Module, model: nn.Module) -> Iterator[nn.Module]:
     kept: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Tensor] = {}
     try:
-        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        weights, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
+        for name, tensor in [*weights, *buffers]:  # each place of a shared one
             if id(tensor) not in made:
                 whole_one = gathered(tensor.detach())
                 made[id(tensor)] = nn.Parameter(whole_one, False) if isinstance(tensor, nn.Parameter) else whole_one

@@ -26,6 +26,7 @@ from rawloop.dist import World
 from rawloop.errors import RawloopError, TrainingError, UserError
 from rawloop.evaluate import EvaluationConfig, Evaluator
 from rawloop.families import ModelConfig
+from rawloop.host_memory import meta_copy
 from rawloop.loop import TrainConfig, train
 from rawloop.losses import LossModule
 from rawloop.moving_buffers import MovingBuffers
@@ -37,7 +38,7 @@ from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import read_metrics
 from rawloop.rounding import StochasticRounding
 from rawloop.settings import DDPConfig
-from rawloop.sharding import find_blocks, part_of, shard, whole
+from rawloop.sharding import find_blocks, lent_weights, part_of, reset, shard, whole
 from tests.test_optimizers import options
 
 SLOT = "checkpoints/step-00000002"
@@ -307,6 +308,74 @@ def test_ranks_that_run_different_blocks_are_found_before_the_update(run_ranks: 
     assert run_ranks(run_branches, [(0, 1, 2)] * 2) == [pytest.approx(alone)] * 2
     with pytest.raises(TrainingError, match="the ranks have run different blocks of the model, each of which gathers"):
         run_ranks(run_branches, [(0, 1, 2), (0, 2, 1)])
+
+
+class Fails(torch.autograd.Function):
+    """Passes numbers on, and fails in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise ArithmeticError("in the backward pass")
+
+
+def fail(*_: Any) -> None:
+    raise ArithmeticError("in the forward pass")
+
+
+def go_on_after_failures(world: World) -> list[float]:
+    """Let a pass fail on all ranks in the second of three blocks, forward and then backward; return later norms."""
+    own, norms = Own(world), []
+    inner = own.module.model.blocks[1].inner  # type: ignore[index]
+    for what in (fail, lambda module, inputs, output: Fails.apply(output)):  # type: ignore[no-untyped-call]
+        hook = inner.register_forward_hook(what)  # type: ignore[union-attr]
+        with pytest.raises(ArithmeticError):
+            own.module(batch_of(1))["y"].total.backward()
+        hook.remove()
+        reset(own.module)
+        own.policy.zero_grad()
+        norms.append(own.step().grad_norm)
+    return norms
+
+
+def test_passes_after_one_that_failed_on_all_ranks_are_as_usual(run_ranks: Callable[..., list[Any]]) -> None:
+    alone = Own(World())
+    norms = [alone.step().grad_norm, alone.step().grad_norm]
+    assert run_ranks(go_on_after_failures) == [pytest.approx(norms)] * 2
+
+
+class SharedBuffer(nn.Module):
+    """Two blocks with the same tensor as a buffer of each, and a head with the weight of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        positions = torch.randn(3)
+        self.blocks = nn.ModuleList(Layer() for _ in range(2))
+        for block in self.blocks:
+            block.register_buffer("positions", positions)
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def lend(world: World) -> None:
+    """Check that a copy has all numbers of a sharded model, also those that it has in two places."""
+    model, plain = SharedBuffer(), SharedBuffer()
+    plain.load_state_dict(model.state_dict())
+    form = meta_copy(model)
+    shard(model, world.device)
+    with lent_weights(form, model):
+        found = form.state_dict()
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(found[name], tensor), name
+        assert form.head.weight is form.embed.weight  # type: ignore[union-attr]
+    assert all(tensor.is_meta for tensor in form.state_dict().values())
+
+
+def test_lent_weights_and_buffers_are_in_each_of_their_places(run_ranks: Callable[..., list[Any]]) -> None:
+    run_ranks(lend)
 
 
 def skip_once(world: World) -> list[Any]:

@@ -20,7 +20,7 @@ from rawloop.contracts import Sample
 from rawloop.dist import World
 from rawloop.errors import Preempted, happening
 from rawloop.family_protocols import Generated, GeneratingFamily
-from rawloop.host_memory import host_model
+from rawloop.host_memory import meta_copy
 from rawloop.listen.config import ListenConfig as ListenConfig
 from rawloop.listen.picture import mel_picture
 from rawloop.listen.sound import repetition, silence, wav_bytes
@@ -116,8 +116,7 @@ class Listener:
         The copy has the whole weights while it generates: then each rank generates its own prompts, in as many passes
         as these take.
         """
-        numbers = [*self.model.named_parameters(), *self.model.named_buffers()]
-        self.form = host_model(self.model, {name: tensor.detach().to("meta") for name, tensor in numbers}).eval()
+        self.form = meta_copy(self.model).eval()
 
     @property
     def metrics(self) -> list[str]:
