@@ -33,16 +33,19 @@ class Kind(NamedTuple):
 
 
 def block_kinds(model: nn.Module) -> list[Kind]:
-    """Return the kinds of blocks of a model: those of a list that have the same layers and shapes of weights.
+    """Return the kinds of blocks of a model: those of a list that have the same layers, shapes of weights and type.
 
-    Blocks of one class may be of several kinds: with attention or a convolution, with one MLP or with experts.
+    Blocks of one class may be of several kinds: with attention or a convolution, with one MLP or with experts. Those of
+    equal layers may have attention over all positions or over a window; then the model's config names their types.
     """
     kinds: dict[Any, Kind] = {}
     for name, blocks in block_lists(model).items():
+        config = _config_with_types(model, name)
+        types = config.layer_types if config else [None] * len(blocks)
         for place, block in enumerate(blocks):
             layers = tuple((part, type(layer)) for part, layer in block.named_modules())
             shapes = tuple((weight, values.shape) for weight, values in block.named_parameters())
-            kinds.setdefault((name, layers, shapes), Kind(name, [])).places.append(place)
+            kinds.setdefault((name, layers, shapes, types[place]), Kind(name, [])).places.append(place)
     return list(kinds.values())
 
 
@@ -51,9 +54,19 @@ def remove_blocks(model: nn.Module, removed: Mapping[str, Collection[int]]) -> N
     for name, places in removed.items():
         blocks = model.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
-        for part in model.modules():
-            types = getattr(getattr(part, "config", None), "layer_types", None)
-            if types is not None and len(types) == len(blocks):
-                part.config.__dict__["layer_types"] = [kind for at, kind in enumerate(types) if at not in places]
+        if config := _config_with_types(model, name):
+            key = getattr(config, "attribute_map", {}).get("layer_types", "layer_types")
+            config.__dict__[key] = [kind for at, kind in enumerate(config.layer_types) if at not in places]
         for place in sorted(places, reverse=True):
             del blocks[place]
+
+
+def _config_with_types(model: nn.Module, name: str) -> Any:
+    """Return the config that names the types of a list's blocks, of the nearest module around it; None if none does."""
+    number, path = len(list(model.get_submodule(name).children())), name
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if len(getattr(config, "layer_types", None) or ()) == number:
+            return config
+    return None

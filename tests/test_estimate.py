@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo3Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -179,15 +180,21 @@ MIXED = {
     "convolutions": Lfm2Config(
         **SMALL, num_hidden_layers=10, layer_types=(["conv"] * 2 + ["full_attention"]) * 3 + ["conv"]
     ),
+    "windows": Olmo3Config(
+        **SMALL,
+        num_hidden_layers=10,
+        sliding_window=16,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2 + ["full_attention"] * 2,
+    ),
     "experts": Glm4MoeConfig(
         **SMALL, num_hidden_layers=9, moe_intermediate_size=32, n_routed_experts=8, first_k_dense_replace=4, head_dim=16
     ),
 }
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", ["convolutions", "experts", slow("windows")])
 def test_each_kind_of_block_has_its_own_count(name: str, text_checkpoint: Path, tmp_path: Path) -> None:
-    """Some blocks have attention and others a convolution, the first ones an MLP and the others experts."""
+    """Some blocks have a convolution or a window of attention, others attention; the first an MLP, others experts."""
     shutil.copytree(text_checkpoint, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     settings = MIXED[name]
     settings.vocab_size = LlamaConfig.from_pretrained(text_checkpoint).vocab_size
