@@ -34,6 +34,7 @@ from rawloop.optim import KINDS
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.precision.preflight import is_lacking
 from rawloop.rounding import CHUNK
+from rawloop.sharding import find_blocks
 
 FEW = 2  # blocks; the first and the last may differ in what they keep
 # Bytes of state for each float32 number, of the optimizers of libraries, which cannot be run on fake tensors. Pages of
@@ -97,13 +98,15 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
     named = any(BLOCK.search(pattern) for pattern in [*patterns, *config.adapter.modules_to_save])
     kinds = [] if named else [kind for kind in block_kinds(skeleton) if len(kind.places) > FEW + 1]
     few, numbers = [FEW] * len(kinds), [len(kind.places) for kind in kinds]
+    alone = {id(block) for block in find_blocks(skeleton)}
+    names = [name for name, part in skeleton.named_modules() if id(part) in alone]
 
     def counts(left: list[int]) -> Counter[str]:
         removed: dict[str, list[int]] = {}
         for kind, number in zip(kinds, left, strict=True):
             removed.setdefault(kind.blocks, []).extend(kind.places[number:])
         try:
-            return _count(config, family, skeleton, batch, processes, removed)
+            return _count(config, family, skeleton, batch, processes, removed, names)
         except Exception as error:
             if not is_lacking(error):
                 raise
@@ -111,37 +114,31 @@ def estimate(config: RunConfig, family: Family, skeleton: nn.Module, batch: Batc
             raise UserError(f"{type(skeleton).__name__} cannot run in {config.precision.mode}: {why}") from error
 
     longer = [counts([FEW + (place == at) for place in range(len(kinds))]) for at in range(len(kinds))]
-    base = counts(few)
-    found = extrapolated(base, longer, [number - FEW for number in numbers])
+    found = extrapolated(counts(few), longer, [number - FEW for number in numbers])
     peak = dict.fromkeys(EXTRA, 0) | peak_of(found)
     if config.parallel == "fsdp" and processes > 1:
-        sizes = {}
-        for what in ("weights", "gradients"):
-            blocks = [each[what] - base[what] for each in longer]
-            outside = found[what] - sum(size * number for size, number in zip(blocks, numbers, strict=True))
-            sizes[what] = max(blocks, default=0), outside
-        peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, sizes, config.train.accumulation > 1))
+        peak |= {GATHERED: 0} | peak_of(_sharded(found, processes, config.train.accumulation > 1))
     else:
         peak[BUCKETS] = found["buckets"]
     return Estimate(found["parameters"], found["trained"], peak, found["host"], found["flops"])
 
 
-def _sharded(found: Counter[str], processes: int, sizes: dict[str, tuple[int, int]], keeps: bool) -> Counter[str]:
+def _sharded(found: Counter[str], processes: int, keeps: bool) -> Counter[str]:
     """Return the counts of one of several processes that share a model by FSDP.
 
-    In a pass the weights of a block and of the next one are whole, and all weights outside of blocks. In the backward
-    pass so are their gradients, and a copy of those that are reduced: of a block, and at the end of all outside.
+    In a pass the weights of a block and of the next one are whole, and all weights outside of the blocks that FSDP
+    gathers alone. In the backward pass so are their gradients, and a copy of those that are reduced: of a block, and at
+    the end of all outside.
 
     Args:
         found: the counts of the whole model.
         processes: their number.
-        sizes: bytes of the largest block, and of all outside of blocks, of weights and of gradients.
         keeps: gradients stay whole between micro-batches.
     """
     shared = {kind for kind in SHARDED if kind != "gradients" or not keeps}
     counts = Counter({n: size // processes if n.partition("|")[2] in shared else size for n, size in found.items()})
-    (block, outside), (block_gradients, outside_gradients) = sizes["weights"], sizes["gradients"]
-    weights, copies = outside + 2 * block, 1 if keeps else 2
+    block_gradients, outside_gradients = found["block gradients"], found["outside gradients"]
+    weights, copies = found["outside weights"] + 2 * found["block weights"], 1 if keeps else 2
     phases = {name.partition("|")[0] for name in found if "|" in name} - {"update"}
     for phase in phases:
         is_last = phase.endswith("first") or len(phases) == 1  # of the backward pass
@@ -158,9 +155,17 @@ def _count(
     batch: Batch,
     processes: int,
     removed: Mapping[str, Collection[int]],
+    alone: Collection[str] = (),
 ) -> Counter[str]:
-    """Count a step of the model without some blocks: the name of their list, and their places in it."""
+    """Count a step of the model without some blocks.
+
+    Args:
+        config: of the run, as are `family`, the skeleton of its model, `batch` and `processes`; see `estimate`.
+        removed: the blocks to leave out: the name of their list, and their places in it.
+        alone: the names of the blocks that FSDP gathers alone.
+    """
     model = deepcopy(skeleton).train()
+    parts = [model.get_submodule(name) for name in alone]
     blocks = [cast(nn.ModuleList, model.get_submodule(name)) for name in removed]
     remove_blocks(model, removed)
     if config.model.activation_checkpointing:
@@ -189,12 +194,26 @@ def _count(
         counter.start("update")
         update(run, [batch])
     found = Counter({f"{phase}|{kind}": size for phase, kinds in counter.peaks.items() for kind, size in kinds.items()})
-    parts = weights if config.adapter.mode == "full" else [p for p in weights if p.requires_grad]
-    found["host"] = (_bytes(parts) + _bytes(states)) * config.checkpoint.asynchronous
     trained = [p for p in weights if p.requires_grad]
+    saved = weights if config.adapter.mode == "full" else trained
+    found["host"] = (_bytes(saved) + _bytes(states)) * config.checkpoint.asynchronous
     found["buckets"] = _bytes(trained) * (processes > 1 and not config.ddp.gradient_as_bucket_view)
     found["parameters"], found["trained"] = parameters, sum(p.numel() for p in trained)
-    found["flops"], found["weights"], found["gradients"] = counter.flops, _bytes(weights), _bytes(trained)
+    found["flops"] = counter.flops
+    found.update(_gathered(model, parts))
+    return found
+
+
+def _gathered(model: nn.Module, alone: Iterable[nn.Module]) -> Counter[str]:
+    """Return the bytes of weights and gradients of the largest block that FSDP gathers alone, and outside of these."""
+    left, found = set(model.modules()), Counter[str]()
+    blocks = [part for part in alone if part in left]
+    for what, frozen in (("weights", True), ("gradients", False)):
+        whole, *sizes = (
+            _bytes(weight for weight in part.parameters() if frozen or weight.requires_grad)
+            for part in (model, *blocks)
+        )
+        found[f"block {what}"], found[f"outside {what}"] = max(sizes, default=0), whole - sum(sizes)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
@@ -277,6 +278,27 @@ def test_several_processes_share_a_model(llama: Path) -> None:
     assert shared.total < sum(alone.values()) / 2
     many = planned(replace(config, parallel="fsdp", train=TrainConfig(accumulation=2)), batch, processes=4)
     assert many.peak["gradients"] == pytest.approx(numbers, rel=0.01)
+
+
+def test_whole_in_a_pass_is_what_is_outside_of_the_blocks_that_fsdp_gathers_alone(
+    llama: Path,
+) -> None:
+    """As an audio encoder is, or whatever else has too few weights: also where its own blocks are alike."""
+    config = replace(config_of(llama, "fp32", FULL, recompute=True), parallel="fsdp")
+    batch, bare = batch_of(config, 16, 1), build_family(config)
+    plain = skeleton_of(config, bare)
+    block = sum(weight.nbytes for weight in plain.model.layers[0].parameters())  # type: ignore[union-attr, index]
+    outside = sum(weight.nbytes for weight in plain.parameters()) - 6 * block
+    found = planned(config, batch, processes=4)
+    assert found.peak["gathered"] == 3 * outside + 4 * block  # at the end of the backward pass
+    with torch.device("meta"):
+        encoder = nn.ModuleList([nn.Sequential(nn.Linear(64, 64)) for _ in range(8)]).requires_grad_(False)
+    size = sum(weight.nbytes for weight in encoder.parameters())
+    plain.encoder = encoder
+    assert len(block_kinds(plain)) == 2
+    more = estimate(config, bare, plain, batch, 4).peak
+    assert more["gathered"] - found.peak["gathered"] == size
+    assert more["frozen weights"] - found.peak["frozen weights"] == pytest.approx(size / 4, abs=1000)
 
 
 @pytest.mark.gpu
