@@ -16,6 +16,7 @@ from rawloop.sharding import gathered, is_sharded, part_of, sharded_as, sharded_
 
 BLOCK = 256  # numbers that share a scale in the 8-bit state of bitsandbytes
 SCALES = {"absmax1": ("state1", "qmap1"), "absmax2": ("state2", "qmap2")}  # scales -> codes, and what these stand for
+TABLES = {table for _, table in SCALES.values()}  # of 256 numbers, whole on all ranks
 
 
 class OfParts(Optimizer):
@@ -70,7 +71,7 @@ class OfParts(Optimizer):
         part = part_of(weight.detach())
         kept = dict(state)
         for key, value in state.items():
-            if getattr(value, "shape", None) == stand_in.shape:
+            if key not in TABLES and getattr(value, "shape", None) == stand_in.shape:
                 kept[key] = sharded_from(value if part.numel() else value.new_empty(part.shape), weight)
             elif key in SCALES:
                 kept[key] = sharded_from(value, weight, (weight.numel() // BLOCK,))

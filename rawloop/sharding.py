@@ -240,6 +240,8 @@ def lent_weights(form: nn.Module, model: nn.Module) -> Iterator[nn.Module]:
             path, _, key = name.rpartition(".")
             owner = form.get_submodule(path)
             places: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+            if key not in places:
+                continue  # a cache that a pass of the model has made: the copy makes its own
             kept.append((places, key, places[key]))
             places[key] = made[id(tensor)]
         yield form

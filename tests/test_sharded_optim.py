@@ -12,6 +12,7 @@ from rawloop.dist import World
 from rawloop.optim import KINDS, OptimConfig, build_optimizer, use_average, use_trained
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.pack import pack, unpack
+from rawloop.sharded_optim import Of8BitParts
 from rawloop.sharding import shard, whole
 
 NAMES = [name for name in KINDS if not name.startswith("paged")]
@@ -129,3 +130,19 @@ def test_parts_have_8_bit_state_if_their_blocks_are_those_of_the_whole(run_ranks
     whole_state, cut_state = (numbers(ends[index][0], TALL) for index in (0, 3))
     assert whole_state[f"/state/{TALL}/absmax1"].shape == (32,)
     assert all(torch.equal(whole_state[path], cut_state[path]) for path in whole_state)
+
+
+def step_a_vector(world: World) -> list[torch.Size]:
+    """Update a vector whose part has as many numbers as a table of codes; return shapes of its state."""
+    model, optim = nn.LayerNorm(512, bias=False), importlib.import_module("bitsandbytes.optim")
+    shard(model, world.device)
+    optimizer = Of8BitParts(optim.AdamW8bit(model.parameters(), min_8bit_size=256))
+    model(torch.randn(2, 512)).square().sum().backward()
+    optimizer.step()
+    return [optimizer.state[model.weight][key].shape for key in ("state1", "absmax1", "qmap1")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("adamw_8bit" not in INSTALLED, reason="adamw_8bit needs bitsandbytes")
+def test_a_table_of_codes_is_no_part_of_a_weight(run_ranks: Callable[..., list[Any]]) -> None:
+    assert run_ranks(step_a_vector) == [[(512,), (2,), (256,)]] * 2

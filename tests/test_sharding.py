@@ -365,6 +365,7 @@ def lend(world: World) -> None:
     model, plain = SharedBuffer(), SharedBuffer()
     plain.load_state_dict(model.state_dict())
     form = meta_copy(model)
+    model.register_buffer("cache", torch.ones(2), persistent=False)  # as a forward pass may
     shard(model, world.device)
     with lent_weights(form, model):
         found = form.state_dict()
@@ -502,6 +503,10 @@ def explain(world: World) -> tuple[str, str]:
         next(iter(model.parameters()))[-1] = math.nan
     shard(model, torch.device("cpu"))
     wrong = explain_nonfinite(model, "loss", [], fp16=False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            part_of(weight).zero_()
+    assert ", or set parallel to ddp for the finding `not_finite`" in explain_nonfinite(model, "norm", [], fp16=False)
     policy = PrecisionPolicy(PrecisionConfig(mode="bf16", trainable_dtype="bf16", masters="none"), world=world)
     half = policy.prepare(Branches([0, 1]))
     optimizer = torch.optim.AdamW(half.parameters(), lr=1e-5)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rawloop.precision.masters import TrainedWeights
 from rawloop.rounding import expected_change
-from rawloop.sharding import over_ranks
+from rawloop.sharding import is_sharded, over_ranks
 
 
 def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16: bool) -> str:
@@ -37,10 +37,9 @@ def explain_nonfinite(model: nn.Module, what: str, moved: Sequence[Tensor], fp16
     if what == "loss":
         return f"The model's weights are finite, its losses are not: {causes}"
     if what == "norm":
-        causes = (
-            f"its backward pass produces them, as sqrt does at zero: {samples}, and at the finding `not_finite` of the "
-            "watch, which names the operation and its module"
-        )
+        finding = "the finding `not_finite` of the watch, which names the operation and its module"
+        look = f"or set parallel to ddp for {finding}" if is_sharded(model) else f"and at {finding}"
+        causes = f"its backward pass produces them, as sqrt does at zero: {samples}, {look}"
         causes = f"lower the learning rate, or take {wider}" if fp16 else causes
         return f"The model's weights and losses are finite, the gradients are not: {causes}"
     names = [name for name, b in buffers.items() if id(b) in changed and not bool(b.isfinite().all())]
