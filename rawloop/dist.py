@@ -38,7 +38,7 @@ class World:
     """The rank of this process, the number of ranks, its rank on this machine, and its device.
 
     `launch` is torchrun's run id, "" without torchrun; `restarts` counts how often torchrun has restarted the
-    processes. `group` is a gloo group over all ranks: agreements are reduced on the CPU.
+    processes. `group` is a gloo group over all ranks: agreements are reduced on the CPU. `alone`: beside others.
     """
 
     rank: int = 0
@@ -49,6 +49,7 @@ class World:
     restarts: int = 0
     waiting: Waiting | None = field(default=None, compare=False, repr=False)
     group: Any = field(default=None, compare=False, repr=False)
+    alone: bool = False
 
     @classmethod
     def current(cls) -> "World":

@@ -221,12 +221,13 @@ def _run(config: RunConfig, family: Family, model: nn.Module) -> Run:
     """Return what the loop needs for a step, on a model of fake tensors."""
     cast(Any, model).to = lambda *_: model  # fake weights cannot be moved, and are on the CPU already
     mode = "bf16" if config.precision.mode == "auto" else config.precision.mode
-    policy = PrecisionPolicy(replace(config.precision, mode=mode), world=World())
+    world = World(alone=True)  # a rank may want to know why its memory does not suffice
+    policy = PrecisionPolicy(replace(config.precision, mode=mode), world=world)
     module = LossModule(policy.prepare(model), family.losses)
     policy.scaler = None  # a loss scale takes no memory
     of_library = config.optim.name in STATES
     held = [parameter for _, parameter in policy.named_parameters()]
-    optimizer = SGD(held, config.optim.lr) if of_library else build_optimizer(config, policy, World())
+    optimizer = SGD(held, config.optim.lr) if of_library else build_optimizer(config, policy, world)
     policy.adopt(optimizer)
     if policy.trained.rounding and config.device != "cpu":
         policy.trained.rounding.chunk = CHUNK
@@ -239,7 +240,7 @@ def _run(config: RunConfig, family: Family, model: nn.Module) -> Run:
         total_steps=1,
         weights=family.stream_weights,
         records=cast(Any, None),  # of steps that are skipped
-        world=World(),
+        world=world,
         max_norm=config.optim.max_norm,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from rawloop.data.batches import MicroBatches
 from rawloop.data.digests import Digests
 from rawloop.data.lengths import Lengths
 from rawloop.data.splits import no_codes
-from rawloop.dist import World
+from rawloop.dist import World, unwrap_ddp
 from rawloop.errors import OutOfMemory, UserError
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm import CausalLM
@@ -295,6 +295,38 @@ def test_full_memory_on_one_rank_ends_all(by_frames: RunConfig, run_ranks: Ranks
     told = run_ranks(told_of_memory, by_frames, 1)
     assert [line[:7] for line in told] == ["0 True ", "1 False"]
     assert all("the memory of rank 1 does not suffice" in line for line in told)
+    assert all(re.search(r"a step takes [\d.e-]+ GB at its peak by `rawloop plan` \(", line) for line in told)
+
+
+def test_a_rank_plans_by_itself_though_there_are_others(by_frames: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    told = what_would_fit(by_frames, World(1, 2, 1))
+    assert re.match(r"a step takes [\d.e-]+ GB at its peak by `rawloop plan` \(.*\): lower train.max_frames", told)
+
+
+def told_in_a_step(world: World, config: RunConfig) -> str:
+    """What a rank says whose memory does not suffice in a step, beside one that waits for it."""
+    run = build_run(config, world, lambda line: None)
+    if world.rank == 1:
+        module: Any = unwrap_ddp(run.module)
+        module.losses = lambda model, batch: torch.empty(1 << 60, dtype=torch.uint8)
+    with closing(run):
+        train(run)
+    return "trained"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_full_memory_on_one_rank_in_a_step_ends_all(
+    parallel: Literal["ddp", "fsdp"], by_frames: RunConfig, run_ranks: Ranks
+) -> None:
+    by_frames.train = replace(BY_FRAMES, accumulation=1, rehearse=False)
+    told = (
+        r"\(at step \d, on rank 1, in the micro-batch of .*; a step takes [\d.e-]+ GB at its peak by `rawloop plan` \("
+    )
+    with pytest.raises(OutOfMemory, match=told):
+        run_ranks(told_in_a_step, replace(by_frames, parallel=parallel))
 
 
 def test_only_full_memory_is_told_as_such() -> None:

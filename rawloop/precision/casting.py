@@ -23,7 +23,7 @@ def check_world(world: World | None) -> World:
     Raises:
         UserError: it has fewer ranks than there are processes.
     """
-    if world is not None and world.size < num_processes():
+    if world is not None and not world.alone and world.size < num_processes():
         raise UserError(
             f"the precision policy was given a world of {world.size} process(es), and there are {num_processes()}, "
             "which would not skip the same steps: omit world=, or pass World.current()"
