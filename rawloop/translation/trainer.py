@@ -85,7 +85,11 @@ TRAINER = table(
         0,
     ),
     optimizer_rule("optim"),
-    without("there is none; 'optim.beta1', 'optim.beta2' and 'optim.eps' are AdamW's settings", optim_args=None),
+    without(
+        "there is none; 'optim.beta1', 'optim.beta2' and 'optim.eps' are AdamW's settings, and 'precision.masters' "
+        "stochastic is bf16_stochastic_round, with 'precision.mode' and 'precision.trainable_dtype' bf16",
+        optim_args=None,
+    ),
     without(OTHER, optim_target_modules=None),
     same("weight_decay", "optim.weight_decay", 0.0),
     same("adam_beta1", "optim.beta1", 0.9),
