@@ -6,7 +6,7 @@ restored last, because building draws from them.
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
@@ -82,14 +82,18 @@ def _build_run(config: RunConfig, folder: Path, world: World, say: Say, start: S
     world.on_all_ranks(partial(check_optimizer, config.optim, world.device))
     fix = partial(what_would_fit, config, world)
     ready, trial = build_ready(config, world, say, precision, start.source)
-    ddp, notice = decide_find_unused(config.ddp, world.gather(trial.unused))
+    whole = ready.policy.block_runs is None
+    switches = config.ddp if whole else replace(config.ddp, find_unused_parameters="auto")  # only DDP reads it
+    ddp, notice = decide_find_unused(switches, world.gather(trial.unused))
     buffers = find_moving_buffers(ready.model, trial.moves, world, watch=not ddp.broadcast_buffers)
     ready.files.add_moving(buffers.places)
     report = _check(config, folder, world, ready, say) if start.slot is None else None
     throughput = build_throughput(config, ready.data, ready.first, ready.module, ready.policy, say)
     optimizer = build_optimizer(config, ready.policy, world)
     if config.model.compile:
-        world.on_all_ranks(partial(compile_blocks, config, ready.module, ready.first, ready.policy, say))
+        compiling = partial(compile_blocks, config, ready.module, ready.first, ready.policy, say)
+        # In the pass of a sharded model a rank raises its error at once: the others may be inside of it.
+        world.on_all_ranks(compiling) if whole else compiling()
     if config.train.rehearse:
         rehearse(config, ready.data, ready.train.batches, ready.plan, ready.module, ready.policy, say, fix)
     if not goes_back(folder, config.resume):  # else a restart must go back too, until later checkpoints are set aside

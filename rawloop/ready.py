@@ -43,7 +43,7 @@ from rawloop.precision.preflight import Trial, preflight
 from rawloop.rebuild import trial_loss
 from rawloop.sharded import shard_model, sharded_line, to_be_sharded
 from rawloop.sizing import what_would_fit
-from rawloop.weights import Source, find_source
+from rawloop.weights import Source, find_source, load_weights
 
 Say = Callable[[str], None]
 
@@ -129,8 +129,14 @@ def _shard(config: RunConfig, ready: Ready, source: Source | None, say: Say) -> 
     """Shard a loaded model over the ranks, and prepare its parts. All ranks call this."""
     policy, notices = ready.policy, list[str]()
     runs = shard_model(ready.module, ready.files, ready.listener, policy.world)
-    prepare = partial(prepare_model, config, ready.model, policy, ready.base, ready.data.family, source, notices, runs)
-    policy.world.on_all_ranks(prepare)
+    if source is not None:
+        load = partial(load_weights, source, ready.model, ready.base, ready.data.family)
+        notices += policy.world.on_all_ranks(load) or []
+    try:  # it reduces what it finds in weights, so a rank with an error of its own raises it at once
+        prepare_model(config, ready.model, policy, ready.base, ready.data.family, None, notices, runs)
+    except UserError as error:
+        policy.world.raised_on_all(error)  # it is about the mode and the weights of all ranks
+        raise
     for line in [*notices, sharded_line(config, policy)]:
         say(line)
 

@@ -46,6 +46,7 @@ from rawloop.loop import TrainConfig, accumulate, train, update
 from rawloop.losses import LossModule
 from rawloop.precision.config import PrecisionConfig
 from rawloop.records import read_events, read_metrics
+from rawloop.settings import DDPConfig
 from rawloop.sharded import shard_model
 from rawloop.sharding import is_sharded, part_of
 from rawloop.sizing import size_run
@@ -104,6 +105,15 @@ class Full(CausalLM):
 
     def losses(self, model: nn.Module, batch: Batch) -> Any:
         if is_rank_1():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().losses(model, batch)
+
+
+class TooLarge(CausalLM):
+    """A pass that does not fit into the memory of one rank once it is compiled."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Any:
+        if is_rank_1() and any(module._compiled_call_impl for module in model.modules()):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().losses(model, batch)
 
@@ -213,6 +223,7 @@ def test_a_sharded_start_reports_what_ddp_reports(
         for name, config in kinds.items()
         for parallel in ("ddp", "fsdp")
     ]
+    runs[1] = replace(runs[1], ddp=DDPConfig(find_unused_parameters=False))  # of DDP alone
     run_ranks(start, runs)
     for name in kinds:
         plain, sharded = (reports(tmp_path / name / parallel) for parallel in ("ddp", "fsdp"))
@@ -363,17 +374,23 @@ ALONE = {
     Full: (UserError, r"^the memory of rank 1 does not suffice \(CUDA out of memory.*: a micro-batch of the samples "),
     Broken: (KeyError, r"'nothing'\nin the trial of one pass, on the samples train-2, train-3\n"),
     NoLogits: (KeyError, r"'nothing'\nin the checks before step 0, on the samples train-2, train-3\n"),
+    TooLarge: (torch.OutOfMemoryError, r"^CUDA out of memory.*\nin the trial of one pass, on the samples train-2"),
 }
 
 
-@pytest.mark.parametrize("family", [Full, *(pytest.param(f, marks=pytest.mark.slow) for f in (Broken, NoLogits))])
+@pytest.mark.parametrize(
+    "family", [Full, *(pytest.param(f, marks=pytest.mark.slow) for f in (Broken, NoLogits, TooLarge))]
+)
 def test_a_rank_that_fails_alone_says_why_and_the_other_does_not_wait(
     family: type[CausalLM], base: RunConfig, tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     kind, message = ALONE[family]
+    config = replace(with_family(base, family), output=str(tmp_path / "run"))
+    if family is TooLarge:
+        config = replace(config, model=replace(config.model, compile=True, compile_backend="aot_eager"))
     begun = time.monotonic()
     with pytest.raises(kind, match=message):
-        run_ranks(start, [replace(with_family(base, family), output=str(tmp_path / "run"))], timeout=120)
+        run_ranks(start, [config], timeout=120)
     assert time.monotonic() - begun < 60
 
 
