@@ -291,6 +291,8 @@ def test_whole_in_a_pass_is_what_is_outside_of_the_blocks_that_fsdp_gathers_alon
     outside = sum(weight.nbytes for weight in plain.parameters()) - 6 * block
     found = planned(config, batch, processes=4)
     assert found.peak["gathered"] == 3 * outside + 4 * block  # at the end of the backward pass
+    adding = planned(replace(config, train=TrainConfig(accumulation=2)), batch, processes=4)
+    assert adding.peak["gathered"] == 2 * outside + 3 * block  # the gradients are whole anyway
     with torch.device("meta"):
         encoder = nn.ModuleList([nn.Sequential(nn.Linear(64, 64)) for _ in range(8)]).requires_grad_(False)
     size = sum(weight.nbytes for weight in encoder.parameters())

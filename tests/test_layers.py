@@ -35,6 +35,8 @@ def test_blocks_of_other_types_are_of_other_kinds_and_each_list_keeps_its_own_ty
     remove_blocks(model, {"encoder.layers": [1, 3], "decoder.layers": [2]})
     assert model.encoder.config.layer_types == ["a", "b"]
     assert model.decoder.config.layer_types == ["a", "b", "b"]
+    model.decoder.layers[2] = nn.Sequential(nn.Linear(2, 4))  # of another shape
+    assert [kind.places for kind in block_kinds(model)] == [[0], [1], [0], [1], [2]]
     remove_blocks(model, {"decoder.layers": [0]})
     assert [len(blocks) for blocks in block_lists(model).values()] == [2, 2]
     assert model.decoder.config.layer_types == ["b", "b"]

@@ -7,12 +7,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
+from weakref import WeakSet
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rawloop import planning
 from rawloop.build import build_run
@@ -31,6 +34,7 @@ from rawloop.errors import OutOfMemory, UserError
 from rawloop.families import ModelConfig
 from rawloop.families.causal_lm import CausalLM
 from rawloop.loop import train
+from rawloop.losses import LossModule
 from rawloop.records import read_metrics
 from rawloop.settings import EvaluationConfig, TrainConfig
 from rawloop.sizing import size_run, what_would_fit
@@ -200,6 +204,39 @@ def test_a_rehearsal_leaves_no_trace(text_run: RunConfig, tmp_path: Path, size: 
         settings = replace(text_run.train, max_frames=size, rehearse=rehearse)
         found.append(trained(go(replace(text_run, output=str(tmp_path / str(rehearse)), train=settings))))
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
+class Alive(TorchDispatchMode):
+    """Knows the storages that operations inside have returned."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages: WeakSet[torch.UntypedStorage] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.storages.update(leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def test_a_rehearsal_runs_beside_optimizer_state_and_gradients(
+    text_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, found = Alive(), list[int]()
+
+    def look(*_: Any) -> None:
+        found.append(sum(storage.nbytes() for storage in alive.storages))
+
+    plain = replace(text_run, output=str(tmp_path / "run"), train=replace(text_run.train, rehearse=False))
+    with closing(build_run(plain, World(), print)) as run:
+        batch, module = next(iter(run.windows(0)))[0], cast(LossModule, run.module)
+        monkeypatch.setattr(planning, "preflight", look)
+        for accumulation in (1, 2):
+            config = replace(plain, train=replace(plain.train, accumulation=accumulation))
+            with alive:
+                planning._run_once(batch, module, run.policy, config)
+        numbers = sum(weight.numel() for weight in run.policy.trained.weights.values())
+    assert found == [(4 + 8) * numbers, (4 + 8 + 4) * numbers]  # the weights themselves are seen, too
 
 
 def seen_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:

@@ -13,7 +13,7 @@ from rawloop.contracts import Batch, Sample, StreamLoss
 from rawloop.data.batches import BatchPlan, Loader, MicroBatches, TrainWindows
 from rawloop.dist import World
 from rawloop.errors import InterruptedUpdate, RawloopError, TrainingError, UserError
-from rawloop.loop import Run, train
+from rawloop.loop import Run, memory_advice, train
 from rawloop.losses import LossModule
 from rawloop.precision.policy import PrecisionPolicy
 from rawloop.records import Records, RecordsConfig, read_events
@@ -201,6 +201,13 @@ def test_full_memory_names_samples_and_shapes_and_what_to_change(tmp_path: Path)
     for words in ("x (4, 3)", "train.batch_size", "train.accumulation", "model.activation_checkpointing"):
         assert words in said
     assert "\n" not in said
+
+
+def test_the_shapes_are_those_of_the_largest_micro_batch_of_a_window(tmp_path: Path) -> None:
+    window = [Batch({"x": torch.zeros(samples, 3)}, {}, {}, []) for samples in (2, 5, 1)]
+    run = run_of(tmp_path)
+    with run.records:
+        assert memory_advice(run, window).startswith("its inputs have the shapes x (5, 3); ")
 
 
 @pytest.mark.parametrize("place", ["norm", "optimizer"])

@@ -136,6 +136,8 @@ def test_stochastic_rounding_comes_before_lora_where_all_weights_train() -> None
     sizes = {each: 30e9 - 15e9 * each.rounded - 25e9 * (each.adapter == "lora") for each in [own, *others]}
     changes = changes_that_fit(24, own, sizes, 1, lambda choice, divisor: sizes[choice])
     assert changes == (["precision.trainable_dtype bf16, precision.masters stochastic"], 15e9)
+    sizes[own._replace(mode="amp_fp16")] = 20e9  # another mode comes before it
+    assert changes_that_fit(24, own, sizes, 1, lambda choice, _: sizes[choice]) == (["precision.mode amp_fp16"], 20e9)
     back = changes_that_fit(24, rounded, {rounded: 30e9, Choice("fp32", "full", True): 9e9}, 1, lambda *_: 9e9)
     assert back == (["precision.mode fp32", "precision.trainable_dtype auto, precision.masters fp32"], 9e9)
     config = with_choice(RunConfig(adapter=AdapterConfig("full")), rounded)
