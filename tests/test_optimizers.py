@@ -145,6 +145,8 @@ def test_a_resumed_run_is_the_same_in_all_modes(config: RunConfig, name: str, ad
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_lora_beside_a_quantised_base_is_rounded_stochastically(config: RunConfig, quantization: Any) -> None:
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes", reason="nf4 needs bitsandbytes")
     lora = AdapterConfig(mode="lora", modules_to_save=["lm_head"])
     config = with_mode(replace(config, optim=options("adamw", lr=1e-3), adapter=lora), "stochastic")
     config = replace(config, model=replace(config.model, quantization=quantization))
