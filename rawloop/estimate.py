@@ -46,7 +46,7 @@ BUCKETS = "DDP buckets"
 GATHERED = "gathered"  # whole weights of the blocks that run, under FSDP
 EXTRA = (BUCKETS, GATHERED)
 SHARDED = ("frozen weights", "trained weights", "masters", "optimizer", "gradients")
-BLOCK = re.compile(r"\.\d+\.")
+BLOCK = re.compile(r"(^|[.*])\d|[\[?]")  # in a pattern that may name single blocks
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,19 @@ def test_few_blocks_say_what_the_whole_model_takes(llama: Path, tmp_path: Path) 
         found, whole = estimate(config, family, skeleton, batch), _count(config, family, skeleton, batch, 1, {})
         assert found.total == sum(peak_of(whole).values())
         assert (found.flops, found.parameters) == (whole["flops"], whole["parameters"])
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.[0-2].*", "*.layers.?.mlp.*", "*layers.4*", "*.mlp.*"])
+def test_what_is_frozen_in_some_blocks_is_not_taken_for_all_of_them(pattern: str, llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((llama / "config.json").read_text()) | {"num_hidden_layers": 11, "hidden_size": 32}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    config = config_of(tmp_path / "model", "fp32", AdapterConfig("full", freeze=[pattern]))
+    family = build_family(config)
+    skeleton = skeleton_of(config, family)
+    names = [name for name, _ in skeleton.named_parameters() if not fnmatchcase(name, pattern)]
+    trained = sum(skeleton.get_parameter(name).numel() for name in names)
+    assert estimate(config, family, skeleton, batch_of(config, 16, 1)).trained == trained
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
