@@ -12,7 +12,7 @@ from rawloop.dist import World
 from rawloop.optim import KINDS, OptimConfig, build_optimizer, use_average, use_trained
 from rawloop.optim_state import NamedOptimizerState
 from rawloop.pack import pack, unpack
-from rawloop.sharded_optim import Of8BitParts
+from rawloop.sharded_optim import Of8BitParts, OfParts
 from rawloop.sharding import shard, whole
 
 NAMES = [name for name in KINDS if not name.startswith("paged")]
@@ -130,6 +130,25 @@ def test_parts_have_8_bit_state_if_their_blocks_are_those_of_the_whole(run_ranks
     whole_state, cut_state = (numbers(ends[index][0], TALL) for index in (0, 3))
     assert whole_state[f"/state/{TALL}/absmax1"].shape == (32,)
     assert all(torch.equal(whole_state[path], cut_state[path]) for path in whole_state)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer that counts its updates in its groups."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_what_an_optimizer_writes_into_its_groups_is_kept() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = OfParts(Counting([weight], lr=0.5))
+    for _ in range(2):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 2
+    assert weight.tolist() == [0, 0]
 
 
 def step_a_vector(world: World) -> list[torch.Size]:

@@ -65,12 +65,18 @@ def changed(losses: Any, change: Callable[[Tensor], Tensor]) -> dict[str, Stream
 
 
 class Unused(CausalLM):
-    """A model with a trained weight that no batch uses."""
+    """A model with a trained weight that no batch uses, and a cache that one rank alone writes."""
 
     def load_model(self, path: str | None = None) -> nn.Module:
         model: Any = super().load_model(path)
         model.model.layers[1].extra = nn.Linear(3, 3)
+        model.register_buffer("cache", torch.zeros(1), persistent=False)
         return model  # type: ignore[no-any-return]
+
+    def losses(self, model: Any, batch: Batch) -> Any:
+        if is_rank_1():
+            model.cache.fill_(batch.inputs["input_ids"].numel())
+        return super().losses(model, batch)
 
 
 class Damaged(CausalLM):

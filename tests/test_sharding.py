@@ -242,6 +242,9 @@ def test_blocks_are_the_outermost_repeated_modules() -> None:
     assert find_blocks(model) == [model.encoder[0], *model.decoder]
     model.encoder[0] = nn.Sequential(nn.ReLU())  # without weights, and of another class
     assert find_blocks(model) == [*model.decoder]
+    model = Stacks()
+    model.decoder.append(nn.Sequential(nn.ModuleList(Layer() for _ in range(2))))
+    assert find_blocks(model) == [*model.decoder]  # the encoder has a fifth of the weights
 
 
 def shard_alone(world: World, trained: bool) -> list[int]:
@@ -287,10 +290,10 @@ def batch_of(number: int) -> Batch:
 class Own:
     """A loop of one's own with a sharded model."""
 
-    def __init__(self, world: World, chosen: Sequence[int] = (0, 1, 2)) -> None:
+    def __init__(self, world: World, kind: Callable[[], nn.Module] = lambda: Branches((0, 1, 2))) -> None:
         torch.manual_seed(0)
         self.policy = PrecisionPolicy("fp32", world.device, world=world)
-        self.module = LossModule(Branches(chosen), square)
+        self.module = LossModule(kind(), square)
         self.policy.prepare(self.module.model, shard(self.module, world.device) if world.size > 1 else None)
         self.optimizer = torch.optim.AdamW([weight for _, weight in self.policy.named_parameters()])
 
@@ -299,8 +302,36 @@ class Own:
         return self.policy.step(self.optimizer, max_norm=1.0)
 
 
+class Sometimes(nn.Module):
+    """Blocks, one with a weight that a pass may leave out, and a head that it leaves out, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head, self.uses_all = nn.ModuleList(Layer() for _ in range(2)), nn.Linear(3, 3), True
+        self.blocks[0].gate = nn.Linear(3, 3)
+        self.blocks[0].register_forward_hook(lambda block, _, y: block.gate(y) if self.uses_all else y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) if self.uses_all else x
+
+
+def step_in_part(world: World) -> float:
+    """Make a step in which rank 0 alone uses all weights; without ranks, from the mean of both losses."""
+    own = Own(world, Sometimes)
+    for rank in range(2) if world.size == 1 else [world.rank]:
+        own.module.model.uses_all = rank == 0  # type: ignore[assignment]
+        own.policy.backward(own.module(batch_of(1))["y"].total * (0.5 if world.size == 1 else 1.0))
+    return own.policy.step(own.optimizer, max_norm=1.0).grad_norm
+
+
+def test_a_weight_that_one_rank_alone_uses_is_reduced_with_zeros(run_ranks: Callable[..., list[Any]]) -> None:
+    assert run_ranks(step_in_part) == [pytest.approx(step_in_part(World()))] * 2
+
+
 def run_branches(world: World, chosen: Sequence[Sequence[int]]) -> float:
-    return Own(world, chosen[world.rank]).step().grad_norm
+    return Own(world, lambda: Branches(chosen[world.rank])).step().grad_norm
 
 
 def test_ranks_that_run_different_blocks_are_found_before_the_update(run_ranks: Callable[..., list[Any]]) -> None:

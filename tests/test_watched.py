@@ -261,6 +261,9 @@ def test_a_spike_is_warned_of_or_skipped(base: RunConfig, tmp_path: Path) -> Non
     runs = {name: go(guarded(base, tmp_path / name, name), change=spiky([2])) for name in ("warn", "skip", "off")}
     for name, count in (("warn", 0), ("skip", 1)):
         (finding,) = findings(tmp_path / name, "spike")
+        watch = runs[name].watch
+        assert isinstance(watch, SpikeWatch)
+        assert len(watch._guard.loss) == 20 + 3 + count  # the spike is not usual, also if it was applied
         assert finding["step"] == 2
         assert "is a spike: the last 22 were" in finding["reason"]
         assert "train.jsonl line" in finding["finding"]["causes"][0]["place"]["sample"]
