@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from rawloop.contracts import Batch, Sample
 from rawloop.data.workers import Workers
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import OutOfMemory, RawloopError, UserError, first_line, is_out_of_memory
 from rawloop.inputs import outside_autocast
 from rawloop.seed import SampleStreams, Seed, derive_seed
 
@@ -150,6 +150,13 @@ class MicroBatches(Dataset[Batch | RawloopError]):
             return error
         except OSError as error:
             return RawloopError(f"the codes of the samples {self._names(draws)} cannot be read: {error}")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return OutOfMemory(
+                f"{first_line(error)} (while making a batch of the samples {self._names(draws)}): the machine's memory "
+                "does not suffice: lower data.num_workers, or leave out the longest samples (data.max_seconds)"
+            )
 
     def made(self, draws: list[Draw]) -> tuple[list[Any], Batch]:
         """Return the examples of some samples and their micro-batch. A UserError names a bad sample."""

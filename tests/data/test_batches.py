@@ -21,7 +21,7 @@ from rawloop.contracts import Batch, Labels, Sample
 from rawloop.data import workers
 from rawloop.data.batches import BatchPlan, Draw, EvalBatches, Loader, MicroBatches, TrainWindows
 from rawloop.data.limits import Limits
-from rawloop.errors import RawloopError, UserError
+from rawloop.errors import OutOfMemory, RawloopError, UserError
 
 SAMPLES = [Sample(str(i), ()) for i in range(23)]
 CODES = torch.tensor([[4, -100, 0]])
@@ -135,6 +135,19 @@ def test_a_bad_sample_arrives_as_its_own_error(workers: int) -> None:
     bad = Loader(MicroBatches(SAMPLES, example, collate), workers)
     with pytest.raises(RawloopError, match=r"^sample '3' is bad$"):
         list(EvalBatches(bad, 23, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_full_memory_of_the_machine_is_one_line_with_the_samples(workers: int) -> None:
+    def example(sample: Sample) -> int:
+        if sample.id == "3":
+            raise MemoryError
+        return int(sample.id)
+
+    full = Loader(MicroBatches(SAMPLES, example, collate), workers)
+    said = r"^MemoryError \(while making a batch of the samples 2, 3\): .*: lower data\.num_workers, or leave out the "
+    with pytest.raises(OutOfMemory, match=said):
+        list(EvalBatches(full, 23, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
