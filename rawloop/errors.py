@@ -13,7 +13,7 @@ from pathlib import Path
 
 LESS_MEMORY = (
     "lower train.batch_size or train.max_frames and raise train.accumulation by the same factor, or set "
-    "model.activation_checkpointing; `rawloop plan` with the same settings says what each change saves"
+    "model.activation_checkpointing if it is not set; `rawloop plan` with the same settings says what each change saves"
 )
 
 
