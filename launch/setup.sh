@@ -4,9 +4,6 @@
 #
 #   bash launch/setup.sh [EXTRAS]    EXTRAS of setup.cfg, such as dev or dev,bench
 #
-# With dev, bitsandbytes goes into .venv/apart, where only its own tests look: PEFT imports it wherever it finds it, and
-# that costs each start a second.
-#
 #   PYTHON=python3.12                the interpreter for .venv (3.11 or later; default: the first one found)
 #   RAWLOOP_TORCH_INDEX=URL          take torch and torchaudio from this package index, with no upper bound;
 #                                    https://download.pytorch.org/whl/cpu saves a CPU-only machine several GB
@@ -72,23 +69,15 @@ install() {
         options+=(--constraint launch/constraints-cpu.txt)
     fi
     "$python" -m pip install "${options[@]}" || return
-    [[ ",$extras," != *,dev,* ]] || install_apart
-}
-
-install_apart() {
-    local wanted
-    wanted=$("$python" -c 'import configparser
-setup = configparser.ConfigParser()
-setup.read("setup.cfg")
-print(setup["options.extras_require"]["bitsandbytes"])') || return
+    [[ ",$extras," == *,dev,* ]] || return 0
+    # Where PEFT finds bitsandbytes, each start takes a second more: only the tests that need it look here.
     rm -rf .venv/apart # else pip keeps what is there, also of an interrupted installation
-    "$python" -m pip install --no-deps --target .venv/apart "$wanted"
+    "$python" -m pip install --no-deps --target .venv/apart "$(grep -om1 'bitsandbytes[>=].*' setup.cfg)"
 }
 
 mend_torchaudio() {
-    # PyPI's torchaudio has libraries for one version of CUDA. With a torch of another version, or without CUDA, its
-    # import fails, and so does every model of transformers. rawloop needs only the part that is plain PyTorch, which
-    # works without the libraries.
+    # PyPI's torchaudio has libraries for one version of CUDA. With another torch its import fails, and so does every
+    # model of transformers. rawloop needs only the part that is plain PyTorch, which works without the libraries.
     "$python" -c 'import torchaudio' 2>/dev/null || rm -f .venv/lib/python3*/site-packages/torchaudio/lib/*.so
     "$python" -c 'import torchaudio' 2>/dev/null ||
         fail "'import torchaudio' fails in .venv: $("$python" -c 'import torchaudio' 2>&1 | tail -n 1)"

@@ -335,6 +335,7 @@ def test_full_memory_on_one_rank_ends_all(by_frames: RunConfig, run_ranks: Ranks
     assert all(re.search(r"a step takes [\d.e-]+ GB at its peak by `rawloop plan` \(", line) for line in told)
 
 
+@pytest.mark.slow
 def test_a_rank_plans_by_itself_though_there_are_others(by_frames: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -57,6 +57,7 @@ def test_a_large_model_without_weights_and_data(door: Door, large: Path) -> None
     assert "epoch" not in done.out
 
 
+@pytest.mark.slow
 def test_the_batches_of_the_data(door: Door, demo_config: Callable[..., Path]) -> None:
     config = demo_config(train={"batch_size": 2, "accumulation": 2}, model={"activation_checkpointing": True})
     done = door("plan", config, "--processes", "2")

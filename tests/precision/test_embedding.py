@@ -104,6 +104,7 @@ LIGHT = (
     "errors",
     "facts",
     "launcher",
+    "layers",
     "meeting",
     "rounding",
     "seed",
